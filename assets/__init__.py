@@ -1,0 +1,1 @@
+"""Files that come with the package: the embedded model and its card."""

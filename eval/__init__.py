@@ -1,0 +1,1 @@
+"""Honest evaluation: the exactness proof (`visar verify`) and speed (`visar bench`)."""

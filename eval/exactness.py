@@ -1,0 +1,197 @@
+"""The exactness proof: the joint law of a sampler's sequences on enumerable models, by a chi-square test.
+
+A sampler that is exact at each position can still be wrong about the sequence (a token that depends on a later one, a
+stale draft law), so the test is of the *joint* law over all V**N sequences. The expected probabilities come from
+`visar.eval.tabular.joint`, which shares no code with the samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visar.engine.guidance import Guidance
+from visar.engine.loop import Decoded, decode
+from visar.engine.rng import Noise
+from visar.errors import unknown
+from visar.eval.mutants import MUTANTS
+from visar.eval.tabular import Law, TabularModel, TabularSession, joint
+from visar.samplers import SAMPLERS, Sampler, Target, get_sampler
+
+EXACT_LIMIT, MUTANT_LIMIT = 4.0, 10.0
+
+
+PLAIN = Law()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target law and the way to decode it. `init` and `window` are given to samplers that have them."""
+
+    name: str
+    law: Law = PLAIN
+    model: str = "markov"
+    vocab: int = 3
+    length: int = 5
+    window: int = 4
+    init: str = "uniform"
+    grid: int = 0
+
+    def build(self) -> TabularModel:
+        make = TabularModel.markov if self.model == "markov" else TabularModel.full_prefix
+        return make(self.vocab, self.length, seed=7)
+
+
+FORCED = (-1, -1, 2, -1, 1)
+CASES = (
+    Case("plain"),
+    Case("full prefix", model="full", vocab=4, length=5),
+    Case("temperature 0.6", Law(temperature=0.6)),
+    Case("top-k 2, V 5", Law(top_k=2), vocab=5),
+    Case("top-p 0.7", Law(top_p=0.7), model="full", vocab=4),
+    Case("guidance 2.5", Law(scale=2.5)),
+    Case("guidance interval", Law(scale=2.5, interval=1), model="full"),
+    Case("forced positions", Law(forced=FORCED)),
+    Case("N 7, W 3", length=7, window=3),
+    Case("N 5, W 8 > N", window=8),
+    Case("init left", init="left"),
+    Case("init above, grid 2", init="above", grid=2, length=6),
+    Case("init left-law", init="left-law"),
+    Case("V 8, N 4", vocab=8, length=4, model="full"),
+    Case(
+        "all at once",
+        Law(temperature=1.4, top_k=3, top_p=0.8, scale=1.8, interval=2, forced=(-1, 0, -1, -1, 3, -1, -1)),
+        model="full", vocab=4, length=7, window=5, init="left-law",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. `alone`: whether rows decoded alone and in eights gave the same tokens as in the batch."""
+
+    sampler: str
+    case: str
+    kind: str  # "exact" or "mutant"
+    sequences: int
+    z: float
+    tokens_per_pass: float
+    alone: bool
+
+    @property
+    def passed(self) -> bool:
+        if self.kind == "exact":
+            return abs(self.z) < EXACT_LIMIT and self.alone
+        return abs(self.z) > MUTANT_LIMIT
+
+
+def configured(sampler: Sampler, case: Case) -> Sampler:
+    """The sampler with the window, init and grid of the case, where it has such fields."""
+    wanted: dict[str, Any] = {"window": case.window, "init": case.init, "grid": case.grid}
+    has = {f.name for f in fields(sampler)}  # type: ignore[arg-type]
+    return replace(sampler, **{k: v for k, v in wanted.items() if k in has})  # type: ignore[type-var]
+
+
+def run(model: TabularModel, case: Case, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
+    """Decode the given image indices as one batch."""
+    law = case.law
+    session = TabularSession(model, len(images), sampler.window, Guidance(law.scale, law.interval))
+    target = Target(law.temperature, law.top_k, law.top_p, torch.tensor(law.forced) if law.forced else None)
+    return decode(session, sampler, target, Noise(seed, images))
+
+
+def values(tokens: Tensor, vocab: int) -> np.ndarray:
+    """Sequences [B, N] as numbers base V, the order of `joint`."""
+    return (tokens * vocab ** torch.arange(tokens.shape[1] - 1, -1, -1)).sum(1).numpy()
+
+
+def chi_square_z(counts: np.ndarray, probabilities: np.ndarray, least: float = 5.0) -> float:
+    """(chi2 - df) / sqrt(2 df) of counts against probabilities; rare cells are pooled, impossible ones stay empty."""
+    total = counts.sum()
+    if counts[probabilities == 0].any():
+        return float("inf")
+    expected = probabilities * total
+    rare = expected < least
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    df = len(expected) - 1
+    if df == 0:
+        return 0.0
+    return float((((observed - expected) ** 2 / expected).sum() - df) / np.sqrt(2 * df))
+
+
+def measure(sampler: Sampler, case: Case, sequences: int, seed: int, batch: int = 16384) -> tuple[float, float, Tensor]:
+    """The chi-square z of the joint law, the mean tokens per pass of a row, and the tokens [sequences, N]."""
+    model = case.build()
+    parts, tokens_per_pass = [], []
+    for images in torch.arange(sequences).split(batch):
+        out = run(model, case, sampler, images, seed)
+        parts.append(out.tokens)
+        tokens_per_pass.append(case.length / (out.commit_pass[:, -1] + 1).double().mean().item())
+    tokens = torch.cat(parts)
+    counts = np.bincount(values(tokens, case.vocab), minlength=case.vocab**case.length)
+    return chi_square_z(counts, joint(model, case.law)), float(np.mean(tokens_per_pass)), tokens
+
+
+def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int, images: int = 64) -> bool:
+    """Whether image i has the same tokens alone, in a batch of 8, and in the large batch that gave `tokens`.
+
+    With this, the joint law measured on the large batch is the joint law of batch 1 and of batch 8, bit for bit.
+    """
+    model = case.build()
+    singles = [run(model, case, sampler, torch.tensor([i]), seed).tokens for i in range(images // 2)]
+    eights = [run(model, case, sampler, part, seed).tokens for part in torch.arange(images).split(8)]
+    return bool((torch.cat(singles) == tokens[: images // 2]).all() and (torch.cat(eights) == tokens[:images]).all())
+
+
+def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
+    """A greedy sampler is exact when every sequence is the argmax sequence, found by brute force."""
+    model = case.build()
+    out = run(model, case, configured(sampler, case), torch.arange(8), seed)
+    best = int(joint(model, replace(case.law, top_k=1, top_p=1.0)).argmax())
+    right = bool((values(out.tokens, case.vocab) == best).all())
+    return Row(sampler.name, case.name, "exact", 8, 0.0 if right else float("inf"), case.length / out.passes, True)
+
+
+def verify(
+    names: list[str] | None = None,
+    sequences: int = 131072,
+    seed: int = 0,
+    mutants: bool = True,
+    cases: tuple[Case, ...] = CASES,
+    report: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Test samplers on every case, then show that planted mistakes are caught; `report` sees each row as it comes."""
+    for name in names or ():
+        if name not in SAMPLERS:
+            raise unknown("sampler", name, SAMPLERS)
+
+    def rows() -> Iterator[Row]:
+        for name in names or SAMPLERS:
+            for case in cases:
+                if case.init != "uniform" and name == "ar":
+                    continue  # AR has no window to fill
+                if name == "jacobi":
+                    if case.init == "uniform":
+                        yield greedy_row(get_sampler(name), case, seed)
+                    continue
+                sampler = configured(get_sampler(name), case)
+                z, speed, tokens = measure(sampler, case, sequences, seed)
+                yield Row(name, case.name, "exact", sequences, z, speed, same_alone(sampler, case, tokens, seed))
+        if mutants:
+            for mutant in MUTANTS:
+                case = next(c for c in CASES if c.name == mutant.case)
+                z, speed, _ = measure(configured(mutant.sampler, case), case, sequences, seed)
+                yield Row(mutant.name, case.name, "mutant", sequences, z, speed, True)
+
+    out = []
+    for row in rows():
+        report(row)
+        out.append(row)
+    return out

@@ -1,0 +1,129 @@
+"""Speed as ratios in one run: each sampler on the same prompts and seeds, in turn, against the same engine's AR loop."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from visar.engine.loop import synchronize
+from visar.errors import VisarError
+from visar.pipelines.base import ImagePipeline
+from visar.pipelines.text_to_image import TextToImagePipeline
+from visar.samplers import Sampler
+
+# Common things in the three styles of the embedded model; the first `images` of them are decoded.
+THINGS = (
+    "red heart", "lion", "green apple", "dog face", "sun", "pizza", "cat", "house", "rocket", "smiling face", "tree",
+    "car", "fish", "crown", "banana", "book", "guitar", "elephant", "star", "umbrella", "cake", "bus",
+)  # fmt: skip
+PROMPTS = tuple(f"{thing}, {style}" for thing in THINGS for style in ("3d", "noto", "flat"))[:64]
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """Medians over repeats. `nfe`: passes per picture at this batch; ratios are against the first sampler."""
+
+    sampler: str
+    exact: bool
+    window: int
+    nfe: float
+    commits_per_pass: float
+    ms_per_pass: float
+    seconds_per_image: float
+    images_per_second: float
+    gb_per_second: float
+    nfe_ratio: float
+    time_ratio: float
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """`bandwidth` in GB/s, read and write, of a large copy on the same device in the same run."""
+
+    device: str
+    dtype: str
+    torch: str
+    threads: int
+    batch: int
+    images: int
+    repeats: int
+    bandwidth: float
+    rows: list[SpeedRow]
+
+
+def bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 5) -> float:
+    """Bytes moved per second by a copy much larger than the caches, in GB/s; the best of several."""
+    source = torch.ones(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() * 4 / best / 1e9
+
+
+def compare(
+    pipe: ImagePipeline,
+    samplers: Mapping[str, Sampler],
+    *,
+    batch: int = 1,
+    images: int = 16,
+    repeats: int = 3,
+    seed: int = 0,
+    **settings: Any,
+) -> SpeedReport:
+    """Decode the same `images` pictures with each sampler, `repeats` times, samplers in turn, after one warm-up each.
+
+    Times are those of decoding: the text encoder and the picture decoder cost the same for all and are left out.
+    """
+    if not samplers:
+        raise VisarError("No sampler was given.")
+    if isinstance(pipe, TextToImagePipeline):
+        conditions: list[Any] = [PROMPTS[i % len(PROMPTS)] for i in range(images)]
+    else:
+        conditions = [i * 37 % pipe.gpt.config.classes for i in range(images)]
+    groups = [conditions[i : i + batch] for i in range(0, images, batch)]
+
+    def once(sampler: Sampler) -> dict[str, float]:
+        stats = [pipe(g, sampler=sampler, seed=seed, output_type="tokens", **settings).stats for g in groups]
+        seconds, passes = sum(s.seconds for s in stats), sum(len(s.passes_per_image) and s.nfe for s in stats)
+        return {
+            "nfe": passes / len(groups),
+            "commits_per_pass": statistics.mean(s.commits_per_pass for s in stats),
+            "ms_per_pass": statistics.median(s.ms_per_pass for s in stats),
+            "seconds_per_image": seconds / images,
+            "images_per_second": images / seconds,
+            "gb_per_second": sum(s.gigabytes for s in stats) / seconds,
+        }
+
+    for sampler in samplers.values():
+        pipe(groups[0], sampler=sampler, seed=seed, output_type="tokens", **settings)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in samplers}
+    for _ in range(repeats):
+        for name, sampler in samplers.items():
+            runs[name].append(once(sampler))
+    medians = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in runs.items()}
+    base = medians[next(iter(samplers))]
+    rows = [
+        SpeedRow(
+            sampler=name, exact=sampler.exact, window=sampler.window, **medians[name],
+            nfe_ratio=medians[name]["nfe"] / base["nfe"],
+            time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"],
+        )
+        for name, sampler in samplers.items()
+    ]  # fmt: skip
+    device = pipe.gpt.device
+    title = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return SpeedReport(
+        title, str(pipe.gpt.dtype).removeprefix("torch."), torch.__version__, torch.get_num_threads(), batch, images,
+        repeats, bandwidth(device), rows,
+    )  # fmt: skip

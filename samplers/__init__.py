@@ -1,0 +1,77 @@
+"""Decoding methods: pure mathematics over a Session. `SAMPLERS` is the table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from visar.errors import VisarError, unknown
+from visar.samplers.autoregressive import Autoregressive
+from visar.samplers.base import Sampler, State
+from visar.samplers.distribution import Target
+from visar.samplers.jacobi import Jacobi, SpeculativeJacobi
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """A row of the table: how to make the sampler, where it was published, and what it needs."""
+
+    name: str
+    make: Callable[[], Sampler]
+    paper: str
+    law: str  # "exact", or in what sense it is not
+    needs: str = "nothing"
+
+    def parameters(self) -> dict[str, Any]:
+        """The sampler's fields and their defaults."""
+        made = self.make()
+        return {f.name: getattr(made, f.name) for f in fields(made)}  # type: ignore[arg-type]
+
+
+SAMPLERS: dict[str, SamplerSpec] = {
+    spec.name: spec
+    for spec in (
+        SamplerSpec("ar", Autoregressive, "sequential sampling, the baseline", "exact"),
+        SamplerSpec(
+            "jacobi", Jacobi, "Song et al. 2021, arXiv:2002.03629", "exact for greedy decoding; does not sample"
+        ),
+        SamplerSpec("sjd", SpeculativeJacobi, "Teng et al. 2024, arXiv:2410.01699", "exact"),
+        SamplerSpec("scd", lambda: SpeculativeJacobi(coupling="maximal"), "MC-SJD / SCD, maximal coupling", "exact"),
+        SamplerSpec("scd-gumbel", lambda: SpeculativeJacobi(coupling="gumbel"), "SCD, Gumbel coupling", "exact"),
+    )
+}
+DEFAULT_SAMPLER = "scd"
+
+
+def get_sampler(sampler: str | Sampler, **parameters: Any) -> Sampler:
+    """A sampler by name, or the one given, with some of its fields replaced; `None` values are ignored.
+
+    Raises `VisarError` for a name not in `SAMPLERS` or a parameter that the sampler does not have.
+    """
+    if isinstance(sampler, str):
+        if sampler not in SAMPLERS:
+            raise unknown("sampler", sampler, SAMPLERS)
+        sampler = SAMPLERS[sampler].make()
+    given = {k: v for k, v in parameters.items() if v is not None}
+    allowed = {f.name for f in fields(sampler)}  # type: ignore[arg-type]
+    for name in given:
+        if name not in allowed:
+            raise VisarError(
+                f"Sampler {sampler.name!r} has no parameter {name!r}; it has {', '.join(sorted(allowed)) or 'none'}."
+            )
+    return replace(sampler, **given) if given else sampler  # type: ignore[type-var]
+
+
+__all__ = [
+    "DEFAULT_SAMPLER",
+    "SAMPLERS",
+    "Autoregressive",
+    "Jacobi",
+    "Sampler",
+    "SamplerSpec",
+    "SpeculativeJacobi",
+    "State",
+    "Target",
+    "get_sampler",
+]

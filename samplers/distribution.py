@@ -1,0 +1,67 @@
+"""The target distribution, defined once: forced tokens -> temperature -> top-k -> top-p -> softmax in fp32.
+
+Guidance comes before all of these; the Session applies it. AR samples from this law, every verifier tests against it,
+and residuals of it are never warped a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visar.errors import VisarError
+
+
+@dataclass(frozen=True)
+class Target:
+    """How logits become the law that is sampled.
+
+    `top_k` 0 keeps all tokens; ties with the k-th are kept. `top_p` drops what comes after the token at which the
+    cumulative probability passes it. `forced` [length], long, fixes the tokens at its non-negative entries.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    forced: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise VisarError(f"Temperature must be above 0, not {self.temperature}; for greedy decoding use top_k 1.")
+        if self.top_k < 0:
+            raise VisarError(f"top_k must be 0 (all tokens) or above, not {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise VisarError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+
+    def probs(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """The law [B, W, V], fp32, for guided logits [B, W, V] at absolute positions [B, W]."""
+        x = logits.float() / self.temperature
+        if 0 < self.top_k < x.shape[-1]:
+            x = x.masked_fill(x < x.topk(self.top_k).values[..., -1:], -torch.inf)
+        p = x.softmax(-1)
+        if self.top_p < 1:
+            p = _nucleus(p, self.top_p)
+        if self.forced is not None:
+            token = self.forced_at(positions)
+            p = torch.where((token >= 0)[..., None], F.one_hot(token.clamp_min(0), p.shape[-1]).to(p.dtype), p)
+        return p
+
+    def forced_at(self, positions: Tensor) -> Tensor:
+        """The forced tokens [B, W] at positions [B, W], -1 where the position is free."""
+        if self.forced is None:
+            return torch.full_like(positions, -1)
+        return self.forced[positions.clamp_max(len(self.forced) - 1)]
+
+
+def _nucleus(p: Tensor, top_p: float) -> Tensor:
+    """Keep the largest probabilities up to and with the one that passes `top_p`, renormalised.
+
+    The sort is stable, so that equal logits give equal laws in whatever window they were computed.
+    """
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
+    dropped = ordered.cumsum(-1) - ordered > top_p
+    p = p.masked_fill(dropped.gather(-1, order.argsort(-1)), 0.0)
+    return p / p.sum(-1, keepdim=True)

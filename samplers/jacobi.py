@@ -1,0 +1,148 @@
+"""The Jacobi family: greedy Jacobi decoding, speculative Jacobi decoding, and its coupled variants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from visar.engine.rng import Noise, Purpose
+from visar.engine.session import Session
+from visar.errors import VisarError
+from visar.samplers.base import State
+from visar.samplers.distribution import Target
+from visar.samplers.verification import (
+    Coins,
+    Verdict,
+    verify_greedy,
+    verify_gumbel,
+    verify_independent,
+    verify_maximal,
+)
+from visar.samplers.windows import Init, initial_drafts, shift
+
+Coupling = Literal["independent", "maximal", "gumbel"]
+RULES = {"independent": verify_independent, "maximal": verify_maximal, "gumbel": verify_gumbel}
+NAMES = {"independent": "sjd", "maximal": "scd", "gumbel": "scd-gumbel"}
+
+
+def check_window(window: int) -> None:
+    if window < 2:
+        raise VisarError(f"The window must be 2 or more tokens, not {window}; for one token per pass use sampler 'ar'.")
+
+
+@dataclass(frozen=True)
+class SpeculativeJacobi:
+    """Speculative Jacobi decoding (SJD, Teng et al. 2024, arXiv:2410.01699) and its coupled forms (MC-SJD / SCD).
+
+    `window` is W, the inputs of a pass, of which W - 1 are drafts. `coupling` says how a draft behind a rejection
+    follows its predecessor: "independent" draws it anew (SJD), "maximal" and "gumbel" make the two coincide as often
+    as they can. `init` is the law of a position that enters the window (see `visar.samplers.windows`); "above"
+    needs `grid`, the cells in a row of the picture, which the pipelines fill in. All of them are exact.
+    """
+
+    window: int = 16
+    coupling: Coupling = "independent"
+    init: Init = "uniform"
+    grid: int = 0
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_window(self.window)
+        if self.coupling not in RULES:
+            raise VisarError(f"Unknown coupling {self.coupling!r}; known: {', '.join(RULES)}.")
+        if self.init == "above" and self.grid < 0:
+            raise VisarError(f"grid must not be negative, not {self.grid}.")
+        if self.init not in get_args(Init):
+            raise VisarError(f"Unknown init {self.init!r}; known: {', '.join(get_args(Init))}.")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return NAMES[self.coupling]
+
+    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+        state = State.empty(session, target, noise, self.window)
+        at = session.positions(self.window - 1)
+        drafts, state.laws = initial_drafts(
+            self.init,
+            self.grid,
+            state,
+            at,
+            session.vocab,
+            known=session.lengths,
+            last_law=None,
+            shared=self._race(session, state, at),
+        )
+        state.tokens.scatter_(1, at, drafts)
+        return state
+
+    def step(self, session: Session, state: State) -> None:
+        window = self.window
+        at = session.positions(window)
+        inputs = state.inputs(session, window)
+        p = state.target.probs(session.forward(inputs), at)
+        coins = Coins(
+            state.noise.uniform(Purpose.ACCEPT, at, state.passes),
+            state.noise.uniform(Purpose.DRAW, at, state.passes),
+            self._race(session, state, at),
+        )
+        verdict = self.verify(p, state.laws, inputs[:, 1:], coins, state)
+        end = at[:, -1] + 1  # the first position that this pass says nothing about
+        count = state.commit(session, verdict.tokens, verdict.accepted)
+        new = session.positions(window - 1)
+        drafts, laws = initial_drafts(
+            self.init,
+            self.grid,
+            state,
+            new,
+            session.vocab,
+            known=end,
+            last_law=p[:, -1:],
+            shared=self._race(session, state, new),
+        )
+        fresh = new >= end[:, None]
+        state.laws = torch.where(fresh[..., None], laws, shift(self.next_laws(p, state.laws, verdict, inputs), count))
+        state.tokens.scatter_(1, new, torch.where(fresh, drafts, state.tokens.gather(1, new)))
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+        """The rule of this coupling; a method so that `visar verify` can plant mistakes in it."""
+        return RULES[self.coupling](p, q, drafts, coins)
+
+    def next_laws(self, p: Tensor, q: Tensor, verdict: Verdict, inputs: Tensor) -> Tensor:
+        """The laws [B, W, V] of the window's tokens after a pass: p for all of them, kept or not."""
+        return p
+
+    def _race(self, session: Session, state: State, at: Tensor) -> Tensor | None:
+        if self.coupling != "gumbel":
+            return None
+        return state.noise.exponential(Purpose.SHARED, at, 0, session.vocab)
+
+
+@dataclass(frozen=True)
+class Jacobi:
+    """Greedy Jacobi decoding (Song et al. 2021, arXiv:2002.03629): the fixed point of argmax on a window.
+
+    It gives the picture that greedy AR decoding gives, whatever the temperature; it does not sample.
+    """
+
+    window: int = 16
+    name: ClassVar[str] = "jacobi"
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_window(self.window)
+
+    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+        return State.empty(session, target, noise, self.window)
+
+    def step(self, session: Session, state: State) -> None:
+        inputs = state.inputs(session, self.window)
+        p = state.target.probs(session.forward(inputs), session.positions(self.window))
+        verdict = verify_greedy(p, inputs[:, 1:])
+        end = session.positions(self.window)[:, -1:] + 1
+        state.commit(session, *verdict)
+        # A position that enters the window repeats the last known token.
+        new = session.positions(self.window - 1)
+        state.tokens.scatter_(1, new, torch.where(new >= end, verdict.tokens[:, -1:], state.tokens.gather(1, new)))

@@ -1,0 +1,127 @@
+"""Verification of drafted chains: pure functions on tensors, `(p, q, drafts, noise) -> (tokens, accepted)`.
+
+A window of W inputs gives the target laws p [B, W, V] and tests W - 1 drafts d [B, W-1] against the laws q [B, W-1, V]
+that they were really drawn from. All rules here are exact: the committed tokens follow p whatever q is, if
+
+1. every draft has the stored law q, given what happened at earlier positions;
+2. the coin and the residual draw at a position are fresh;
+3. whether a position is committed never depends on later positions;
+4. p is a function of the position and its prefix alone.
+
+The rules differ only in what becomes of the drafts behind the first rejection. All of them return the tokens
+[B, W] of the whole window, the first `accepted` + 1 of which are committed; the others are the next drafts, and
+their law is p. Proof: Leviathan et al. 2023 (arXiv:2211.17192) per position, and the chain rule.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EQUAL = 1e-7  # a residual with less mass than this means that p and q are one law
+
+
+class Coins(NamedTuple):
+    """Noise of one pass: `accept` and `draw` [B, W], uniform in (0, 1), float64; `race` [B, W, V], Exp(1)."""
+
+    accept: Tensor
+    draw: Tensor
+    race: Tensor | None = None
+
+
+class Verdict(NamedTuple):
+    """`tokens` [B, W] of the window after the test; the drafts before position `accepted` [B] stood."""
+
+    tokens: Tensor
+    accepted: Tensor
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """Tokens [...] by inverse CDF from unnormalised weights [..., V], with one uniform [...] each.
+
+    The sums are in float64, so that a law over 200,000 tokens keeps its tail.
+    """
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    at = torch.searchsorted(cdf, (u.to(cdf.dtype) * cdf[..., -1]).unsqueeze(-1), right=True).squeeze(-1)
+    return at.clamp_max(weights.shape[-1] - 1)
+
+
+def race(p: Tensor, e: Tensor) -> Tensor:
+    """Tokens [...] drawn from p [..., V] by the exponential race argmax p/e: the Gumbel-max trick without logs."""
+    return (p / e).argmax(-1)
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """Unnormalised (p - q)+ [..., V]; where there is next to none of it, p."""
+    r = (p - q).clamp_min(0)
+    return torch.where(r.sum(-1, keepdim=True) < EQUAL, p, r)
+
+
+def keeps(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> Tensor:
+    """The acceptance test u q(d) < p(d), [B, W-1] bool, for laws [B, W-1, V] and uniforms [B, W-1]."""
+    at = drafts.unsqueeze(-1)
+    return u * q.gather(-1, at).squeeze(-1).double() < p.gather(-1, at).squeeze(-1).double()
+
+
+def leading(kept: Tensor) -> Tensor:
+    """How many drafts stand before the first that does not, [B], for kept [B, W-1]."""
+    return kept.long().cumprod(-1).sum(-1)
+
+
+def _columns(kept: Tensor) -> Tensor:
+    return torch.arange(kept.shape[1] + 1, device=kept.device)
+
+
+def verify_independent(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+    """Speculative Jacobi decoding (Teng et al. 2024, arXiv:2410.01699): drafts behind a rejection are drawn anew."""
+    kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
+    accepted = leading(kept)
+    column, first = _columns(kept), accepted[:, None]
+    # One draw serves all columns: from the residual at the first rejection, from p behind it.
+    rejected = (column == first)[:, :-1, None]
+    weights = torch.cat([torch.where(rejected, residual(p[:, :-1], q), p[:, :-1]), p[:, -1:]], dim=1)
+    fresh = draw(weights, coins.draw)
+    tokens = torch.where(column < first, _padded(drafts), fresh)
+    return Verdict(tokens, accepted)
+
+
+def verify_maximal(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+    """Coupled speculative Jacobi decoding, maximal coupling (MC-SJD): every draft is tested, also behind a rejection.
+
+    A draft behind the first rejection becomes a sample of p that equals the old draft as often as possible.
+    """
+    kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
+    fresh = draw(torch.cat([residual(p[:, :-1], q), p[:, -1:]], dim=1), coins.draw)
+    tokens = torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1)
+    return Verdict(tokens, leading(kept))
+
+
+def verify_gumbel(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+    """Coupled speculative Jacobi decoding, Gumbel coupling: all drafts of one position share the race of `coins.race`.
+
+    The residual is drawn with fresh noise; it must not see the race that made the draft.
+    """
+    assert coins.race is not None
+    kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
+    accepted = leading(kept)
+    column, first = _columns(kept), accepted[:, None]
+    shared = race(p, coins.race)
+    # The residual is needed in one column of each row only.
+    at = accepted.clamp_max(q.shape[1] - 1)
+    rows = torch.arange(len(p), device=p.device)
+    fix = draw(residual(p[rows, at], q[rows, at]), coins.draw[rows, at])
+    tokens = torch.where(column < first, _padded(drafts), shared)
+    rejected = (column == first) & (column < q.shape[1])
+    return Verdict(torch.where(rejected, fix[:, None], tokens), accepted)
+
+
+def verify_greedy(p: Tensor, drafts: Tensor) -> Verdict:
+    """Jacobi decoding (Song et al. 2021, arXiv:2002.03629): drafts stand while they equal the argmax of p."""
+    best = p.argmax(-1)
+    return Verdict(best, leading(best[:, :-1] == drafts))
+
+
+def _padded(drafts: Tensor) -> Tensor:
+    return torch.cat([drafts, drafts[:, :1]], dim=1)

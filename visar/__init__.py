@@ -1,0 +1,41 @@
+"""visar: fast decoding of image autoregressive models, with proof of what each speed-up does to the picture."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from visar.errors import VisarError
+    from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
+    from visar.samplers import SAMPLERS, Autoregressive, Jacobi, SpeculativeJacobi
+
+# Nothing heavy is imported before it is asked for.
+_HOMES = {
+    "ClassToImagePipeline": "visar.pipelines",
+    "TextToImagePipeline": "visar.pipelines",
+    "SAMPLERS": "visar.samplers",
+    "Autoregressive": "visar.samplers",
+    "Jacobi": "visar.samplers",
+    "SpeculativeJacobi": "visar.samplers",
+    "VisarError": "visar.errors",
+}
+
+__all__ = [
+    "SAMPLERS",
+    "Autoregressive",
+    "ClassToImagePipeline",
+    "Jacobi",
+    "SpeculativeJacobi",
+    "TextToImagePipeline",
+    "VisarError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'visar' has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""`python -m visar`."""
+
+import sys
+
+from visar.cli import main
+
+sys.exit(main())

@@ -1,0 +1,145 @@
+"""The options of every subcommand, and which function runs it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+Commands = Any  # argparse keeps the type of its subparsers to itself
+
+
+def _runner(module: str, function: str) -> Callable[[argparse.Namespace], int]:
+    return lambda options: getattr(importlib.import_module(f"visar.cli.{module}"), function)(options)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--model", default="icons", metavar="NAME|PATH", help="a name of `visar models`, a folder, or a hub id"
+    )
+    p.add_argument("--vq", metavar="FILE", help="tokenizer file, when --model is a published .pt file")
+    p.add_argument("--text-encoder", metavar="PATH", help="folder or hub id of FLAN-T5-XL, for a published text model")
+    p.add_argument("--image-size", type=int, metavar="PX", help="pixels, for a published .pt file")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16"
+    )
+
+
+def _sampling_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--guidance-scale", type=float, metavar="S", help="default: the model's own")
+    p.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    p.add_argument("--top-k", type=int, metavar="K", help="0 keeps all tokens; default: the model's own")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    p.add_argument("--window", type=int, metavar="W", help="tokens per pass of a window sampler")
+
+
+def generate(commands: Commands) -> None:
+    p = commands.add_parser("generate", help="make pictures from prompts or classes")
+    p.add_argument("prompt", nargs="*", help='for example "a red heart, 3d"')
+    p.add_argument(
+        "--class", dest="classes", type=int, action="append", metavar="ID", help="ImageNet class; repeatable"
+    )
+    p.add_argument("--sampler", metavar="S", help="a name of `visar samplers`")
+    p.add_argument("-n", "--num-images", type=int, default=1, metavar="N", help="pictures per prompt")
+    p.add_argument("-o", "--output", metavar="PATH", help="a .png file, or a folder (default: the current one)")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    _model_options(p)
+    _sampling_options(p)
+    p.set_defaults(run=_runner("generate", "generate"))
+
+
+def models(commands: Commands) -> None:
+    p = commands.add_parser("models", help="list the models")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_runner("tables", "models"))
+
+
+def samplers(commands: Commands) -> None:
+    p = commands.add_parser("samplers", help="list the samplers")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_runner("tables", "samplers"))
+
+
+def verify(commands: Commands) -> None:
+    p = commands.add_parser("verify", help="prove on enumerable models that the exact samplers are exact")
+    p.add_argument("--sampler", metavar="NAMES", type=_names, help="only these, separated by commas")
+    p.add_argument("--sequences", type=int, default=131072, help="sequences per row of the table (default: 131072)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--no-mutants", action="store_true", help="leave out the planted mistakes")
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(run=_runner("verify", "verify"))
+
+
+def bench(commands: Commands) -> None:
+    p = commands.add_parser("bench", help="measure passes and time per pass, all samplers in one run")
+    p.add_argument("--samplers", type=_names, default=["ar", "sjd", "scd"], metavar="NAMES", help="separated by commas")
+    p.add_argument("--batch", type=int, default=1, help="pictures decoded at once (default: 1)")
+    p.add_argument("--images", type=int, default=16, help="pictures per sampler and repeat (default: 16)")
+    p.add_argument("--repeats", type=int, default=3, help="medians are over these (default: 3)")
+    p.add_argument("--json", metavar="PATH", help="also write the figures to this file")
+    _model_options(p)
+    _sampling_options(p)
+    p.set_defaults(run=_runner("bench", "bench"))
+
+
+def train(commands: Commands) -> None:
+    p = commands.add_parser("train", help="train a tokenizer or a model on a folder of captioned pictures")
+    kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND")
+
+    pictures = kinds.add_parser("pictures", help="rebuild the picture set of `icons` from licensed packages")
+    pictures.add_argument("--out", required=True)
+    pictures.add_argument("--size", type=int, default=128)
+    pictures.add_argument("--styles", type=_names, default=[])
+    pictures.add_argument("--tones", action="store_true", help="with skin tones")
+    pictures.add_argument("--flags", action="store_true", help="with flags")
+    pictures.set_defaults(run=_runner("train", "pictures"))
+
+    words = kinds.add_parser("words", help="make the word table of the text encoder")
+    words.add_argument("--data", required=True)
+    words.add_argument("--out", required=True)
+    words.set_defaults(run=_runner("train", "words"))
+
+    tokenizer = kinds.add_parser("tokenizer", help="train a VQ tokenizer")
+    _training_options(tokenizer, minutes=21, batch=16, lr=1.5e-3)
+    tokenizer.set_defaults(run=_runner("train", "tokenizer"))
+
+    ar = kinds.add_parser("ar", help="train a text-conditional GPT on a tokenizer's tokens")
+    _training_options(ar, minutes=75, batch=32, lr=2.5e-3)
+    ar.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the `vq` folder of a tokenizer run")
+    ar.add_argument("--words", required=True, metavar="FOLDER", help="the folder of `visar train words`")
+    ar.add_argument("--dim", type=int, default=256)
+    ar.add_argument("--layers", type=int, default=6)
+    ar.add_argument("--heads", type=int, default=4)
+    ar.add_argument("--ffn", type=int, default=768)
+    ar.set_defaults(run=_runner("train", "ar"))
+
+    assemble = kinds.add_parser("assemble", help="put a tokenizer, a GPT and a word table together as a pipeline")
+    assemble.add_argument("--gpt", required=True, metavar="FOLDER")
+    assemble.add_argument("--tokenizer", required=True, metavar="FOLDER")
+    assemble.add_argument("--words", required=True, metavar="FOLDER")
+    assemble.add_argument("--guidance-scale", type=float, default=3.0)
+    assemble.add_argument("--top-k", type=int, default=0)
+    assemble.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    assemble.add_argument("--out", required=True)
+    assemble.set_defaults(run=_runner("train", "assemble"))
+
+
+def _training_options(p: argparse.ArgumentParser, minutes: float, batch: int, lr: float) -> None:
+    p.add_argument("--data", required=True, help="folder or zip of captioned pictures")
+    p.add_argument("--out", required=True, help="run folder; a run started again there goes on")
+    p.add_argument("--size", type=int, default=64, help="pixels (default: 64)")
+    p.add_argument("--styles", type=_names, default=[], help="only these styles, separated by commas")
+    p.add_argument("--without-groups", type=_names, default=[], help="leave out these groups")
+    p.add_argument("--minutes", type=float, default=minutes)
+    p.add_argument("--batch", type=int, default=batch)
+    p.add_argument("--lr", type=float, default=lr)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--no-compile", action="store_true")

@@ -1,0 +1,68 @@
+"""`visar generate`: pictures from prompts or classes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from visar.cli.common import load_pipeline
+from visar.errors import VisarError
+from visar.files import replacing, writable_folder
+
+
+def output_paths(output: str | None, names: list[str]) -> list[Path]:
+    """Where the pictures go: the given .png file (numbered if there are several), or files named after the prompts.
+
+    The folder is made and tried first, so that nothing is computed that cannot be saved.
+    """
+    path = Path(output or ".")
+    if path.suffix:
+        if path.suffix.lower() != ".png":
+            raise VisarError(f"Pictures are written as .png, not {path.suffix}; give a .png file or a folder.")
+        writable_folder(path.parent)
+        return [path if len(names) == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(len(names))]
+    folder = writable_folder(path)
+    stems = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "picture" for name in names]
+    out = []
+    for i, stem in enumerate(stems):
+        number = stems[:i].count(stem)
+        out.append(folder / f"{stem}{f'-{number}' if number else ''}.png")
+    return out
+
+
+def generate(options: argparse.Namespace) -> int:
+    prompts, classes = options.prompt, options.classes
+    if bool(prompts) == bool(classes):
+        raise VisarError("Give either prompts or --class IDs.")
+    if any(not p.strip() for p in prompts):
+        raise VisarError("The prompt is empty; give at least one word.")
+    if options.num_images < 1:
+        raise VisarError(f"-n must be 1 or more, not {options.num_images}.")
+    names = [n for n in (prompts or [f"class {c}" for c in classes]) for _ in range(options.num_images)]
+    from visar.samplers import DEFAULT_SAMPLER, Target, get_sampler
+
+    # Everything that can be wrong is checked before the weights are read.
+    get_sampler(options.sampler or DEFAULT_SAMPLER, window=options.window)
+    Target(options.temperature, options.top_k or 0, options.top_p)
+    paths = output_paths(options.output, names)
+    pipe = load_pipeline(options, classes=bool(classes))
+    pipe.set_progress_bar_config(disable=options.json or not sys.stderr.isatty())
+    out = pipe(
+        classes or prompts,
+        sampler=options.sampler, window=options.window, num_images_per_prompt=options.num_images, seed=options.seed,
+        guidance_scale=options.guidance_scale, temperature=options.temperature, top_k=options.top_k,
+        top_p=options.top_p,
+    )  # fmt: skip
+    for image, path in zip(out.images, paths, strict=True):
+        with replacing(path) as temporary:
+            image.save(temporary)
+    if options.json:
+        print(json.dumps(out.stats.to_dict() | {"images": [str(p) for p in paths]}))
+    else:
+        for path in paths:
+            print(path)
+        print(out.stats)
+    return 0

@@ -1,0 +1,49 @@
+"""`visar models` and `visar samplers`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from visar.cli.common import table
+
+
+def models(options: argparse.Namespace) -> int:
+    from visar.models.specs import MODELS
+
+    rows = [
+        {
+            "name": m.name,
+            "condition": m.condition,
+            "pixels": list(m.pixels),
+            "weights": "embedded" if m.folder else f"{m.files[0].hub}: {', '.join(f.name for f in m.files)}",
+            "title": m.title,
+        }
+        for m in MODELS.values()
+    ]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print(table(
+            ("NAME", "CONDITION", "PIXELS", "WEIGHTS"),
+            [(r["name"], r["condition"], "/".join(map(str, r["pixels"])), r["weights"]) for r in rows],
+        ))  # fmt: skip
+    return 0
+
+
+def samplers(options: argparse.Namespace) -> int:
+    from visar.samplers import DEFAULT_SAMPLER, SAMPLERS
+
+    rows = [
+        {"name": s.name, "default": s.name == DEFAULT_SAMPLER, "law": s.law, "needs": s.needs, "paper": s.paper,
+         "parameters": s.parameters()}
+        for s in SAMPLERS.values()
+    ]  # fmt: skip
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print(table(
+            ("NAME", "LAW", "NEEDS", "PAPER"),
+            [(r["name"] + (" (default)" if r["default"] else ""), r["law"], r["needs"], r["paper"]) for r in rows],
+        ))  # fmt: skip
+    return 0

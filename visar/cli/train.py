@@ -1,0 +1,98 @@
+"""`visar train pictures | words | tokenizer | ar | assemble`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from visar.cli.common import device_of
+from visar.errors import VisarError
+from visar.files import writable_folder
+
+
+def pictures(options: argparse.Namespace) -> int:
+    from visar.training.pictures import build_pictures
+
+    count = build_pictures(
+        Path(options.out), options.size, tuple(options.styles), tones=options.tones, flags=options.flags
+    )
+    print(f"{count} pictures in {options.out}")
+    return 0
+
+
+def words(options: argparse.Namespace) -> int:
+    from visar.training.data import PictureSet
+    from visar.training.words import build_word_encoder
+
+    data = PictureSet(options.data)
+    texts = [t for r in data.records for t in (r.caption, " ".join(r.tags), r.style)]
+    encoder = build_word_encoder(texts)
+    encoder.save_pretrained(options.out)
+    print(f"{len(encoder.words)} words in {options.out}")
+    return 0
+
+
+def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
+    """The picture set and the training configuration that the options ask for."""
+    from visar.training.data import PictureSet
+    from visar.training.loop import TrainConfig
+
+    if options.minutes <= 0 or options.batch < 1 or options.size < 8 or options.lr <= 0:
+        raise VisarError("--minutes and --lr must be above 0, --batch 1 or more, and --size 8 or more.")
+    data = PictureSet(options.data, tuple(options.styles), tuple(options.without_groups))
+    config = TrainConfig(
+        out=writable_folder(options.out), minutes=options.minutes, batch=options.batch, lr=options.lr,
+        seed=options.seed, compile=not options.no_compile, device=str(device_of(options.device)), **extra,
+    )  # fmt: skip
+    print(f"{len(data.records)} pictures, {len(data.indices('train'))} for training", file=sys.stderr)
+    return data, config
+
+
+def tokenizer(options: argparse.Namespace) -> int:
+    from visar.training.tokenizer import train_tokenizer
+
+    data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
+    train_tokenizer(data, options.size, config)
+    return 0
+
+
+def ar(options: argparse.Namespace) -> int:
+    from visar.models.vq import VQModel
+    from visar.models.words import WordEncoder
+    from visar.training.ar import train_ar
+
+    if options.dim % options.heads or options.dim // options.heads % 4:
+        raise VisarError("--dim must be a multiple of --heads, and their ratio a multiple of 4.")
+    data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
+    vq = VQModel.from_pretrained(_folder(options.tokenizer), low_cpu_mem_usage=False).eval()
+    encoder = WordEncoder.from_pretrained(_folder(options.words))
+    train_ar(data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn)
+    return 0
+
+
+def assemble(options: argparse.Namespace) -> int:
+    import torch
+
+    from visar.models.llamagen import LlamaGen
+    from visar.models.vq import VQModel
+    from visar.models.words import WordEncoder
+    from visar.pipelines import TextToImagePipeline
+
+    dtype = getattr(torch, options.dtype)
+    pipe = TextToImagePipeline(
+        LlamaGen.from_pretrained(_folder(options.gpt), low_cpu_mem_usage=False).to(dtype),
+        VQModel.from_pretrained(_folder(options.tokenizer), low_cpu_mem_usage=False).to(dtype),
+        WordEncoder.from_pretrained(_folder(options.words)),
+        guidance_scale=options.guidance_scale, top_k=options.top_k,
+    )  # fmt: skip
+    pipe.save_pretrained(options.out)
+    print(options.out)
+    return 0
+
+
+def _folder(path: str) -> Path:
+    if not (Path(path) / "config.json").exists():
+        raise VisarError(f"{path} is not a saved component: it has no config.json.")
+    return Path(path)

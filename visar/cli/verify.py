@@ -1,0 +1,35 @@
+"""`visar verify`: the exactness proof as a table; exit code 1 if a row fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from visar.errors import VisarError
+
+
+def verify(options: argparse.Namespace) -> int:
+    from visar.eval.exactness import EXACT_LIMIT, MUTANT_LIMIT, Row
+    from visar.eval.exactness import verify as prove
+
+    if options.sequences < 1024:
+        raise VisarError(f"--sequences must be 1024 or more for the test to mean something, not {options.sequences}.")
+
+    def line(row: Row) -> None:
+        if not options.json:
+            verdict = ("caught" if row.kind == "mutant" else "exact") if row.passed else "FAILED"
+            print(f"{row.sampler:26}  {row.case:22}  {row.z:8.1f}  {row.tokens_per_pass:11.2f}  {verdict}", flush=True)
+
+    if not options.json:
+        print(f"{'SAMPLER':26}  {'CASE':22}  {'z':>8}  TOKENS/PASS  VERDICT")
+    rows = prove(options.sampler, options.sequences, options.seed, not options.no_mutants, report=line)
+    good = all(row.passed for row in rows)
+    if options.json:
+        print(json.dumps([asdict(r) | {"passed": r.passed} for r in rows], indent=2))
+    else:
+        print(
+            f"Joint law over all sequences, chi-square z; exact: |z| < {EXACT_LIMIT:g} and the same tokens in "
+            f"batches of 1, 8 and all; planted mistakes: |z| > {MUTANT_LIMIT:g}. {'All rows pass.' if good else 'SOME ROWS FAIL.'}"
+        )
+    return 0 if good else 1

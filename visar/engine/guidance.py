@@ -1,0 +1,31 @@
+"""Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) with LlamaGen's interval, by absolute position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Logits u + scale (c - u). With `interval` >= 0 only the tokens 0..interval + 1 are guided, the rest follow c.
+
+    That off-by-one is the reference's: it counts decoding steps, and the first token is drawn before step 0.
+    """
+
+    scale: float = 1.0
+    interval: int = -1
+
+    @property
+    def active(self) -> bool:
+        """Whether an unconditional half is needed at all."""
+        return self.scale != 1.0
+
+    def combine(self, cond: Tensor, uncond: Tensor, positions: Tensor) -> Tensor:
+        """Guided logits [B, W, V] for logits of both halves and the absolute positions [B, W] they predict."""
+        guided = uncond + self.scale * (cond - uncond)
+        if self.interval < 0:
+            return guided
+        return torch.where((positions <= self.interval + 1).unsqueeze(-1), guided, cond)

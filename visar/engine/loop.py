@@ -1,0 +1,59 @@
+"""The loop that runs a sampler's steps until every row is done, and what it measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from visar.engine.rng import Noise
+from visar.engine.session import Session
+
+if TYPE_CHECKING:
+    from visar.samplers.base import Sampler, State
+    from visar.samplers.distribution import Target
+
+# (passes so far, tokens [B, N] with drafts behind the committed ones, committed lengths [B])
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+class Decoded(NamedTuple):
+    """`tokens` [B, N]; `commit_pass` [B, N], the pass that committed each; `passes` run; `seconds` they took."""
+
+    tokens: Tensor
+    commit_pass: Tensor
+    passes: int
+    seconds: float
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next to this means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
+def decode(
+    session: Session, sampler: Sampler, target: Target, noise: Noise, callback: Callback | None = None
+) -> Decoded:
+    """Run `sampler` on a fresh session. On a GPU the host looks whether all rows are done every few passes only."""
+    every = 1 if session.device.type == "cpu" or callback else 4
+    fewest = -(-session.length // sampler.window)
+    synchronize(session.device)
+    start = time.perf_counter()
+    state: State = sampler.begin(session, target, noise)
+    passes = 0
+    while True:
+        sampler.step(session, state)
+        passes += 1
+        if callback is not None:
+            callback(passes, state.tokens[:, : session.length], session.lengths)
+        if passes >= fewest and (passes - fewest) % every == 0 and bool((session.lengths >= session.length).all()):
+            break
+    synchronize(session.device)
+    seconds = time.perf_counter() - start
+    length = session.length
+    return Decoded(state.tokens[:, :length].clone(), state.commit_pass[:, :length].clone(), passes, seconds)

@@ -1,0 +1,56 @@
+"""Counter-based noise: a pure function of (seed, image, position, pass, purpose), never of the order of calls.
+
+The same seed gives the same image whatever the batch, the rank or the restart. The noise is computed on the device
+from a pass counter that lives there, so a captured graph replays it with fresh values.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from visar.kernels.philox import philox
+
+_MASK = 0xFFFFFFFF
+IMAGES = 2**24
+
+
+class Purpose(IntEnum):
+    """What a random number is for. Numbers of different purposes are independent."""
+
+    DRAW = 1  # a token from a law: of the target, or of a residual
+    ACCEPT = 2  # the coin of an acceptance test
+    INIT = 3  # a draft for a position that enters the window
+    SHARED = 4  # the race that all drafts of one position share (Gumbel coupling)
+
+
+class Noise:
+    """Noise for the rows of a batch.
+
+    `seed` is any integer of 64 bits; `images` [B] are the rows' image indices, below 2**24.
+    """
+
+    def __init__(self, seed: int, images: Tensor):
+        self.key = (seed & _MASK, seed >> 32 & _MASK)
+        self.images = images.long()
+
+    def _words(
+        self, purpose: Purpose, positions: Tensor, passes: Tensor | int, lane: Tensor | int
+    ) -> tuple[Tensor, ...]:
+        image = self.images.view(-1, *(1 for _ in positions.shape[1:])) * 256 + int(purpose)
+        zero = torch.zeros_like(positions)
+        return philox(self.key, (zero + lane, positions & _MASK, zero + passes, zero + image))
+
+    def uniform(self, purpose: Purpose, positions: Tensor, passes: Tensor | int) -> Tensor:
+        """One uniform of 52 bits per position [B, W], float64, never 0 and never 1."""
+        high, low, _, _ = self._words(purpose, positions, passes, 0)
+        return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
+
+    def exponential(self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int) -> Tensor:
+        """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]: argmin of E/p over tokens is a draw from p."""
+        lanes = torch.arange((vocab + 3) // 4, device=positions.device)
+        words = self._words(purpose, positions[..., None].expand(*positions.shape, len(lanes)), passes, lanes)
+        u = ((torch.stack(words, -1).flatten(-2)[..., :vocab].double() + 0.5) * 2.0**-32).float()
+        return -torch.log1p(-u.clamp_max(1 - 2.0**-24))

@@ -1,0 +1,18 @@
+"""The error a user can cause: one clear sentence, and exit code 2 on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class VisarError(ValueError):
+    """Bad input. The message says what was wrong and what is allowed."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> VisarError:
+    """The error for a name that is not in a table, with the closest name that is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return VisarError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -1,0 +1,35 @@
+"""Files that are either whole or not there: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from visar.errors import VisarError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path in the folder of `path`; it becomes `path` if the block succeeds, and vanishes if not."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def writable_folder(path: str | Path) -> Path:
+    """The folder `path`, made if need be; a `VisarError` if nothing can be written there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".visar.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise VisarError(f"Cannot write to folder {folder}: {error.strerror or error}.") from error
+    return folder

@@ -1,0 +1,1 @@
+"""Model families: weights and arithmetic, nothing of samplers, caches or guidance."""

@@ -1,0 +1,187 @@
+"""Load the published LlamaGen files (Sun et al. 2024, arXiv:2406.06525), GPT and VQ tokenizer, unchanged.
+
+Every size is read from the shapes of the tensors, so files of other sizes with the same keys load as well. Modules are
+built without memory and take over the tensors that were read, so the largest model needs its weights' memory once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from visar.errors import VisarError
+from visar.models.llamagen import LlamaGen
+from visar.models.specs import match_heads, published_grid
+from visar.models.vq import VQConfig, VQModel
+
+NESTINGS = ("model", "module", "state_dict")
+PREFIXES = ("module.", "_orig_mod.")
+DEFAULT_GRID = 16
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_state(path: str | Path, *, ema: bool = False, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
+    """Tensors by key of a `.pt`, `.pth` or `.safetensors` file, on the CPU, in memory of their own.
+
+    The weights may be the file itself or lie under `model`, `module` or `state_dict`, or under `ema` if that is asked
+    for. Prefixes that wrappers add to all keys are removed, and so are tables and caches that are no weights.
+    Floating-point tensors are converted to `dtype`; None keeps what the file has.
+
+    Raises `VisarError` for a file that cannot be read, holds no weights, or holds a NaN or an infinity.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VisarError(f"There is no weights file {path}.")
+    weights = _nested(_read(path), path, ema)
+    state: dict[str, Tensor] = {}
+    for key, value in _without_prefix(weights).items():
+        if not isinstance(value, Tensor):
+            raise VisarError(f"{path} holds {key!r}, which is not a tensor: it is not a file of weights.")
+        if _stale(key):
+            continue
+        if value.is_floating_point() and not value.isfinite().all():
+            raise VisarError(f"Tensor {key!r} of {path} holds a NaN or an infinity.")
+        state[key] = value.to(dtype=dtype if value.is_floating_point() else None, copy=True)
+    return state
+
+
+def load_gpt(
+    path: str | Path,
+    *,
+    grid: int | None = None,
+    num_heads: int | None = None,
+    ema: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> LlamaGen:
+    """The GPT of a published file, in evaluation mode and without gradients, on the CPU.
+
+    `grid` is the number of tokens along one side; by default that of the published file of this name, else 16. The
+    weights do not depend on it. `num_heads` is needed only for sizes that were never published.
+
+    Raises `VisarError` as `load_state` does, and for a tensor that is missing, superfluous or of another shape.
+    """
+    path = Path(path)
+    state = load_state(path, ema=ema, dtype=dtype)
+    arguments = gpt_config(state, path, num_heads=num_heads)
+    grid = grid or published_grid(path.name) or DEFAULT_GRID
+    with torch.device("meta"):
+        gpt = LlamaGen(**arguments, grid=grid)
+    return _fill(gpt, state, path)
+
+
+def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.float32) -> VQModel:
+    """The VQ tokenizer of a published file, in evaluation mode and without gradients, on the CPU.
+
+    Raises `VisarError` as `load_gpt` does.
+    """
+    state = load_state(path, ema=ema, dtype=dtype)
+    try:
+        c = VQConfig.infer(state)
+        with torch.device("meta"):
+            vq = VQModel(c.codebook_size, c.code_dim, c.channels, c.channel_multipliers, c.res_blocks, c.z_channels)
+    except KeyError as error:
+        raise _missing(error.args[0], path) from error
+    except (ValueError, IndexError) as error:
+        raise VisarError(f"{path} is not a LlamaGen VQ tokenizer: its keys or shapes are of another kind.") from error
+    return _fill(vq, state, path)
+
+
+def gpt_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
+    """The `LlamaGen(...)` arguments, all but the grid, that the shapes of a state dict tell; `path` is for messages.
+
+    The number of heads is in no shape: it is that of the published model of the same size unless it is given.
+    """
+
+    def shape(key: str) -> tuple[int, int]:
+        if key not in state:
+            raise _missing(key, path)
+        if state[key].ndim != 2:
+            raise VisarError(f"Tensor {key!r} of {path} has shape {list(state[key].shape)}, not two dimensions.")
+        return state[key].shape[0], state[key].shape[1]
+
+    vocab, dim = shape("tok_embeddings.weight")
+    ffn, _ = shape("layers.0.feed_forward.w1.weight")
+    numbers = [k.split(".")[1] for k in state if k.startswith("layers.")]
+    layers = 1 + max(int(n) for n in numbers if n.isdigit())
+    heads = num_heads or match_heads(layers, dim, ffn)
+    if heads is None:
+        raise VisarError(
+            f"{path} has {layers} layers of width {dim} and {ffn}, a size that was never published: "
+            "give its number of heads (num_heads)."
+        )
+    if heads < 1 or dim % heads or dim // heads % 4:
+        raise VisarError(f"A width of {dim} cannot be split into {heads} heads of a multiple of 4 each.")
+    arguments = {"vocab_size": vocab, "dim": dim, "num_layers": layers, "num_heads": heads, "ffn": ffn}
+    if any(k.startswith("cls_embedding.cap_proj.") for k in state):
+        length, features = shape("cls_embedding.uncond_embedding")
+        return arguments | {"condition": "text", "condition_length": length, "caption_features": features}
+    rows, _ = shape("cls_embedding.embedding_table.weight")
+    return arguments | {"condition": "class", "condition_length": 1, "classes": rows - 1}
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # The training scripts store their arguments beside the weights, as a namespace of plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise VisarError(
+            f"Cannot read {path}: it is truncated, not a weights file, or holds objects other than tensors."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        raise VisarError(f"Cannot read {path}: it is truncated or not a weights file.") from error
+
+
+def _nested(content: Any, path: Path, ema: bool) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise VisarError(f"{path} holds no weights by name.")
+    if ema and not isinstance(content.get("ema"), Mapping):
+        raise VisarError(f"{path} has no 'ema' weights; it has: {', '.join(sorted(map(str, content))[:8])}.")
+    for name in ("ema",) if ema else NESTINGS:
+        if isinstance(content.get(name), Mapping):
+            return content[name]
+    return content
+
+
+def _without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what data-parallel and compiling wrappers put before every key, in whatever order."""
+    result = dict(weights)
+    while result and (found := [p for p in PREFIXES if all(k.startswith(p) for k in result)]):
+        result = {k.removeprefix(found[0]): v for k, v in result.items()}
+    return result
+
+
+def _stale(key: str) -> bool:
+    return key == "freqs_cis" or "kv_cache" in key or key == "quantize.codebook_used"
+
+
+def _missing(key: str, path: str | Path) -> VisarError:
+    return VisarError(f"Tensor {key!r} is missing from {path}.")
+
+
+def _fill(module: M, state: Mapping[str, Tensor], path: str | Path) -> M:
+    """Give a module on the meta device the tensors of `state`, which must be its own to the last one."""
+    wanted = module.state_dict()
+    for key, tensor in wanted.items():
+        if key not in state:
+            raise _missing(key, path)
+        if state[key].shape != tensor.shape:
+            found, expected = list(state[key].shape), list(tensor.shape)
+            raise VisarError(f"Tensor {key!r} of {path} has shape {found}, expected {expected}.")
+    for key in state:
+        if key not in wanted:
+            raise VisarError(f"{path} has a tensor {key!r} that this model does not.")
+    module.load_state_dict(dict(state), assign=True)
+    return module.requires_grad_(False).eval()

@@ -1,0 +1,104 @@
+"""The caption encoder of LlamaGen's text model (Sun et al. 2024, arXiv:2406.06525): FLAN-T5-XL, left-padded.
+
+The reference cleans a caption as PixArt-alpha does, encodes it right-padded, then moves the valid features to the end
+of the slots, next to the image tokens. The cleaning is called from diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from visar.errors import VisarError
+
+FLAN_T5_XL = "google/flan-t5-xl"
+
+
+def clean_caption(caption: str) -> str:
+    """Lower-case text without links, markup, file names, ids and the like; applied twice, as in the reference."""
+    from diffusers import PixArtAlphaPipeline as PixArt
+
+    for _ in range(2):
+        caption = PixArt._clean_caption(PixArt, caption)  # the method needs nothing of an instance
+    return caption
+
+
+class T5CaptionEncoder(nn.Module):
+    """Captions to T5 features [B, length, features] with `length` slots, left-padded with exact zeros.
+
+    `encoder` is a `transformers.T5EncoderModel` and `tokenizer` its tokenizer; `length` is 120 for the published text
+    model, and longer captions are cut there.
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer: Any, length: int = 120):
+        super().__init__()
+        self.encoder: Any = encoder.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.length = length
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.encoder.parameters()).dtype
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features [B, length, features], fp32, and the mask [B, length], bool, of the valid slots at the end."""
+        tokens = self.tokenizer(
+            [clean_caption(p) for p in prompts],
+            max_length=self.length,
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)
+        right = self.encoder(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])[0].float()
+        valid = tokens["attention_mask"].sum(1, keepdim=True)
+        slots = torch.arange(self.length, device=self.device)
+        features = right.gather(1, ((slots + valid) % self.length)[..., None].expand_as(right))
+        mask = slots >= self.length - valid
+        return features.masked_fill(~mask[..., None], 0.0), mask
+
+    def save_pretrained(self, folder: str | Path, **_: object) -> None:
+        """Write encoder and tokenizer into one folder, laid out as the hub repository is."""
+        self.encoder.config.caption_length = self.length
+        self.encoder.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @staticmethod
+    def from_pretrained(
+        source: str | Path = FLAN_T5_XL, *, length: int | None = None, dtype: torch.dtype = torch.float32, **_: object
+    ) -> T5CaptionEncoder:
+        """From a local folder or a hub id. The number of slots is that of the saved encoder, else 120.
+
+        Raises `VisarError` if `source` is neither a folder with the files of the encoder nor within reach on the hub.
+        """
+        is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
+        if not Path(source).is_dir() and not is_hub_id:
+            raise _unreachable(source)
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            encoder: Any = T5EncoderModel.from_pretrained(source)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _unreachable(source) from error
+        slots = length if length else int(getattr(encoder.config, "caption_length", 120))
+        return T5CaptionEncoder(encoder.to(dtype), tokenizer, slots)
+
+
+def _unreachable(source: str | Path) -> VisarError:
+    return VisarError(
+        f"Cannot load the caption encoder from {source}: give a local folder with the files of {FLAN_T5_XL}, "
+        "or its hub id with a connection to the hub."
+    )

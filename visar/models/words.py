@@ -1,0 +1,111 @@
+"""A caption encoder small enough to ship: a table of word vectors, compressed from a sentence encoder.
+
+It stands where LlamaGen has FLAN-T5: the features of a caption are its words' vectors, left-padded. The vectors are
+principal components of MiniLM's embedding of each word alone, so words of like meaning have like features, and words
+that no training caption had are still understood.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from visar.errors import VisarError
+from visar.files import replacing
+
+SILENT = frozenset(["a", "an", "the", "of", "and", "with", "in", "on", "some"])
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words of a text, articles and the like left out."""
+    return [w for w in re.findall(r"[a-z0-9]+", text.lower().replace("'", "")) if w not in SILENT]
+
+
+def _stems(word: str) -> Iterable[str]:
+    """The word, then simpler forms of it to look for."""
+    yield word
+    for ending, replacement in (("ies", "y"), ("es", ""), ("s", ""), ("ing", ""), ("ed", ""), ("ly", "")):
+        if word.endswith(ending) and len(word) > len(ending) + 2:
+            yield word[: -len(ending)] + replacement
+
+
+class WordEncoder(nn.Module):
+    """Words to vectors. `table` is int8 [n, features], `scale` fp32 [n]; a word's vector is table * scale."""
+
+    def __init__(self, words: Sequence[str], table: Tensor, scale: Tensor, length: int = 12):
+        super().__init__()
+        self.words = list(words)
+        self.length = length
+        self.register_buffer("table", table)
+        self.register_buffer("scale", scale)
+        self._index = {w: i for i, w in enumerate(self.words)}
+
+    @staticmethod
+    def compress(words: Sequence[str], vectors: Tensor, features: int = 128, length: int = 12) -> WordEncoder:
+        """Keep `features` principal components of vectors [n, d], unit length, rounded to int8."""
+        x = vectors.float() - vectors.float().mean(0)
+        _, _, axes = torch.linalg.svd(x, full_matrices=False)
+        x = torch.nn.functional.normalize(x @ axes[:features].T, dim=-1)
+        scale = x.abs().amax(-1) / 127
+        return WordEncoder(words, (x / scale[:, None]).round().to(torch.int8), scale, length)
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+    def ids(self, text: str) -> tuple[list[int], list[str]]:
+        """Rows of the known words of a text, and the words that are not known."""
+        known, missing = [], []
+        for word in words_of(text):
+            row = next((self._index[s] for s in _stems(word) if s in self._index), None)
+            known.append(row) if row is not None else missing.append(word)
+        return [r for r in known if r is not None], missing
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Features [B, length, features], fp32, left-padded with zeros, and the mask of valid slots [B, length].
+
+        Unknown words are left out with a warning; a prompt with no known word is a `VisarError`.
+        """
+        features = torch.zeros(len(prompts), self.length, self.table.shape[1], device=self.device)
+        mask = torch.zeros(len(prompts), self.length, dtype=torch.bool, device=self.device)
+        for i, prompt in enumerate(prompts):
+            rows, missing = self.ids(prompt)
+            if not rows:
+                raise VisarError(f"No word of the prompt {prompt!r} is known to this model; use English words.")
+            if missing:
+                warnings.warn(f"Words not known to this model were left out: {', '.join(missing)}.", stacklevel=2)
+            if len(rows) > self.length:
+                warnings.warn(f"Only the last {self.length} words of a long prompt are used.", stacklevel=2)
+            rows = rows[-self.length :]
+            at = torch.tensor(rows, device=self.device)
+            features[i, -len(rows) :] = self.table[at].float() * self.scale[at, None]
+            mask[i, -len(rows) :] = True
+        return features, mask
+
+    def save_pretrained(self, folder: str | Path, **_: object) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "words.txt") as part:
+            part.write_text("\n".join(self.words) + "\n")
+        with replacing(folder / "config.json") as part:
+            part.write_text(json.dumps({"length": self.length}) + "\n")
+        with replacing(folder / "model.safetensors") as part:
+            save_file({"table": self.table.cpu(), "scale": self.scale.cpu()}, part)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path, **_: object) -> WordEncoder:
+        folder = Path(folder)
+        tensors = load_file(folder / "model.safetensors")
+        length = json.loads((folder / "config.json").read_text())["length"]
+        return WordEncoder((folder / "words.txt").read_text().split(), tensors["table"], tensors["scale"], length)

@@ -1,0 +1,7 @@
+"""Pipelines in the manner of diffusers: from a prompt or a class to pictures."""
+
+from visar.pipelines.base import ImageOutput
+from visar.pipelines.class_to_image import ClassToImagePipeline
+from visar.pipelines.text_to_image import TextToImagePipeline
+
+__all__ = ["ClassToImagePipeline", "ImageOutput", "TextToImagePipeline"]

@@ -1,0 +1,218 @@
+"""What both pipelines share: loading and saving, one decoding call, pictures out of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from typing_extensions import Self
+
+from visar.engine.guidance import Guidance
+from visar.engine.loop import decode
+from visar.engine.model_session import ModelSession
+from visar.engine.rng import IMAGES, Noise
+from visar.errors import VisarError
+from visar.files import replacing, writable_folder
+from visar.models.llamagen import LlamaGen
+from visar.models.specs import resolve_model
+from visar.models.vq import VQModel
+from visar.pipelines.preview import CodePreview
+from visar.samplers import DEFAULT_SAMPLER, SAMPLERS, Sampler, Target, get_sampler
+from visar.stats import DecodeStats
+
+OUTPUT_TYPES = ("pil", "pt", "tokens")
+
+
+@dataclass
+class Progress:
+    """What a step callback is told: `tokens` [B, N], of which row b has committed the first `lengths[b]`.
+
+    `preview()` gives small RGB pictures, uint8 [B, grid, grid, 3], one pixel per token, undecided cells grey.
+    """
+
+    passes: int
+    tokens: Tensor
+    lengths: Tensor
+    preview: Callable[[], Tensor]
+
+
+StepCallback = Callable[[Progress], None]
+
+
+@dataclass
+class ImageOutput(BaseOutput):
+    """`images`: PIL pictures, a tensor [B, 3, H, W] in [0, 1], or None, after `output_type`; `tokens` [B, N].
+
+    `commit_pass` [B, N] is the pass that committed each token; `stats` says what the decoding cost.
+    """
+
+    images: list[Image.Image] | Tensor | None
+    tokens: Tensor
+    commit_pass: Tensor
+    stats: DecodeStats
+
+
+class ImagePipeline(DiffusionPipeline):
+    """A GPT over image tokens and the tokenizer that turns them into pixels."""
+
+    gpt: LlamaGen
+    vq: VQModel
+    component_classes: ClassVar[dict[str, Any]] = {}  # what a folder of this pipeline holds; filled in by subclasses
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, torch_dtype: torch.dtype | None = None, **_: Any) -> Self:
+        """Load a model by name ("icons"), from a folder made by `save_pretrained`, or from a hub id.
+
+        Raises `VisarError` for an unknown name, a missing or damaged file, and weights that are not finite.
+        """
+        folder = resolve_model(name)
+        if isinstance(folder, str):
+            folder = _download(folder)
+        try:
+            index = json.loads((folder / "model_index.json").read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise VisarError(f"{folder} is not a saved pipeline: it has no readable model_index.json.") from error
+        if index.get("_class_name") != cls.__name__:
+            raise VisarError(f"{folder} holds a {index.get('_class_name')}, not a {cls.__name__}.")
+        parts: dict[str, Any] = {}
+        for part, kind in cls.component_classes.items():
+            kind = kind[index[part][1]] if isinstance(kind, dict) else kind
+            try:
+                parts[part] = kind.from_pretrained(folder / part, low_cpu_mem_usage=False)
+            except VisarError:
+                raise
+            except Exception as error:
+                raise VisarError(f"Could not load {part!r} from {folder}: {str(error).splitlines()[0]}") from error
+            _check_finite(parts[part], part)
+        settings = {k: v for k, v in index.items() if not k.startswith("_") and k not in parts}
+        pipe = cls(**parts, **settings)
+        return pipe.to(torch_dtype) if torch_dtype is not None else pipe
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:  # type: ignore[override]
+        """Write a folder in diffusers layout: safetensors and configs per component, and model_index.json last."""
+        folder = writable_folder(folder)
+        for part in self.component_classes:
+            getattr(self, part).save_pretrained(folder / part)
+        with replacing(folder / "model_index.json") as temporary:
+            temporary.write_text(self.to_json_string())
+
+    @property
+    def grid(self) -> int:
+        """Cells along one side of a picture."""
+        return self.config.grid or self.gpt.config.grid
+
+    def decode_tokens(self, tokens: Tensor, batch: int = 16) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1], fp32, for ids [B, grid**2]."""
+        parts = [self.vq.decode(part.to(self.vq.device), self.grid).float() for part in tokens.split(batch)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        condition: Tensor,
+        mask: Tensor | None,
+        keys: Sequence[Hashable],
+        *,
+        sampler: str | Sampler | None,
+        window: int | None,
+        guidance_scale: float | None,
+        guidance_interval: int,
+        temperature: float,
+        top_k: int | None,
+        top_p: float,
+        seed: int,
+        output_type: str,
+        callback: StepCallback | None,
+    ) -> ImageOutput:
+        """Decode one row per key. Equal keys get image indices 0, 1, ...: a picture depends on its key alone."""
+        if output_type not in OUTPUT_TYPES:
+            raise VisarError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
+        method = get_sampler(DEFAULT_SAMPLER if sampler is None else sampler, window=window)
+        if "grid" in {f.name for f in fields(method)} and not method.grid:  # type: ignore[arg-type, attr-defined]
+            method = get_sampler(method, grid=self.grid)
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        target = Target(temperature, self.config.top_k if top_k is None else top_k, top_p)
+        session = ModelSession(
+            self.gpt, condition, mask, length=self.grid**2, window=method.window, grid=self.grid,
+            guidance=Guidance(scale, guidance_interval),
+        )  # fmt: skip
+        noise = Noise(seed, torch.tensor(_occurrences(keys), device=session.device))
+
+        def tell(passes: int, tokens: Tensor, lengths: Tensor) -> None:
+            bar.update(int(lengths.sum()) - bar.n)
+            if callback is not None:
+                callback(Progress(passes, tokens, lengths, lambda: self._preview()(tokens, lengths, self.grid)))
+
+        quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
+        with self.progress_bar(total=session.batch * session.length) as bar:
+            result = decode(session, method, target, noise, None if quiet and callback is None else tell)
+        images: list[Image.Image] | Tensor | None = None
+        if output_type != "tokens":
+            pixels = self.decode_tokens(result.tokens)
+            images = pixels if output_type == "pt" else to_pil(pixels)
+        done = (result.commit_pass.amax(1) + 1).tolist()
+        weights = sum(p.numel() * p.element_size() for p in self.gpt.parameters())
+        weights -= self.gpt.tok_embeddings.weight.numel() * self.gpt.tok_embeddings.weight.element_size()
+        stats = DecodeStats(
+            sampler=method.name,
+            parameters={f.name: getattr(method, f.name) for f in fields(method)},  # type: ignore[arg-type]
+            exact=method.exact,
+            law=SAMPLERS[method.name].law if method.name in SAMPLERS else ("exact" if method.exact else "relaxed"),
+            seed=seed,
+            images=session.batch,
+            tokens=session.length,
+            nfe=result.passes + session.prefill_passes,
+            passes_per_image=done,
+            commits_per_pass=sum(session.length / n for n in done) / len(done),
+            seconds=result.seconds,
+            ms_per_pass=1000 * result.seconds / result.passes,
+            gigabytes=(weights * result.passes + session.bytes_read) / 1e9,
+        )
+        return ImageOutput(images=images, tokens=result.tokens, commit_pass=result.commit_pass, stats=stats)
+
+    def _preview(self) -> CodePreview:
+        if not hasattr(self, "_code_preview"):
+            self._code_preview = CodePreview.fit(self.vq)
+        return self._code_preview
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id))
+    except Exception as error:
+        raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
+
+
+def _occurrences(keys: Sequence[Hashable]) -> list[int]:
+    seen: dict[Hashable, int] = {}
+    out = []
+    for key in keys:
+        out.append(seen.get(key, 0))
+        seen[key] = out[-1] + 1
+    if max(seen.values()) > IMAGES:
+        raise VisarError(f"At most {IMAGES} pictures of one prompt have noise of their own.")
+    return out
+
+
+def _check_finite(part: Any, name: str) -> None:
+    tensors = part.state_dict().items() if isinstance(part, torch.nn.Module) else ()
+    for key, tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise VisarError(f"The weights of {name!r} are not finite: {key} holds NaN or infinity.")
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """PIL pictures of [B, 3, H, W] in [0, 1]; rounded to the nearest of 256 levels."""
+    array = rearrange((pixels * 255).round().to(torch.uint8).cpu(), "b c h w -> b h w c").numpy()
+    return [Image.fromarray(a) for a in array]

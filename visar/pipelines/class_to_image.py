@@ -1,0 +1,77 @@
+"""From an ImageNet class to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from typing_extensions import Self
+
+from visar.errors import VisarError
+from visar.models.llamagen import LlamaGen
+from visar.models.loading import load_gpt, load_vq
+from visar.models.vq import VQModel
+from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback
+from visar.pipelines.text_to_image import _grid
+from visar.samplers import Sampler
+
+
+class ClassToImagePipeline(ImagePipeline):
+    """LlamaGen's class-conditional models."""
+
+    component_classes: ClassVar[dict[str, Any]] = {"gpt": LlamaGen, "vq": VQModel}
+
+    def __init__(
+        self, gpt: LlamaGen, vq: VQModel, grid: int | None = None, guidance_scale: float = 4.0, top_k: int = 2000
+    ):
+        super().__init__()
+        self.register_modules(gpt=gpt, vq=vq)
+        self.register_to_config(grid=grid, guidance_scale=guidance_scale, top_k=top_k)
+
+    @classmethod
+    def from_single_file(cls, gpt: str | Path, *, vq: str | Path, image_size: int | None = None) -> Self:
+        """Load LlamaGen's published files unchanged: `c2i_*_{256,384}.pt` with `vq_ds16_c2i.pt`, or ds8.
+
+        `image_size` in pixels, as the GPT was trained; by
+        default what the published file name says. Raises `VisarError`.
+        """
+        tokenizer = load_vq(vq)
+        model = load_gpt(gpt, grid=_grid(image_size, tokenizer.sizes.downsample))
+        if model.config.condition != "class":
+            raise VisarError(f"{gpt} is a text-conditional model; load it with TextToImagePipeline.")
+        return cls(model, tokenizer)
+
+    def __call__(
+        self,
+        class_labels: int | Sequence[int],
+        *,
+        sampler: str | Sampler | None = None,
+        window: int | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        guidance_interval: int = -1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        output_type: str = "pil",
+        callback: StepCallback | None = None,
+    ) -> ImageOutput:
+        """Decode `num_images_per_prompt` pictures for each class id; the rest as in `TextToImagePipeline`."""
+        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
+        classes = self.gpt.config.classes
+        if not labels:
+            raise VisarError("No class was given.")
+        for label in labels:
+            if not 0 <= label < classes:
+                raise VisarError(f"Class {label} does not exist; this model knows 0 to {classes - 1}.")
+        if num_images_per_prompt < 1:
+            raise VisarError(f"num_images_per_prompt must be 1 or more, not {num_images_per_prompt}.")
+        rows = [label for label in labels for _ in range(num_images_per_prompt)]
+        return self._generate(
+            torch.tensor(rows), None, rows,
+            sampler=sampler, window=window, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, output_type=output_type, callback=callback,
+        )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Captioned pictures from any folder, held in memory, split by concept.
+
+A folder (or zip) holds either `pictures.json`, a list of objects with `file`, `caption` and optionally `style`, `tags`,
+`concept` and `group`; or pictures with a text file of the same name beside each.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import zipfile
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visar.errors import VisarError
+
+IMAGE_SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
+# These styles show one and the same drawing, so a hold-out must take or leave them together.
+DRAWING = {"flat": "fluent", "glossy": "fluent", "3d": "fluent"}
+SPLITS = ("train", "unseen-concept", "unseen-style")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One captioned picture; `concept` is what hold-outs are made by."""
+
+    file: str
+    caption: str
+    style: str = ""
+    tags: tuple[str, ...] = ()
+    concept: str = ""
+    group: str = ""
+
+    @property
+    def drawing(self) -> str:
+        return DRAWING.get(self.style, self.style)
+
+    def prompt(self, rng: random.Random | None = None) -> str:
+        """The prompt "caption, style"; with a generator, varied as users vary it (keywords added, style left out)."""
+        words, style = self.caption, self.style
+        if rng is not None:
+            if self.tags and rng.random() < 0.3:
+                extra = " ".join(rng.sample(self.tags, min(len(self.tags), rng.randint(1, 2))))
+                words = extra if rng.random() < 0.25 else f"{words} {extra}"
+            if rng.random() < 0.1:
+                style = ""
+        return f"{words}, {style}" if style else words
+
+
+def _bucket(*key: str) -> int:
+    return zlib.crc32("|".join(key).encode()) % 100
+
+
+def split_of(record: Record, drawings: dict[str, set[str]]) -> str:
+    """`train`, `unseen-concept` (4% of concepts) or `unseen-style` (4% of drawings, concept seen in another one)."""
+    if _bucket(record.concept) < 4:
+        return "unseen-concept"
+    chosen = min(drawings[record.concept], key=lambda d: _bucket(record.concept, d))
+    if len(drawings[record.concept]) > 1 and record.drawing == chosen and _bucket(record.concept, "style") < 4:
+        return "unseen-style"
+    return "train"
+
+
+class PictureSet:
+    """Records of a folder or zip, and their pictures as one uint8 tensor."""
+
+    def __init__(self, path: str | Path, styles: tuple[str, ...] = (), without_groups: tuple[str, ...] = ()):
+        self.path = Path(path)
+        if not self.path.exists():
+            raise VisarError(f"No picture folder at {self.path}; give a folder or a zip of captioned pictures.")
+        self._zip = zipfile.ZipFile(self.path) if self.path.is_file() else None
+        records = self._listing()
+        known = {r.style for r in records}
+        for style in styles:
+            if style not in known:
+                raise VisarError(f"No picture has style {style!r}; the styles are {', '.join(sorted(known))}.")
+        self.records = [
+            r for r in records if (not styles or r.style in styles) and not (r.group and r.group in without_groups)
+        ]
+        if not self.records:
+            raise VisarError(f"{self.path} holds no captioned pictures; it needs pictures.json or a .txt per picture.")
+        drawings: dict[str, set[str]] = {}
+        for r in self.records:
+            drawings.setdefault(r.concept, set()).add(r.drawing)
+        self.splits = [split_of(r, drawings) for r in self.records]
+
+    def _listing(self) -> list[Record]:
+        names = (
+            self._zip.namelist()
+            if self._zip
+            else [str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file()]
+        )
+        if "pictures.json" in names:
+            entries = json.loads(self._read("pictures.json"))
+            return [
+                Record(
+                    e["file"],
+                    e["caption"],
+                    e.get("style", ""),
+                    tuple(e.get("tags", ())),
+                    e.get("concept") or e["caption"],
+                    e.get("group", ""),
+                )
+                for e in entries
+            ]
+        found = set(names)
+        pairs = [
+            (n, str(Path(n).with_suffix(".txt"))) for n in sorted(names) if Path(n).suffix.lower() in IMAGE_SUFFIXES
+        ]
+        captions = {n: self._read(t).decode().strip() for n, t in pairs if t in found}
+        return [Record(n, c, concept=c) for n, c in captions.items() if c]
+
+    def _read(self, name: str) -> bytes:
+        return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+
+    def indices(self, split: str) -> list[int]:
+        """Positions of the records of one of `SPLITS`."""
+        return [i for i, s in enumerate(self.splits) if s == split]
+
+    def pixels(self, size: int) -> Tensor:
+        """All pictures as uint8 [n, 3, size, size], composited on white, Lanczos-resized."""
+        out = torch.empty(len(self.records), 3, size, size, dtype=torch.uint8)
+        for i, r in enumerate(self.records):
+            picture = Image.open(BytesIO(self._read(r.file))).convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+            if picture.size != (size, size):
+                picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+            out[i] = (
+                torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+            )
+        return out
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 pixels to float in [-1, 1]."""
+    return pixels.float().div(127.5).sub(1.0)

@@ -1,0 +1,181 @@
+"""The training loop both trainers share: AdamW, cosine schedule, EMA, mixed precision, DDP, resumable checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from visar.files import replacing
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run is given. It ends after `minutes` of training (over all resumptions) or `steps`, which comes first."""
+
+    out: Path
+    minutes: float = 30.0
+    steps: int = 10**9
+    batch: int = 64
+    lr: float = 1e-3
+    final_lr: float = 0.02  # fraction of lr at the end
+    warmup: int = 200
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    ema: float = 0.999
+    seed: int = 0
+    save_minutes: float = 3.0
+    optimizer: str = "adamw"  # or "muon": Muon for the matrices inside the blocks, AdamW for the rest
+    compile: bool = True
+    device: str = "cpu"
+
+
+def distributed() -> tuple[int, int]:
+    """(rank, world size); joins the process group when started by torchrun."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for the data of one step: a resumed run sees what an unbroken one would have seen."""
+    return (seed * 1_000_003 + step) * 1_009 + rank
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) over the blocks' matrices."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for n, p in named if config.optimizer == "muon" and ".layers." in n and p.ndim == 2]
+    taken = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in taken]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in rest if p.ndim > 1]},
+                {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    ]
+    if hidden:
+        optimizers.append(
+            torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return optimizers
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1.0 - decay)
+    for a, b in zip(ema.buffers(), model.buffers(), strict=True):
+        a.copy_(b)
+
+
+def fit(
+    model: nn.Module,
+    batch_at: Callable[[int, int], tuple[Tensor, ...]],
+    config: TrainConfig,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    after_step: Callable[[nn.Module, int], None] | None = None,
+) -> nn.Module:
+    """Train `model`, whose `forward(*batch)` returns a scalar loss, and return its EMA.
+
+    `batch_at(step, rank)` gives the tensors of a step. `evaluate(ema)` is called at each save; its figures go to
+    `log.jsonl` beside `state.pt` in `config.out`. A run started again in the same folder goes on where it was.
+    """
+    rank, world = distributed()
+    device = torch.device(
+        config.device
+        if "LOCAL_RANK" not in os.environ or config.device == "cpu"
+        else f"cuda:{os.environ['LOCAL_RANK']}"
+    )
+    model.to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = make_optimizers(model, config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    state_file = config.out / "state.pt"
+    step, spent = 0, 0.0
+    if state_file.exists():
+        saved = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
+        step, spent = saved["step"], saved["spent"]
+
+    net: nn.Module = model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+    run = torch.compile(net) if config.compile else net
+    started, saved_at, first = time.monotonic(), time.monotonic(), step
+    total = torch.zeros((), device=device)
+    since = 0
+
+    def elapsed() -> float:
+        return spent + (time.monotonic() - started) / 60
+
+    def save() -> None:
+        if rank:
+            return
+        with replacing(state_file) as temporary:
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "ema": ema.state_dict(),
+                    "optimizers": [o.state_dict() for o in optimizers],
+                    "step": step,
+                    "spent": elapsed(),
+                },
+                temporary,
+            )
+        rate = (step - first) * config.batch * world / max(time.monotonic() - started, 1e-9)
+        row = {
+            "step": step,
+            "minutes": round(elapsed(), 2),
+            "samples_per_second": round(rate, 1),
+            "loss": round(total.item() / max(since, 1), 4),
+            **evaluate(ema),
+        }
+        with open(config.out / "log.jsonl", "a") as log:
+            log.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+    while step < config.steps and elapsed() < config.minutes:
+        progress = min(1.0, max(elapsed() / config.minutes, step / config.steps))
+        rate = config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = rate * min(1.0, (step + 1) / config.warmup)
+        batch = [t.to(device) for t in batch_at(step, rank)]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = run(*batch)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)))
+        if after_step is not None:
+            after_step(model, step)
+        total += loss.detach()
+        since += 1
+        if time.monotonic() - saved_at > config.save_minutes * 60:
+            save()
+            saved_at, since = time.monotonic(), 0
+            total.zero_()
+    save()
+    return ema

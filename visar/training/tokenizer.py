@@ -1,0 +1,106 @@
+"""Training a VQ tokenizer (LlamaGen's architecture): L1 + L2 reconstruction, codebook and commitment terms.
+
+No adversarial or perceptual loss: what is trained here is small and drawn, and both need weights we do not ship.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visar.models.vq import VQConfig, VQModel
+from visar.training.data import PictureSet, to_unit
+from visar.training.loop import TrainConfig, distributed, fit, step_seed
+
+# 4x downsampling: 64 px to 16x16 tokens.
+SMALL_VQ = VQConfig(2048, 8, channels=32, channel_multipliers=(1, 2, 2), res_blocks=1, z_channels=64)
+
+
+class TokenizerLoss(nn.Module):
+    """The tokenizer with its training loss; `commitment` is the beta of van den Oord et al. 2017 (arXiv:1711.00937)."""
+
+    def __init__(self, vq: VQModel, commitment: float = 0.25):
+        super().__init__()
+        self.vq = vq
+        self.commitment = commitment
+        self.register_buffer("last_used", torch.zeros(vq.sizes.codebook_size, dtype=torch.long), persistent=False)
+        self.register_buffer("clock", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Scalar loss for uint8 pixels [B, 3, H, W]."""
+        x = to_unit(pixels)
+        z = self.vq.features(x).float()
+        codes = self.vq.quantize.codes
+        ids = self.vq.quantize.nearest(z.detach())
+        self.clock += 1
+        self.last_used[ids.flatten()] = self.clock
+        e = F.embedding(ids, codes)
+        y = self.vq.decode_features(z + (e - z).detach()).float()
+        reconstruction = F.l1_loss(y, x) + 2.0 * F.mse_loss(y, x)
+        quantisation = F.mse_loss(e, z.detach()) + self.commitment * F.mse_loss(z, e.detach())
+        return reconstruction + quantisation * self.vq.sizes.code_dim
+
+    @torch.no_grad()
+    def revive(self, pixels: Tensor, idle: int) -> None:
+        """Move codes unused for `idle` steps onto features of these pictures."""
+        dead = (self.clock - self.last_used > idle).nonzero().flatten()
+        if len(dead):
+            z = self.vq.features(to_unit(pixels)).float().flatten(0, 2)
+            pick = torch.randint(len(z), (len(dead),), device=z.device)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.broadcast(replacement := z[pick].contiguous(), 0)
+            else:
+                replacement = z[pick]
+            self.vq.quantize.embedding.weight[dead] = replacement.to(self.vq.quantize.embedding.weight.dtype)
+            self.last_used[dead] = self.clock
+
+
+@torch.no_grad()
+def psnr(vq: VQModel, pixels: Tensor, batch: int = 64) -> float:
+    """Mean over pictures of the PSNR in dB of reconstructions, for uint8 pixels [n, 3, H, W]."""
+    device = next(vq.parameters()).device
+    values = []
+    for part in pixels.split(batch):
+        x = to_unit(part.to(device))
+        y = vq.decode(vq.encode(x), x.shape[2] // vq.sizes.downsample).clamp(-1, 1)
+        values.append(10 * torch.log10(4.0 / (x - y).square().mean((1, 2, 3)).clamp_min(1e-10)))
+    return torch.cat(values).mean().item()
+
+
+def train_tokenizer(data: PictureSet, size: int, config: TrainConfig, sizes: VQConfig = SMALL_VQ) -> VQModel:
+    """Train on the `train` split at `size` pixels; saves `vq/` in diffusers layout in `config.out`; returns the EMA."""
+    torch.manual_seed(config.seed)
+    pixels = data.pixels(size)
+    train = pixels[data.indices("train")]
+    held = pixels[(data.indices("unseen-concept") or data.indices("train"))[:256]]
+    loss = TokenizerLoss(
+        VQModel(
+            sizes.codebook_size,
+            sizes.code_dim,
+            sizes.channels,
+            sizes.channel_multipliers,
+            sizes.res_blocks,
+            sizes.z_channels,
+        )
+    )
+
+    def batch_at(step: int, rank: int) -> tuple[Tensor]:
+        g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
+        part = train[torch.randint(len(train), (config.batch,), generator=g)]
+        if torch.rand((), generator=g) < 0.5:
+            part = part.flip(-1)
+        return (part,)
+
+    def after_step(module: nn.Module, step: int) -> None:
+        if step == 20 or (step % 100 == 0 and step < 2000):
+            module.revive(batch_at(step + 10**8, 0)[0].to(module.clock.device), idle=15 if step == 20 else 100)
+
+    def evaluate(ema: nn.Module) -> dict[str, float]:
+        ids = ema.vq.encode(to_unit(held.to(ema.clock.device)))
+        return {"psnr_held_out": round(psnr(ema.vq, held), 2), "codes_used": ids.unique().numel()}
+
+    ema = fit(loss, batch_at, config, evaluate, after_step)
+    if distributed()[0] == 0:
+        ema.vq.save_pretrained(config.out / "vq")
+    return ema.vq
