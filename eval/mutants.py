@@ -86,6 +86,6 @@ MUTANTS = (
     Mutant("residual re-warped (T)", RewarpedResidual(coupling="maximal"), "temperature 0.6"),
     Mutant("residual re-warped (top-p)", RewarpedResidual(), "top-p 0.7"),
     Mutant("residual replaced by p", NoResidual(), "plain"),
-    Mutant("Gumbel noise reused", ReusedGumbel(coupling="gumbel"), "plain"),
+    Mutant("Gumbel noise reused", ReusedGumbel(coupling="gumbel"), "top-p 0.7"),
     Mutant("longest path", LongestPath(), "plain"),
 )

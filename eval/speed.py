@@ -1,4 +1,4 @@
-"""Speed as ratios in one run: each sampler on the same prompts and seeds, in turn, against the same engine's AR loop."""
+"""Speed as ratios in one run: each sampler on the same prompts and seeds, in turn, against our own AR loop."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def compare(
 
     def once(sampler: Sampler) -> dict[str, float]:
         stats = [pipe(g, sampler=sampler, seed=seed, output_type="tokens", **settings).stats for g in groups]
-        seconds, passes = sum(s.seconds for s in stats), sum(len(s.passes_per_image) and s.nfe for s in stats)
+        seconds, passes = sum(s.seconds for s in stats), sum(s.nfe for s in stats)
         return {
             "nfe": passes / len(groups),
             "commits_per_pass": statistics.mean(s.commits_per_pass for s in stats),

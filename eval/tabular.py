@@ -46,13 +46,6 @@ class TabularModel:
         ]
         return TabularModel(vocab, length, tables[0][last], tables[0][last] + tables[1][last])
 
-    def row(self, prefix: tuple[int, ...]) -> int:
-        """The table row of a prefix."""
-        value = 0
-        for token in prefix:
-            value = value * self.vocab + token
-        return sum(self.vocab**n for n in range(len(prefix))) + value
-
 
 class TabularSession(Session):
     """Decode a `TabularModel`. Its `history` is a cache: a pass overwrites what it feeds, nothing is ever cleared."""
@@ -61,9 +54,8 @@ class TabularSession(Session):
         super().__init__(batch, model.length, model.vocab)
         self.model, self.guidance = model, guidance
         self.history = torch.zeros(batch, model.length + window, dtype=torch.long)
-        self.passes = 0
 
-    def _logits(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         window, vocab, length = tokens.shape[1], self.vocab, self.length
         positions = self.positions(window)
         # Input k stands at position n - 1 + k; before the first token there is none.
@@ -81,7 +73,6 @@ class TabularSession(Session):
             value = value * vocab + self.history[:, n]
             offset += vocab**n
         row = rows.gather(1, positions.clamp_max(length - 1))
-        self.passes += 1
         if not self.guidance.active:
             return self.model.cond[row]
         return self.guidance.combine(self.model.cond[row], self.model.uncond[row], positions)

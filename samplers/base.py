@@ -33,7 +33,7 @@ class State:
     def empty(session: Session, target: Target, noise: Noise, window: int) -> State:
         shape = (session.batch, session.length + window)
         return State(
-            target,
+            target.on(session.device, session.length, session.vocab),
             noise,
             tokens=torch.zeros(shape, dtype=torch.long, device=session.device),
             laws=None,

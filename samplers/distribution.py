@@ -6,7 +6,8 @@ and residuals of it are never warped a second time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,23 @@ class Target:
     forced: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise VisarError(f"Temperature must be above 0, not {self.temperature}; for greedy decoding use top_k 1.")
+        if not 1e-5 <= self.temperature < math.inf:
+            raise VisarError(
+                f"Temperature must be a number above 0 (1e-5 at least), not {self.temperature}; for greedy decoding "
+                "use top_k 1."
+            )
         if self.top_k < 0:
             raise VisarError(f"top_k must be 0 (all tokens) or above, not {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise VisarError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+
+    def on(self, device: torch.device, length: int, vocab: int) -> Target:
+        """This target with `forced` on a device; a `VisarError` if it does not fit the sequence or the vocabulary."""
+        if self.forced is None:
+            return self
+        if len(self.forced) != length or int(self.forced.max()) >= vocab:
+            raise VisarError(f"forced must hold {length} entries, each -1 or a token below {vocab}.")
+        return replace(self, forced=self.forced.to(device))
 
     def probs(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The law [B, W, V], fp32, for guided logits [B, W, V] at absolute positions [B, W]."""

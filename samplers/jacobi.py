@@ -53,8 +53,6 @@ class SpeculativeJacobi:
         check_window(self.window)
         if self.coupling not in RULES:
             raise VisarError(f"Unknown coupling {self.coupling!r}; known: {', '.join(RULES)}.")
-        if self.init == "above" and self.grid < 0:
-            raise VisarError(f"grid must not be negative, not {self.grid}.")
         if self.init not in get_args(Init):
             raise VisarError(f"Unknown init {self.init!r}; known: {', '.join(get_args(Init))}.")
 
@@ -63,6 +61,8 @@ class SpeculativeJacobi:
         return NAMES[self.coupling]
 
     def begin(self, session: Session, target: Target, noise: Noise) -> State:
+        if self.init == "above" and self.grid < 1:
+            raise VisarError('init="above" needs grid, the number of cells in a row of the picture.')
         state = State.empty(session, target, noise, self.window)
         at = session.positions(self.window - 1)
         drafts, state.laws = initial_drafts(
@@ -73,8 +73,11 @@ class SpeculativeJacobi:
             session.vocab,
             known=session.lengths,
             last_law=None,
-            shared=self._race(session, state, at),
+            shared=lambda: self._race(session, state, at),
         )
+        state.laws = (
+            state.laws.contiguous()
+        )  # a uniform law is an expanded scalar; a state's tensors are written in place
         state.tokens.scatter_(1, at, drafts)
         return state
 
@@ -100,10 +103,11 @@ class SpeculativeJacobi:
             session.vocab,
             known=end,
             last_law=p[:, -1:],
-            shared=self._race(session, state, new),
+            shared=lambda: self._race(session, state, new),
         )
         fresh = new >= end[:, None]
-        state.laws = torch.where(fresh[..., None], laws, shift(self.next_laws(p, state.laws, verdict, inputs), count))
+        kept = shift(self.next_laws(p, state.laws, verdict, inputs), count)
+        torch.where(fresh[..., None], laws, kept, out=state.laws)
         state.tokens.scatter_(1, new, torch.where(fresh, drafts, state.tokens.gather(1, new)))
 
     def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
@@ -129,7 +133,7 @@ class Jacobi:
 
     window: int = 16
     name: ClassVar[str] = "jacobi"
-    exact: ClassVar[bool] = True
+    exact: ClassVar[bool] = False  # not a law of sampling; `SAMPLERS` says in what sense it is
 
     def __post_init__(self) -> None:
         check_window(self.window)

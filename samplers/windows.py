@@ -6,6 +6,7 @@ positions hold their forced token, as a point mass, and are accepted for free.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -32,23 +33,23 @@ def initial_drafts(
     *,
     known: Tensor,
     last_law: Tensor | None,
-    shared: Tensor | None,
+    shared: Callable[[], Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """Drafts [B, W-1] for `positions` [B, W-1] and their laws [B, W-1, V].
 
     `state.tokens` is written up to position `known` [B] (exclusive). `last_law` [B, 1, V] is the law of the token just
-    before it, None at the start, where every init is uniform. `shared` [B, W-1, V] is the race of the positions under
-    Gumbel coupling: a draft that is drawn takes part in it.
+    before it, None at the start, where every init is uniform. `shared()` [B, W-1, V] is the race of the positions
+    under Gumbel coupling, else None: a draft that is drawn takes part in it.
     """
     shape = (*positions.shape, vocab)
     if last_law is None or init == "uniform":
         laws = torch.full((), 1.0 / vocab, device=positions.device).expand(shape)
         u = state.noise.uniform(Purpose.INIT, positions, state.passes)
-        drafts = (u * vocab).long() if shared is None else race(laws, shared)
+        drafts = (u * vocab).long() if (e := shared()) is None else race(laws, e)
     elif init == "left-law":
         laws = last_law.expand(shape)
         u = state.noise.uniform(Purpose.INIT, positions, state.passes)
-        drafts = draw(laws, u) if shared is None else race(laws, shared)
+        drafts = draw(laws, u) if (e := shared()) is None else race(laws, e)
     else:
         source = (known - 1)[:, None].expand_as(positions)
         if init == "above":

@@ -21,6 +21,7 @@ class DecodeStats:
     exact: bool
     law: str
     seed: int
+    settings: dict[str, Any]  # guidance, temperature, top-k, top-p, dtype, device
     images: int
     tokens: int
     nfe: int

@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"visar: note: {message}", file=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()  # so that a closed pipe shows here
+        return code
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2

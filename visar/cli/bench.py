@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
-from visar.cli.common import load_pipeline, table
+from visar.cli.common import load_pipeline
 from visar.errors import VisarError
-from visar.files import replacing
+from visar.files import replacing, writable_folder
+from visar.tables import table
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -19,6 +21,8 @@ def bench(options: argparse.Namespace) -> int:
         if value < 1:
             raise VisarError(f"{name} must be 1 or more, not {value}.")
     samplers = {n: get_sampler(n, window=None if n == "ar" else options.window) for n in options.samplers}
+    if options.json:
+        writable_folder(Path(options.json).parent)  # before minutes of measuring
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
     report = compare(
@@ -27,7 +31,7 @@ def bench(options: argparse.Namespace) -> int:
         top_p=options.top_p,
     )  # fmt: skip
     rows = [
-        (r.sampler, "exact" if r.exact else "relaxed", r.window, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
+        (r.sampler, "exact" if r.exact else "not exact", r.window, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
          f"{r.ms_per_pass:.2f}", f"{r.seconds_per_image:.3f}", f"{r.images_per_second:.2f}",
          f"{r.gb_per_second:.1f}", f"{100 * r.gb_per_second / report.bandwidth:.0f}%",
          f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}")
@@ -38,8 +42,8 @@ def bench(options: argparse.Namespace) -> int:
          f"NFE/{report.rows[0].sampler}", f"TIME/{report.rows[0].sampler}"), rows,
     ))  # fmt: skip
     print(
-        f"{options.model}, {report.device}, {report.dtype}, batch {options.batch}, {options.images} pictures, "
-        f"medians of {options.repeats} repeats after a warm-up; bandwidth measured in this run: {report.bandwidth:.1f} GB/s."
+        f"{options.model}, {report.device}, {report.dtype}, batch {options.batch}, {options.images} pictures, medians "
+        f"of {options.repeats} repeats after a warm-up; bandwidth measured in this run: {report.bandwidth:.1f} GB/s."
     )
     if options.json:
         with replacing(options.json) as temporary:

@@ -1,9 +1,8 @@
-"""What several subcommands need: a device, a pipeline, tables."""
+"""What several subcommands need: a device and a pipeline."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +32,23 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def load_pipeline(options: argparse.Namespace, classes: bool = False) -> ImagePipeline:
-    """The pipeline that `--model`, `--vq`, `--text-encoder`, `--image-size`, `--device` and `--dtype` ask for."""
+def is_class_model(model: str, single_file: bool) -> bool:
+    """Whether a model takes classes, by its index or by the tensors of its file."""
+    if single_file:
+        from visar.models.loading import load_state
+
+        return any(key.startswith("cls_embedding.embedding_table") for key in load_state(model))
+    from visar.models.specs import resolve_model
+
+    index = Path(resolve_model(model)) / "model_index.json"
+    return index.exists() and "ClassToImagePipeline" in index.read_text()
+
+
+def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> ImagePipeline:
+    """The pipeline that `--model`, `--vq`, `--text-encoder`, `--image-size`, `--device` and `--dtype` ask for.
+
+    `classes` says which kind is wanted; None takes what the model is.
+    """
     import torch
 
     device = device_of(options.device)
@@ -45,21 +59,19 @@ def load_pipeline(options: argparse.Namespace, classes: bool = False) -> ImagePi
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    single_file = Path(options.model).suffix in (".pt", ".pth", ".safetensors") or bool(options.vq)
+    if classes is None:
+        classes = is_class_model(options.model, single_file)
     kind = ClassToImagePipeline if classes else TextToImagePipeline
-    if Path(options.model).suffix in (".pt", ".pth", ".safetensors") or options.vq:
+    if single_file:
         if not options.vq:
             raise VisarError("A published GPT file needs its tokenizer too: give it with --vq FILE.")
-        extra = {"image_size": options.image_size} if options.image_size else {}
+        extra = {"image_size": options.image_size} if options.image_size is not None else {}
         if options.text_encoder and not classes:
             extra["text_encoder"] = options.text_encoder
         pipe = kind.from_single_file(options.model, vq=options.vq, **extra)
+    elif options.text_encoder or options.image_size is not None:
+        raise VisarError("--text-encoder and --image-size go with a published .pt file; a folder brings its own.")
     else:
         pipe = kind.from_pretrained(options.model)
     return pipe.to(device, dtype)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned columns of text."""
-    cells = [[str(c) for c in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)

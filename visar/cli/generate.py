@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -19,17 +20,17 @@ def output_paths(output: str | None, names: list[str]) -> list[Path]:
     The folder is made and tried first, so that nothing is computed that cannot be saved.
     """
     path = Path(output or ".")
-    if path.suffix:
+    if path.suffix and not path.is_dir():
         if path.suffix.lower() != ".png":
             raise VisarError(f"Pictures are written as .png, not {path.suffix}; give a .png file or a folder.")
         writable_folder(path.parent)
         return [path if len(names) == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(len(names))]
     folder = writable_folder(path)
     stems = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "picture" for name in names]
-    out = []
-    for i, stem in enumerate(stems):
-        number = stems[:i].count(stem)
-        out.append(folder / f"{stem}{f'-{number}' if number else ''}.png")
+    out: list[Path] = []
+    for stem in stems:
+        numbered = (folder / f"{stem}{f'-{i}' if i else ''}.png" for i in itertools.count())
+        out.append(next(path for path in numbered if path not in out))
     return out
 
 

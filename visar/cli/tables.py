@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from visar.cli.common import table
+from visar.tables import table
 
 
 def models(options: argparse.Namespace) -> int:

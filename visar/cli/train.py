@@ -42,6 +42,8 @@ def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
     if options.minutes <= 0 or options.batch < 1 or options.size < 8 or options.lr <= 0:
         raise VisarError("--minutes and --lr must be above 0, --batch 1 or more, and --size 8 or more.")
     data = PictureSet(options.data, tuple(options.styles), tuple(options.without_groups))
+    if not data.indices("train"):
+        raise VisarError(f"{options.data} has no pictures for training: all are held out.")
     config = TrainConfig(
         out=writable_folder(options.out), minutes=options.minutes, batch=options.batch, lr=options.lr,
         seed=options.seed, compile=not options.no_compile, device=str(device_of(options.device)), **extra,
@@ -74,12 +76,14 @@ def ar(options: argparse.Namespace) -> int:
 
 def assemble(options: argparse.Namespace) -> int:
     import torch
+    from diffusers.utils import logging
 
     from visar.models.llamagen import LlamaGen
     from visar.models.vq import VQModel
     from visar.models.words import WordEncoder
     from visar.pipelines import TextToImagePipeline
 
+    logging.set_verbosity_error()
     dtype = getattr(torch, options.dtype)
     pipe = TextToImagePipeline(
         LlamaGen.from_pretrained(_folder(options.gpt), low_cpu_mem_usage=False).to(dtype),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from math import isfinite
 
 from visar.errors import VisarError
 
@@ -13,8 +14,8 @@ def verify(options: argparse.Namespace) -> int:
     from visar.eval.exactness import EXACT_LIMIT, MUTANT_LIMIT, Row
     from visar.eval.exactness import verify as prove
 
-    if options.sequences < 1024:
-        raise VisarError(f"--sequences must be 1024 or more for the test to mean something, not {options.sequences}.")
+    if options.sequences < 16384:
+        raise VisarError(f"--sequences must be 16384 or more for the test to mean something, not {options.sequences}.")
 
     def line(row: Row) -> None:
         if not options.json:
@@ -26,10 +27,13 @@ def verify(options: argparse.Namespace) -> int:
     rows = prove(options.sampler, options.sequences, options.seed, not options.no_mutants, report=line)
     good = all(row.passed for row in rows)
     if options.json:
-        print(json.dumps([asdict(r) | {"passed": r.passed} for r in rows], indent=2))
+        print(
+            json.dumps([asdict(r) | {"z": r.z if isfinite(r.z) else None, "passed": r.passed} for r in rows], indent=2)
+        )
     else:
         print(
-            f"Joint law over all sequences, chi-square z; exact: |z| < {EXACT_LIMIT:g} and the same tokens in "
-            f"batches of 1, 8 and all; planted mistakes: |z| > {MUTANT_LIMIT:g}. {'All rows pass.' if good else 'SOME ROWS FAIL.'}"
+            f"Joint law over all sequences, chi-square z. Exact: |z| < {EXACT_LIMIT:g}, and the same tokens in batches "
+            f"of 1, 8 and all. Planted mistakes: |z| > {MUTANT_LIMIT:g}. "
+            f"{'All rows pass.' if good else 'SOME ROWS FAIL.'}"
         )
     return 0 if good else 1

@@ -67,6 +67,7 @@ class ModelSession(Session):
         self.bytes_read = 0
         self._prefill(condition.to(self.device))
 
+    @torch.inference_mode()
     def _prefill(self, condition: Tensor) -> None:
         """Embed the condition and run all its slots but the last, which is the first pass's root."""
         embed = self.model.cls_embedding
@@ -76,6 +77,7 @@ class ModelSession(Session):
         if self.prefix > 1:
             self._pass(x[:, :-1], torch.arange(self.prefix - 1, device=self.device).expand(len(x), -1), self.prefix - 1)
             self.prefill_passes = 1
+            self.bytes_read = 0  # what is timed begins behind the prefill
 
     def _pass(self, x: Tensor, slots: Tensor, visible: int) -> Tensor:
         """Run embeddings x [rows, W, dim] at slots [rows, W], reading the first `visible` slots of the cache."""
@@ -98,7 +100,7 @@ class ModelSession(Session):
             return self.cache.keys.shape[2]
         return self.prefix - 1 + int(self.lengths.max()) + window
 
-    def _logits(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         window = tokens.shape[1]
         x = self.model.tok_embeddings(tokens).repeat(self.halves, 1, 1)
         fresh = (self.lengths == 0).repeat(self.halves)[:, None]

@@ -1,4 +1,4 @@
-"""Counter-based noise: a pure function of (seed, image, position, pass, purpose), never of the order of calls.
+"""Counter-based noise: a pure function of (seed, key, image, position, pass, purpose), never of the order of calls.
 
 The same seed gives the same image whatever the batch, the rank or the restart. The noise is computed on the device
 from a pass counter that lives there, so a captured graph replays it with fresh values.
@@ -14,7 +14,8 @@ from torch import Tensor
 from visar.kernels.philox import philox
 
 _MASK = 0xFFFFFFFF
-IMAGES = 2**24
+IMAGES = 2**24  # image indices
+SPAN = 2**16  # positions, and passes
 
 
 class Purpose(IntEnum):
@@ -29,19 +30,24 @@ class Purpose(IntEnum):
 class Noise:
     """Noise for the rows of a batch.
 
-    `seed` is any integer of 64 bits; `images` [B] are the rows' image indices, below 2**24.
+    `seed` is any integer of 64 bits; `images` [B] are the rows' image indices, below 2**24; `keys` [B], of 32 bits,
+    tell apart rows of one index, as those of different prompts are. Positions and passes are below 2**16.
     """
 
-    def __init__(self, seed: int, images: Tensor):
+    def __init__(self, seed: int, images: Tensor, keys: Tensor | None = None):
         self.key = (seed & _MASK, seed >> 32 & _MASK)
         self.images = images.long()
+        self.keys = torch.zeros_like(self.images) if keys is None else keys.long()
 
     def _words(
         self, purpose: Purpose, positions: Tensor, passes: Tensor | int, lane: Tensor | int
     ) -> tuple[Tensor, ...]:
-        image = self.images.view(-1, *(1 for _ in positions.shape[1:])) * 256 + int(purpose)
+        ones = (1,) * (positions.ndim - 1)
+        image, key = self.images.view(-1, *ones), self.keys.view(-1, *ones)
         zero = torch.zeros_like(positions)
-        return philox(self.key, (zero + lane, positions & _MASK, zero + passes, zero + image))
+        at = positions + (key % SPAN) * SPAN
+        turn = zero + passes + (key // SPAN % SPAN) * SPAN
+        return philox(self.key, (zero + lane, at, turn, zero + image * 256 + int(purpose)))
 
     def uniform(self, purpose: Purpose, positions: Tensor, passes: Tensor | int) -> Tensor:
         """One uniform of 52 bits per position [B, W], float64, never 0 and never 1."""

@@ -11,7 +11,7 @@ from torch import Tensor
 class Session(ABC):
     """A batch of B sequences of `length` tokens, of which row b has committed `lengths[b]`.
 
-    A subclass gives `_logits`. Rows progress independently, a rejected draft costs nothing to undo (the pointer simply
+    A subclass gives `forward`. Rows progress independently, a rejected draft costs nothing to undo (the pointer simply
     does not move), and every shape is fixed by B and W.
     """
 
@@ -27,17 +27,14 @@ class Session(ABC):
         """
         return self.lengths[:, None] + torch.arange(window, device=self.device)
 
+    @abstractmethod
     def forward(self, tokens: Tensor) -> Tensor:
         """One pass: guided logits [B, W, V], fp32, of the positions that follow the committed prefix.
 
         `tokens` [B, W] are the last committed token, then W - 1 drafts. While nothing is committed the first one is
         ignored: the condition stands in its place.
         """
-        return self._logits(tokens)
 
     def commit(self, count: Tensor) -> None:
         """Row b keeps the next `count[b]` tokens; counts that pass the end are an error of the sampler."""
         self.lengths += count
-
-    @abstractmethod
-    def _logits(self, tokens: Tensor) -> Tensor: ...

@@ -1,7 +1,7 @@
 """The GPT of LlamaGen (Sun et al. 2024, arXiv:2406.06525), class- and text-conditional, with its published keys.
 
 The module holds weights and the arithmetic of one pass. Caches, guidance and positions in progress belong to the
-engine, which calls `embed` and `run`; training and scoring call `forward` on whole sequences.
+engine, which calls `run`; training and scoring call `forward` on whole sequences.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """A caption encoder small enough to ship: a table of word vectors, compressed from a sentence encoder.
 
-It stands where LlamaGen has FLAN-T5: the features of a caption are its words' vectors, left-padded. The vectors are
-principal components of MiniLM's embedding of each word alone, so words of like meaning have like features, and words
-that no training caption had are still understood.
+It stands where LlamaGen has FLAN-T5. The features of a caption are its words' vectors, repeated until the condition
+slots are full: slots are attended uniformly, so repeating keeps a caption's meaning, lets later slots see all words,
+and gives a short caption the weight of a long one. The vectors are principal components of MiniLM's embedding of each word
+alone, so words of like meaning have like features, and words that no training caption had are still understood.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,8 +26,9 @@ SILENT = frozenset(["a", "an", "the", "of", "and", "with", "in", "on", "some"])
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words of a text, articles and the like left out."""
-    return [w for w in re.findall(r"[a-z0-9]+", text.lower().replace("'", "")) if w not in SILENT]
+    """Lower-case words of a text without accents, articles and the like left out."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return [w for w in re.findall(r"[a-z0-9]+", plain.lower().replace("'", "")) if w not in SILENT]
 
 
 def _stems(word: str) -> Iterable[str]:
@@ -41,6 +44,8 @@ class WordEncoder(nn.Module):
 
     def __init__(self, words: Sequence[str], table: Tensor, scale: Tensor, length: int = 12):
         super().__init__()
+        if len(words) != len(table) or len(words) != len(scale):
+            raise VisarError(f"A word table of {len(table)} rows does not fit {len(words)} words.")
         self.words = list(words)
         self.length = length
         self.register_buffer("table", table)
@@ -73,13 +78,12 @@ class WordEncoder(nn.Module):
         return [r for r in known if r is not None], missing
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Features [B, length, features], fp32, left-padded with zeros, and the mask of valid slots [B, length].
+        """Features [B, length, features], fp32, and the mask of valid slots [B, length], which are all.
 
         Unknown words are left out with a warning; a prompt with no known word is a `VisarError`.
         """
-        features = torch.zeros(len(prompts), self.length, self.table.shape[1], device=self.device)
-        mask = torch.zeros(len(prompts), self.length, dtype=torch.bool, device=self.device)
-        for i, prompt in enumerate(prompts):
+        slots = []
+        for prompt in prompts:
             rows, missing = self.ids(prompt)
             if not rows:
                 raise VisarError(f"No word of the prompt {prompt!r} is known to this model; use English words.")
@@ -87,11 +91,10 @@ class WordEncoder(nn.Module):
                 warnings.warn(f"Words not known to this model were left out: {', '.join(missing)}.", stacklevel=2)
             if len(rows) > self.length:
                 warnings.warn(f"Only the last {self.length} words of a long prompt are used.", stacklevel=2)
-            rows = rows[-self.length :]
-            at = torch.tensor(rows, device=self.device)
-            features[i, -len(rows) :] = self.table[at].float() * self.scale[at, None]
-            mask[i, -len(rows) :] = True
-        return features, mask
+            slots.append((rows * self.length)[-self.length :])
+        at = torch.tensor(slots, device=self.device)
+        features = self.table[at].float() * self.scale[at].float().unsqueeze(-1)
+        return features, torch.ones(at.shape, dtype=torch.bool, device=self.device)
 
     def save_pretrained(self, folder: str | Path, **_: object) -> None:
         folder = Path(folder)

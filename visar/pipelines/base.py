@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import zlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from einops import rearrange
 from PIL import Image
@@ -76,32 +79,52 @@ class ImagePipeline(DiffusionPipeline):
         """
         folder = resolve_model(name)
         if isinstance(folder, str):
-            folder = _download(folder)
+            folder = _download(folder, list(cls.component_classes))
         try:
             index = json.loads((folder / "model_index.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise VisarError(f"{folder} is not a saved pipeline: it has no readable model_index.json.") from error
-        if index.get("_class_name") != cls.__name__:
-            raise VisarError(f"{folder} holds a {index.get('_class_name')}, not a {cls.__name__}.")
+        found = index.get("_class_name") if isinstance(index, dict) else None
+        if found != cls.__name__:
+            raise VisarError(f"{folder} holds {f'a {found}' if found else 'no pipeline'}, not a {cls.__name__}.")
         parts: dict[str, Any] = {}
         for part, kind in cls.component_classes.items():
-            kind = kind[index[part][1]] if isinstance(kind, dict) else kind
             try:
-                parts[part] = kind.from_pretrained(folder / part, low_cpu_mem_usage=False)
+                parts[part] = _load(kind[index[part][1]] if isinstance(kind, dict) else kind, folder / part)
             except VisarError:
                 raise
             except Exception as error:
-                raise VisarError(f"Could not load {part!r} from {folder}: {str(error).splitlines()[0]}") from error
+                reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+                raise VisarError(f"Could not load {part!r} from {folder}: {reason}") from error
             _check_finite(parts[part], part)
-        settings = {k: v for k, v in index.items() if not k.startswith("_") and k not in parts}
-        pipe = cls(**parts, **settings)
+        try:
+            pipe = cls(**parts, **{k: v for k, v in index.items() if not k.startswith("_") and k not in parts})
+        except TypeError as error:
+            raise VisarError(f"{folder} has settings that a {cls.__name__} does not: {error}.") from error
         return pipe.to(torch_dtype) if torch_dtype is not None else pipe
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert all parts, as in diffusers; its warning about an empty list of modules is left out."""
+        logger = logging.getLogger("diffusers.models.modeling_utils")
+
+        def said_for_a_reason(record: logging.LogRecord) -> bool:
+            return "kept in float32: []" not in record.getMessage()
+
+        logger.addFilter(said_for_a_reason)
+        try:
+            return super().to(*args, **kwargs)
+        finally:
+            logger.removeFilter(said_for_a_reason)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:  # type: ignore[override]
         """Write a folder in diffusers layout: safetensors and configs per component, and model_index.json last."""
         folder = writable_folder(folder)
         for part in self.component_classes:
             getattr(self, part).save_pretrained(folder / part)
+            config = json.loads((folder / part / "config.json").read_text())
+            if config.pop("_name_or_path", None):  # where it was loaded from means nothing elsewhere
+                with replacing(folder / part / "config.json") as temporary:
+                    temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         with replacing(folder / "model_index.json") as temporary:
             temporary.write_text(self.to_json_string())
 
@@ -130,31 +153,39 @@ class ImagePipeline(DiffusionPipeline):
         top_k: int | None,
         top_p: float,
         seed: int,
+        first_image: int,
         output_type: str,
         callback: StepCallback | None,
     ) -> ImageOutput:
-        """Decode one row per key. Equal keys get image indices 0, 1, ...: a picture depends on its key alone."""
+        """Decode one row per key. Equal keys get successive image indices: a picture depends on key and index alone."""
         if output_type not in OUTPUT_TYPES:
             raise VisarError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
         method = get_sampler(DEFAULT_SAMPLER if sampler is None else sampler, window=window)
         if "grid" in {f.name for f in fields(method)} and not method.grid:  # type: ignore[arg-type, attr-defined]
             method = get_sampler(method, grid=self.grid)
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if not math.isfinite(scale):
+            raise VisarError(f"guidance_scale must be a finite number, not {scale}.")
         target = Target(temperature, self.config.top_k if top_k is None else top_k, top_p)
         session = ModelSession(
             self.gpt, condition, mask, length=self.grid**2, window=method.window, grid=self.grid,
             guidance=Guidance(scale, guidance_interval),
         )  # fmt: skip
-        noise = Noise(seed, torch.tensor(_occurrences(keys), device=session.device))
+        indices = torch.tensor(_occurrences(keys, first_image), device=session.device)
+        hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=session.device)
+        noise = Noise(seed, indices, hashes)
 
         def tell(passes: int, tokens: Tensor, lengths: Tensor) -> None:
             bar.update(int(lengths.sum()) - bar.n)
             if callback is not None:
-                callback(Progress(passes, tokens, lengths, lambda: self._preview()(tokens, lengths, self.grid)))
+                now, done = tokens.clone(), lengths.clone()  # what a callback keeps does not change under it
+                callback(Progress(passes, now, done, lambda: self._preview()(now, done, self.grid)))
 
         quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
         with self.progress_bar(total=session.batch * session.length) as bar:
-            result = decode(session, method, target, noise, None if quiet and callback is None else tell)
+            # A bar alone need not make a GPU wait after every pass.
+            every = None if callback is None else 1
+            result = decode(session, method, target, noise, None if quiet and callback is None else tell, every)
         images: list[Image.Image] | Tensor | None = None
         if output_type != "tokens":
             pixels = self.decode_tokens(result.tokens)
@@ -168,6 +199,15 @@ class ImagePipeline(DiffusionPipeline):
             exact=method.exact,
             law=SAMPLERS[method.name].law if method.name in SAMPLERS else ("exact" if method.exact else "relaxed"),
             seed=seed,
+            settings={
+                "guidance_scale": scale,
+                "guidance_interval": guidance_interval,
+                "temperature": temperature,
+                "top_k": target.top_k,
+                "top_p": top_p,
+                "dtype": str(self.gpt.dtype).removeprefix("torch."),
+                "device": str(session.device),
+            },
             images=session.batch,
             tokens=session.length,
             nfe=result.passes + session.prefill_passes,
@@ -185,23 +225,36 @@ class ImagePipeline(DiffusionPipeline):
         return self._code_preview
 
 
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _download(hub_id: str, parts: list[str]) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id))
+        hf_hub_download(hub_id, "model_index.json")  # before gigabytes of a repository that holds no pipeline
+        return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *(f"{p}/*" for p in parts)]))
     except Exception as error:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
 
 
-def _occurrences(keys: Sequence[Hashable]) -> list[int]:
+def _load(kind: Any, folder: Path) -> Any:
+    """One component; diffusers would fill tensors that the file lacks with random numbers."""
+    if not issubclass(kind, ModelMixin):
+        return kind.from_pretrained(folder)
+    model, info = kind.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
+    for what, keys in (("lacks the tensor", info["missing_keys"]), ("has an unknown tensor", info["unexpected_keys"])):
+        if keys:
+            raise VisarError(f"{folder} {what} {sorted(keys)[0]!r}; {len(keys)} in all.")
+    return model
+
+
+def _occurrences(keys: Sequence[Hashable], first: int) -> list[int]:
+    """Image indices: `first`, `first` + 1, ... for each key by itself."""
     seen: dict[Hashable, int] = {}
     out = []
     for key in keys:
-        out.append(seen.get(key, 0))
+        out.append(seen.get(key, first))
         seen[key] = out[-1] + 1
-    if max(seen.values()) > IMAGES:
-        raise VisarError(f"At most {IMAGES} pictures of one prompt have noise of their own.")
+    if first < 0 or max(seen.values()) > IMAGES:
+        raise VisarError(f"Image indices of one prompt go from 0 to {IMAGES - 1}.")
     return out
 
 

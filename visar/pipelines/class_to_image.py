@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,14 +32,16 @@ class ClassToImagePipeline(ImagePipeline):
         self.register_to_config(grid=grid, guidance_scale=guidance_scale, top_k=top_k)
 
     @classmethod
-    def from_single_file(cls, gpt: str | Path, *, vq: str | Path, image_size: int | None = None) -> Self:
+    def from_single_file(
+        cls, gpt: str | Path, *, vq: str | Path, image_size: int | None = None, num_heads: int | None = None
+    ) -> Self:
         """Load LlamaGen's published files unchanged: `c2i_*_{256,384}.pt` with `vq_ds16_c2i.pt`, or ds8.
 
-        `image_size` in pixels, as the GPT was trained; by
-        default what the published file name says. Raises `VisarError`.
+        `image_size` in pixels, as the GPT was trained; by default what the published file name says. `num_heads` is
+        needed only for sizes that were never published. Raises `VisarError`.
         """
         tokenizer = load_vq(vq)
-        model = load_gpt(gpt, grid=_grid(image_size, tokenizer.sizes.downsample))
+        model = load_gpt(gpt, grid=_grid(image_size, tokenizer.sizes.downsample), num_heads=num_heads)
         if model.config.condition != "class":
             raise VisarError(f"{gpt} is a text-conditional model; load it with TextToImagePipeline.")
         return cls(model, tokenizer)
@@ -56,11 +59,12 @@ class ClassToImagePipeline(ImagePipeline):
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
+        first_image: int = 0,
         output_type: str = "pil",
         callback: StepCallback | None = None,
     ) -> ImageOutput:
         """Decode `num_images_per_prompt` pictures for each class id; the rest as in `TextToImagePipeline`."""
-        labels = [class_labels] if isinstance(class_labels, int) else list(class_labels)
+        labels = [class_labels] if isinstance(class_labels, int) else [index(label) for label in class_labels]
         classes = self.gpt.config.classes
         if not labels:
             raise VisarError("No class was given.")
@@ -73,5 +77,6 @@ class ClassToImagePipeline(ImagePipeline):
         return self._generate(
             torch.tensor(rows), None, rows,
             sampler=sampler, window=window, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, output_type=output_type, callback=callback,
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, first_image=first_image,
+            output_type=output_type, callback=callback,
         )  # fmt: skip

@@ -39,7 +39,7 @@ class CodePreview:
 
     def __call__(self, tokens: Tensor, lengths: Tensor, grid: int) -> Tensor:
         """uint8 [B, grid, grid, 3] for tokens [B, grid**2], of which row b has decided the first `lengths[b]`."""
-        colours = F.embedding(tokens, self.colours)
+        colours = F.embedding(tokens, self.colours.to(tokens.device))
         decided = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         colours = torch.where(decided[..., None], colours, torch.full_like(colours, GREY))
         return (colours * 255).round().to(torch.uint8).unflatten(1, (grid, grid))

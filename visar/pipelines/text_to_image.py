@@ -58,18 +58,26 @@ class TextToImagePipeline(ImagePipeline):
         vq: str | Path,
         text_encoder: str | Path = "google/flan-t5-xl",
         image_size: int | None = None,
+        num_heads: int | None = None,
     ) -> Self:
         """Load LlamaGen's published files unchanged.
 
         `gpt`: `t2i_XL_stage1_256.pt` or `t2i_XL_stage2_512.pt`; `vq`: `vq_ds16_t2i.pt`; `text_encoder`: a folder or
-        hub id of FLAN-T5-XL; `image_size` in pixels, as the GPT was trained; by
-        default what the published file name says. Raises `VisarError`.
+        hub id of FLAN-T5-XL; `image_size` in pixels, as the GPT was trained, by default what the published file name
+        says; `num_heads` is needed only for sizes that were never published. Raises `VisarError`.
         """
         tokenizer = load_vq(vq)
-        model = load_gpt(gpt, grid=_grid(image_size, tokenizer.sizes.downsample))
+        model = load_gpt(gpt, grid=_grid(image_size, tokenizer.sizes.downsample), num_heads=num_heads)
         if model.config.condition != "text":
             raise VisarError(f"{gpt} is a class-conditional model; load it with ClassToImagePipeline.")
-        return cls(model, tokenizer, T5CaptionEncoder.from_pretrained(text_encoder))
+        c = model.config
+        encoder = T5CaptionEncoder.from_pretrained(text_encoder, length=c.condition_length)
+        if encoder.encoder.config.d_model != c.caption_features:
+            raise VisarError(
+                f"The text encoder {text_encoder} has features of {encoder.encoder.config.d_model}, "
+                f"but {gpt} was trained on features of {c.caption_features}."
+            )
+        return cls(model, tokenizer, encoder)
 
     def __call__(
         self,
@@ -84,6 +92,7 @@ class TextToImagePipeline(ImagePipeline):
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
+        first_image: int = 0,
         output_type: str = "pil",
         callback: StepCallback | None = None,
     ) -> ImageOutput:
@@ -92,6 +101,7 @@ class TextToImagePipeline(ImagePipeline):
         `sampler`: a name of `visar.samplers.SAMPLERS` or a configured object; `window` replaces its W. `guidance_scale`
         and `top_k` default to the model's own; `guidance_interval` >= 0 ends guidance after that position. `callback`
         gets a `Progress` after every pass. One seed and prompt give the same picture whatever else is in the call.
+        The pictures of a prompt have the indices `first_image`, `first_image` + 1, ...: a large set can be made in parts.
         Raises `VisarError` for an empty prompt or a value out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -105,7 +115,8 @@ class TextToImagePipeline(ImagePipeline):
             features.repeat_interleave(each, 0), mask.repeat_interleave(each, 0),
             [p for p in prompts for _ in range(each)],
             sampler=sampler, window=window, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, output_type=output_type, callback=callback,
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, first_image=first_image,
+            output_type=output_type, callback=callback,
         )  # fmt: skip
 
 

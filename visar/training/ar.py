@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visar.errors import VisarError
 from visar.models.llamagen import LlamaGen
 from visar.models.vq import VQModel
 from visar.models.words import WordEncoder
@@ -23,20 +24,42 @@ class ARLoss(nn.Module):
         super().__init__()
         self.gpt = gpt
 
-    def forward(self, features: Tensor, mask: Tensor, drop: Tensor, tokens: Tensor) -> Tensor:
-        """`features` [B, T, C] and `mask` [B, T] of captions; `drop` [B] marks rows trained unconditionally."""
+    def forward(self, features: Tensor, mask: Tensor, drop: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
+        """Predict `tokens` [B, n] from `inputs` [B, n], which are the tokens, or a corrupted copy of them.
+
+        `features` [B, T, C] and `mask` [B, T] are of the captions; `drop` [B] marks rows trained unconditionally.
+        """
         features = torch.where(drop[:, None, None], self.gpt.cls_embedding.null_like(features), features)
-        logits = self.gpt(features, tokens[:, :-1], mask)
+        logits = self.gpt(features, inputs[:, :-1], mask)
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 def initialise(gpt: LlamaGen) -> LlamaGen:
-    """Normal(0, 0.02) weights, the ways back into the residual stream scaled down with depth."""
+    """Normal(0, 0.02) weights, the ways back into the residual stream scaled down with depth.
+
+    The caption projector starts at a gain of about 1: caption features that enter much smaller than what the blocks add
+    are learnt too late, when pictures are already known by heart from their first tokens.
+    """
     for name, p in gpt.named_parameters():
         if p.ndim == 2:
             back = name.endswith(("wo.weight", "w2.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * gpt.config.num_layers) if back else 0.02)
+            std = 0.02 / math.sqrt(2 * gpt.config.num_layers) if back else 0.02
+            if "cap_proj" in name:
+                std = 1.0 if "fc1" in name else 1.0 / math.sqrt(p.shape[1])
+            nn.init.normal_(p, std=std)
     return gpt
+
+
+def corrupt(tokens: Tensor, pool: Tensor, g: torch.Generator, most: float = 0.5, clean: float = 0.3) -> Tensor:
+    """A copy of tokens [B, n] with some replaced by what other pictures of `pool` [m, n] have at that position.
+
+    The rate is uniform in [0, `most`] per row, and 0 for a share `clean` of rows. A small set is otherwise learnt by
+    heart from the first tokens of each picture, and the caption ignored; it also teaches to go on from a wrong token.
+    """
+    rate = torch.rand(len(tokens), 1, generator=g) * most
+    rate[torch.rand(len(tokens), generator=g) < clean] = 0
+    other = pool[torch.randint(len(pool), tokens.shape, generator=g), torch.arange(tokens.shape[1])]
+    return torch.where(torch.rand(tokens.shape, generator=g) < rate, other, tokens)
 
 
 @torch.inference_mode()
@@ -46,7 +69,9 @@ def tokenize(vq: VQModel, pixels: Tensor, batch: int = 64) -> Tensor:
 
 
 def encode_captions(encoder: WordEncoder, records: list[Record], rng: random.Random | None) -> tuple[Tensor, Tensor]:
-    return encoder.encode([r.prompt(rng) for r in records])
+    """Features and mask of the records' prompts; the plain one where the varied one has no known word."""
+    varied = [r.prompt(rng) for r in records]
+    return encoder.encode([p if encoder.ids(p)[0] else r.prompt() for p, r in zip(varied, records, strict=True)])
 
 
 @torch.inference_mode()
@@ -57,7 +82,8 @@ def cross_entropy(gpt: LlamaGen, encoder: WordEncoder, records: list[Record], to
         part = records[start : start + batch]
         features, mask = encode_captions(encoder, part, None)
         drop = torch.zeros(len(part), dtype=torch.bool)
-        rows = [t.to(gpt.device) for t in (features, mask, drop, tokens[start : start + batch])]
+        ids = tokens[start : start + batch]
+        rows = [t.to(gpt.device) for t in (features, mask, drop, ids, ids)]
         total += loss(*rows).item() * len(part)
     return total / len(records)
 
@@ -83,6 +109,8 @@ def train_ar(
     dropped: float = 0.1,
 ) -> LlamaGen:
     """Train on the `train` split; saves `gpt/` in diffusers layout in `config.out`; returns the EMA."""
+    if size % vq.sizes.downsample:
+        raise VisarError(f"The size must be a multiple of {vq.sizes.downsample} pixels, not {size}.")
     torch.manual_seed(config.seed)
     tokens = tokenize(vq, data.pixels(size))
     split = {name: data.indices(name) for name in SPLITS}
@@ -105,7 +133,8 @@ def train_ar(
         chosen = [train[rng.randrange(len(train))] for _ in range(config.batch)]
         features, mask = encode_captions(encoder, [data.records[i] for i in chosen], rng)
         drop = torch.tensor([rng.random() < dropped for _ in chosen])
-        return features, mask, drop, tokens[chosen]
+        g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
+        return features, mask, drop, corrupt(tokens[chosen], tokens[train], g), tokens[chosen]
 
     def evaluate(ema: nn.Module) -> dict[str, float]:
         parts = {name: rows[:256] for name, rows in split.items() if rows}

@@ -45,7 +45,7 @@ class Record:
         """The prompt "caption, style"; with a generator, varied as users vary it (keywords added, style left out)."""
         words, style = self.caption, self.style
         if rng is not None:
-            if self.tags and rng.random() < 0.3:
+            if self.tags and rng.random() < 0.2:
                 extra = " ".join(rng.sample(self.tags, min(len(self.tags), rng.randint(1, 2))))
                 words = extra if rng.random() < 0.25 else f"{words} {extra}"
             if rng.random() < 0.1:
@@ -74,8 +74,11 @@ class PictureSet:
         self.path = Path(path)
         if not self.path.exists():
             raise VisarError(f"No picture folder at {self.path}; give a folder or a zip of captioned pictures.")
-        self._zip = zipfile.ZipFile(self.path) if self.path.is_file() else None
-        records = self._listing()
+        try:
+            self._zip = zipfile.ZipFile(self.path) if self.path.is_file() else None
+            records = self._listing()
+        except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+            raise VisarError(f"{self.path} is no picture set: {error}.") from error
         known = {r.style for r in records}
         for style in styles:
             if style not in known:
@@ -127,7 +130,10 @@ class PictureSet:
         """All pictures as uint8 [n, 3, size, size], composited on white, Lanczos-resized."""
         out = torch.empty(len(self.records), 3, size, size, dtype=torch.uint8)
         for i, r in enumerate(self.records):
-            picture = Image.open(BytesIO(self._read(r.file))).convert("RGBA")
+            try:
+                picture = Image.open(BytesIO(self._read(r.file))).convert("RGBA")
+            except (OSError, KeyError) as error:
+                raise VisarError(f"Cannot read picture {r.file} of {self.path}.") from error
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
             if picture.size != (size, size):
                 picture = picture.resize((size, size), Image.Resampling.LANCZOS)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from visar.errors import VisarError
 from visar.files import replacing
 
 
@@ -39,13 +40,16 @@ class TrainConfig:
     device: str = "cpu"
 
 
-def distributed() -> tuple[int, int]:
-    """(rank, world size); joins the process group when started by torchrun."""
+def distributed(device: str = "cpu") -> tuple[int, int, torch.device]:
+    """(rank, world size, this process's device); joins the process group when started by torchrun."""
     if "RANK" not in os.environ:
-        return 0, 1
+        return 0, 1, torch.device(device)
+    own = torch.device("cpu" if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}")
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), own
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -97,12 +101,7 @@ def fit(
     `batch_at(step, rank)` gives the tensors of a step. `evaluate(ema)` is called at each save; its figures go to
     `log.jsonl` beside `state.pt` in `config.out`. A run started again in the same folder goes on where it was.
     """
-    rank, world = distributed()
-    device = torch.device(
-        config.device
-        if "LOCAL_RANK" not in os.environ or config.device == "cpu"
-        else f"cuda:{os.environ['LOCAL_RANK']}"
-    )
+    rank, world, device = distributed(config.device)
     model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config)
@@ -110,12 +109,15 @@ def fit(
     state_file = config.out / "state.pt"
     step, spent = 0, 0.0
     if state_file.exists():
-        saved = torch.load(state_file, map_location=device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(its)
-        step, spent = saved["step"], saved["spent"]
+        try:
+            saved = torch.load(state_file, map_location=device, weights_only=True)
+            model.load_state_dict(saved["model"])
+            ema.load_state_dict(saved["ema"])
+            for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(its)
+            step, spent = saved["step"], saved["spent"]
+        except Exception as error:
+            raise VisarError(f"{state_file} is damaged or of a run with other sizes; give an empty folder.") from error
 
     net: nn.Module = model
     if world > 1:
@@ -126,9 +128,13 @@ def fit(
     since = 0
 
     def elapsed() -> float:
-        return spent + (time.monotonic() - started) / 60
+        """Minutes trained; rank 0's clock for all, or ranks would differ in schedule and stop apart."""
+        now = torch.tensor(spent + (time.monotonic() - started) / 60, dtype=torch.float32, device=device)
+        if world > 1:
+            dist.broadcast(now, 0)
+        return now.item()
 
-    def save() -> None:
+    def save(minutes: float) -> None:
         if rank:
             return
         with replacing(state_file) as temporary:
@@ -138,24 +144,24 @@ def fit(
                     "ema": ema.state_dict(),
                     "optimizers": [o.state_dict() for o in optimizers],
                     "step": step,
-                    "spent": elapsed(),
+                    "spent": minutes,
                 },
                 temporary,
             )
         rate = (step - first) * config.batch * world / max(time.monotonic() - started, 1e-9)
         row = {
             "step": step,
-            "minutes": round(elapsed(), 2),
+            "minutes": round(minutes, 2),
             "samples_per_second": round(rate, 1),
-            "loss": round(total.item() / max(since, 1), 4),
+            "loss": round(total.item() / since, 4) if since else None,
             **evaluate(ema),
         }
         with open(config.out / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
-    while step < config.steps and elapsed() < config.minutes:
-        progress = min(1.0, max(elapsed() / config.minutes, step / config.steps))
+    while step < config.steps and (minutes := elapsed()) < config.minutes:
+        progress = min(1.0, max(minutes / config.minutes, step / config.steps))
         rate = config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = rate * min(1.0, (step + 1) / config.warmup)
@@ -174,8 +180,8 @@ def fit(
         total += loss.detach()
         since += 1
         if time.monotonic() - saved_at > config.save_minutes * 60:
-            save()
+            save(minutes)
             saved_at, since = time.monotonic(), 0
             total.zero_()
-    save()
+    save(elapsed())
     return ema

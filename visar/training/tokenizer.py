@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visar.errors import VisarError
 from visar.models.vq import VQConfig, VQModel
 from visar.training.data import PictureSet, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
@@ -44,16 +45,16 @@ class TokenizerLoss(nn.Module):
     @torch.no_grad()
     def revive(self, pixels: Tensor, idle: int) -> None:
         """Move codes unused for `idle` steps onto features of these pictures."""
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        weight = self.vq.quantize.embedding.weight
         dead = (self.clock - self.last_used > idle).nonzero().flatten()
         if len(dead):
             z = self.vq.features(to_unit(pixels)).float().flatten(0, 2)
-            pick = torch.randint(len(z), (len(dead),), device=z.device)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.broadcast(replacement := z[pick].contiguous(), 0)
-            else:
-                replacement = z[pick]
-            self.vq.quantize.embedding.weight[dead] = replacement.to(self.vq.quantize.embedding.weight.dtype)
+            weight[dead] = z[torch.randint(len(z), (len(dead),), device=z.device)].to(weight.dtype)
             self.last_used[dead] = self.clock
+        if together:  # ranks saw different pictures and so other dead codes: rank 0's choice is everyone's
+            torch.distributed.broadcast(weight.data, 0)
+            torch.distributed.broadcast(self.last_used, 0)
 
 
 @torch.no_grad()
@@ -70,6 +71,8 @@ def psnr(vq: VQModel, pixels: Tensor, batch: int = 64) -> float:
 
 def train_tokenizer(data: PictureSet, size: int, config: TrainConfig, sizes: VQConfig = SMALL_VQ) -> VQModel:
     """Train on the `train` split at `size` pixels; saves `vq/` in diffusers layout in `config.out`; returns the EMA."""
+    if size % sizes.downsample:
+        raise VisarError(f"The size must be a multiple of {sizes.downsample} pixels, not {size}.")
     torch.manual_seed(config.seed)
     pixels = data.pixels(size)
     train = pixels[data.indices("train")]

@@ -1,0 +1,65 @@
+"""Tiny random pipelines: everything the real ones have, in a thousandth of the size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from visar.models.llamagen import LlamaGen
+from visar.models.vq import VQModel
+from visar.models.words import WordEncoder
+from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
+
+WORDS = ("red", "blue", "heart", "star", "cat", "dog", "city", "3d", "noto", "flat")
+GRID = 5
+GPT: dict[str, Any] = dict(vocab_size=24, dim=32, num_layers=2, num_heads=2, ffn=48, grid=GRID)
+VQ: dict[str, Any] = dict(
+    codebook_size=24, code_dim=4, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=16
+)  # fmt: skip
+
+
+def text_gpt(length: int = 4, features: int = 6) -> LlamaGen:
+    return LlamaGen(**GPT, condition="text", condition_length=length, caption_features=features).eval()
+
+
+def class_gpt() -> LlamaGen:
+    return LlamaGen(**GPT, condition="class", classes=7).eval()
+
+
+@pytest.fixture(scope="session")
+def words() -> WordEncoder:
+    vectors = torch.randn(len(WORDS), 12, generator=torch.Generator().manual_seed(0))
+    return WordEncoder.compress(WORDS, vectors, features=6, length=4)
+
+
+@pytest.fixture(scope="session")
+def text_folder(words: WordEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("pipelines") / "text"
+    TextToImagePipeline(text_gpt(), VQModel(**VQ).eval(), words, guidance_scale=2.0, top_k=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def class_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("pipelines") / "class"
+    ClassToImagePipeline(class_gpt(), VQModel(**VQ).eval(), guidance_scale=2.0, top_k=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_pipe(text_folder: Path) -> TextToImagePipeline:
+    pipe = TextToImagePipeline.from_pretrained(text_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def class_pipe(class_folder: Path) -> ClassToImagePipeline:
+    pipe = ClassToImagePipeline.from_pretrained(class_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

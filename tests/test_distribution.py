@@ -1,0 +1,162 @@
+"""The target law against a slow reference, its stability, its errors, and guidance by absolute position."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from visar.engine.guidance import Guidance
+from visar.errors import VisarError
+from visar.samplers.distribution import Target
+
+INF = math.inf
+SETTINGS = [(t, k, p) for t in (0.5, 1.0, 2.0) for k in (0, 1, 3, 8, 50) for p in (1.0, 0.9, 0.5, 0.05)]
+
+
+def slow(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    """One law in plain Python: rank, cut, exponentiate, cut, divide."""
+    kept = set(range(len(logits)))
+    if top_k:
+        least = sorted(logits, reverse=True)[min(top_k, len(logits)) - 1]
+        kept = {v for v in kept if logits[v] >= least}
+    weight = {v: math.exp(logits[v] / temperature) for v in kept}
+    total = sum(weight.values())
+    if top_p < 1:
+        before, nucleus = 0.0, set()
+        for v in sorted(kept, key=lambda v: (-weight[v], v)):
+            if before / total <= top_p:
+                nucleus.add(v)
+            before += weight[v]
+        weight = {v: weight[v] for v in nucleus}
+        total = sum(weight.values())
+    return [weight.get(v, 0.0) / total for v in range(len(logits))]
+
+
+def at(batch: int, window: int) -> Tensor:
+    return torch.arange(window).expand(batch, -1)
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
+def test_probs_equal_the_slow_reference(temperature: float, top_k: int, top_p: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 5, 12, generator=g) * 2
+    logits[2:] = logits[2:].round()  # many ties
+    p = Target(temperature, top_k, top_p).probs(logits, at(4, 5))
+    expected = torch.tensor([[slow(x, temperature, top_k, top_p) for x in row] for row in logits.tolist()])
+    assert p.dtype == torch.float32
+    assert torch.equal(p == 0, expected == 0)
+    torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(p.sum(-1), torch.ones(4, 5))
+
+
+def law(logits: list[float], **settings: float) -> list[float]:
+    return Target(**settings).probs(torch.tensor([[logits]]), at(1, 1))[0, 0].tolist()
+
+
+def test_top_k_keeps_ties_with_the_last() -> None:
+    x = [math.log(v) for v in (4.0, 2.0, 2.0, 1.0)]
+    assert law(x, top_k=1) == pytest.approx([1, 0, 0, 0])
+    assert law(x, top_k=2) == pytest.approx([0.5, 0.25, 0.25, 0])
+    assert law(x, top_k=3) == pytest.approx([0.5, 0.25, 0.25, 0])
+    assert law(x, top_k=4) == law(x, top_k=99) == law(x, top_k=0)
+
+
+def test_top_p_keeps_the_token_that_crosses() -> None:
+    x = [math.log(v) for v in (0.1, 0.5, 0.15, 0.25)]
+    assert law(x, top_p=0.45) == pytest.approx([0, 1, 0, 0])
+    assert law(x, top_p=0.55) == pytest.approx([0, 2 / 3, 0, 1 / 3])
+    assert law(x, top_p=0.8) == pytest.approx([0, 5 / 9, 1.5 / 9, 2.5 / 9])
+    assert law(x, top_p=0.95) == pytest.approx([0.1, 0.5, 0.15, 0.25])
+    # Reaching top_p is not passing it.
+    assert law([0.0] * 4, top_p=0.5) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_top_p_is_measured_after_top_k_and_temperature() -> None:
+    x = [math.log(v) for v in (0.4, 0.3, 0.2, 0.1)]
+    assert law(x, top_k=2, top_p=0.55) == pytest.approx([1, 0, 0, 0])  # 4/7 passes 0.55; 0.4 would not
+    assert law(x, temperature=0.5) == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30])
+    assert law(x, temperature=0.5, top_p=0.5) == pytest.approx([1, 0, 0, 0])
+
+
+def test_half_precision_logits_give_fp32_laws() -> None:
+    logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
+    target = Target(0.8, 20, 0.9)
+    assert torch.equal(target.probs(logits, at(2, 3)), target.probs(logits.float(), at(2, 3)))
+
+
+def test_impossible_logits_stay_impossible() -> None:
+    assert law([0.0, -INF, 0.0, -INF], top_k=3, top_p=0.99, temperature=0.7) == pytest.approx([0.5, 0, 0.5, 0])
+
+
+def test_forced_positions_are_one_hot_by_absolute_position() -> None:
+    target = Target(0.7, 2, 0.8, torch.tensor([-1, 3, -1, 0]))
+    logits = torch.tensor([5.0, 1.0, 0.0, -INF]).expand(2, 4, 4)
+    positions = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5]])  # the second window runs past the end
+    p = target.probs(logits, positions)
+    free = Target(0.7, 2, 0.8).probs(logits, positions)
+    one_hot = torch.eye(4)
+    assert torch.equal(p[0], torch.stack([free[0, 0], one_hot[3], free[0, 2], one_hot[0]]))
+    assert torch.equal(p[1], torch.stack([free[1, 0], one_hot[0], one_hot[0], one_hot[0]]))
+    assert target.forced_at(positions).tolist() == [[-1, 3, -1, 0], [-1, 0, 0, 0]]
+    assert (Target().forced_at(positions) == -1).all()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.6), (9, 0.7)])
+def test_a_law_does_not_depend_on_where_its_logits_stand(top_k: int, top_p: float) -> None:
+    """Bit for bit, with ties: a draft law that differs from itself would reject for nothing."""
+    row = (torch.randn(100, generator=torch.Generator().manual_seed(2)) * 2).round()
+    other = torch.randn(3, 8, 100, generator=torch.Generator().manual_seed(3))
+    target = Target(0.9, top_k, top_p)
+    alone = target.probs(row.view(1, 1, -1), at(1, 1))[0, 0]
+    for b in range(3):
+        for k in range(8):
+            logits = other.clone()
+            logits[b, k] = row
+            assert torch.equal(target.probs(logits, at(3, 8))[b, k], alone)
+
+
+def test_equal_logits_are_cut_in_the_order_of_the_tokens() -> None:
+    p = Target(top_p=0.3).probs(torch.zeros(2, 3, 1000), at(2, 3))
+    kept = (p > 0).sum(-1).unique()
+    assert len(kept) == 1 and 299 <= int(kept) <= 302
+    assert (p[..., : int(kept)] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, r"Temperature must be above 0, not 0.0; for greedy decoding use top_k 1\."),
+        ({"temperature": -1.0}, "Temperature must be above 0"),
+        ({"temperature": math.nan}, "Temperature must be above 0"),
+        ({"top_k": -1}, r"top_k must be 0 \(all tokens\) or above, not -1\."),
+        ({"top_p": 0.0}, r"top_p must be above 0 and at most 1, not 0.0\."),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ({"top_p": math.nan}, "top_p must be above 0 and at most 1"),
+    ],
+)
+def test_bad_settings_are_errors_of_the_user(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(VisarError, match=message):
+        Target(**settings)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("interval", [-1, 0, 2, 100])
+def test_guidance_by_absolute_position(scale: float, interval: int) -> None:
+    g = torch.Generator().manual_seed(4)
+    cond, uncond = (torch.randn(2, 4, 6, generator=g) for _ in range(2))
+    positions = torch.tensor([[0, 1, 2, 3], [2, 3, 4, 5]])
+    got = Guidance(scale, interval).combine(cond, uncond, positions)
+    for b in range(2):
+        for k in range(4):
+            # Tokens 0..interval + 1 are guided: the reference counts steps, and token 0 comes before step 0.
+            guided = interval < 0 or int(positions[b, k]) in range(interval + 2)
+            expected = (1 - scale) * uncond[b, k] + scale * cond[b, k] if guided else cond[b, k]
+            torch.testing.assert_close(got[b, k], expected)
+
+
+def test_guidance_of_scale_one_needs_no_second_half() -> None:
+    assert not Guidance().active and not Guidance(1.0, 5).active
+    assert Guidance(0.0).active and Guidance(1.01).active

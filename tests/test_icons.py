@@ -1,0 +1,39 @@
+"""The embedded model: it draws, through the command line, and speculation saves the passes that it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from visar.cli import main
+from visar.pipelines import TextToImagePipeline
+
+PROMPTS = (
+    "a red heart, 3d", "a green apple, flat", "a lion, noto", "a pizza, 3d", "the sun, flat", "a dog face, noto",
+    "a blue car, 3d", "a yellow star, flat",
+)  # fmt: skip
+SHARE = 0.6  # of the passes of sequential decoding
+
+
+def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", PROMPTS[0], "--json", "-o", str(tmp_path / "heart.png")]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["sampler"], found["exact"], found["tokens"], found["images"]) == (
+        "scd", True, 256, [str(tmp_path / "heart.png")]
+    )  # fmt: skip
+    picture = Image.open(tmp_path / "heart.png")
+    assert (picture.size, picture.mode, picture.format) == ((64, 64), "RGB", "PNG") and err == ""
+    assert len(picture.getcolors(4096) or range(4096)) > 16  # not a blank square
+
+
+def test_speculation_saves_passes_at_batch_one() -> None:
+    pipe = TextToImagePipeline.from_pretrained("icons")
+    pipe.set_progress_bar_config(disable=True)
+    sequential = pipe(PROMPTS[0], sampler="ar", output_type="tokens").stats.nfe
+    assert sequential == 257  # 256 tokens and the caption; the same for every prompt
+    passes = [pipe(p, sampler="scd", output_type="tokens").stats.nfe for p in PROMPTS]
+    assert sum(passes) / len(passes) <= SHARE * sequential, passes

@@ -1,0 +1,246 @@
+"""The real engine: the joint law of tiny LlamaGens decoded through the cache, and the same image in every batch.
+
+Four tokens of four values make 256 pictures, whose probabilities come from whole sequences without a cache. With
+captions of unequal length, guidance, temperature and top-p, everything that a picture passes through is inside.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from visar.engine.guidance import Guidance
+from visar.engine.loop import Decoded, decode
+from visar.engine.model_session import KVCache, ModelSession
+from visar.engine.rng import Noise
+from visar.eval.exactness import chi_square_z, values
+from visar.eval.tabular import Law, reference_law
+from visar.models.llamagen import LlamaGen
+from visar.samplers import SAMPLERS, Sampler, Target, get_sampler
+
+LAW = Law(temperature=0.8, top_p=0.9, scale=2.0)
+SEED = 6
+HEAD = 0.08  # the deviation of the output head's weights
+IMAGES, BATCH = 20_480, 1024
+SAMPLING = [name for name in SAMPLERS if name != "jacobi"]
+TEXT = dict(condition="text", condition_length=4, caption_features=8)
+CLASS = dict(condition="class", classes=5)
+
+
+@dataclass(frozen=True)
+class World:
+    """A random model and two conditions, caption ones with 3 and 1 valid slots at the end."""
+
+    model: LlamaGen
+    condition: Tensor
+    mask: Tensor | None
+
+
+@functools.cache
+def world(kind: str, vocab: int = 4, grid: int = 2, conditions: int = 2) -> World:
+    """Weights that are large enough for every token to matter to those behind it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        sizes = dict(vocab_size=vocab, grid=grid, dim=32, num_layers=2, num_heads=2, ffn=48)
+        model = LlamaGen(**sizes, **(TEXT if kind == "text" else CLASS)).eval().requires_grad_(False)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=1.5 * p.shape[-1] ** -0.5) if p.ndim == 2 else p.fill_(1.0)
+        torch.nn.init.normal_(model.output.weight, std=HEAD)
+        if kind == "class":
+            return World(model, torch.arange(conditions) % 5, None)
+        mask = torch.arange(4) >= torch.tensor([1, 3, 0, 2] * 2)[:conditions, None]
+        return World(model, torch.randn(conditions, 4, 8) * mask[..., None], mask)
+
+
+def run(
+    w: World,
+    sampler: Sampler,
+    images: Tensor,
+    target: Target,
+    session: type[ModelSession] = ModelSession,
+    seed: int = 0,
+) -> Decoded:
+    """Decode image i from condition i modulo their number."""
+    row = images % len(w.condition)
+    made = session(
+        w.model,
+        w.condition[row],
+        None if w.mask is None else w.mask[row],
+        length=w.model.config.grid**2,
+        window=sampler.window,
+        guidance=Guidance(LAW.scale),
+    )
+    return decode(made, sampler, target, Noise(seed, images))
+
+
+@functools.cache
+def expected(kind: str) -> np.ndarray:
+    """The probability of every picture, [conditions, V**N], from whole sequences and the reference law."""
+    w = world(kind)
+    vocab, length = w.model.config.vocab_size, w.model.config.grid**2
+    pictures = torch.cartesian_prod(*[torch.arange(vocab)] * length)
+    out = np.ones((len(w.condition), len(pictures)))
+    for c in range(len(w.condition)):
+        condition = w.condition[c : c + 1].repeat_interleave(len(pictures), 0)
+        mask = None if w.mask is None else w.mask[c : c + 1].expand(len(pictures), -1)
+        null = w.model.cls_embedding.null_like(condition)
+        cond, uncond = (w.model(x, pictures[:, :-1], mask).double().numpy() for x in (condition, null))
+        for i, picture in enumerate(pictures.tolist()):
+            for n, token in enumerate(picture):
+                out[c, i] *= reference_law(cond[i, n], uncond[i, n], n, LAW)[token]
+    return out
+
+
+def joint_z(
+    kind: str, sampler: Sampler, session: type[ModelSession] = ModelSession, images: int = IMAGES
+) -> list[float]:
+    """The chi-square z of the pictures of either condition."""
+    w = world(kind)
+    target = Target(LAW.temperature, LAW.top_k, LAW.top_p)
+    parts = [run(w, sampler, part, target, session).tokens for part in torch.arange(images).split(BATCH)]
+    found = values(torch.cat(parts), w.model.config.vocab_size)
+    counts = [np.bincount(found[c::2], minlength=expected(kind).shape[1]) for c in range(2)]
+    return [chi_square_z(n, p) for n, p in zip(counts, expected(kind), strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["text", "class"])
+def test_the_tiny_models_are_worth_testing(kind: str) -> None:
+    p = expected(kind)
+    assert p.sum(1) == pytest.approx([1, 1], abs=1e-9)
+    assert p.max() < 0.2 and ((p > 1e-3).sum(1) > 60).all()  # neither one picture nor
+    assert (p.max(1) > 10 / p.shape[1]).all()  # all pictures alike
+    assert abs(p[0] - p[1]).sum() / 2 > 0.2  # and the condition matters
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+@pytest.mark.parametrize(("kind", "window"), [("text", 3), ("class", 2), ("class", 6)])  # the last is more than N
+def test_joint_law_of_pictures(kind: str, name: str, window: int) -> None:
+    if name == "ar" and window == 6:
+        pytest.skip("AR has no window")
+    sampler = get_sampler(name, window=None if name == "ar" else window)
+    assert all(abs(z) < 4 for z in joint_z(kind, sampler))
+
+
+class FirstWriteStays(KVCache):
+    """A slot that was written once is not written again: a rejected draft stays in the cache."""
+
+    def __init__(self, model: LlamaGen, rows: int, slots: int):
+        super().__init__(model, rows, slots)
+        self.written = torch.zeros(len(self.keys), rows, slots, dtype=torch.bool)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        old = self.written[layer, self.rows, slots][..., None, None]
+        k = torch.where(old, self.keys[layer, self.rows, slots], k)
+        v = torch.where(old, self.values[layer, self.rows, slots], v)
+        super().write(layer, slots, k, v)
+        self.written[layer, self.rows, slots] = True
+
+
+class StaleSlot(ModelSession):
+    def _prefill(self, condition: Tensor) -> None:
+        self.cache = FirstWriteStays(self.model, self.batch * self.halves, self.cache.keys.shape[2])
+        super()._prefill(condition)
+
+
+class SeesAhead(ModelSession):
+    """Every input of a window attends to the slot behind it as well: to the draft that its logits are to judge."""
+
+    def _pass(self, x: Tensor, slots: Tensor, visible: int) -> Tensor:
+        real, self._slot = self._slot, (self._slot - 1).clamp_min(0)
+        try:
+            return super()._pass(x, slots, visible)
+        finally:
+            self._slot = real
+
+
+class OneOff(ModelSession):
+    """The inputs are rotated as if they stood one position earlier."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.table = self.table.roll(1, 0)
+
+
+class NoPaddingMask(ModelSession):
+    """The empty caption slots are seen."""
+
+    def _prefill(self, condition: Tensor) -> None:
+        self.valid[:] = True
+        super()._prefill(condition)
+
+
+@pytest.mark.parametrize("mistake", [StaleSlot, SeesAhead, OneOff, NoPaddingMask])
+def test_engine_mistakes_are_caught(mistake: type[ModelSession]) -> None:
+    assert max(joint_z("text", get_sampler("scd", window=3), mistake, images=8192)) > 10
+
+
+LARGE = dict(vocab=64, grid=4, conditions=8)
+TARGETS = {"jacobi": Target(top_k=1), None: Target(0.9, 40, 0.95)}
+
+
+@pytest.mark.parametrize("window", [2, 5, 24])  # the last is more than the 16 tokens
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("kind", ["text", "class"])
+def test_same_seed_same_image_in_every_batch(kind: str, name: str, window: int) -> None:
+    if name == "ar" and window != 2:
+        pytest.skip("AR has no window")
+    w, target = world(kind, **LARGE), TARGETS.get(name, TARGETS[None])
+    sampler = get_sampler(name, window=None if name == "ar" else window)
+    images = torch.arange(8)
+    whole = run(w, sampler, images, target, seed=11)
+    for size in (1, 3):
+        parts = [run(w, sampler, part, target, seed=11) for part in images.split(size)]
+        assert torch.equal(torch.cat([p.tokens for p in parts]), whole.tokens)
+        assert torch.equal(torch.cat([p.commit_pass for p in parts]), whole.commit_pass)
+    if name != "jacobi":
+        assert not torch.equal(run(w, sampler, images, target, seed=12).tokens, whole.tokens)
+        assert len(whole.tokens.unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize("window", [2, 5, 24])
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "ar"])
+def test_commit_passes_are_consistent(name: str, window: int) -> None:
+    w = world("text", **LARGE)
+    out = run(w, get_sampler(name, window=window), torch.arange(24), TARGETS.get(name, Target(0.5, 4)))
+    steps = out.commit_pass.diff(dim=1)
+    assert (out.commit_pass[:, 0] == 0).all()
+    assert ((steps == 0) | (steps == 1)).all()  # no token before its prefix, and no pass without a token
+    assert int(out.commit_pass.max()) + 1 == out.passes
+    counts = torch.stack([(out.commit_pass == k).sum(1) for k in range(out.passes)], 1)
+    assert int(counts.max()) <= window and (counts.sum(1) == 16).all()
+    assert int(counts.max()) > 1
+    if name != "jacobi":
+        assert len(out.commit_pass[:, -1].unique()) > 1  # rows finish at different passes
+
+
+@pytest.mark.parametrize("window", [2, 3, 8, 16, 40])
+@pytest.mark.parametrize("kind", ["text", "class"])
+def test_jacobi_is_greedy_decoding(kind: str, window: int) -> None:
+    w, images = world(kind, **LARGE), torch.arange(8)
+    greedy = run(w, get_sampler("ar"), images, Target(top_k=1)).tokens
+    found = run(w, get_sampler("jacobi", window=window), images, Target())
+    assert torch.equal(found.tokens, greedy)
+    assert len(greedy.unique(dim=0)) > 3
+    assert not torch.equal(found.tokens, run(w, get_sampler("ar"), images, Target()).tokens)
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_greedy_laws_leave_nothing_to_chance(name: str) -> None:
+    w, images = world("text", **LARGE), torch.arange(8)
+    pictures = [run(w, get_sampler(name), images, Target(top_k=1), seed=s).tokens for s in (0, 1)]
+    assert torch.equal(*pictures)
+    assert torch.equal(pictures[0], run(w, get_sampler("ar"), images, Target(top_k=1)).tokens)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_forced_tokens_stand_in_the_picture(name: str) -> None:
+    forced = torch.full((16,), -1)
+    forced[[0, 3, 4, 15]] = torch.tensor([9, 63, 0, 7])
+    out = run(world("class", **LARGE), get_sampler(name), torch.arange(8), Target(forced=forced))
+    assert (out.tokens[:, forced >= 0] == forced[forced >= 0]).all()
