@@ -19,8 +19,9 @@ from visar.samplers import Sampler
 
 # Common things in the three styles of the embedded model; the first `images` of them are decoded.
 THINGS = (
-    "red heart", "lion", "green apple", "dog face", "sun", "pizza", "cat", "house", "rocket", "smiling face", "tree",
-    "car", "fish", "crown", "banana", "book", "guitar", "elephant", "star", "umbrella", "cake", "bus",
+    "red heart", "lion", "green apple", "dog face", "pizza", "cat", "grinning face", "elephant", "banana", "panda",
+    "tiger face", "fish", "rose", "carrot", "hamburger", "birthday cake", "penguin", "cherries", "crying face", "bee",
+    "frog", "blue heart",
 )  # fmt: skip
 PROMPTS = tuple(f"{thing}, {style}" for thing in THINGS for style in ("3d", "noto", "flat"))[:64]
 

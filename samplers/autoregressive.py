@@ -28,5 +28,5 @@ class Autoregressive:
     def step(self, session: Session, state: State) -> None:
         at = session.positions(1)
         p = state.target.probs(session.forward(state.inputs(session, 1)), at)
-        tokens = draw(p, state.noise.uniform(Purpose.DRAW, at, state.passes))
+        tokens = draw(p, state.noise.uniforms(Purpose.STEP, at, state.passes)[1])
         state.commit(session, tokens, torch.zeros_like(session.lengths))

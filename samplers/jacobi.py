@@ -72,12 +72,11 @@ class SpeculativeJacobi:
             at,
             session.vocab,
             known=session.lengths,
+            u=state.noise.uniforms(Purpose.INIT, at, 0)[0],
             last_law=None,
             shared=lambda: self._race(session, state, at),
         )
-        state.laws = (
-            state.laws.contiguous()
-        )  # a uniform law is an expanded scalar; a state's tensors are written in place
+        state.laws = state.laws.contiguous()  # a uniform law is an expanded scalar, and later written in place
         state.tokens.scatter_(1, at, drafts)
         return state
 
@@ -86,11 +85,9 @@ class SpeculativeJacobi:
         at = session.positions(window)
         inputs = state.inputs(session, window)
         p = state.target.probs(session.forward(inputs), at)
-        coins = Coins(
-            state.noise.uniform(Purpose.ACCEPT, at, state.passes),
-            state.noise.uniform(Purpose.DRAW, at, state.passes),
-            self._race(session, state, at),
-        )
+        # One call for all noise of the pass: positions in the window use both numbers, those that enter it the first.
+        accept, draw = state.noise.uniforms(Purpose.STEP, session.positions(2 * window - 1), state.passes)
+        coins = Coins(accept[:, :window], draw[:, :window], self._race(session, state, at))
         verdict = self.verify(p, state.laws, inputs[:, 1:], coins, state)
         end = at[:, -1] + 1  # the first position that this pass says nothing about
         count = state.commit(session, verdict.tokens, verdict.accepted)
@@ -102,6 +99,7 @@ class SpeculativeJacobi:
             new,
             session.vocab,
             known=end,
+            u=accept.gather(1, new - at[:, :1]),
             last_law=p[:, -1:],
             shared=lambda: self._race(session, state, new),
         )

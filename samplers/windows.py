@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visar.engine.rng import Purpose
 from visar.samplers.verification import draw, race
 
 if TYPE_CHECKING:
@@ -32,23 +31,22 @@ def initial_drafts(
     vocab: int,
     *,
     known: Tensor,
+    u: Tensor,
     last_law: Tensor | None,
     shared: Callable[[], Tensor | None],
 ) -> tuple[Tensor, Tensor]:
     """Drafts [B, W-1] for `positions` [B, W-1] and their laws [B, W-1, V].
 
-    `state.tokens` is written up to position `known` [B] (exclusive). `last_law` [B, 1, V] is the law of the token just
-    before it, None at the start, where every init is uniform. `shared()` [B, W-1, V] is the race of the positions
-    under Gumbel coupling, else None: a draft that is drawn takes part in it.
+    `state.tokens` is written up to position `known` [B] (exclusive). `u` [B, W-1] is fresh uniform noise. `last_law`
+    [B, 1, V] is the law of the token just before `known`, None at the start, where every init is uniform. `shared()`
+    [B, W-1, V] is the race of the positions under Gumbel coupling, else None: a draft that is drawn takes part in it.
     """
     shape = (*positions.shape, vocab)
     if last_law is None or init == "uniform":
         laws = torch.full((), 1.0 / vocab, device=positions.device).expand(shape)
-        u = state.noise.uniform(Purpose.INIT, positions, state.passes)
         drafts = (u * vocab).long() if (e := shared()) is None else race(laws, e)
     elif init == "left-law":
         laws = last_law.expand(shape)
-        u = state.noise.uniform(Purpose.INIT, positions, state.passes)
         drafts = draw(laws, u) if (e := shared()) is None else race(laws, e)
     else:
         source = (known - 1)[:, None].expand_as(positions)

@@ -128,9 +128,11 @@ def test_equal_logits_are_cut_in_the_order_of_the_tokens() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, r"Temperature must be above 0, not 0.0; for greedy decoding use top_k 1\."),
-        ({"temperature": -1.0}, "Temperature must be above 0"),
-        ({"temperature": math.nan}, "Temperature must be above 0"),
+        ({"temperature": 0.0}, r"Temperature must be .* above 0 .*, not 0\.0; for greedy decoding use top_k 1\."),
+        ({"temperature": 1e-6}, "Temperature must be"),
+        ({"temperature": math.inf}, "Temperature must be"),
+        ({"temperature": -1.0}, "Temperature must be"),
+        ({"temperature": math.nan}, "Temperature must be"),
         ({"top_k": -1}, r"top_k must be 0 \(all tokens\) or above, not -1\."),
         ({"top_p": 0.0}, r"top_p must be above 0 and at most 1, not 0.0\."),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
@@ -140,6 +142,13 @@ def test_equal_logits_are_cut_in_the_order_of_the_tokens() -> None:
 def test_bad_settings_are_errors_of_the_user(settings: dict[str, float], message: str) -> None:
     with pytest.raises(VisarError, match=message):
         Target(**settings)
+
+
+@pytest.mark.parametrize("forced", [[-1, 2, -1], [-1, 2, -1, -1, -1], [-1, -1, -1, 5]])
+def test_forced_tokens_that_do_not_fit_are_errors_of_the_user(forced: list[int]) -> None:
+    with pytest.raises(VisarError, match="forced must hold 4 entries, each -1 or a token below 5"):
+        Target(forced=torch.tensor(forced)).on(torch.device("cpu"), 4, 5)
+    assert Target().on(torch.device("cpu"), 4, 5) == Target()
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])

@@ -33,6 +33,11 @@ TEXT = dict(condition="text", condition_length=4, caption_features=8)
 CLASS = dict(condition="class", classes=5)
 
 
+def windows(names: list[str], *sizes: int) -> list[tuple[str, int | None]]:
+    """Every sampler with every window; AR, which has none, once."""
+    return [(name, size) for name in names for size in (sizes if name != "ar" else (None,))]
+
+
 @dataclass(frozen=True)
 class World:
     """A random model and two conditions, caption ones with 3 and 1 valid slots at the end."""
@@ -118,13 +123,13 @@ def test_the_tiny_models_are_worth_testing(kind: str) -> None:
     assert abs(p[0] - p[1]).sum() / 2 > 0.2  # and the condition matters
 
 
-@pytest.mark.parametrize("name", SAMPLING)
-@pytest.mark.parametrize(("kind", "window"), [("text", 3), ("class", 2), ("class", 6)])  # the last is more than N
-def test_joint_law_of_pictures(kind: str, name: str, window: int) -> None:
-    if name == "ar" and window == 6:
-        pytest.skip("AR has no window")
-    sampler = get_sampler(name, window=None if name == "ar" else window)
-    assert all(abs(z) < 4 for z in joint_z(kind, sampler))
+@pytest.mark.parametrize(
+    ("kind", "name", "window"),
+    [("text", *pair) for pair in windows(SAMPLING, 3)]
+    + [("class", *pair) for pair in windows(SAMPLING, 2, 6)],  # 6 is more than the four tokens
+)
+def test_joint_law_of_pictures(kind: str, name: str, window: int | None) -> None:
+    assert all(abs(z) < 4 for z in joint_z(kind, get_sampler(name, window=window)))
 
 
 class FirstWriteStays(KVCache):
@@ -184,15 +189,11 @@ LARGE = dict(vocab=64, grid=4, conditions=8)
 TARGETS = {"jacobi": Target(top_k=1), None: Target(0.9, 40, 0.95)}
 
 
-@pytest.mark.parametrize("window", [2, 5, 24])  # the last is more than the 16 tokens
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(("name", "window"), windows(list(SAMPLERS), 2, 5, 24))  # 24 is more than the 16 tokens
 @pytest.mark.parametrize("kind", ["text", "class"])
-def test_same_seed_same_image_in_every_batch(kind: str, name: str, window: int) -> None:
-    if name == "ar" and window != 2:
-        pytest.skip("AR has no window")
+def test_same_seed_same_image_in_every_batch(kind: str, name: str, window: int | None) -> None:
     w, target = world(kind, **LARGE), TARGETS.get(name, TARGETS[None])
-    sampler = get_sampler(name, window=None if name == "ar" else window)
-    images = torch.arange(8)
+    sampler, images = get_sampler(name, window=window), torch.arange(8)
     whole = run(w, sampler, images, target, seed=11)
     for size in (1, 3):
         parts = [run(w, sampler, part, target, seed=11) for part in images.split(size)]

@@ -171,7 +171,7 @@ def test_classes_as_numbers_arrays_and_tensors(class_pipe: ClassToImagePipeline)
 
 def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
     greedy = tokens(text_pipe, "cat", sampler="ar", top_k=1)
-    for same in (dict(sampler="jacobi", top_k=1), dict(sampler="ar", top_p=1e-6), dict(sampler="ar", temperature=1e-6)):
+    for same in (dict(sampler="jacobi", top_k=1), dict(sampler="ar", top_p=1e-6), dict(sampler="ar", temperature=1e-5)):
         assert torch.equal(tokens(text_pipe, "cat", **same), greedy), same
     base = tokens(text_pipe, "cat", sampler="ar")
     assert torch.equal(tokens(text_pipe, "cat", sampler="ar", guidance_scale=2.0), base)  # the model's own
@@ -188,7 +188,8 @@ def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, name: str) -> No
     prompts = ["red heart", "cat", "star"]
     out = text_pipe(prompts, sampler=name, seed=9, output_type="tokens")
     stats = out.stats
-    assert (stats.sampler, stats.exact, stats.law) == (name, True, SAMPLERS[name].law)
+    assert (stats.sampler, stats.exact, stats.law) == (name, SAMPLERS[name].make().exact, SAMPLERS[name].law)
+    assert stats.exact == (stats.law == "exact")
     assert (stats.images, stats.tokens, stats.seed) == (3, TOKENS, 9)
     assert stats.passes_per_image == (out.commit_pass.amax(1) + 1).tolist()
     assert stats.nfe == max(stats.passes_per_image) + 1  # and the prefill of the caption
@@ -201,7 +202,7 @@ def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, name: str) -> No
     else:
         assert stats.nfe < TOKENS and stats.parameters["window"] == 16
     assert json.loads(json.dumps(stats.to_dict()))["gb_per_second"] == stats.gb_per_second
-    assert str(stats).startswith(f"{name} (exact): {stats.nfe} NFE for {TOKENS} tokens x 3 images")
+    assert str(stats).startswith(f"{name} ({stats.law}): {stats.nfe} NFE for {TOKENS} tokens x 3 images")
     again = text_pipe(prompts, sampler=get_sampler(name), seed=9, output_type="tokens")
     assert torch.equal(again.tokens, out.tokens)
 
@@ -249,7 +250,8 @@ def test_callback(text_pipe: TextToImagePipeline) -> None:
     out = text_pipe(["red heart", "cat"], window=4, callback=seen.append)
     assert [p.passes for p in seen] == list(range(1, out.stats.nfe))
     lengths = torch.stack([p.lengths for p in seen])
-    assert (lengths.diff(dim=0) >= 0).all() and (lengths[0] > 0).all() and (lengths[-1] == TOKENS).all()
+    assert (lengths.diff(dim=0) >= 0).all() and (lengths.diff(dim=0).sum(1) > 0).all()
+    assert (lengths[0] > 0).all() and (lengths[-1] == TOKENS).all()
     for progress in seen:  # all of them afterwards: what a callback keeps does not change
         preview = progress.preview()
         assert preview.shape == (2, GRID, GRID, 3) and preview.dtype == torch.uint8
@@ -290,9 +292,9 @@ def test_progress_bar(text_pipe: TextToImagePipeline, capfd: pytest.CaptureFixtu
         ("cat", {"sampler": "sdj"}, r"Unknown sampler 'sdj'\. Did you mean 'sjd'\? Known: ar, jacobi, scd, scd-gumbel"),
         ("cat", {"window": 1}, "window must be 2 or more tokens, not 1"),
         ("cat", {"sampler": "ar", "window": 8}, "'ar' has no parameter 'window'"),
-        ("cat", {"temperature": 0.0}, r"Temperature must be above 0, not 0\.0"),
-        ("cat", {"temperature": -1}, "Temperature must be above 0, not -1"),
-        ("cat", {"temperature": float("nan")}, "Temperature must be above 0, not nan"),
+        ("cat", {"temperature": 0.0}, r"Temperature must be .* above 0 .*not 0\.0"),
+        ("cat", {"temperature": -1}, r"Temperature .*not -1"),
+        ("cat", {"temperature": float("nan")}, r"Temperature .*not nan"),
         ("cat", {"top_p": 0.0}, r"top_p must be above 0 and at most 1, not 0\.0"),
         ("cat", {"top_p": 1.01}, r"top_p .* not 1\.01"),
         ("cat", {"top_k": -1}, "top_k must be 0 .* not -1"),
@@ -369,10 +371,11 @@ def test_damaged_folders(text_folder: Path, tmp_path: Path, damage: str) -> None
 
 
 def test_names_that_lead_nowhere(class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(_: str) -> None:
+    def offline(*_: object, **__: object) -> None:
         raise ConnectionError
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    for function in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{function}", offline)
     for name, message in {
         "icon": "Unknown model 'icon'. Did you mean 'icons'",
         tmp_path / "none": "There is no model folder",

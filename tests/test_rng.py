@@ -22,12 +22,12 @@ def uniforms(
     images: tuple[int, ...] = (0,),
     positions: tuple[int, ...] = (0,),
     passes: tuple[int, ...] = (0,),
-    purposes: tuple[Purpose, ...] = (Purpose.DRAW,),
+    purposes: tuple[Purpose, ...] = (Purpose.STEP,),
 ) -> Tensor:
     """Uniforms of every combination, flat, the last argument changing fastest but for images and positions."""
     at = torch.tensor([positions]).expand(len(images), -1)
     noises = [Noise(s, torch.tensor(images)) for s in seeds]
-    return torch.stack([n.uniform(w, at, p) for n in noises for p in passes for w in purposes]).flatten()
+    return torch.stack([n.uniforms(w, at, p)[0] for n in noises for p in passes for w in purposes]).flatten()
 
 
 def ks(x: Tensor, cdf: Callable[[Tensor], Tensor] = lambda x: x) -> float:
@@ -82,9 +82,21 @@ def test_purposes_images_seeds_and_passes_are_uncorrelated_with_each_other() -> 
             assert not (x == y).any()
 
 
+def test_the_two_numbers_of_a_position_are_independent() -> None:
+    one, two = Noise(5, torch.arange(4)).uniforms(Purpose.STEP, torch.arange(COUNT // 4).expand(4, -1), 1)
+    assert ks(two.flatten()) < 1.95 and abs(correlation(one.flatten(), two.flatten())) < 4
+
+
+def test_keys_tell_rows_of_one_index_apart() -> None:
+    keys = torch.tensor([0, 1, 2**16, 2**32 - 1])
+    u, _ = Noise(5, torch.zeros(4), keys).uniforms(Purpose.STEP, torch.arange(COUNT // 4).expand(4, -1), 1)
+    assert len(u.unique()) == u.numel() and ks(u.flatten()) < 1.95
+    assert max(abs(correlation(u[i], u[j])) for i in range(4) for j in range(i)) < 4
+
+
 def test_batch_order_and_calls_do_not_matter() -> None:
     images, at = torch.tensor([9, 3, 5, 2**20]), torch.tensor([[0, 1, 2], [7, 8, 9], [4, 5, 6], [0, 1, 2]])
-    both = (lambda n, at: n.uniform(Purpose.ACCEPT, at, 3), lambda n, at: n.exponential(Purpose.SHARED, at, 3, 11))
+    both = (lambda n, at: n.uniforms(Purpose.STEP, at, 3)[1], lambda n, at: n.exponential(Purpose.SHARED, at, 3, 11))
     for make in both:
         noise = Noise(12345, images)
         whole = make(noise, at)
@@ -104,7 +116,7 @@ def test_a_pass_counter_on_the_device_counts_like_a_number() -> None:
     noise, at = Noise(7, torch.arange(3)), torch.arange(5).expand(3, -1)
     counter = torch.zeros((), dtype=torch.long)
     for passes in range(3):
-        assert torch.equal(noise.uniform(Purpose.DRAW, at, counter), noise.uniform(Purpose.DRAW, at, passes))
+        assert torch.equal(noise.uniforms(Purpose.STEP, at, counter)[0], noise.uniforms(Purpose.STEP, at, passes)[0])
         counter += 1
 
 
@@ -118,7 +130,7 @@ def test_seeds_of_64_bits_and_negative_ones() -> None:
 def test_extreme_words(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rng, "philox", lambda key, counter: tuple(torch.full_like(counter[0], word) for _ in range(4)))
     noise, at = Noise(0, torch.arange(2)), torch.zeros(2, 3, dtype=torch.long)
-    u, e = noise.uniform(Purpose.DRAW, at, 0), noise.exponential(Purpose.SHARED, at, 0, 5)
+    u, e = noise.uniforms(Purpose.STEP, at, 0)[0], noise.exponential(Purpose.SHARED, at, 0, 5)
     assert ((u > 0) & (u < 1)).all() and ((u * 16384).long() < 16384).all()
     assert ((e > 0) & (e < 17)).all() and e.dtype == torch.float32
     assert u[0, 0].item() == pytest.approx(word / 2**32, abs=2**-31)

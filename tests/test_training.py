@@ -221,7 +221,8 @@ def test_the_average_of_the_weights(tmp_path: Path) -> None:
 
 def test_the_loss_falls_and_is_logged(tmp_path: Path) -> None:
     fit(Toy(), toy_batch, config(tmp_path, steps=60, lr=5e-2, save_minutes=0), lambda ema: {"figure": 7})
-    rows = log_of(tmp_path)
+    *rows, end = log_of(tmp_path)
+    assert end["step"] == 60 and end["loss"] is None  # no step since the last save
     assert [r["step"] for r in rows] == list(range(1, 61)) and {r["figure"] for r in rows} == {7}
     first, last = (sum(r["loss"] for r in part) for part in (rows[:10], rows[-10:]))
     assert last < 0.5 * first and all(r["samples_per_second"] > 0 for r in rows)

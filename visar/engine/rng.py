@@ -21,10 +21,9 @@ SPAN = 2**16  # positions, and passes
 class Purpose(IntEnum):
     """What a random number is for. Numbers of different purposes are independent."""
 
-    DRAW = 1  # a token from a law: of the target, or of a residual
-    ACCEPT = 2  # the coin of an acceptance test
-    INIT = 3  # a draft for a position that enters the window
-    SHARED = 4  # the race that all drafts of one position share (Gumbel coupling)
+    STEP = 1  # what a pass decides at a position: the coin of a test and a draw, or a draft that enters the window
+    INIT = 2  # the drafts of the first window
+    SHARED = 3  # the race that all drafts of one position share (Gumbel coupling)
 
 
 class Noise:
@@ -49,10 +48,11 @@ class Noise:
         turn = zero + passes + (key // SPAN % SPAN) * SPAN
         return philox(self.key, (zero + lane, at, turn, zero + image * 256 + int(purpose)))
 
-    def uniform(self, purpose: Purpose, positions: Tensor, passes: Tensor | int) -> Tensor:
-        """One uniform of 52 bits per position [B, W], float64, never 0 and never 1."""
-        high, low, _, _ = self._words(purpose, positions, passes, 0)
-        return ((high << 20 | low >> 12).double() + 0.5) * 2.0**-52
+    def uniforms(self, purpose: Purpose, positions: Tensor, passes: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Two independent uniforms per position, each [B, W], float64, of 52 bits, never 0 and never 1."""
+        a, b, c, d = self._words(purpose, positions, passes, 0)
+        one, two = (((high << 20 | low >> 12).double() + 0.5) * 2.0**-52 for high, low in ((a, b), (c, d)))
+        return one, two
 
     def exponential(self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int) -> Tensor:
         """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]: argmin of E/p over tokens is a draw from p."""

@@ -40,8 +40,9 @@ class Attention(nn.Module):
         self.wo = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int) -> Tensor:
-        q, k, v = self.wqkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return self.wo(attend(layer, rotate(q, table), rotate(k, table), v).flatten(-2))
+        qkv = self.wqkv(x).unflatten(-1, (3 * self.heads, -1))
+        q, k = rotate(qkv[..., : 2 * self.heads, :], table).chunk(2, dim=-2)  # one rotation for both
+        return self.wo(attend(layer, q, k, qkv[..., 2 * self.heads :, :]).flatten(-2))
 
 
 class FeedForward(nn.Module):

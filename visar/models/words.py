@@ -2,8 +2,8 @@
 
 It stands where LlamaGen has FLAN-T5. The features of a caption are its words' vectors, repeated until the condition
 slots are full: slots are attended uniformly, so repeating keeps a caption's meaning, lets later slots see all words,
-and gives a short caption the weight of a long one. The vectors are principal components of MiniLM's embedding of each word
-alone, so words of like meaning have like features, and words that no training caption had are still understood.
+and gives a short caption the weight of a long one. The vectors are principal components of MiniLM's embedding of each
+word alone, so words of like meaning have like features, and words that no training caption had are still understood.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class TextToImagePipeline(ImagePipeline):
         `sampler`: a name of `visar.samplers.SAMPLERS` or a configured object; `window` replaces its W. `guidance_scale`
         and `top_k` default to the model's own; `guidance_interval` >= 0 ends guidance after that position. `callback`
         gets a `Progress` after every pass. One seed and prompt give the same picture whatever else is in the call.
-        The pictures of a prompt have the indices `first_image`, `first_image` + 1, ...: a large set can be made in parts.
+        A prompt's pictures have the indices `first_image`, `first_image` + 1, ...: a large set can be made in parts.
         Raises `VisarError` for an empty prompt or a value out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
