@@ -7,6 +7,7 @@ weights of the true shapes and are labelled so: they say what a pass costs, not 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -26,7 +27,7 @@ from visar.kernels.philox import philox, philox_triton
 from visar.models.llamagen import LlamaGen
 from visar.models.specs import MODELS, gpt_arguments
 from visar.pipelines import TextToImagePipeline
-from visar.samplers import Autoregressive, SpeculativeJacobi, Target, get_sampler
+from visar.samplers import Autoregressive, Sampler, SpeculativeJacobi, Target, get_sampler
 from visar.tables import table
 
 
@@ -41,9 +42,10 @@ class Check:
 
 def same_noise() -> Iterator[Check]:
     """The noise of the CPU, of torch on the GPU and of the Triton kernel, bit for bit."""
-    counter = tuple(torch.randint(0, 2**32, (100_000,), generator=torch.Generator().manual_seed(i)) for i in range(4))
-    host = torch.stack(philox((1, 2), counter))
-    on_gpu = tuple(c.cuda() for c in counter)
+    words = [torch.randint(0, 2**32, (100_000,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    a, b, c, d = words
+    host = torch.stack(philox((1, 2), (a, b, c, d)))
+    on_gpu = (a.cuda(), b.cuda(), c.cuda(), d.cuda())
     yield Check("philox, torch on GPU == CPU", "bits", bool((torch.stack(philox((1, 2), on_gpu)).cpu() == host).all()))
     kernel = torch.stack(philox_triton((1, 2), on_gpu)).cpu()
     yield Check("philox, Triton == torch", "bits", bool((kernel == host).all()))
@@ -85,7 +87,7 @@ def pass_cost(name: str, windows: tuple[int, ...] = (1, 16, 32, 64), passes: int
     condition = torch.zeros(1, dtype=torch.long) if spec.condition == "class" else torch.zeros(
         1, model.config.condition_length, model.config.caption_features)  # fmt: skip
     for window in windows:
-        sampler = Autoregressive() if window == 1 else SpeculativeJacobi(window=window, coupling="maximal")
+        sampler: Sampler = Autoregressive() if window == 1 else SpeculativeJacobi(window=window, coupling="maximal")
         times = []
         for _ in range(3):
             session = ModelSession(model, condition, length=passes, window=window, guidance=Guidance(4.0))
@@ -103,7 +105,7 @@ def checks() -> Iterator[Callable[[], Iterator[Check]]]:
     yield same_pictures
     yield icons_speed
     for name in ("llamagen-b", "llamagen-xl", "llamagen-3b", "llamagen-t2i-xl"):
-        yield lambda name=name: pass_cost(name)
+        yield functools.partial(pass_cost, name)
 
 
 def main() -> int:
@@ -115,7 +117,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("visar: error: there is no CUDA device here; nothing was checked.", file=sys.stderr)
         return 2
-    rows = []
+    rows: list[Check] = []
     for check in checks():
         try:
             rows.extend(check())

@@ -60,7 +60,7 @@ def sheet(
     pipe: TextToImagePipeline, prompts: list[str], columns: int = 8, scale: int = 2, seed: int = 0
 ) -> Image.Image:
     """The pictures of the prompts, one each, with the prompt under each."""
-    images = [im for i in range(0, len(prompts), 16) for im in pipe(prompts[i : i + 16], seed=seed).images]
+    images = [im for i in range(0, len(prompts), 16) for im in pipe(prompts[i : i + 16], seed=seed).images or ()]
     side, text = images[0].width * scale, 14
     canvas = Image.new("RGB", (columns * side, -(-len(images) // columns) * (side + text)), "white")
     draw = ImageDraw.Draw(canvas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,9 +61,14 @@ class State:
 class Sampler(Protocol):
     """`exact` says whether the images have the law of sequential sampling; `window` is W, the inputs per pass."""
 
-    name: ClassVar[str]
-    exact: ClassVar[bool]
-    window: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exact(self) -> bool: ...
+
+    @property
+    def window(self) -> int: ...
 
     def begin(self, session: Session, target: Target, noise: Noise) -> State: ...
 

@@ -57,7 +57,7 @@ class SpeculativeJacobi:
             raise VisarError(f"Unknown init {self.init!r}; known: {', '.join(get_args(Init))}.")
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return NAMES[self.coupling]
 
     def begin(self, session: Session, target: Target, noise: Noise) -> State:
@@ -81,6 +81,7 @@ class SpeculativeJacobi:
         return state
 
     def step(self, session: Session, state: State) -> None:
+        assert state.laws is not None
         window = self.window
         at = session.positions(window)
         inputs = state.inputs(session, window)

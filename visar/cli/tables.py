@@ -44,6 +44,6 @@ def samplers(options: argparse.Namespace) -> int:
     else:
         print(table(
             ("NAME", "LAW", "NEEDS", "PAPER"),
-            [(r["name"] + (" (default)" if r["default"] else ""), r["law"], r["needs"], r["paper"]) for r in rows],
+            [(f"{r['name']}{' (default)' if r['default'] else ''}", r["law"], r["needs"], r["paper"]) for r in rows],
         ))  # fmt: skip
     return 0

@@ -109,4 +109,5 @@ class ModelSession(Session):
         logits = self._pass(x, slots, self._visible(window))
         if self.halves == 1:
             return logits
-        return self.guidance.combine(*logits.chunk(2), self.positions(window))
+        cond, uncond = logits.chunk(2)
+        return self.guidance.combine(cond, uncond, self.positions(window))

@@ -99,6 +99,8 @@ class CaptionProjection(nn.Module):
 class CaptionEmbedding(nn.Module):
     """Left-padded caption features through a projector; the unconditional features are a fixed random buffer."""
 
+    uncond_embedding: Tensor
+
     def __init__(self, length: int, features: int, dim: int):
         super().__init__()
         self.cap_proj = CaptionProjection(features, dim)

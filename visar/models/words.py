@@ -42,6 +42,9 @@ def _stems(word: str) -> Iterable[str]:
 class WordEncoder(nn.Module):
     """Words to vectors. `table` is int8 [n, features], `scale` fp32 [n]; a word's vector is table * scale."""
 
+    table: Tensor
+    scale: Tensor
+
     def __init__(self, words: Sequence[str], table: Tensor, scale: Tensor, length: int = 12):
         super().__init__()
         if len(words) != len(table) or len(words) != len(scale):

@@ -136,7 +136,7 @@ def train_ar(
         g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
         return features, mask, drop, corrupt(tokens[chosen], tokens[train], g), tokens[chosen]
 
-    def evaluate(ema: nn.Module) -> dict[str, float]:
+    def evaluate(ema: ARLoss) -> dict[str, float]:
         parts = {name: rows[:256] for name, rows in split.items() if rows}
         return {
             name: round(cross_entropy(ema.gpt, encoder, [data.records[i] for i in rows], tokens[rows]), 4)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -63,12 +64,13 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     hidden = [p for n, p in named if config.optimizer == "muon" and ".layers." in n and p.ndim == 2]
     taken = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in taken]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim > 1]},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
-            [
-                {"params": [p for p in rest if p.ndim > 1]},
-                {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-            ],
+            groups,
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -89,13 +91,16 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
         a.copy_(b)
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 def fit(
-    model: nn.Module,
+    model: M,
     batch_at: Callable[[int, int], tuple[Tensor, ...]],
     config: TrainConfig,
-    evaluate: Callable[[nn.Module], dict[str, float]],
-    after_step: Callable[[nn.Module, int], None] | None = None,
-) -> nn.Module:
+    evaluate: Callable[[M], dict[str, float]],
+    after_step: Callable[[M, int], None] | None = None,
+) -> M:
     """Train `model`, whose `forward(*batch)` returns a scalar loss, and return its EMA.
 
     `batch_at(step, rank)` gives the tensors of a step. `evaluate(ema)` is called at each save; its figures go to

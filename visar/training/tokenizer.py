@@ -21,6 +21,9 @@ SMALL_VQ = VQConfig(2048, 8, channels=32, channel_multipliers=(1, 2, 2), res_blo
 class TokenizerLoss(nn.Module):
     """The tokenizer with its training loss; `commitment` is the beta of van den Oord et al. 2017 (arXiv:1711.00937)."""
 
+    last_used: Tensor
+    clock: Tensor
+
     def __init__(self, vq: VQModel, commitment: float = 0.25):
         super().__init__()
         self.vq = vq
@@ -95,11 +98,11 @@ def train_tokenizer(data: PictureSet, size: int, config: TrainConfig, sizes: VQC
             part = part.flip(-1)
         return (part,)
 
-    def after_step(module: nn.Module, step: int) -> None:
+    def after_step(module: TokenizerLoss, step: int) -> None:
         if step == 20 or (step % 100 == 0 and step < 2000):
             module.revive(batch_at(step + 10**8, 0)[0].to(module.clock.device), idle=15 if step == 20 else 100)
 
-    def evaluate(ema: nn.Module) -> dict[str, float]:
+    def evaluate(ema: TokenizerLoss) -> dict[str, float]:
         ids = ema.vq.encode(to_unit(held.to(ema.clock.device)))
         return {"psnr_held_out": round(psnr(ema.vq, held), 2), "codes_used": ids.unique().numel()}
 
