@@ -148,6 +148,8 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("", "Give either prompts or --class IDs."),
         ("  EMPTY", "The prompt is empty"),
         ("zebra", "No word of the prompt 'zebra' is known"),
+        ("zebra -o TMP/new/folder", "No word of the prompt 'zebra' is known"),
+        ("cat --num-heads 4", "--num-heads go with a published .pt file"),
         ("--class 1", "not a ClassToImagePipeline"),
         ("cat --sampler scd-gumbl", "Unknown sampler 'scd-gumbl'. Did you mean 'scd-gumbel'?"),
         ("cat --window 1", "window must be 2 or more tokens, not 1"),

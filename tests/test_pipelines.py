@@ -242,6 +242,25 @@ def test_window_replaces_that_of_the_sampler(class_pipe: ClassToImagePipeline) -
         assert class_pipe(1, sampler=sampler, window=3, output_type="tokens").stats.parameters["window"] == 3
 
 
+def test_forced_tokens_stay(text_pipe: TextToImagePipeline) -> None:
+    forced = torch.full((TOKENS,), -1)
+    forced[3:9] = torch.arange(6)
+    free = tokens(text_pipe, ["cat", "dog"])
+    for sampler in ("ar", "scd"):
+        kept = tokens(text_pipe, ["cat", "dog"], sampler=sampler, forced_tokens=forced)
+        assert (kept[:, 3:9] == torch.arange(6)).all() and not torch.equal(kept[:, 9:], free[:, 9:])
+    with pytest.raises(VisarError, match="forced must hold 25 entries"):
+        text_pipe("cat", forced_tokens=forced[1:])
+
+
+def test_overflow_is_an_error(class_pipe: ClassToImagePipeline) -> None:
+    w2 = class_pipe.gpt.layers[0].feed_forward.w2.weight
+    with torch.no_grad():
+        w2.fill_(3e38)
+    with pytest.raises(VisarError, match="logits are not finite in float32"):
+        class_pipe(1)
+
+
 # What is told on the way
 
 

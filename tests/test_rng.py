@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visar.engine import rng
-from visar.engine.rng import IMAGES, Noise, Purpose
+from visar.engine.rng import IMAGES, SPAN, Noise, Purpose
 from visar.eval.exactness import chi_square_z
 
 COUNT = 40_000
@@ -75,7 +75,7 @@ def test_purposes_images_seeds_and_passes_are_uncorrelated_with_each_other() -> 
     lines = [uniforms(positions=line, purposes=(p,)) for p in Purpose]
     lines += [uniforms(positions=line, images=(1,)), uniforms(positions=line, images=(256,))]
     lines += [uniforms(positions=line, seeds=(1,)), uniforms(positions=line, seeds=(1 << 32,))]
-    lines += [uniforms(positions=line, passes=(1,)), uniforms(positions=line, passes=(2**31,))]
+    lines += [uniforms(positions=line, passes=(1,)), uniforms(positions=line, passes=(SPAN - 1,))]
     for i, x in enumerate(lines):
         for y in lines[:i]:
             assert abs(correlation(x, y)) < 4.5
@@ -126,7 +126,7 @@ def test_seeds_of_64_bits_and_negative_ones() -> None:
     assert torch.equal(uniforms(seeds=(-1,)), uniforms(seeds=(2**64 - 1,)))
 
 
-@pytest.mark.parametrize("word", [0, 1, 2**31, 2**32 - 2, 2**32 - 1])
+@pytest.mark.parametrize("word", [0, 1, SPAN - 1, 2**32 - 2, 2**32 - 1])
 def test_extreme_words(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rng, "philox", lambda key, counter: tuple(torch.full_like(counter[0], word) for _ in range(4)))
     noise, at = Noise(0, torch.arange(2)), torch.zeros(2, 3, dtype=torch.long)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from visar.errors import VisarError
@@ -20,6 +20,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(path: str | Path) -> Iterator[Path]:
+    """`writable_folder`, whose new folders are taken away again if the block fails and left them empty."""
+    path = Path(path)
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield writable_folder(path)
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def writable_folder(path: str | Path) -> Path:

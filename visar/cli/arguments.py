@@ -25,6 +25,7 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vq", metavar="FILE", help="tokenizer file, when --model is a published .pt file")
     p.add_argument("--text-encoder", metavar="PATH", help="folder or hub id of FLAN-T5-XL, for a published text model")
     p.add_argument("--image-size", type=int, metavar="PX", help="pixels, for a published .pt file")
+    p.add_argument("--num-heads", type=int, metavar="N", help="attention heads, for a .pt file of a size of your own")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16"

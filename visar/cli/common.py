@@ -45,7 +45,7 @@ def is_class_model(model: str, single_file: bool) -> bool:
 
 
 def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> ImagePipeline:
-    """The pipeline that `--model`, `--vq`, `--text-encoder`, `--image-size`, `--device` and `--dtype` ask for.
+    """The pipeline that the model options ask for.
 
     `classes` says which kind is wanted; None takes what the model is.
     """
@@ -66,12 +66,13 @@ def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> I
     if single_file:
         if not options.vq:
             raise VisarError("A published GPT file needs its tokenizer too: give it with --vq FILE.")
-        extra = {"image_size": options.image_size} if options.image_size is not None else {}
-        if options.text_encoder and not classes:
-            extra["text_encoder"] = options.text_encoder
+        wanted = ["image_size", "num_heads"] + (["text_encoder"] if not classes else [])
+        extra = {name: value for name in wanted if (value := getattr(options, name)) is not None}
         pipe = kind.from_single_file(options.model, vq=options.vq, **extra)
-    elif options.text_encoder or options.image_size is not None:
-        raise VisarError("--text-encoder and --image-size go with a published .pt file; a folder brings its own.")
+    elif any(value is not None for value in (options.text_encoder, options.image_size, options.num_heads)):
+        raise VisarError(
+            "--text-encoder, --image-size and --num-heads go with a published .pt file; a folder brings its own."
+        )
     else:
         pipe = kind.from_pretrained(options.model)
     return pipe.to(device, dtype)

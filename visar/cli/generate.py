@@ -8,29 +8,28 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visar.cli.common import load_pipeline
 from visar.errors import VisarError
-from visar.files import replacing, writable_folder
+from visar.files import output_folder, replacing
+
+if TYPE_CHECKING:
+    from visar.stats import DecodeStats
 
 
 def output_paths(output: str | None, names: list[str]) -> list[Path]:
-    """Where the pictures go: the given .png file (numbered if there are several), or files named after the prompts.
-
-    The folder is made and tried first, so that nothing is computed that cannot be saved.
-    """
+    """Where the pictures go: the given .png file (numbered if there are several), or files named after the prompts."""
     path = Path(output or ".")
     if path.suffix and not path.is_dir():
         if path.suffix.lower() != ".png":
             raise VisarError(f"Pictures are written as .png, not {path.suffix}; give a .png file or a folder.")
-        writable_folder(path.parent)
         return [path if len(names) == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(len(names))]
-    folder = writable_folder(path)
     stems = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "picture" for name in names]
     out: list[Path] = []
     for stem in stems:
-        numbered = (folder / f"{stem}{f'-{i}' if i else ''}.png" for i in itertools.count())
-        out.append(next(path for path in numbered if path not in out))
+        numbered = (path / f"{stem}{f'-{i}' if i else ''}.png" for i in itertools.count())
+        out.append(next(file for file in numbered if file not in out))
     return out
 
 
@@ -49,10 +48,22 @@ def generate(options: argparse.Namespace) -> int:
     get_sampler(options.sampler or DEFAULT_SAMPLER, window=options.window)
     Target(options.temperature, options.top_k or 0, options.top_p)
     paths = output_paths(options.output, names)
-    pipe = load_pipeline(options, classes=bool(classes))
+    with output_folder(paths[0].parent):  # first of all, so that nothing is computed that cannot be saved
+        stats = _write(options, paths)
+    if options.json:
+        print(json.dumps(stats.to_dict() | {"images": [str(p) for p in paths]}))
+    else:
+        for path in paths:
+            print(path)
+        print(stats)
+    return 0
+
+
+def _write(options: argparse.Namespace, paths: list[Path]) -> DecodeStats:
+    pipe = load_pipeline(options, classes=bool(options.classes))
     pipe.set_progress_bar_config(disable=options.json or not sys.stderr.isatty())
     out = pipe(
-        classes or prompts,
+        options.classes or options.prompt,
         sampler=options.sampler, window=options.window, num_images_per_prompt=options.num_images, seed=options.seed,
         guidance_scale=options.guidance_scale, temperature=options.temperature, top_k=options.top_k,
         top_p=options.top_p,
@@ -60,10 +71,4 @@ def generate(options: argparse.Namespace) -> int:
     for image, path in zip(out.images, paths, strict=True):
         with replacing(path) as temporary:
             image.save(temporary)
-    if options.json:
-        print(json.dumps(out.stats.to_dict() | {"images": [str(p) for p in paths]}))
-    else:
-        for path in paths:
-            print(path)
-        print(out.stats)
-    return 0
+    return out.stats

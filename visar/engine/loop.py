@@ -47,7 +47,8 @@ def decode(
     """Run `sampler` on a fresh session.
 
     `callback` is told, and the rows are looked at, after `every` passes: by default each on a CPU and every fourth on a
-    GPU, where a look makes the host wait. Passes that turn out to have been idle are counted.
+    GPU, where a look makes the host wait. Passes that turn out to have been idle are counted. Raises `VisarError` where
+    the model's arithmetic overflowed.
     """
     every = every or (1 if session.device.type == "cpu" else 4)
     fewest = -(-session.length // sampler.window)
@@ -64,5 +65,6 @@ def decode(
             break
     synchronize(session.device)
     seconds = time.perf_counter() - start
+    session.check()
     length = session.length
     return Decoded(state.tokens[:, :length].clone(), state.commit_pass[:, :length].clone(), passes, seconds)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from visar.engine.guidance import Guidance
 from visar.engine.session import Session
+from visar.errors import VisarError
 from visar.models.llamagen import LlamaGen
 
 
@@ -106,8 +107,14 @@ class ModelSession(Session):
         fresh = (self.lengths == 0).repeat(self.halves)[:, None]
         x[:, 0] = torch.where(fresh, self.root, x[:, 0])
         slots = (self.positions(window) + self.prefix - 1).repeat(self.halves, 1)
-        logits = self._pass(x, slots, self._visible(window))
+        logits = self._logits = self._pass(x, slots, self._visible(window))
         if self.halves == 1:
             return logits
         cond, uncond = logits.chunk(2)
         return self.guidance.combine(cond, uncond, self.positions(window))
+
+    def check(self) -> None:
+        # What is not finite stays in the cache, so the last pass shows what happened in any before it.
+        if not bool(torch.isfinite(self._logits).all()):
+            name = str(self.model.dtype).removeprefix("torch.")
+            raise VisarError(f"The model's logits are not finite in {name}; load it in bfloat16 or float32.")

@@ -35,6 +35,9 @@ class Session(ABC):
         ignored: the condition stands in its place.
         """
 
+    def check(self) -> None:  # noqa: B027 (a session without a model has nothing to check)
+        """Raise `VisarError` if what the last pass gave is no law at all; called once, when all rows are done."""
+
     def commit(self, count: Tensor) -> None:
         """Row b keeps the next `count[b]` tokens; counts that pass the end are an error of the sampler."""
         self.lengths += count

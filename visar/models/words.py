@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from visar.errors import VisarError
 from visar.files import replacing
 
+ENDINGS = (
+    ("ies", "y"), ("es", ""), ("s", ""), ("ing", ""), ("ing", "e"), ("ied", "y"), ("ed", ""), ("ed", "e"), ("ly", ""),
+)  # fmt: skip
 SILENT = frozenset(["a", "an", "the", "of", "and", "with", "in", "on", "some"])
 
 
@@ -34,7 +37,7 @@ def words_of(text: str) -> list[str]:
 def _stems(word: str) -> Iterable[str]:
     """The word, then simpler forms of it to look for."""
     yield word
-    for ending, replacement in (("ies", "y"), ("es", ""), ("s", ""), ("ing", ""), ("ed", ""), ("ly", "")):
+    for ending, replacement in ENDINGS:
         if word.endswith(ending) and len(word) > len(ending) + 2:
             yield word[: -len(ending)] + replacement
 

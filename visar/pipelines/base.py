@@ -154,6 +154,7 @@ class ImagePipeline(DiffusionPipeline):
         top_p: float,
         seed: int,
         first_image: int,
+        forced_tokens: Tensor | None,
         output_type: str,
         callback: StepCallback | None,
     ) -> ImageOutput:
@@ -166,7 +167,7 @@ class ImagePipeline(DiffusionPipeline):
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
             raise VisarError(f"guidance_scale must be a finite number, not {scale}.")
-        target = Target(temperature, self.config.top_k if top_k is None else top_k, top_p)
+        target = Target(temperature, self.config.top_k if top_k is None else top_k, top_p, forced_tokens)
         session = ModelSession(
             self.gpt, condition, mask, length=self.grid**2, window=method.window, grid=self.grid,
             guidance=Guidance(scale, guidance_interval),

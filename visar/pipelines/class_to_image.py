@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from typing_extensions import Self
 
 from visar.errors import VisarError
 from visar.models.llamagen import LlamaGen
 from visar.models.loading import load_gpt, load_vq
+from visar.models.specs import MODELS
 from visar.models.vq import VQModel
 from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback
 from visar.pipelines.text_to_image import _grid
@@ -25,7 +27,12 @@ class ClassToImagePipeline(ImagePipeline):
     component_classes: ClassVar[dict[str, Any]] = {"gpt": LlamaGen, "vq": VQModel}
 
     def __init__(
-        self, gpt: LlamaGen, vq: VQModel, grid: int | None = None, guidance_scale: float = 4.0, top_k: int = 2000
+        self,
+        gpt: LlamaGen,
+        vq: VQModel,
+        grid: int | None = None,
+        guidance_scale: float = MODELS["llamagen-l"].guidance,
+        top_k: int = MODELS["llamagen-l"].top_k,
     ):
         super().__init__()
         self.register_modules(gpt=gpt, vq=vq)
@@ -60,6 +67,7 @@ class ClassToImagePipeline(ImagePipeline):
         top_p: float = 1.0,
         seed: int = 0,
         first_image: int = 0,
+        forced_tokens: Tensor | None = None,
         output_type: str = "pil",
         callback: StepCallback | None = None,
     ) -> ImageOutput:
@@ -78,5 +86,5 @@ class ClassToImagePipeline(ImagePipeline):
             torch.tensor(rows), None, rows,
             sampler=sampler, window=window, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
             temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, first_image=first_image,
-            output_type=output_type, callback=callback,
+            forced_tokens=forced_tokens, output_type=output_type, callback=callback,
         )  # fmt: skip

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
 from typing_extensions import Self
 
 from visar.errors import VisarError
 from visar.models.llamagen import LlamaGen
 from visar.models.loading import load_gpt, load_vq
+from visar.models.specs import MODELS
 from visar.models.t5 import T5CaptionEncoder
 from visar.models.vq import VQModel
 from visar.models.words import WordEncoder
@@ -43,8 +45,8 @@ class TextToImagePipeline(ImagePipeline):
         vq: VQModel,
         text_encoder: WordEncoder | T5CaptionEncoder,
         grid: int | None = None,
-        guidance_scale: float = 7.5,
-        top_k: int = 1000,
+        guidance_scale: float = MODELS["llamagen-t2i-xl"].guidance,
+        top_k: int = MODELS["llamagen-t2i-xl"].top_k,
     ):
         super().__init__()
         self.register_modules(gpt=gpt, vq=vq, text_encoder=text_encoder)
@@ -93,6 +95,7 @@ class TextToImagePipeline(ImagePipeline):
         top_p: float = 1.0,
         seed: int = 0,
         first_image: int = 0,
+        forced_tokens: Tensor | None = None,
         output_type: str = "pil",
         callback: StepCallback | None = None,
     ) -> ImageOutput:
@@ -101,6 +104,7 @@ class TextToImagePipeline(ImagePipeline):
         `sampler`: a name of `visar.samplers.SAMPLERS` or a configured object; `window` replaces its W. `guidance_scale`
         and `top_k` default to the model's own; `guidance_interval` >= 0 ends guidance after that position. `callback`
         gets a `Progress` after every pass. One seed and prompt give the same picture whatever else is in the call.
+        `forced_tokens` [grid**2], long, keeps its non-negative entries in place and has the rest decoded around them.
         A prompt's pictures have the indices `first_image`, `first_image` + 1, ...: a large set can be made in parts.
         Raises `VisarError` for an empty prompt or a value out of range.
         """
@@ -116,7 +120,7 @@ class TextToImagePipeline(ImagePipeline):
             [p for p in prompts for _ in range(each)],
             sampler=sampler, window=window, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
             temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, first_image=first_image,
-            output_type=output_type, callback=callback,
+            forced_tokens=forced_tokens, output_type=output_type, callback=callback,
         )  # fmt: skip
 
 
