@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from visar.engine.drafter import Drafter
+from visar.engine.session import Session
+from visar.engine.tree import Tree
 from visar.samplers.base import Sampler, State
 from visar.samplers.jacobi import SpeculativeJacobi
+from visar.samplers.speculative import Children, Speculative, TreeSpeculative
+from visar.samplers.tree_verification import ChildRule, Drawn
 from visar.samplers.verification import Coins, Verdict, draw, keeps, leading, race, residual
 
 
@@ -73,6 +79,57 @@ class LongestPath(SpeculativeJacobi):
 
 
 @dataclass(frozen=True)
+class OutOfOrder(TreeSpeculative):
+    """Children that were drawn one after the other are tested in the opposite order."""
+
+    @cached_property
+    def tables(self) -> tuple[Tree, Tensor]:
+        tree, children = super().tables
+        return tree, children.flip(-1)
+
+
+@dataclass(frozen=True)
+class Pruned(TreeSpeculative):
+    """Of the drawn children of a node, those with less than the mean of the draft law are dropped."""
+
+    def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, laws = super().draft(drafter, tree, session, state, u)
+        parents = tree.parents.expand(len(tokens), -1).clamp_min(0)
+        rows = torch.arange(len(tokens))[:, None]
+        small = laws[rows, parents, tokens.clamp_min(0)] < 1 / session.vocab
+        small[:, 0] = False
+        return torch.where(small, -1, tokens), laws
+
+
+@dataclass(frozen=True)
+class PaddedWithZero(TreeSpeculative):
+    """Where the law could give no more children, token 0 stands, and is tested."""
+
+    def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, laws = super().draft(drafter, tree, session, state, u)
+        return tokens.clamp_min(0), laws
+
+
+@dataclass(frozen=True)
+class ChosenAsDrawn(TreeSpeculative):
+    """The most likely tokens of the draft law are tested as if they had been drawn from it."""
+
+    children: Children = "chosen"
+
+    def rule(self, session: Session) -> ChildRule:
+        return Drawn()
+
+
+@dataclass(frozen=True)
+class RawBonus(Speculative):
+    """The token behind a chain that stood is drawn from the law before temperature, which is 0.6 in its case."""
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+        raw = p[:, -1:] ** 0.6
+        return super().verify(torch.cat([p[:, :-1], raw / raw.sum(-1, keepdim=True)], dim=1), q, drafts, coins)
+
+
+@dataclass(frozen=True)
 class Mutant:
     """A wrong sampler and the case of `visar.eval.exactness` in which it shows."""
 
@@ -88,4 +145,9 @@ MUTANTS = (
     Mutant("residual replaced by p", NoResidual(), "plain"),
     Mutant("Gumbel noise reused", ReusedGumbel(coupling="gumbel"), "top-p 0.7"),
     Mutant("longest path", LongestPath(), "plain"),
+    Mutant("children out of order", OutOfOrder(tree="2x2", drafter="model"), "full prefix"),
+    Mutant("children pruned by q", Pruned(tree="2x2", drafter="model"), "plain"),
+    Mutant("padding with token 0", PaddedWithZero(tree="3x2", drafter="model"), "top-p 0.7"),
+    Mutant("chosen tested as drawn", ChosenAsDrawn(tree="2x2", drafter="model"), "plain"),
+    Mutant("bonus from raw logits", RawBonus(gamma=1), "temperature 0.6"),
 )

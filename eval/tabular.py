@@ -12,6 +12,7 @@ from torch import Tensor
 
 from visar.engine.guidance import Guidance
 from visar.engine.session import Session
+from visar.engine.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class TabularModel:
         cond = torch.randn(rows, vocab, generator=g) * spread
         return TabularModel(vocab, length, cond, cond + torch.randn(rows, vocab, generator=g) * spread / 2)
 
+    def disturbed(self, seed: int, spread: float = 0.8) -> TabularModel:
+        """A draft model: the logits of this one with normal noise on them."""
+        g = torch.Generator().manual_seed(seed)
+        cond, uncond = (t + torch.randn(t.shape, generator=g) * spread for t in (self.cond, self.uncond))
+        return TabularModel(self.vocab, self.length, cond, uncond)
+
     @staticmethod
     def markov(vocab: int, length: int, seed: int, spread: float = 1.2) -> TabularModel:
         """Order 2: the logits depend on the last two tokens only, so drafts with a wrong past are often right."""
@@ -48,34 +55,45 @@ class TabularModel:
 
 
 class TabularSession(Session):
-    """Decode a `TabularModel`. Its `history` is a cache: a pass overwrites what it feeds, nothing is ever cleared."""
+    """Decode a `TabularModel`. Its `history` is a cache: a pass overwrites what it feeds, nothing is ever cleared.
+
+    Slot n holds the token fed at position n - 1, slot 0 what stands for the condition; the nodes of a tree lie one
+    after the other from the root's slot on, as in the cache of a transformer.
+    """
 
     def __init__(self, model: TabularModel, batch: int, window: int, guidance: Guidance = Guidance()):
         super().__init__(batch, model.length, model.vocab)
         self.model, self.guidance = model, guidance
         self.history = torch.zeros(batch, model.length + window, dtype=torch.long)
+        self._offsets = torch.tensor([sum(model.vocab**m for m in range(n)) for n in range(model.length)])
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        window, vocab, length = tokens.shape[1], self.vocab, self.length
-        positions = self.positions(window)
-        # Input k stands at position n - 1 + k; before the first token there is none.
-        at = positions - 1
-        kept = self.history.gather(1, at.clamp_min(0))
-        self.history.scatter_(1, at.clamp_min(0), torch.where((at >= 0), tokens, kept) if window == 1 else tokens)
-        if window > 1:  # with nothing committed, inputs 0 and 1 both landed on slot 0: input 1 is the draft
-            empty = self.lengths == 0
-            self.history[empty, 0] = tokens[empty, 1]
-        rows = torch.zeros(self.batch, length, dtype=torch.long)
-        value = torch.zeros(self.batch, dtype=torch.long)
-        offset = 0
+    def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
+        count, vocab, length = tokens.shape[1], self.vocab, self.length
+        self.history.scatter_(1, self.follows(count, None, first), tokens)
+        tree = tree or Tree.of(torch.arange(-1, first + count - 1))
+        # The row of a node: what its parent's history comes to, then its own token.
+        prefix = torch.zeros(self.batch, dtype=torch.long)
         for n in range(length):
-            rows[:, n] = offset + value
-            value = value * vocab + self.history[:, n]
-            offset += vocab**n
-        row = rows.gather(1, positions.clamp_max(length - 1))
+            prefix = torch.where(n < self.lengths, prefix * vocab + self.history[:, n + 1], prefix)
+        values = [prefix.unsqueeze(1)]  # the root is the last of the prefix
+        nodes = first + count
+        fed = self.history.gather(1, self.positions(nodes))
+        parents = tree.parents.expand(self.batch, -1)
+        for j in range(1, nodes):
+            above = torch.cat(values, dim=1).gather(1, parents[:, j : j + 1])
+            values.append(above * vocab + fed[:, j : j + 1])
+        positions = self.follows(count, tree, first)
+        at = positions.clamp_max(length - 1)
+        past = positions >= length  # laws that are never asked for
+        row = self._offsets[at] + torch.where(past, 0, torch.cat(values, dim=1)[:, first:])
         if not self.guidance.active:
             return self.model.cond[row]
         return self.guidance.combine(self.model.cond[row], self.model.uncond[row], positions)
+
+    def keep(self, path: Tensor) -> None:
+        to = self.lengths[:, None] + torch.arange(1, path.shape[1] + 1)
+        source = torch.where(path > 0, self.lengths[:, None] + path, to)
+        self.history.scatter_(1, to, self.history.gather(1, source))
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,19 @@ from visar.samplers.autoregressive import Autoregressive
 from visar.samplers.base import Sampler, State
 from visar.samplers.distribution import Target
 from visar.samplers.jacobi import Jacobi, SpeculativeJacobi
+from visar.samplers.relaxed import CoolSD, GroupedJacobi, Lantern, LanternPlusPlus
+from visar.samplers.speculative import Speculative, TreeSpeculative
 
 
 @dataclass(frozen=True)
 class SamplerSpec:
-    """A row of the table: how to make the sampler, where it was published, and what it needs."""
+    """A row of the table: how to make the sampler, where it was published, and its drafter."""
 
     name: str
     make: Callable[[], Sampler]
     paper: str
     law: str  # "exact", or in what sense it is not
-    needs: str = "nothing"
+    drafter: str = ""  # the kind of drafter that it needs: "model", "eagle", or none
 
     def parameters(self) -> dict[str, Any]:
         """The sampler's fields and their defaults."""
@@ -39,8 +41,27 @@ SAMPLERS: dict[str, SamplerSpec] = {
         SamplerSpec("sjd", SpeculativeJacobi, "Teng et al. 2024, arXiv:2410.01699", "exact"),
         SamplerSpec("scd", lambda: SpeculativeJacobi(coupling="maximal"), "MC-SJD / SCD, maximal coupling", "exact"),
         SamplerSpec("scd-gumbel", lambda: SpeculativeJacobi(coupling="gumbel"), "SCD, Gumbel coupling", "exact"),
+        SamplerSpec("gsd", GroupedJacobi, "GSD, So et al. 2025", "relaxed"),
+        SamplerSpec("speculative", Speculative, "Leviathan et al. 2023, arXiv:2211.17192", "exact", "model"),
+        SamplerSpec(
+            "speculative-block", lambda: Speculative(verification="block"), "Sun et al. 2024, arXiv:2403.10444",
+            "exact", "model",
+        ),
+        SamplerSpec(
+            "speculative-tree", lambda: TreeSpeculative(tree="4x2x1", drafter="model"),
+            "RSD-C, Jeon et al. 2024, arXiv:2402.14160", "exact", "model",
+        ),
+        SamplerSpec("eagle", TreeSpeculative, "EAGLE, Li et al. 2024, arXiv:2401.15077", "exact", "eagle"),
+        SamplerSpec(
+            "eagle-top", lambda: TreeSpeculative(children="chosen"), "EAGLE, its most likely tokens as drafts",
+            "exact", "eagle",
+        ),
+        SamplerSpec("eagle-chain", lambda: Speculative(gamma=5, drafter="eagle"), "EAGLE, a chain", "exact", "eagle"),
+        SamplerSpec("lantern", Lantern, "Jang et al. 2024, arXiv:2410.03355", "relaxed", "eagle"),
+        SamplerSpec("lantern++", LanternPlusPlus, "Park et al. 2025, arXiv:2502.06352", "relaxed", "eagle"),
+        SamplerSpec("cool-sd", CoolSD, "COOL-SD, arXiv:2601.09212", "relaxed", "eagle"),
     )
-}
+}  # fmt: skip
 DEFAULT_SAMPLER = "scd"
 
 
@@ -67,11 +88,17 @@ __all__ = [
     "DEFAULT_SAMPLER",
     "SAMPLERS",
     "Autoregressive",
+    "CoolSD",
+    "GroupedJacobi",
     "Jacobi",
+    "Lantern",
+    "LanternPlusPlus",
     "Sampler",
     "SamplerSpec",
+    "Speculative",
     "SpeculativeJacobi",
     "State",
     "Target",
+    "TreeSpeculative",
     "get_sampler",
 ]

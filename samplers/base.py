@@ -10,6 +10,7 @@ from torch import Tensor
 
 from visar.engine.rng import Noise
 from visar.engine.session import Session
+from visar.engine.tree import Tree
 from visar.samplers.distribution import Target
 
 
@@ -28,6 +29,8 @@ class State:
     laws: Tensor | None
     commit_pass: Tensor
     passes: Tensor
+    tree: Tree | None = None  # of samplers that draft one: its nodes, and
+    children: Tensor | None = None  # [1, T, C] the children of each, -1 behind the last
 
     @staticmethod
     def empty(session: Session, target: Target, noise: Noise, window: int) -> State:

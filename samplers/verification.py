@@ -76,7 +76,11 @@ def _columns(kept: Tensor) -> Tensor:
 
 def verify_independent(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
     """Speculative Jacobi decoding (Teng et al. 2024, arXiv:2410.01699): drafts behind a rejection are drawn anew."""
-    kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
+    return replaced(p, q, drafts, keeps(p[:, :-1], q, drafts, coins.accept[:, :-1]), coins)
+
+
+def replaced(p: Tensor, q: Tensor, drafts: Tensor, kept: Tensor, coins: Coins) -> Verdict:
+    """The first draft that is not among those `kept` [B, W-1] is drawn from the residual, those behind it from p."""
     accepted = leading(kept)
     column, first = _columns(kept), accepted[:, None]
     # One draw serves all columns: from the residual at the first rejection, from p behind it.
@@ -85,6 +89,32 @@ def verify_independent(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Ve
     fresh = draw(weights, coins.draw)
     tokens = torch.where(column < first, _padded(drafts), fresh)
     return Verdict(tokens, accepted)
+
+
+def verify_block(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+    """Block verification (Sun et al. 2024, arXiv:2403.10444): the longest prefix of the chain that stands as a whole.
+
+    For drafts that were drawn one after the other from q, as a draft model draws them; Jacobi drafts are not.
+    """
+    at = drafts.unsqueeze(-1)
+    ratio = p[:, :-1].gather(-1, at).double() / q.gather(-1, at).double().clamp_min(1e-300)
+    weight = [torch.ones_like(ratio[:, 0, 0])]  # min(1, the running product), from the empty prefix on
+    for i in range(drafts.shape[1]):
+        weight.append((weight[-1] * ratio[:, i, 0]).clamp_max(1))
+    w = torch.stack(weight, 1)
+    # The residual behind each proper prefix, and behind the whole chain p itself.
+    left = torch.cat([(w[:, :-1, None] * p[:, :-1] - q).clamp_min(0), p[:, -1:].double()], dim=1)
+    mass = left[:, 1:-1].sum(-1)
+    short = mass + 1 - w[:, 1:-1]
+    stands = torch.cat([torch.where(short < EQUAL, 1.0, mass / short.clamp_min(EQUAL)), w[:, -1:]], dim=1)
+    column = _columns(drafts)
+    kept = (coins.accept[:, :-1] < stands).long() * column[1:]
+    accepted = kept.amax(-1)
+    rows = torch.arange(len(p), device=p.device)
+    weights = left[rows, accepted]
+    weights = torch.where(weights.sum(-1, keepdim=True) < EQUAL, p[rows, accepted].double(), weights)
+    fresh = draw(weights, coins.draw[rows, accepted])
+    return Verdict(torch.where(column < accepted[:, None], _padded(drafts), fresh[:, None]), accepted)
 
 
 def verify_maximal(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def text_gpt(length: int = 4, features: int = 6) -> LlamaGen:
 
 def class_gpt() -> LlamaGen:
     return LlamaGen(**GPT, condition="class", classes=7).eval()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is left in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

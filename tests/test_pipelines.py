@@ -11,18 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import GRID, VQ, class_gpt, text_gpt
+from conftest import GPT, GRID, VQ, class_gpt, text_gpt
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from visar.errors import VisarError
+from visar.models.drafters.eagle import EagleHead
+from visar.models.llamagen import LlamaGen
 from visar.models.t5 import T5CaptionEncoder
 from visar.models.vq import VQModel
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.pipelines.base import Progress
-from visar.samplers import SAMPLERS, Autoregressive, Jacobi, SpeculativeJacobi, get_sampler
+from visar.samplers import (
+    SAMPLERS,
+    Autoregressive,
+    Jacobi,
+    Speculative,
+    SpeculativeJacobi,
+    TreeSpeculative,
+    get_sampler,
+)
 
 TOKENS, SIDE = GRID**2, 2 * GRID
 Pipe = Any  # either pipeline
@@ -180,12 +190,66 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
     assert not torch.equal(guided, base) and not torch.equal(part, guided) and torch.equal(part[0, :6], guided[0, :6])
 
 
+# Drafters
+
+
+@pytest.fixture(scope="module")
+def drafters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of an EAGLE head and of a smaller model, both of random weights."""
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("drafters")
+    EagleHead(32, 2, 48).save_pretrained(folder / "eagle")
+    small = LlamaGen(**GPT | dict(dim=16, num_layers=1), condition="text", condition_length=4, caption_features=6)
+    small.save_pretrained(folder / "small")
+    return [folder / "eagle", folder / "small"]
+
+
+def test_a_model_that_drafts_for_itself_is_never_rejected(text_pipe: TextToImagePipeline, text_folder: Path) -> None:
+    text_pipe.load_drafter(text_folder)
+    for sampler, depth in ((Speculative(gamma=4), 4), (TreeSpeculative(tree="1x1x1", drafter="model"), 3)):
+        stats = text_pipe(["cat", "red heart"], sampler=sampler, output_type="tokens").stats
+        assert stats.passes_per_image == [-(-TOKENS // (depth + 1))] * 2
+
+
+def test_a_drafter_beside_the_model_is_found(text_folder: Path, drafters: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(text_folder, tmp_path / "pipe")
+    pipe = TextToImagePipeline.from_pretrained(tmp_path / "pipe")
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(VisarError, match="Sampler 'eagle' needs a drafter of the kind 'eagle'; give it with"):
+        pipe("cat", sampler="eagle")
+    with pytest.raises(VisarError, match="Sampler 'speculative' needs a smaller model"):
+        pipe("cat", sampler="speculative")
+    shutil.copytree(drafters[0], tmp_path / "pipe" / "eagle")
+    assert pipe("cat", sampler="eagle", output_type="tokens").stats.sampler == "eagle"
+
+
+def test_drafters_that_do_not_fit(text_pipe: TextToImagePipeline, class_folder: Path, tmp_path: Path) -> None:
+    EagleHead(64, 2, 48).save_pretrained(tmp_path / "wide")
+    EagleHead(32, 2, 48, target="0123").save_pretrained(tmp_path / "other")
+    own = dict(condition="text", condition_length=4, caption_features=6)
+    LlamaGen(**GPT | dict(vocab_size=23), **own).save_pretrained(tmp_path / "codes")
+    LlamaGen(**GPT | dict(grid=6), **own).save_pretrained(tmp_path / "grid")
+    (tmp_path / "empty").mkdir()
+    for path, message in (
+        (tmp_path / "wide", "is 64 wide, the target 32"), (tmp_path / "other", "was trained for another target"),
+        (tmp_path / "codes", "has 23 codes, the target 24"),
+        (tmp_path / "grid", "draws 6 x 6 tokens, the target 5 x 5"),
+        (class_folder, "has condition class, the target text"), (tmp_path / "empty", "holds no drafter"),
+        (tmp_path / "none", "There is no model folder"), ("some/one", "There is no drafter folder some/one"),
+        (class_folder / "vq", "holds a VQModel, not a drafter"),
+    ):  # fmt: skip
+        with pytest.raises(VisarError, match=message):
+            text_pipe.load_drafter(path)
+
+
 # Figures
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, name: str) -> None:
+def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, drafters: list[Path], name: str) -> None:
     prompts = ["red heart", "cat", "star"]
+    for folder in drafters:
+        text_pipe.load_drafter(folder)
     out = text_pipe(prompts, sampler=name, seed=9, output_type="tokens")
     stats = out.stats
     assert (stats.sampler, stats.exact, stats.law) == (name, SAMPLERS[name].make().exact, SAMPLERS[name].law)
@@ -200,7 +264,7 @@ def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, name: str) -> No
     if name == "ar":
         assert stats.nfe == TOKENS + 1 and stats.commits_per_pass == 1
     else:
-        assert stats.nfe < TOKENS and stats.parameters["window"] == 16
+        assert stats.nfe < TOKENS
     assert json.loads(json.dumps(stats.to_dict()))["gb_per_second"] == stats.gb_per_second
     assert str(stats).startswith(f"{name} ({stats.law}): {stats.nfe} NFE for {TOKENS} tokens x 3 images")
     again = text_pipe(prompts, sampler=get_sampler(name), seed=9, output_type="tokens")
@@ -308,7 +372,7 @@ def test_progress_bar(text_pipe: TextToImagePipeline, capfd: pytest.CaptureFixtu
         ([], {}, "The prompt is empty"),
         (["cat", ""], {}, "The prompt is empty"),
         ("zebra", {}, "No word of the prompt 'zebra' is known"),
-        ("cat", {"sampler": "sdj"}, r"Unknown sampler 'sdj'\. Did you mean 'sjd'\? Known: ar, jacobi, scd, scd-gumbel"),
+        ("cat", {"sampler": "sdj"}, r"Unknown sampler 'sdj'\. Did you mean 'sjd'\? Known: ar, cool-sd, eagle,"),
         ("cat", {"window": 1}, "window must be 2 or more tokens, not 1"),
         ("cat", {"sampler": "ar", "window": 8}, "'ar' has no parameter 'window'"),
         ("cat", {"temperature": 0.0}, r"Temperature must be .* above 0 .*not 0\.0"),

@@ -18,10 +18,11 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _model_options(p: argparse.ArgumentParser) -> None:
+def _model_options(p: argparse.ArgumentParser, flag: str = "--model") -> None:
     p.add_argument(
-        "--model", default="icons", metavar="NAME|PATH", help="a name of `visar models`, a folder, or a hub id"
-    )
+        flag, dest="model", default="icons", metavar="NAME|PATH",
+        help="a name of `visar models`, a folder, or a hub id (default: icons)",
+    )  # fmt: skip
     p.add_argument("--vq", metavar="FILE", help="tokenizer file, when --model is a published .pt file")
     p.add_argument("--text-encoder", metavar="PATH", help="folder or hub id of FLAN-T5-XL, for a published text model")
     p.add_argument("--image-size", type=int, metavar="PX", help="pixels, for a published .pt file")
@@ -38,7 +39,11 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--temperature", type=float, default=1.0, metavar="T")
     p.add_argument("--top-k", type=int, metavar="K", help="0 keeps all tokens; default: the model's own")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P")
+
+
+def _drafting_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--window", type=int, metavar="W", help="tokens per pass of a window sampler")
+    p.add_argument("--drafter", metavar="PATH", help="folder of a drafter or of a smaller model, where needed")
 
 
 def generate(commands: Commands) -> None:
@@ -53,6 +58,7 @@ def generate(commands: Commands) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object")
     _model_options(p)
     _sampling_options(p)
+    _drafting_options(p)
     p.set_defaults(run=_runner("generate", "generate"))
 
 
@@ -70,7 +76,7 @@ def samplers(commands: Commands) -> None:
 
 def verify(commands: Commands) -> None:
     p = commands.add_parser("verify", help="prove on enumerable models that the exact samplers are exact")
-    p.add_argument("--sampler", metavar="NAMES", type=_names, help="only these, separated by commas")
+    p.add_argument("--sampler", metavar="NAMES", type=_names, help="only these, separated by commas; or all")
     p.add_argument("--sequences", type=int, default=131072, help="sequences per row of the table (default: 131072)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no-mutants", action="store_true", help="leave out the planted mistakes")
@@ -87,6 +93,7 @@ def bench(commands: Commands) -> None:
     p.add_argument("--json", metavar="PATH", help="also write the figures to this file")
     _model_options(p)
     _sampling_options(p)
+    _drafting_options(p)
     p.set_defaults(run=_runner("bench", "bench"))
 
 
@@ -120,6 +127,21 @@ def train(commands: Commands) -> None:
     ar.add_argument("--heads", type=int, default=4)
     ar.add_argument("--ffn", type=int, default=768)
     ar.set_defaults(run=_runner("train", "ar"))
+
+    drafter = kinds.add_parser("drafter", help="train an EAGLE drafter on what a model draws itself")
+    _model_options(drafter, "--target")
+    _sampling_options(drafter)
+    drafter.add_argument("--out", required=True, help="run folder; a run started again there goes on")
+    drafter.add_argument("--captions", metavar="FILE", help="a caption in each line; or a picture set")
+    drafter.add_argument("--styles", type=_names, default=[], help="of a picture set, only these styles")
+    drafter.add_argument("--without-groups", type=_names, default=[], help="of a picture set, leave out these groups")
+    drafter.add_argument("--pictures", type=int, default=2048, help="how many to draw (default: 2048)")
+    drafter.add_argument("--depth", type=int, default=5, help="tokens that it learns to draft (default: 5)")
+    drafter.add_argument("--minutes", type=float, default=25)
+    drafter.add_argument("--batch", type=int, default=16)
+    drafter.add_argument("--lr", type=float, default=2e-3)
+    drafter.add_argument("--no-compile", action="store_true")
+    drafter.set_defaults(run=_runner("train", "drafter"))
 
     assemble = kinds.add_parser("assemble", help="put a tokenizer, a GPT and a word table together as a pipeline")
     assemble.add_argument("--gpt", required=True, metavar="FOLDER")

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from visar.cli.common import load_pipeline
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.tables import table
+
+
+def has_window(sampler: Any) -> bool:
+    return "window" in {f.name for f in fields(sampler)}
 
 
 def bench(options: argparse.Namespace) -> int:
@@ -20,7 +25,8 @@ def bench(options: argparse.Namespace) -> int:
     for name, value in (("--batch", options.batch), ("--images", options.images), ("--repeats", options.repeats)):
         if value < 1:
             raise VisarError(f"{name} must be 1 or more, not {value}.")
-    samplers = {n: get_sampler(n, window=None if n == "ar" else options.window) for n in options.samplers}
+    made = {name: get_sampler(name) for name in options.samplers}
+    samplers = {n: get_sampler(s, window=options.window) if has_window(s) else s for n, s in made.items()}
     if options.json:
         writable_folder(Path(options.json).parent)  # before minutes of measuring
     pipe = load_pipeline(options)

@@ -75,4 +75,6 @@ def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> I
         )
     else:
         pipe = kind.from_pretrained(options.model)
+    if getattr(options, "drafter", None):
+        pipe.load_drafter(options.drafter)
     return pipe.to(device, dtype)

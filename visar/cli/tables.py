@@ -35,15 +35,18 @@ def samplers(options: argparse.Namespace) -> int:
     from visar.samplers import DEFAULT_SAMPLER, SAMPLERS
 
     rows = [
-        {"name": s.name, "default": s.name == DEFAULT_SAMPLER, "law": s.law, "needs": s.needs, "paper": s.paper,
-         "parameters": s.parameters()}
+        {"name": s.name, "default": s.name == DEFAULT_SAMPLER, "law": s.law, "drafter": s.drafter or None,
+         "paper": s.paper, "parameters": s.parameters()}
         for s in SAMPLERS.values()
     ]  # fmt: skip
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
         print(table(
-            ("NAME", "LAW", "NEEDS", "PAPER"),
-            [(f"{r['name']}{' (default)' if r['default'] else ''}", r["law"], r["needs"], r["paper"]) for r in rows],
+            ("NAME", "LAW", "DRAFTER", "PAPER"),
+            [
+                (f"{r['name']}{' (default)' if r['default'] else ''}", r["law"], r["drafter"] or "none", r["paper"])
+                for r in rows
+            ],
         ))  # fmt: skip
     return 0

@@ -1,4 +1,4 @@
-"""`visar train pictures | words | tokenizer | ar | assemble`."""
+"""`visar train pictures | words | tokenizer | ar | drafter | assemble`."""
 
 from __future__ import annotations
 
@@ -71,6 +71,69 @@ def ar(options: argparse.Namespace) -> int:
     vq = VQModel.from_pretrained(_folder(options.tokenizer), low_cpu_mem_usage=False).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
     train_ar(data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn)
+    return 0
+
+
+def _conditions(options: argparse.Namespace, text: bool) -> list[Any]:
+    """The captions or classes to draw: lines of a file, or the training prompts of a picture set."""
+    if not text:
+        if options.captions:
+            raise VisarError("This model draws classes; --captions is for text models.")
+        return []
+    if not options.captions:
+        raise VisarError("A text model needs --captions: a file with a caption in each line, or a picture set.")
+    path = Path(options.captions)
+    if path.is_dir() or path.suffix == ".zip":
+        from visar.training.data import PictureSet
+
+        data = PictureSet(path, tuple(options.styles), tuple(options.without_groups))
+        return list(dict.fromkeys(data.records[i].prompt() for i in data.indices("train")))
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise VisarError(f"Cannot read captions from {path}.") from error
+    if not (found := [line for line in lines if line]):
+        raise VisarError(f"{path} holds no captions.")
+    return list(dict.fromkeys(found))  # drawn in turns: a caption that stood twice would give one picture twice
+
+
+def drafter(options: argparse.Namespace) -> int:
+    import torch
+
+    from visar.cli.common import load_pipeline
+    from visar.engine.guidance import Guidance
+    from visar.pipelines import TextToImagePipeline
+    from visar.samplers import Target
+    from visar.training.drafter import train_drafter
+    from visar.training.loop import TrainConfig
+    from visar.training.self_generated import draw_tokens
+
+    if options.minutes <= 0 or options.batch < 1 or options.lr <= 0 or options.pictures < 2 or options.depth < 1:
+        raise VisarError("--minutes and --lr must be above 0, --batch and --depth 1 or more, --pictures 2 or more.")
+    Target(options.temperature, options.top_k or 0, options.top_p)  # before the weights are read
+    pipe: Any = load_pipeline(options)
+    pipe.set_progress_bar_config(disable=True)
+    text = isinstance(pipe, TextToImagePipeline)
+    conditions = _conditions(options, text) or list(range(pipe.gpt.config.classes))
+    scale = pipe.config.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    law = Target(options.temperature, pipe.config.top_k if options.top_k is None else options.top_k, options.top_p)
+    out = writable_folder(options.out)
+    tokens = draw_tokens(
+        pipe, conditions, options.pictures, out / "pictures.safetensors", options.batch,
+        lambda done: print(f"{done} of {options.pictures} pictures drawn", file=sys.stderr),
+        seed=options.seed, guidance_scale=scale, temperature=law.temperature, top_k=law.top_k, top_p=law.top_p,
+    )  # fmt: skip
+
+    def of(rows: list[int]) -> tuple[Any, Any]:
+        chosen = [conditions[i % len(conditions)] for i in rows]
+        return pipe.text_encoder.encode(chosen) if text else (torch.tensor(chosen), torch.ones(len(chosen), 1))
+
+    config = TrainConfig(
+        out, minutes=options.minutes, batch=options.batch, lr=options.lr, seed=options.seed, warmup=50, ema=0.995,
+        optimizer="muon", compile=not options.no_compile, device=str(pipe.gpt.device),
+    )  # fmt: skip
+    train_drafter(pipe.gpt, of, tokens, config, Guidance(scale), law, options.depth)
+    print(out / "eagle")
     return 0
 
 

@@ -24,7 +24,8 @@ def verify(options: argparse.Namespace) -> int:
 
     if not options.json:
         print(f"{'SAMPLER':26}  {'CASE':22}  {'z':>8}  TOKENS/PASS  VERDICT")
-    rows = prove(options.sampler, options.sequences, options.seed, not options.no_mutants, report=line)
+    names = None if options.sampler == ["all"] else options.sampler
+    rows = prove(names, options.sequences, options.seed, not options.no_mutants, report=line)
     good = all(row.passed for row in rows)
     if options.json:
         print(

@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visar.engine.guidance import Guidance
+from visar.engine.kv_cache import KVCache
 from visar.engine.session import Session
+from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.models.llamagen import LlamaGen
-
-
-class KVCache:
-    """Static keys and values, [layers, rows, slots, heads, head_dim] each. Slots are overwritten, never moved."""
-
-    def __init__(self, model: LlamaGen, rows: int, slots: int):
-        c = model.config
-        shape = (c.num_layers, rows, slots, c.num_heads, model.head_dim)
-        # Zeros, not empty: a masked slot has weight 0, and 0 times what was in memory could be NaN.
-        self.keys, self.values = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
-        self.rows = torch.arange(rows, device=model.device)[:, None]
-
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [rows, W, heads, head_dim] at slots [rows, W]."""
-        self.keys[layer, self.rows, slots] = k
-        self.values[layer, self.rows, slots] = v
-
-    @property
-    def bytes_per_slot(self) -> int:
-        """Bytes that one slot of one row takes over all layers."""
-        layers, _, _, heads, dim = self.keys.shape
-        return 2 * layers * heads * dim * self.keys.element_size()
 
 
 class ModelSession(Session):
@@ -39,7 +18,8 @@ class ModelSession(Session):
 
     `condition`: class ids [B] or caption features [B, T, C] with `condition_mask` [B, T]. With guidance the model runs
     on 2B rows, conditional half first; both halves see the same drafts and the same caption mask. The cache has room
-    for `window` - 1 tokens past the end, so the last window needs no special shape.
+    for `window` - 1 tokens past the end, so the last window needs no special shape. With `keep_features` the normed
+    features that the output head reads are kept for a drafter: `features` [rows, 1 + slots, dim], one slot late.
     """
 
     def __init__(
@@ -52,19 +32,24 @@ class ModelSession(Session):
         window: int,
         grid: int | None = None,
         guidance: Guidance = Guidance(),
+        keep_features: bool = False,
     ):
         super().__init__(len(condition), length, model.config.vocab_size, model.device)
         self.model, self.guidance = model, guidance
         self.halves = 2 if guidance.active else 1
         self.prefix = model.config.condition_length
         self.table = model.rotary(grid)
-        self.cache = KVCache(model, self.batch * self.halves, self.prefix + length + window - 1)
+        rows, slots = self.batch * self.halves, self.prefix + length + window - 1
+        c = model.config
+        self.cache = KVCache(c.num_layers, rows, slots, c.num_heads, model.head_dim, model.dtype, self.device)
+        shape = (rows, 1 + slots, c.dim)
+        self.features = torch.zeros(shape, dtype=model.dtype, device=self.device) if keep_features else None
         self.prefill_passes = 0
-        valid = torch.ones(self.batch, self.cache.keys.shape[2], dtype=torch.bool, device=self.device)
+        valid = torch.ones(self.batch, slots, dtype=torch.bool, device=self.device)
         if condition_mask is not None:
             valid[:, : self.prefix] = condition_mask.to(self.device)
         self.valid = valid.repeat(self.halves, 1)
-        self._slot = torch.arange(valid.shape[1], device=self.device)
+        self._slot = torch.arange(slots, device=self.device)
         self.bytes_read = 0
         self._prefill(condition.to(self.device))
 
@@ -73,45 +58,75 @@ class ModelSession(Session):
         """Embed the condition and run all its slots but the last, which is the first pass's root."""
         embed = self.model.cls_embedding
         parts = [embed(condition)] + ([embed(embed.null_like(condition))] if self.halves == 2 else [])
-        x = torch.cat(parts)
-        self.root = x[:, -1]  # [rows, dim]
+        self.condition = torch.cat(parts)  # [rows, prefix, dim]
         if self.prefix > 1:
-            self._pass(x[:, :-1], torch.arange(self.prefix - 1, device=self.device).expand(len(x), -1), self.prefix - 1)
+            slots = self._slot[: self.prefix - 1].expand(len(self.condition), -1)
+            self._pass(self.condition[:, :-1], slots, slots, self.sees(slots, self.prefix - 1))
             self.prefill_passes = 1
             self.bytes_read = 0  # what is timed begins behind the prefill
 
-    def _pass(self, x: Tensor, slots: Tensor, visible: int) -> Tensor:
-        """Run embeddings x [rows, W, dim] at slots [rows, W], reading the first `visible` slots of the cache."""
-        own = self._slot[:visible] == slots[..., None]
-        mask = (self._slot[:visible] <= slots[..., None]) & self.valid[:, None, :visible] | own
-        mask = mask.unsqueeze(1)
+    def root_slots(self) -> Tensor:
+        """The cache slots [B] of the last committed tokens, which the next pass is fed first."""
+        return self.lengths + self.prefix - 1
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.cache.write(layer, slots, k, v)
-            k, v = self.cache.keys[layer, :, :visible], self.cache.values[layer, :, :visible]
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    def sees(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
+        """What inputs at `slots` [rows, W] see of the first `visible` slots, [rows, W, visible].
 
-        self.bytes_read += len(x) * visible * self.cache.bytes_per_slot
-        return self.model.run(x, self.table[slots.clamp_max(len(self.table) - 1)], attend)
+        That is what lies before them and is no padding, and themselves; behind the root, of a tree that they are the
+        nodes `first`.. of, only what is above them.
+        """
+        slot = self._slot[:visible]
+        mask = (slot <= slots[..., None]) & self.valid[:, None, :visible] | (slot == slots[..., None])
+        if tree is not None:
+            nodes = slot - self.root_slots()[:, None]
+            mask &= (tree.sees(first, slots.shape[1], nodes) | (nodes < 0)[:, None]).repeat(self.halves, 1, 1)
+        return mask
 
-    def _visible(self, window: int) -> int:
-        """How much of the cache a pass reads. Asking a GPU for the lengths would make the host wait, so all of it."""
+    def visible(self, count: int) -> int:
+        """The slots that a pass over `count` inputs reads. Asking a GPU for the lengths would make it wait, so all."""
         if self.device.type != "cpu":
             return self.cache.keys.shape[2]
-        return self.prefix - 1 + int(self.lengths.max()) + window
+        return self.prefix - 1 + int(self.lengths.max()) + count
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        window = tokens.shape[1]
-        x = self.model.tok_embeddings(tokens).repeat(self.halves, 1, 1)
-        fresh = (self.lengths == 0).repeat(self.halves)[:, None]
-        x[:, 0] = torch.where(fresh, self.root, x[:, 0])
-        slots = (self.positions(window) + self.prefix - 1).repeat(self.halves, 1)
-        logits = self._logits = self._pass(x, slots, self._visible(window))
+    def turned(self, slots: Tensor) -> Tensor:
+        """The rows of the position table for slots [rows, W]; those past the end are clamped."""
+        return self.table[slots.clamp_max(len(self.table) - 1)]
+
+    def guided(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Logits [B, W, V] of both halves together, for logits [rows, W, V] of the positions [B, W]."""
         if self.halves == 1:
             return logits
         cond, uncond = logits.chunk(2)
-        return self.guidance.combine(cond, uncond, self.positions(window))
+        return self.guidance.combine(cond, uncond, positions)
+
+    def _pass(self, x: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+        """Run embeddings x [rows, W, dim], written at `slots` and turned to the slots `at`, both [rows, W]."""
+        self.bytes_read += len(x) * mask.shape[-1] * self.cache.bytes_per_slot
+        h = self.model.run(x, self.turned(at), self.cache.attend(slots, mask))
+        if self.features is not None:
+            self.features[self.cache.rows, slots + 1] = h
+        return self.model.logits(h)
+
+    def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
+        count = tokens.shape[1]
+        x = self.model.tok_embeddings(tokens).repeat(self.halves, 1, 1)
+        if first == 0:
+            fresh = (self.lengths == 0).repeat(self.halves)[:, None]
+            x[:, 0] = torch.where(fresh, self.condition[:, -1], x[:, 0])
+        positions = self.follows(count, tree, first)
+        slots = (self.follows(count, None, first) + self.prefix - 1).repeat(self.halves, 1)
+        at = slots if tree is None else (positions + self.prefix - 1).repeat(self.halves, 1)
+        self._logits = self._pass(x, slots, at, self.sees(slots, self.visible(first + count), tree, first))
+        return self.guided(self._logits, positions)
+
+    def keep(self, path: Tensor) -> None:
+        root = self.root_slots()[:, None]
+        to = root + torch.arange(1, path.shape[1] + 1, device=self.device)
+        source = torch.where(path > 0, root + path, to).repeat(self.halves, 1)
+        to = to.repeat(self.halves, 1)
+        self.cache.move(source, to)
+        if self.features is not None:
+            self.features[self.cache.rows, to + 1] = self.features[self.cache.rows, source + 1]
 
     def check(self) -> None:
         # What is not finite stays in the cache, so the last pass shows what happened in any before it.

@@ -24,6 +24,7 @@ class Purpose(IntEnum):
     STEP = 1  # what a pass decides at a position: the coin of a test and a draw, or a draft that enters the window
     INIT = 2  # the drafts of the first window
     SHARED = 3  # the race that all drafts of one position share (Gumbel coupling)
+    DRAFT = 4  # what a draft model proposes in a pass
 
 
 class Noise:

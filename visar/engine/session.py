@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from visar.engine.tree import Tree
+from visar.errors import VisarError
+
+if TYPE_CHECKING:
+    from visar.engine.drafter import Drafter
 
 
 class Session(ABC):
@@ -19,6 +26,8 @@ class Session(ABC):
         self.batch, self.length, self.vocab = batch, length, vocab
         self.device = torch.device(device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.drafter: Drafter | None = None  # for samplers that draft with a model of their own
+        self.codebook: Tensor | None = None  # [V, D], for samplers that ask which tokens look alike
 
     def positions(self, window: int) -> Tensor:
         """The positions [B, W] that a pass of W tokens predicts: those after the committed prefix.
@@ -27,13 +36,25 @@ class Session(ABC):
         """
         return self.lengths[:, None] + torch.arange(window, device=self.device)
 
+    def follows(self, count: int, tree: Tree | None = None, first: int = 0) -> Tensor:
+        """The positions [B, count] that a pass over the nodes `first`.. of a tree predicts, each behind its node."""
+        if tree is None:
+            return self.positions(first + count)[:, first:]
+        return self.lengths[:, None] + tree.depths[:, first : first + count]
+
     @abstractmethod
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
         """One pass: guided logits [B, W, V], fp32, of the positions that follow the committed prefix.
 
         `tokens` [B, W] are the last committed token, then W - 1 drafts. While nothing is committed the first one is
-        ignored: the condition stands in its place.
+        ignored: the condition stands in its place. With a `tree` they are its nodes, and each sees those above it
+        only. With `first` > 0 they are the nodes from there on, those before being in the cache from passes that
+        nothing was committed since.
         """
+
+    def keep(self, path: Tensor) -> None:
+        """Before a commit: the nodes `path` [B, D] of a tree, -1 behind its end, become the first D behind the root."""
+        raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts chains.")
 
     def check(self) -> None:  # noqa: B027 (a session without a model has nothing to check)
         """Raise `VisarError` if what the last pass gave is no law at all; called once, when all rows are done."""

@@ -158,10 +158,14 @@ class LlamaGen(ModelMixin, ConfigMixin):
         return table.to(self.output.weight.device)
 
     def run(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
-        """Logits [B, W, vocab_size], fp32, for embeddings x [B, W, dim] at the rotary rows `table`."""
+        """Normed features [B, W, dim] for embeddings x [B, W, dim] at the rotary rows `table`; `logits` reads them."""
         for i, block in enumerate(self.layers):
             x = block(x, table, attend, i)
-        return self.output(self.norm(x)).float()
+        return self.norm(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits [B, W, vocab_size], fp32, of features [B, W, dim]."""
+        return self.output(features).float()
 
     def forward(self, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None = None) -> Tensor:
         """Logits [B, n + 1, vocab_size] of the tokens 0..n at full length, without a cache.
@@ -182,4 +186,4 @@ class LlamaGen(ModelMixin, ConfigMixin):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
         table = self.rotary()[:length].expand(len(x), -1, -1, -1)
-        return self.run(x, table, attend)[:, prefix - 1 :]
+        return self.logits(self.run(x, table, attend)[:, prefix - 1 :])

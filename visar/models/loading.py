@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -185,3 +186,14 @@ def _fill(module: M, state: Mapping[str, Tensor], path: str | Path) -> M:
             raise VisarError(f"{path} has a tensor {key!r} that this model does not.")
     module.load_state_dict(dict(state), assign=True)
     return module.requires_grad_(False).eval()
+
+
+def load_part(kind: Any, folder: Path) -> Any:
+    """One component of a saved folder; diffusers would fill tensors that the file lacks with random numbers."""
+    if not issubclass(kind, ModelMixin):
+        return kind.from_pretrained(folder)
+    model, info = kind.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
+    for what, keys in (("lacks the tensor", info["missing_keys"]), ("has an unknown tensor", info["unexpected_keys"])):
+        if keys:
+            raise VisarError(f"{folder} {what} {sorted(keys)[0]!r}; {len(keys)} in all.")
+    return model

@@ -6,13 +6,14 @@ import json
 import logging
 import math
 import zlib
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from einops import rearrange
 from PIL import Image
@@ -25,9 +26,12 @@ from visar.engine.model_session import ModelSession
 from visar.engine.rng import IMAGES, Noise
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
+from visar.models.drafters.eagle import EagleHead
 from visar.models.llamagen import LlamaGen
+from visar.models.loading import load_part
 from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
+from visar.pipelines.drafters import DraftModel, attach, kind_of, load_drafter
 from visar.pipelines.preview import CodePreview
 from visar.samplers import DEFAULT_SAMPLER, SAMPLERS, Sampler, Target, get_sampler
 from visar.stats import DecodeStats
@@ -69,6 +73,8 @@ class ImagePipeline(DiffusionPipeline):
 
     gpt: LlamaGen
     vq: VQModel
+    _folder: Path | None = None  # where it was loaded from, and its drafters may lie
+    _drafters: Mapping[str, DraftModel] = MappingProxyType({})  # by kind
     component_classes: ClassVar[dict[str, Any]] = {}  # what a folder of this pipeline holds; filled in by subclasses
 
     @classmethod
@@ -90,7 +96,7 @@ class ImagePipeline(DiffusionPipeline):
         parts: dict[str, Any] = {}
         for part, kind in cls.component_classes.items():
             try:
-                parts[part] = _load(kind[index[part][1]] if isinstance(kind, dict) else kind, folder / part)
+                parts[part] = load_part(kind[index[part][1]] if isinstance(kind, dict) else kind, folder / part)
             except VisarError:
                 raise
             except Exception as error:
@@ -101,6 +107,7 @@ class ImagePipeline(DiffusionPipeline):
             pipe = cls(**parts, **{k: v for k, v in index.items() if not k.startswith("_") and k not in parts})
         except TypeError as error:
             raise VisarError(f"{folder} has settings that a {cls.__name__} does not: {error}.") from error
+        pipe._folder = folder
         return pipe.to(torch_dtype) if torch_dtype is not None else pipe
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -168,10 +175,14 @@ class ImagePipeline(DiffusionPipeline):
         if not math.isfinite(scale):
             raise VisarError(f"guidance_scale must be a finite number, not {scale}.")
         target = Target(temperature, self.config.top_k if top_k is None else top_k, top_p, forced_tokens)
+        model = self._drafter_for(method)
         session = ModelSession(
             self.gpt, condition, mask, length=self.grid**2, window=method.window, grid=self.grid,
-            guidance=Guidance(scale, guidance_interval),
+            guidance=Guidance(scale, guidance_interval), keep_features=isinstance(model, EagleHead),
         )  # fmt: skip
+        session.codebook = self.vq.quantize.embedding.weight
+        if model is not None:
+            session.drafter = attach(session, model, method.depth, method.window, condition, mask, self.grid)  # type: ignore[attr-defined]
         indices = torch.tensor(_occurrences(keys, first_image), device=session.device)
         hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=session.device)
         noise = Noise(seed, indices, hashes)
@@ -194,6 +205,7 @@ class ImagePipeline(DiffusionPipeline):
         done = (result.commit_pass.amax(1) + 1).tolist()
         weights = sum(p.numel() * p.element_size() for p in self.gpt.parameters())
         weights -= self.gpt.tok_embeddings.weight.numel() * self.gpt.tok_embeddings.weight.element_size()
+        drafted = session.drafter.bytes_read if session.drafter is not None else 0
         stats = DecodeStats(
             sampler=method.name,
             parameters={f.name: getattr(method, f.name) for f in fields(method)},  # type: ignore[arg-type]
@@ -216,9 +228,26 @@ class ImagePipeline(DiffusionPipeline):
             commits_per_pass=sum(session.length / n for n in done) / len(done),
             seconds=result.seconds,
             ms_per_pass=1000 * result.seconds / result.passes,
-            gigabytes=(weights * result.passes + session.bytes_read) / 1e9,
+            gigabytes=(weights * result.passes + session.bytes_read + drafted) / 1e9,
         )
         return ImageOutput(images=images, tokens=result.tokens, commit_pass=result.commit_pass, stats=stats)
+
+    def load_drafter(self, path: str | Path) -> None:
+        """Give the model a drafter for the samplers that need one (see `visar.pipelines.drafters.load_drafter`)."""
+        model = load_drafter(path, self.gpt, self.grid)
+        self._drafters = {**self._drafters, kind_of(model): model}
+
+    def _drafter_for(self, method: Sampler) -> DraftModel | None:
+        """The drafter that a sampler needs: one that was loaded, or one that lies beside the model."""
+        kind = getattr(method, "drafter", None)
+        if kind is None:
+            return None
+        if kind not in self._drafters and self._folder is not None and (self._folder / kind).is_dir():
+            self.load_drafter(self._folder / kind)
+        if kind not in self._drafters:
+            what = "a smaller model" if kind == "model" else f"a drafter of the kind {kind!r}"
+            raise VisarError(f"Sampler {method.name!r} needs {what}; give it with load_drafter, or --drafter PATH.")
+        return self._drafters[kind]
 
     def _preview(self) -> CodePreview:
         if not hasattr(self, "_code_preview"):
@@ -234,17 +263,6 @@ def _download(hub_id: str, parts: list[str]) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *(f"{p}/*" for p in parts)]))
     except Exception as error:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
-
-
-def _load(kind: Any, folder: Path) -> Any:
-    """One component; diffusers would fill tensors that the file lacks with random numbers."""
-    if not issubclass(kind, ModelMixin):
-        return kind.from_pretrained(folder)
-    model, info = kind.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
-    for what, keys in (("lacks the tensor", info["missing_keys"]), ("has an unknown tensor", info["unexpected_keys"])):
-        if keys:
-            raise VisarError(f"{folder} {what} {sorted(keys)[0]!r}; {len(keys)} in all.")
-    return model
 
 
 def _occurrences(keys: Sequence[Hashable], first: int) -> list[int]:

@@ -50,7 +50,7 @@ def initialise(gpt: LlamaGen) -> LlamaGen:
     return gpt
 
 
-def corrupt(tokens: Tensor, pool: Tensor, g: torch.Generator, most: float = 0.5, clean: float = 0.3) -> Tensor:
+def corrupt(tokens: Tensor, pool: Tensor, g: torch.Generator, most: float = 1.0, clean: float = 0.15) -> Tensor:
     """A copy of tokens [B, n] with some replaced by what other pictures of `pool` [m, n] have at that position.
 
     The rate is uniform in [0, `most`] per row, and 0 for a share `clean` of rows. A small set is otherwise learnt by

@@ -1,0 +1,192 @@
+"""Relaxed acceptance: faster than exact verification, and the pictures have another law. Each says so, by name.
+
+What each parameter does to the law is measured in `docs/relaxed.md`. At its neutral value, every rule here makes the
+same decisions as the exact rule that it relaxes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from visar.engine.session import Session
+from visar.errors import VisarError
+from visar.samplers.base import State
+from visar.samplers.jacobi import SpeculativeJacobi
+from visar.samplers.neighbours import neighbours
+from visar.samplers.speculative import Children, Speculative, TreeSpeculative
+from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, at
+from visar.samplers.verification import Coins, Verdict, replaced
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A child's probability is raised by that of its nearest codes, as far as a budget allows.
+
+    `table` [V, k]: neighbours, nearest first. The first n neighbours are pooled for the largest n at which their mass
+    in r is within `budget` + `share` * r(y). `rule` is the exact one that is relaxed. What was pooled
+    for a rejected child is spent.
+    """
+
+    table: Tensor
+    rule: Drawn | Chosen
+    budget: float = 0.0
+    share: float = 0.0
+
+    def pooled(self, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The pooled mass [B], and r^y [B, V]: r with that mass moved to y."""
+        near = self.table[y]
+        mass = r.gather(-1, near).double()
+        cumulative = mass.cumsum(-1)
+        bound = self.budget + self.share * at(r, y)
+        taken = torch.where(cumulative <= bound[:, None], mass, 0.0)
+        gain = taken.sum(-1)
+        moved = r.scatter(-1, near, torch.where(taken > 0, 0.0, r.gather(-1, near)))
+        return gain, moved.scatter_add(-1, y[:, None], gain[:, None].to(r.dtype))
+
+    def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        proposal = torch.ones_like(c) if isinstance(self.rule, Chosen) else c
+        return u * at(proposal, y) < at(r, y) + self.pooled(r, y)[0]
+
+    def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        return self.rule.left(self.pooled(r, y)[1], c, y)
+
+    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor:
+        return self.rule.next_proposal(c, y)
+
+
+def codebook_of(session: Session) -> Tensor:
+    if session.codebook is None:
+        raise VisarError("This sampler pools codes that look alike, and the model has no codebook.")
+    return session.codebook
+
+
+@dataclass(frozen=True)
+class Lantern(TreeSpeculative):
+    """LANTERN (Jang et al. 2024, arXiv:2410.03355): the `k` nearest codes are pooled while their mass is below `delta`.
+
+    `delta` bounds how far one test moves the law of one child; it does not bound what becomes of the picture.
+    """
+
+    tree: str = "ext57"
+    children: Children = "chosen"
+    k: int = 1000
+    delta: float = 0.1
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.delta < 1:
+            raise VisarError(f"delta must lie between 0 and 1, not {self.delta}; for exact decoding use 'eagle'.")
+        if self.k < 1:
+            raise VisarError(f"k must be 1 or more neighbours, not {self.k}.")
+
+    @property
+    def name(self) -> str:
+        return "lantern"
+
+    def rule(self, session: Session) -> ChildRule:
+        exact = Chosen() if self.children == "chosen" else Drawn()
+        codes = codebook_of(session)
+        return Pooled(neighbours(codes, min(self.k, len(codes) - 1)), exact, budget=self.delta)
+
+
+@dataclass(frozen=True)
+class LanternPlusPlus(TreeSpeculative):
+    """LANTERN++ (Park et al. 2025, arXiv:2502.06352): a static tree, and up to `lam` times a child's own mass."""
+
+    tree: str = "mc25"
+    k: int = 10
+    lam: float = 2.0
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lam >= 1:
+            raise VisarError(f"lam must be 1 or more, not {self.lam}; at 1 nothing is relaxed.")
+        if self.k < 1:
+            raise VisarError(f"k must be 1 or more neighbours, not {self.k}.")
+
+    @property
+    def name(self) -> str:
+        return "lantern++"
+
+    def rule(self, session: Session) -> ChildRule:
+        exact = Chosen() if self.children == "chosen" else Drawn()
+        codes = codebook_of(session)
+        return Pooled(neighbours(codes, min(self.k, len(codes) - 1)), exact, share=self.lam - 1)
+
+
+@dataclass(frozen=True)
+class CoolSD(Speculative):
+    """Annealed relaxation (COOL-SD, 2026, arXiv:2601.09212): draft i is accepted with min(1, w_i p/q).
+
+    w_i = max(1, `omega` exp(-`nu` i)), so that early drafts are relaxed most. The residual stays (p - q)+.
+    """
+
+    gamma: int = 5
+    drafter: str = "eagle"
+    omega: float = 1.1
+    nu: float = 0.7
+    exact: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return "cool-sd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.verification != "token":
+            raise VisarError('cool-sd relaxes the test of single tokens; its verification must be "token".')
+        if not 1 <= self.omega < math.inf:
+            raise VisarError(f"omega must be 1 or more, not {self.omega}; at 1 nothing is relaxed.")
+        if not 0 <= self.nu < math.inf:
+            raise VisarError(f"nu must be 0 or more, not {self.nu}.")
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+        w = (self.omega * torch.exp(-self.nu * torch.arange(self.gamma, device=p.device))).clamp_min(1).double()
+        index = drafts.unsqueeze(-1)
+        own, proposed = (law.gather(-1, index).squeeze(-1).double() for law in (p[:, :-1], q))
+        kept = coins.accept[:, :-1] * proposed < w * own
+        return replaced(p, q, drafts, kept, coins)
+
+
+@dataclass(frozen=True)
+class GroupedJacobi(SpeculativeJacobi):
+    """Grouped speculative decoding (GSD, So et al. 2025): a Jacobi draft is tested as the group of tokens around it.
+
+    The group is the draft and the `group` - 1 tokens nearest to it in rank under p, less those whose probability
+    differs by `gap` or more. A draft that p gives no probability is not accepted, unlike in the released code.
+    """
+
+    group: int = 14
+    gap: float = 0.15
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group < 1:
+            raise VisarError(f"group must be 1 or more tokens, not {self.group}; at 1 nothing is relaxed.")
+        if not self.gap > 0:
+            raise VisarError(f"gap must be above 0, not {self.gap}.")
+
+    @property
+    def name(self) -> str:
+        return "gsd"
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+        target, size = p[:, :-1], min(self.group, p.shape[-1])
+        order = target.argsort(dim=-1, descending=True, stable=True)
+        index = drafts.unsqueeze(-1)
+        rank = (order == index).long().argmax(-1, keepdim=True)
+        first = (rank - size // 2).clamp(0, p.shape[-1] - size)
+        members = order.gather(-1, first + torch.arange(size, device=p.device))
+        own = target.gather(-1, index)
+        near = ((target.gather(-1, members) - own).abs() < self.gap) | (members == index)
+        mass = [torch.where(near, law.gather(-1, members), 0).double().sum(-1) for law in (target, q)]
+        kept = (coins.accept[:, :-1] * mass[1] < mass[0]) & (own.squeeze(-1) > 0)
+        return replaced(p, q, drafts, kept, coins)

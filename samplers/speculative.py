@@ -1,0 +1,185 @@
+"""Speculative sampling with a draft model: chains and trees, drafted by the session's drafter, tested in one pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from visar.engine.drafter import Drafter
+from visar.engine.rng import Noise, Purpose
+from visar.engine.session import Session
+from visar.engine.tree import Tree
+from visar.errors import VisarError
+from visar.samplers.base import State
+from visar.samplers.distribution import Target
+from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, draw_children, verify_tree
+from visar.samplers.trees import Shape, named_tree
+from visar.samplers.verification import Coins, Verdict, draw, verify_block, verify_independent
+
+Verification = Literal["token", "block"]
+Children = Literal["drawn", "chosen"]
+
+
+def drafter_of(session: Session, kind: str) -> Drafter:
+    if session.drafter is None:
+        raise VisarError(f"This sampler needs a drafter of the kind {kind!r}, and the model was given none.")
+    return session.drafter
+
+
+@dataclass(frozen=True)
+class Speculative:
+    """Speculative sampling (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
+
+    A draft model proposes a chain of `gamma` tokens. `verification` "block" (Sun et al. 2024, arXiv:2403.10444) tests
+    the chain as a whole, and keeps at least as much of it. Both are exact.
+    """
+
+    gamma: int = 4
+    verification: Verification = "token"
+    drafter: str = "model"
+    exact: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        if self.drafter == "eagle":
+            return "eagle-chain"
+        return "speculative-block" if self.verification == "block" else "speculative"
+
+    def __post_init__(self) -> None:
+        if self.gamma < 1:
+            raise VisarError(f"gamma must be 1 or more drafts, not {self.gamma}.")
+        if self.verification not in get_args(Verification):
+            raise VisarError(f"Unknown verification {self.verification!r}; known: {', '.join(get_args(Verification))}.")
+
+    @property
+    def window(self) -> int:
+        return self.gamma + 1
+
+    @property
+    def depth(self) -> int:
+        """How deep it drafts."""
+        return self.gamma
+
+    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+        drafter_of(session, self.drafter)
+        return State.empty(session, target, noise, self.window)
+
+    def step(self, session: Session, state: State) -> None:
+        at = session.positions(self.window)
+        u = state.noise.uniforms(Purpose.DRAFT, at, state.passes)[0]
+        drafts, q = self.draft(drafter_of(session, self.drafter), session, state, at, u)
+        inputs = torch.cat([state.inputs(session, 1), drafts], dim=1)
+        p = state.target.probs(session.forward(inputs), at)
+        coins = Coins(*state.noise.uniforms(Purpose.STEP, at, state.passes))
+        state.commit(session, *self.verify(p, q, drafts, coins))
+
+    def draft(self, drafter: Drafter, session: Session, state: State, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """A chain of drafts [B, gamma] and the laws [B, gamma, V] that they were drawn from."""
+        drafts, laws = [], []
+        logits = drafter.root(state.tokens, session.lengths)
+        for i in range(self.gamma):
+            laws.append(state.target.probs(logits, at[:, i : i + 1]))
+            drafts.append(draw(laws[-1], u[:, i : i + 1]))
+            if i + 1 < self.gamma:
+                logits = drafter.extend(drafts[-1], None, i + 1)
+        return torch.cat(drafts, dim=1), torch.cat(laws, dim=1)
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+        """The rule; a method so that `visar verify` can plant mistakes in it."""
+        return (verify_block if self.verification == "block" else verify_independent)(p, q, drafts, coins)
+
+
+@dataclass(frozen=True)
+class TreeSpeculative:
+    """A static tree of drafts, tested in one pass.
+
+    `tree` is a name of `visar.samplers.trees`, or children per depth as in "4x2x1". Children "drawn" come from the
+    draft law one after the other without replacement, as in EAGLE (Li et al. 2024, arXiv:2401.15077) and RSD-C (Jeon et
+    al. 2024, arXiv:2402.14160); "chosen" are its most likely tokens. Both are exact, each with a rule of its own.
+    """
+
+    tree: str = "mc25"
+    children: Children = "drawn"
+    drafter: str = "eagle"
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.children not in get_args(Children):
+            raise VisarError(f"Unknown children {self.children!r}; known: {', '.join(get_args(Children))}.")
+        named_tree(self.tree)
+
+    @property
+    def name(self) -> str:
+        if self.drafter != "eagle":
+            return "speculative-tree"
+        return "eagle" if self.children == "drawn" else "eagle-top"
+
+    @cached_property
+    def shape(self) -> Shape:
+        return named_tree(self.tree)
+
+    @cached_property
+    def tables(self) -> tuple[Tree, Tensor]:
+        """The tree, and the children [1, T, C] of its nodes, -1 behind the last."""
+        most = max(map(len, self.shape.children))
+        table = [[*c, *[-1] * (most - len(c))] for c in self.shape.children]
+        return Tree.of(self.shape.parents), torch.tensor(table)[None]
+
+    @property
+    def window(self) -> int:
+        return len(self.shape.parents)
+
+    @property
+    def depth(self) -> int:
+        """How deep it drafts."""
+        return self.shape.depth
+
+    def rule(self, session: Session) -> ChildRule:
+        """How a child is tested; a method so that `visar verify` can plant mistakes in it."""
+        return Drawn() if self.children == "drawn" else Chosen()
+
+    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+        drafter_of(session, self.drafter)
+        state = State.empty(session, target, noise, self.window)
+        tree, children = self.tables
+        state.tree, state.children = tree.to(session.device), children.to(session.device)
+        return state
+
+    def step(self, session: Session, state: State) -> None:
+        drafter, tree, children = drafter_of(session, self.drafter), state.tree, state.children
+        assert tree is not None and children is not None
+        nodes = session.positions(self.window)  # of the noise: one for each node, whatever its depth
+        u = state.noise.uniforms(Purpose.DRAFT, nodes, state.passes)[0]
+        tokens, q = self.draft(drafter, tree, session, state, u)
+        p = state.target.probs(session.forward(tokens.clamp_min(0), tree), session.follows(self.window, tree))
+        coins = Coins(*state.noise.uniforms(Purpose.STEP, nodes, state.passes))
+        verdict = verify_tree(p, q, tokens, children, self.depth, coins, self.rule(session))
+        session.keep(verdict.path)
+        drafter.keep(verdict.path)
+        state.commit(session, verdict.tokens, verdict.accepted)
+
+    def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The nodes' tokens [B, T], the root's first, -1 for those the law could not give, and the laws [B, T, V]."""
+        batch, count = u.shape
+        tokens = torch.full((batch, count), -1, device=u.device)
+        tokens[:, :1] = state.inputs(session, 1)
+        laws = torch.zeros(batch, count, session.vocab, device=u.device)
+        for level in self.shape.expanded():
+            span = slice(level.start, level.stop)
+            if level.start == 0:
+                logits = drafter.root(state.tokens, session.lengths)
+            else:
+                logits = drafter.extend(tokens[:, span].clamp_min(0), tree, level.start)
+            laws[:, span] = state.target.probs(logits, session.follows(len(level), tree, level.start))
+            for node in level:
+                below = list(self.shape.children[node])
+                if self.children == "drawn":
+                    tokens[:, below] = draw_children(laws[:, node], u[:, below])
+                else:
+                    best = laws[:, node].topk(min(len(below), session.vocab))
+                    tokens[:, below[: best.indices.shape[1]]] = torch.where(best.values > 0, best.indices, -1)
+        return tokens, laws

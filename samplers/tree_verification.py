@@ -1,0 +1,136 @@
+"""Verification of draft trees: a walk from the root that accepts at most one child of each node.
+
+The laws p [B, T, V] are those of the target behind each node, q [B, T, V] those that the children of each node were
+drawn from. The rules differ in how the children of one node are tested, one after the other, in the order in which
+they were drawn. Every rule gets the law that is still to be met, r, and the law that the child at hand was drawn from,
+c, both [B, V], normalised.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from visar.samplers.verification import EQUAL, Coins, draw
+
+
+class TreeVerdict(NamedTuple):
+    """`path` [B, D]: accepted nodes, -1 behind the last; `tokens` [B, D + 1]: theirs and one more; `accepted` [B]."""
+
+    path: Tensor
+    tokens: Tensor
+    accepted: Tensor
+
+
+class ChildRule(Protocol):
+    """How one child with token y [B], valid row by row, is tested."""
+
+    def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        """Whether y stands, [B] bool, for uniforms u [B]."""
+
+    def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        """The law [B, V] that remains to be met once y was rejected; unnormalised."""
+
+    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor:
+        """The law [B, V] of the next child, unnormalised."""
+
+
+def at(law: Tensor, y: Tensor) -> Tensor:
+    """law[b, y[b]] in float64."""
+    return law.gather(-1, y[:, None]).squeeze(-1).double()
+
+
+def without(law: Tensor, y: Tensor) -> Tensor:
+    """law [B, V] with the entries y [B] at zero."""
+    return law.scatter(-1, y[:, None], 0.0)
+
+
+def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
+    """weights [B, V] over their sum; `otherwise` where next to nothing is left of them."""
+    total = weights.sum(-1, keepdim=True)
+    return torch.where(total < EQUAL, otherwise, weights / total.clamp_min(EQUAL))
+
+
+class Drawn:
+    """Children drawn without replacement: recursive rejection (SpecInfer, Miao et al. 2023, arXiv:2305.09781). Exact.
+
+    Child j was drawn from c, which is q without the children before it; on rejection (r - c)+ remains.
+    """
+
+    def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        return u * at(c, y) < at(r, y)
+
+    def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        return (r - c).clamp_min(0)
+
+    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor:
+        return without(c, y)
+
+
+class Chosen:
+    """Children that are a function of the prefix, as the top-m of q are: c is a point mass. Exact."""
+
+    def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        return u < at(r, y)
+
+    def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        return without(r, y)
+
+    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor:
+        return c
+
+
+def draw_children(q: Tensor, u: Tensor) -> Tensor:
+    """Tokens [..., C] drawn one after the other from q [..., V] without replacement, for uniforms u [..., C].
+
+    Where the law has fewer than C tokens, -1 stands for those that it could not give.
+    """
+    c = q.clone()
+    out = []
+    for column in u.unbind(-1):
+        y = draw(c, column)
+        out.append(torch.where(c.sum(-1) > 0, y, -1))
+        c.scatter_(-1, y[..., None], 0.0)
+    return torch.stack(out, -1)
+
+
+def verify_tree(
+    p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, depth: int, coins: Coins, rule: ChildRule
+) -> TreeVerdict:
+    """Walk down a tree of `depth` levels.
+
+    `tokens` [B, T] of the nodes, -1 where there is none; `children` [R, T, C], the children of each node in draft
+    order, -1 behind the last; `coins.accept` [B, T], one for each node's own test, `coins.draw` [B, depth + 1], one for
+    the last token at each depth. The path is at most as long as the tree is deep; exactness is that of `rule`.
+    """
+    batch = torch.arange(len(p), device=p.device)
+    children = children.expand(len(p), -1, -1)
+    node = torch.zeros_like(batch)
+    alive = torch.ones_like(batch, dtype=torch.bool)
+    accepted = torch.zeros_like(batch)
+    path, out = [], []
+    r = p[:, 0]
+    for level in range(depth):
+        c = q[batch, node]
+        here = torch.full_like(node, -1)  # the child that is accepted
+        for child in children[batch, node].unbind(-1):
+            y = tokens[batch, child.clamp_min(0)]
+            tested = alive & (here < 0) & (child >= 0) & (y >= 0)
+            y = y.clamp_min(0)
+            stands = tested & rule.accepts(r, c, y, coins.accept[batch, child.clamp_min(0)])
+            fails = (tested & ~stands)[:, None]
+            here = torch.where(stands, child, here)
+            r = torch.where(fails, normalised(rule.left(r, c, y), r), r)
+            c = torch.where(fails, normalised(rule.next_proposal(c, y), c), c)
+        found = here >= 0
+        last = draw(r, coins.draw[:, level])
+        out.append(torch.where(found, tokens[batch, here.clamp_min(0)], last))
+        path.append(here)
+        node = torch.where(found, here, node)
+        accepted += found
+        alive = found
+        r = torch.where(found[:, None], p[batch, node], r)
+    out.append(draw(r, coins.draw[:, depth]))
+    return TreeVerdict(torch.stack(path, 1), torch.stack(out, 1), accepted)

@@ -1,0 +1,73 @@
+"""Drafters: what proposes laws for the tokens behind the committed prefix of a Session, at a fraction of its cost."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from visar.engine.session import Session
+from visar.engine.tree import Tree
+
+
+class Drafter(ABC):
+    """One round of drafting is `root`, then `extend` for the nodes that shall have children, then `keep` for trees."""
+
+    bytes_read: int = 0  # of weights and cache, by count
+
+    @abstractmethod
+    def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Begin a round: guided logits [B, 1, V] of the position behind the first `lengths` [B] of `tokens` [B, N]."""
+
+    @abstractmethod
+    def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
+        """Guided logits [B, M, V] behind the nodes `first`.. of the tree, whose tokens are [B, M]; None is a chain."""
+
+    def keep(self, path: Tensor) -> None:  # noqa: B027 (a drafter without a cache has nothing to keep)
+        """The round ends with the nodes `path` [B, D] accepted, -1 behind the end."""
+
+
+class SessionDrafter(Drafter):
+    """Any Session of the same vocabulary as a drafter: a smaller model with a cache of its own.
+
+    A round feeds the last two committed tokens, because the last accepted draft may never have been fed before.
+    """
+
+    def __init__(self, session: Session, weights: int = 0):
+        """`weights`: the bytes of the model that a pass of the session reads."""
+        self.session = session
+        self.weights = weights
+        self._before = -1  # nodes before the root in this round: none in the first
+        self._trees: dict[int, tuple[Tree, Tree]] = {}
+
+    def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        inner = self.session
+        self._before = min(self._before + 1, 1)
+        inner.lengths.copy_((lengths - 1).clamp_min(0))
+        fed = tokens.gather(1, (inner.positions(1 + self._before) - 1).clamp_min(0))
+        return self._forward(fed, None, 0)[:, -1:]
+
+    def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
+        return self._forward(tokens, self._inner(tree), first + self._before)
+
+    def _forward(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
+        before = getattr(self.session, "bytes_read", 0)
+        logits = self.session.forward(tokens, tree, first)
+        self.bytes_read += self.weights + getattr(self.session, "bytes_read", 0) - before
+        return logits
+
+    def keep(self, path: Tensor) -> None:
+        if self._before:
+            root = torch.ones_like(path[:, :1])
+            path = torch.cat([root, torch.where(path > 0, path + 1, path)], dim=1)
+        self.session.keep(path)
+
+    def _inner(self, tree: Tree | None) -> Tree | None:
+        if tree is None or not self._before:
+            return tree
+        known, inner = self._trees.get(id(tree), (None, None))
+        if known is not tree:
+            inner = tree.behind(1)
+            self._trees = {id(tree): (tree, inner)}  # the tree is kept, so that its id stays its own
+        return inner

@@ -1,0 +1,75 @@
+"""The EAGLE drafter at work on a ModelSession: a cache of its own, fed with the target's true features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from visar.engine.drafter import Drafter
+from visar.engine.kv_cache import KVCache
+from visar.engine.model_session import ModelSession
+from visar.engine.tree import Tree
+from visar.errors import VisarError
+from visar.models.drafters.eagle import EagleHead
+
+
+class EagleDrafter(Drafter):
+    """Drafts up to `depth` tokens deep. The session must keep its features.
+
+    Slot s of the drafter holds the token at the target's slot s beside the target's feature at s - 1, and predicts what
+    follows s. A round feeds the last `depth` + 1 slots again: all that the round before accepted, now with true
+    features. What it drafts lies behind the root as in the target's cache, and is overwritten in the next round.
+    """
+
+    def __init__(self, session: ModelSession, model: EagleHead, depth: int):
+        if session.features is None:
+            raise VisarError("A session with an EAGLE drafter must be made with keep_features.")
+        self.session, self.model, self.depth = session, model, depth
+        rows, slots = len(session.condition), session.cache.keys.shape[2]
+        c = model.config
+        self.cache = KVCache(1, rows, slots, c.num_heads, model.head_dim, model.dtype, session.device)
+        self.drafted = torch.zeros(rows, 0, c.dim, dtype=model.dtype, device=session.device)  # one for each node fed
+        head = (*model.parameters(), session.model.output.weight)
+        self._weights = sum(p.numel() * p.element_size() for p in head)
+        before = session.prefix - 1
+        if before:
+            at = torch.arange(before, device=session.device).expand(rows, -1)
+            features = session.features[:, :before]
+            self._run(session.condition[:, :-1], features, at, at, session.sees(at, before))
+            self.bytes_read = 0
+
+    def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        s = self.session
+        root = s.root_slots()[:, None]
+        back = torch.arange(-self.depth, 1, device=s.device)
+        slots = (root + back).clamp_min(s.prefix - 1)  # clamped ones say the same thing twice
+        x = s.model.tok_embeddings(tokens.gather(1, (slots - s.prefix).clamp_min(0))).repeat(s.halves, 1, 1)
+        slots = slots.repeat(s.halves, 1)
+        x = torch.where((slots == s.prefix - 1)[..., None], s.condition[:, -1:], x)
+        assert s.features is not None
+        h = self._run(x, s.features[s.cache.rows, slots], slots, slots, s.sees(slots, s.visible(1)))
+        self.drafted = h[:, -1:]
+        return self._logits(self.drafted, s.positions(1))
+
+    def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
+        s, count = self.session, tokens.shape[1]
+        x = s.model.tok_embeddings(tokens).repeat(s.halves, 1, 1)
+        if tree is None:
+            parents = torch.arange(first - 1, first + count - 1, device=s.device).expand(len(x), -1)
+        else:
+            parents = tree.parents[:, first : first + count].expand(s.batch, -1).repeat(s.halves, 1)
+        features = self.drafted.gather(1, parents[..., None].expand(-1, -1, self.drafted.shape[-1]))
+        slots = (s.follows(count, None, first) + s.prefix - 1).repeat(s.halves, 1)
+        at = (s.follows(count, tree, first) + s.prefix - 1).repeat(s.halves, 1)
+        h = self._run(x, features, slots, at, s.sees(slots, s.visible(first + count), tree, first))
+        # Leaves of the level before were not fed, and nothing asks for what would follow them.
+        gap = self.drafted.new_zeros(len(x), first - self.drafted.shape[1], h.shape[-1])
+        self.drafted = torch.cat([self.drafted, gap, h], dim=1)
+        return self._logits(h, s.follows(count, tree, first))
+
+    def _run(self, x: Tensor, features: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+        self.bytes_read += self._weights + len(x) * mask.shape[-1] * self.cache.bytes_per_slot
+        return self.model(x, features, self.session.turned(at), self.cache.attend(slots, mask))
+
+    def _logits(self, h: Tensor, positions: Tensor) -> Tensor:
+        return self.session.guided(self.session.model.logits(self.model.norm(h)), positions)

@@ -1,0 +1,46 @@
+"""The EAGLE drafter: one decoder layer that predicts the target's next feature (Li et al. 2024, arXiv:2401.15077).
+
+It reads a token's embedding beside the feature one step before it, and borrows the target's output head. The norms and
+the training on its own predictions are EAGLE-3's (Li et al. 2025, arXiv:2503.01840); the first version has none.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from visar.models.llamagen import Attend, Block, RMSNorm
+
+
+class EagleHead(ModelMixin, ConfigMixin):
+    """`fc` joins embedding and feature, both [B, W, dim]; one block of the target's kind follows.
+
+    `target` is the fingerprint of the model that it was trained for (`visar.models.drafters.fingerprint`).
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, dim: int = 1280, num_heads: int = 20, ffn: int = 3584, norms: bool = True, target: str = ""):
+        super().__init__()
+        self.embedding_norm = RMSNorm(dim) if norms else nn.Identity()
+        self.feature_norm = RMSNorm(dim) if norms else nn.Identity()
+        self.fc = nn.Linear(2 * dim, dim)
+        self.block = Block(dim, num_heads, ffn)
+        if not norms:
+            self.block.attention_norm = nn.Identity()  # type: ignore[assignment]
+        self.norm = RMSNorm(dim) if norms else nn.Identity()
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.dim // self.config.num_heads
+
+    def forward(self, embeddings: Tensor, features: Tensor, table: Tensor, attend: Attend) -> Tensor:
+        """Predicted features [B, W, dim]; `norm` of them goes into the target's head.
+
+        `features` are those one step before the embeddings, `table` the position rows of the embeddings' own slots.
+        """
+        x = self.fc(torch.cat([self.embedding_norm(embeddings), self.feature_norm(features)], dim=-1))
+        return self.block(x, table, attend, 0)

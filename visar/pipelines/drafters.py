@@ -1,0 +1,84 @@
+"""Drafters of a pipeline: loading them, checking that they fit the target, and attaching one to a session."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from visar.engine.drafter import Drafter, SessionDrafter
+from visar.engine.eagle import EagleDrafter
+from visar.engine.model_session import ModelSession
+from visar.errors import VisarError
+from visar.models.drafters import fingerprint
+from visar.models.drafters.eagle import EagleHead
+from visar.models.llamagen import LlamaGen
+from visar.models.loading import load_gpt, load_part
+from visar.models.specs import resolve_model
+
+DraftModel = LlamaGen | EagleHead
+
+
+def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
+    """A drafter for `target`: a folder of `visar train drafter`, a pipeline's folder or name, or a published GPT file.
+
+    Raises `VisarError` where it is none, or does not fit the target.
+    """
+    model: DraftModel
+    file = Path(path).expanduser()
+    if file.is_file():
+        model = load_gpt(file, grid=grid)
+    else:
+        folder = resolve_model(path)
+        if isinstance(folder, str):
+            raise VisarError(f"There is no drafter folder {path}.")
+        gpt = folder / "gpt" if (folder / "model_index.json").exists() else folder
+        try:
+            kind = json.loads((gpt / "config.json").read_text()).get("_class_name")
+        except (OSError, ValueError, AttributeError) as error:
+            raise VisarError(f"{path} holds no drafter: it has no readable config.json.") from error
+        kinds = {"LlamaGen": LlamaGen, "EagleHead": EagleHead}
+        if kind not in kinds:
+            raise VisarError(f"{path} holds a {kind}, not a drafter: an EagleHead, or a smaller LlamaGen.")
+        model = load_part(kinds[kind], gpt)
+    check(model, target, str(path), grid)
+    return model.eval()
+
+
+def check(model: DraftModel, target: LlamaGen, name: str, grid: int) -> None:
+    """Raise `VisarError` for a drafter that cannot draft for the target."""
+    t, d = target.config, model.config
+    if isinstance(model, EagleHead):
+        if d.dim != t.dim:
+            raise VisarError(f"The drafter {name} is {d.dim} wide, the target {t.dim}: it is another model's.")
+        if d.target and d.target != fingerprint(target):
+            raise VisarError(f"The drafter {name} was trained for another target; see `visar train drafter`.")
+        return
+    if d.vocab_size != t.vocab_size:
+        raise VisarError(f"The drafter {name} has {d.vocab_size} codes, the target {t.vocab_size}.")
+    same = ["condition", "condition_length", "classes" if t.condition == "class" else "caption_features"]
+    for field in same:
+        if d[field] != t[field]:
+            raise VisarError(f"The drafter {name} has {field} {d[field]}, the target {t[field]}.")
+    if d.grid != grid:
+        raise VisarError(f"The drafter {name} draws {d.grid} x {d.grid} tokens, the target {grid} x {grid}.")
+
+
+def kind_of(model: DraftModel) -> str:
+    return "eagle" if isinstance(model, EagleHead) else "model"
+
+
+def attach(
+    session: ModelSession, model: DraftModel, depth: int, window: int, condition: Tensor, mask: Tensor | None, grid: int
+) -> Drafter:
+    """A drafter at work for a session, which has the condition and mask given; it drafts `depth` tokens deep."""
+    model.to(session.device, session.model.dtype)
+    if isinstance(model, EagleHead):
+        return EagleDrafter(session, model, depth)
+    # The root of the drafter's own session is one node before that of the tree.
+    inner = ModelSession(
+        model, condition, mask, length=session.length, window=window + 1, grid=grid, guidance=session.guidance
+    )
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return SessionDrafter(inner, weights)

@@ -1,0 +1,44 @@
+"""Pictures that a model draws itself, as tokens: what its drafter learns from. An interrupted run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.files import replacing
+
+
+def draw_tokens(
+    pipe: Any,
+    conditions: Sequence[Any],
+    count: int,
+    file: Path,
+    batch: int = 32,
+    report: Callable[[int], None] = lambda done: None,
+    **settings: Any,
+) -> Tensor:
+    """Tokens [count, N] of pictures of the conditions, in turn: all of them once, then once more with other noise.
+
+    What is drawn is kept in `file`, and `settings` go to the pipeline. Raises `VisarError` where the file is damaged.
+    """
+    done = torch.empty(0, pipe.grid**2, dtype=torch.long)
+    if file.exists():
+        try:
+            done = load_file(file)["tokens"].long()[:count]
+        except Exception as error:
+            raise VisarError(f"{file} is damaged; delete it to have the pictures drawn anew.") from error
+    while len(done) < count:
+        turn, start = divmod(len(done), len(conditions))
+        part = list(conditions[start : start + min(batch, count - len(done))])
+        drawn = pipe(part, first_image=turn, output_type="tokens", **settings).tokens.cpu()
+        done = torch.cat([done, drawn])
+        with replacing(file) as temporary:
+            save_file({"tokens": done.int()}, temporary)
+        report(len(done))
+    return done
