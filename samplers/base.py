@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.samplers.distribution import Target
+
+if TYPE_CHECKING:
+    from visar.samplers.tree_verification import ChildRule
 
 
 @dataclass
@@ -31,6 +34,8 @@ class State:
     passes: Tensor
     tree: Tree | None = None  # of samplers that draft one: its nodes, and
     children: Tensor | None = None  # [1, T, C] the children of each, -1 behind the last
+    below: list[Tensor] = field(default_factory=list)  # the same, one tensor for each node
+    rule: ChildRule | None = None
 
     @staticmethod
     def empty(session: Session, target: Target, noise: Noise, window: int) -> State:

@@ -33,7 +33,7 @@ def nearest(codebook: Tensor, k: int, rows: int = 1024) -> Tensor:
         alike = part @ x.T
         own = torch.arange(start, start + len(part), device=x.device)[:, None]
         alike.scatter_(1, own, -torch.inf)
-        out.append(alike.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+        out.append(alike.sort(dim=-1, descending=True, stable=True).indices[:, :k].clone())
     return torch.cat(out)
 
 

@@ -81,7 +81,7 @@ class Lantern(TreeSpeculative):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.delta < 1:
-            raise VisarError(f"delta must lie between 0 and 1, not {self.delta}; for exact decoding use 'eagle'.")
+            raise VisarError(f"delta must lie between 0 and 1, not {self.delta}; for exact decoding use 'eagle-top'.")
         if self.k < 1:
             raise VisarError(f"k must be 1 or more neighbours, not {self.k}.")
 
@@ -169,6 +169,8 @@ class GroupedJacobi(SpeculativeJacobi):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.coupling != "independent":
+            raise VisarError(f"gsd relaxes the independent coupling, and has no form for {self.coupling!r}.")
         if self.group < 1:
             raise VisarError(f"group must be 1 or more tokens, not {self.group}; at 1 nothing is relaxed.")
         if not self.gap > 0:

@@ -147,17 +147,19 @@ class TreeSpeculative:
         state = State.empty(session, target, noise, self.window)
         tree, children = self.tables
         state.tree, state.children = tree.to(session.device), children.to(session.device)
+        state.below = [torch.tensor(c, dtype=torch.long, device=session.device) for c in self.shape.children]
+        state.rule = self.rule(session)
         return state
 
     def step(self, session: Session, state: State) -> None:
         drafter, tree, children = drafter_of(session, self.drafter), state.tree, state.children
-        assert tree is not None and children is not None
+        assert tree is not None and children is not None and state.rule is not None
         nodes = session.positions(self.window)  # of the noise: one for each node, whatever its depth
         u = state.noise.uniforms(Purpose.DRAFT, nodes, state.passes)[0]
         tokens, q = self.draft(drafter, tree, session, state, u)
         p = state.target.probs(session.forward(tokens.clamp_min(0), tree), session.follows(self.window, tree))
         coins = Coins(*state.noise.uniforms(Purpose.STEP, nodes, state.passes))
-        verdict = verify_tree(p, q, tokens, children, self.depth, coins, self.rule(session))
+        verdict = verify_tree(p, q, tokens, children, self.depth, coins, state.rule)
         session.keep(verdict.path)
         drafter.keep(verdict.path)
         state.commit(session, verdict.tokens, verdict.accepted)
@@ -176,7 +178,7 @@ class TreeSpeculative:
                 logits = drafter.extend(tokens[:, span].clamp_min(0), tree, level.start)
             laws[:, span] = state.target.probs(logits, session.follows(len(level), tree, level.start))
             for node in level:
-                below = list(self.shape.children[node])
+                below = state.below[node]
                 if self.children == "drawn":
                     tokens[:, below] = draw_children(laws[:, node], u[:, below])
                 else:

@@ -123,7 +123,9 @@ def verify_tree(
             fails = (tested & ~stands)[:, None]
             here = torch.where(stands, child, here)
             r = torch.where(fails, normalised(rule.left(r, c, y), r), r)
-            c = torch.where(fails, normalised(rule.next_proposal(c, y), c), c)
+            rest = rule.next_proposal(c, y)
+            total = rest.sum(-1, keepdim=True)  # however small: what remains of q is what the next child was drawn from
+            c = torch.where(fails & (total > 0), rest / total.clamp_min(torch.finfo(rest.dtype).tiny), c)
         found = here >= 0
         last = draw(r, coins.draw[:, level])
         out.append(torch.where(found, tokens[batch, here.clamp_min(0)], last))

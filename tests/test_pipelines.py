@@ -229,9 +229,19 @@ def test_drafters_that_do_not_fit(text_pipe: TextToImagePipeline, class_folder: 
     own = dict(condition="text", condition_length=4, caption_features=6)
     LlamaGen(**GPT | dict(vocab_size=23), **own).save_pretrained(tmp_path / "codes")
     LlamaGen(**GPT | dict(grid=6), **own).save_pretrained(tmp_path / "grid")
+    EagleHead(32, 4, 48).save_pretrained(tmp_path / "heads")
+    for name in ("cut", "nan"):
+        shutil.copytree(tmp_path / "other", tmp_path / name)
+    file = "diffusion_pytorch_model.safetensors"
+    (tmp_path / "cut" / file).write_bytes((tmp_path / "cut" / file).read_bytes()[:-100])
+    state = load_file(tmp_path / "nan" / file)
+    state["norm.weight"][0] = torch.nan
+    save_file(state, tmp_path / "nan" / file)
     (tmp_path / "empty").mkdir()
     for path, message in (
         (tmp_path / "wide", "is 64 wide, the target 32"), (tmp_path / "other", "was trained for another target"),
+        (tmp_path / "heads", "has heads of 8, the target of 16"), (tmp_path / "cut", "Could not load the drafter"),
+        (tmp_path / "nan", "are not finite: norm.weight holds NaN"),
         (tmp_path / "codes", "has 23 codes, the target 24"),
         (tmp_path / "grid", "draws 6 x 6 tokens, the target 5 x 5"),
         (class_folder, "has condition class, the target text"), (tmp_path / "empty", "holds no drafter"),

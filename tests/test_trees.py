@@ -171,12 +171,17 @@ def test_eagle_drafts_what_it_was_trained_to_draft(kind: str) -> None:
 # Rules
 
 
+def random_laws(vocab: int = 5) -> Tensor:
+    return (torch.randn(2, vocab, generator=torch.Generator().manual_seed(8)) * 1.5).softmax(-1)
+
+
 def level(
-    rule: Drawn | Chosen, children: int, vocab: int = 5, rows: int = 200_000
+    rule: Drawn | Chosen, children: int, laws: Tensor | None = None, rows: int = 200_000
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The law of the first token behind a root: as found, as it should be; and the share of accepted children."""
     g = torch.Generator().manual_seed(8)
-    p, q = (torch.randn(2, vocab, generator=g) * 1.5).softmax(-1)
+    p, q = random_laws() if laws is None else laws
+    vocab = len(p)
     u = torch.rand(rows, 2 * children + 3, generator=g, dtype=torch.float64)
     p, q = p.expand(rows, children + 1, -1), q.expand(rows, children + 1, -1)
     tokens = torch.zeros(rows, children + 1, dtype=torch.long)
@@ -200,6 +205,13 @@ def test_one_level_has_the_target_law(rule: Drawn | Chosen) -> None:
         assert np.abs(found - wanted).sum() / 2 < 0.004
         shares.append(accepted)
     assert shares == sorted(shares) and shares[-1] > 0.999  # all five tokens are children: one of them must stand
+
+
+def test_a_draft_law_that_is_nearly_a_point_leaves_a_rest_that_counts() -> None:
+    laws = torch.tensor([[0.4, 0.1, 0.5], [1 - 1e-8, 5e-9, 5e-9]])
+    for children in (2, 3):
+        found, wanted, _ = level(Drawn(), children, laws)
+        assert np.abs(found - wanted).sum() / 2 < 0.004
 
 
 def test_children_are_drawn_without_replacement() -> None:

@@ -132,7 +132,7 @@ def drafter(options: argparse.Namespace) -> int:
         out, minutes=options.minutes, batch=options.batch, lr=options.lr, seed=options.seed, warmup=50, ema=0.995,
         optimizer="muon", compile=not options.no_compile, device=str(pipe.gpt.device),
     )  # fmt: skip
-    train_drafter(pipe.gpt, of, tokens, config, Guidance(scale), law, options.depth)
+    train_drafter(pipe.gpt, of, tokens, config, Guidance(scale), law, options.depth, pipe.grid)
     print(out / "eagle")
     return 0
 

@@ -24,6 +24,9 @@ class Drafter(ABC):
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
         """Guided logits [B, M, V] behind the nodes `first`.. of the tree, whose tokens are [B, M]; None is a chain."""
 
+    def check(self) -> None:  # noqa: B027 (as in a Session)
+        """Raise `VisarError` if what was drafted last is no law at all; called once, when all rows are done."""
+
     def keep(self, path: Tensor) -> None:  # noqa: B027 (a drafter without a cache has nothing to keep)
         """The round ends with the nodes `path` [B, D] accepted, -1 behind the end."""
 
@@ -56,6 +59,9 @@ class SessionDrafter(Drafter):
         logits = self.session.forward(tokens, tree, first)
         self.bytes_read += self.weights + getattr(self.session, "bytes_read", 0) - before
         return logits
+
+    def check(self) -> None:
+        self.session.check()
 
     def keep(self, path: Tensor) -> None:
         if self._before:

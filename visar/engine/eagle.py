@@ -67,6 +67,11 @@ class EagleDrafter(Drafter):
         self.drafted = torch.cat([self.drafted, gap, h], dim=1)
         return self._logits(h, s.follows(count, tree, first))
 
+    def check(self) -> None:
+        if not bool(torch.isfinite(self.drafted).all()):
+            name = str(self.model.dtype).removeprefix("torch.")
+            raise VisarError(f"The drafter's features are not finite in {name}; load the model in bfloat16 or float32.")
+
     def _run(self, x: Tensor, features: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
         self.bytes_read += self._weights + len(x) * mask.shape[-1] * self.cache.bytes_per_slot
         return self.model(x, features, self.session.turned(at), self.cache.attend(slots, mask))

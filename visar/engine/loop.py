@@ -66,5 +66,7 @@ def decode(
     synchronize(session.device)
     seconds = time.perf_counter() - start
     session.check()
+    if session.drafter is not None:
+        session.drafter.check()
     length = session.length
     return Decoded(state.tokens[:, :length].clone(), state.commit_pass[:, :length].clone(), passes, seconds)

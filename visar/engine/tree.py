@@ -42,11 +42,11 @@ class Tree(NamedTuple):
         return Tree(*(t.to(device) for t in self))
 
     def behind(self, nodes: int) -> Tree:
-        """The same tree with a chain of `nodes` more before its root."""
+        """The same tree with a chain of `nodes` more before its root; what does not fit are leaves at its end."""
         if not nodes:
             return self
         chain = torch.arange(-1, nodes - 1, device=self.parents.device).expand(len(self.parents), -1)
-        return Tree.of(torch.cat([chain, self.parents + nodes], dim=1).cpu()).to(self.parents.device)
+        return Tree.of(torch.cat([chain, self.parents + nodes], dim=1)[:, :MOST_NODES].cpu()).to(self.parents.device)
 
     def sees(self, first: int, count: int, others: Tensor) -> Tensor:
         """Whether the nodes `first`.. see the nodes `others` [R, S], any integers: [R, count, S] bool."""

@@ -197,3 +197,11 @@ def load_part(kind: Any, folder: Path) -> Any:
         if keys:
             raise VisarError(f"{folder} {what} {sorted(keys)[0]!r}; {len(keys)} in all.")
     return model
+
+
+def check_finite(part: Any, name: str) -> None:
+    """Raise `VisarError` for weights with NaN or infinity in them."""
+    tensors = part.state_dict().items() if isinstance(part, torch.nn.Module) else ()
+    for key, tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise VisarError(f"The weights of {name!r} are not finite: {key} holds NaN or infinity.")

@@ -28,7 +28,7 @@ from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.models.drafters.eagle import EagleHead
 from visar.models.llamagen import LlamaGen
-from visar.models.loading import load_part
+from visar.models.loading import check_finite, load_part
 from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
 from visar.pipelines.drafters import DraftModel, attach, kind_of, load_drafter
@@ -102,7 +102,7 @@ class ImagePipeline(DiffusionPipeline):
             except Exception as error:
                 reason = (str(error).splitlines() or [""])[0] or type(error).__name__
                 raise VisarError(f"Could not load {part!r} from {folder}: {reason}") from error
-            _check_finite(parts[part], part)
+            check_finite(parts[part], part)
         try:
             pipe = cls(**parts, **{k: v for k, v in index.items() if not k.startswith("_") and k not in parts})
         except TypeError as error:
@@ -275,13 +275,6 @@ def _occurrences(keys: Sequence[Hashable], first: int) -> list[int]:
     if first < 0 or max(seen.values()) > IMAGES:
         raise VisarError(f"Image indices of one prompt go from 0 to {IMAGES - 1}.")
     return out
-
-
-def _check_finite(part: Any, name: str) -> None:
-    tensors = part.state_dict().items() if isinstance(part, torch.nn.Module) else ()
-    for key, tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise VisarError(f"The weights of {name!r} are not finite: {key} holds NaN or infinity.")
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

@@ -14,7 +14,7 @@ from visar.errors import VisarError
 from visar.models.drafters import fingerprint
 from visar.models.drafters.eagle import EagleHead
 from visar.models.llamagen import LlamaGen
-from visar.models.loading import load_gpt, load_part
+from visar.models.loading import check_finite, load_gpt, load_part
 from visar.models.specs import resolve_model
 
 DraftModel = LlamaGen | EagleHead
@@ -41,7 +41,14 @@ def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
         kinds = {"LlamaGen": LlamaGen, "EagleHead": EagleHead}
         if kind not in kinds:
             raise VisarError(f"{path} holds a {kind}, not a drafter: an EagleHead, or a smaller LlamaGen.")
-        model = load_part(kinds[kind], gpt)
+        try:
+            model = load_part(kinds[kind], gpt)
+        except VisarError:
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise VisarError(f"Could not load the drafter {path}: {reason}") from error
+        check_finite(model, str(path))
     check(model, target, str(path), grid)
     return model.eval()
 
@@ -52,6 +59,8 @@ def check(model: DraftModel, target: LlamaGen, name: str, grid: int) -> None:
     if isinstance(model, EagleHead):
         if d.dim != t.dim:
             raise VisarError(f"The drafter {name} is {d.dim} wide, the target {t.dim}: it is another model's.")
+        if model.head_dim != target.head_dim:
+            raise VisarError(f"The drafter {name} has heads of {model.head_dim}, the target of {target.head_dim}.")
         if d.target and d.target != fingerprint(target):
             raise VisarError(f"The drafter {name} was trained for another target; see `visar train drafter`.")
         return
@@ -80,5 +89,5 @@ def attach(
     inner = ModelSession(
         model, condition, mask, length=session.length, window=window + 1, grid=grid, guidance=session.guidance
     )
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embedding" not in n)
     return SessionDrafter(inner, weights)

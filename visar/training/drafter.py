@@ -25,11 +25,14 @@ from visar.training.loop import TrainConfig, distributed, fit, step_seed
 class Unrolled(nn.Module):
     """An EAGLE head unrolled `depth` steps over whole sequences; the target is frozen and no part of it is saved."""
 
-    def __init__(self, head: EagleHead, target: LlamaGen, guidance: Guidance, law: Target, depth: int):
+    def __init__(
+        self, head: EagleHead, target: LlamaGen, guidance: Guidance, law: Target, depth: int, grid: int | None = None
+    ):
         super().__init__()
         self.head = head
-        self.depth, self.guidance, self.law = depth, guidance, law
-        self._target = [target.eval().requires_grad_(False)]  # in a list, so that it is no submodule
+        self.depth, self.guidance, self.law, self.grid = depth, guidance, law, grid
+        target.eval().requires_grad_(False)
+        self._target = lambda: target  # no submodule: neither saved nor copied with the head
 
     def forward(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """The loss: KL(p || q) + TV(p, q) of the guided laws, later steps weighing 0.8 of those before them."""
@@ -56,7 +59,7 @@ class Unrolled(nn.Module):
         Row i of step k is drafted k steps behind the root: from the target's features up to slot i - k, and its own
         predictions since. Rows below k are of no root and count for nothing.
         """
-        target, at = self._target[0], self._positions(tokens)
+        target, at = self._target(), self._positions(tokens)
         embed, prefix = target.cls_embedding, target.config.condition_length
         parts = [condition] + ([embed.null_like(condition)] if self.guidance.active else [])
         with torch.no_grad():
@@ -65,7 +68,7 @@ class Unrolled(nn.Module):
             slots = x.shape[1]
             valid = F.pad(mask.bool(), (0, slots - prefix), value=True).repeat(len(parts), 1)
             back = torch.arange(slots, device=x.device)[:, None] - torch.arange(slots, device=x.device)
-            rows = target.rotary()[:slots].expand(len(x), -1, -1, -1)
+            rows = target.rotary(self.grid)[:slots].expand(len(x), -1, -1, -1)
             features = target.run(x, rows, attention([(back >= 0) & valid[:, None] | (back == 0)], [], []))
             p = self.law.probs(self._guided(target.logits(features[:, prefix - 1 :]), at), at)
         out: list[Tensor] = []
@@ -77,7 +80,8 @@ class Unrolled(nn.Module):
             seen = [(back >= step) & valid[:, None] | ((back == 0) & (step == 0))]
             seen += [(back == step - j).expand(len(x), -1, -1) for j in range(1, step + 1)]
             h = self.head(x, F.pad(before[:, :-1], (0, 0, 1, 0)), rows, attention(seen, keys, values))
-            logits = self._guided(target.logits(self.head.norm(h[:, prefix - 1 :])), at)
+            predicted = self.head.norm(h[:, prefix - 1 :]).to(target.dtype)
+            logits = self._guided(target.logits(predicted), at)
             out.append((logits / self.law.temperature).log_softmax(-1))
             before = h
         return p, out
@@ -113,6 +117,7 @@ def train_drafter(
     guidance: Guidance,
     law: Target,
     depth: int = 5,
+    grid: int | None = None,
     held: float = 0.05,
 ) -> EagleHead:
     """Train on pictures [n, N] that the target drew, and save `eagle/` in `config.out`; returns the EMA.
@@ -124,6 +129,7 @@ def train_drafter(
     if len(tokens) <= count:
         raise VisarError(f"A drafter needs 2 or more pictures to learn from, not {len(tokens)}.")
     torch.manual_seed(config.seed)
+    target.to(distributed(config.device)[2])
     c = target.config
     head = EagleHead(c.dim, c.num_heads, c.ffn, target=fingerprint(target))
     # Where the target's last block and norm take it from is a better start than nowhere.
@@ -131,7 +137,7 @@ def train_drafter(
     head.norm.load_state_dict(target.norm.state_dict())
     nn.init.normal_(head.fc.weight, std=head.fc.in_features**-0.5)
     nn.init.zeros_(head.fc.bias)
-    model = Unrolled(head, target, guidance, law, depth)
+    model = Unrolled(head, target, guidance, law, depth, grid)
     split = len(tokens) - count
 
     def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:

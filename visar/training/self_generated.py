@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from visar.errors import VisarError
 from visar.files import replacing
+from visar.models.drafters import fingerprint
 
 
 def draw_tokens(
@@ -25,20 +28,26 @@ def draw_tokens(
 ) -> Tensor:
     """Tokens [count, N] of pictures of the conditions, in turn: all of them once, then once more with other noise.
 
-    What is drawn is kept in `file`, and `settings` go to the pipeline. Raises `VisarError` where the file is damaged.
+    What is drawn is kept in `file`, and `settings` go to the pipeline. Raises `VisarError` where the
+    file is damaged, or was made otherwise.
     """
+    made_of = (fingerprint(pipe.gpt), pipe.grid, list(conditions), sorted(settings.items()))
+    mark = hashlib.sha256(repr(made_of).encode()).hexdigest()
     done = torch.empty(0, pipe.grid**2, dtype=torch.long)
     if file.exists():
         try:
-            done = load_file(file)["tokens"].long()[:count]
+            with safe_open(file, "pt") as saved:
+                done, found = saved.get_tensor("tokens").long()[:count], saved.metadata()["of"]
         except Exception as error:
             raise VisarError(f"{file} is damaged; delete it to have the pictures drawn anew.") from error
+        if found != mark:
+            raise VisarError(f"{file} holds pictures of another model or other settings; give another folder.")
     while len(done) < count:
         turn, start = divmod(len(done), len(conditions))
         part = list(conditions[start : start + min(batch, count - len(done))])
         drawn = pipe(part, first_image=turn, output_type="tokens", **settings).tokens.cpu()
         done = torch.cat([done, drawn])
         with replacing(file) as temporary:
-            save_file({"tokens": done.int()}, temporary)
+            save_file({"tokens": done.int()}, temporary, {"of": mark})
         report(len(done))
     return done

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 
+import torch
+
 from visar.models.llamagen import LlamaGen
 
 
 def fingerprint(target: LlamaGen) -> str:
     """A mark of a target's weights that is the same in every dtype: a hash of the signs of its output head."""
-    signs = (target.output.weight.detach() < 0).cpu().numpy()
+    signs = torch.signbit(target.output.weight.detach()).cpu().numpy()
     return hashlib.sha256(signs.tobytes()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """The EAGLE drafter: one decoder layer that predicts the target's next feature (Li et al. 2024, arXiv:2401.15077).
 
 It reads a token's embedding beside the feature one step before it, and borrows the target's output head. The norms and
-the training on its own predictions are EAGLE-3's (Li et al. 2025, arXiv:2503.01840); the first version has none.
+the training on its own predictions are those of EAGLE-3 (Li et al. 2025, arXiv:2503.01840).
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ class EagleHead(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, dim: int = 1280, num_heads: int = 20, ffn: int = 3584, norms: bool = True, target: str = ""):
+    def __init__(self, dim: int = 1280, num_heads: int = 20, ffn: int = 3584, target: str = ""):
         super().__init__()
-        self.embedding_norm = RMSNorm(dim) if norms else nn.Identity()
-        self.feature_norm = RMSNorm(dim) if norms else nn.Identity()
+        self.embedding_norm = RMSNorm(dim)
+        self.feature_norm = RMSNorm(dim)
         self.fc = nn.Linear(2 * dim, dim)
         self.block = Block(dim, num_heads, ffn)
-        if not norms:
-            self.block.attention_norm = nn.Identity()  # type: ignore[assignment]
-        self.norm = RMSNorm(dim) if norms else nn.Identity()
+        self.norm = RMSNorm(dim)
 
     @property
     def head_dim(self) -> int:

@@ -1,0 +1,114 @@
+"""Training a drafter: what it draws to learn from, what it learns, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WORDS
+
+from visar.cli import main
+from visar.engine.guidance import Guidance
+from visar.errors import VisarError
+from visar.models.drafters import fingerprint
+from visar.models.drafters.eagle import EagleHead
+from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
+from visar.samplers import Speculative, Target
+from visar.training.drafter import train_drafter
+from visar.training.loop import TrainConfig
+from visar.training.self_generated import draw_tokens
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    torch.nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)  # laws with something to learn
+    classes = list(range(7))
+    tokens = draw_tokens(class_pipe, classes, 64, tmp_path / "p.safetensors", seed=0)
+    config = TrainConfig(tmp_path, minutes=1e3, steps=150, batch=8, lr=3e-3, warmup=10, ema=0.9, compile=False)
+
+    def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([classes[i % 7] for i in rows]), torch.ones(len(rows), 1)
+
+    head = train_drafter(class_pipe.gpt, of, tokens, config, Guidance(2.0), Target(), depth=3)
+    found = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert all(0.5 < found[f"acceptance_{depth}"] < 1 for depth in (1, 2, 3))
+    fresh = EagleHead(32, 2, 48)
+    passes = []
+    for name, drafter in (("fresh", fresh), ("trained", head)):
+        drafter.save_pretrained(tmp_path / name)
+        class_pipe.load_drafter(tmp_path / name)
+        stats = class_pipe(classes * 4, sampler=Speculative(gamma=3, drafter="eagle"), output_type="tokens").stats
+        passes.append(sum(stats.passes_per_image))
+    assert passes[1] < 0.9 * passes[0]
+    assert head.config.target == fingerprint(class_pipe.gpt) == fingerprint(class_pipe.gpt.to(torch.bfloat16))
+    with pytest.raises(VisarError, match="2 or more pictures"):
+        train_drafter(class_pipe.gpt, of, tokens[:1], config, Guidance(), Target())
+
+
+def test_pictures_are_drawn_once_and_all_differ(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    file = tmp_path / "p.safetensors"
+    seen: list[int] = []
+    first = draw_tokens(text_pipe, WORDS[:3], 5, file, batch=2, report=seen.append, seed=1)
+    assert seen == [2, 3, 5] and len(first.unique(dim=0)) == 5
+    more = draw_tokens(text_pipe, WORDS[:3], 8, file, batch=2, report=seen.append, seed=1)
+    assert seen[3:] == [6, 8] and torch.equal(more[:5], first) and len(more.unique(dim=0)) == 8
+    assert torch.equal(draw_tokens(text_pipe, WORDS[:3], 8, tmp_path / "q.safetensors", batch=8, seed=1), more)
+    for change in ({"seed": 2}, {"seed": 1, "top_k": 3}):
+        with pytest.raises(VisarError, match="of another model or other settings"):
+            draw_tokens(text_pipe, WORDS[:3], 8, file, **change)
+    with pytest.raises(VisarError, match="of another model or other settings"):
+        draw_tokens(text_pipe, WORDS[1:4], 8, file, seed=1)
+    file.write_bytes(b"x")
+    with pytest.raises(VisarError, match="is damaged; delete it"):
+        draw_tokens(text_pipe, WORDS[:3], 8, file)
+
+
+def run(folder: Path, out: Path, *arguments: object) -> int:
+    fixed = ("--minutes", 0.02, "--batch", 2, "--pictures", 6, "--depth", 2, "--no-compile")
+    return main([str(a) for a in ("train", "drafter", "--target", folder, "--out", out, *fixed, *arguments)])
+
+
+def test_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "captions.txt").write_text("red heart\n\ncat, 3d\nred heart\n")
+    assert run(text_folder, tmp_path / "run", "--captions", tmp_path / "captions.txt") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == str(tmp_path / "run" / "eagle") and "6 of 6 pictures drawn" in err
+    assert main(["generate", "cat", "--model", str(text_folder), "--sampler", "eagle", "--json", "-o",
+                 str(tmp_path / "cat.png"), "--drafter", str(tmp_path / "run" / "eagle")]) == 0  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["sampler"] == "eagle"
+
+
+def test_command_for_classes(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run(class_folder, tmp_path / "run") == 0
+    assert (tmp_path / "run" / "eagle" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "A text model needs --captions"),
+        ("--captions TMP/none.txt", "Cannot read captions from"),
+        ("--captions TMP/empty.txt", "holds no captions"),
+        ("--captions TMP/some.txt --pictures 1", "--pictures 2 or more"),
+        ("--captions TMP/some.txt --minutes 0", "--minutes and --lr must be above 0"),
+        ("--captions TMP/some.txt --depth 0", "--depth 1 or more"),
+        ("--captions TMP/some.txt --temperature 0", "Temperature must be a number above 0"),
+        ("--captions TMP/zebra.txt", "No word of the prompt 'zebra' is known"),
+    ],
+)
+def test_bad_input(text_folder: Path, tmp_path: Path, capsys: Capture, arguments: str, message: str) -> None:
+    for name, text in (("empty", "\n \n"), ("some", "cat\n"), ("zebra", "zebra\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    assert run(text_folder, tmp_path / "run", *arguments.replace("TMP", str(tmp_path)).split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("visar: error: ") and message in err and err.count("\n") == 1
+
+
+def test_captions_are_not_for_class_models(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "some.txt").write_text("cat\n")
+    assert run(class_folder, tmp_path / "run", "--captions", tmp_path / "some.txt") == 2
+    assert "--captions is for text models" in capsys.readouterr().err
