@@ -24,14 +24,35 @@ class ARLoss(nn.Module):
         super().__init__()
         self.gpt = gpt
 
-    def forward(self, features: Tensor, mask: Tensor, drop: Tensor, inputs: Tensor, tokens: Tensor) -> Tensor:
+    def forward(
+        self, features: Tensor, mask: Tensor, drop: Tensor, inputs: Tensor, tokens: Tensor, own: Tensor | None = None
+    ) -> Tensor:
         """Predict `tokens` [B, n] from `inputs` [B, n], which are the tokens, or a corrupted copy of them.
 
         `features` [B, T, C] and `mask` [B, T] are of the captions; `drop` [B] marks rows trained unconditionally.
+        `own` [b, n] turns the inputs of the first b rows into tokens the model draws itself where it is above 0, and
+        into the true tokens elsewhere: mistakes of the kind that decoding makes (scheduled sampling, Bengio et al. 2015,
+        arXiv:1506.03099, in two parallel passes). The values in (0, 1) are the coins of the draws.
         """
         features = torch.where(drop[:, None, None], self.gpt.cls_embedding.null_like(features), features)
+        if own is not None:
+            b = len(own)
+            drawn = draw(self.gpt(features[:b], inputs[:b, :-1], mask[:b]), own)
+            inputs = torch.cat([torch.where(own > 0, drawn, tokens[:b]), inputs[b:]])
         logits = self.gpt(features, inputs[:, :-1], mask)
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def draw(logits: Tensor, coins: Tensor) -> Tensor:
+    """Ids [B, n] of softmax(logits [B, n, V]) by inversion with coins [B, n] in (0, 1)."""
+    below = logits.detach().float().softmax(-1).cumsum(-1) < coins[..., None]
+    return below.sum(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def own_mistakes(rows: int, length: int, g: torch.Generator, most: float = 1.0) -> Tensor:
+    """Coins [rows, length] for `ARLoss`: in (0, 1) at a rate uniform in [0, `most`] per row, and 0 elsewhere."""
+    coins = torch.rand(rows, length, generator=g).clamp(1e-6, 1 - 1e-6)
+    return coins * (torch.rand(rows, length, generator=g) < torch.rand(rows, 1, generator=g) * most)
 
 
 def initialise(gpt: LlamaGen) -> LlamaGen:
@@ -134,7 +155,9 @@ def train_ar(
         features, mask = encode_captions(encoder, [data.records[i] for i in chosen], rng)
         drop = torch.tensor([rng.random() < dropped for _ in chosen])
         g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
-        return features, mask, drop, corrupt(tokens[chosen], tokens[train], g), tokens[chosen]
+        inputs = corrupt(tokens[chosen], tokens[train], g)
+        own = own_mistakes(config.batch // 2, tokens.shape[1], g)
+        return features, mask, drop, inputs, tokens[chosen], own
 
     def evaluate(ema: ARLoss) -> dict[str, float]:
         parts = {name: rows[:256] for name, rows in split.items() if rows}
