@@ -23,7 +23,7 @@ class SamplerSpec:
     make: Callable[[], Sampler]
     paper: str
     law: str  # "exact", or in what sense it is not
-    drafter: str = ""  # the kind of drafter that it needs: "model", "eagle", or none
+    drafter: str = ""  # the kind of drafter that it needs: "model", one of `visar.models.drafters.KINDS`, or none
 
     def parameters(self) -> dict[str, Any]:
         """The sampler's fields and their defaults."""
@@ -57,6 +57,14 @@ SAMPLERS: dict[str, SamplerSpec] = {
             "exact", "eagle",
         ),
         SamplerSpec("eagle-chain", lambda: Speculative(gamma=5, drafter="eagle"), "EAGLE, a chain", "exact", "eagle"),
+        SamplerSpec("medusa", lambda: TreeSpeculative(drafter="medusa"), "Medusa, Cai et al. 2024, arXiv:2401.10774",
+                    "exact", "medusa"),
+        SamplerSpec("hydra", lambda: TreeSpeculative(drafter="hydra"), "Hydra, Ankner et al. 2024, arXiv:2402.05109",
+                    "exact", "hydra"),
+        SamplerSpec("kangaroo", lambda: Speculative(gamma=3, drafter="exit"),
+                    "Kangaroo, Liu et al. 2024, arXiv:2404.18911", "exact", "exit"),
+        SamplerSpec("swift", lambda: Speculative(gamma=2, drafter="skip"),
+                    "SWIFT, Xia et al. 2024, arXiv:2410.06916", "exact", "skip"),
         SamplerSpec("lantern", Lantern, "Jang et al. 2024, arXiv:2410.03355", "relaxed", "eagle"),
         SamplerSpec("lantern++", LanternPlusPlus, "Park et al. 2025, arXiv:2502.06352", "relaxed", "eagle"),
         SamplerSpec("cool-sd", CoolSD, "COOL-SD, arXiv:2601.09212", "relaxed", "eagle"),

@@ -45,8 +45,8 @@ class Speculative:
 
     @property
     def name(self) -> str:
-        if self.drafter == "eagle":
-            return "eagle-chain"
+        if self.drafter != "model":
+            return {"eagle": "eagle-chain", "exit": "kangaroo", "skip": "swift"}.get(self.drafter, self.drafter)
         return "speculative-block" if self.verification == "block" else "speculative"
 
     def __post_init__(self) -> None:
@@ -114,9 +114,9 @@ class TreeSpeculative:
 
     @property
     def name(self) -> str:
-        if self.drafter != "eagle":
-            return "speculative-tree"
-        return "eagle" if self.children == "drawn" else "eagle-top"
+        if self.drafter == "eagle":
+            return "eagle" if self.children == "drawn" else "eagle-top"
+        return "speculative-tree" if self.drafter == "model" else self.drafter
 
     @cached_property
     def shape(self) -> Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from conftest import WORDS
 from visar.cli import main
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
-from visar.models.drafters import fingerprint
-from visar.models.drafters.eagle import EagleHead
+from visar.models.drafters import EagleHead, SkippedLayers, fingerprint
+from visar.models.drafters.shallow import with_layers
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import Speculative, Target
 from visar.training.drafter import train_drafter
@@ -33,7 +34,7 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
     def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([classes[i % 7] for i in rows]), torch.ones(len(rows), 1)
 
-    head = train_drafter(class_pipe.gpt, of, tokens, config, Guidance(2.0), Target(), depth=3)
+    head = train_drafter("eagle", class_pipe.gpt, of, tokens, config, Guidance(2.0), Target(), depth=3)
     found = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert all(0.5 < found[f"acceptance_{depth}"] < 1 for depth in (1, 2, 3))
     fresh = EagleHead(32, 2, 48)
@@ -46,7 +47,7 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
     assert passes[1] < 0.9 * passes[0]
     assert head.config.target == fingerprint(class_pipe.gpt) == fingerprint(class_pipe.gpt.to(torch.bfloat16))
     with pytest.raises(VisarError, match="2 or more pictures"):
-        train_drafter(class_pipe.gpt, of, tokens[:1], config, Guidance(), Target())
+        train_drafter("eagle", class_pipe.gpt, of, tokens[:1], config, Guidance(), Target())
 
 
 def test_pictures_are_drawn_once_and_all_differ(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
@@ -82,9 +83,39 @@ def test_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert json.loads(capsys.readouterr().out)["sampler"] == "eagle"
 
 
-def test_command_for_classes(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert run(class_folder, tmp_path / "run") == 0
-    assert (tmp_path / "run" / "eagle" / "config.json").exists()
+@pytest.mark.parametrize(
+    ("kind", "sampler"), [("medusa", "medusa"), ("hydra", "hydra"), ("exit", "kangaroo"), ("skip", "swift")]
+)
+def test_command_for_every_kind(
+    class_folder: Path, class_pipe: ClassToImagePipeline, tmp_path: Path, capsys: Capture, kind: str, sampler: str
+) -> None:
+    assert run(class_folder, tmp_path / "run", "--kind", kind, "--depth", 5) == 0
+    class_pipe.load_drafter(tmp_path / "run" / kind)
+    out = class_pipe([1, 2], sampler=sampler, output_type="tokens", seed=3)
+    assert out.stats.sampler == sampler and out.stats.exact and 0 < out.stats.draft_seconds < out.stats.seconds
+    assert torch.equal(class_pipe([2], sampler=sampler, output_type="tokens", seed=3).tokens[0], out.tokens[1])
+    figures = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert sum(key.startswith("acceptance_") for key in figures) == (5 if kind in ("medusa", "hydra") else 1)
+
+
+def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
+    idle = copy.deepcopy(class_pipe.gpt.layers[0])
+    for p in idle.parameters():
+        torch.nn.init.zeros_(p)
+    gpt = with_layers(class_pipe.gpt, [*class_pipe.gpt.layers, idle], class_pipe.gpt.norm)
+    tokens = torch.randint(23, (4, 16), generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(tmp_path, compile=False, batch=2)
+
+    def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(rows), torch.ones(len(rows), 1)
+
+    made = train_drafter("skip", gpt, of, tokens, config, Guidance(2.0), Target(), layers=2)
+    assert isinstance(made, SkippedLayers) and made.config.layers == [0, 1]
+    assert json.loads((tmp_path / "log.jsonl").read_text())["acceptance_1"] == pytest.approx(1, abs=1e-4)
+    with pytest.raises(VisarError, match="The layers must be 1 to 3, not 4"):
+        train_drafter("skip", gpt, of, tokens, config, Guidance(), Target(), layers=4)
+    with pytest.raises(VisarError, match=r"Unknown drafter 'hidra'\. Did you mean 'hydra'\?"):
+        train_drafter("hidra", gpt, of, tokens, config, Guidance(), Target())
 
 
 @pytest.mark.parametrize(
@@ -95,6 +126,8 @@ def test_command_for_classes(class_folder: Path, tmp_path: Path, capsys: Capture
         ("--captions TMP/empty.txt", "holds no captions"),
         ("--captions TMP/some.txt --pictures 1", "--pictures 2 or more"),
         ("--captions TMP/some.txt --minutes 0", "--minutes and --lr must be above 0"),
+        ("--captions TMP/some.txt --kind egle", "Unknown drafter 'egle'. Did you mean 'eagle'?"),
+        ("--captions TMP/some.txt --layers -1", "--layers must be 1 or more"),
         ("--captions TMP/some.txt --depth 0", "--depth 1 or more"),
         ("--captions TMP/some.txt --temperature 0", "Temperature must be a number above 0"),
         ("--captions TMP/zebra.txt", "No word of the prompt 'zebra' is known"),

@@ -23,10 +23,11 @@ from visar.engine.rng import Noise
 from visar.engine.tree import Tree
 from visar.eval.exactness import chi_square_z, values
 from visar.eval.tabular import Law, reference_law
-from visar.models.drafters.eagle import EagleHead
+from visar.models.drafters import SkippedLayers
 from visar.models.llamagen import LlamaGen
-from visar.pipelines.drafters import attach
+from visar.pipelines.drafters import DraftModel, attach
 from visar.samplers import SAMPLERS, Sampler, Target, get_sampler
+from visar.training.drafter import new_drafter
 
 LAW = Law(temperature=0.8, top_p=0.9, scale=2.0)
 SEED = 6
@@ -49,7 +50,7 @@ class World:
     """A random model, drafters that know little, and two conditions, captions of 3 and 1 valid slots at the end."""
 
     model: LlamaGen
-    drafters: dict[str, LlamaGen | EagleHead]
+    drafters: dict[str, DraftModel]
     condition: Tensor
     mask: Tensor | None
 
@@ -66,7 +67,9 @@ def world(kind: str, vocab: int = 4, grid: int = 2, conditions: int = 2) -> Worl
         torch.nn.init.normal_(model.output.weight, std=HEAD)
         smaller = LlamaGen(**sizes | dict(num_layers=1), **(TEXT if kind == "text" else CLASS)).eval()
         torch.nn.init.normal_(smaller.output.weight, std=HEAD)
-        drafters = {"model": smaller, "eagle": EagleHead(32, 2, 48).eval()}
+        drafters: dict[str, DraftModel] = {"model": smaller, "skip": SkippedLayers([1])}
+        for kind_of_drafter in ("eagle", "medusa", "hydra", "exit"):
+            drafters[kind_of_drafter] = new_drafter(kind_of_drafter, model, depth=5, layers=1).eval()
         if kind == "class":
             return World(model, drafters, torch.arange(conditions) % 5, None)
         mask = torch.arange(4) >= torch.tensor([1, 3, 0, 2] * 2)[:conditions, None]

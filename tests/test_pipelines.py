@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from visar.errors import VisarError
-from visar.models.drafters.eagle import EagleHead
+from visar.models.drafters import DraftHeads, EagleHead, ExitHead, SkippedLayers
 from visar.models.llamagen import LlamaGen
 from visar.models.t5 import T5CaptionEncoder
 from visar.models.vq import VQModel
@@ -195,13 +195,18 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
 
 @pytest.fixture(scope="module")
 def drafters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The folders of an EAGLE head and of a smaller model, both of random weights."""
+    """The folders of a drafter of every kind, of random weights."""
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("drafters")
-    EagleHead(32, 2, 48).save_pretrained(folder / "eagle")
+    made = [
+        EagleHead(32, 2, 48), DraftHeads(32, 5), DraftHeads(32, 5, reads_tokens=True), ExitHead(32, 2, 48, layers=1),
+        SkippedLayers([1]),
+    ]  # fmt: skip
+    for drafter in made:
+        drafter.save_pretrained(folder / drafter.kind)
     small = LlamaGen(**GPT | dict(dim=16, num_layers=1), condition="text", condition_length=4, caption_features=6)
     small.save_pretrained(folder / "small")
-    return [folder / "eagle", folder / "small"]
+    return [*(folder / drafter.kind for drafter in made), folder / "small"]
 
 
 def test_a_model_that_drafts_for_itself_is_never_rejected(text_pipe: TextToImagePipeline, text_folder: Path) -> None:
@@ -230,6 +235,8 @@ def test_drafters_that_do_not_fit(text_pipe: TextToImagePipeline, class_folder: 
     LlamaGen(**GPT | dict(vocab_size=23), **own).save_pretrained(tmp_path / "codes")
     LlamaGen(**GPT | dict(grid=6), **own).save_pretrained(tmp_path / "grid")
     EagleHead(32, 4, 48).save_pretrained(tmp_path / "heads")
+    SkippedLayers([0, 7]).save_pretrained(tmp_path / "layers")
+    ExitHead(32, 2, 48, layers=9).save_pretrained(tmp_path / "exit")
     for name in ("cut", "nan"):
         shutil.copytree(tmp_path / "other", tmp_path / name)
     file = "diffusion_pytorch_model.safetensors"
@@ -241,7 +248,8 @@ def test_drafters_that_do_not_fit(text_pipe: TextToImagePipeline, class_folder: 
     for path, message in (
         (tmp_path / "wide", "is 64 wide, the target 32"), (tmp_path / "other", "was trained for another target"),
         (tmp_path / "heads", "has heads of 8, the target of 16"), (tmp_path / "cut", "Could not load the drafter"),
-        (tmp_path / "nan", "are not finite: norm.weight holds NaN"),
+        (tmp_path / "layers", r"uses layers \[0, 7\] of a target that has 2"),
+        (tmp_path / "exit", "of a target that has 2"), (tmp_path / "nan", "are not finite: norm.weight holds NaN"),
         (tmp_path / "codes", "has 23 codes, the target 24"),
         (tmp_path / "grid", "draws 6 x 6 tokens, the target 5 x 5"),
         (class_folder, "has condition class, the target text"), (tmp_path / "empty", "holds no drafter"),
@@ -250,6 +258,10 @@ def test_drafters_that_do_not_fit(text_pipe: TextToImagePipeline, class_folder: 
     ):  # fmt: skip
         with pytest.raises(VisarError, match=message):
             text_pipe.load_drafter(path)
+    DraftHeads(32, 3).save_pretrained(tmp_path / "few")
+    text_pipe.load_drafter(tmp_path / "few")
+    with pytest.raises(VisarError, match="has 3 heads and cannot draft 5 tokens deep"):
+        text_pipe("cat", sampler="medusa")
 
 
 # Figures

@@ -128,7 +128,13 @@ def train(commands: Commands) -> None:
     ar.add_argument("--ffn", type=int, default=768)
     ar.set_defaults(run=_runner("train", "ar"))
 
-    drafter = kinds.add_parser("drafter", help="train an EAGLE drafter on what a model draws itself")
+    drafter = kinds.add_parser("drafter", help="train a drafter on what a model draws itself")
+    drafter.add_argument(
+        "--kind", dest="drafter_kind", default="eagle", help="eagle, medusa, hydra, exit or skip (default: eagle)"
+    )
+    drafter.add_argument(
+        "--layers", type=int, default=0, help="where an exit lies (2), or how many a skip keeps (half)"
+    )
     _model_options(drafter, "--target")
     _sampling_options(drafter)
     drafter.add_argument("--out", required=True, help="run folder; a run started again there goes on")

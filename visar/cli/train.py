@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.cli.common import device_of
-from visar.errors import VisarError
+from visar.errors import VisarError, unknown
 from visar.files import writable_folder
 
 
@@ -102,14 +102,19 @@ def drafter(options: argparse.Namespace) -> int:
 
     from visar.cli.common import load_pipeline
     from visar.engine.guidance import Guidance
+    from visar.models.drafters import KINDS
     from visar.pipelines import TextToImagePipeline
     from visar.samplers import Target
     from visar.training.drafter import train_drafter
     from visar.training.loop import TrainConfig
     from visar.training.self_generated import draw_tokens
 
+    if options.drafter_kind not in KINDS:
+        raise unknown("drafter", options.drafter_kind, KINDS)
     if options.minutes <= 0 or options.batch < 1 or options.lr <= 0 or options.pictures < 2 or options.depth < 1:
         raise VisarError("--minutes and --lr must be above 0, --batch and --depth 1 or more, --pictures 2 or more.")
+    if options.layers < 0:
+        raise VisarError(f"--layers must be 1 or more, not {options.layers}.")
     Target(options.temperature, options.top_k or 0, options.top_p)  # before the weights are read
     pipe: Any = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
@@ -132,8 +137,11 @@ def drafter(options: argparse.Namespace) -> int:
         out, minutes=options.minutes, batch=options.batch, lr=options.lr, seed=options.seed, warmup=50, ema=0.995,
         optimizer="muon", compile=not options.no_compile, device=str(pipe.gpt.device),
     )  # fmt: skip
-    train_drafter(pipe.gpt, of, tokens, config, Guidance(scale), law, options.depth, pipe.grid)
-    print(out / "eagle")
+    train_drafter(
+        options.drafter_kind, pipe.gpt, of, tokens, config, Guidance(scale), law, depth=options.depth,
+        layers=options.layers, grid=pipe.grid,
+    )  # fmt: skip
+    print(out / options.drafter_kind)
     return 0
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from visar.engine.drafter import Drafter
 from visar.engine.kv_cache import KVCache
 from visar.engine.model_session import ModelSession
+from visar.engine.session import require_finite
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.models.drafters.eagle import EagleHead
@@ -43,9 +44,8 @@ class EagleDrafter(Drafter):
         root = s.root_slots()[:, None]
         back = torch.arange(-self.depth, 1, device=s.device)
         slots = (root + back).clamp_min(s.prefix - 1)  # clamped ones say the same thing twice
-        x = s.model.tok_embeddings(tokens.gather(1, (slots - s.prefix).clamp_min(0))).repeat(s.halves, 1, 1)
+        x = s.embedded(tokens, slots)
         slots = slots.repeat(s.halves, 1)
-        x = torch.where((slots == s.prefix - 1)[..., None], s.condition[:, -1:], x)
         assert s.features is not None
         h = self._run(x, s.features[s.cache.rows, slots], slots, slots, s.sees(slots, s.visible(1)))
         self.drafted = h[:, -1:]
@@ -68,9 +68,7 @@ class EagleDrafter(Drafter):
         return self._logits(h, s.follows(count, tree, first))
 
     def check(self) -> None:
-        if not bool(torch.isfinite(self.drafted).all()):
-            name = str(self.model.dtype).removeprefix("torch.")
-            raise VisarError(f"The drafter's features are not finite in {name}; load the model in bfloat16 or float32.")
+        require_finite(self.drafted, "The drafter's features", self.model.dtype)
 
     def _run(self, x: Tensor, features: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
         self.bytes_read += self._weights + len(x) * mask.shape[-1] * self.cache.bytes_per_slot

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
-from visar.engine.session import Session
+from visar.engine.session import Session, require_finite
 from visar.engine.tree import Tree
-from visar.errors import VisarError
 from visar.models.llamagen import LlamaGen
 
 
@@ -68,6 +67,12 @@ class ModelSession(Session):
     def root_slots(self) -> Tensor:
         """The cache slots [B] of the last committed tokens, which the next pass is fed first."""
         return self.lengths + self.prefix - 1
+
+    def embedded(self, tokens: Tensor, slots: Tensor) -> Tensor:
+        """Embeddings [rows, W, dim] at `slots` [B, W], of committed `tokens` [B, N] or of the condition's last slot."""
+        x = self.model.tok_embeddings(tokens.gather(1, (slots - self.prefix).clamp_min(0))).repeat(self.halves, 1, 1)
+        first = (slots == self.prefix - 1).repeat(self.halves, 1)[..., None]
+        return torch.where(first, self.condition[:, -1:], x)
 
     def sees(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
         """What inputs at `slots` [rows, W] see of the first `visible` slots, [rows, W, visible].
@@ -130,6 +135,4 @@ class ModelSession(Session):
 
     def check(self) -> None:
         # What is not finite stays in the cache, so the last pass shows what happened in any before it.
-        if not bool(torch.isfinite(self._logits).all()):
-            name = str(self.model.dtype).removeprefix("torch.")
-            raise VisarError(f"The model's logits are not finite in {name}; load it in bfloat16 or float32.")
+        require_finite(self._logits, "The model's logits", self.model.dtype)

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from visar.engine.drafter import Drafter
 
 
+def require_finite(values: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Raise `VisarError` for values that overflowed in `dtype`."""
+    if not bool(torch.isfinite(values).all()):
+        name = str(dtype).removeprefix("torch.")
+        raise VisarError(f"{what} are not finite in {name}; load the model in bfloat16 or float32.")
+
+
 class Session(ABC):
     """A batch of B sequences of `length` tokens, of which row b has committed `lengths[b]`.
 

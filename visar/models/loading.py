@@ -7,9 +7,11 @@ built without memory and take over the tensors that were read, so the largest mo
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -197,6 +199,21 @@ def load_part(kind: Any, folder: Path) -> Any:
         if keys:
             raise VisarError(f"{folder} {what} {sorted(keys)[0]!r}; {len(keys)} in all.")
     return model
+
+
+@contextmanager
+def quiet_conversion() -> Iterator[None]:
+    """Without diffusers' warning about an empty list of modules, whenever one is converted."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def said_for_a_reason(record: logging.LogRecord) -> bool:
+        return "kept in float32: []" not in record.getMessage()
+
+    logger.addFilter(said_for_a_reason)
+    try:
+        yield
+    finally:
+        logger.removeFilter(said_for_a_reason)
 
 
 def check_finite(part: Any, name: str) -> None:

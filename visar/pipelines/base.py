@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -26,12 +25,11 @@ from visar.engine.model_session import ModelSession
 from visar.engine.rng import IMAGES, Noise
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
-from visar.models.drafters.eagle import EagleHead
 from visar.models.llamagen import LlamaGen
-from visar.models.loading import check_finite, load_part
+from visar.models.loading import check_finite, load_part, quiet_conversion
 from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
-from visar.pipelines.drafters import DraftModel, attach, kind_of, load_drafter
+from visar.pipelines.drafters import DraftModel, attach, kind_of, load_drafter, reads_features
 from visar.pipelines.preview import CodePreview
 from visar.samplers import DEFAULT_SAMPLER, SAMPLERS, Sampler, Target, get_sampler
 from visar.stats import DecodeStats
@@ -111,17 +109,9 @@ class ImagePipeline(DiffusionPipeline):
         return pipe.to(torch_dtype) if torch_dtype is not None else pipe
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or convert all parts, as in diffusers; its warning about an empty list of modules is left out."""
-        logger = logging.getLogger("diffusers.models.modeling_utils")
-
-        def said_for_a_reason(record: logging.LogRecord) -> bool:
-            return "kept in float32: []" not in record.getMessage()
-
-        logger.addFilter(said_for_a_reason)
-        try:
+        """Move or convert all parts, as in diffusers."""
+        with quiet_conversion():
             return super().to(*args, **kwargs)
-        finally:
-            logger.removeFilter(said_for_a_reason)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:  # type: ignore[override]
         """Write a folder in diffusers layout: safetensors and configs per component, and model_index.json last."""
@@ -178,7 +168,7 @@ class ImagePipeline(DiffusionPipeline):
         model = self._drafter_for(method)
         session = ModelSession(
             self.gpt, condition, mask, length=self.grid**2, window=method.window, grid=self.grid,
-            guidance=Guidance(scale, guidance_interval), keep_features=isinstance(model, EagleHead),
+            guidance=Guidance(scale, guidance_interval), keep_features=reads_features(model),
         )  # fmt: skip
         session.codebook = self.vq.quantize.embedding.weight
         if model is not None:
@@ -206,6 +196,7 @@ class ImagePipeline(DiffusionPipeline):
         weights = sum(p.numel() * p.element_size() for p in self.gpt.parameters())
         weights -= self.gpt.tok_embeddings.weight.numel() * self.gpt.tok_embeddings.weight.element_size()
         drafted = session.drafter.bytes_read if session.drafter is not None else 0
+        draft_seconds = session.drafter.seconds if session.drafter is not None else 0.0
         stats = DecodeStats(
             sampler=method.name,
             parameters={f.name: getattr(method, f.name) for f in fields(method)},  # type: ignore[arg-type]
@@ -227,6 +218,7 @@ class ImagePipeline(DiffusionPipeline):
             passes_per_image=done,
             commits_per_pass=sum(session.length / n for n in done) / len(done),
             seconds=result.seconds,
+            draft_seconds=draft_seconds,
             ms_per_pass=1000 * result.seconds / result.passes,
             gigabytes=(weights * result.passes + session.bytes_read + drafted) / 1e9,
         )

@@ -7,17 +7,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from visar.engine.drafter import Drafter, SessionDrafter
+from visar.engine.drafter import Drafter, SessionDrafter, Timed
 from visar.engine.eagle import EagleDrafter
+from visar.engine.heads import HeadsDrafter
 from visar.engine.model_session import ModelSession
 from visar.errors import VisarError
-from visar.models.drafters import fingerprint
+from visar.models.drafters import DRAFTERS, TrainedDrafter, fingerprint
 from visar.models.drafters.eagle import EagleHead
+from visar.models.drafters.heads import DraftHeads
 from visar.models.llamagen import LlamaGen
-from visar.models.loading import check_finite, load_gpt, load_part
+from visar.models.loading import check_finite, load_gpt, load_part, quiet_conversion
 from visar.models.specs import resolve_model
 
-DraftModel = LlamaGen | EagleHead
+DraftModel = LlamaGen | TrainedDrafter
 
 
 def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
@@ -38,9 +40,9 @@ def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
             kind = json.loads((gpt / "config.json").read_text()).get("_class_name")
         except (OSError, ValueError, AttributeError) as error:
             raise VisarError(f"{path} holds no drafter: it has no readable config.json.") from error
-        kinds = {"LlamaGen": LlamaGen, "EagleHead": EagleHead}
+        kinds = {"LlamaGen": LlamaGen, **DRAFTERS}
         if kind not in kinds:
-            raise VisarError(f"{path} holds a {kind}, not a drafter: an EagleHead, or a smaller LlamaGen.")
+            raise VisarError(f"{path} holds a {kind}, not a drafter; those are: {', '.join(kinds)}.")
         try:
             model = load_part(kinds[kind], gpt)
         except VisarError:
@@ -56,11 +58,16 @@ def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
 def check(model: DraftModel, target: LlamaGen, name: str, grid: int) -> None:
     """Raise `VisarError` for a drafter that cannot draft for the target."""
     t, d = target.config, model.config
-    if isinstance(model, EagleHead):
-        if d.dim != t.dim:
+    if not isinstance(model, LlamaGen):
+        if "dim" in d and d.dim != t.dim:
             raise VisarError(f"The drafter {name} is {d.dim} wide, the target {t.dim}: it is another model's.")
-        if model.head_dim != target.head_dim:
-            raise VisarError(f"The drafter {name} has heads of {model.head_dim}, the target of {target.head_dim}.")
+        if "num_heads" in d and d.dim // d.num_heads != target.head_dim:
+            own = d.dim // d.num_heads
+            raise VisarError(f"The drafter {name} has heads of {own}, the target of {target.head_dim}.")
+        if "layers" in d:
+            used = list(range(d.layers)) if isinstance(d.layers, int) else list(d.layers)
+            if not used or not all(0 <= i < t.num_layers for i in used):
+                raise VisarError(f"The drafter {name} uses layers {used} of a target that has {t.num_layers}.")
         if d.target and d.target != fingerprint(target):
             raise VisarError(f"The drafter {name} was trained for another target; see `visar train drafter`.")
         return
@@ -75,19 +82,38 @@ def check(model: DraftModel, target: LlamaGen, name: str, grid: int) -> None:
 
 
 def kind_of(model: DraftModel) -> str:
-    return "eagle" if isinstance(model, EagleHead) else "model"
+    """What samplers call it: "model" for a model of its own, or a kind of `visar.models.drafters.KINDS`."""
+    return "model" if isinstance(model, LlamaGen) else model.kind
+
+
+def reads_features(model: DraftModel | None) -> bool:
+    """Whether it needs a session that keeps its features."""
+    return isinstance(model, EagleHead | DraftHeads)
 
 
 def attach(
     session: ModelSession, model: DraftModel, depth: int, window: int, condition: Tensor, mask: Tensor | None, grid: int
 ) -> Drafter:
     """A drafter at work for a session, which has the condition and mask given; it drafts `depth` tokens deep."""
-    model.to(session.device, session.model.dtype)
+    with quiet_conversion():
+        model.to(session.device, session.model.dtype)
+    drafter: Drafter
     if isinstance(model, EagleHead):
-        return EagleDrafter(session, model, depth)
+        drafter = EagleDrafter(session, model, depth)
+    elif isinstance(model, DraftHeads):
+        drafter = HeadsDrafter(session, model, depth)
+    else:
+        drafter = _own_session(session, model, window, condition, mask, grid)
+    return Timed(drafter, session.device)
+
+
+def _own_session(
+    session: ModelSession, model: DraftModel, window: int, condition: Tensor, mask: Tensor | None, grid: int
+) -> SessionDrafter:
+    gpt = model if isinstance(model, LlamaGen) else model.model(session.model)
     # The root of the drafter's own session is one node before that of the tree.
     inner = ModelSession(
-        model, condition, mask, length=session.length, window=window + 1, grid=grid, guidance=session.guidance
+        gpt, condition, mask, length=session.length, window=window + 1, grid=grid, guidance=session.guidance
     )
-    weights = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if "embedding" not in n)
+    weights = sum(p.numel() * p.element_size() for n, p in gpt.named_parameters() if "embedding" not in n)
     return SessionDrafter(inner, weights)

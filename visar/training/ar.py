@@ -31,8 +31,8 @@ class ARLoss(nn.Module):
 
         `features` [B, T, C] and `mask` [B, T] are of the captions; `drop` [B] marks rows trained unconditionally.
         `own` [b, n] turns the inputs of the first b rows into tokens the model draws itself where it is above 0, and
-        into the true tokens elsewhere: mistakes of the kind that decoding makes (scheduled sampling, Bengio et al. 2015,
-        arXiv:1506.03099, in two parallel passes). The values in (0, 1) are the coins of the draws.
+        into the true tokens elsewhere: mistakes of the kind that decoding makes (scheduled sampling, Bengio et al.
+        2015, arXiv:1506.03099, in two parallel passes). The values in (0, 1) are the coins of the draws.
         """
         features = torch.where(drop[:, None, None], self.gpt.cls_embedding.null_like(features), features)
         if own is not None:

@@ -1,157 +1,121 @@
-"""Training an EAGLE drafter on what the target itself draws, by unrolling it on its own predictions.
-
-Data, guidance, temperature and top-k are those of use, and the loss is the divergence of the guided laws, which is what
-acceptance depends on. Unrolling is EAGLE-3's training-time test (Li et al. 2025, arXiv:2503.01840).
-"""
+"""Training a drafter of any kind on what the target itself draws."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.engine.guidance import Guidance
-from visar.errors import VisarError
-from visar.models.drafters import fingerprint
-from visar.models.drafters.eagle import EagleHead
-from visar.models.llamagen import Attend, LlamaGen
+from visar.errors import VisarError, unknown
+from visar.files import replacing
+from visar.models.drafters import KINDS, DraftHeads, EagleHead, ExitHead, SkippedLayers, TrainedDrafter, fingerprint
+from visar.models.llamagen import LlamaGen
 from visar.samplers.distribution import Target
+from visar.training.drafting_loss import DraftLoss, EagleLoss, HeadsLoss, ShallowLoss
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
-
-class Unrolled(nn.Module):
-    """An EAGLE head unrolled `depth` steps over whole sequences; the target is frozen and no part of it is saved."""
-
-    def __init__(
-        self, head: EagleHead, target: LlamaGen, guidance: Guidance, law: Target, depth: int, grid: int | None = None
-    ):
-        super().__init__()
-        self.head = head
-        self.depth, self.guidance, self.law, self.grid = depth, guidance, law, grid
-        target.eval().requires_grad_(False)
-        self._target = lambda: target  # no submodule: neither saved nor copied with the head
-
-    def forward(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        """The loss: KL(p || q) + TV(p, q) of the guided laws, later steps weighing 0.8 of those before them."""
-        p, laws = self.laws(condition, mask, tokens)
-        loss = p.new_zeros(())
-        for step, log_q in enumerate(laws):
-            own, kept = p[:, step:], log_q[:, step:]
-            kl = (torch.xlogy(own, own) - own * kept).sum(-1)
-            tv = (own - kept.exp()).abs().sum(-1) / 2
-            loss = loss + 0.8**step * (kl + tv).mean()
-        return loss
-
-    @torch.no_grad()
-    def acceptance(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> list[float]:
-        """The mean of 1 - TV of the laws as they are used, at each depth."""
-        p, laws = self.laws(condition, mask, tokens)
-        at = self._positions(tokens)
-        processed = (self.law.probs(log_q * self.law.temperature, at) for log_q in laws)
-        return [torch.minimum(p, q)[:, step:].sum(-1).mean().item() for step, q in enumerate(processed)]
-
-    def laws(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The target law p [B, n, V] of every token, and per step the draft law in logs, before top-k and top-p.
-
-        Row i of step k is drafted k steps behind the root: from the target's features up to slot i - k, and its own
-        predictions since. Rows below k are of no root and count for nothing.
-        """
-        target, at = self._target(), self._positions(tokens)
-        embed, prefix = target.cls_embedding, target.config.condition_length
-        parts = [condition] + ([embed.null_like(condition)] if self.guidance.active else [])
-        with torch.no_grad():
-            x = torch.cat([embed(part) for part in parts])
-            x = torch.cat([x, target.tok_embeddings(tokens[:, :-1]).repeat(len(parts), 1, 1)], dim=1)
-            slots = x.shape[1]
-            valid = F.pad(mask.bool(), (0, slots - prefix), value=True).repeat(len(parts), 1)
-            back = torch.arange(slots, device=x.device)[:, None] - torch.arange(slots, device=x.device)
-            rows = target.rotary(self.grid)[:slots].expand(len(x), -1, -1, -1)
-            features = target.run(x, rows, attention([(back >= 0) & valid[:, None] | (back == 0)], [], []))
-            p = self.law.probs(self._guided(target.logits(features[:, prefix - 1 :]), at), at)
-        out: list[Tensor] = []
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        before = features
-        for step in range(self.depth):
-            # Of the true features, all that is `step` slots back; of each prediction since, the slot on the way here.
-            seen = [(back >= step) & valid[:, None] | ((back == 0) & (step == 0))]
-            seen += [(back == step - j).expand(len(x), -1, -1) for j in range(1, step + 1)]
-            h = self.head(x, F.pad(before[:, :-1], (0, 0, 1, 0)), rows, attention(seen, keys, values))
-            predicted = self.head.norm(h[:, prefix - 1 :]).to(target.dtype)
-            logits = self._guided(target.logits(predicted), at)
-            out.append((logits / self.law.temperature).log_softmax(-1))
-            before = h
-        return p, out
-
-    def _positions(self, tokens: Tensor) -> Tensor:
-        return torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-
-    def _guided(self, logits: Tensor, at: Tensor) -> Tensor:
-        if not self.guidance.active:
-            return logits
-        cond, uncond = logits.chunk(2)
-        return self.guidance.combine(cond, uncond, at)
+LOSSES: dict[str, type[DraftLoss[Any]]] = {
+    "eagle": EagleLoss,
+    "medusa": HeadsLoss,
+    "hydra": HeadsLoss,
+    "exit": ShallowLoss,
+    "skip": ShallowLoss,
+}
+# The condition and the mask, [b, ...] each, of the pictures with these numbers
+Conditions = Callable[[list[int]], tuple[Tensor, Tensor]]
 
 
-def attention(seen: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> Attend:
-    """Attention over the keys and values of all passes so far, to which it adds its own; `seen` is a mask for each."""
-    mask = torch.cat(seen, -1)[:, None]
-
-    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys.append(k)
-        values.append(v)
-        q, k, v = (t.transpose(1, 2) for t in (q, torch.cat(keys[-len(seen) :], 1), torch.cat(values[-len(seen) :], 1)))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-    return attend
+def new_drafter(kind: str, target: LlamaGen, depth: int, layers: int) -> TrainedDrafter:
+    """An untrained drafter for a target. Blocks start as the target's last one: a better place than nowhere."""
+    c, mark = target.config, fingerprint(target)
+    if kind in ("medusa", "hydra"):
+        return DraftHeads(c.dim, depth, reads_tokens=kind == "hydra", target=mark)
+    if kind == "skip":
+        return SkippedLayers(list(range(c.num_layers)), target=mark)
+    block, norm = target.layers[-1].state_dict(), target.norm.state_dict()
+    made: EagleHead | ExitHead
+    if kind == "exit":
+        made = ExitHead(c.dim, c.num_heads, c.ffn, layers, target=mark)
+    else:
+        made = EagleHead(c.dim, c.num_heads, c.ffn, target=mark)
+        nn.init.normal_(made.fc.weight, std=made.fc.in_features**-0.5)
+        nn.init.zeros_(made.fc.bias)
+    made.block.load_state_dict(block)
+    made.norm.load_state_dict(norm)
+    return made
 
 
 def train_drafter(
+    kind: str,
     target: LlamaGen,
-    conditions: Callable[[list[int]], tuple[Tensor, Tensor]],
+    conditions: Conditions,
     tokens: Tensor,
     config: TrainConfig,
     guidance: Guidance,
     law: Target,
+    *,
     depth: int = 5,
+    layers: int = 0,
     grid: int | None = None,
     held: float = 0.05,
-) -> EagleHead:
-    """Train on pictures [n, N] that the target drew, and save `eagle/` in `config.out`; returns the EMA.
+) -> TrainedDrafter:
+    """Train on pictures [n, N] that the target drew, and save a folder named after the kind in `config.out`.
 
-    `conditions` gives the condition and the mask, each [b, ...], of rows. The last `held` of the pictures are held out;
-    their acceptance per depth goes to the log.
+    `layers` is where an "exit" lies (default 2), or how many a "skip" keeps (default half of them). The last `held` of
+    the pictures are held out; their acceptance per depth goes to the log. Returns the EMA.
     """
+    if kind not in KINDS:
+        raise unknown("drafter", kind, KINDS)
+    layers = layers or (-(-target.config.num_layers // 2) if kind == "skip" else min(2, target.config.num_layers))
+    if not 1 <= layers <= target.config.num_layers:
+        raise VisarError(f"The layers must be 1 to {target.config.num_layers}, not {layers}.")
     count = max(1, int(held * len(tokens)))
     if len(tokens) <= count:
         raise VisarError(f"A drafter needs 2 or more pictures to learn from, not {len(tokens)}.")
     torch.manual_seed(config.seed)
     target.to(distributed(config.device)[2])
-    c = target.config
-    head = EagleHead(c.dim, c.num_heads, c.ffn, target=fingerprint(target))
-    # Where the target's last block and norm take it from is a better start than nowhere.
-    head.block.load_state_dict(target.layers[-1].state_dict())
-    head.norm.load_state_dict(target.norm.state_dict())
-    nn.init.normal_(head.fc.weight, std=head.fc.in_features**-0.5)
-    nn.init.zeros_(head.fc.bias)
-    model = Unrolled(head, target, guidance, law, depth, grid)
+    drafter = new_drafter(kind, target, depth, layers)
+    loss = LOSSES[kind]
+    model: DraftLoss[Any] = loss(drafter, target, guidance, law, depth, grid)
     split = len(tokens) - count
+
+    def rows_of(rows: list[int]) -> tuple[Tensor, ...]:
+        return *conditions(rows), tokens[rows]
 
     def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
         rng = random.Random(step_seed(config.seed, step, rank))
-        rows = [rng.randrange(split) for _ in range(config.batch)]
-        return *conditions(rows), tokens[rows]
+        return rows_of([rng.randrange(split) for _ in range(config.batch)])
 
-    def evaluate(ema: Unrolled) -> dict[str, float]:
+    def evaluate(ema: DraftLoss[Any]) -> dict[str, float]:
         rows = list(range(split, len(tokens)))[:64]
-        device = target.device
-        found = ema.acceptance(*(t.to(device) for t in (*conditions(rows), tokens[rows])))
+        found = ema.acceptance(*(t.to(target.device) for t in rows_of(rows)))
         return {f"acceptance_{i + 1}": round(a, 4) for i, a in enumerate(found)}
 
-    ema = fit(model, batch_at, config, evaluate)
+    if kind == "skip":
+        drafter = fewer_layers(model, [t.to(target.device) for t in batch_at(0, 0)], layers)
+        found = evaluate(loss(drafter, target, guidance, law, depth, grid))
+        with replacing(config.out / "log.jsonl") as temporary:
+            temporary.write_text(json.dumps({"layers": drafter.config.layers, **found}) + "\n")
+        print(json.dumps({"layers": drafter.config.layers, **found}), flush=True)
+    else:
+        drafter = fit(model, batch_at, config, evaluate).drafter
     if distributed()[0] == 0:
-        ema.head.save_pretrained(config.out / "eagle")
-    return ema.head
+        drafter.save_pretrained(config.out / kind)
+    return drafter
+
+
+def fewer_layers(loss: DraftLoss[Any], batch: list[Tensor], keep: int) -> SkippedLayers:
+    """Leave out one layer after the other, each time the one that costs the least acceptance on a batch."""
+    mark, chosen = loss.drafter.config.target, list(loss.drafter.config.layers)
+    while len(chosen) > keep:
+        scores: dict[int, float] = {}
+        for layer in chosen:
+            loss.drafter = SkippedLayers([i for i in chosen if i != layer], target=mark)
+            scores[layer] = loss.acceptance(*batch)[0]
+        chosen.remove(max(scores, key=lambda layer: scores[layer]))
+    return SkippedLayers(chosen, target=mark)

@@ -6,7 +6,14 @@ import hashlib
 
 import torch
 
+from visar.models.drafters.eagle import EagleHead
+from visar.models.drafters.heads import DraftHeads
+from visar.models.drafters.shallow import ExitHead, SkippedLayers
 from visar.models.llamagen import LlamaGen
+
+TrainedDrafter = EagleHead | DraftHeads | ExitHead | SkippedLayers
+DRAFTERS = {cls.__name__: cls for cls in (EagleHead, DraftHeads, ExitHead, SkippedLayers)}
+KINDS = ("eagle", "medusa", "hydra", "exit", "skip")
 
 
 def fingerprint(target: LlamaGen) -> str:

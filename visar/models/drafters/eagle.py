@@ -21,6 +21,7 @@ class EagleHead(ModelMixin, ConfigMixin):
     """
 
     config_name = "config.json"
+    kind = "eagle"
 
     @register_to_config
     def __init__(self, dim: int = 1280, num_heads: int = 20, ffn: int = 3584, target: str = ""):
