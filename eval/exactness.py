@@ -22,7 +22,7 @@ from visar.engine.rng import Noise
 from visar.errors import VisarError, unknown
 from visar.eval.mutants import MUTANTS
 from visar.eval.tabular import Law, TabularModel, TabularSession, joint
-from visar.samplers import SAMPLERS, Sampler, Target, get_sampler
+from visar.samplers import SAMPLERS, BeamTree, Sampler, Target, get_sampler
 
 EXACT_LIMIT, MUTANT_LIMIT = 4.0, 10.0
 MUTANT_SEQUENCES = 131072  # with fewer, a small bias is not yet beyond doubt
@@ -95,11 +95,13 @@ class Row:
 
 
 def configured(sampler: Sampler, case: Case) -> Sampler:
-    """The sampler with the window, init and grid of the case, where it has such fields."""
+    """The sampler with the window, init and grid of the case, where it has such fields, and a tree of a few nodes."""
     wanted: dict[str, Any] = {
         "window": case.window, "gamma": case.window - 1, "init": case.init, "grid": case.grid
     }  # fmt: skip
     has = {f.name for f in fields(sampler)}  # type: ignore[arg-type]
+    if isinstance(sampler, BeamTree):  # small enough that drafts are left out
+        wanted |= {"beam": min(sampler.beam, 3), "depth": min(sampler.depth, 3), "nodes": min(sampler.nodes, 12)}
     return replace(sampler, **{k: v for k, v in wanted.items() if k in has})  # type: ignore[type-var]
 
 

@@ -12,6 +12,7 @@ from visar.engine.drafter import Drafter
 from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.samplers.base import Sampler, State
+from visar.samplers.beam_tree import BeamTree, Drafted
 from visar.samplers.jacobi import SpeculativeJacobi
 from visar.samplers.speculative import Children, Speculative, TreeSpeculative
 from visar.samplers.tree_verification import ChildRule, Drawn
@@ -94,11 +95,34 @@ class Pruned(TreeSpeculative):
 
     def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
         tokens, laws = super().draft(drafter, tree, session, state, u)
-        parents = tree.parents.expand(len(tokens), -1).clamp_min(0)
-        rows = torch.arange(len(tokens))[:, None]
-        small = laws[rows, parents, tokens.clamp_min(0)] < 1 / session.vocab
-        small[:, 0] = False
-        return torch.where(small, -1, tokens), laws
+        return torch.cat([tokens[:, :1], without_small(tokens[:, 1:], laws, tree)], dim=1), laws
+
+
+def without_small(drafts: Tensor, laws: Tensor, tree: Tree) -> Tensor:
+    """-1 for the drafts [B, T - 1] of a tree that their own law, of [B, T, V], gives less than the mean."""
+    parents = tree.parents[:, 1:].expand(len(drafts), -1)
+    own = laws[torch.arange(len(drafts))[:, None], parents, drafts.clamp_min(0)]
+    return torch.where(own < 1 / laws.shape[-1], -1, drafts)
+
+
+@dataclass(frozen=True)
+class PrunedBeam(BeamTree):
+    """The same in a tree that stochastic beam search gave, as EAGLE-2 would prune it."""
+
+    children: Children = "drawn"
+    nodes: int = 0
+
+    def draft(self, drafter: Drafter, session: Session, state: State) -> Drafted:
+        drafted = super().draft(drafter, session, state)
+        return drafted._replace(tokens=without_small(drafted.tokens, drafted.q, drafted.tree))
+
+
+@dataclass(frozen=True)
+class ChosenBeamAsDrawn(BeamTree):
+    """EAGLE-2's tree, tested as if its drafts had been drawn."""
+
+    def rule(self) -> ChildRule:
+        return Drawn()
 
 
 @dataclass(frozen=True)
@@ -147,6 +171,8 @@ MUTANTS = (
     Mutant("longest path", LongestPath(), "plain"),
     Mutant("children out of order", OutOfOrder(tree="2x2", drafter="model"), "full prefix"),
     Mutant("children pruned by q", Pruned(tree="2x2", drafter="model"), "plain"),
+    Mutant("beam pruned by q", PrunedBeam(beam=2, depth=2, drafter="model"), "plain"),
+    Mutant("chosen beam as drawn", ChosenBeamAsDrawn(beam=2, depth=2, nodes=4, drafter="model"), "plain"),
     Mutant("padding with token 0", PaddedWithZero(tree="3x2", drafter="model"), "top-p 0.7"),
     Mutant("chosen tested as drawn", ChosenAsDrawn(tree="2x2", drafter="model"), "plain"),
     Mutant("bonus from raw logits", RawBonus(gamma=1), "temperature 0.6"),

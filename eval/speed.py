@@ -28,7 +28,10 @@ PROMPTS = tuple(f"{thing}, {style}" for thing in THINGS for style in ("3d", "not
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """Medians over repeats. `nfe`: passes per picture at this batch; ratios are against the first sampler."""
+    """Medians over repeats. `nfe`: passes per picture at this batch; ratios are against the first sampler.
+
+    `ms_per_pass` includes drafting, which takes the share `draft_share` of it.
+    """
 
     sampler: str
     exact: bool
@@ -36,6 +39,7 @@ class SpeedRow:
     nfe: float
     commits_per_pass: float
     ms_per_pass: float
+    draft_share: float
     seconds_per_image: float
     images_per_second: float
     gb_per_second: float
@@ -101,6 +105,7 @@ def compare(
             "nfe": passes / len(groups),
             "commits_per_pass": statistics.mean(s.commits_per_pass for s in stats),
             "ms_per_pass": statistics.median(s.ms_per_pass for s in stats),
+            "draft_share": sum(s.draft_seconds for s in stats) / seconds,
             "seconds_per_image": seconds / images,
             "images_per_second": images / seconds,
             "gb_per_second": sum(s.gigabytes for s in stats) / seconds,

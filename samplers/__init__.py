@@ -9,6 +9,7 @@ from typing import Any
 from visar.errors import VisarError, unknown
 from visar.samplers.autoregressive import Autoregressive
 from visar.samplers.base import Sampler, State
+from visar.samplers.beam_tree import BeamTree
 from visar.samplers.distribution import Target
 from visar.samplers.jacobi import Jacobi, SpeculativeJacobi
 from visar.samplers.relaxed import CoolSD, GroupedJacobi, Lantern, LanternPlusPlus
@@ -57,6 +58,9 @@ SAMPLERS: dict[str, SamplerSpec] = {
             "exact", "eagle",
         ),
         SamplerSpec("eagle-chain", lambda: Speculative(gamma=5, drafter="eagle"), "EAGLE, a chain", "exact", "eagle"),
+        SamplerSpec("eagle2", BeamTree, "EAGLE-2, Li et al. 2024, arXiv:2406.16858", "exact", "eagle"),
+        SamplerSpec("rsd-s", lambda: BeamTree(children="drawn", nodes=0), "RSD-S, Jeon et al. 2024, arXiv:2402.14160",
+                    "exact", "eagle"),
         SamplerSpec("medusa", lambda: TreeSpeculative(drafter="medusa"), "Medusa, Cai et al. 2024, arXiv:2401.10774",
                     "exact", "medusa"),
         SamplerSpec("hydra", lambda: TreeSpeculative(drafter="hydra"), "Hydra, Ankner et al. 2024, arXiv:2402.05109",
@@ -96,6 +100,7 @@ __all__ = [
     "DEFAULT_SAMPLER",
     "SAMPLERS",
     "Autoregressive",
+    "BeamTree",
     "CoolSD",
     "GroupedJacobi",
     "Jacobi",

@@ -38,14 +38,14 @@ def bench(options: argparse.Namespace) -> int:
     )  # fmt: skip
     rows = [
         (r.sampler, "exact" if r.exact else "not exact", r.window, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
-         f"{r.ms_per_pass:.2f}", f"{r.seconds_per_image:.3f}", f"{r.images_per_second:.2f}",
-         f"{r.gb_per_second:.1f}", f"{100 * r.gb_per_second / report.bandwidth:.0f}%",
+         f"{r.ms_per_pass:.2f}", f"{100 * r.draft_share:.0f}%", f"{r.seconds_per_image:.3f}",
+         f"{r.images_per_second:.2f}", f"{r.gb_per_second:.1f}", f"{100 * r.gb_per_second / report.bandwidth:.0f}%",
          f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}")
         for r in report.rows
     ]  # fmt: skip
     print(table(
-        ("SAMPLER", "LAW", "W", "NFE", "TOKENS/PASS", "MS/PASS", "S/IMAGE", "IMAGES/S", "GB/S", "OF BANDWIDTH",
-         f"NFE/{report.rows[0].sampler}", f"TIME/{report.rows[0].sampler}"), rows,
+        ("SAMPLER", "LAW", "W", "NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE", "IMAGES/S", "GB/S",
+         "OF BANDWIDTH", f"NFE/{report.rows[0].sampler}", f"TIME/{report.rows[0].sampler}"), rows,
     ))  # fmt: skip
     print(
         f"{options.model}, {report.device}, {report.dtype}, batch {options.batch}, {options.images} pictures, medians "

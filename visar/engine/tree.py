@@ -25,17 +25,18 @@ class Tree(NamedTuple):
     ancestors: Tensor
 
     @staticmethod
-    def of(parents: Tensor | Sequence[int]) -> Tree:
-        """The tree of `parents` [T] or [R, T]; a `VisarError` for more than 63 nodes."""
+    def of(parents: Tensor | Sequence[int], depth: int | None = None) -> Tree:
+        """The tree of `parents` [T] or [R, T], at most `depth` deep; a `VisarError` for more than 63 nodes."""
         p = torch.as_tensor(parents, dtype=torch.long)
         p = p[None] if p.ndim == 1 else p
         if p.shape[1] > MOST_NODES:
             raise VisarError(f"A draft tree has at most {MOST_NODES} nodes with its root, not {p.shape[1]}.")
-        depths, ancestors = torch.zeros_like(p), torch.ones_like(p)
-        for j in range(1, p.shape[1]):
-            above = p[:, j : j + 1]
-            depths[:, j] = depths.gather(1, above)[:, 0] + 1
-            ancestors[:, j] = ancestors.gather(1, above)[:, 0] | (1 << j)
+        own = (1 << torch.arange(p.shape[1], device=p.device)).expand_as(p)
+        above, inner = p.clamp_min(0), p >= 0
+        depths, ancestors = torch.zeros_like(p), own
+        for _ in range(p.shape[1] - 1 if depth is None else depth):
+            depths = torch.where(inner, depths.gather(1, above) + 1, 0)
+            ancestors = torch.where(inner, ancestors.gather(1, above) | own, own)
         return Tree(p, depths, ancestors)
 
     def to(self, device: torch.device) -> Tree:
@@ -45,8 +46,10 @@ class Tree(NamedTuple):
         """The same tree with a chain of `nodes` more before its root; what does not fit are leaves at its end."""
         if not nodes:
             return self
-        chain = torch.arange(-1, nodes - 1, device=self.parents.device).expand(len(self.parents), -1)
-        return Tree.of(torch.cat([chain, self.parents + nodes], dim=1)[:, :MOST_NODES].cpu()).to(self.parents.device)
+        chain = Tree.of(torch.arange(-1, nodes - 1, device=self.parents.device))
+        moved = (self.parents + nodes, self.depths + nodes, self.ancestors << nodes | (1 << nodes) - 1)
+        both = (torch.cat([a.expand(len(b), -1), b], dim=1) for a, b in zip(chain, moved, strict=True))
+        return Tree(*(t[:, :MOST_NODES] for t in both))
 
     def sees(self, first: int, count: int, others: Tensor) -> Tensor:
         """Whether the nodes `first`.. see the nodes `others` [R, S], any integers: [R, count, S] bool."""

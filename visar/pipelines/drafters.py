@@ -11,6 +11,7 @@ from visar.engine.drafter import Drafter, SessionDrafter, Timed
 from visar.engine.eagle import EagleDrafter
 from visar.engine.heads import HeadsDrafter
 from visar.engine.model_session import ModelSession
+from visar.engine.tree import MOST_NODES
 from visar.errors import VisarError
 from visar.models.drafters import DRAFTERS, TrainedDrafter, fingerprint
 from visar.models.drafters.eagle import EagleHead
@@ -113,7 +114,13 @@ def _own_session(
     gpt = model if isinstance(model, LlamaGen) else model.model(session.model)
     # The root of the drafter's own session is one node before that of the tree.
     inner = ModelSession(
-        gpt, condition, mask, length=session.length, window=window + 1, grid=grid, guidance=session.guidance
+        gpt,
+        condition,
+        mask,
+        length=session.length,
+        window=max(window, MOST_NODES) + 1,
+        grid=grid,
+        guidance=session.guidance,
     )
     weights = sum(p.numel() * p.element_size() for n, p in gpt.named_parameters() if "embedding" not in n)
     return SessionDrafter(inner, weights)

@@ -1,0 +1,186 @@
+"""Trees that every round shapes anew, level by level, by a beam over the drafts of the level before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from visar.engine.drafter import Drafter
+from visar.engine.rng import Noise, Purpose
+from visar.engine.session import Session
+from visar.engine.tree import MOST_NODES, Tree
+from visar.errors import VisarError
+from visar.samplers.base import State
+from visar.samplers.distribution import Target
+from visar.samplers.speculative import Children, drafter_of
+from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, verify_tree
+from visar.samplers.verification import Coins
+
+LATER = 1e-9  # what a level costs, so that a child never ranks before its parent
+
+
+class Drafted(NamedTuple):
+    """A tree for each row: `tokens` [B, T - 1] of its drafts, -1 where there is none, and draft laws `q` [B, T, V].
+
+    `fed` [B, T]: the number that the drafter knows a node by, -1 for those it was not given; their `q` is not theirs.
+    """
+
+    tree: Tree
+    tokens: Tensor
+    q: Tensor
+    fed: Tensor
+
+
+@dataclass(frozen=True)
+class BeamTree:
+    """A beam of `beam` nodes is extended `depth` times; `nodes` drafts are tested.
+
+    Children "chosen": the most likely continuations; of all that were seen, the `nodes` most likely are kept (EAGLE-2,
+    Li et al. 2024, arXiv:2406.16858). Children "drawn": stochastic beam search (Kool et al. 2019, arXiv:1903.06059), so
+    the siblings of a node are drawn from its law without replacement and none may be dropped (RSD-S, Jeon et al. 2024,
+    arXiv:2402.14160); `nodes` is 0. Both are exact, each with a rule of its own.
+    """
+
+    beam: int = 10
+    depth: int = 5
+    nodes: int = 48
+    children: Children = "chosen"
+    drafter: str = "eagle"
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.children not in get_args(Children):
+            raise VisarError(f"Unknown children {self.children!r}; known: {', '.join(get_args(Children))}.")
+        if self.beam < 1 or self.depth < 1:
+            raise VisarError(f"beam and depth must be 1 or more, not {self.beam} and {self.depth}.")
+        if self.children == "drawn" and self.nodes:
+            raise VisarError("Of drawn children none may be dropped: nodes must be 0.")
+        least = max(self.depth, self.beam * (self.depth - 1))
+        if self.children == "chosen" and self.nodes < least:
+            raise VisarError(f"nodes must be {least} or more for beam {self.beam} and depth {self.depth}.")
+        if self.window > MOST_NODES:
+            raise VisarError(f"A draft tree has at most {MOST_NODES} nodes with its root, not {self.window}.")
+
+    @property
+    def name(self) -> str:
+        return "eagle2" if self.children == "chosen" else "rsd-s"
+
+    @property
+    def window(self) -> int:
+        return 1 + (self.nodes or self.beam * self.depth)
+
+    def rule(self) -> ChildRule:
+        """How a child is tested; a method so that `visar verify` can plant mistakes in it."""
+        return Drawn() if self.children == "drawn" else Chosen()
+
+    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+        drafter_of(session, self.drafter)
+        state = State.empty(session, target, noise, self.window)
+        state.rule = self.rule()
+        return state
+
+    def step(self, session: Session, state: State) -> None:
+        assert state.rule is not None
+        drafter = drafter_of(session, self.drafter)
+        drafted = self.draft(drafter, session, state)
+        tree, tokens = drafted.tree, torch.cat([state.inputs(session, 1), drafted.tokens], dim=1)
+        count = tokens.shape[1]
+        p = state.target.probs(session.forward(tokens.clamp_min(0), tree), session.follows(count, tree))
+        coins = Coins(*state.noise.uniforms(Purpose.STEP, session.positions(max(count, self.depth + 1)), state.passes))
+        verdict = verify_tree(p, drafted.q, tokens, siblings(tree, self.beam), self.depth, coins, state.rule)
+        session.keep(verdict.path)
+        known = drafted.fed.gather(1, verdict.path.clamp_min(0))
+        drafter.keep(torch.where(verdict.path < 0, -1, known))
+        state.commit(session, verdict.tokens, verdict.accepted)
+
+    def draft(self, drafter: Drafter, session: Session, state: State) -> Drafted:
+        """Grow the beam, and choose what is tested."""
+        batch, device = session.batch, session.device
+        each = min(self.beam, session.vocab)  # children that a node may have
+        known = Tree.of(torch.full((batch, 1), -1, device=device))  # what the drafter was given
+        laws: list[Tensor] = []  # by level: of the nodes fed,
+        tokens: list[Tensor] = []  # and their children,
+        values: list[Tensor] = []
+        above: list[Tensor] = []  # and whose they are
+        beams: list[Tensor] = []  # by level, which of the children are extended
+        score = torch.zeros(batch, 1, dtype=torch.float64, device=device)
+        chain = score
+        logits, first = drafter.root(state.tokens, session.lengths), 0
+        for level in range(self.depth):
+            count = known.parents.shape[1] - first
+            q = state.target.probs(logits, session.follows(count, known, first))
+            laws.append(q)
+            joint = chain[..., None] + q.double().log()
+            ranked = self._ranked(joint, score, session, state, first)
+            best = ranked.topk(each)  # [B, count, each]
+            value = best.values.flatten(1)
+            tokens.append(torch.where(value > -torch.inf, best.indices.flatten(1), -1))
+            values.append(value - LATER * level)
+            above.append(torch.arange(first, first + count, device=device).repeat_interleave(each).expand(batch, -1))
+            kept = value.topk(min(self.beam, value.shape[1])).indices.sort().values
+            beams.append(kept)
+            if level + 1 < self.depth:
+                score, fed = value.gather(1, kept), tokens[-1].gather(1, kept)
+                chain = joint.gather(-1, best.indices).flatten(1).gather(1, kept)
+                first = known.parents.shape[1]
+                known = Tree.of(torch.cat([known.parents, above[-1].gather(1, kept)], dim=1), level + 1)
+                logits = drafter.extend(fed.clamp_min(0), known, first)
+        return self._chosen(laws, tokens, values, above, beams)
+
+    def _ranked(self, joint: Tensor, score: Tensor, session: Session, state: State, first: int) -> Tensor:
+        """The rank of all children [B, M, V] of M nodes with the log-probabilities `joint` and their own `score`."""
+        if self.children == "chosen":
+            return joint
+        at = session.positions(first + joint.shape[1])[:, first:]  # of the noise: one for each node, whatever its depth
+        e = state.noise.exponential(Purpose.DRAFT, at, state.passes, session.vocab).double()
+        gumbel = joint - e.log()
+        # Gumbels of the children, given that the largest is their parent's own (Kool et al. 2019, appendix B.3).
+        parent = score[..., None]
+        v = parent - gumbel + torch.log1p(-torch.exp(gumbel - gumbel.amax(-1, keepdim=True)))
+        out = parent - v.clamp_min(0) - torch.log1p(torch.exp(-v.abs()))
+        return torch.where(torch.isneginf(gumbel) | torch.isneginf(parent), -torch.inf, out)
+
+    def _chosen(
+        self, laws: list[Tensor], tokens: list[Tensor], values: list[Tensor], above: list[Tensor], beams: list[Tensor]
+    ) -> Drafted:
+        """The tree of what is tested: the `nodes` most likely drafts, or all of the beams."""
+        batch, device = len(tokens[0]), tokens[0].device
+        starts = [0]
+        for part in tokens:
+            starts.append(starts[-1] + part.shape[1])
+        pool, value, parent = (torch.cat(parts, dim=1) for parts in (tokens, values, above))
+        in_beams = [at + start for at, start in zip(beams, starts, strict=False)]  # by level, as numbers in the pool
+        drafts = torch.cat(in_beams, dim=1)
+        if self.children == "chosen":
+            drafts = value.topk(min(self.nodes, value.shape[1])).indices.sort().values
+        # A node has a number in the pool, one in the tree that is tested, and one that the drafter knows it by.
+        root = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        tested = torch.zeros_like(pool).scatter_(1, drafts, numbers(drafts, 1))
+        given = torch.cat([root, *in_beams[:-1]], dim=1)
+        known = torch.full_like(pool, -1).scatter_(1, given[:, 1:], numbers(given[:, 1:], 1))
+        mine = parent.gather(1, drafts)
+        parents = torch.where(mine == 0, 0, tested.gather(1, given.gather(1, mine)))
+        tree = Tree.of(torch.cat([root - 1, parents], dim=1), self.depth)
+        fed = torch.cat([root, known.gather(1, drafts)], dim=1)
+        q = torch.cat(laws, dim=1)
+        q = q.gather(1, fed.clamp_min(0)[..., None].expand(-1, -1, q.shape[-1]))
+        return Drafted(tree, pool.gather(1, drafts), q, fed)
+
+
+def numbers(like: Tensor, first: int) -> Tensor:
+    """first, first + 1, ... in every row of [R, M]."""
+    return torch.arange(first, first + like.shape[1], device=like.device).expand(len(like), -1)
+
+
+def siblings(tree: Tree, most: int) -> Tensor:
+    """The children [R, T, most] of every node, in their order in the tree, -1 behind the last."""
+    p = tree.parents
+    before = (p[:, :, None] == p[:, None, :]).tril(-1).sum(-1)  # siblings that come first
+    table = torch.full((*p.shape, most + 1), -1, device=p.device)
+    rows = torch.arange(len(p), device=p.device)[:, None]
+    node = torch.arange(p.shape[1], device=p.device).expand_as(p)
+    table[rows[:, :1], p[:, 1:], before[:, 1:].clamp_max(most)] = node[:, 1:]
+    return table[..., :most]
