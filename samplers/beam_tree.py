@@ -46,7 +46,7 @@ class BeamTree:
 
     beam: int = 10
     depth: int = 5
-    nodes: int = 48
+    nodes: int = 58
     children: Children = "chosen"
     drafter: str = "eagle"
     exact: ClassVar[bool] = True

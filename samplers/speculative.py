@@ -16,7 +16,7 @@ from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
-from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, draw_children, verify_tree
+from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, TreeVerdict, draw_children, verify_tree
 from visar.samplers.trees import Shape, named_tree
 from visar.samplers.verification import Coins, Verdict, draw, verify_block, verify_independent
 
@@ -159,10 +159,16 @@ class TreeSpeculative:
         tokens, q = self.draft(drafter, tree, session, state, u)
         p = state.target.probs(session.forward(tokens.clamp_min(0), tree), session.follows(self.window, tree))
         coins = Coins(*state.noise.uniforms(Purpose.STEP, nodes, state.passes))
-        verdict = verify_tree(p, q, tokens, children, self.depth, coins, state.rule)
+        verdict = self.verify(p, q, tokens, children, coins, state.rule)
         session.keep(verdict.path)
         drafter.keep(verdict.path)
         state.commit(session, verdict.tokens, verdict.accepted)
+
+    def verify(
+        self, p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, coins: Coins, rule: ChildRule
+    ) -> TreeVerdict:
+        """The walk; a method so that `visar.eval.calibrate` can watch it."""
+        return verify_tree(p, q, tokens, children, self.depth, coins, rule)
 
     def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
         """The nodes' tokens [B, T], the root's first, -1 for those the law could not give, and the laws [B, T, V]."""

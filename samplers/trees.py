@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from visar.engine.tree import MOST_NODES
@@ -18,6 +19,7 @@ EXT57 = (
     "0000 0001 0002 0003 0010 0011 0012 0020 0021 0030 0100 0101 0110 0200 "
     "00000 00001 00002 00010 00011 00100 00101 00110 00200"
 )
+MOST_CHILDREN = 10  # a rank is a digit
 TREES = {"mc25": MC25, "ext57": EXT57}
 
 
@@ -61,6 +63,38 @@ def shape_of(paths: Iterable[tuple[int, ...]]) -> Shape:
     return Shape(tuple(index[p[:-1]] if p else -1 for p in nodes), tuple(map(tuple, children)))
 
 
+def best_tree(acceptance: Sequence[Sequence[float]], nodes: int) -> str:
+    """The tree of `nodes` drafts that is accepted deepest on average, as paths.
+
+    `acceptance[d][r]`: how often the child of rank r, of an accepted node at depth d, is the one that is accepted. The
+    gain of a draft is the product along its path, so the best ones are found one after the other.
+    """
+    found: list[tuple[int, ...]] = []
+    open_paths = [(-acceptance[0][0], (0,))]
+    while open_paths and len(found) < nodes:
+        gain, path = heapq.heappop(open_paths)
+        found.append(path)
+        depth, rank = len(path) - 1, path[-1]
+        if rank + 1 < min(len(acceptance[depth]), MOST_CHILDREN):
+            above = gain / acceptance[depth][rank] if acceptance[depth][rank] else 0.0
+            heapq.heappush(open_paths, (above * acceptance[depth][rank + 1], (*path[:-1], rank + 1)))
+        if depth + 1 < len(acceptance):
+            heapq.heappush(open_paths, (gain * acceptance[depth + 1][0], (*path, 0)))
+    return " ".join("".join(map(str, path)) for path in sorted(found, key=lambda p: (len(p), p)))
+
+
+def expected_tokens(shape: Shape, acceptance: Sequence[Sequence[float]]) -> float:
+    """Tokens per pass of a tree whose children are accepted as `best_tree` says; one of them is not drafted."""
+    gains, depths = [1.0], [0]
+    ranks = {child: rank for below in shape.children for rank, child in enumerate(below)}
+    for node in range(1, len(shape.parents)):
+        parent = shape.parents[node]
+        rates = acceptance[depths[parent]] if depths[parent] < len(acceptance) else []
+        gains.append(gains[parent] * (rates[ranks[node]] if ranks[node] < len(rates) else 0.0))
+        depths.append(depths[parent] + 1)
+    return sum(gains)
+
+
 def branching(*children: int) -> Shape:
     """The tree whose nodes of depth d have `children[d]` children each (RSD-C, Jeon et al. 2024, arXiv:2402.14160)."""
     depths = range(1, len(children) + 1)
@@ -68,12 +102,20 @@ def branching(*children: int) -> Shape:
 
 
 def named_tree(name: str) -> Shape:
-    """A tree by name: "mc25", "ext57", or children per depth as in "4x2x1". Raises `VisarError` for any other."""
-    if name in TREES:
-        return shape_of(tuple(map(int, word)) for word in TREES[name].split())
+    """A tree by name: "mc25", "ext57", children per depth as in "4x2x1", or paths of child ranks as in "0 1 00".
+
+    Raises `VisarError` for any other.
+    """
+    words = TREES.get(name, name).split()
+    if words == ["0"] or (len(words) > 1 and all(word.isdecimal() for word in words)):
+        if len(words) >= MOST_NODES:
+            raise VisarError(
+                f"A draft tree has at most {MOST_NODES} nodes with its root; this one has {len(words) + 1}."
+            )
+        return shape_of(tuple(map(int, word)) for word in words)
     parts = name.split("x")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise unknown("tree", name, [*TREES, "children per depth as in 4x2x1"])
+        raise unknown("tree", name, [*TREES, "children per depth as in 4x2x1", "paths as in '0 1 00'"])
     counts = [int(part) for part in parts]
     nodes = 1 + sum(math.prod(counts[:d]) for d in range(1, len(counts) + 1))
     if nodes > MOST_NODES:

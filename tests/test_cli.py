@@ -95,6 +95,13 @@ def test_json(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert names(tmp_path) == ["red-heart-1.png", "red-heart.png"]
 
 
+def test_parameters_of_a_sampler(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run("generate", "cat", "--json", "--sampler", "scd", "--set", "window=6", "--set", "init=left",
+               "--model", text_folder, "-o", tmp_path) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parameters"]["window"], found["parameters"]["init"]) == (6, "left")
+
+
 def test_the_seed_makes_the_picture(text_folder: Path, tmp_path: Path) -> None:
     def picture(name: str, seed: int) -> bytes:
         assert run("generate", "cat", "--model", text_folder, "--seed", seed, "-o", tmp_path / name) == 0
@@ -252,6 +259,8 @@ def test_bench(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert scd["nfe"] < 26 and scd["nfe_ratio"] == scd["nfe"] / 26 and scd["commits_per_pass"] > 1
     assert scd["images_per_second"] == pytest.approx(1 / scd["seconds_per_image"])
     assert names(tmp_path) == ["new", "new/report.json"]
+    assert run("bench", "--model", text_folder, "--samplers", "ar,scd", "--images", 1, "--set", "window=5") == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[:3] == ["scd", "exact", "5"]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +270,9 @@ def test_bench(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
         ("--repeats 0", "--repeats must be 1 or more"),
         ("--samplers ar,scdd", "Unknown sampler 'scdd'"),
         ("--samplers ,", "No sampler was given"),
+        ("--set delta=1", "None of these samplers has a parameter 'delta'"),
+        ("--set window", "A parameter is given as name=value, not 'window'"),
+        ("--set window=many", "Parameter 'window' of 'sjd' must be a whole number, not 'many'"),
         ("--temperature 0", "Temperature must be a number above 0"),
         ("--json TMP/file/report.json", "Cannot write to folder"),
     ],

@@ -44,6 +44,10 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
 def _drafting_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--window", type=int, metavar="W", help="tokens per pass of a window sampler")
     p.add_argument("--drafter", metavar="PATH", help="folder of a drafter or of a smaller model, where needed")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", dest="parameters",
+        help="a parameter of the sampler, such as gamma=6 or tree=4x2x1 (see `visar samplers`); repeatable",
+    )  # fmt: skip
 
 
 def generate(commands: Commands) -> None:

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from visar.cli.common import load_pipeline
+from visar.cli.common import configured, load_pipeline
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.tables import table
 
 
-def has_window(sampler: Any) -> bool:
-    return "window" in {f.name for f in fields(sampler)}
-
-
 def bench(options: argparse.Namespace) -> int:
     from visar.eval.speed import compare
-    from visar.samplers import get_sampler
+    from visar.samplers import SAMPLERS, get_sampler
 
     for name, value in (("--batch", options.batch), ("--images", options.images), ("--repeats", options.repeats)):
         if value < 1:
             raise VisarError(f"{name} must be 1 or more, not {value}.")
-    made = {name: get_sampler(name) for name in options.samplers}
-    samplers = {n: get_sampler(s, window=options.window) if has_window(s) else s for n, s in made.items()}
+    made = [get_sampler(name).name for name in options.samplers]
+    has = {name: set(SAMPLERS[name].parameters()) for name in made}
+    for text in options.parameters:
+        if "=" in text and not any(text.partition("=")[0] in names for names in has.values()):
+            raise VisarError(f"None of these samplers has a parameter {text.partition('=')[0]!r}.")
+    samplers = {
+        name: configured(
+            name,
+            [text for text in options.parameters if "=" not in text or text.partition("=")[0] in names],
+            options.window if "window" in names else None,
+        )
+        for name, names in has.items()
+    }
     if options.json:
         writable_folder(Path(options.json).parent)  # before minutes of measuring
     pipe = load_pipeline(options)

@@ -1,4 +1,4 @@
-"""What several subcommands need: a device and a pipeline."""
+"""What several subcommands need: a device, a sampler and a pipeline."""
 
 from __future__ import annotations
 
@@ -12,6 +12,27 @@ if TYPE_CHECKING:
     import torch
 
     from visar.pipelines.base import ImagePipeline
+    from visar.samplers import Sampler
+
+
+def configured(name: str, given: list[str], window: int | None) -> Sampler:
+    """A sampler by name with parameters given as "name=value" texts; a `VisarError` for any that it has not."""
+    from visar.samplers import SAMPLERS, get_sampler
+
+    sampler = get_sampler(name, window=window)
+    defaults = SAMPLERS[name].parameters()
+    values = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise VisarError(f"A parameter is given as name=value, not {text!r}.")
+        kind = type(defaults.get(key, ""))
+        try:
+            values[key] = kind(value)
+        except ValueError as error:
+            what = "a whole number" if kind is int else "a number"
+            raise VisarError(f"Parameter {key!r} of {name!r} must be {what}, not {value!r}.") from error
+    return get_sampler(sampler, **values)
 
 
 def device_of(name: str) -> torch.device:

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visar.cli.common import load_pipeline
+from visar.cli.common import configured, load_pipeline
 from visar.errors import VisarError
 from visar.files import output_folder, replacing
 
 if TYPE_CHECKING:
+    from visar.samplers import Sampler
     from visar.stats import DecodeStats
 
 
@@ -42,14 +43,14 @@ def generate(options: argparse.Namespace) -> int:
     if options.num_images < 1:
         raise VisarError(f"-n must be 1 or more, not {options.num_images}.")
     names = [n for n in (prompts or [f"class {c}" for c in classes]) for _ in range(options.num_images)]
-    from visar.samplers import DEFAULT_SAMPLER, Target, get_sampler
+    from visar.samplers import DEFAULT_SAMPLER, Target
 
     # Everything that can be wrong is checked before the weights are read.
-    get_sampler(options.sampler or DEFAULT_SAMPLER, window=options.window)
+    sampler = configured(options.sampler or DEFAULT_SAMPLER, options.parameters, options.window)
     Target(options.temperature, options.top_k or 0, options.top_p)
     paths = output_paths(options.output, names)
     with output_folder(paths[0].parent):  # first of all, so that nothing is computed that cannot be saved
-        stats = _write(options, paths)
+        stats = _write(options, sampler, paths)
     if options.json:
         print(json.dumps(stats.to_dict() | {"images": [str(p) for p in paths]}))
     else:
@@ -59,12 +60,12 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write(options: argparse.Namespace, paths: list[Path]) -> DecodeStats:
+def _write(options: argparse.Namespace, sampler: Sampler, paths: list[Path]) -> DecodeStats:
     pipe = load_pipeline(options, classes=bool(options.classes))
     pipe.set_progress_bar_config(disable=options.json or not sys.stderr.isatty())
     out = pipe(
         options.classes or options.prompt,
-        sampler=options.sampler, window=options.window, num_images_per_prompt=options.num_images, seed=options.seed,
+        sampler=sampler, num_images_per_prompt=options.num_images, seed=options.seed,
         guidance_scale=options.guidance_scale, temperature=options.temperature, top_k=options.top_k,
         top_p=options.top_p,
     )  # fmt: skip

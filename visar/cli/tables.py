@@ -43,9 +43,10 @@ def samplers(options: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
     else:
         print(table(
-            ("NAME", "LAW", "DRAFTER", "PAPER"),
+            ("NAME", "LAW", "DRAFTER", "PARAMETERS", "PAPER"),
             [
-                (f"{r['name']}{' (default)' if r['default'] else ''}", r["law"], r["drafter"] or "none", r["paper"])
+                (f"{r['name']}{' (default)' if r['default'] else ''}", r["law"], r["drafter"] or "none",
+                 " ".join(f"{k}={v}" for k, v in r["parameters"].items() if k != "drafter"), r["paper"])
                 for r in rows
             ],
         ))  # fmt: skip

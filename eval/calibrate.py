@@ -1,0 +1,93 @@
+"""Trees from measured acceptance: which drafts are worth a place in the pass (as Sequoia, Chen et al. 2024, asks).
+
+Run as `python -m visar.eval.calibrate`; the paths that it prints are a `tree` for samplers that draft a static one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.eval.speed import PROMPTS
+from visar.pipelines import TextToImagePipeline
+from visar.samplers import TreeSpeculative
+from visar.samplers.tree_verification import ChildRule, TreeVerdict
+from visar.samplers.trees import TREES, best_tree, expected_tokens, named_tree
+from visar.samplers.verification import Coins
+from visar.tables import table
+
+
+@dataclass(frozen=True)
+class Watched(TreeSpeculative):
+    """A tree sampler that counts, per depth, the passes that got there and the rank of the child that was accepted.
+
+    The last passes of a picture count as well, though what is drafted past its end is in vain.
+    """
+
+    reached: list[int] = field(default_factory=list, compare=False)
+    taken: list[list[int]] = field(default_factory=list, compare=False)
+
+    def verify(
+        self, p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, coins: Coins, rule: ChildRule
+    ) -> TreeVerdict:
+        verdict = super().verify(p, q, tokens, children, coins, rule)
+        alive = torch.ones(len(p), dtype=torch.bool, device=p.device)
+        node = torch.zeros(len(p), dtype=torch.long, device=p.device)
+        for depth, nodes in enumerate(verdict.path.unbind(1)):
+            if depth == len(self.reached):
+                self.reached.append(0)
+                self.taken.append([0] * children.shape[-1])
+            self.reached[depth] += int(alive.sum())
+            alive = nodes >= 0
+            rank = (children[0, node] == nodes[:, None]).long().argmax(1)
+            for r in rank[alive].tolist():
+                self.taken[depth][r] += 1
+            node = torch.where(alive, nodes, node)
+        return verdict
+
+    def acceptance(self) -> list[list[float]]:
+        """How often the child of each rank was accepted, per depth, of the nodes that had such a child."""
+        wide = self.shape.children
+        assert all(len(c) in (0, len(wide[0])) for c in wide), "every inner node must have as many children"
+        return [[n / max(total, 1) for n in taken] for total, taken in zip(self.reached, self.taken, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="icons")
+    parser.add_argument("--drafter", help="folder of a drafter")
+    parser.add_argument("--kind", default="eagle", help="eagle, medusa, hydra or model")
+    parser.add_argument("--watch", default="3x3x3", help="the full tree that is watched; deeper levels take its last")
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--nodes", default="4,8,16,25,40")
+    options = parser.parse_args()
+    pipe = TextToImagePipeline.from_pretrained(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    if options.drafter:
+        pipe.load_drafter(options.drafter)
+    watched = Watched(tree=options.watch, drafter=options.kind)
+    if len(set(options.watch.split("x"))) > 1:
+        raise VisarError("Every inner node of the watched tree must have as many children, as in 3x3x3.")
+    pipe(list(PROMPTS[: options.pictures]), sampler=watched, output_type="tokens")
+    rates = watched.acceptance()
+    print(table(
+        ("DEPTH", "REACHED", "ACCEPTED BY RANK"),
+        [
+            (i, n, "  ".join(f"{a:.3f}" for a in r))
+            for i, (n, r) in enumerate(zip(watched.reached, rates, strict=True), start=1)
+        ],
+    ))  # fmt: skip
+    rates += [rates[-1]] * (options.depth - len(rates))
+    trees = [*TREES, *(best_tree(rates, nodes) for nodes in map(int, options.nodes.split(",")))]
+    shapes = {name: named_tree(name) for name in trees}
+    rows = [(n, len(shape.parents) - 1, f"{expected_tokens(shape, rates):.2f}") for n, shape in shapes.items()]
+    print(table(("TREE", "DRAFTS", "EXPECTED TOKENS/PASS"), rows))
+
+
+if __name__ == "__main__":
+    main()
