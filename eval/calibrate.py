@@ -6,11 +6,13 @@ Run as `python -m visar.eval.calibrate`; the paths that it prints are a `tree` f
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from visar.engine.tree import MOST_NODES
 from visar.errors import VisarError
 from visar.eval.speed import PROMPTS
 from visar.pipelines import TextToImagePipeline
@@ -25,7 +27,7 @@ from visar.tables import table
 class Watched(TreeSpeculative):
     """A tree sampler that counts, per depth, the passes that got there and the rank of the child that was accepted.
 
-    The last passes of a picture count as well, though what is drafted past its end is in vain.
+    For pictures one at a time: rows that are done go on drafting until the last one is.
     """
 
     reached: list[int] = field(default_factory=list, compare=False)
@@ -51,29 +53,35 @@ class Watched(TreeSpeculative):
 
     def acceptance(self) -> list[list[float]]:
         """How often the child of each rank was accepted, per depth, of the nodes that had such a child."""
-        wide = self.shape.children
-        assert all(len(c) in (0, len(wide[0])) for c in wide), "every inner node must have as many children"
         return [[n / max(total, 1) for n in taken] for total, taken in zip(self.reached, self.taken, strict=True)]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="icons")
-    parser.add_argument("--drafter", help="folder of a drafter")
+    parser.add_argument("--drafter", help="folder of a drafter, where none lies beside the model")
     parser.add_argument("--kind", default="eagle", help="eagle, medusa, hydra or model")
-    parser.add_argument("--watch", default="3x3x3", help="the full tree that is watched; deeper levels take its last")
-    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--children", type=int, default=5, help="of each node that is watched")
+    parser.add_argument("--levels", type=int, default=2, help="that are watched; deeper ones count as the last")
+    parser.add_argument("--depth", type=int, default=6, help="of the trees at most")
     parser.add_argument("--pictures", type=int, default=16)
-    parser.add_argument("--nodes", default="4,8,16,25,40")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[4, 8, 16, 25, 40])
     options = parser.parse_args()
-    pipe = TextToImagePipeline.from_pretrained(options.model)
-    pipe.set_progress_bar_config(disable=True)
-    if options.drafter:
-        pipe.load_drafter(options.drafter)
-    watched = Watched(tree=options.watch, drafter=options.kind)
-    if len(set(options.watch.split("x"))) > 1:
-        raise VisarError("Every inner node of the watched tree must have as many children, as in 3x3x3.")
-    pipe(list(PROMPTS[: options.pictures]), sampler=watched, output_type="tokens")
+    try:
+        if min(options.nodes) < 1 or max(options.nodes) >= MOST_NODES:
+            raise VisarError(f"--nodes must be 1 to {MOST_NODES - 1} drafts.")
+        if not 1 <= options.levels <= options.depth or not 1 <= options.pictures <= len(PROMPTS):
+            raise VisarError(f"--levels must be 1 to --depth, and --pictures 1 to {len(PROMPTS)}.")
+        watched = Watched(tree="x".join([str(options.children)] * options.levels), drafter=options.kind)
+        pipe = TextToImagePipeline.from_pretrained(options.model)
+        pipe.set_progress_bar_config(disable=True)
+        if options.drafter:
+            pipe.load_drafter(options.drafter)
+        for prompt in PROMPTS[: options.pictures]:
+            pipe(prompt, sampler=watched, output_type="tokens")
+    except VisarError as error:
+        print(f"visar: error: {error}", file=sys.stderr)
+        return 2
     rates = watched.acceptance()
     print(table(
         ("DEPTH", "REACHED", "ACCEPTED BY RANK"),
@@ -83,11 +91,12 @@ def main() -> None:
         ],
     ))  # fmt: skip
     rates += [rates[-1]] * (options.depth - len(rates))
-    trees = [*TREES, *(best_tree(rates, nodes) for nodes in map(int, options.nodes.split(",")))]
+    trees = [*TREES, *(best_tree(rates, nodes) for nodes in options.nodes)]
     shapes = {name: named_tree(name) for name in trees}
     rows = [(n, len(shape.parents) - 1, f"{expected_tokens(shape, rates):.2f}") for n, shape in shapes.items()]
     print(table(("TREE", "DRAFTS", "EXPECTED TOKENS/PASS"), rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

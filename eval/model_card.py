@@ -13,13 +13,14 @@ import random
 import sys
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.pipelines import TextToImagePipeline
 from visar.training.ar import bigram_cross_entropy, cross_entropy, tokenize
-from visar.training.data import SPLITS, PictureSet
+from visar.training.data import SPLITS, PictureSet, to_unit
 from visar.training.tokenizer import psnr
 
 TITLES = {
@@ -48,6 +49,35 @@ def figures(pipe: TextToImagePipeline, data: PictureSet, size: int, most: int = 
             "bigram_cross_entropy": round(bigram_cross_entropy(train, tokens[rows], pipe.vq.sizes.codebook_size), 3),
         }
     return out
+
+
+def recognition(
+    pipe: TextToImagePipeline, data: PictureSet, size: int, count: int = 96, seed: int = 0
+) -> dict[str, float]:
+    """How often the training picture nearest to what a training prompt gives shows the concept that was asked for.
+
+    Near is by the pixels in 16x16 cells. `chance` is what a training picture taken at random would reach.
+    """
+
+    def cells(unit: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(unit, 16).flatten(1)
+
+    train = data.indices("train")
+    records = [data.records[i] for i in train]
+    known = cells(to_unit(data.pixels(size)[train]))
+    rows = random.Random(seed).sample(range(len(train)), min(count, len(train)))
+    first = among_five = chance = 0.0
+    for start in range(0, len(rows), 16):
+        part = rows[start : start + 16]
+        images = pipe([records[i].prompt() for i in part], seed=seed, output_type="pt").images
+        assert isinstance(images, torch.Tensor)
+        near = torch.cdist(cells(images.cpu() * 2 - 1), known).topk(5, largest=False).indices.tolist()
+        for row, nearest in zip(part, near, strict=True):
+            same = [records[i].concept == records[row].concept for i in nearest]
+            first, among_five = first + same[0], among_five + any(same)
+            chance += sum(r.concept == records[row].concept for r in records) / len(records)
+    shares = {"nearest": first, "among_five_nearest": among_five, "chance": chance}
+    return {"prompts": len(rows), **{name: round(n / len(rows), 3) for name, n in shares.items()}}
 
 
 def chosen(data: PictureSet, split: str, count: int, seed: int) -> list[str]:
@@ -92,7 +122,7 @@ def main() -> int:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2
     pipe.set_progress_bar_config(disable=True)
-    report = figures(pipe, data, given.size)
+    report = {**figures(pipe, data, given.size), "recognition": recognition(pipe, data, given.size, seed=given.seed)}
     with replacing(folder / "figures.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

@@ -121,7 +121,7 @@ class PrunedBeam(BeamTree):
 class ChosenBeamAsDrawn(BeamTree):
     """EAGLE-2's tree, tested as if its drafts had been drawn."""
 
-    def rule(self) -> ChildRule:
+    def rule(self, session: Session) -> ChildRule:
         return Drawn()
 
 

@@ -30,7 +30,7 @@ PROMPTS = tuple(f"{thing}, {style}" for thing in THINGS for style in ("3d", "not
 class SpeedRow:
     """Medians over repeats. `nfe`: passes per picture at this batch; ratios are against the first sampler.
 
-    `ms_per_pass` includes drafting, which takes the share `draft_share` of it.
+    `ms_per_pass` includes drafting; the drafter's own passes take the share `draft_share` of it.
     """
 
     sampler: str

@@ -26,6 +26,7 @@ class Drafted(NamedTuple):
     """A tree for each row: `tokens` [B, T - 1] of its drafts, -1 where there is none, and draft laws `q` [B, T, V].
 
     `fed` [B, T]: the number that the drafter knows a node by, -1 for those it was not given; their `q` is not theirs.
+    Where the rule asks for no laws there are none, and `q` is [B, T, 1] of zeros.
     """
 
     tree: Tree
@@ -61,8 +62,9 @@ class BeamTree:
         least = max(self.depth, self.beam * (self.depth - 1))
         if self.children == "chosen" and self.nodes < least:
             raise VisarError(f"nodes must be {least} or more for beam {self.beam} and depth {self.depth}.")
-        if self.window > MOST_NODES:
-            raise VisarError(f"A draft tree has at most {MOST_NODES} nodes with its root, not {self.window}.")
+        # A drafter with a cache of its own is fed one node more than the beam, before the root.
+        if (most := max(self.window, self.beam * (self.depth - 1) + 2)) > MOST_NODES:
+            raise VisarError(f"A draft tree has at most {MOST_NODES} nodes with its root, not {most}.")
 
     @property
     def name(self) -> str:
@@ -72,14 +74,14 @@ class BeamTree:
     def window(self) -> int:
         return 1 + (self.nodes or self.beam * self.depth)
 
-    def rule(self) -> ChildRule:
+    def rule(self, session: Session) -> ChildRule:
         """How a child is tested; a method so that `visar verify` can plant mistakes in it."""
         return Drawn() if self.children == "drawn" else Chosen()
 
     def begin(self, session: Session, target: Target, noise: Noise) -> State:
         drafter_of(session, self.drafter)
         state = State.empty(session, target, noise, self.window)
-        state.rule = self.rule()
+        state.rule = self.rule(session)
         return state
 
     def step(self, session: Session, state: State) -> None:
@@ -128,7 +130,11 @@ class BeamTree:
                 first = known.parents.shape[1]
                 known = Tree.of(torch.cat([known.parents, above[-1].gather(1, kept)], dim=1), level + 1)
                 logits = drafter.extend(fed.clamp_min(0), known, first)
-        return self._chosen(laws, tokens, values, above, beams)
+        found = self._chosen(tokens, values, above, beams)
+        if isinstance(state.rule, Chosen):
+            return found  # its test does not ask for the laws
+        index = found.fed.clamp_min(0)[..., None].expand(-1, -1, session.vocab)
+        return found._replace(q=torch.cat(laws, dim=1).gather(1, index))
 
     def _ranked(self, joint: Tensor, score: Tensor, session: Session, state: State, first: int) -> Tensor:
         """The rank of all children [B, M, V] of M nodes with the log-probabilities `joint` and their own `score`."""
@@ -143,9 +149,7 @@ class BeamTree:
         out = parent - v.clamp_min(0) - torch.log1p(torch.exp(-v.abs()))
         return torch.where(torch.isneginf(gumbel) | torch.isneginf(parent), -torch.inf, out)
 
-    def _chosen(
-        self, laws: list[Tensor], tokens: list[Tensor], values: list[Tensor], above: list[Tensor], beams: list[Tensor]
-    ) -> Drafted:
+    def _chosen(self, tokens: list[Tensor], values: list[Tensor], above: list[Tensor], beams: list[Tensor]) -> Drafted:
         """The tree of what is tested: the `nodes` most likely drafts, or all of the beams."""
         batch, device = len(tokens[0]), tokens[0].device
         starts = [0]
@@ -165,9 +169,7 @@ class BeamTree:
         parents = torch.where(mine == 0, 0, tested.gather(1, given.gather(1, mine)))
         tree = Tree.of(torch.cat([root - 1, parents], dim=1), self.depth)
         fed = torch.cat([root, known.gather(1, drafts)], dim=1)
-        q = torch.cat(laws, dim=1)
-        q = q.gather(1, fed.clamp_min(0)[..., None].expand(-1, -1, q.shape[-1]))
-        return Drafted(tree, pool.gather(1, drafts), q, fed)
+        return Drafted(tree, pool.gather(1, drafts), value.new_zeros(*fed.shape, 1), fed)
 
 
 def numbers(like: Tensor, first: int) -> Tensor:
@@ -182,5 +184,5 @@ def siblings(tree: Tree, most: int) -> Tensor:
     table = torch.full((*p.shape, most + 1), -1, device=p.device)
     rows = torch.arange(len(p), device=p.device)[:, None]
     node = torch.arange(p.shape[1], device=p.device).expand_as(p)
-    table[rows[:, :1], p[:, 1:], before[:, 1:].clamp_max(most)] = node[:, 1:]
+    table[rows, p[:, 1:], before[:, 1:].clamp_max(most)] = node[:, 1:]
     return table[..., :most]

@@ -49,13 +49,13 @@ class Pooled:
         return gain, moved.scatter_add(-1, y[:, None], gain[:, None].to(r.dtype))
 
     def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
-        proposal = torch.ones_like(c) if isinstance(self.rule, Chosen) else c
-        return u * at(proposal, y) < at(r, y) + self.pooled(r, y)[0]
+        proposal = 1.0 if isinstance(self.rule, Chosen) else at(c, y)
+        return u * proposal < at(r, y) + self.pooled(r, y)[0]
 
     def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
         return self.rule.left(self.pooled(r, y)[1], c, y)
 
-    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor:
+    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor | None:
         return self.rule.next_proposal(c, y)
 
 

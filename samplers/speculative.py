@@ -97,9 +97,10 @@ class Speculative:
 class TreeSpeculative:
     """A static tree of drafts, tested in one pass.
 
-    `tree` is a name of `visar.samplers.trees`, or children per depth as in "4x2x1". Children "drawn" come from the
-    draft law one after the other without replacement, as in EAGLE (Li et al. 2024, arXiv:2401.15077) and RSD-C (Jeon et
-    al. 2024, arXiv:2402.14160); "chosen" are its most likely tokens. Both are exact, each with a rule of its own.
+    `tree` is a name of `visar.samplers.trees`, children per depth as in "4x2x1", or paths as in "0 1 00". Children
+    "drawn" come from the draft law one after the other without replacement, as in EAGLE (Li et al. 2024,
+    arXiv:2401.15077) and RSD-C (Jeon et al. 2024, arXiv:2402.14160); "chosen" are its most likely tokens. Both are
+    exact, each with a rule of its own.
     """
 
     tree: str = "mc25"

@@ -33,8 +33,8 @@ class ChildRule(Protocol):
     def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
         """The law [B, V] that remains to be met once y was rejected; unnormalised."""
 
-    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor:
-        """The law [B, V] of the next child, unnormalised."""
+    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor | None:
+        """The law [B, V] of the next child, unnormalised; None where the rule asks for none."""
 
 
 def at(law: Tensor, y: Tensor) -> Tensor:
@@ -78,8 +78,8 @@ class Chosen:
     def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
         return without(r, y)
 
-    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor:
-        return c
+    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor | None:
+        return None
 
 
 def draw_children(q: Tensor, u: Tensor) -> Tensor:
@@ -123,9 +123,10 @@ def verify_tree(
             fails = (tested & ~stands)[:, None]
             here = torch.where(stands, child, here)
             r = torch.where(fails, normalised(rule.left(r, c, y), r), r)
-            rest = rule.next_proposal(c, y)
-            total = rest.sum(-1, keepdim=True)  # however small: what remains of q is what the next child was drawn from
-            c = torch.where(fails & (total > 0), rest / total.clamp_min(torch.finfo(rest.dtype).tiny), c)
+            if (rest := rule.next_proposal(c, y)) is not None:
+                # However small: what remains of q is what the next child was drawn from.
+                total = rest.sum(-1, keepdim=True)
+                c = torch.where(fails & (total > 0), rest / total.clamp_min(torch.finfo(rest.dtype).tiny), c)
         found = here >= 0
         last = draw(r, coins.draw[:, level])
         out.append(torch.where(found, tokens[batch, here.clamp_min(0)], last))

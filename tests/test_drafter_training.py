@@ -13,7 +13,7 @@ from conftest import WORDS
 from visar.cli import main
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
-from visar.models.drafters import EagleHead, SkippedLayers, fingerprint
+from visar.models.drafters import KINDS, EagleHead, SkippedLayers, fingerprint
 from visar.models.drafters.shallow import with_layers
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import Speculative, Target
@@ -35,7 +35,7 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
         return torch.tensor([classes[i % 7] for i in rows]), torch.ones(len(rows), 1)
 
     head = train_drafter("eagle", class_pipe.gpt, of, tokens, config, Guidance(2.0), Target(), depth=3)
-    found = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    found = json.loads((tmp_path / "eagle-run" / "log.jsonl").read_text().splitlines()[-1])
     assert all(0.5 < found[f"acceptance_{depth}"] < 1 for depth in (1, 2, 3))
     fresh = EagleHead(32, 2, 48)
     passes = []
@@ -94,8 +94,26 @@ def test_command_for_every_kind(
     out = class_pipe([1, 2], sampler=sampler, output_type="tokens", seed=3)
     assert out.stats.sampler == sampler and out.stats.exact and 0 < out.stats.draft_seconds < out.stats.seconds
     assert torch.equal(class_pipe([2], sampler=sampler, output_type="tokens", seed=3).tokens[0], out.tokens[1])
-    figures = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    figures = json.loads((tmp_path / "run" / f"{kind}-run" / "log.jsonl").read_text().splitlines()[-1])
     assert sum(key.startswith("acceptance_") for key in figures) == (5 if kind in ("medusa", "hydra") else 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_from_a_target_in_half_precision(
+    class_pipe: ClassToImagePipeline, tmp_path: Path, kind: str
+) -> None:
+    gpt = class_pipe.gpt.to(torch.bfloat16)
+    tokens = torch.randint(23, (6, 16), generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(tmp_path, compile=False, batch=2, steps=3)
+
+    def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(rows), torch.ones(len(rows), 1)
+
+    train_drafter(kind, gpt, of, tokens, config, Guidance(2.0), Target(), depth=2, held=0.5)
+    class_pipe.load_drafter(tmp_path / kind)
+    if kind == "exit":  # another exit is another run
+        with pytest.raises(VisarError, match="is a run with other settings"):
+            train_drafter(kind, gpt, of, tokens, config, Guidance(2.0), Target(), layers=1)
 
 
 def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
@@ -111,7 +129,7 @@ def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline,
 
     made = train_drafter("skip", gpt, of, tokens, config, Guidance(2.0), Target(), layers=2)
     assert isinstance(made, SkippedLayers) and made.config.layers == [0, 1]
-    assert json.loads((tmp_path / "log.jsonl").read_text())["acceptance_1"] == pytest.approx(1, abs=1e-4)
+    assert json.loads((tmp_path / "skip-run" / "log.jsonl").read_text())["acceptance_1"] == pytest.approx(1, abs=1e-4)
     with pytest.raises(VisarError, match="The layers must be 1 to 3, not 4"):
         train_drafter("skip", gpt, of, tokens, config, Guidance(), Target(), layers=4)
     with pytest.raises(VisarError, match=r"Unknown drafter 'hidra'\. Did you mean 'hydra'\?"):
@@ -127,7 +145,8 @@ def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline,
         ("--captions TMP/some.txt --pictures 1", "--pictures 2 or more"),
         ("--captions TMP/some.txt --minutes 0", "--minutes and --lr must be above 0"),
         ("--captions TMP/some.txt --kind egle", "Unknown drafter 'egle'. Did you mean 'eagle'?"),
-        ("--captions TMP/some.txt --layers -1", "--layers must be 1 or more"),
+        ("--captions TMP/some.txt --layers 1", "A drafter of the kind 'eagle' has no layers to choose"),
+        ("--captions TMP/some.txt --kind exit --layers 3", "The layers must be 1 to 2, not 3"),
         ("--captions TMP/some.txt --depth 0", "--depth 1 or more"),
         ("--captions TMP/some.txt --temperature 0", "Temperature must be a number above 0"),
         ("--captions TMP/zebra.txt", "No word of the prompt 'zebra' is known"),

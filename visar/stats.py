@@ -13,7 +13,7 @@ class DecodeStats:
     `nfe`: passes of the target model over the batch, the prefill of a caption included; `passes_per_image`: decoding
     passes after which each image was complete; `commits_per_pass`: tokens of an image over its passes, mean over the
     batch; `seconds`: decoding without prefill, text encoder and picture decoder, the device waited for;
-    `draft_seconds`: the part of them that a drafter took; `ms_per_pass`: milliseconds, drafting included;
+    `draft_seconds`: the part of them that the passes of a drafter took; `ms_per_pass`: milliseconds, drafting included;
     `gigabytes`: weights and cache read, by count and not by measurement.
     """
 

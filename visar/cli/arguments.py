@@ -43,7 +43,10 @@ def _sampling_options(p: argparse.ArgumentParser) -> None:
 
 def _drafting_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--window", type=int, metavar="W", help="tokens per pass of a window sampler")
-    p.add_argument("--drafter", metavar="PATH", help="folder of a drafter or of a smaller model, where needed")
+    p.add_argument(
+        "--drafter", action="append", default=[], metavar="PATH",
+        help="folder of a drafter or of a smaller model, where needed; repeatable, one of each kind",
+    )  # fmt: skip
     p.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="parameters",
         help="a parameter of the sampler, such as gamma=6 or tree=4x2x1 (see `visar samplers`); repeatable",
@@ -137,7 +140,7 @@ def train(commands: Commands) -> None:
         "--kind", dest="drafter_kind", default="eagle", help="eagle, medusa, hydra, exit or skip (default: eagle)"
     )
     drafter.add_argument(
-        "--layers", type=int, default=0, help="where an exit lies (2), or how many a skip keeps (half)"
+        "--layers", type=int, help="where an exit lies (default: 2), or how many a skip keeps (default: half)"
     )
     _model_options(drafter, "--target")
     _sampling_options(drafter)

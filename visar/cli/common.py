@@ -96,6 +96,6 @@ def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> I
         )
     else:
         pipe = kind.from_pretrained(options.model)
-    if getattr(options, "drafter", None):
-        pipe.load_drafter(options.drafter)
+    for drafter in getattr(options, "drafter", ()):
+        pipe.load_drafter(drafter)
     return pipe.to(device, dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.cli.common import device_of
-from visar.errors import VisarError, unknown
+from visar.errors import VisarError
 from visar.files import writable_folder
 
 
@@ -102,22 +102,21 @@ def drafter(options: argparse.Namespace) -> int:
 
     from visar.cli.common import load_pipeline
     from visar.engine.guidance import Guidance
-    from visar.models.drafters import KINDS
     from visar.pipelines import TextToImagePipeline
     from visar.samplers import Target
-    from visar.training.drafter import train_drafter
-    from visar.training.loop import TrainConfig
+    from visar.training.drafter import checked_layers, train_drafter
+    from visar.training.loop import TrainConfig, distributed
     from visar.training.self_generated import draw_tokens
 
-    if options.drafter_kind not in KINDS:
-        raise unknown("drafter", options.drafter_kind, KINDS)
     if options.minutes <= 0 or options.batch < 1 or options.lr <= 0 or options.pictures < 2 or options.depth < 1:
         raise VisarError("--minutes and --lr must be above 0, --batch and --depth 1 or more, --pictures 2 or more.")
-    if options.layers < 0:
-        raise VisarError(f"--layers must be 1 or more, not {options.layers}.")
     Target(options.temperature, options.top_k or 0, options.top_p)  # before the weights are read
+    checked_layers(options.drafter_kind, options.layers, 10**9)
+    rank, _, own = distributed(str(device_of(options.device)))
+    options.device = str(own)
     pipe: Any = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
+    checked_layers(options.drafter_kind, options.layers, pipe.gpt.config.num_layers)
     text = isinstance(pipe, TextToImagePipeline)
     conditions = _conditions(options, text) or list(range(pipe.gpt.config.classes))
     scale = pipe.config.guidance_scale if options.guidance_scale is None else options.guidance_scale
@@ -126,7 +125,8 @@ def drafter(options: argparse.Namespace) -> int:
     tokens = draw_tokens(
         pipe, conditions, options.pictures, out / "pictures.safetensors", options.batch,
         lambda done: print(f"{done} of {options.pictures} pictures drawn", file=sys.stderr),
-        seed=options.seed, guidance_scale=scale, temperature=law.temperature, top_k=law.top_k, top_p=law.top_p,
+        draws=rank == 0, seed=options.seed, guidance_scale=scale, temperature=law.temperature, top_k=law.top_k,
+        top_p=law.top_p,
     )  # fmt: skip
 
     def of(rows: list[int]) -> tuple[Any, Any]:

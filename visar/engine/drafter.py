@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from visar.engine.session import Session
 from visar.engine.tree import Tree
+
+T = TypeVar("T")
 
 
 class Drafter(ABC):
@@ -35,10 +38,10 @@ class Drafter(ABC):
 
 
 class Timed(Drafter):
-    """A drafter that is timed: on a GPU by events, for which nobody waits before `check`."""
+    """A drafter whose own passes are timed: on a GPU by events, for which nobody waits before `check`."""
 
     def __init__(self, inner: Drafter, device: torch.device):
-        self.inner, self._on_gpu = inner, device.type == "cuda"
+        self.inner, self.device = inner, device
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -48,26 +51,27 @@ class Timed(Drafter):
         return self._timed(lambda: self.inner.extend(tokens, tree, first))
 
     def keep(self, path: Tensor) -> None:
-        self.inner.keep(path)
+        self._timed(lambda: self.inner.keep(path))
 
     def check(self) -> None:
         self.inner.check()
         self.seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
         self._events.clear()
 
-    def _timed(self, call: Callable[[], Tensor]) -> Tensor:
-        if self._on_gpu:
+    def _timed(self, call: Callable[[], T]) -> T:
+        if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            logits = call()
-            end.record()
+            stream = torch.cuda.current_stream(self.device)
+            start.record(stream)
+            result = call()
+            end.record(stream)
             self._events.append((start, end))
         else:
             begun = time.perf_counter()
-            logits = call()
+            result = call()
             self.seconds += time.perf_counter() - begun
         self.bytes_read = self.inner.bytes_read
-        return logits
+        return result
 
 
 class SessionDrafter(Drafter):

@@ -190,14 +190,28 @@ def _fill(module: M, state: Mapping[str, Tensor], path: str | Path) -> M:
     return module.requires_grad_(False).eval()
 
 
-def load_part(kind: Any, folder: Path) -> Any:
-    """One component of a saved folder; diffusers would fill tensors that the file lacks with random numbers."""
-    if not issubclass(kind, ModelMixin):
-        return kind.from_pretrained(folder)
-    model, info = kind.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
-    for what, keys in (("lacks the tensor", info["missing_keys"]), ("has an unknown tensor", info["unexpected_keys"])):
-        if keys:
+def load_part(kind: Any, folder: Path, name: str) -> Any:
+    """One component of a saved folder, `name` in messages; diffusers would fill missing tensors with random numbers.
+
+    Raises `VisarError` for what cannot be loaded, has too few or too many tensors, or holds a NaN or an infinity.
+    """
+    try:
+        if issubclass(kind, ModelMixin):
+            model, info = kind.from_pretrained(folder, low_cpu_mem_usage=False, output_loading_info=True)
+        else:
+            model, info = kind.from_pretrained(folder), {}
+    except VisarError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise VisarError(f"Could not load {name} from {folder}: {reason}") from error
+    for what, where in (("lacks the tensor", "missing_keys"), ("has an unknown tensor", "unexpected_keys")):
+        if keys := info.get(where):
             raise VisarError(f"{folder} {what} {sorted(keys)[0]!r}; {len(keys)} in all.")
+    tensors = model.state_dict().items() if isinstance(model, nn.Module) else ()
+    for key, tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise VisarError(f"The weights of {name} are not finite: {key} holds NaN or infinity.")
     return model
 
 
@@ -214,11 +228,3 @@ def quiet_conversion() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(said_for_a_reason)
-
-
-def check_finite(part: Any, name: str) -> None:
-    """Raise `VisarError` for weights with NaN or infinity in them."""
-    tensors = part.state_dict().items() if isinstance(part, torch.nn.Module) else ()
-    for key, tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise VisarError(f"The weights of {name!r} are not finite: {key} holds NaN or infinity.")

@@ -91,7 +91,7 @@ def _llamagen(size: str, layers: int, dim: int, heads: int, ffn: int, *pixels: i
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
-        ModelSpec("icons", "icons and emoji from a short text, embedded", "text", (64,), 4, 2.0, 5, folder="icons"),
+        ModelSpec("icons", "icons and emoji from a short text, embedded", "text", (64,), 4, 1.5, 10, folder="icons"),
         _llamagen("B", 12, 768, 12, 2048, 256, 384),
         _llamagen("L", 24, 1024, 16, 2816, 256, 384),
         _llamagen("XL", 36, 1280, 20, 3584, 384),

@@ -25,8 +25,9 @@ from visar.engine.model_session import ModelSession
 from visar.engine.rng import IMAGES, Noise
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
+from visar.models.drafters import KINDS
 from visar.models.llamagen import LlamaGen
-from visar.models.loading import check_finite, load_part, quiet_conversion
+from visar.models.loading import load_part, quiet_conversion
 from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
 from visar.pipelines.drafters import DraftModel, attach, kind_of, load_drafter, reads_features
@@ -83,7 +84,7 @@ class ImagePipeline(DiffusionPipeline):
         """
         folder = resolve_model(name)
         if isinstance(folder, str):
-            folder = _download(folder, list(cls.component_classes))
+            folder = _download(folder, [*cls.component_classes, "model", *KINDS])
         try:
             index = json.loads((folder / "model_index.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
@@ -94,13 +95,10 @@ class ImagePipeline(DiffusionPipeline):
         parts: dict[str, Any] = {}
         for part, kind in cls.component_classes.items():
             try:
-                parts[part] = load_part(kind[index[part][1]] if isinstance(kind, dict) else kind, folder / part)
-            except VisarError:
-                raise
-            except Exception as error:
-                reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-                raise VisarError(f"Could not load {part!r} from {folder}: {reason}") from error
-            check_finite(parts[part], part)
+                chosen = kind[index[part][1]] if isinstance(kind, dict) else kind
+            except (TypeError, KeyError, IndexError) as error:
+                raise VisarError(f"Could not load {part!r} from {folder}: {error!r} in model_index.json.") from error
+            parts[part] = load_part(chosen, folder / part, repr(part))
         try:
             pipe = cls(**parts, **{k: v for k, v in index.items() if not k.startswith("_") and k not in parts})
         except TypeError as error:

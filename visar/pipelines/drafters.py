@@ -11,13 +11,13 @@ from visar.engine.drafter import Drafter, SessionDrafter, Timed
 from visar.engine.eagle import EagleDrafter
 from visar.engine.heads import HeadsDrafter
 from visar.engine.model_session import ModelSession
-from visar.engine.tree import MOST_NODES
 from visar.errors import VisarError
 from visar.models.drafters import DRAFTERS, TrainedDrafter, fingerprint
 from visar.models.drafters.eagle import EagleHead
 from visar.models.drafters.heads import DraftHeads
+from visar.models.drafters.shallow import with_layers
 from visar.models.llamagen import LlamaGen
-from visar.models.loading import check_finite, load_gpt, load_part, quiet_conversion
+from visar.models.loading import load_gpt, load_part, quiet_conversion
 from visar.models.specs import resolve_model
 
 DraftModel = LlamaGen | TrainedDrafter
@@ -44,14 +44,7 @@ def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
         kinds = {"LlamaGen": LlamaGen, **DRAFTERS}
         if kind not in kinds:
             raise VisarError(f"{path} holds a {kind}, not a drafter; those are: {', '.join(kinds)}.")
-        try:
-            model = load_part(kinds[kind], gpt)
-        except VisarError:
-            raise
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise VisarError(f"Could not load the drafter {path}: {reason}") from error
-        check_finite(model, str(path))
+        model = load_part(kinds[kind], gpt, "the drafter")
     check(model, target, str(path), grid)
     return model.eval()
 
@@ -66,9 +59,9 @@ def check(model: DraftModel, target: LlamaGen, name: str, grid: int) -> None:
             own = d.dim // d.num_heads
             raise VisarError(f"The drafter {name} has heads of {own}, the target of {target.head_dim}.")
         if "layers" in d:
-            used = list(range(d.layers)) if isinstance(d.layers, int) else list(d.layers)
-            if not used or not all(0 <= i < t.num_layers for i in used):
-                raise VisarError(f"The drafter {name} uses layers {used} of a target that has {t.num_layers}.")
+            used = [d.layers - 1] if isinstance(d.layers, int) else d.layers
+            if not used or not all(isinstance(i, int) and 0 <= i < t.num_layers for i in used):
+                raise VisarError(f"The drafter {name} uses layers {d.layers} of a target that has {t.num_layers}.")
         if d.target and d.target != fingerprint(target):
             raise VisarError(f"The drafter {name} was trained for another target; see `visar train drafter`.")
         return
@@ -111,14 +104,14 @@ def attach(
 def _own_session(
     session: ModelSession, model: DraftModel, window: int, condition: Tensor, mask: Tensor | None, grid: int
 ) -> SessionDrafter:
-    gpt = model if isinstance(model, LlamaGen) else model.model(session.model)
+    gpt = model if isinstance(model, LlamaGen) else with_layers(session.model, *model.blocks(session.model))
     # The root of the drafter's own session is one node before that of the tree.
     inner = ModelSession(
         gpt,
         condition,
         mask,
         length=session.length,
-        window=max(window, MOST_NODES) + 1,
+        window=window + 1,
         grid=grid,
         guidance=session.guidance,
     )

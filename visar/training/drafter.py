@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError, unknown
-from visar.files import replacing
+from visar.files import replacing, writable_folder
 from visar.models.drafters import KINDS, DraftHeads, EagleHead, ExitHead, SkippedLayers, TrainedDrafter, fingerprint
 from visar.models.llamagen import LlamaGen
 from visar.samplers.distribution import Target
@@ -28,6 +30,24 @@ LOSSES: dict[str, type[DraftLoss[Any]]] = {
 }
 # The condition and the mask, [b, ...] each, of the pictures with these numbers
 Conditions = Callable[[list[int]], tuple[Tensor, Tensor]]
+
+
+def checked_layers(kind: str, layers: int | None, of: int) -> int:
+    """Where an "exit" lies (default 2), or how many layers a "skip" keeps (default half), of a target that has `of`.
+
+    0 for other kinds, which have none. Raises `VisarError` for a kind that is none, and layers that cannot be.
+    """
+    if kind not in KINDS:
+        raise unknown("drafter", kind, KINDS)
+    if kind not in ("exit", "skip"):
+        if layers is not None:
+            raise VisarError(f"A drafter of the kind {kind!r} has no layers to choose; exit and skip have.")
+        return 0
+    if layers is None:
+        return -(-of // 2) if kind == "skip" else min(2, of)
+    if not 1 <= layers <= of:
+        raise VisarError(f"The layers must be 1 to {of}, not {layers}.")
+    return layers
 
 
 def new_drafter(kind: str, target: LlamaGen, depth: int, layers: int) -> TrainedDrafter:
@@ -60,28 +80,28 @@ def train_drafter(
     law: Target,
     *,
     depth: int = 5,
-    layers: int = 0,
+    layers: int | None = None,
     grid: int | None = None,
     held: float = 0.05,
 ) -> TrainedDrafter:
     """Train on pictures [n, N] that the target drew, and save a folder named after the kind in `config.out`.
 
-    `layers` is where an "exit" lies (default 2), or how many a "skip" keeps (default half of them). The last `held` of
-    the pictures are held out; their acceptance per depth goes to the log. Returns the EMA.
+    `depth` is that of the kinds that `layers` is not for (see `checked_layers`). The last `held` of the pictures are
+    held out; their acceptance per depth goes to the log, which lies with the state of the run in "KIND-run". Returns
+    the EMA.
     """
-    if kind not in KINDS:
-        raise unknown("drafter", kind, KINDS)
-    layers = layers or (-(-target.config.num_layers // 2) if kind == "skip" else min(2, target.config.num_layers))
-    if not 1 <= layers <= target.config.num_layers:
-        raise VisarError(f"The layers must be 1 to {target.config.num_layers}, not {layers}.")
+    layers = checked_layers(kind, layers, target.config.num_layers)
     count = max(1, int(held * len(tokens)))
     if len(tokens) <= count:
         raise VisarError(f"A drafter needs 2 or more pictures to learn from, not {len(tokens)}.")
     torch.manual_seed(config.seed)
-    target.to(distributed(config.device)[2])
+    rank, _, device = distributed(config.device)
+    target.to(device)
     drafter = new_drafter(kind, target, depth, layers)
-    loss = LOSSES[kind]
-    model: DraftLoss[Any] = loss(drafter, target, guidance, law, depth, grid)
+    run = replace(config, out=config.out / f"{kind}-run")
+    if rank == 0:
+        same_run(drafter, run.out)
+    loss: DraftLoss[Any] = LOSSES[kind](drafter, target, guidance, law, depth, grid)
     split = len(tokens) - count
 
     def rows_of(rows: list[int]) -> tuple[Tensor, ...]:
@@ -93,29 +113,44 @@ def train_drafter(
 
     def evaluate(ema: DraftLoss[Any]) -> dict[str, float]:
         rows = list(range(split, len(tokens)))[:64]
-        found = ema.acceptance(*(t.to(target.device) for t in rows_of(rows)))
-        return {f"acceptance_{i + 1}": round(a, 4) for i, a in enumerate(found)}
+        total: list[float] = []
+        for start in range(0, len(rows), config.batch):
+            part = rows[start : start + config.batch]
+            found = ema.acceptance(ema.look(*(t.to(device) for t in rows_of(part))))
+            total = [a * len(part) + b for a, b in zip(found, total or [0.0] * len(found), strict=True)]
+        return {f"acceptance_{i + 1}": round(a / len(rows), 4) for i, a in enumerate(total)}
 
     if kind == "skip":
-        drafter = fewer_layers(model, [t.to(target.device) for t in batch_at(0, 0)], layers)
-        found = evaluate(loss(drafter, target, guidance, law, depth, grid))
-        with replacing(config.out / "log.jsonl") as temporary:
-            temporary.write_text(json.dumps({"layers": drafter.config.layers, **found}) + "\n")
-        print(json.dumps({"layers": drafter.config.layers, **found}), flush=True)
+        if rank == 0:
+            loss.drafter = drafter = fewer_layers(loss, [t.to(device) for t in batch_at(0, 0)], layers)
+            row = json.dumps({"layers": drafter.config.layers, **evaluate(loss)})
+            with replacing(run.out / "log.jsonl") as temporary:
+                temporary.write_text(row + "\n")
+            print(row, flush=True)
     else:
-        drafter = fit(model, batch_at, config, evaluate).drafter
-    if distributed()[0] == 0:
+        drafter = fit(loss, batch_at, run, evaluate).drafter
+    if rank == 0:
         drafter.save_pretrained(config.out / kind)
     return drafter
 
 
+def same_run(drafter: TrainedDrafter, folder: Path) -> None:
+    """Note in the folder of a run what is trained there; a `VisarError` if that is another drafter."""
+    own = {k: v for k, v in drafter.config.items() if not k.startswith("_")}
+    note = writable_folder(folder) / "drafter.json"
+    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(own)):
+        raise VisarError(f"{folder} is a run with other settings or of another target; give another folder.")
+    with replacing(note) as temporary:
+        temporary.write_text(json.dumps(own, indent=2) + "\n")
+
+
 def fewer_layers(loss: DraftLoss[Any], batch: list[Tensor], keep: int) -> SkippedLayers:
     """Leave out one layer after the other, each time the one that costs the least acceptance on a batch."""
-    mark, chosen = loss.drafter.config.target, list(loss.drafter.config.layers)
+    mark, chosen, seen = loss.drafter.config.target, list(loss.drafter.config.layers), loss.look(*batch)
     while len(chosen) > keep:
         scores: dict[int, float] = {}
         for layer in chosen:
             loss.drafter = SkippedLayers([i for i in chosen if i != layer], target=mark)
-            scores[layer] = loss.acceptance(*batch)[0]
+            scores[layer] = loss.acceptance(seen)[0]
         chosen.remove(max(scores, key=lambda layer: scores[layer]))
     return SkippedLayers(chosen, target=mark)

@@ -7,6 +7,7 @@ what acceptance depends on.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -23,7 +24,8 @@ class TargetPass(NamedTuple):
     """The target over whole sequences of S slots: both guidance halves, the conditional one first.
 
     `x` [rows, S, dim] embeddings; `features` [rows, S, dim], normed; `table`, their positions; `valid` [rows, S], of
-    no padding; `back` [S, S], how far slot j lies behind slot i; `p` [B, n, V], the law of every token.
+    no padding; `back` [S, S], how far slot j lies behind slot i; `at` [B, n], the positions of the tokens; `p`
+    [B, n, V], their laws.
     """
 
     x: Tensor
@@ -31,6 +33,7 @@ class TargetPass(NamedTuple):
     table: Tensor
     valid: Tensor
     back: Tensor
+    at: Tensor
     p: Tensor
 
     def causal(self) -> Tensor:
@@ -63,32 +66,33 @@ class DraftLoss(nn.Module, Generic[D]):
 
     def forward(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """The loss: KL(p || q) + TV(p, q) of the guided laws, later steps weighing 0.8 of those before them."""
-        p, laws = self.laws(condition, mask, tokens)
-        loss = p.new_zeros(())
-        for step, log_q in enumerate(laws):
-            own, kept = p[:, step:], log_q[:, step:]
+        seen = self.look(condition, mask, tokens)
+        loss = seen.p.new_zeros(())
+        for step, log_q in enumerate(self.laws(seen)):
+            own, kept = seen.p[:, step:], log_q[:, step:]
             kl = (torch.xlogy(own, own) - own * kept).sum(-1)
             tv = (own - kept.exp()).abs().sum(-1) / 2
             loss = loss + 0.8**step * (kl + tv).mean()
         return loss
 
     @torch.no_grad()
-    def acceptance(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> list[float]:
+    def acceptance(self, seen: TargetPass) -> list[float]:
         """The mean of 1 - TV of the laws as they are used, at each depth."""
-        p, laws = self.laws(condition, mask, tokens)
-        at = self._positions(tokens)
-        processed = (self.law.probs(log_q * self.law.temperature, at) for log_q in laws)
-        return [torch.minimum(p, q)[:, step:].sum(-1).mean().item() for step, q in enumerate(processed)]
+        processed = (self.law.probs(log_q * self.law.temperature, seen.at) for log_q in self.laws(seen))
+        return [torch.minimum(seen.p, q)[:, step:].sum(-1).mean().item() for step, q in enumerate(processed)]
 
-    def laws(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The target law p [B, n, V] of every token, and per step the draft law in logs, before top-k and top-p."""
-        seen, target, at = self._pass(condition, mask, tokens), self._target(), self._positions(tokens)
-        read = (features.to(target.dtype) for features in self.steps(seen))
-        return seen.p, [(self._guided(target.logits(f), at) / self.law.temperature).log_softmax(-1) for f in read]
+    def laws(self, seen: TargetPass) -> Iterator[Tensor]:
+        """Per step the draft law [B, n, V] of every token, in logs, before top-k and top-p."""
+        target = self._target()
+        for features in self.steps(seen):
+            logits = self._guided(target.logits(features.to(target.dtype)), seen.at)
+            yield (logits / self.law.temperature).log_softmax(-1)
 
     @torch.no_grad()
-    def _pass(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> TargetPass:
-        target, at = self._target(), self._positions(tokens)
+    def look(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> TargetPass:
+        """The target over tokens [B, n] under their conditions."""
+        target = self._target()
+        at = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         embed, prefix = target.cls_embedding, target.config.condition_length
         parts = [condition] + ([embed.null_like(condition)] if self.guidance.active else [])
         x = torch.cat([embed(part) for part in parts])
@@ -97,7 +101,7 @@ class DraftLoss(nn.Module, Generic[D]):
         valid = F.pad(mask.bool(), (0, len(slot) - prefix), value=True).repeat(len(parts), 1)
         table = target.rotary(self.grid)[: len(slot)].expand(len(x), -1, -1, -1)
         empty = x.new_zeros(())
-        seen = TargetPass(x, empty, table, valid, slot[:, None] - slot, empty)
+        seen = TargetPass(x, empty, table, valid, slot[:, None] - slot, at, empty)
         features = target.run(x, table, attention([seen.causal()], [], []))
         p = self.law.probs(self._guided(target.logits(features[:, prefix - 1 :]), at), at)
         return seen._replace(features=features, p=p)
@@ -105,9 +109,6 @@ class DraftLoss(nn.Module, Generic[D]):
     @property
     def prefix(self) -> int:
         return self._target().config.condition_length
-
-    def _positions(self, tokens: Tensor) -> Tensor:
-        return torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
 
     def _guided(self, logits: Tensor, at: Tensor) -> Tensor:
         if not self.guidance.active:
@@ -149,8 +150,11 @@ class ShallowLoss(DraftLoss[ExitHead | SkippedLayers]):
     """A drafter with a cache of its own drafts every token from the true ones before it: one step says it all."""
 
     def steps(self, seen: TargetPass) -> list[Tensor]:
-        model = self.drafter.model(self._target())
-        return [model.run(seen.x, seen.table, attention([seen.causal()], [], []))[:, self.prefix - 1 :]]
+        blocks, norm = self.drafter.blocks(self._target())
+        x, attend = seen.x, attention([seen.causal()], [], [])
+        for i, block in enumerate(blocks):
+            x = block(x, seen.table, attend, i)
+        return [norm(x[:, self.prefix - 1 :])]
 
 
 def later(x: Tensor, slots: int) -> Tensor:

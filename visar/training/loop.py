@@ -1,4 +1,4 @@
-"""The training loop both trainers share: AdamW, cosine schedule, EMA, mixed precision, DDP, resumable checkpoints."""
+"""The training loop of all trainers: AdamW, cosine schedule, EMA, mixed precision, DDP, resumable checkpoints."""
 
 from __future__ import annotations
 

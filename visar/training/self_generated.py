@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,20 @@ def draw_tokens(
     file: Path,
     batch: int = 32,
     report: Callable[[int], None] = lambda done: None,
+    draws: bool = True,
     **settings: Any,
 ) -> Tensor:
     """Tokens [count, N] of pictures of the conditions, in turn: all of them once, then once more with other noise.
 
-    What is drawn is kept in `file`, and `settings` go to the pipeline. Raises `VisarError` where the
-    file is damaged, or was made otherwise.
+    What is drawn is kept in `file`, and `settings` go to the pipeline. Of several processes only one `draws`, and the
+    others wait for it. Raises `VisarError` where the file is damaged, or was made otherwise.
     """
     made_of = (fingerprint(pipe.gpt), pipe.grid, list(conditions), sorted(settings.items()))
     mark = hashlib.sha256(repr(made_of).encode()).hexdigest()
-    done = torch.empty(0, pipe.grid**2, dtype=torch.long)
-    if file.exists():
+
+    def drawn_before() -> Tensor:
+        if not file.exists():
+            return torch.empty(0, pipe.grid**2, dtype=torch.long)
         try:
             with safe_open(file, "pt") as saved:
                 done, found = saved.get_tensor("tokens").long()[:count], saved.metadata()["of"]
@@ -42,6 +46,12 @@ def draw_tokens(
             raise VisarError(f"{file} is damaged; delete it to have the pictures drawn anew.") from error
         if found != mark:
             raise VisarError(f"{file} holds pictures of another model or other settings; give another folder.")
+        return done
+
+    done = drawn_before()
+    while not draws and len(done) < count:
+        time.sleep(1)
+        done = drawn_before()
     while len(done) < count:
         turn, start = divmod(len(done), len(conditions))
         part = list(conditions[start : start + min(batch, count - len(done))])

@@ -47,8 +47,9 @@ class SkippedLayers(ConfigMixin, nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Self:
         return cls.from_config(cls.load_config(folder))
 
-    def model(self, target: LlamaGen) -> LlamaGen:
-        return with_layers(target, [target.layers[i] for i in self.config.layers], target.norm)
+    def blocks(self, target: LlamaGen) -> tuple[list[nn.Module], nn.Module]:
+        """What it runs, and the norm behind it."""
+        return [target.layers[i] for i in self.config.layers], target.norm
 
 
 class ExitHead(ModelMixin, ConfigMixin):
@@ -66,5 +67,6 @@ class ExitHead(ModelMixin, ConfigMixin):
         self.block = Block(dim, num_heads, ffn)
         self.norm = RMSNorm(dim)
 
-    def model(self, target: LlamaGen) -> LlamaGen:
-        return with_layers(target, [*target.layers[: self.config.layers], self.block], self.norm)
+    def blocks(self, target: LlamaGen) -> tuple[list[nn.Module], nn.Module]:
+        """What it runs, and the norm behind it."""
+        return [*target.layers[: self.config.layers], self.block], self.norm
