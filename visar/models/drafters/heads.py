@@ -45,5 +45,5 @@ class DraftHeads(ModelMixin, ConfigMixin):
         x = [features]
         if self.embedding_norm is not None:
             x += [self.embedding_norm(e) for e in path]
-        read = torch.cat(x, dim=-1).to(self.inner[i].weight.dtype)
+        read = torch.cat(x, dim=-1).to(self.dtype)
         return features + self.outer[i](nn.functional.silu(self.inner[i](read)))
