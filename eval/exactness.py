@@ -177,7 +177,7 @@ def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
 
 
 def distinct() -> list[str]:
-    """The samplers that are not relaxed; of those that differ in their drafter alone, the first: here all draft alike."""
+    """The samplers that are not relaxed; of those that differ in their drafter alone the first, as here all are alike."""
     out: dict[Sampler, str] = {}
     for name, spec in SAMPLERS.items():
         if spec.law != "relaxed":

@@ -16,7 +16,7 @@ PROMPTS = (
     "a red heart, 3d", "a green apple, flat", "a lion, noto", "a pizza, 3d", "the sun, flat", "a dog face, noto",
     "a blue car, 3d", "a yellow star, flat",
 )  # fmt: skip
-SHARE = 0.6  # of the passes of sequential decoding
+SHARE = 0.5  # of the passes of sequential decoding
 
 
 def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
