@@ -177,7 +177,7 @@ def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
 
 
 def distinct() -> list[str]:
-    """The samplers that are not relaxed; of those that differ in their drafter alone the first, as here all are alike."""
+    """The samplers that are not relaxed; here all draft alike, so of those with the same rules only the first."""
     out: dict[Sampler, str] = {}
     for name, spec in SAMPLERS.items():
         if spec.law != "relaxed":
