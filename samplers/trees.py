@@ -70,7 +70,7 @@ def best_tree(acceptance: Sequence[Sequence[float]], nodes: int) -> str:
     gain of a draft is the product along its path, so the best ones are found one after the other.
     """
     found: list[tuple[int, ...]] = []
-    open_paths = [(-acceptance[0][0], (0,))]
+    open_paths: list[tuple[float, tuple[int, ...]]] = [(-acceptance[0][0], (0,))]
     while open_paths and len(found) < nodes:
         gain, path = heapq.heappop(open_paths)
         found.append(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from visar.tables import table
 
@@ -34,7 +35,7 @@ def models(options: argparse.Namespace) -> int:
 def samplers(options: argparse.Namespace) -> int:
     from visar.samplers import DEFAULT_SAMPLER, SAMPLERS
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": s.name, "default": s.name == DEFAULT_SAMPLER, "law": s.law, "drafter": s.drafter or None,
          "paper": s.paper, "parameters": s.parameters()}
         for s in SAMPLERS.values()
