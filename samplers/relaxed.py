@@ -66,7 +66,26 @@ def codebook_of(session: Session) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Lantern(TreeSpeculative):
+class PooledTree(TreeSpeculative):
+    """A tree whose children are tested with their `k` nearest codes pooled."""
+
+    k: int = 10
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise VisarError(f"k must be 1 or more neighbours, not {self.k}.")
+
+    def pooled(self, session: Session, budget: float = 0.0, share: float = 0.0) -> Pooled:
+        """The rule that relaxes the exact one of its children."""
+        codes = codebook_of(session)
+        exact = Chosen() if self.children == "chosen" else Drawn()
+        return Pooled(neighbours(codes, min(self.k, len(codes) - 1)), exact, budget, share)
+
+
+@dataclass(frozen=True)
+class Lantern(PooledTree):
     """LANTERN (Jang et al. 2024, arXiv:2410.03355): the `k` nearest codes are pooled while their mass is below `delta`.
 
     `delta` bounds how far one test moves the law of one child; it does not bound what becomes of the picture.
@@ -76,49 +95,38 @@ class Lantern(TreeSpeculative):
     children: Children = "chosen"
     k: int = 1000
     delta: float = 0.1
-    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.delta < 1:
             raise VisarError(f"delta must lie between 0 and 1, not {self.delta}; for exact decoding use 'eagle-top'.")
-        if self.k < 1:
-            raise VisarError(f"k must be 1 or more neighbours, not {self.k}.")
 
     @property
     def name(self) -> str:
         return "lantern"
 
     def rule(self, session: Session) -> ChildRule:
-        exact = Chosen() if self.children == "chosen" else Drawn()
-        codes = codebook_of(session)
-        return Pooled(neighbours(codes, min(self.k, len(codes) - 1)), exact, budget=self.delta)
+        return self.pooled(session, budget=self.delta)
 
 
 @dataclass(frozen=True)
-class LanternPlusPlus(TreeSpeculative):
+class LanternPlusPlus(PooledTree):
     """LANTERN++ (Park et al. 2025, arXiv:2502.06352): a static tree, and up to `lam` times a child's own mass."""
 
     tree: str = "mc25"
-    k: int = 10
     lam: float = 2.0
-    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lam >= 1:
             raise VisarError(f"lam must be 1 or more, not {self.lam}; at 1 nothing is relaxed.")
-        if self.k < 1:
-            raise VisarError(f"k must be 1 or more neighbours, not {self.k}.")
 
     @property
     def name(self) -> str:
         return "lantern++"
 
     def rule(self, session: Session) -> ChildRule:
-        exact = Chosen() if self.children == "chosen" else Drawn()
-        codes = codebook_of(session)
-        return Pooled(neighbours(codes, min(self.k, len(codes) - 1)), exact, share=self.lam - 1)
+        return self.pooled(session, share=self.lam - 1)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from visar.models.drafters import DraftHeads, EagleHead, ExitHead, SkippedLayers
 from visar.models.llamagen import LlamaGen
 from visar.models.vq import VQModel
 from visar.models.words import WordEncoder
@@ -72,3 +73,19 @@ def class_pipe(class_folder: Path) -> ClassToImagePipeline:
     pipe = ClassToImagePipeline.from_pretrained(class_folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="session")
+def drafters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The folders of a drafter of every kind, of random weights."""
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("drafters")
+    made = [
+        EagleHead(32, 2, 48), DraftHeads(32, 5), DraftHeads(32, 5, reads_tokens=True), ExitHead(32, 2, 48, layers=1),
+        SkippedLayers([1]),
+    ]  # fmt: skip
+    for drafter in made:
+        drafter.save_pretrained(folder / drafter.kind)
+    small = LlamaGen(**GPT | dict(dim=16, num_layers=1), condition="text", condition_length=4, caption_features=6)
+    small.save_pretrained(folder / "small")
+    return [*(folder / drafter.kind for drafter in made), folder / "small"]
