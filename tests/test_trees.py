@@ -10,12 +10,14 @@ import torch
 from conftest import class_gpt, text_gpt
 from torch import Tensor
 
+from visar.engine.drafter import Drafter
 from visar.engine.guidance import Guidance
 from visar.engine.model_session import ModelSession
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.models.drafters import KINDS, SkippedLayers
-from visar.pipelines.drafters import attach
+from visar.models.llamagen import LlamaGen
+from visar.pipelines.drafters import DraftModel, attach
 from visar.samplers import Speculative, Target, TreeSpeculative
 from visar.samplers.tree_verification import Chosen, Drawn, draw_children, verify_tree
 from visar.samplers.trees import named_tree, shape_of
@@ -144,6 +146,13 @@ def test_what_is_kept_is_what_a_fresh_pass_writes(kind: str) -> None:
         assert torch.allclose(s.features[row, : end + 1], fresh.features[row, : end + 1], atol=1e-5)
 
 
+def untrained(name: str, target: LlamaGen) -> DraftModel:
+    model = SkippedLayers([1]) if name == "skip" else new_drafter(name, target, depth=3, layers=1).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else None  # heads are born as the target's own
+    return model
+
+
 @pytest.mark.parametrize("kind", ["text", "class"])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> None:
@@ -151,9 +160,7 @@ def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> 
     s = session(kind, 6)
     torch.manual_seed(4)
     condition, mask = (CAPTIONS, MASK) if kind == "text" else (CLASSES, torch.ones(3, 1))
-    model = SkippedLayers([1]) if name == "skip" else new_drafter(name, s.model, depth=3, layers=1).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else None  # heads are born as the target's own
+    model = untrained(name, s.model)
     s.drafter = drafter = attach(s, model, 3, 6, condition, mask if kind == "text" else None, 5)
     tokens = torch.randint(24, (3, 25), generator=torch.Generator().manual_seed(0))
     loss = LOSSES[name](model, s.model, GUIDANCE, Target(), depth=3)
@@ -171,6 +178,40 @@ def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> 
         s.forward(torch.cat([root, tokens[:, n : n + 4]], dim=1))
         s.commit(torch.full((3,), count))
     assert drafter.seconds > 0 and drafter.bytes_read > 0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_node_is_drafted_as_the_end_of_a_chain(name: str) -> None:
+    """A drafter gives the same law behind a node of a tree as behind the chain of tokens that leads there."""
+    torch.manual_seed(4)
+    tokens = torch.randint(24, (3, 25), generator=torch.Generator().manual_seed(0))
+    drafts = torch.randint(24, (3, len(SHAPE.parents)), generator=torch.Generator().manual_seed(1))
+    model: DraftModel | None = None
+
+    def started() -> tuple[Drafter, torch.Tensor]:
+        nonlocal model
+        s = session("text", 12)
+        model = model or untrained(name, s.model)
+        drafter = attach(s, model, 3, 12, CAPTIONS, MASK, 5)
+        drafter.root(tokens, s.lengths)
+        s.forward(torch.cat([tokens[:, :1], tokens[:, :4]], dim=1))
+        s.commit(torch.full((3,), 3))
+        return drafter, drafter.root(tokens, s.lengths)
+
+    drafter, _ = started()
+    tree, found = Tree.of(SHAPE.parents), {}
+    for level in SHAPE.expanded()[1:]:
+        logits = drafter.extend(drafts[:, level.start : level.stop], tree, level.start)
+        found |= {node: logits[:, i] for i, node in enumerate(level)}
+    assert len(found) > 3
+    for node, logits in found.items():
+        path = [node]
+        while SHAPE.parents[path[0]] > 0:
+            path.insert(0, SHAPE.parents[path[0]])
+        chain, _ = started()
+        for depth, at in enumerate(path, start=1):
+            wanted = chain.extend(drafts[:, at : at + 1], None, depth)
+        assert torch.allclose(logits, wanted[:, 0], atol=1e-4), node
 
 
 # Rules
