@@ -7,15 +7,17 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from visar.engine.drafter import Drafter
 from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.samplers.base import Sampler, State
 from visar.samplers.beam_tree import BeamTree, Drafted
+from visar.samplers.dynamic import DynamicSpeculative
 from visar.samplers.jacobi import SpeculativeJacobi
 from visar.samplers.speculative import Children, Speculative, TreeSpeculative
-from visar.samplers.tree_verification import ChildRule, Drawn
+from visar.samplers.tree_verification import ChildRule, Drawn, Independent
 from visar.samplers.verification import Coins, Verdict, draw, keeps, leading, race, residual
 
 
@@ -144,6 +146,34 @@ class ChosenAsDrawn(TreeSpeculative):
         return Drawn()
 
 
+class Undivided(Independent):
+    """Every child may take min(p, q), as if it were the only one."""
+
+    def at_node(self, p: Tensor, q: Tensor, children: Tensor) -> Self:
+        return super().at_node(p, q, torch.ones_like(children))
+
+
+@dataclass(frozen=True)
+class UndividedShare(TreeSpeculative):
+    """Children drawn independently, each tested with min(1, p/q)."""
+
+    children: Children = "independent"
+
+    def rule(self, session: Session) -> ChildRule:
+        return Undivided()
+
+
+@dataclass(frozen=True)
+class DroppedDraft(DynamicSpeculative):
+    """A chain ends before a draft that its own law gives less than the mean, although it was drawn."""
+
+    def draft(self, drafter: Drafter, session: Session, state: State, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        drafts, laws = super().draft(drafter, session, state, at, u)
+        own = laws.gather(-1, drafts.clamp_min(0)[..., None]).squeeze(-1)
+        gone = (own < 1 / session.vocab).cummax(1).values
+        return torch.where(gone, -1, drafts), torch.where(gone[..., None], 0, laws)
+
+
 @dataclass(frozen=True)
 class RawBonus(Speculative):
     """The token behind a chain that stood is drawn from the law before temperature, which is 0.6 in its case."""
@@ -175,5 +205,7 @@ MUTANTS = (
     Mutant("chosen beam as drawn", ChosenBeamAsDrawn(beam=2, depth=2, nodes=4, drafter="model"), "plain"),
     Mutant("padding with token 0", PaddedWithZero(tree="3x2", drafter="model"), "top-p 0.7"),
     Mutant("chosen tested as drawn", ChosenAsDrawn(tree="2x2", drafter="model"), "plain"),
+    Mutant("k-SEQ undivided", UndividedShare(tree="3x2", drafter="model"), "plain"),
+    Mutant("small drafts dropped", DroppedDraft(), "plain"),
     Mutant("bonus from raw logits", RawBonus(gamma=1), "temperature 0.6"),
 )

@@ -7,33 +7,48 @@ drafts good, so the figures say how a parameter acts and what it does not bound,
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 
 from visar.eval.exactness import Case, configured, measure, values
+from visar.eval.plots import Point, draw
 from visar.eval.tabular import joint
-from visar.samplers import CoolSD, GroupedJacobi, Lantern, LanternPlusPlus, Sampler, Speculative, TreeSpeculative
+from visar.samplers import (
+    BeamTree,
+    CoolSD,
+    GroupedJacobi,
+    Lantern,
+    LanternPlusPlus,
+    Sampler,
+    Speculative,
+    TreeSpeculative,
+)
+from visar.samplers.speculative import Children
 from visar.tables import table
 
 TREE = "3x2x1"
-SWEEP: tuple[tuple[str, Sampler], ...] = (
-    ("exact, drawn children", TreeSpeculative(tree=TREE, drafter="model")),
-    ("exact, chosen children", TreeSpeculative(tree=TREE, children="chosen", drafter="model")),
+BEAMS: tuple[tuple[int, Children], ...] = ((1, "chosen"), (3, "chosen"), (3, "drawn"))
+# What is drafted, what is relaxed, and by how much ("" is exact)
+SWEEP: tuple[tuple[str, str, Sampler], ...] = (
+    ("tree, drawn", "", TreeSpeculative(tree=TREE, drafter="model")),
+    ("beam of 3, chosen", "", BeamTree(beam=3, depth=3, nodes=9, drafter="model")),
     *(
-        (f"lantern, delta {delta}, {children} children {tree}", Lantern(
-            tree=tree, children="chosen" if children == "chosen" else "drawn", drafter="model", k=4, delta=delta
+        (f"lantern, beam of {beam}, {children}", f"delta {delta}", Lantern(
+            beam=beam, depth=3, nodes=0 if children == "drawn" else 3 * beam, children=children, drafter="model", k=4,
+            delta=delta,
         ))
-        for children, tree in (("chosen", "1x1x1"), ("chosen", TREE), ("drawn", TREE))
+        for beam, children in BEAMS
         for delta in (0.05, 0.1, 0.2, 0.4)
     ),
     *(
-        (f"lantern++, lambda {lam}, k 3", LanternPlusPlus(tree=TREE, drafter="model", k=3, lam=lam))
+        ("lantern++, tree, drawn, k 3", f"lambda {lam}", LanternPlusPlus(tree=TREE, drafter="model", k=3, lam=lam))
         for lam in (1, 2, 5, 10)
     ),
-    ("exact chain", Speculative(gamma=3)),
-    *((f"cool-sd, omega {w}", CoolSD(gamma=3, drafter="model", omega=w)) for w in (1.1, 1.5, 2.0, 4.0)),
-    *((f"gsd, group {g}", GroupedJacobi(group=g, gap=1.0)) for g in (1, 2, 3, 5)),
+    ("chain of 3", "", Speculative(gamma=3)),
+    *(("cool-sd, chain of 3", f"omega {w}", CoolSD(gamma=3, drafter="model", omega=w)) for w in (1.1, 1.5, 2.0, 4.0)),
+    *(("gsd", f"group {g}", GroupedJacobi(group=g, gap=1.0)) for g in (1, 2, 3, 5)),
 )  # fmt: skip
 
 
@@ -58,13 +73,26 @@ def distance(sampler: Sampler, case: Case, sequences: int, seed: int = 0) -> Mov
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=131072)
+    parser.add_argument("--plot", help="also draw the figures into this file; needs the extra `eval`")
     options = parser.parse_args()
     case = Case("relaxed", vocab=5, length=4, window=4)
     rows = []
-    for name, sampler in SWEEP:
+    for family, amount, sampler in SWEEP:
         moved = distance(configured(sampler, case), case, options.sequences)
-        rows.append((name, f"{moved.distance:.3f}", f"{moved.noise:.3f}", f"{moved.tokens_per_pass:.2f}"))
-    print(table(("SAMPLER", "TV OF THE JOINT LAW", "OF AN EXACT SAMPLE", "TOKENS/PASS"), rows))
+        rows.append((family, amount, moved))
+        print(".", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    print(table(
+        ("SAMPLER", "RELAXED BY", "TV OF THE JOINT LAW", "OF AN EXACT SAMPLE", "TOKENS/PASS"),
+        [
+            (family, amount or "exact", f"{m.distance:.3f}", f"{m.noise:.3f}", f"{m.tokens_per_pass:.2f}")
+            for family, amount, m in rows
+        ],
+    ))  # fmt: skip
+    if options.plot:
+        points = [Point(f, amount, m.tokens_per_pass, m.distance, exact=not amount) for f, amount, m in rows]
+        floor = rows[0][2].noise
+        draw(points, options.plot, x="tokens per pass", y="total variation of the joint law", floor=floor)
 
 
 if __name__ == "__main__":

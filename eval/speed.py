@@ -76,6 +76,13 @@ def bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 5) -> f
     return 2 * source.numel() * 4 / best / 1e9
 
 
+def conditions(pipe: ImagePipeline, count: int) -> list[Any]:
+    """The prompts or classes that are measured with."""
+    if isinstance(pipe, TextToImagePipeline):
+        return [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    return [i * 37 % pipe.gpt.config.classes for i in range(count)]
+
+
 def compare(
     pipe: ImagePipeline,
     samplers: Mapping[str, Sampler],
@@ -92,11 +99,8 @@ def compare(
     """
     if not samplers:
         raise VisarError("No sampler was given.")
-    if isinstance(pipe, TextToImagePipeline):
-        conditions: list[Any] = [PROMPTS[i % len(PROMPTS)] for i in range(images)]
-    else:
-        conditions = [i * 37 % pipe.gpt.config.classes for i in range(images)]
-    groups = [conditions[i : i + batch] for i in range(0, images, batch)]
+    wanted = conditions(pipe, images)
+    groups = [wanted[i : i + batch] for i in range(0, images, batch)]
 
     def once(sampler: Sampler) -> dict[str, float]:
         stats = [pipe(g, sampler=sampler, seed=seed, output_type="tokens", **settings).stats for g in groups]

@@ -11,9 +11,11 @@ from visar.samplers.autoregressive import Autoregressive
 from visar.samplers.base import Sampler, State
 from visar.samplers.beam_tree import BeamTree
 from visar.samplers.distribution import Target
+from visar.samplers.dynamic import DynamicSpeculative
 from visar.samplers.jacobi import Jacobi, SpeculativeJacobi
 from visar.samplers.relaxed import CoolSD, GroupedJacobi, Lantern, LanternPlusPlus
 from visar.samplers.speculative import Speculative, TreeSpeculative
+from visar.samplers.wavefront import ZipAR
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class SamplerSpec:
     make: Callable[[], Sampler]
     paper: str
     law: str  # "exact", or in what sense it is not
-    drafter: str = ""  # the kind of drafter that it needs: "model", one of `visar.models.drafters.KINDS`, or none
+    drafter: str = ""  # the kind of drafter that it needs, one of `visar.models.drafters.KINDS`, or none
 
     def parameters(self) -> dict[str, Any]:
         """The sampler's fields and their defaults."""
@@ -52,6 +54,14 @@ SAMPLERS: dict[str, SamplerSpec] = {
             "speculative-tree", lambda: TreeSpeculative(tree="4x2x1", drafter="model"),
             "RSD-C, Jeon et al. 2024, arXiv:2402.14160", "exact", "model",
         ),
+        SamplerSpec(
+            "spectr", lambda: TreeSpeculative(tree="4x2x1", children="independent", drafter="model"),
+            "SpecTr k-SEQ, Sun et al. 2023, arXiv:2310.15141", "exact", "model",
+        ),
+        SamplerSpec(
+            "specdec++", DynamicSpeculative, "stop rule of SpecDec++, Huang et al. 2024, arXiv:2405.19715", "exact",
+            "model",
+        ),
         SamplerSpec("eagle", TreeSpeculative, "EAGLE, Li et al. 2024, arXiv:2401.15077", "exact", "eagle"),
         SamplerSpec(
             "eagle-top", lambda: TreeSpeculative(children="chosen"), "EAGLE, its most likely tokens as drafts",
@@ -61,16 +71,17 @@ SAMPLERS: dict[str, SamplerSpec] = {
         SamplerSpec("eagle2", BeamTree, "EAGLE-2, Li et al. 2024, arXiv:2406.16858", "exact", "eagle"),
         SamplerSpec("rsd-s", lambda: BeamTree(children="drawn", nodes=0), "RSD-S, Jeon et al. 2024, arXiv:2402.14160",
                     "exact", "eagle"),
-        SamplerSpec("medusa", lambda: TreeSpeculative(drafter="medusa"), "Medusa, Cai et al. 2024, arXiv:2401.10774",
-                    "exact", "medusa"),
-        SamplerSpec("hydra", lambda: TreeSpeculative(drafter="hydra"), "Hydra, Ankner et al. 2024, arXiv:2402.05109",
-                    "exact", "hydra"),
+        SamplerSpec("medusa", lambda: TreeSpeculative(tree="4x2x1", drafter="medusa"),
+                    "Medusa, Cai et al. 2024, arXiv:2401.10774", "exact", "medusa"),
+        SamplerSpec("hydra", lambda: TreeSpeculative(tree="4x2x1", drafter="hydra"),
+                    "Hydra, Ankner et al. 2024, arXiv:2402.05109", "exact", "hydra"),
         SamplerSpec("kangaroo", lambda: Speculative(gamma=3, drafter="exit"),
                     "Kangaroo, Liu et al. 2024, arXiv:2404.18911", "exact", "exit"),
         SamplerSpec("swift", lambda: Speculative(gamma=2, drafter="skip"),
                     "SWIFT, Xia et al. 2024, arXiv:2410.06916", "exact", "skip"),
         SamplerSpec("lantern", Lantern, "Jang et al. 2024, arXiv:2410.03355", "relaxed", "eagle"),
         SamplerSpec("lantern++", LanternPlusPlus, "Park et al. 2025, arXiv:2502.06352", "relaxed", "eagle"),
+        SamplerSpec("zipar", ZipAR, "He et al. 2024, arXiv:2412.04062", "relaxed"),
         SamplerSpec("cool-sd", CoolSD, "COOL-SD, arXiv:2601.09212", "relaxed", "eagle"),
     )
 }  # fmt: skip
@@ -102,6 +113,7 @@ __all__ = [
     "Autoregressive",
     "BeamTree",
     "CoolSD",
+    "DynamicSpeculative",
     "GroupedJacobi",
     "Jacobi",
     "Lantern",
@@ -113,5 +125,6 @@ __all__ = [
     "State",
     "Target",
     "TreeSpeculative",
+    "ZipAR",
     "get_sampler",
 ]

@@ -36,6 +36,8 @@ class State:
     children: Tensor | None = None  # [1, T, C] the children of each, -1 behind the last
     below: list[Tensor] = field(default_factory=list)  # the same, one tensor for each node
     rule: ChildRule | None = None
+    turn: int = 0  # of samplers whose schedule is fixed: the passes so far
+    seen: Tensor | None = None  # [2, B, levels]: drafts tested and drafts accepted, by the entropy of their laws
 
     @staticmethod
     def empty(session: Session, target: Target, noise: Noise, window: int) -> State:

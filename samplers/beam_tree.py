@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ class BeamTree:
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.children not in get_args(Children):
-            raise VisarError(f"Unknown children {self.children!r}; known: {', '.join(get_args(Children))}.")
+        if self.children not in ("chosen", "drawn"):
+            raise VisarError(f"The children of a beam are chosen or drawn, not {self.children!r}.")
         if self.beam < 1 or self.depth < 1:
             raise VisarError(f"beam and depth must be 1 or more, not {self.beam} and {self.depth}.")
         if self.children == "drawn" and self.nodes:
@@ -131,7 +131,7 @@ class BeamTree:
                 known = Tree.of(torch.cat([known.parents, above[-1].gather(1, kept)], dim=1), level + 1)
                 logits = drafter.extend(fed.clamp_min(0), known, first)
         found = self._chosen(tokens, values, above, beams)
-        if isinstance(state.rule, Chosen):
+        if state.rule is not None and not state.rule.reads_q:
             return found  # its test does not ask for the laws
         index = found.fed.clamp_min(0)[..., None].expand(-1, -1, session.vocab)
         return found._replace(q=torch.cat(laws, dim=1).gather(1, index))

@@ -16,15 +16,16 @@ from torch import Tensor
 from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.samplers.base import State
+from visar.samplers.beam_tree import BeamTree
 from visar.samplers.jacobi import SpeculativeJacobi
 from visar.samplers.neighbours import neighbours
-from visar.samplers.speculative import Children, Speculative, TreeSpeculative
-from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, at
+from visar.samplers.speculative import Speculative, TreeSpeculative
+from visar.samplers.tree_verification import ChildRule, at
 from visar.samplers.verification import Coins, Verdict, replaced
 
 
 @dataclass(frozen=True)
-class Pooled:
+class Pooled(ChildRule):
     """A child's probability is raised by that of its nearest codes, as far as a budget allows.
 
     `table` [V, k]: neighbours, nearest first. The first n neighbours are pooled for the largest n at which their mass
@@ -33,9 +34,13 @@ class Pooled:
     """
 
     table: Tensor
-    rule: Drawn | Chosen
+    rule: ChildRule
     budget: float = 0.0
     share: float = 0.0
+
+    @property
+    def reads_q(self) -> bool:  # type: ignore[override]
+        return self.rule.reads_q
 
     def pooled(self, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The pooled mass [B], and r^y [B, V]: r with that mass moved to y."""
@@ -49,7 +54,7 @@ class Pooled:
         return gain, moved.scatter_add(-1, y[:, None], gain[:, None].to(r.dtype))
 
     def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
-        proposal = 1.0 if isinstance(self.rule, Chosen) else at(c, y)
+        proposal = at(c, y) if self.reads_q else 1.0
         return u * proposal < at(r, y) + self.pooled(r, y)[0]
 
     def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
@@ -65,59 +70,56 @@ def codebook_of(session: Session) -> Tensor:
     return session.codebook
 
 
-@dataclass(frozen=True)
-class PooledTree(TreeSpeculative):
-    """A tree whose children are tested with their `k` nearest codes pooled."""
+def nearest_codes(session: Session, k: int) -> Tensor:
+    """The table of the k nearest codes of the session's tokenizer, or of all others where it has fewer."""
+    codes = codebook_of(session)
+    return neighbours(codes, min(k, len(codes) - 1))
 
-    k: int = 10
+
+def check_neighbours(k: int) -> None:
+    if k < 1:
+        raise VisarError(f"k must be 1 or more neighbours, not {k}.")
+
+
+@dataclass(frozen=True)
+class Lantern(BeamTree):
+    """LANTERN (Jang et al. 2024, arXiv:2410.03355): the `k` nearest codes are pooled while their mass is below `delta`.
+
+    The tree is EAGLE-2's. `delta` bounds how far one test moves the law of one child; it does not bound what becomes of
+    the picture.
+    """
+
+    k: int = 1000
+    delta: float = 0.1
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1:
-            raise VisarError(f"k must be 1 or more neighbours, not {self.k}.")
-
-    def pooled(self, session: Session, budget: float = 0.0, share: float = 0.0) -> Pooled:
-        """The rule that relaxes the exact one of its children."""
-        codes = codebook_of(session)
-        exact = Chosen() if self.children == "chosen" else Drawn()
-        return Pooled(neighbours(codes, min(self.k, len(codes) - 1)), exact, budget, share)
-
-
-@dataclass(frozen=True)
-class Lantern(PooledTree):
-    """LANTERN (Jang et al. 2024, arXiv:2410.03355): the `k` nearest codes are pooled while their mass is below `delta`.
-
-    `delta` bounds how far one test moves the law of one child; it does not bound what becomes of the picture.
-    """
-
-    tree: str = "ext57"
-    children: Children = "chosen"
-    k: int = 1000
-    delta: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
+        check_neighbours(self.k)
         if not 0 < self.delta < 1:
-            raise VisarError(f"delta must lie between 0 and 1, not {self.delta}; for exact decoding use 'eagle-top'.")
+            raise VisarError(f"delta must lie between 0 and 1, not {self.delta}; for exact decoding use 'eagle2'.")
 
     @property
     def name(self) -> str:
         return "lantern"
 
     def rule(self, session: Session) -> ChildRule:
-        return self.pooled(session, budget=self.delta)
+        return Pooled(nearest_codes(session, self.k), super().rule(session), budget=self.delta)
 
 
 @dataclass(frozen=True)
-class LanternPlusPlus(PooledTree):
+class LanternPlusPlus(TreeSpeculative):
     """LANTERN++ (Park et al. 2025, arXiv:2502.06352): a static tree, and up to `lam` times a child's own mass."""
 
-    tree: str = "mc25"
+    k: int = 10
     lam: float = 2.0
+    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_neighbours(self.k)
+        if self.children == "independent":
+            raise VisarError('lantern++ relaxes "drawn" or "chosen" children, not "independent" ones.')
         if not self.lam >= 1:
             raise VisarError(f"lam must be 1 or more, not {self.lam}; at 1 nothing is relaxed.")
 
@@ -126,7 +128,7 @@ class LanternPlusPlus(PooledTree):
         return "lantern++"
 
     def rule(self, session: Session) -> ChildRule:
-        return self.pooled(session, share=self.lam - 1)
+        return Pooled(nearest_codes(session, self.k), super().rule(session), share=self.lam - 1)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,21 @@ from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
-from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, TreeVerdict, draw_children, verify_tree
+from visar.samplers.tree_verification import (
+    ChildRule,
+    Chosen,
+    Drawn,
+    Independent,
+    TreeVerdict,
+    draw_children,
+    verify_tree,
+)
 from visar.samplers.trees import Shape, named_tree
 from visar.samplers.verification import Coins, Verdict, draw, verify_block, verify_independent
 
 Verification = Literal["token", "block"]
-Children = Literal["drawn", "chosen"]
+Children = Literal["drawn", "chosen", "independent"]
+RULES: dict[str, type[ChildRule]] = {"drawn": Drawn, "chosen": Chosen, "independent": Independent}
 
 
 def drafter_of(session: Session, kind: str) -> Drafter:
@@ -72,13 +81,19 @@ class Speculative:
         at = session.positions(self.window)
         u = state.noise.uniforms(Purpose.DRAFT, at, state.passes)[0]
         drafts, q = self.draft(drafter_of(session, self.drafter), session, state, at, u)
-        inputs = torch.cat([state.inputs(session, 1), drafts], dim=1)
+        at = at[:, : 1 + drafts.shape[1]]
+        inputs = torch.cat([state.inputs(session, 1), drafts.clamp_min(0)], dim=1)
         p = state.target.probs(session.forward(inputs), at)
         coins = Coins(*state.noise.uniforms(Purpose.STEP, at, state.passes))
-        state.commit(session, *self.verify(p, q, drafts, coins))
+        verdict = self.verify(p, q, drafts, coins)
+        self.learn(state, q, drafts, verdict)
+        state.commit(session, *verdict)
+
+    def learn(self, state: State, q: Tensor, drafts: Tensor, verdict: Verdict) -> None:
+        """What a pass teaches about the drafter: nothing, where the chain has a fixed length."""
 
     def draft(self, drafter: Drafter, session: Session, state: State, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """A chain of drafts [B, gamma] and the laws [B, gamma, V] that they were drawn from."""
+        """A chain of up to `gamma` drafts [B, n] and the laws [B, n, V] that they were drawn from."""
         drafts, laws = [], []
         logits = drafter.root(state.tokens, session.lengths)
         for i in range(self.gamma):
@@ -99,8 +114,9 @@ class TreeSpeculative:
 
     `tree` is a name of `visar.samplers.trees`, children per depth as in "4x2x1", or paths as in "0 1 00". Children
     "drawn" come from the draft law one after the other without replacement, as in EAGLE (Li et al. 2024,
-    arXiv:2401.15077) and RSD-C (Jeon et al. 2024, arXiv:2402.14160); "chosen" are its most likely tokens. Both are
-    exact, each with a rule of its own.
+    arXiv:2401.15077) and RSD-C (Jeon et al. 2024, arXiv:2402.14160); "independent" are drawn with replacement, as in
+    SpecTr (Sun et al. 2023, arXiv:2310.15141); "chosen" are its most likely tokens. All are exact, each with a rule of
+    its own.
     """
 
     tree: str = "mc25"
@@ -115,6 +131,8 @@ class TreeSpeculative:
 
     @property
     def name(self) -> str:
+        if self.children == "independent":
+            return "spectr"
         if self.drafter == "eagle":
             return "eagle" if self.children == "drawn" else "eagle-top"
         return "speculative-tree" if self.drafter == "model" else self.drafter
@@ -141,7 +159,7 @@ class TreeSpeculative:
 
     def rule(self, session: Session) -> ChildRule:
         """How a child is tested; a method so that `visar verify` can plant mistakes in it."""
-        return Drawn() if self.children == "drawn" else Chosen()
+        return RULES[self.children]()
 
     def begin(self, session: Session, target: Target, noise: Noise) -> State:
         drafter_of(session, self.drafter)
@@ -188,6 +206,8 @@ class TreeSpeculative:
                 below = state.below[node]
                 if self.children == "drawn":
                     tokens[:, below] = draw_children(laws[:, node], u[:, below])
+                elif self.children == "independent":
+                    tokens[:, below] = draw(laws[:, node, None].expand(-1, len(below), -1), u[:, below])
                 else:
                     best = laws[:, node].topk(min(len(below), session.vocab))
                     tokens[:, below[: best.indices.shape[1]]] = torch.where(best.values > 0, best.indices, -1)

@@ -8,10 +8,13 @@ c, both [B, V], normalised.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from visar.samplers.verification import EQUAL, Coins, draw
 
@@ -24,17 +27,26 @@ class TreeVerdict(NamedTuple):
     accepted: Tensor
 
 
-class ChildRule(Protocol):
-    """How one child with token y [B], valid row by row, is tested."""
+class ChildRule(ABC):
+    """How one child with token y [B], valid row by row, is tested. `reads_q`: whether it asks for the draft laws."""
 
+    reads_q: bool = True
+
+    def at_node(self, p: Tensor, q: Tensor, children: Tensor) -> Self:
+        """The rule for the `children` [B] (their number) of nodes with the laws p and q, both [B, V]."""
+        return self
+
+    @abstractmethod
     def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
         """Whether y stands, [B] bool, for uniforms u [B]."""
 
+    @abstractmethod
     def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
         """The law [B, V] that remains to be met once y was rejected; unnormalised."""
 
     def next_proposal(self, c: Tensor, y: Tensor) -> Tensor | None:
-        """The law [B, V] of the next child, unnormalised; None where the rule asks for none."""
+        """The law [B, V] of the next child, unnormalised; None where it is the same, or the rule asks for none."""
+        return None
 
 
 def at(law: Tensor, y: Tensor) -> Tensor:
@@ -53,7 +65,7 @@ def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(total < EQUAL, otherwise, weights / total.clamp_min(EQUAL))
 
 
-class Drawn:
+class Drawn(ChildRule):
     """Children drawn without replacement: recursive rejection (SpecInfer, Miao et al. 2023, arXiv:2305.09781). Exact.
 
     Child j was drawn from c, which is q without the children before it; on rejection (r - c)+ remains.
@@ -69,8 +81,10 @@ class Drawn:
         return without(c, y)
 
 
-class Chosen:
+class Chosen(ChildRule):
     """Children that are a function of the prefix, as the top-m of q are: c is a point mass. Exact."""
+
+    reads_q = False
 
     def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
         return u < at(r, y)
@@ -78,8 +92,43 @@ class Chosen:
     def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
         return without(r, y)
 
-    def next_proposal(self, c: Tensor, y: Tensor) -> Tensor | None:
-        return None
+
+@dataclass(frozen=True)
+class Independent(ChildRule):
+    """Children drawn from q independently of one another: k-SEQ (SpecTr, Sun et al. 2023, arXiv:2310.15141). Exact.
+
+    Each of a node's k children may take `share` [B, V] = min(q, p / rho) of the target law, rho being the smallest
+    divisor at which k of them cannot take more than there is.
+    """
+
+    share: Tensor | None = None
+
+    def at_node(self, p: Tensor, q: Tensor, children: Tensor) -> Self:
+        return type(self)(shared(p, q, children))
+
+    def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        assert self.share is not None
+        return u * at(c, y) < at(self.share, y)
+
+    def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        assert self.share is not None
+        return (r - self.share).clamp_min(0)
+
+
+def shared(p: Tensor, q: Tensor, children: Tensor, steps: int = 40) -> Tensor:
+    """min(q, p / rho) [B, V], float64, for the smallest rho with 1 - (1 - b)^k <= rho b, b = sum min(q, p / rho).
+
+    k is `children` [B]. rho lies between 1 and k, and is found by bisection; it is never below the true one.
+    """
+    p, q = p.double(), q.double()
+    k = children.clamp_min(1).double()[:, None]
+    low, high = torch.ones_like(k), k
+    for _ in range(steps):
+        rho = (low + high) / 2
+        taken = torch.minimum(q * rho, p).sum(-1, keepdim=True)
+        enough = taken >= 1 - (1 - taken / rho).clamp_min(0) ** k
+        low, high = torch.where(enough, low, rho), torch.where(enough, rho, high)
+    return torch.minimum(q, p / high)
 
 
 def draw_children(q: Tensor, u: Tensor) -> Tensor:
@@ -115,15 +164,18 @@ def verify_tree(
     for level in range(depth):
         c = q[batch, node]
         here = torch.full_like(node, -1)  # the child that is accepted
-        for child in children[batch, node].unbind(-1):
+        below = children[batch, node]
+        there = (below >= 0) & (tokens.gather(1, below.clamp_min(0)) >= 0)
+        node_rule = rule.at_node(r, c, there.sum(-1))
+        for child in below.unbind(-1):
             y = tokens[batch, child.clamp_min(0)]
             tested = alive & (here < 0) & (child >= 0) & (y >= 0)
             y = y.clamp_min(0)
-            stands = tested & rule.accepts(r, c, y, coins.accept[batch, child.clamp_min(0)])
+            stands = tested & node_rule.accepts(r, c, y, coins.accept[batch, child.clamp_min(0)])
             fails = (tested & ~stands)[:, None]
             here = torch.where(stands, child, here)
-            r = torch.where(fails, normalised(rule.left(r, c, y), r), r)
-            if (rest := rule.next_proposal(c, y)) is not None:
+            r = torch.where(fails, normalised(node_rule.left(r, c, y), r), r)
+            if (rest := node_rule.next_proposal(c, y)) is not None:
                 # However small: what remains of q is what the next child was drawn from.
                 total = rest.sum(-1, keepdim=True)
                 c = torch.where(fails & (total > 0), rest / total.clamp_min(torch.finfo(rest.dtype).tiny), c)

@@ -23,9 +23,9 @@ from visar.engine.rng import Noise
 from visar.engine.tree import Tree
 from visar.eval.exactness import chi_square_z, values
 from visar.eval.tabular import Law, reference_law
-from visar.models.drafters import SkippedLayers
+from visar.models.drafters import DraftModel, SkippedLayers
 from visar.models.llamagen import LlamaGen
-from visar.pipelines.drafters import DraftModel, attach
+from visar.pipelines.drafters import attach
 from visar.samplers import SAMPLERS, BeamTree, Sampler, Target, TreeSpeculative, get_sampler
 from visar.training.drafter import new_drafter
 
@@ -98,8 +98,7 @@ def run(
     row = images % len(w.condition)
     condition, mask, grid = w.condition[row], None if w.mask is None else w.mask[row], w.model.config.grid
     made = session(
-        w.model, condition, mask, length=grid**2, window=sampler.window, guidance=Guidance(LAW.scale),
-        keep_features=True,
+        w.model, condition, mask, length=grid**2, window=sampler.window, guidance=Guidance(LAW.scale), taps=(0,),
     )  # fmt: skip
     made.codebook = torch.eye(w.model.config.vocab_size)
     if kind := getattr(sampler, "drafter", None):

@@ -33,7 +33,7 @@ class NeutralLantern(Lantern):
 
 
 PAIRS: dict[str, tuple[Sampler, Sampler]] = {
-    "lantern": (NeutralLantern(tree=TREE, drafter="model"), get_sampler("eagle-top", tree=TREE)),
+    "lantern": (NeutralLantern(drafter="model"), get_sampler("eagle2", drafter="model")),
     "lantern++": (LanternPlusPlus(tree=TREE, lam=1.0, drafter="model"), get_sampler("eagle", tree=TREE)),
     "cool-sd": (CoolSD(omega=1.0, drafter="model"), get_sampler("speculative")),
     "gsd": (GroupedJacobi(group=1), get_sampler("sjd")),
@@ -50,7 +50,7 @@ def test_with_nothing_relaxed_every_token_is_that_of_the_exact_sampler(name: str
 
 @pytest.mark.parametrize(
     "sampler",
-    [Lantern(tree=TREE, drafter="model", k=1, delta=0.5), LanternPlusPlus(tree=TREE, drafter="model", k=2, lam=8.0),
+    [Lantern(drafter="model", k=1, delta=0.5), LanternPlusPlus(tree=TREE, drafter="model", k=2, lam=8.0),
      CoolSD(drafter="model", omega=3.0), GroupedJacobi(group=2, gap=0.5)],
     ids=lambda s: s.name,
 )  # fmt: skip

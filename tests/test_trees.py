@@ -15,13 +15,21 @@ from visar.engine.guidance import Guidance
 from visar.engine.model_session import ModelSession
 from visar.engine.tree import Tree
 from visar.errors import VisarError
-from visar.models.drafters import KINDS, SkippedLayers
+from visar.models.drafters import KINDS, DraftModel, SkippedLayers
 from visar.models.llamagen import LlamaGen
-from visar.pipelines.drafters import DraftModel, attach
+from visar.pipelines.drafters import attach
 from visar.samplers import Speculative, Target, TreeSpeculative
-from visar.samplers.tree_verification import Chosen, Drawn, draw_children, verify_tree
+from visar.samplers.tree_verification import (
+    ChildRule,
+    Chosen,
+    Drawn,
+    Independent,
+    draw_children,
+    shared,
+    verify_tree,
+)
 from visar.samplers.trees import named_tree, shape_of
-from visar.samplers.verification import Coins, verify_block, verify_independent
+from visar.samplers.verification import Coins, draw, verify_block, verify_independent
 from visar.training.drafter import LOSSES, new_drafter
 
 GUIDANCE = Guidance(2.0)
@@ -85,9 +93,7 @@ def session(kind: str, window: int, grid: int = 5) -> ModelSession:
     model = text_gpt() if kind == "text" else class_gpt()
     torch.nn.init.normal_(model.output.weight)
     condition, mask = (CAPTIONS, MASK) if kind == "text" else (CLASSES, None)
-    return ModelSession(
-        model, condition, mask, length=grid**2, window=window, guidance=GUIDANCE, keep_features=True
-    )  # fmt: skip
+    return ModelSession(model, condition, mask, length=grid**2, window=window, guidance=GUIDANCE, taps=(0,))
 
 
 def advance(s: ModelSession, tokens: Tensor, counts: list[int]) -> None:
@@ -222,7 +228,7 @@ def random_laws(vocab: int = 5) -> Tensor:
 
 
 def level(
-    rule: Drawn | Chosen, children: int, laws: Tensor | None = None, rows: int = 200_000
+    rule: ChildRule, children: int, laws: Tensor | None = None, rows: int = 200_000
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The law of the first token behind a root: as found, as it should be; and the share of accepted children."""
     g = torch.Generator().manual_seed(8)
@@ -233,6 +239,8 @@ def level(
     tokens = torch.zeros(rows, children + 1, dtype=torch.long)
     if isinstance(rule, Drawn):
         tokens[:, 1:] = draw_children(q[:, 0], u[:, :children])
+    elif isinstance(rule, Independent):
+        tokens[:, 1:] = draw(q[:, 1:], u[:, :children])
     else:
         tokens[:, 1:] = q[0, 0].topk(children).indices
     table = torch.full((1, children + 1, children), -1)
@@ -244,13 +252,40 @@ def level(
 
 
 @pytest.mark.parametrize("rule", [Drawn(), Chosen()], ids=["drawn", "chosen"])
-def test_one_level_has_the_target_law(rule: Drawn | Chosen) -> None:
+def test_one_level_has_the_target_law(rule: ChildRule) -> None:
     shares = []
     for children in (1, 2, 4, 5):
         found, wanted, accepted = level(rule, children)
         assert np.abs(found - wanted).sum() / 2 < 0.004
         shares.append(accepted)
     assert shares == sorted(shares) and shares[-1] > 0.999  # all five tokens are children: one of them must stand
+
+
+def test_independent_children_have_the_target_law() -> None:
+    shares = []
+    for children in (1, 2, 4, 5):
+        found, wanted, accepted = level(Independent(), children)
+        assert np.abs(found - wanted).sum() / 2 < 0.004
+        shares.append(accepted)
+    p, q = random_laws()
+    assert shares == sorted(shares) and shares[0] == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.003)
+
+
+@pytest.mark.parametrize("children", [1, 2, 3, 8])
+def test_what_children_share_out_is_no_more_than_there_is(children: int) -> None:
+    """rho is the smallest divisor, found here by a fine search; what k children take then leaves a law, not a debt."""
+    laws = (torch.randn(6, 2, 9, generator=torch.Generator().manual_seed(3)) * 1.5).double().softmax(-1)
+    p, q = laws.unbind(1)
+    share = shared(p, q, torch.full((6,), children))
+    taken = share.sum(-1, keepdim=True)
+    left = p - share * (1 - (1 - taken) ** children) / taken
+    assert bool((left > -1e-12).all()) and torch.allclose(left.sum(-1), (1 - taken[:, 0]) ** children)
+    for row in range(6):
+        for rho in torch.linspace(1, children, 2000).tolist():
+            b = torch.minimum(q[row], p[row] / rho).sum().item()
+            if 1 - (1 - b) ** children <= rho * b:
+                break
+        assert torch.allclose(share[row], torch.minimum(q[row], p[row] / rho), atol=1e-3)
 
 
 def test_a_draft_law_that_is_nearly_a_point_leaves_a_rest_that_counts() -> None:

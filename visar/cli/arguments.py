@@ -98,6 +98,15 @@ def bench(commands: Commands) -> None:
     p.add_argument("--images", type=int, default=16, help="pictures per sampler and repeat (default: 16)")
     p.add_argument("--repeats", type=int, default=3, help="medians are over these (default: 3)")
     p.add_argument("--json", metavar="PATH", help="also write the figures to this file")
+    p.add_argument(
+        "--quality",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also compare N pictures of each prompt with plain decoding's",
+    )
+    p.add_argument("--real", metavar="DATA", help="and with a folder or zip of captioned pictures, by their prompts")
+    _picture_options(p)
     _model_options(p)
     _sampling_options(p)
     _drafting_options(p)
@@ -137,22 +146,24 @@ def train(commands: Commands) -> None:
 
     drafter = kinds.add_parser("drafter", help="train a drafter on what a model draws itself")
     drafter.add_argument(
-        "--kind", dest="drafter_kind", default="eagle", help="eagle, medusa, hydra, exit or skip (default: eagle)"
+        "--kind",
+        dest="drafter_kind",
+        default="eagle",
+        help="eagle, medusa, hydra, exit, skip or model (default: eagle)",
     )
     drafter.add_argument(
-        "--layers", type=int, help="where an exit lies (default: 2), or how many a skip keeps (default: half)"
+        "--layers", type=int, help="before an exit (default: 2), in a skip (half) or a model (a third)"
     )
     _model_options(drafter, "--target")
     _sampling_options(drafter)
     drafter.add_argument("--out", required=True, help="run folder; a run started again there goes on")
     drafter.add_argument("--captions", metavar="FILE", help="a caption in each line; or a picture set")
-    drafter.add_argument("--styles", type=_names, default=[], help="of a picture set, only these styles")
-    drafter.add_argument("--without-groups", type=_names, default=[], help="of a picture set, leave out these groups")
+    _picture_options(drafter)
     drafter.add_argument("--pictures", type=int, default=2048, help="how many to draw (default: 2048)")
-    drafter.add_argument("--depth", type=int, default=5, help="tokens that it learns to draft (default: 5)")
+    drafter.add_argument("--depth", type=int, default=3, help="tokens that it learns to draft (default: 3)")
     drafter.add_argument("--minutes", type=float, default=25)
-    drafter.add_argument("--batch", type=int, default=16)
-    drafter.add_argument("--lr", type=float, default=2e-3)
+    drafter.add_argument("--batch", type=int, default=8)
+    drafter.add_argument("--lr", type=float, default=2.5e-3)
     drafter.add_argument("--no-compile", action="store_true")
     drafter.set_defaults(run=_runner("train", "drafter"))
 
@@ -167,12 +178,16 @@ def train(commands: Commands) -> None:
     assemble.set_defaults(run=_runner("train", "assemble"))
 
 
+def _picture_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--styles", type=_names, default=[], help="of a picture set, only these styles, separated by commas")
+    p.add_argument("--without-groups", type=_names, default=[], help="of a picture set, leave out these groups")
+
+
 def _training_options(p: argparse.ArgumentParser, minutes: float, batch: int, lr: float) -> None:
     p.add_argument("--data", required=True, help="folder or zip of captioned pictures")
     p.add_argument("--out", required=True, help="run folder; a run started again there goes on")
     p.add_argument("--size", type=int, default=64, help="pixels (default: 64)")
-    p.add_argument("--styles", type=_names, default=[], help="only these styles, separated by commas")
-    p.add_argument("--without-groups", type=_names, default=[], help="leave out these groups")
+    _picture_options(p)
     p.add_argument("--minutes", type=float, default=minutes)
     p.add_argument("--batch", type=int, default=batch)
     p.add_argument("--lr", type=float, default=lr)

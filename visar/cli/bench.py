@@ -6,16 +6,25 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from visar.cli.common import configured, load_pipeline
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.tables import table
 
+if TYPE_CHECKING:
+    from visar.eval.features import Extractor
+    from visar.eval.quality import QualityRow
+    from visar.samplers import Sampler
+    from visar.training.data import PictureSet
+
 
 def bench(options: argparse.Namespace) -> int:
+    from visar.eval.features import lite0
     from visar.eval.speed import compare
     from visar.samplers import SAMPLERS, get_sampler
+    from visar.training.data import PictureSet
 
     for name, value in (("--batch", options.batch), ("--images", options.images), ("--repeats", options.repeats)):
         if value < 1:
@@ -33,14 +42,19 @@ def bench(options: argparse.Namespace) -> int:
         )
         for name, names in has.items()
     }
+    if options.quality == 1 or options.quality < 0:
+        raise VisarError(f"--quality must be 2 or more pictures, not {options.quality}.")
+    if options.real and not options.quality:
+        raise VisarError("--real needs --quality, the number of pictures to compare for each prompt.")
     if options.json:
         writable_folder(Path(options.json).parent)  # before minutes of measuring
+    extract = lite0() if options.quality else None
+    data = PictureSet(options.real, tuple(options.styles), tuple(options.without_groups)) if options.real else None
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
+    settings = {name: getattr(options, name) for name in ("seed", "guidance_scale", "temperature", "top_k", "top_p")}
     report = compare(
-        pipe, samplers, batch=options.batch, images=options.images, repeats=options.repeats, seed=options.seed,
-        guidance_scale=options.guidance_scale, temperature=options.temperature, top_k=options.top_k,
-        top_p=options.top_p,
+        pipe, samplers, batch=options.batch, images=options.images, repeats=options.repeats, **settings
     )  # fmt: skip
     rows = [
         (r.sampler, "exact" if r.exact else "not exact", r.window, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
@@ -57,7 +71,39 @@ def bench(options: argparse.Namespace) -> int:
         f"{options.model}, {report.device}, {report.dtype}, batch {options.batch}, {options.images} pictures, medians "
         f"of {options.repeats} repeats after a warm-up; bandwidth measured in this run: {report.bandwidth:.1f} GB/s."
     )
+    figures = asdict(report)
+    if extract is not None:
+        figures["quality"] = [asdict(row) for row in _quality(options, pipe, samplers, extract, data, settings)]
     if options.json:
         with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(asdict(report), indent=2) + "\n")
+            temporary.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
+
+
+def _quality(
+    options: argparse.Namespace,
+    pipe: Any,
+    samplers: dict[str, Sampler],
+    extract: Extractor,
+    data: PictureSet | None,
+    settings: dict[str, Any],
+) -> list[QualityRow]:
+    """Measure and print what the samplers do to the pictures."""
+    from visar.eval.quality import PROMPTS, quality, real_pictures
+    from visar.eval.speed import conditions
+
+    real = None
+    wanted = conditions(pipe, PROMPTS)
+    if data is not None:
+        wanted, real = real_pictures(data, pipe.grid * pipe.vq.sizes.downsample, options.seed)
+    rows = quality(pipe, samplers, wanted, extract, each=options.quality, real=real, **settings)
+    print()
+    print(table(
+        ("SAMPLER", "MOVED FROM AR", "STANDARD ERROR", "FROM REAL"),
+        [(r.sampler, f"{r.moved:.3f}", f"{r.error:.3f}", "" if r.real is None else f"{r.real:.3f}") for r in rows],
+    ))  # fmt: skip
+    print(
+        f"Energy distances of EfficientNet-lite0 features, {options.quality} pictures of each of {len(wanted)} "
+        "prompts; the first row is plain decoding under another seed."
+    )
+    return rows

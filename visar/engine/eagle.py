@@ -24,7 +24,7 @@ class EagleDrafter(Drafter):
 
     def __init__(self, session: ModelSession, model: EagleHead, depth: int):
         if session.features is None:
-            raise VisarError("A session with an EAGLE drafter must be made with keep_features.")
+            raise VisarError("A session with an EAGLE drafter must be made with its taps.")
         self.session, self.model, self.depth = session, model, depth
         rows, slots = len(session.condition), session.cache.keys.shape[2]
         c = model.config
@@ -35,7 +35,7 @@ class EagleDrafter(Drafter):
         before = session.prefix - 1
         if before:
             at = torch.arange(before, device=session.device).expand(rows, -1)
-            features = session.features[:, :before]
+            features = model.fuse(session.features[:, :before])
             self._run(session.condition[:, :-1], features, at, at, session.sees(at, before))
             self.bytes_read = 0
 
@@ -47,7 +47,8 @@ class EagleDrafter(Drafter):
         x = s.embedded(tokens, slots)
         slots = slots.repeat(s.halves, 1)
         assert s.features is not None
-        h = self._run(x, s.features[s.cache.rows, slots], slots, slots, s.sees(slots, s.visible(1)))
+        features = self.model.fuse(s.features[s.cache.rows, slots])
+        h = self._run(x, features, slots, slots, s.sees(slots, s.visible(1)))
         self.drafted = h[:, -1:]
         return self._logits(self.drafted, s.positions(1))
 

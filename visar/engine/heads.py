@@ -18,7 +18,7 @@ class HeadsDrafter(Drafter):
 
     def __init__(self, session: ModelSession, model: DraftHeads, depth: int):
         if session.features is None:
-            raise VisarError("A session with draft heads must be made with keep_features.")
+            raise VisarError("A session with draft heads must be made with taps.")
         if depth > model.config.depth:
             raise VisarError(f"The drafter has {model.config.depth} heads and cannot draft {depth} tokens deep.")
         self.session, self.model = session, model
@@ -30,7 +30,8 @@ class HeadsDrafter(Drafter):
         s = self.session
         assert s.features is not None
         root = s.root_slots()[:, None]
-        self.feature = s.features[s.cache.rows, root.repeat(s.halves, 1)]  # one slot late, so that of the slot before
+        feature = s.features[s.cache.rows, root.repeat(s.halves, 1)]  # one slot late, so that of the slot before
+        self.feature = feature[..., : self.model.config.dim]
         self.path, self.first = [s.embedded(tokens, root)], 0
         return self._logits(s.positions(1))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,9 @@ class ModelSession(Session):
 
     `condition`: class ids [B] or caption features [B, T, C] with `condition_mask` [B, T]. With guidance the model runs
     on 2B rows, conditional half first; both halves see the same drafts and the same caption mask. The cache has room
-    for `window` - 1 tokens past the end, so the last window needs no special shape. With `keep_features` the normed
-    features that the output head reads are kept for a drafter: `features` [rows, 1 + slots, dim], one slot late.
+    for `window` - 1 tokens past the end, so the last window needs no special shape. Where `taps` are given the
+    features that the output head reads are kept for a drafter, and with them the outputs of those layers: `features`
+    [rows, 1 + slots, dim * (1 + taps)], one slot late.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class ModelSession(Session):
         window: int,
         grid: int | None = None,
         guidance: Guidance = Guidance(),
-        keep_features: bool = False,
+        taps: Collection[int] | None = None,
     ):
         super().__init__(len(condition), length, model.config.vocab_size, model.device)
         self.model, self.guidance = model, guidance
@@ -41,8 +44,9 @@ class ModelSession(Session):
         rows, slots = self.batch * self.halves, self.prefix + length + window - 1
         c = model.config
         self.cache = KVCache(c.num_layers, rows, slots, c.num_heads, model.head_dim, model.dtype, self.device)
-        shape = (rows, 1 + slots, c.dim)
-        self.features = torch.zeros(shape, dtype=model.dtype, device=self.device) if keep_features else None
+        self.taps = taps or ()
+        shape = (rows, 1 + slots, c.dim * (1 + len(self.taps)))
+        self.features = None if taps is None else torch.zeros(shape, dtype=model.dtype, device=self.device)
         self.prefill_passes = 0
         valid = torch.ones(self.batch, slots, dtype=torch.bool, device=self.device)
         if condition_mask is not None:
@@ -107,7 +111,7 @@ class ModelSession(Session):
     def _pass(self, x: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
         """Run embeddings x [rows, W, dim], written at `slots` and turned to the slots `at`, both [rows, W]."""
         self.bytes_read += len(x) * mask.shape[-1] * self.cache.bytes_per_slot
-        h = self.model.run(x, self.turned(at), self.cache.attend(slots, mask))
+        h = self.model.run(x, self.turned(at), self.cache.attend(slots, mask), self.taps)
         if self.features is not None:
             self.features[self.cache.rows, slots + 1] = h
         return self.model.logits(h)
@@ -123,6 +127,18 @@ class ModelSession(Session):
         at = slots if tree is None else (positions + self.prefix - 1).repeat(self.halves, 1)
         self._logits = self._pass(x, slots, at, self.sees(slots, self.visible(first + count), tree, first))
         return self.guided(self._logits, positions)
+
+    def forward_at(self, tokens: Tensor, places: Tensor, written: Tensor) -> Tensor:
+        x = self.model.tok_embeddings(tokens).repeat(self.halves, 1, 1)
+        x = torch.where((places == 0)[None, :, None], self.condition[:, -1:], x)
+        slots = (places + self.prefix - 1).expand(len(x), -1)
+        there = torch.ones_like(self._slot, dtype=torch.bool)
+        there[self.prefix - 1 :] = False
+        there[self.prefix - 1 : self.prefix - 1 + len(written)] = written
+        visible = self.prefix - 1 + len(written)
+        mask = self.sees(slots, visible) & there[:visible]
+        self._logits = self._pass(x, slots, slots, mask)
+        return self.guided(self._logits, places.expand(self.batch, -1))
 
     def keep(self, path: Tensor) -> None:
         root = self.root_slots()[:, None]

@@ -59,6 +59,14 @@ class Session(ABC):
         nothing was committed since.
         """
 
+    def forward_at(self, tokens: Tensor, places: Tensor, written: Tensor) -> Tensor:
+        """A pass that follows no order: guided logits [B, W, V], fp32, of the positions `places` [W].
+
+        The input of place n is token n - 1, `tokens` [B, W], and of place 0 the condition. Each sees itself and those
+        before it, as far as they are `written` [length]: fed in this pass or one before.
+        """
+        raise VisarError(f"{type(self).__name__} decodes in raster order alone.")
+
     def keep(self, path: Tensor) -> None:
         """Before a commit: the nodes `path` [B, D] of a tree, -1 behind its end, become the first D behind the root."""
         raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts chains.")

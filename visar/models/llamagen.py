@@ -6,7 +6,7 @@ engine, which calls `run`; training and scoring call `forward` on whole sequence
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -157,15 +157,21 @@ class LlamaGen(ModelMixin, ConfigMixin):
         table = rotary_table(self.config.condition_length, grid or self.config.grid, self.head_dim)
         return table.to(self.output.weight.device)
 
-    def run(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
-        """Normed features [B, W, dim] for embeddings x [B, W, dim] at the rotary rows `table`; `logits` reads them."""
+    def run(self, x: Tensor, table: Tensor, attend: Attend, taps: Collection[int] = ()) -> Tensor:
+        """Normed features [B, W, dim] for embeddings x [B, W, dim] at the rotary rows `table`; `logits` reads them.
+
+        Behind them stand the outputs of the layers `taps`, if any are asked for: [B, W, dim * (1 + taps)].
+        """
+        tapped = []
         for i, block in enumerate(self.layers):
             x = block(x, table, attend, i)
-        return self.norm(x)
+            if i in taps:
+                tapped.append(x)
+        return torch.cat([self.norm(x), *tapped], dim=-1) if tapped else self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits [B, W, vocab_size], fp32, of features [B, W, dim]."""
-        return self.output(features).float()
+        """Logits [B, W, vocab_size], fp32, of features [B, W, dim]; what was tapped behind them is left aside."""
+        return self.output(features[..., : self.config.dim]).float()
 
     def forward(self, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None = None) -> Tensor:
         """Logits [B, n + 1, vocab_size] of the tokens 0..n at full length, without a cache.

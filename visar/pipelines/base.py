@@ -25,12 +25,12 @@ from visar.engine.model_session import ModelSession
 from visar.engine.rng import IMAGES, Noise
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
-from visar.models.drafters import KINDS
+from visar.models.drafters import KINDS, DraftModel
 from visar.models.llamagen import LlamaGen
 from visar.models.loading import load_part, quiet_conversion
 from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
-from visar.pipelines.drafters import DraftModel, attach, kind_of, load_drafter, reads_features
+from visar.pipelines.drafters import attach, kind_of, load_drafter, taps_of
 from visar.pipelines.preview import CodePreview
 from visar.samplers import DEFAULT_SAMPLER, SAMPLERS, Sampler, Target, get_sampler
 from visar.stats import DecodeStats
@@ -84,7 +84,7 @@ class ImagePipeline(DiffusionPipeline):
         """
         folder = resolve_model(name)
         if isinstance(folder, str):
-            folder = _download(folder, [*cls.component_classes, "model", *KINDS])
+            folder = _download(folder, [*cls.component_classes, *KINDS])
         try:
             index = json.loads((folder / "model_index.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
@@ -166,7 +166,7 @@ class ImagePipeline(DiffusionPipeline):
         model = self._drafter_for(method)
         session = ModelSession(
             self.gpt, condition, mask, length=self.grid**2, window=method.window, grid=self.grid,
-            guidance=Guidance(scale, guidance_interval), keep_features=reads_features(model),
+            guidance=Guidance(scale, guidance_interval), taps=taps_of(model),
         )  # fmt: skip
         session.codebook = self.vq.quantize.embedding.weight
         if model is not None:

@@ -12,15 +12,13 @@ from visar.engine.eagle import EagleDrafter
 from visar.engine.heads import HeadsDrafter
 from visar.engine.model_session import ModelSession
 from visar.errors import VisarError
-from visar.models.drafters import DRAFTERS, TrainedDrafter, fingerprint
+from visar.models.drafters import DRAFTERS, DraftModel, fingerprint
 from visar.models.drafters.eagle import EagleHead
 from visar.models.drafters.heads import DraftHeads
 from visar.models.drafters.shallow import with_layers
 from visar.models.llamagen import LlamaGen
 from visar.models.loading import load_gpt, load_part, quiet_conversion
 from visar.models.specs import resolve_model
-
-DraftModel = LlamaGen | TrainedDrafter
 
 
 def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
@@ -41,10 +39,9 @@ def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
             kind = json.loads((gpt / "config.json").read_text()).get("_class_name")
         except (OSError, ValueError, AttributeError) as error:
             raise VisarError(f"{path} holds no drafter: it has no readable config.json.") from error
-        kinds = {"LlamaGen": LlamaGen, **DRAFTERS}
-        if kind not in kinds:
-            raise VisarError(f"{path} holds a {kind}, not a drafter; those are: {', '.join(kinds)}.")
-        model = load_part(kinds[kind], gpt, "the drafter")
+        if kind not in DRAFTERS:
+            raise VisarError(f"{path} holds a {kind}, not a drafter; those are: {', '.join(DRAFTERS)}.")
+        model = load_part(DRAFTERS[kind], gpt, "the drafter")
     check(model, target, str(path), grid)
     return model.eval()
 
@@ -58,10 +55,9 @@ def check(model: DraftModel, target: LlamaGen, name: str, grid: int) -> None:
         if "num_heads" in d and d.dim // d.num_heads != target.head_dim:
             own = d.dim // d.num_heads
             raise VisarError(f"The drafter {name} has heads of {own}, the target of {target.head_dim}.")
-        if "layers" in d:
-            used = [d.layers - 1] if isinstance(d.layers, int) else d.layers
-            if not used or not all(isinstance(i, int) and 0 <= i < t.num_layers for i in used):
-                raise VisarError(f"The drafter {name} uses layers {d.layers} of a target that has {t.num_layers}.")
+        used = [d.layers - 1] if isinstance(d.get("layers"), int) else [*d.get("layers", ()), *d.get("taps", ())]
+        if not all(isinstance(i, int) and 0 <= i < t.num_layers for i in used) or ("layers" in d and not used):
+            raise VisarError(f"The drafter {name} uses layers {used} of a target that has {t.num_layers}.")
         if d.target and d.target != fingerprint(target):
             raise VisarError(f"The drafter {name} was trained for another target; see `visar train drafter`.")
         return
@@ -76,13 +72,15 @@ def check(model: DraftModel, target: LlamaGen, name: str, grid: int) -> None:
 
 
 def kind_of(model: DraftModel) -> str:
-    """What samplers call it: "model" for a model of its own, or a kind of `visar.models.drafters.KINDS`."""
+    """What samplers call it: one of `visar.models.drafters.KINDS`."""
     return "model" if isinstance(model, LlamaGen) else model.kind
 
 
-def reads_features(model: DraftModel | None) -> bool:
-    """Whether it needs a session that keeps its features."""
-    return isinstance(model, EagleHead | DraftHeads)
+def taps_of(model: DraftModel | None) -> tuple[int, ...] | None:
+    """The layers whose outputs it reads beside the target's features; None if it reads no features at all."""
+    if isinstance(model, EagleHead):
+        return tuple(model.config.taps)
+    return () if isinstance(model, DraftHeads) else None
 
 
 def attach(

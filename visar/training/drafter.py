@@ -15,10 +15,19 @@ from torch import Tensor, nn
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError, unknown
 from visar.files import replacing, writable_folder
-from visar.models.drafters import KINDS, DraftHeads, EagleHead, ExitHead, SkippedLayers, TrainedDrafter, fingerprint
-from visar.models.llamagen import LlamaGen
+from visar.models.drafters import (
+    KINDS,
+    DraftHeads,
+    DraftModel,
+    EagleHead,
+    ExitHead,
+    SkippedLayers,
+    fingerprint,
+)
+from visar.models.llamagen import CaptionEmbedding, LlamaGen
 from visar.samplers.distribution import Target
-from visar.training.drafting_loss import DraftLoss, EagleLoss, HeadsLoss, ShallowLoss
+from visar.training.ar import initialise
+from visar.training.drafting_loss import DraftLoss, EagleLoss, HeadsLoss, ModelLoss, ShallowLoss
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 LOSSES: dict[str, type[DraftLoss[Any]]] = {
@@ -27,32 +36,40 @@ LOSSES: dict[str, type[DraftLoss[Any]]] = {
     "hydra": HeadsLoss,
     "exit": ShallowLoss,
     "skip": ShallowLoss,
+    "model": ModelLoss,
 }
 # The condition and the mask, [b, ...] each, of the pictures with these numbers
 Conditions = Callable[[list[int]], tuple[Tensor, Tensor]]
 
 
 def checked_layers(kind: str, layers: int | None, of: int) -> int:
-    """Where an "exit" lies (default 2), or how many layers a "skip" keeps (default half), of a target that has `of`.
+    """The layers before an "exit" (default: 2), or in a "skip" (half) or "model" (a third), of a target that has `of`.
 
     0 for other kinds, which have none. Raises `VisarError` for a kind that is none, and layers that cannot be.
     """
     if kind not in KINDS:
         raise unknown("drafter", kind, KINDS)
-    if kind not in ("exit", "skip"):
+    if kind not in ("exit", "skip", "model"):
         if layers is not None:
-            raise VisarError(f"A drafter of the kind {kind!r} has no layers to choose; exit and skip have.")
+            raise VisarError(f"A drafter of the kind {kind!r} has no layers to choose; exit, skip and model have.")
         return 0
     if layers is None:
-        return -(-of // 2) if kind == "skip" else min(2, of)
+        return {"exit": min(2, of), "skip": -(-of // 2), "model": -(-of // 3)}[kind]
     if not 1 <= layers <= of:
         raise VisarError(f"The layers must be 1 to {of}, not {layers}.")
     return layers
 
 
-def new_drafter(kind: str, target: LlamaGen, depth: int, layers: int) -> TrainedDrafter:
+def default_taps(layers: int) -> tuple[int, ...]:
+    """A low and a middle layer of a target, beside whose last feature an EAGLE drafter reads their outputs."""
+    return tuple(sorted({layers // 4, layers // 2} - {layers - 1}))
+
+
+def new_drafter(kind: str, target: LlamaGen, depth: int, layers: int) -> DraftModel:
     """An untrained drafter for a target. Blocks start as the target's last one: a better place than nowhere."""
     c, mark = target.config, fingerprint(target)
+    if kind == "model":
+        return smaller_model(target, layers)
     if kind in ("medusa", "hydra"):
         return DraftHeads(c.dim, depth, reads_tokens=kind == "hydra", target=mark)
     if kind == "skip":
@@ -62,11 +79,25 @@ def new_drafter(kind: str, target: LlamaGen, depth: int, layers: int) -> Trained
     if kind == "exit":
         made = ExitHead(c.dim, c.num_heads, c.ffn, layers, target=mark)
     else:
-        made = EagleHead(c.dim, c.num_heads, c.ffn, target=mark)
+        made = EagleHead(c.dim, c.num_heads, c.ffn, taps=default_taps(c.num_layers), target=mark)
         nn.init.normal_(made.fc.weight, std=made.fc.in_features**-0.5)
         nn.init.zeros_(made.fc.bias)
+        if made.fusion is not None:
+            nn.init.eye_(made.fusion.weight)  # at first the last feature alone
     made.block.load_state_dict(block)
     made.norm.load_state_dict(norm)
+    return made
+
+
+def smaller_model(target: LlamaGen, layers: int) -> LlamaGen:
+    """A LlamaGen of the same inputs and codes, half as wide."""
+    own = {k: v for k, v in target.config.items() if not k.startswith("_")}
+    heads = target.config.num_heads // 2 or 1
+    dim = heads * target.head_dim
+    made = initialise(LlamaGen(**own | dict(num_layers=layers, num_heads=heads, dim=dim, ffn=2 * dim)))
+    own_condition, its = made.cls_embedding, target.cls_embedding
+    if isinstance(own_condition, CaptionEmbedding) and isinstance(its, CaptionEmbedding):
+        own_condition.uncond_embedding.copy_(its.uncond_embedding)  # what no caption looks like is not learnt
     return made
 
 
@@ -83,7 +114,7 @@ def train_drafter(
     layers: int | None = None,
     grid: int | None = None,
     held: float = 0.05,
-) -> TrainedDrafter:
+) -> DraftModel:
     """Train on pictures [n, N] that the target drew, and save a folder named after the kind in `config.out`.
 
     `depth` is that of the kinds that `layers` is not for (see `checked_layers`). The last `held` of the pictures are
@@ -100,7 +131,7 @@ def train_drafter(
     drafter = new_drafter(kind, target, depth, layers)
     run = replace(config, out=config.out / f"{kind}-run")
     if rank == 0:
-        same_run(drafter, run.out)
+        same_run(drafter, target, run.out)
     loss: DraftLoss[Any] = LOSSES[kind](drafter, target, guidance, law, depth, grid)
     split = len(tokens) - count
 
@@ -134,9 +165,9 @@ def train_drafter(
     return drafter
 
 
-def same_run(drafter: TrainedDrafter, folder: Path) -> None:
+def same_run(drafter: DraftModel, target: LlamaGen, folder: Path) -> None:
     """Note in the folder of a run what is trained there; a `VisarError` if that is another drafter."""
-    own = {k: v for k, v in drafter.config.items() if not k.startswith("_")}
+    own = {k: v for k, v in drafter.config.items() if not k.startswith("_")} | {"target": fingerprint(target)}
     note = writable_folder(folder) / "drafter.json"
     if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(own)):
         raise VisarError(f"{folder} is a run with other settings or of another target; give another folder.")

@@ -23,11 +23,12 @@ from visar.samplers.distribution import Target
 class TargetPass(NamedTuple):
     """The target over whole sequences of S slots: both guidance halves, the conditional one first.
 
-    `x` [rows, S, dim] embeddings; `features` [rows, S, dim], normed; `table`, their positions; `valid` [rows, S], of
-    no padding; `back` [S, S], how far slot j lies behind slot i; `at` [B, n], the positions of the tokens; `p`
-    [B, n, V], their laws.
+    `given`: condition, mask and tokens; `x` [rows, S, dim] embeddings; `features` [rows, S, dim * (1 + taps)]; `table`,
+    their positions; `valid` [rows, S], of no padding; `back` [S, S], how far slot j lies behind slot i; `at` [B, n],
+    the positions of the tokens; `p` [B, n, V], their laws.
     """
 
+    given: tuple[Tensor, Tensor, Tensor]
     x: Tensor
     features: Tensor
     table: Tensor
@@ -53,12 +54,13 @@ class DraftLoss(nn.Module, Generic[D]):
         super().__init__()
         self.drafter = drafter
         self.depth, self.guidance, self.law, self.grid = depth, guidance, law, grid
+        self.taps = tuple(getattr(drafter.config, "taps", ()))
         target.eval().requires_grad_(False)
         self._target = lambda: target  # no submodule: neither saved nor copied with the drafter
 
     @abstractmethod
     def steps(self, seen: TargetPass) -> list[Tensor]:
-        """What the target's head reads, [rows, n, dim], for the tokens drafted first, second, ... behind the root.
+        """What the output head reads, [rows, n, dim], for the tokens drafted first, second, ... behind the root.
 
         Row i of step k is drafted k steps behind its root: from the target's features before it, and what was drafted
         since. Rows below k are of no root and count for nothing.
@@ -83,32 +85,39 @@ class DraftLoss(nn.Module, Generic[D]):
 
     def laws(self, seen: TargetPass) -> Iterator[Tensor]:
         """Per step the draft law [B, n, V] of every token, in logs, before top-k and top-p."""
-        target = self._target()
         for features in self.steps(seen):
-            logits = self._guided(target.logits(features.to(target.dtype)), seen.at)
+            logits = self._guided(self.logits(features), seen.at)
             yield (logits / self.law.temperature).log_softmax(-1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """What the output head, by default the target's, makes of features: [rows, n, V], fp32."""
+        target = self._target()
+        return target.logits(features.to(target.dtype))
 
     @torch.no_grad()
     def look(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> TargetPass:
         """The target over tokens [B, n] under their conditions."""
         target = self._target()
         at = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        embed, prefix = target.cls_embedding, target.config.condition_length
-        parts = [condition] + ([embed.null_like(condition)] if self.guidance.active else [])
-        x = torch.cat([embed(part) for part in parts])
-        x = torch.cat([x, target.tok_embeddings(tokens[:, :-1]).repeat(len(parts), 1, 1)], dim=1)
+        x, prefix = self._embedded(target, condition, tokens), self.prefix
         slot = torch.arange(x.shape[1], device=x.device)
-        valid = F.pad(mask.bool(), (0, len(slot) - prefix), value=True).repeat(len(parts), 1)
+        valid = F.pad(mask.bool(), (0, len(slot) - prefix), value=True).repeat(len(x) // len(tokens), 1)
         table = target.rotary(self.grid)[: len(slot)].expand(len(x), -1, -1, -1)
         empty = x.new_zeros(())
-        seen = TargetPass(x, empty, table, valid, slot[:, None] - slot, at, empty)
-        features = target.run(x, table, attention([seen.causal()], [], []))
+        seen = TargetPass((condition, mask, tokens), x, empty, table, valid, slot[:, None] - slot, at, empty)
+        features = target.run(x, table, attention([seen.causal()], [], []), self.taps)
         p = self.law.probs(self._guided(target.logits(features[:, prefix - 1 :]), at), at)
         return seen._replace(features=features, p=p)
 
     @property
     def prefix(self) -> int:
         return self._target().config.condition_length
+
+    def _embedded(self, model: LlamaGen, condition: Tensor, tokens: Tensor) -> Tensor:
+        """What a model reads, [rows, S, dim]: the conditions of both halves, and all tokens but the last."""
+        embed = model.cls_embedding
+        parts = [embed(condition)] + ([embed(embed.null_like(condition))] if self.guidance.active else [])
+        return torch.cat([torch.cat(parts), model.tok_embeddings(tokens[:, :-1]).repeat(len(parts), 1, 1)], dim=1)
 
     def _guided(self, logits: Tensor, at: Tensor) -> Tensor:
         if not self.guidance.active:
@@ -124,7 +133,7 @@ class EagleLoss(DraftLoss[EagleHead]):
         out: list[Tensor] = []
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        before = seen.features
+        before = self.drafter.fuse(seen.features)
         back, rows = seen.back, len(seen.x)
         for step in range(self.depth):
             # Of the true features, all that is `step` slots back; of each prediction since, the slot on the way here.
@@ -155,6 +164,19 @@ class ShallowLoss(DraftLoss[ExitHead | SkippedLayers]):
         for i, block in enumerate(blocks):
             x = block(x, seen.table, attend, i)
         return [norm(x[:, self.prefix - 1 :])]
+
+
+class ModelLoss(DraftLoss[LlamaGen]):
+    """A smaller model of the target's kind, with embeddings and a head of its own: the target is its teacher."""
+
+    def steps(self, seen: TargetPass) -> list[Tensor]:
+        condition, _, tokens = seen.given
+        x, attend = self._embedded(self.drafter, condition, tokens), attention([seen.causal()], [], [])
+        table = self.drafter.rotary(self.grid)[: x.shape[1]].expand(len(x), -1, -1, -1)
+        return [self.drafter.run(x, table, attend)[:, self.prefix - 1 :]]
+
+    def logits(self, features: Tensor) -> Tensor:
+        return self.drafter.logits(features)
 
 
 def later(x: Tensor, slots: int) -> Tensor:

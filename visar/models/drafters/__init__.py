@@ -1,4 +1,4 @@
-"""Draft models that read the features of the target model, and the mark that tells whose drafter one is."""
+"""Draft models of every kind, and the mark that tells whose drafter one is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from visar.models.drafters.heads import DraftHeads
 from visar.models.drafters.shallow import ExitHead, SkippedLayers
 from visar.models.llamagen import LlamaGen
 
-TrainedDrafter = EagleHead | DraftHeads | ExitHead | SkippedLayers
-DRAFTERS = {cls.__name__: cls for cls in (EagleHead, DraftHeads, ExitHead, SkippedLayers)}
-KINDS = ("eagle", "medusa", "hydra", "exit", "skip")
+DraftModel = LlamaGen | EagleHead | DraftHeads | ExitHead | SkippedLayers
+DRAFTERS = {cls.__name__: cls for cls in (LlamaGen, EagleHead, DraftHeads, ExitHead, SkippedLayers)}
+KINDS = ("model", "eagle", "medusa", "hydra", "exit", "skip")  # "model": a smaller one of the target's own kind
 
 
 def fingerprint(target: LlamaGen) -> str:

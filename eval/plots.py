@@ -1,0 +1,98 @@
+"""What speed costs, as a picture: samplers by their speed and by how far they move the law or the pictures.
+
+`python -m visar.eval.plots bench.json out.svg` draws what `visar bench --quality N --json bench.json` measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from visar.errors import VisarError
+from visar.files import replacing
+
+
+class Point(NamedTuple):
+    """A sampler of a family (joined by a line), what stands beside its point, and where that lies."""
+
+    family: str
+    label: str
+    x: float
+    y: float
+    error: float = 0.0
+    exact: bool = False
+
+
+def draw(points: Sequence[Point], file: str | Path, *, x: str, y: str, floor: float | None = None) -> None:
+    """Write the points into a file of any type that matplotlib knows: round ones are exact, square ones are not.
+
+    `floor` is where an exact sampler lies.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise VisarError("Plots need the extra `eval`: uv sync --extra eval, or pip install 'visar[eval]'.") from error
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "visar"  # the same figures give the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    families = list(dict.fromkeys(p.family for p in points))
+    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for i, family in enumerate(families):
+        own = [p for p in points if p.family == family]
+        axes.errorbar(
+            [p.x for p in own], [p.y for p in own], [p.error for p in own] if any(p.error for p in own) else None,
+            marker="o" if own[0].exact else "s", label=family, color=colours[i % 20], linewidth=1, markersize=5,
+        )  # fmt: skip
+        for p in own:
+            axes.annotate(p.label, (p.x, p.y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    if floor is not None:
+        axes.axhline(floor, color="grey", linewidth=0.8, linestyle=":", label="an exact sampler")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.25)
+    if len(points) > len(families):
+        axes.legend(fontsize=7)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format=Path(file).suffix.lstrip("."), metadata=_nameless(file))
+    pyplot.close(figure)
+
+
+def _nameless(file: str | Path) -> dict[str, None] | None:
+    return {"Date": None} if Path(file).suffix == ".svg" else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bench", help="what `visar bench --quality N --json` wrote")
+    parser.add_argument("out", help="a .svg or .png file")
+    options = parser.parse_args()
+    try:
+        report = json.loads(Path(options.bench).read_text())
+        moved = {row["sampler"]: row for row in report["quality"]}
+        rows = [row for row in report["rows"] if row["sampler"] in moved]
+    except (OSError, ValueError, KeyError, TypeError):
+        print(f"visar: error: {options.bench} is not of `visar bench --quality N --json`.", file=sys.stderr)
+        return 2
+    points = [
+        Point(r["sampler"], r["sampler"], r["nfe_ratio"], moved[r["sampler"]]["moved"],
+              moved[r["sampler"]]["error"], r["exact"])
+        for r in rows
+    ]  # fmt: skip
+    try:
+        draw(
+            points, options.out, x=f"NFE, as a share of {rows[0]['sampler']}'s", y="energy distance from AR's pictures"
+        )
+    except VisarError as error:
+        print(f"visar: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

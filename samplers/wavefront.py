@@ -1,0 +1,112 @@
+"""Rows of a picture decoded side by side, each a few tokens behind the one above."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from visar.engine.rng import Noise, Purpose
+from visar.engine.session import Session
+from visar.errors import VisarError
+from visar.samplers.base import State
+from visar.samplers.distribution import Target
+from visar.samplers.verification import draw
+
+
+class Turn(NamedTuple):
+    """A pass: token `feeds[i]` is the input of place `places[i]`; the first `new` of them are drawn."""
+
+    feeds: tuple[int, ...]
+    places: tuple[int, ...]
+    new: int
+
+
+@dataclass(frozen=True)
+class ZipAR:
+    """ZipAR (He et al. 2024, arXiv:2412.04062): a row begins when the one above is `ahead` tokens ahead of it.
+
+    Relaxed: a token is drawn from its law given what is there of the tokens before it. The first token of a row needs
+    the last one of the row above, which is not there yet; the newest one of that row stands in for it, and is replaced
+    in the cache when the true one comes. With `ahead` as large as the `grid` this is plain decoding.
+    """
+
+    ahead: int = 8
+    grid: int = 0
+    name: ClassVar[str] = "zipar"
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.ahead < 1:
+            raise VisarError(f"ahead must be 1 or more tokens, not {self.ahead}.")
+
+    @property
+    def lag(self) -> int:
+        """Passes between the first tokens of a row and the next."""
+        return min(self.ahead, self.grid)
+
+    @property
+    def window(self) -> int:
+        """The most tokens that a pass may draw."""
+        return -(-self.grid // self.lag) if self.grid else 1
+
+    @cached_property
+    def turns(self) -> list[Turn]:
+        """The passes of a picture of grid x grid tokens; they are the same for every picture."""
+        size, lag = self.grid, self.lag
+        turns = []
+        for now in range(size + (size - 1) * lag):
+            feeds, places, late = [], [], []
+            for row in range(size):
+                column = now - row * lag
+                first = row * size  # the place that begins a row
+                if column == size and lag < size and row + 1 < size:
+                    late.append(first + size)  # a row is complete: its last token takes the place of its stand-in
+                if not 0 <= column < size:
+                    continue
+                newest = first + column - 1 if column or lag == size else first - size + lag - 1
+                feeds.append(newest)
+                places.append(first + column)
+            turns.append(Turn((*feeds, *(place - 1 for place in late)), (*places, *late), len(places)))
+        return turns
+
+    def reached(self, now: int) -> list[int]:
+        """How many tokens each row has once the pass `now` is done; their places are written by then, too."""
+        return [min(max(now + 1 - row * self.lag, 0), self.grid) for row in range(self.grid)]
+
+    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+        if self.grid < 1 or self.grid**2 != session.length:
+            raise VisarError(f"zipar needs grid, the cells in a row of the picture; {self.grid} is not.")
+        return State.empty(session, target, noise, self.window)
+
+    def step(self, session: Session, state: State) -> None:
+        # The schedule is no matter of chance: the host knows it, and how far every row is.
+        now, device = state.turn, session.device
+        if now == len(self.turns):
+            return  # where the host looks at the rows from time to time only
+        turn = self.turns[now]
+        state.turn += 1
+        places = torch.tensor(turn.places, device=device)
+        column = torch.arange(self.grid, device=device)
+        written = (column < torch.tensor(self.reached(now), device=device)[:, None]).flatten()
+        feeds = torch.tensor(turn.feeds, device=device).clamp_min(0).expand(session.batch, -1)
+        logits = session.forward_at(state.tokens.gather(1, feeds), places, written)
+        at = places[: turn.new].expand(session.batch, -1)
+        p = state.target.probs(logits[:, : turn.new], at)
+        tokens = draw(p, state.noise.uniforms(Purpose.STEP, at, state.passes)[1])
+        state.tokens.scatter_(1, at, tokens)
+        state.commit_pass.scatter_(1, at, state.passes.expand_as(at))
+        state.passes += 1
+        session.commit(gapless(self.reached(now), self.grid) - session.lengths)
+
+
+def gapless(reached: list[int], size: int) -> int:
+    """The tokens from the first on with none missing between them."""
+    whole = 0
+    for count in reached:
+        whole += count
+        if count < size:
+            break
+    return whole
