@@ -30,13 +30,16 @@ class EagleDrafter(Drafter):
         c = model.config
         self.cache = KVCache(1, rows, slots, c.num_heads, model.head_dim, model.dtype, session.device)
         self.drafted = torch.zeros(rows, 0, c.dim, dtype=model.dtype, device=session.device)  # one for each node fed
-        head = (*model.parameters(), session.model.output.weight)
+        head = [p for n, p in model.named_parameters() if n != "embedding.weight"] + [session.model.output.weight]
         self._weights = sum(p.numel() * p.element_size() for p in head)
         before = session.prefix - 1
         if before:
             at = torch.arange(before, device=session.device).expand(rows, -1)
             features = model.fuse(session.features[:, :before])
-            self._run(session.condition[:, :-1], features, at, at, session.sees(at, before))
+            condition = session.condition[:, :-1]
+            if model.embedding is not None:
+                condition = model.embedding(torch.zeros_like(at))
+            self._run(condition, features, at, at, self._sees(at, before))
             self.bytes_read = 0
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -44,17 +47,21 @@ class EagleDrafter(Drafter):
         root = s.root_slots()[:, None]
         back = torch.arange(-self.depth, 1, device=s.device)
         slots = (root + back).clamp_min(s.prefix - 1)  # clamped ones say the same thing twice
-        x = s.embedded(tokens, slots)
+        if self.model.embedding is None:
+            x = s.embedded(tokens, slots)
+        else:
+            known = tokens.gather(1, (slots - s.prefix).clamp_min(0))
+            x = self._embedded(torch.where(slots < s.prefix, 0, known))
         slots = slots.repeat(s.halves, 1)
         assert s.features is not None
         features = self.model.fuse(s.features[s.cache.rows, slots])
-        h = self._run(x, features, slots, slots, s.sees(slots, s.visible(1)))
+        h = self._run(x, features, slots, slots, self._sees(slots, s.visible(1)))
         self.drafted = h[:, -1:]
         return self._logits(self.drafted, s.positions(1))
 
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
         s, count = self.session, tokens.shape[1]
-        x = s.model.tok_embeddings(tokens).repeat(s.halves, 1, 1)
+        x = self._embedded(tokens)
         if tree is None:
             parents = torch.arange(first - 1, first + count - 1, device=s.device).expand(len(x), -1)
         else:
@@ -62,7 +69,7 @@ class EagleDrafter(Drafter):
         features = self.drafted.gather(1, parents[..., None].expand(-1, -1, self.drafted.shape[-1]))
         slots = (s.follows(count, None, first) + s.prefix - 1).repeat(s.halves, 1)
         at = (s.follows(count, tree, first) + s.prefix - 1).repeat(s.halves, 1)
-        h = self._run(x, features, slots, at, s.sees(slots, s.visible(first + count), tree, first))
+        h = self._run(x, features, slots, at, self._sees(slots, s.visible(first + count), tree, first))
         # Leaves of the level before were not fed, and nothing asks for what would follow them.
         gap = self.drafted.new_zeros(len(x), first - self.drafted.shape[1], h.shape[-1])
         self.drafted = torch.cat([self.drafted, gap, h], dim=1)
@@ -70,6 +77,18 @@ class EagleDrafter(Drafter):
 
     def check(self) -> None:
         require_finite(self.drafted, "The drafter's features", self.model.dtype)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        embedding = self.model.embedding or self.session.model.tok_embeddings
+        return embedding(tokens).repeat(self.session.halves, 1, 1)
+
+    def _sees(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
+        mask = self.session.sees(slots, visible, tree, first)
+        if self.model.embedding is not None:
+            slot, own = torch.arange(visible, device=mask.device), slots[..., None]
+            mask = mask | (slot < self.session.prefix) & (slot <= own)
+            mask &= (slot > 0) | (own == 0)  # nothing stands before the first feature
+        return mask
 
     def _run(self, x: Tensor, features: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
         self.bytes_read += self._weights + len(x) * mask.shape[-1] * self.cache.bytes_per_slot

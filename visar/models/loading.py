@@ -74,12 +74,17 @@ def load_gpt(
     Raises `VisarError` as `load_state` does, and for a tensor that is missing, superfluous or of another shape.
     """
     path = Path(path)
-    state = load_state(path, ema=ema, dtype=dtype)
+    return gpt_of(load_state(path, ema=ema, dtype=dtype), path, grid or published_grid(path.name), num_heads)
+
+
+def gpt_of(
+    state: Mapping[str, Tensor], path: str | Path, grid: int | None = None, num_heads: int | None = None
+) -> LlamaGen:
+    """The GPT of a published file's tensors, which it takes over; else as `load_gpt`."""
     arguments = gpt_config(state, path, num_heads=num_heads)
-    grid = grid or published_grid(path.name) or DEFAULT_GRID
     with torch.device("meta"):
-        gpt = LlamaGen(**arguments, grid=grid)
-    return _fill(gpt, state, path)
+        gpt = LlamaGen(**arguments, grid=grid or DEFAULT_GRID)
+    return fill(gpt, state, path)
 
 
 def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.float32) -> VQModel:
@@ -96,7 +101,7 @@ def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.f
         raise _missing(error.args[0], path) from error
     except (ValueError, IndexError) as error:
         raise VisarError(f"{path} is not a LlamaGen VQ tokenizer: its keys or shapes are of another kind.") from error
-    return _fill(vq, state, path)
+    return fill(vq, state, path)
 
 
 def gpt_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
@@ -174,7 +179,7 @@ def _missing(key: str, path: str | Path) -> VisarError:
     return VisarError(f"Tensor {key!r} is missing from {path}.")
 
 
-def _fill(module: M, state: Mapping[str, Tensor], path: str | Path) -> M:
+def fill(module: M, state: Mapping[str, Tensor], path: str | Path) -> M:
     """Give a module on the meta device the tensors of `state`, which must be its own to the last one."""
     wanted = module.state_dict()
     for key, tensor in wanted.items():

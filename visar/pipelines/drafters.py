@@ -15,21 +15,25 @@ from visar.errors import VisarError
 from visar.models.drafters import DRAFTERS, DraftModel, fingerprint
 from visar.models.drafters.eagle import EagleHead
 from visar.models.drafters.heads import DraftHeads
+from visar.models.drafters.published import is_published, published_eagle
 from visar.models.drafters.shallow import with_layers
 from visar.models.llamagen import LlamaGen
-from visar.models.loading import load_gpt, load_part, quiet_conversion
+from visar.models.loading import gpt_of, load_part, load_state, quiet_conversion
 from visar.models.specs import resolve_model
 
 
 def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
-    """A drafter for `target`: a folder of `visar train drafter`, a pipeline's folder or name, or a published GPT file.
+    """A drafter for `target`: a folder of `visar train drafter`, a pipeline's folder or name, or a published file.
+
+    Published are LlamaGen's models, and LANTERN's drafters for them.
 
     Raises `VisarError` where it is none, or does not fit the target.
     """
     model: DraftModel
     file = Path(path).expanduser()
-    if file.is_file():
-        model = load_gpt(file, grid=grid)
+    if (released := released_file(file)) is not None:
+        state = load_state(released)
+        model = published_eagle(state, target.head_dim, str(path)) if is_published(state) else gpt_of(state, path, grid)
     else:
         folder = resolve_model(path)
         if isinstance(folder, str):
@@ -46,12 +50,28 @@ def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
     return model.eval()
 
 
+def released_file(path: Path) -> Path | None:
+    """The weights at a path that is a file, or a folder that LANTERN's trainer wrote; None for other folders."""
+    if path.is_file():
+        return path
+    if (path / "model_index.json").exists():
+        return None
+    try:
+        if "_class_name" in json.loads((path / "config.json").read_text()):
+            return None
+    except (OSError, ValueError, TypeError):
+        pass
+    return next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
+
+
 def check(model: DraftModel, target: LlamaGen, name: str, grid: int) -> None:
     """Raise `VisarError` for a drafter that cannot draft for the target."""
     t, d = target.config, model.config
     if not isinstance(model, LlamaGen):
         if "dim" in d and d.dim != t.dim:
             raise VisarError(f"The drafter {name} is {d.dim} wide, the target {t.dim}: it is another model's.")
+        if d.get("codes") and d.codes != t.vocab_size:
+            raise VisarError(f"The drafter {name} has {d.codes} codes, the target {t.vocab_size}.")
         if "num_heads" in d and d.dim // d.num_heads != target.head_dim:
             own = d.dim // d.num_heads
             raise VisarError(f"The drafter {name} has heads of {own}, the target of {target.head_dim}.")

@@ -20,7 +20,9 @@ class EagleHead(ModelMixin, ConfigMixin):
     """`fc` joins embedding and feature, both [B, W, dim]; one block of the target's kind follows.
 
     `taps` are layers of the target whose outputs are fused with its last feature into the one that is read; `target`
-    is the fingerprint of the model that it was trained for (`visar.models.drafters.fingerprint`).
+    is the fingerprint of the model that it was trained for (`visar.models.drafters.fingerprint`). With `codes` it is as
+    LANTERN's released ones are (`visar.models.drafters.published`): no norms but one, a token embedding of its own, and
+    code 0 in the place of a caption.
     """
 
     config_name = "config.json"
@@ -28,15 +30,23 @@ class EagleHead(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, dim: int = 1280, num_heads: int = 20, ffn: int = 3584, taps: Sequence[int] = (), target: str = ""
+        self,
+        dim: int = 1280,
+        num_heads: int = 20,
+        ffn: int = 3584,
+        taps: Sequence[int] = (),
+        target: str = "",
+        codes: int = 0,
     ):
         super().__init__()
         self.fusion = nn.Linear(dim * (1 + len(taps)), dim, bias=False) if taps else None
-        self.embedding_norm = RMSNorm(dim)
-        self.feature_norm = RMSNorm(dim)
+        self.embedding = nn.Embedding(codes, dim) if codes else None
+        self.embedding_norm, self.feature_norm, self.norm = (nn.Identity() if codes else RMSNorm(dim) for _ in range(3))
         self.fc = nn.Linear(2 * dim, dim)
         self.block = Block(dim, num_heads, ffn)
-        self.norm = RMSNorm(dim)
+        if codes:
+            self.block.attention_norm = nn.Identity()  # type: ignore[assignment]
+            self.block.ffn_norm.eps = 1e-6
 
     @property
     def head_dim(self) -> int:
