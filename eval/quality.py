@@ -70,6 +70,7 @@ def quality(
 
     `real` [n, 3, H, W] in [0, 1]: pictures of these conditions that no model made. `settings` go to the pipeline.
     """
+    conditions = list(dict.fromkeys(conditions))  # one that stood twice would give the same pictures twice
     if each < 2 or len(conditions) < 2:
         raise VisarError("Distances need 2 or more pictures of 2 or more prompts.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WORDS
+from safetensors.torch import load_file
 
 from visar.cli import main
 from visar.engine.guidance import Guidance
@@ -84,7 +85,8 @@ def test_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "sampler"), [("medusa", "medusa"), ("hydra", "hydra"), ("exit", "kangaroo"), ("skip", "swift")]
+    ("kind", "sampler"),
+    [("medusa", "medusa"), ("hydra", "hydra"), ("exit", "kangaroo"), ("skip", "swift"), ("model", "speculative")],
 )
 def test_command_for_every_kind(
     class_folder: Path, class_pipe: ClassToImagePipeline, tmp_path: Path, capsys: Capture, kind: str, sampler: str
@@ -96,6 +98,22 @@ def test_command_for_every_kind(
     assert torch.equal(class_pipe([2], sampler=sampler, output_type="tokens", seed=3).tokens[0], out.tokens[1])
     figures = json.loads((tmp_path / "run" / f"{kind}-run" / "log.jsonl").read_text().splitlines()[-1])
     assert sum(key.startswith("acceptance_") for key in figures) == (5 if kind in ("medusa", "hydra") else 1)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("float16", 2), ("float8_e4m3fn", 1)])
+def test_what_is_stored_in_few_bits_drafts_nearly_the_same(
+    class_folder: Path, class_pipe: ClassToImagePipeline, tmp_path: Path, dtype: str, size: int
+) -> None:
+    assert run(class_folder, tmp_path, "--stored-as", dtype, "--kind", "model") == 0
+    stored = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
+    assert {t.element_size() for t in stored.values()} == {size}
+    class_pipe.load_drafter(tmp_path / "model")
+    loaded = class_pipe._drafters["model"].state_dict()
+    state = torch.load(tmp_path / "model-run" / "state.pt", weights_only=True)["ema"]
+    for name, tensor in loaded.items():
+        assert tensor.dtype == torch.float32
+        assert torch.allclose(tensor, state[f"drafter.{name}"], rtol=0.07, atol=2e-3)
+    assert class_pipe([1, 2], sampler="speculative", output_type="tokens").stats.exact
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -164,6 +164,10 @@ def train(commands: Commands) -> None:
     drafter.add_argument("--minutes", type=float, default=25)
     drafter.add_argument("--batch", type=int, default=8)
     drafter.add_argument("--lr", type=float, default=2.5e-3)
+    drafter.add_argument(
+        "--stored-as", choices=("float32", "float16", "bfloat16", "float8_e4m3fn"), default="float16",
+        help="dtype of the saved drafter (default: float16)",
+    )  # fmt: skip
     drafter.add_argument("--no-compile", action="store_true")
     drafter.set_defaults(run=_runner("train", "drafter"))
 

@@ -103,7 +103,7 @@ def _quality(
         [(r.sampler, f"{r.moved:.3f}", f"{r.error:.3f}", "" if r.real is None else f"{r.real:.3f}") for r in rows],
     ))  # fmt: skip
     print(
-        f"Energy distances of EfficientNet-lite0 features, {options.quality} pictures of each of {len(wanted)} "
+        f"Energy distances of EfficientNet-lite0 features, {options.quality} pictures of each of {len(set(wanted))} "
         "prompts; the first row is plain decoding under another seed."
     )
     return rows

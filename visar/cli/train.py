@@ -139,7 +139,7 @@ def drafter(options: argparse.Namespace) -> int:
     )  # fmt: skip
     train_drafter(
         options.drafter_kind, pipe.gpt, of, tokens, config, Guidance(scale), law, depth=options.depth,
-        layers=options.layers, grid=pipe.grid,
+        layers=options.layers, grid=pipe.grid, stored_as=getattr(torch, options.stored_as),
     )  # fmt: skip
     print(out / options.drafter_kind)
     return 0
