@@ -11,7 +11,6 @@ import functools
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +24,13 @@ from visar.engine.rng import Noise
 from visar.eval.speed import PROMPTS, bandwidth, compare
 from visar.files import replacing, writable_folder
 from visar.kernels.philox import philox, philox_triton
-from visar.models.drafters import KINDS
 from visar.models.llamagen import LlamaGen
 from visar.models.specs import MODELS, gpt_arguments
 from visar.pipelines import TextToImagePipeline
 from visar.samplers import SAMPLERS, Autoregressive, Sampler, SpeculativeJacobi, Target, get_sampler
 from visar.tables import table
-from visar.training.drafter import new_drafter
+
+MEASURED = ("ar", "sjd", "scd", "speculative", "eagle", "lantern++", "zipar")
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,10 @@ def same_noise() -> Iterator[Check]:
 
 
 def same_pictures(devices: tuple[str, str] = ("cpu", "cuda")) -> Iterator[Check]:
-    """In fp32 the GPU must draw what the CPU draws; a near tie may flip a token and change what follows it.
-
-    The drafters are untrained ones: what they draft is mostly rejected, and the picture is as right as any.
-    """
+    """In fp32 the GPU must draw what the CPU draws; a near tie may flip a token and change what follows it."""
     torch.backends.cuda.matmul.allow_tf32 = False
     pipes = [TextToImagePipeline.from_pretrained("icons").to(d, torch.float32) for d in devices]
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in KINDS:
-            new_drafter(kind, pipes[0].gpt, depth=5, layers=2).save_pretrained(f"{folder}/{kind}")
-            for pipe in pipes:
-                pipe.load_drafter(f"{folder}/{kind}")
-    names = [name for name, spec in SAMPLERS.items() if spec.drafter != "model"]
-    for name in names:
+    for name in SAMPLERS:
         tokens = []
         for pipe in pipes:
             pipe.set_progress_bar_config(disable=True)
@@ -81,7 +71,7 @@ def icons_speed() -> Iterator[Check]:
     pipe = TextToImagePipeline.from_pretrained("icons").to("cuda", torch.float32)
     pipe.set_progress_bar_config(disable=True)
     for batch in (1, 8):
-        report = compare(pipe, {n: get_sampler(n) for n in ("ar", "sjd", "scd")}, batch=batch, images=16)
+        report = compare(pipe, {n: get_sampler(n) for n in MEASURED}, batch=batch, images=16)
         for r in report.rows:
             figure = (
                 f"{r.nfe:.0f} NFE, {r.ms_per_pass:.2f} ms/pass, {r.seconds_per_image:.3f} s/image, {r.time_ratio:.2f}"

@@ -154,6 +154,12 @@ def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline,
         train_drafter("hidra", gpt, of, tokens, config, Guidance(), Target())
 
 
+def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path) -> None:
+    command = ["train", "drafter", "--target", str(class_folder), "--out", str(tmp_path)]
+    assert main([*command, "--pictures", "6", "--batch", "2", "--steps", "3", "--no-compile"]) == 0
+    assert json.loads((tmp_path / "eagle-run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -165,7 +171,8 @@ def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline,
         ("--captions TMP/some.txt --kind egle", "Unknown drafter 'egle'. Did you mean 'eagle'?"),
         ("--captions TMP/some.txt --layers 1", "A drafter of the kind 'eagle' has no layers to choose"),
         ("--captions TMP/some.txt --kind exit --layers 3", "The layers must be 1 to 2, not 3"),
-        ("--captions TMP/some.txt --depth 0", "--depth 1 or more"),
+        ("--captions TMP/some.txt --depth 0", "--batch, --depth and --steps 1 or more"),
+        ("--captions TMP/some.txt --steps 3", "Give --minutes or --steps, not both"),
         ("--captions TMP/some.txt --temperature 0", "Temperature must be a number above 0"),
         ("--captions TMP/zebra.txt", "No word of the prompt 'zebra' is known"),
     ],
@@ -178,7 +185,13 @@ def test_bad_input(text_folder: Path, tmp_path: Path, capsys: Capture, arguments
     assert err.startswith("visar: error: ") and message in err and err.count("\n") == 1
 
 
-def test_captions_are_not_for_class_models(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "some.txt").write_text("cat\n")
-    assert run(class_folder, tmp_path / "run", "--captions", tmp_path / "some.txt") == 2
-    assert "--captions is for text models" in capsys.readouterr().err
+def test_class_ids_from_a_file(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "ids.txt").write_text("3\n\n5\n3\n")
+    assert run(class_folder, tmp_path / "run", "--captions", tmp_path / "ids.txt", "--pictures", 4) == 0
+    drawn = load_file(tmp_path / "run" / "pictures.safetensors")["tokens"]
+    pipe = ClassToImagePipeline.from_pretrained(class_folder)
+    assert torch.equal(drawn.long(), pipe([3, 5, 3, 5], sampler="ar", output_type="tokens").tokens)
+    for line in ("7", "-1", "cat"):
+        (tmp_path / "ids.txt").write_text(f"0\n{line}\n")
+        assert run(class_folder, tmp_path / "run", "--captions", tmp_path / "ids.txt") == 2
+        assert f"must hold a class id from 0 to 6 in each line, not '{line}'" in capsys.readouterr().err

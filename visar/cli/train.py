@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,14 @@ def ar(options: argparse.Namespace) -> int:
     return 0
 
 
-def _conditions(options: argparse.Namespace, text: bool) -> list[Any]:
-    """The captions or classes to draw: lines of a file, or the training prompts of a picture set."""
-    if not text:
-        if options.captions:
-            raise VisarError("This model draws classes; --captions is for text models.")
-        return []
+def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
+    """The captions or class ids to draw, `classes` being 0 for text: lines of a file, or prompts of a picture set."""
     if not options.captions:
+        if classes:
+            return list(range(classes))
         raise VisarError("A text model needs --captions: a file with a caption in each line, or a picture set.")
     path = Path(options.captions)
-    if path.is_dir() or path.suffix == ".zip":
+    if not classes and (path.is_dir() or path.suffix == ".zip"):
         from visar.training.data import PictureSet
 
         data = PictureSet(path, tuple(options.styles), tuple(options.without_groups))
@@ -92,8 +91,14 @@ def _conditions(options: argparse.Namespace, text: bool) -> list[Any]:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise VisarError(f"Cannot read captions from {path}.") from error
-    if not (found := [line for line in lines if line]):
+    found: list[Any] = [line for line in lines if line]
+    if not found:
         raise VisarError(f"{path} holds no captions.")
+    if classes:
+        for line in found:
+            if not line.isdecimal() or int(line) >= classes:
+                raise VisarError(f"{path} must hold a class id from 0 to {classes - 1} in each line, not {line!r}.")
+        found = [int(line) for line in found]
     return list(dict.fromkeys(found))  # drawn in turns: a caption that stood twice would give one picture twice
 
 
@@ -108,8 +113,14 @@ def drafter(options: argparse.Namespace) -> int:
     from visar.training.loop import TrainConfig, distributed
     from visar.training.self_generated import draw_tokens
 
-    if options.minutes <= 0 or options.batch < 1 or options.lr <= 0 or options.pictures < 2 or options.depth < 1:
-        raise VisarError("--minutes and --lr must be above 0, --batch and --depth 1 or more, --pictures 2 or more.")
+    if options.minutes is not None and options.steps is not None:
+        raise VisarError("Give --minutes or --steps, not both.")
+    minutes = 25.0 if options.minutes is None else options.minutes
+    steps = 10**9 if options.steps is None else options.steps
+    if minutes <= 0 or options.lr <= 0 or options.pictures < 2 or min(options.batch, options.depth, steps) < 1:
+        raise VisarError(
+            "--minutes and --lr must be above 0, --batch, --depth and --steps 1 or more, --pictures 2 or more."
+        )
     Target(options.temperature, options.top_k or 0, options.top_p)  # before the weights are read
     checked_layers(options.drafter_kind, options.layers, 10**9)
     rank, _, own = distributed(str(device_of(options.device)))
@@ -118,7 +129,7 @@ def drafter(options: argparse.Namespace) -> int:
     pipe.set_progress_bar_config(disable=True)
     checked_layers(options.drafter_kind, options.layers, pipe.gpt.config.num_layers)
     text = isinstance(pipe, TextToImagePipeline)
-    conditions = _conditions(options, text) or list(range(pipe.gpt.config.classes))
+    conditions = _conditions(options, 0 if text else pipe.gpt.config.classes)
     scale = pipe.config.guidance_scale if options.guidance_scale is None else options.guidance_scale
     law = Target(options.temperature, pipe.config.top_k if options.top_k is None else options.top_k, options.top_p)
     out = writable_folder(options.out)
@@ -134,8 +145,9 @@ def drafter(options: argparse.Namespace) -> int:
         return pipe.text_encoder.encode(chosen) if text else (torch.tensor(chosen), torch.ones(len(chosen), 1))
 
     config = TrainConfig(
-        out, minutes=options.minutes, batch=options.batch, lr=options.lr, seed=options.seed, warmup=50, ema=0.99,
-        optimizer="muon", compile=not options.no_compile, device=str(pipe.gpt.device),
+        out, minutes=math.inf if options.steps else minutes, steps=steps, batch=options.batch, lr=options.lr,
+        seed=options.seed, warmup=50, ema=0.99, optimizer="muon", compile=not options.no_compile,
+        device=str(pipe.gpt.device),
     )  # fmt: skip
     train_drafter(
         options.drafter_kind, pipe.gpt, of, tokens, config, Guidance(scale), law, depth=options.depth,
