@@ -26,6 +26,7 @@ from visar.models.drafters import (
     fingerprint,
 )
 from visar.models.llamagen import CaptionEmbedding, LlamaGen
+from visar.models.loading import quiet_conversion
 from visar.samplers.distribution import Target
 from visar.training.ar import initialise
 from visar.training.drafting_loss import DraftLoss, EagleLoss, HeadsLoss, ModelLoss, ShallowLoss
@@ -163,7 +164,9 @@ def train_drafter(
     else:
         drafter = fit(loss, batch_at, run, evaluate).drafter
     if rank == 0:
-        copy.deepcopy(drafter).to(stored_as).save_pretrained(config.out / kind)
+        with quiet_conversion():
+            stored = copy.deepcopy(drafter).to(stored_as)
+        stored.save_pretrained(config.out / kind)
     return drafter
 
 
