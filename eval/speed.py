@@ -125,7 +125,7 @@ def compare(
     base = medians[next(iter(samplers))]
     rows = [
         SpeedRow(
-            sampler=name, exact=sampler.exact, window=sampler.window, **medians[name],
+            sampler=name, exact=sampler.exact, window=pipe.fitted(sampler).window, **medians[name],
             nfe_ratio=medians[name]["nfe"] / base["nfe"],
             time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"],
         )

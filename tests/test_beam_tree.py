@@ -104,7 +104,7 @@ def test_siblings_are_drawn_from_the_law_without_replacement() -> None:
         (dict(nodes=63), "at most 63 nodes with its root, not 64"),
         (dict(children="drawn"), "nodes must be 0"),
         (dict(children="drawn", nodes=0, beam=20), "at most 63 nodes with its root, not 101"),
-        (dict(children="picked"), "Unknown children 'picked'; known: drawn, chosen"),
+        (dict(children="picked"), "The children of a beam are chosen or drawn, not 'picked'"),
     ],
 )
 def test_bad_input(fields: dict[str, object], message: str) -> None:

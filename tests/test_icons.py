@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from visar.cli import main
-from visar.models.specs import MODELS
+from visar.models.drafters import KINDS
+from visar.models.specs import MODELS, resolve_model
 from visar.pipelines import TextToImagePipeline
 
 PROMPTS = (
@@ -39,3 +40,26 @@ def test_speculation_saves_passes_at_batch_one() -> None:
     assert sequential == 257  # 256 tokens and the caption; the same for every prompt
     passes = [pipe(p, sampler="scd", output_type="tokens").stats.nfe for p in PROMPTS]
     assert sum(passes) / len(passes) <= SHARE * sequential, passes
+
+
+def test_eagle_saves_passes() -> None:
+    pipe = TextToImagePipeline.from_pretrained("icons")
+    pipe.set_progress_bar_config(disable=True)
+    stats = pipe(list(PROMPTS), sampler="eagle", output_type="tokens").stats
+    passes = [n + 1 for n in stats.passes_per_image]  # and the caption's
+    assert stats.exact and sum(passes) / len(passes) <= 0.55 * 257, passes
+
+
+@pytest.mark.parametrize("name", ["speculative", "medusa", "hydra", "kangaroo", "swift"])
+def test_a_drafter_of_every_kind_comes_with_it(name: str) -> None:
+    pipe = TextToImagePipeline.from_pretrained("icons")
+    pipe.set_progress_bar_config(disable=True)
+    stats = pipe(list(PROMPTS[:2]), sampler=name, output_type="tokens").stats
+    assert stats.exact and stats.sampler == name and max(stats.passes_per_image) < 256 and stats.draft_seconds > 0
+
+
+def test_drafters_are_small() -> None:
+    folder = resolve_model("icons")
+    assert isinstance(folder, Path)
+    files = [f for kind in KINDS for f in (folder / kind).iterdir()]
+    assert sum(f.stat().st_size for f in files) < 4 * 2**20 and len(files) == 2 * len(KINDS) - 1  # skip has no weights

@@ -75,6 +75,7 @@ def world(kind: str, vocab: int = 4, grid: int = 2, conditions: int = 2) -> Worl
         for p in model.parameters():
             torch.nn.init.normal_(p, std=1.5 * p.shape[-1] ** -0.5) if p.ndim == 2 else p.fill_(1.0)
         torch.nn.init.normal_(model.output.weight, std=HEAD)
+        captions = torch.randn(conditions, 4, 8)
         smaller = LlamaGen(**sizes | dict(num_layers=1), **(TEXT if kind == "text" else CLASS)).eval()
         torch.nn.init.normal_(smaller.output.weight, std=HEAD)
         drafters: dict[str, DraftModel] = {"model": smaller, "skip": SkippedLayers([1])}
@@ -83,7 +84,7 @@ def world(kind: str, vocab: int = 4, grid: int = 2, conditions: int = 2) -> Worl
         if kind == "class":
             return World(model, drafters, torch.arange(conditions) % 5, None)
         mask = torch.arange(4) >= torch.tensor([1, 3, 0, 2] * 2)[:conditions, None]
-        return World(model, drafters, torch.randn(conditions, 4, 8) * mask[..., None], mask)
+        return World(model, drafters, captions * mask[..., None], mask)
 
 
 def run(

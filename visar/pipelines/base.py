@@ -156,9 +156,7 @@ class ImagePipeline(DiffusionPipeline):
         """Decode one row per key. Equal keys get successive image indices: a picture depends on key and index alone."""
         if output_type not in OUTPUT_TYPES:
             raise VisarError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
-        method = get_sampler(DEFAULT_SAMPLER if sampler is None else sampler, window=window)
-        if "grid" in {f.name for f in fields(method)} and not method.grid:  # type: ignore[arg-type, attr-defined]
-            method = get_sampler(method, grid=self.grid)
+        method = self.fitted(get_sampler(DEFAULT_SAMPLER if sampler is None else sampler, window=window))
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
             raise VisarError(f"guidance_scale must be a finite number, not {scale}.")
@@ -221,6 +219,12 @@ class ImagePipeline(DiffusionPipeline):
             gigabytes=(weights * result.passes + session.bytes_read + drafted) / 1e9,
         )
         return ImageOutput(images=images, tokens=result.tokens, commit_pass=result.commit_pass, stats=stats)
+
+    def fitted(self, sampler: Sampler) -> Sampler:
+        """The sampler with the cells in a row of this model's pictures, where it asks for them."""
+        if "grid" in {f.name for f in fields(sampler)} and not sampler.grid:  # type: ignore[arg-type, attr-defined]
+            return get_sampler(sampler, grid=self.grid)
+        return sampler
 
     def load_drafter(self, path: str | Path) -> None:
         """Give the model a drafter for the samplers that need one (see `visar.pipelines.drafters.load_drafter`)."""
