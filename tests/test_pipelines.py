@@ -194,7 +194,8 @@ def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, drafters: list[P
     prompts = ["red heart", "cat", "star"]
     for folder in drafters:
         text_pipe.load_drafter(folder)
-    out = text_pipe(prompts, sampler=name, seed=9, output_type="tokens")
+    sampler = get_sampler(name, **({"ahead": 2} if name == "zipar" else {}))  # of rows of five tokens
+    out = text_pipe(prompts, sampler=sampler, seed=9, output_type="tokens")
     stats = out.stats
     assert (stats.sampler, stats.exact, stats.law) == (name, SAMPLERS[name].make().exact, SAMPLERS[name].law)
     assert stats.exact == (stats.law == "exact")
@@ -204,14 +205,15 @@ def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, drafters: list[P
     assert stats.commits_per_pass == pytest.approx(np.mean([TOKENS / n for n in stats.passes_per_image]))
     assert stats.ms_per_pass == pytest.approx(1000 * stats.seconds / (stats.nfe - 1))
     assert stats.gb_per_second == pytest.approx(stats.gigabytes / stats.seconds)
-    assert (out.commit_pass.diff(dim=1) >= 0).all() and (out.commit_pass >= 0).all()
+    assert (out.commit_pass >= 0).all()
+    assert (out.commit_pass.diff(dim=1) >= 0).all() or name == "zipar"  # which knows no order but that of rows
     if name == "ar":
         assert stats.nfe == TOKENS + 1 and stats.commits_per_pass == 1
     else:
         assert stats.nfe < TOKENS
     assert json.loads(json.dumps(stats.to_dict()))["gb_per_second"] == stats.gb_per_second
     assert str(stats).startswith(f"{name} ({stats.law}): {stats.nfe} NFE for {TOKENS} tokens x 3 images")
-    again = text_pipe(prompts, sampler=get_sampler(name), seed=9, output_type="tokens")
+    again = text_pipe(prompts, sampler=sampler, seed=9, output_type="tokens")
     assert torch.equal(again.tokens, out.tokens)
 
 
