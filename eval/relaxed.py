@@ -34,6 +34,7 @@ BEAMS: tuple[tuple[int, Children], ...] = ((1, "chosen"), (3, "chosen"), (3, "dr
 SWEEP: tuple[tuple[str, str, Sampler], ...] = (
     ("tree, drawn", "", TreeSpeculative(tree=TREE, drafter="model")),
     ("beam of 3, chosen", "", BeamTree(beam=3, depth=3, nodes=9, drafter="model")),
+    ("beam of 3, drawn", "", BeamTree(beam=3, depth=3, nodes=0, children="drawn", drafter="model")),
     *(
         (f"lantern, beam of {beam}, {children}", f"delta {delta}", Lantern(
             beam=beam, depth=3, nodes=0 if children == "drawn" else 3 * beam, children=children, drafter="model", k=4,
