@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from visar.errors import VisarError
-from visar.files import replacing
+from visar.files import replacing, writable_folder
 
 
 class Point(NamedTuple):
@@ -28,14 +28,13 @@ class Point(NamedTuple):
 
 
 def draw(points: Sequence[Point], file: str | Path, *, x: str, y: str, floor: float | None = None) -> None:
-    """Write the points into a file of any type that matplotlib knows: round ones are exact, square ones are not.
+    """Write the points into a .svg, .png or .pdf file: round ones are exact, square ones are not.
 
     `floor` is where an exact sampler lies.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise VisarError("Plots need the extra `eval`: uv sync --extra eval, or pip install 'visar[eval]'.") from error
+    check(file)
+    import matplotlib
+
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "visar"  # the same figures give the same file
     from matplotlib import pyplot
@@ -61,6 +60,18 @@ def draw(points: Sequence[Point], file: str | Path, *, x: str, y: str, floor: fl
     with replacing(file) as temporary:
         figure.savefig(temporary, format=Path(file).suffix.lstrip("."), metadata=_nameless(file))
     pyplot.close(figure)
+
+
+def check(file: str | Path) -> None:
+    """Raise `VisarError` where no plot can be written to `file`; for asking before hours of measuring."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise VisarError("Plots need the extra `eval`: uv sync --extra eval, or pip install 'visar[eval]'.") from error
+    suffix = Path(file).suffix
+    if suffix not in (".svg", ".png", ".pdf"):
+        raise VisarError(f"A plot is a .svg, .png or .pdf file, not a {suffix or 'nameless'} file.")
+    writable_folder(Path(file).parent)
 
 
 def _nameless(file: str | Path) -> dict[str, None] | None:

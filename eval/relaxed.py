@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from visar.errors import VisarError
 from visar.eval.exactness import Case, configured, measure, values
-from visar.eval.plots import Point, draw
+from visar.eval.plots import Point, check, draw
 from visar.eval.tabular import joint
 from visar.samplers import (
     BeamTree,
@@ -71,11 +72,17 @@ def distance(sampler: Sampler, case: Case, sequences: int, seed: int = 0) -> Mov
     return Moved(float(abs(found - wanted).sum() / 2), float(abs(exact - wanted).sum() / 2), speed)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=131072)
     parser.add_argument("--plot", help="also draw the figures into this file; needs the extra `eval`")
     options = parser.parse_args()
+    try:
+        if options.plot:
+            check(options.plot)
+    except VisarError as error:
+        print(f"visar: error: {error}", file=sys.stderr)
+        return 2
     case = Case("relaxed", vocab=5, length=4, window=4)
     rows = []
     for family, amount, sampler in SWEEP:
@@ -94,7 +101,8 @@ def main() -> None:
         points = [Point(f, amount, m.tokens_per_pass, m.distance, exact=not amount) for f, amount, m in rows]
         floor = rows[0][2].noise
         draw(points, options.plot, x="tokens per pass", y="total variation of the joint law", floor=floor)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -132,7 +132,7 @@ class TreeSpeculative:
     @property
     def name(self) -> str:
         if self.children == "independent":
-            return "spectr"
+            return "spectr" if self.drafter == "model" else f"{self.drafter}-independent"
         if self.drafter == "eagle":
             return "eagle" if self.children == "drawn" else "eagle-top"
         return "speculative-tree" if self.drafter == "model" else self.drafter

@@ -172,6 +172,7 @@ def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path) -> None:
         ("--captions TMP/some.txt --layers 1", "A drafter of the kind 'eagle' has no layers to choose"),
         ("--captions TMP/some.txt --kind exit --layers 3", "The layers must be 1 to 2, not 3"),
         ("--captions TMP/some.txt --depth 0", "--batch, --depth and --steps 1 or more"),
+        ("--captions TMP/some.txt --styles 3d", "choose from a picture set, and --captions is none"),
         ("--captions TMP/some.txt --steps 3", "Give --minutes or --steps, not both"),
         ("--captions TMP/some.txt --temperature 0", "Temperature must be a number above 0"),
         ("--captions TMP/zebra.txt", "No word of the prompt 'zebra' is known"),

@@ -116,6 +116,8 @@ def test_bad_files(tmp_path: Path) -> None:
         ({"fc.bias": None}, "'fc.bias' is missing"),
         ({"lm_head.weight": torch.zeros(2, 2)}, "has a tensor 'lm_head.weight'"),
         ({"fc.weight": torch.zeros(8, 8)}, r"'fc.weight' of .* has shape \[8, 8\]"),
+        ({"embed_tokens.weight": torch.zeros(9)}, r"'embed_tokens.weight' of .* has shape \[9\]"),
+        ({"layers.0.self_attn.k_proj.weight": torch.zeros(4, 9)}, r"'layers.0.self_attn.k_proj.weight' of .* \[4, 9\]"),
         ({"embed_tokens.weight": torch.zeros(9, gpt.config.dim)}, "has 9 codes, the target"),
     ):
         save_file({k: v for k, v in (weights | change).items() if v is not None}, file)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from visar.cli import main
@@ -83,7 +84,7 @@ def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_bench_with_quality(
     class_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visar.eval.features.lite0", lambda: cells)
+    monkeypatch.setattr("visar.eval.features.lite0", lambda device: cells)
     command = ["bench", "--model", str(class_folder), "--samplers", "ar,sjd,gsd", "--images", "1", "--repeats", "1"]
     assert main([*command, "--quality", "2", "--json", str(tmp_path / "bench.json")]) == 0
     out = capsys.readouterr().out
@@ -92,11 +93,22 @@ def test_bench_with_quality(
     assert [row["sampler"] for row in report["quality"]] == ["ar", "sjd", "gsd"]
     monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "bench.json"), str(tmp_path / "a.svg")])
     assert plots.main() == 0
+    for out, message in (("a.xyz", "a .xyz file"), ("none/a.svg", "")):
+        monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "bench.json"), str(tmp_path / out)])
+        assert plots.main() == (2 if message else 0)
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "bench.json"), str(tmp_path / "a.svg")])
     first = (tmp_path / "a.svg").read_text()
     assert plots.main() == 0 and (tmp_path / "a.svg").read_text() == first and "sjd" in first
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "a.png")
+    (pictures / "a.txt").write_text("cat")
     for arguments, message in (
         (["--quality", "1"], "--quality must be 2 or more"), (["--real", "x"], "--real needs --quality"),
         (["--quality", "2", "--real", str(tmp_path / "none")], "none"),
+        (["--styles", "3d"], "choose from the pictures of --real"),
+        (["--quality", "2", "--real", str(pictures)], "--real compares by prompts, and this model draws classes"),
     ):  # fmt: skip
         assert main([*command, *arguments]) == 2
         assert message in capsys.readouterr().err

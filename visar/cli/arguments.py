@@ -45,7 +45,7 @@ def _drafting_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--window", type=int, metavar="W", help="tokens per pass of a window sampler")
     p.add_argument(
         "--drafter", action="append", default=[], metavar="PATH",
-        help="folder of a drafter or of a smaller model, where needed; repeatable, one of each kind",
+        help="folder or released file of a drafter, or a smaller model, where needed; repeatable, one of each kind",
     )  # fmt: skip
     p.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="parameters",

@@ -77,12 +77,19 @@ def ar(options: argparse.Namespace) -> int:
 
 def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
     """The captions or class ids to draw, `classes` being 0 for text: lines of a file, or prompts of a picture set."""
+    pictures = (
+        not classes
+        and options.captions
+        and (Path(options.captions).is_dir() or Path(options.captions).suffix == ".zip")
+    )
+    if (options.styles or options.without_groups) and not pictures:
+        raise VisarError("--styles and --without-groups choose from a picture set, and --captions is none.")
     if not options.captions:
         if classes:
             return list(range(classes))
         raise VisarError("A text model needs --captions: a file with a caption in each line, or a picture set.")
     path = Path(options.captions)
-    if not classes and (path.is_dir() or path.suffix == ".zip"):
+    if pictures:
         from visar.training.data import PictureSet
 
         data = PictureSet(path, tuple(options.styles), tuple(options.without_groups))

@@ -52,7 +52,8 @@ def load_state(path: str | Path, *, ema: bool = False, dtype: torch.dtype | None
             raise VisarError(f"{path} holds {key!r}, which is not a tensor: it is not a file of weights.")
         if _stale(key):
             continue
-        if value.is_floating_point() and not value.isfinite().all():
+        # Types of 8 bits have no such test of their own.
+        if value.is_floating_point() and not (value.float() if value.itemsize == 1 else value).isfinite().all():
             raise VisarError(f"Tensor {key!r} of {path} holds a NaN or an infinity.")
         state[key] = value.to(dtype=dtype if value.is_floating_point() else None, copy=True)
     return state

@@ -67,11 +67,11 @@ def default_taps(layers: int) -> tuple[int, ...]:
     return tuple(sorted({layers // 4, layers // 2} - {layers - 1}))
 
 
-def new_drafter(kind: str, target: LlamaGen, depth: int, layers: int) -> DraftModel:
+def new_drafter(kind: str, target: LlamaGen, depth: int, layers: int, grid: int | None = None) -> DraftModel:
     """An untrained drafter for a target. Blocks start as the target's last one: a better place than nowhere."""
     c, mark = target.config, fingerprint(target)
     if kind == "model":
-        return smaller_model(target, layers)
+        return smaller_model(target, layers, grid or c.grid)
     if kind in ("medusa", "hydra"):
         return DraftHeads(c.dim, depth, reads_tokens=kind == "hydra", target=mark)
     if kind == "skip":
@@ -91,9 +91,9 @@ def new_drafter(kind: str, target: LlamaGen, depth: int, layers: int) -> DraftMo
     return made
 
 
-def smaller_model(target: LlamaGen, layers: int) -> LlamaGen:
+def smaller_model(target: LlamaGen, layers: int, grid: int) -> LlamaGen:
     """A LlamaGen of the same inputs and codes, half as wide."""
-    own = {k: v for k, v in target.config.items() if not k.startswith("_")}
+    own = {k: v for k, v in target.config.items() if not k.startswith("_")} | {"grid": grid}
     heads = target.config.num_heads // 2 or 1
     dim = heads * target.head_dim
     made = initialise(LlamaGen(**own | dict(num_layers=layers, num_heads=heads, dim=dim, ffn=2 * dim)))
@@ -131,7 +131,7 @@ def train_drafter(
     torch.manual_seed(config.seed)
     rank, _, device = distributed(config.device)
     target.to(device)
-    drafter = new_drafter(kind, target, depth, layers)
+    drafter = new_drafter(kind, target, depth, layers, grid)
     run = replace(config, out=config.out / f"{kind}-run")
     if rank == 0:
         same_run(drafter, target, run.out)

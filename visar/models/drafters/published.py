@@ -42,6 +42,12 @@ def published_eagle(state: Mapping[str, Tensor], head_dim: int, path: str) -> Ea
     for key in (*KEYS, *attention):
         if key not in state:
             raise VisarError(f"Tensor {key!r} is missing from {path}.")
+    matrices = [*attention, *(key for key in KEYS if not key.endswith(("bias", "layernorm.weight")))]
+    for key in matrices:
+        if state[key].ndim != 2 or (state[key].shape[1] != state[attention[0]].shape[1] and key in attention):
+            raise VisarError(
+                f"Tensor {key!r} of {path} has shape {list(state[key].shape)}, which is none of a drafter."
+            )
     codes, dim = state["embed_tokens.weight"].shape
     own = {KEYS.get(key, key): tensor for key, tensor in state.items() if key not in attention}
     own["block.attention.wqkv.weight"] = torch.cat([state[key] for key in attention])
