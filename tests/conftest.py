@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from visar.models.drafters import DraftHeads, EagleHead, ExitHead, SkippedLayers
 from visar.models.llamagen import LlamaGen
@@ -89,3 +91,17 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     small = LlamaGen(**GPT | dict(dim=16, num_layers=1), condition="text", condition_length=4, caption_features=6)
     small.save_pretrained(folder / "small")
     return [*(folder / drafter.kind for drafter in made), folder / "small"]
+
+
+def picture_folder(folder: Path, concepts: int, styles: tuple[str, ...] = ("",), size: int = 8) -> Path:
+    """A `pictures.json` folder: every concept in every style, captioned with words of the tiny encoder."""
+    folder.mkdir(parents=True)
+    entries = []
+    for i in range(concepts):
+        for style in styles:
+            name = f"{i}{style}.png"
+            Image.new("RGB", (size, size), (i * 37 % 256, i * 91 % 256, len(style) * 40)).save(folder / name)
+            entry = {"file": name, "caption": f"{WORDS[i % 7]} {i}", "concept": f"thing {i}", "tags": ["a", "b"]}
+            entries.append(entry | {"style": style, "group": "even" if i % 2 == 0 else "odd"})
+    (folder / "pictures.json").write_text(json.dumps(entries))
+    return folder
