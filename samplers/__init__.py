@@ -1,4 +1,5 @@
-"""Decoding methods: pure mathematics over a Session. `SAMPLERS` is the table of them."""
+"""Decoding methods: pure mathematics over a session. `SAMPLERS` is the table of them, `CONTINUOUS` that for masked models
+of continuous tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +11,17 @@ from visar.errors import VisarError, unknown
 from visar.samplers.autoregressive import Autoregressive
 from visar.samplers.base import Sampler, State
 from visar.samplers.beam_tree import BeamTree
+from visar.samplers.continuous_speculative import ContinuousSpeculative
 from visar.samplers.distribution import Target
 from visar.samplers.dynamic import DynamicSpeculative
+from visar.samplers.head_speculation import HeadSpeculation
 from visar.samplers.jacobi import Jacobi, SpeculativeJacobi
+from visar.samplers.masked import ContinuousTarget, MaskedAutoregressive, MaskedSampler
 from visar.samplers.relaxed import CoolSD, GroupedJacobi, Lantern, LanternPlusPlus
 from visar.samplers.speculative import Speculative, TreeSpeculative
 from visar.samplers.wavefront import ZipAR
+
+AnySampler = Sampler | MaskedSampler
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class SamplerSpec:
     """A row of the table: how to make the sampler, where it was published, and its drafter."""
 
     name: str
-    make: Callable[[], Sampler]
+    make: Callable[[], Any]
     paper: str
     law: str  # "exact", or in what sense it is not
     drafter: str = ""  # the kind of drafter that it needs, one of `visar.models.drafters.KINDS`, or none
@@ -87,16 +93,38 @@ SAMPLERS: dict[str, SamplerSpec] = {
 }  # fmt: skip
 DEFAULT_SAMPLER = "scd"
 
+CONTINUOUS: dict[str, SamplerSpec] = {
+    spec.name: spec
+    for spec in (
+        SamplerSpec("mar", MaskedAutoregressive, "MAR, Li et al. 2024, arXiv:2406.11838, the baseline", "exact"),
+        SamplerSpec("mar-256", lambda: MaskedAutoregressive(steps=256), "MAR, a token in each pass", "exact"),
+        SamplerSpec("mar-32-50", lambda: MaskedAutoregressive(steps=32, head_steps=50), "MAR, fewer passes and steps",
+                    "exact"),
+        SamplerSpec("mar-disa", lambda: MaskedAutoregressive(head_steps=50, last_head_steps=5),
+                    "DiSA, Zhao et al. 2025, arXiv:2505.20297", "relaxed"),
+        SamplerSpec("mar-headspec", HeadSpeculation, "speculation in the head, after arXiv:2501.05370", "exact"),
+        SamplerSpec("cspd", ContinuousSpeculative, "CSpD, Wang et al. 2024, arXiv:2411.11925", "relaxed", "draft"),
+        SamplerSpec("cspd-exact", lambda: ContinuousSpeculative(factor=False, nested=True, prefill=0.0),
+                    "CSpD made exact", "exact", "draft"),
+    )
+}  # fmt: skip
+DEFAULT_CONTINUOUS = "mar-headspec"
 
-def get_sampler(sampler: str | Sampler, **parameters: Any) -> Sampler:
+
+def spec_of(name: str) -> SamplerSpec:
+    """The row of either table; a `VisarError` for a name in neither."""
+    if name not in SAMPLERS and name not in CONTINUOUS:
+        raise unknown("sampler", name, [*SAMPLERS, *CONTINUOUS])
+    return SAMPLERS[name] if name in SAMPLERS else CONTINUOUS[name]
+
+
+def get_sampler(sampler: str | AnySampler, **parameters: Any) -> Any:
     """A sampler by name, or the one given, with some of its fields replaced; `None` values are ignored.
 
-    Raises `VisarError` for a name not in `SAMPLERS` or a parameter that the sampler does not have.
+    Raises `VisarError` for a name that is in no table or a parameter that the sampler does not have.
     """
     if isinstance(sampler, str):
-        if sampler not in SAMPLERS:
-            raise unknown("sampler", sampler, SAMPLERS)
-        sampler = SAMPLERS[sampler].make()
+        sampler = spec_of(sampler).make()
     given = {k: v for k, v in parameters.items() if v is not None}
     allowed = {f.name for f in fields(sampler)}  # type: ignore[arg-type]
     for name in given:
@@ -104,20 +132,28 @@ def get_sampler(sampler: str | Sampler, **parameters: Any) -> Sampler:
             raise VisarError(
                 f"Sampler {sampler.name!r} has no parameter {name!r}; it has {', '.join(sorted(allowed)) or 'none'}."
             )
-    return replace(sampler, **given) if given else sampler  # type: ignore[type-var]
+    return replace(sampler, **given) if given else sampler
 
 
 __all__ = [
+    "CONTINUOUS",
+    "DEFAULT_CONTINUOUS",
     "DEFAULT_SAMPLER",
     "SAMPLERS",
+    "AnySampler",
     "Autoregressive",
     "BeamTree",
+    "ContinuousSpeculative",
+    "ContinuousTarget",
     "CoolSD",
     "DynamicSpeculative",
     "GroupedJacobi",
+    "HeadSpeculation",
     "Jacobi",
     "Lantern",
     "LanternPlusPlus",
+    "MaskedAutoregressive",
+    "MaskedSampler",
     "Sampler",
     "SamplerSpec",
     "Speculative",
@@ -127,4 +163,5 @@ __all__ = [
     "TreeSpeculative",
     "ZipAR",
     "get_sampler",
+    "spec_of",
 ]

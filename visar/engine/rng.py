@@ -6,11 +6,13 @@ from a pass counter that lives there, so a captured graph replays it with fresh 
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
+from visar.errors import VisarError
 from visar.kernels.philox import philox
 
 _MASK = 0xFFFFFFFF
@@ -25,6 +27,8 @@ class Purpose(IntEnum):
     INIT = 2  # the drafts of the first window
     SHARED = 3  # the race that all drafts of one position share (Gumbel coupling)
     DRAFT = 4  # what a draft model proposes in a pass
+    RESIDUAL = 5  # what is tried in the place of a rejected continuous draft
+    TRIAL = 6  # the coins of these trials
 
 
 class Noise:
@@ -49,15 +53,43 @@ class Noise:
         turn = zero + passes + (key // SPAN % SPAN) * SPAN
         return philox(self.key, (zero + lane, at, turn, zero + image * 256 + int(purpose)))
 
-    def uniforms(self, purpose: Purpose, positions: Tensor, passes: Tensor | int) -> tuple[Tensor, Tensor]:
+    def uniforms(
+        self, purpose: Purpose, positions: Tensor, passes: Tensor | int, trial: Tensor | int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Two independent uniforms per position, each [B, W], float64, of 52 bits, never 0 and never 1."""
-        a, b, c, d = self._words(purpose, positions, passes, 0)
+        a, b, c, d = self._words(purpose, positions, passes, trial)
         one, two = (((high << 20 | low >> 12).double() + 0.5) * 2.0**-52 for high, low in ((a, b), (c, d)))
         return one, two
+
+    def of(self, rows: Tensor) -> Noise:
+        """The noise of these rows of the batch [R], as a batch of its own."""
+        made = Noise(0, self.images[rows], self.keys[rows])
+        made.key = self.key
+        return made
+
+    def normals(
+        self, purpose: Purpose, positions: Tensor, passes: Tensor | int, dim: int, trial: Tensor | int = 0
+    ) -> Tensor:
+        """Standard normals [B, W, dim], fp32, for positions [B, W] (Box & Muller 1958), of 32 bits: none is beyond 6.8.
+
+        `trial`, a number or [W], tells apart further ones of the same position, pass and purpose.
+        """
+        if dim > 2**14:
+            raise VisarError(f"Tokens have at most {2**14} numbers, not {dim}.")
+        lanes = torch.arange((dim + 3) // 4, device=positions.device)
+        lanes = lanes + (trial[..., None] if isinstance(trial, Tensor) else trial) * 2**12
+        wide = positions[..., None].expand(*positions.shape, lanes.shape[-1])
+        turns = passes[..., None] if isinstance(passes, Tensor) else passes
+        a, b, c, d = ((w.double() + 0.5) * 2.0**-32 for w in self._words(purpose, wide, turns, lanes))
+        out = []
+        for size, turn in ((a, b), (c, d)):
+            radius, angle = (-2 * size.log()).sqrt(), 2 * math.pi * turn
+            out += [radius * angle.cos(), radius * angle.sin()]
+        return torch.stack(out, -1).flatten(-2)[..., :dim].float()
 
     def exponential(self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int) -> Tensor:
         """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]: argmin of E/p over tokens is a draw from p."""
         lanes = torch.arange((vocab + 3) // 4, device=positions.device)
-        words = self._words(purpose, positions[..., None].expand(*positions.shape, len(lanes)), passes, lanes)
+        words = self._words(purpose, positions[..., None].expand(*positions.shape, lanes.shape[-1]), passes, lanes)
         u = ((torch.stack(words, -1).flatten(-2)[..., :vocab].double() + 0.5) * 2.0**-32).float()
         return -torch.log1p(-u.clamp_max(1 - 2.0**-24))

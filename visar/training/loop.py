@@ -61,7 +61,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) over the blocks' matrices."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = [p for n, p in named if p.ndim == 2 and any(part in n for part in (".layers.", ".block."))]
+    inside = [p for n, p in named if p.ndim == 2 and any(part in n for part in (".layers.", ".block.", "_blocks."))]
     hidden = inside if config.optimizer == "muon" else []
     taken = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in taken]

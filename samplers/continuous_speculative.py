@@ -1,0 +1,184 @@
+"""Continuous speculative decoding (CSpD, Wang et al. 2024, arXiv:2411.11925): a smaller MAR drafts tokens for a larger.
+
+Both denoise with the same noise, and a draft is judged by the last step alone: P and Q are the two models' laws of the
+token given their own second-last states. `cspd-exact` is that idea done exactly: given the shared noise, accepting y
+from Q with probability min(1, P(y) / Q(y)) gives P, whatever the states were, and P averaged over the noise is the
+target's law. It needs a last step with noise, a target that sees the drafts before the one it judges, and an end at the
+first rejection. `cspd` is the published rule. It multiplies the ratio by the quotient of the other steps' standard
+deviations, and judges all drafts in one pass that sees none of them; either moves the law.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from visar.engine.chain import Chain
+from visar.engine.masked_session import MaskedSession
+from visar.engine.rng import Noise, Purpose
+from visar.errors import VisarError
+from visar.samplers.gaussian import Gaussian, keeps, replaced, residual
+from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, denoise
+
+TRIALS = 64
+
+
+def last_law(chain: Chain, condition: Tensor, start: Tensor, normals: Tensor) -> tuple[Gaussian, Tensor]:
+    """The law of the last step [R, d] after the others, and the log of those others' standard deviations' product [R].
+
+    `start` [R, d]; `normals` [R, T, d], of which the last are not used.
+    """
+    x, spread = start, start.new_zeros(len(start), dtype=torch.float64)
+    for i in range(chain.steps):
+        step = torch.full((len(x),), i, device=x.device)
+        law = Gaussian(*chain.kernel(x, step, chain.evaluate(x, step, condition)))
+        if i < chain.steps - 1:
+            x = law.sample(normals[:, i])
+            spread = spread + law.std.double().log().sum(-1)
+    return law, spread
+
+
+@dataclass(frozen=True)
+class ContinuousSpeculative:
+    """Drafts of `gamma` tokens, one token in each pass of the draft model, after a share `prefill` by the target alone.
+
+    `factor` multiplies ratios as published; `nested` judges each draft with those before it in sight, in `gamma` rows of
+    one pass; `truncate` ends at the first rejection. Exact with nested and truncate and without factor: then the law is
+    that of `mar` with as many passes as tokens and `last_noise`.
+    """
+
+    gamma: int = 8
+    head_steps: int = 100
+    prefill: float = 0.05
+    factor: bool = True
+    nested: bool = False
+    truncate: bool = True
+    window: ClassVar[int] = 2**16
+
+    def __post_init__(self) -> None:
+        if self.gamma < 1:
+            raise VisarError(f"gamma must be 1 or more, not {self.gamma}.")
+        if not 0 <= self.prefill <= 1:
+            raise VisarError(f"prefill must be a share from 0 to 1, not {self.prefill}.")
+        if not 2 <= self.head_steps <= 1000:
+            raise VisarError(f"head_steps must be from 2 to 1000, not {self.head_steps}.")
+
+    @property
+    def exact(self) -> bool:
+        return self.nested and self.truncate and not self.factor
+
+    @property
+    def name(self) -> str:
+        return "cspd-exact" if self.exact else "cspd"
+
+    def begin(self, session: MaskedSession, target: ContinuousTarget, noise: Noise) -> MaskedState:
+        if session.draft is None:
+            raise VisarError(f"Sampler {self.name!r} needs a draft model.")
+        if target.temperature == 0:
+            raise VisarError(f"Sampler {self.name!r} compares densities, and at temperature 0 there are none.")
+        shape = (session.batch, session.length)
+        return MaskedState(
+            target, noise, session.start.clone(), torch.full(shape, -1, dtype=torch.long, device=session.device),
+            session.chain(self.head_steps, target.temperature, last_noise=True),
+            session.draft.chain(self.head_steps, target.temperature, last_noise=True),
+        )  # fmt: skip
+
+    def step(self, session: MaskedSession, state: MaskedState) -> None:
+        free = session.length - session.given
+        if state.passes < round(self.prefill * free):
+            self._alone(session, state)
+        else:
+            self._speculate(session, state)
+        state.passes += 1
+
+    def _alone(self, session: MaskedSession, state: MaskedState) -> None:
+        """One token of every row from the target."""
+        ask = session.order.gather(1, session.lengths[:, None])
+        rows = torch.arange(session.batch, device=session.device)
+        condition = session.after(state.tokens, rows, session.lengths, ask, 1 + session.lengths[:, None])
+        bank = NoiseBank.draw(state.noise, rows, ask.flatten(), state.chain)
+        state.write(ask, denoise(state.chain, condition[:, 0], bank)[:, None])
+        session.commit(1)
+
+    def _speculate(self, session: MaskedSession, state: MaskedState) -> None:
+        assert session.draft is not None and state.draft_chain is not None
+        b, n, gamma = session.batch, session.length, self.gamma
+        device, turn = session.device, state.passes
+        rows = torch.arange(b, device=device)
+        at = session.lengths[:, None] + torch.arange(gamma, device=device)
+        inside = at < n
+        ask = session.order.gather(1, at.clamp(max=n - 1))
+        bank = NoiseBank.draw(state.noise, rows.repeat_interleave(gamma), ask.flatten(), state.chain)
+        start, normals = (t.unflatten(0, (b, gamma)) for t in (bank.start, bank.steps))
+        fresh = state.noise.normals(Purpose.DRAFT, ask, turn, session.dim)
+        # The draft model, token by token.
+        canvas, seen, laws, spreads = state.tokens.clone(), [], [], []
+        for j in range(gamma):
+            seen.append(canvas.clone())
+            have = (session.lengths + j).clamp(max=n - 1)
+            place = ask[:, j : j + 1]
+            told = session.draft.after(canvas, rows, have, place, 1 + have[:, None])
+            law, spread = last_law(state.draft_chain, told[:, 0], start[:, j], normals[:, j])
+            laws.append(law)
+            spreads.append(spread)
+            drawn = law.sample(fresh[:, j])[:, None]
+            canvas = torch.where(
+                inside[:, j, None, None], canvas.scatter(1, place[..., None].expand_as(drawn), drawn), canvas
+            )
+        drafts = canvas.gather(1, ask[..., None].expand(-1, -1, session.dim))
+        q = Gaussian(*(torch.stack([law[i] for law in laws], 1) for i in (0, 1)))
+        # The target, in one pass.
+        have = at.clamp(max=n - 1)
+        if self.nested:
+            told = session.after(
+                torch.stack(seen, 1).flatten(0, 1), rows.repeat_interleave(gamma), have.flatten(),
+                ask.flatten()[:, None], 1 + have.flatten()[:, None],
+            ).flatten(0, 1)  # fmt: skip
+        else:
+            told = session.after(state.tokens, rows, session.lengths, ask, 1 + have).flatten(0, 1)
+        flat, spread = last_law(state.chain, told, bank.start, bank.steps)
+        p = Gaussian(*(t.unflatten(0, (b, gamma)) for t in flat))
+        log_factor = torch.stack(spreads, 1) - spread.unflatten(0, (b, gamma)) if self.factor else None
+        coins = state.noise.uniforms(Purpose.STEP, ask, turn)[0]
+        kept = keeps(drafts, p, q, coins, 0.0 if log_factor is None else log_factor) & inside
+        run = kept.int().cumprod(1).sum(1)
+        room = inside.sum(1)
+        first = torch.arange(gamma, device=device) == run[:, None]
+        wrong = (first if self.truncate else ~kept) & inside
+        if bool(wrong.any()):
+            drafts[wrong] = self._replacement(drafts, p, q, log_factor, wrong, ask, state, turn)
+        count = (run + 1).minimum(room) if self.truncate else room
+        session.tested += int(count.sum())
+        session.accepted += int((run if self.truncate else kept.sum(1)).sum())
+        now = torch.arange(gamma, device=device) < count[:, None]
+        old = state.tokens.gather(1, ask[..., None].expand_as(drafts))
+        for j in range(gamma):  # one by one: places behind the end repeat the last
+            place, keep = ask[:, j : j + 1], now[:, j : j + 1]
+            token = torch.where(keep[..., None], drafts[:, j : j + 1], old[:, j : j + 1])
+            state.tokens = torch.where(
+                keep[..., None], state.tokens.scatter(1, place[..., None].expand_as(token), token), state.tokens
+            )
+            state.commit_pass = torch.where(keep, state.commit_pass.scatter(1, place, turn), state.commit_pass)
+        session.commit(count)
+
+    def _replacement(
+        self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, wrong: Tensor, ask: Tensor,
+        state: MaskedState, turn: int,
+    ) -> Tensor:  # fmt: skip
+        """What stands for the rejected drafts [R, d], `wrong` [B, gamma] saying which."""
+        which, column = wrong.nonzero(as_tuple=True)
+
+        def trials(block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+            noise = state.noise.of(which[rows])
+            places = ask[which[rows], column[rows]][:, None].expand(-1, TRIALS)
+            number = block * TRIALS + torch.arange(TRIALS, device=places.device)
+            normals = noise.normals(Purpose.RESIDUAL, places, turn, drafts.shape[-1], number)
+            return normals, noise.uniforms(Purpose.TRIAL, places, turn, number)[0]
+
+        one, other = p.at(wrong), q.at(wrong)  # type: ignore[arg-type]
+        if log_factor is None:
+            return replaced(drafts[wrong], one, other, trials)
+        return residual(one, other, trials, log_factor[wrong])

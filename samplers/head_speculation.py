@@ -1,0 +1,136 @@
+"""Speculation inside a diffusion head: exact, with no second network.
+
+A step of the head needs the network's guess of the clean token, and that guess hardly changes from one step to the next.
+So the next steps are drafted with the guess frozen, the network looks at all drafted states in one call, and each step is
+kept or replaced by the coupling of the two Gaussians. After De Bortoli et al. 2025 (arXiv:2501.05370) and Hu et al. 2025
+(arXiv:2505.03983), who do it to whole pictures; a token of 16 numbers has far closer Gaussians.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from visar.engine.chain import Chain
+from visar.engine.masked_session import MaskedSession
+from visar.engine.rng import Purpose
+from visar.errors import VisarError
+from visar.samplers.gaussian import Gaussian, keeps, replaced
+from visar.samplers.masked import MaskedAutoregressive, NoiseBank
+
+TRIALS = 32  # drawn at once
+
+
+@dataclass(frozen=True)
+class HeadSpeculation(MaskedAutoregressive):
+    """`mar` with up to `draft` head steps in one call of the network.
+
+    With `adaptive` a token's window doubles when all its drafts are kept and shrinks to what was kept when not, from one
+    call to the next; without, it always is `draft`.
+    """
+
+    draft: int = 8
+    adaptive: bool = True
+    name: ClassVar[str] = "mar-headspec"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.draft <= 1000:
+            raise VisarError(f"draft must be from 1 to 1000 head steps, not {self.draft}.")
+
+    def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+        device, total = bank.start.device, len(bank.start)
+        coins = bank.coins()
+        out = torch.empty_like(bank.start)
+        # Tokens in progress: their number, state, step, the guess that drafts are made with, and the window.
+        row = torch.arange(total, device=device)
+        x, at, guess = bank.start, torch.zeros_like(row), None
+        window = torch.ones_like(row)  # the first guess has to be made before anything can be drafted
+        while len(row):
+            size = window.minimum(chain.steps - at)
+            width = int(size.max())
+            states, drafts = self._drafted(chain, x, at, guess, bank.steps[row], width)
+            # One call for all states [r, width, d] that count.
+            inside = torch.arange(width, device=device) < size[:, None]
+            which, turn = inside.nonzero(as_tuple=True)
+            steps = at[which] + turn
+            found = chain.evaluate(states[which, turn], steps, condition[row[which]])
+            kernel = Gaussian(*chain.kernel(states[which, turn], steps, found))
+            # Every draft but the one behind the last state, which is drawn from the target's own step.
+            tested = turn < size[which] - 1
+            kept = self._tested(states, drafts, kernel, which, turn, steps, tested, coins[row])
+            passed = inside.new_zeros(len(row), width)
+            passed[which[tested], turn[tested]] = kept
+            run = passed.int().cumprod(1).sum(1)  # drafts kept before the first rejection
+            session.tested += int((run + 1).minimum(size - 1).sum())
+            session.accepted += int(run.sum())
+            # Where it ends, in the list of states: `run` states further, and one step from there.
+            start = size.cumsum(0) - size
+            end = start + run
+            own = kernel.at(end)
+            fresh = own.sample(bank.steps[row, at + run])
+            rejected = (run < size - 1).nonzero()[:, 0]
+            if len(rejected):
+                fresh[rejected] = self._replacement(states, drafts, own, run, at, bank, row, rejected)
+            x, guess = fresh, found[end]
+            at = at + run + 1
+            window = self._next(window, run, size)
+            done = at == chain.steps
+            out[row[done]] = x[done]
+            go = ~done
+            row, x, at, guess, window = row[go], x[go], at[go], guess[go], window[go]
+        return out
+
+    @staticmethod
+    def _drafted(
+        chain: Chain, x: Tensor, at: Tensor, guess: Tensor | None, normals: Tensor, width: int
+    ) -> tuple[Tensor, Gaussian]:
+        """States [r, width, d] from x on, and the laws of those behind the first, [r, width - 1, d]."""
+        states, means, stds = [x], [], []
+        rows = torch.arange(len(x), device=x.device)
+        for i in range(width - 1):
+            assert guess is not None
+            step = (at + i).clamp(max=chain.steps - 1)  # what lies behind the end is not looked at
+            law = Gaussian(*chain.kernel(states[-1], step, guess))
+            states.append(law.sample(normals[rows, step]))
+            means.append(law.mean)
+            stds.append(law.std)
+        none = x.new_empty(len(x), 0, x.shape[1])
+        return torch.stack(states, 1), Gaussian(*(torch.stack(a, 1) if a else none for a in (means, stds)))
+
+    def _tested(
+        self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
+        tested: Tensor, coins: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Whether each of the tested drafts passes."""
+        rows, turns = which[tested], turn[tested]
+        if not len(rows):
+            return tested.new_zeros(0)
+        law = Gaussian(drafts.mean[rows, turns], drafts.std[rows, turns])
+        return keeps(states[rows, turns + 1], kernel.at(tested), law, coins[rows, steps[tested]])
+
+    def _replacement(
+        self, states: Tensor, drafts: Gaussian, own: Gaussian, run: Tensor, at: Tensor, bank: NoiseBank, row: Tensor,
+        rejected: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """What stands for the first rejected draft of these rows."""
+        turn = run[rejected]
+        law = Gaussian(drafts.mean[rejected, turn], drafts.std[rejected, turn])
+        tokens, steps = row[rejected], at[rejected] + turn
+
+        def trials(block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+            noise, places = bank.noise.of(tokens[rows]), bank.places[tokens[rows]].expand(-1, TRIALS)
+            number = block * TRIALS + torch.arange(TRIALS, device=places.device)
+            turns = steps[rows][:, None].expand(-1, TRIALS)
+            normals = noise.normals(Purpose.RESIDUAL, places, turns, states.shape[-1], number)
+            return normals, noise.uniforms(Purpose.TRIAL, places, turns, number)[0]
+
+        return replaced(states[rejected, turn + 1], own.at(rejected), law, trials)
+
+    def _next(self, window: Tensor, run: Tensor, size: Tensor) -> Tensor:
+        if not self.adaptive:
+            return torch.full_like(window, self.draft)
+        return torch.where(run == size - 1, 2 * window, run + 1).clamp(1, self.draft)

@@ -1,0 +1,184 @@
+"""Plain decoding of a masked model (MAR, Li et al. 2024, arXiv:2406.11838), the baseline of its family.
+
+In each of K passes the model looks at what is decided, and the head draws the next few places of every row's order,
+independently of one another. How many, a cosine decides: single ones first, then more and more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from visar.engine.chain import Chain
+from visar.engine.masked_session import MaskedSession
+from visar.engine.rng import Noise, Purpose
+from visar.errors import VisarError
+from visar.samplers.gaussian import Gaussian
+
+
+@dataclass(frozen=True)
+class ContinuousTarget:
+    """What bends the law of continuous tokens: `temperature` multiplies the standard deviation of every head step."""
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise VisarError(f"The temperature must be 0 or more and finite, not {self.temperature}.")
+
+
+@dataclass
+class MaskedState:
+    """A decoding in progress: `tokens` [B, N, d], 0 where undecided, and the pass that decided each, [B, N]."""
+
+    target: ContinuousTarget
+    noise: Noise
+    tokens: Tensor
+    commit_pass: Tensor
+    chain: Chain
+    draft_chain: Chain | None = None
+    passes: int = 0
+
+    def write(self, places: Tensor, tokens: Tensor) -> None:
+        """Decide the tokens [B, n, d] at `places` [B, n]."""
+        self.tokens.scatter_(1, places[..., None].expand_as(tokens), tokens)
+        self.commit_pass.scatter_(1, places, self.passes)
+
+
+class MaskedSampler(Protocol):
+    """What every sampler of a masked model is; `exact` says whether tokens have the law that its parameters name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exact(self) -> bool: ...
+
+    @property
+    def window(self) -> int: ...
+
+    def begin(self, session: MaskedSession, target: ContinuousTarget, noise: Noise) -> MaskedState: ...
+
+    def step(self, session: MaskedSession, state: MaskedState) -> None: ...
+
+
+def plan(length: int, passes: int) -> list[tuple[int, int]]:
+    """For each pass: how many tokens it decides, and what guidance takes for the number decided after it.
+
+    The cosine schedule of MaskGIT, with at least one token per pass. In the last pass the two differ: the reference
+    counts one token as still hidden there.
+    """
+    if not 1 <= passes <= length:
+        raise VisarError(f"{length} tokens are decided in 1 to {length} passes, not {passes}.")
+    out, hidden = [], length
+    for i in range(passes):
+        left = max(1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (i + 1) / passes))))
+        last = i == passes - 1
+        out.append((hidden if last else hidden - left, length - left))
+        hidden = left
+    return out
+
+
+@dataclass(frozen=True)
+class NoiseBank:
+    """The noise of some tokens' chains, drawn at once: `start` [R, d], `steps` [R, T, d], `coins` [R, T].
+
+    It is keyed by place and step alone, so a step that is drafted again gets the noise that it had; nothing that was
+    decided before depended on it.
+    """
+
+    noise: Noise  # of R rows
+    places: Tensor  # [R, 1]
+    start: Tensor
+    steps: Tensor
+
+    @staticmethod
+    def draw(noise: Noise, rows: Tensor, places: Tensor, chain: Chain) -> NoiseBank:
+        """For the tokens at `places` [R] of the rows [R] of the batch."""
+        own, at = noise.of(rows), places[:, None]
+        steps = torch.arange(chain.steps, device=places.device).expand(len(places), -1)
+        bank = own.normals(Purpose.SHARED, at.expand_as(steps), steps, chain.dim)
+        return NoiseBank(own, at, own.normals(Purpose.INIT, at, 0, chain.dim)[:, 0], bank)
+
+    def coins(self) -> Tensor:
+        """A uniform for each step, float64 [R, T]."""
+        steps = torch.arange(self.steps.shape[1], device=self.places.device).expand(len(self.places), -1)
+        return self.noise.uniforms(Purpose.STEP, self.places.expand_as(steps), steps)[0]
+
+
+def denoise(chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+    """Tokens [R, d], one step after the other, for conditions [R, K]."""
+    x = bank.start
+    for i in range(chain.steps):
+        step = torch.full((len(x),), i, device=x.device)
+        x = Gaussian(*chain.kernel(x, step, chain.evaluate(x, step, condition))).sample(bank.steps[:, i])
+    return x
+
+
+@dataclass(frozen=True)
+class MaskedAutoregressive:
+    """K passes (`steps`) of the model and T steps (`head_steps`) of the head for each.
+
+    With `last_head_steps` T falls linearly to it over the passes, and head steps above 950 of 1000 are left out; that
+    is DiSA (Zhao et al. 2025, arXiv:2505.20297), and another law. `last_noise` keeps the noise of the last head step.
+    """
+
+    steps: int = 64
+    head_steps: int = 100
+    last_head_steps: int = 0
+    last_noise: bool = False
+    name: ClassVar[str] = "mar"
+    window: ClassVar[int] = 2**16  # no bound on the tokens of a pass
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise VisarError(f"steps must be 1 or more, not {self.steps}.")
+        for name, value in (("head_steps", self.head_steps), ("last_head_steps", self.last_head_steps or 2)):
+            if not 2 <= value <= 1000:
+                raise VisarError(f"{name} must be from 2 to 1000, not {value}.")
+
+    @property
+    def exact(self) -> bool:
+        return not self.last_head_steps
+
+    def begin(self, session: MaskedSession, target: ContinuousTarget, noise: Noise) -> MaskedState:
+        plan(session.length - session.given, self.steps)  # before anything is computed
+        return MaskedState(
+            target, noise, session.start.clone(),
+            torch.full((session.batch, session.length), -1, dtype=torch.long, device=session.device),
+            self.chain_of(session, target, 0),
+        )  # fmt: skip
+
+    def step(self, session: MaskedSession, state: MaskedState) -> None:
+        todo = plan(session.length - session.given, self.steps)
+        if state.passes >= len(todo):
+            return
+        count, decided = todo[state.passes]
+        done = session.given + sum(n for n, _ in todo[: state.passes])
+        ask = session.order[:, done : done + count]
+        rows = torch.arange(session.batch, device=session.device)
+        condition = session.context(
+            state.tokens, rows, session.order[:, :done], ask, torch.full_like(ask, session.given + decided)
+        )
+        if self.last_head_steps:
+            state.chain = self.chain_of(session, state.target, state.passes)
+        bank = NoiseBank.draw(state.noise, rows.repeat_interleave(count), ask.flatten(), state.chain)
+        drawn = self.draw(session, state.chain, condition.flatten(0, 1), bank)
+        state.write(ask, drawn.unflatten(0, ask.shape))
+        session.commit(count)
+        state.passes += 1
+
+    def chain_of(self, session: MaskedSession, target: ContinuousTarget, turn: int) -> Chain:
+        if not self.last_head_steps:
+            return session.chain(self.head_steps, target.temperature, None, self.last_noise)
+        left = (self.steps - 1 - turn) / max(1, self.steps - 1)
+        steps = self.last_head_steps + int(left * (self.head_steps - self.last_head_steps))
+        return session.chain(steps, target.temperature, 950, self.last_noise)
+
+    def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+        """Tokens [R, d] under conditions [R, K]."""
+        return denoise(chain, condition, bank)

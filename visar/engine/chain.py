@@ -1,0 +1,122 @@
+"""The chain of Gaussian steps by which a head turns noise into a continuous token, and what a step costs.
+
+A step goes from x to N(mean, std**2), diagonal. What the network says of x is its *guess*, from which `kernel` computes
+the step in closed form; a guess that was made at another x gives the kernel of a draft, without the network. What is
+guessed is chosen so that it changes little from step to step: the clean token, not the noise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.models.diffusion import HeadNet, Schedule
+
+
+class Chain(ABC):
+    """`steps` steps over tokens of `dim` numbers, counted from 0, the noisiest.
+
+    `rounds` counts evaluations that had to wait for one another, `evaluations` the rows in them; guidance's second half
+    is not counted apart.
+    """
+
+    def __init__(self, steps: int, dim: int):
+        self.steps, self.dim = steps, dim
+        self.rounds = self.evaluations = 0
+
+    def evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
+        """The network's guess [R, G] for x [R, d] at the steps [R] under conditions [R, K]; the only costly call."""
+        self.rounds += 1
+        self.evaluations += len(x)
+        return self._evaluate(x, step, condition)
+
+    @abstractmethod
+    def _evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def kernel(self, x: Tensor, step: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, both [R, d], of the step from x under a guess; the last step may have none."""
+
+
+class DiffusionChain(Chain):
+    """MAR's head (Li et al. 2024, arXiv:2406.11838). The guess is the clean token and the variance's place.
+
+    `temperature` multiplies the standard deviation of every step. The published sampler has no noise in the last step;
+    with `last_noise` it has that of its schedule, which a rule that compares densities of tokens needs.
+    Conditions are [R, C], or [R, 2 C + 1] with guidance: conditional vector, unconditional vector, scale. Guidance is
+    of the noise alone, the variance is that of the conditional half.
+    """
+
+    def __init__(self, net: HeadNet, schedule: Schedule, dim: int, temperature: float = 1.0, last_noise: bool = False):
+        super().__init__(schedule.steps, dim)
+        parameter = next(net.parameters())
+        if parameter.dtype != torch.float32:
+            name = str(parameter.dtype).removeprefix("torch.")
+            raise VisarError(f"The diffusion head must be in float32, not {name}: its first steps multiply rounding.")
+        device = parameter.device
+        self.net, self.schedule, self.width = net, schedule, net.cond_embed.in_features
+        s = schedule
+        rows = (s.root.reciprocal(), s.spread, s.from_clean, s.from_noisy, s.log_least, s.log_most - s.log_least)
+        self.table = torch.stack(rows).float().to(device)[..., None]
+        self.times = s.times.to(device)
+        self.factor = torch.full((s.steps, 1), float(temperature), device=device)
+        if not last_noise:
+            self.factor[-1] = 0
+
+    def _evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
+        times, c = self.times[step], self.width
+        if condition.shape[-1] == c:
+            noise, place = self.net(x, times, condition)
+        else:
+            both = torch.cat([condition[:, :c], condition[:, c : 2 * c]])
+            noises, places = self.net(x.repeat(2, 1), times.repeat(2), both)
+            with_it, without = noises.chunk(2)
+            noise, place = without + condition[:, -1:] * (with_it - without), places[: len(x)]
+        inverse_root, spread = self.table[:2, step]
+        return torch.cat([x * inverse_root - noise * spread, place], dim=-1)
+
+    def kernel(self, x: Tensor, step: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+        clean, place = guess.chunk(2, dim=-1)
+        _, _, from_clean, from_noisy, least, range_ = self.table[:, step]
+        std = (0.5 * (least + 0.5 * (place + 1) * range_)).exp() * self.factor[step]
+        return from_clean * clean + from_noisy * x, std
+
+
+class FlowChain(Chain):
+    """A rectified-flow head by Euler-Maruyama, as SphereAR and NextStep-1 sample theirs; the guess is the clean token.
+
+    x at time t is (1 - t) noise + t clean, and `velocity(x, t, condition)` the model of clean - noise. Steps of equal
+    length with noise of standard deviation temperature * sqrt(2 (1 - t) dt), which does not depend on the network;
+    then a step of length `last` without noise.
+    """
+
+    def __init__(
+        self,
+        velocity: Callable[[Tensor, Tensor, Tensor], Tensor],
+        dim: int,
+        steps: int = 50,
+        temperature: float = 1.0,
+        last: float = 0.04,
+    ):
+        super().__init__(steps, dim)
+        if steps < 2:
+            raise VisarError(f"A flow head takes 2 or more steps, not {steps}.")
+        self.velocity = velocity
+        self.at = torch.cat([torch.linspace(0, 1 - last, steps)[:, None], torch.ones(1, 1)])
+        length = self.at.diff(dim=0)
+        self.std = (2 * (1 - self.at[:-1]) * length).sqrt() * temperature
+        self.std[-1] = 0
+
+    def _evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
+        t = self.at[step]
+        return x + (1 - t) * self.velocity(x, t, condition)
+
+    def kernel(self, x: Tensor, step: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+        t, dt = self.at[step], self.at[step + 1] - self.at[step]
+        v = (guess - x) / (1 - t)
+        drift = torch.where(step[:, None] == self.steps - 1, v, (1 + t) * v - x)
+        return x + drift * dt, self.std[step].expand_as(x)

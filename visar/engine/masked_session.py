@@ -1,0 +1,128 @@
+"""The session of a masked model: pictures whose continuous tokens are decided in an order of their own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from visar.engine.chain import Chain, DiffusionChain
+from visar.errors import VisarError
+from visar.models.diffusion import Schedule
+from visar.models.mar import MAR
+
+
+class MaskedSession(ABC):
+    """A batch of B pictures of `length` tokens of `dim` numbers; row b has decided the first `lengths[b]` of its order.
+
+    `order` [B, N] lists the places of each row as they are decided; the tokens `given` [B, m, d] of the first m of them
+    are there from the start. `start` [B, N, d] holds them, and 0 elsewhere.
+    A subclass gives what the head is told of a place, and the head. `chains` are those made so far, for what they
+    counted; `tested` and `accepted` are counts of drafts.
+    """
+
+    drafter: None = None  # the loop asks every session
+
+    def __init__(self, order: Tensor, dim: int, given: Tensor | None = None):
+        self.order = order
+        self.batch, self.length = order.shape
+        self.dim, self.device = dim, order.device
+        self.given = 0 if given is None else given.shape[1]
+        self.start = torch.zeros(self.batch, self.length, dim, device=order.device)
+        if given is not None:
+            self.start.scatter_(1, order[:, : self.given, None].expand_as(given), given.to(self.start))
+        self.lengths = torch.full((self.batch,), self.given, dtype=torch.long, device=order.device)
+        self.draft: MaskedSession | None = None  # for samplers that draft with a smaller model
+        self.chains: list[Chain] = []
+        self.tested = self.accepted = 0
+        self.rows = 0  # pictures that passes were made for, guidance's second half not counted apart
+
+    @abstractmethod
+    def context(
+        self, tokens: Tensor, rows: Tensor, known: Tensor, ask: Tensor, decided: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """A pass: what the head needs to know, [G, n, K], to draw the tokens at the places `ask` [G, n].
+
+        `tokens` [G, N, d], of which those at the places `known` [G, m] are given, as far as `valid` [G, m]; `rows` [G]
+        are the rows of the batch that they belong to. `decided` [G, n] is the number of tokens that there will be with
+        those of the same step, by which guidance may go.
+        """
+
+    def after(self, tokens: Tensor, rows: Tensor, count: Tensor, ask: Tensor, decided: Tensor) -> Tensor:
+        """`context` for rows [G] that have decided the first `count` [G] of their order, one more or less than others.
+
+        `decided` is cut to N - 1, as the reference never counts all.
+        """
+        most = int(count.max())
+        known = self.order[rows, :most]
+        valid = torch.arange(most, device=count.device) < count[:, None]
+        every = None if bool(valid.all()) else valid
+        return self.context(tokens, rows, known, ask, decided.clamp(max=self.length - 1), every)
+
+    @abstractmethod
+    def make_chain(self, steps: int, temperature: float, latest: int | None, last_noise: bool) -> Chain:
+        """The head as a chain of `steps` steps; `latest` is the noisiest training step that is used."""
+
+    def chain(self, steps: int, temperature: float = 1.0, latest: int | None = None, last_noise: bool = False) -> Chain:
+        """As `make_chain`, counted."""
+        made = self.make_chain(steps, temperature, latest, last_noise)
+        self.chains.append(made)
+        return made
+
+    def commit(self, count: Tensor | int) -> None:
+        """Row b has decided `count[b]` more."""
+        self.lengths = self.lengths + count
+
+    def check(self) -> None:
+        """Nothing is kept between passes that could have overflowed; tokens are looked at by the sampler's caller."""
+
+
+class MARSession(MaskedSession):
+    """A MAR with classifier-free guidance, whose scale rises with what is decided ("linear") or does not ("constant").
+
+    Linear is the reference's: 1 + (scale - 1) * decided / N. `condition` is what `MAR.slots` takes.
+    """
+
+    def __init__(
+        self,
+        mar: MAR,
+        condition: Tensor,
+        order: Tensor,
+        scale: float = 1.0,
+        guidance: str = "linear",
+        given: Tensor | None = None,
+    ):
+        super().__init__(order.to(mar.device), mar.config.token_dim, given)
+        if guidance not in ("linear", "constant"):
+            raise VisarError(f"The guidance schedule must be linear or constant, not {guidance!r}.")
+        self.mar, self.scale, self.linear = mar, float(scale), guidance == "linear"
+        with torch.no_grad():
+            self.slots = mar.slots(condition.to(mar.device))
+            self.null = mar.null_slots(1)
+
+    def context(
+        self, tokens: Tensor, rows: Tensor, known: Tensor, ask: Tensor, decided: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        self.rows += len(tokens)
+        slots = self.slots[rows]
+        if self.scale == 1:
+            return self._at(self.mar(tokens, known, slots, valid), ask)
+
+        def twice(x: Tensor) -> Tensor:
+            return torch.cat([x, x])
+
+        slots = torch.cat([slots, self.null.expand_as(slots)])
+        z = self.mar(twice(tokens), twice(known), slots, None if valid is None else twice(valid))
+        with_it, without = self._at(z, twice(ask)).chunk(2)
+        share = decided / self.length if self.linear else torch.ones_like(decided)
+        weight = (1 + (self.scale - 1) * share)[..., None].float()
+        return torch.cat([with_it, without, weight], dim=-1)
+
+    @staticmethod
+    def _at(z: Tensor, ask: Tensor) -> Tensor:
+        return z.gather(1, ask[..., None].expand(-1, -1, z.shape[-1])).float()
+
+    def make_chain(self, steps: int, temperature: float, latest: int | None, last_noise: bool) -> Chain:
+        head = self.mar.diffloss.net
+        return DiffusionChain(head, Schedule(steps, latest), self.dim, temperature, last_noise)

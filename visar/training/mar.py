@@ -1,0 +1,156 @@
+"""Training a text-conditional MAR on the latents of an autoencoder (Li et al. 2024, arXiv:2406.11838)."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from visar.errors import VisarError
+from visar.models.autoencoder import downsample, to_tokens
+from visar.models.diffusion import TRAINING_STEPS, Schedule, interpolated_log_variance
+from visar.models.mar import MAR
+from visar.models.words import WordEncoder
+from visar.training.ar import encode_captions
+from visar.training.autoencoder import encode
+from visar.training.data import SPLITS, PictureSet
+from visar.training.loop import TrainConfig, distributed, fit, step_seed
+
+
+class MARLoss(nn.Module):
+    """The model with its loss: squared error of the noise, and the variational bound for the variance alone."""
+
+    tables: Tensor
+
+    def __init__(self, mar: MAR):
+        super().__init__()
+        self.mar = mar
+        self.schedule = Schedule(TRAINING_STEPS)
+        s = self.schedule
+        share = (1 - s.root.square()).sqrt()
+        moves = s.from_clean * s.spread  # the mean of a step, with the predicted noise
+        self.register_buffer("tables", torch.stack([s.root, share, moves, s.log_least]).float(), persistent=False)
+
+    def forward(
+        self, tokens: Tensor, known: Tensor, hidden: Tensor, features: Tensor, drop: Tensor, time: Tensor, noise: Tensor
+    ) -> Tensor:
+        """Predict the tokens [B, N, d] at the places `hidden` [B, m] from those at `known` [B, N - m].
+
+        `features` [B, M, C] are of captions, `drop` [B] marks rows trained without; `time` [B, m] counts steps in the
+        order of sampling, `noise` [B, m, d].
+        """
+        slots = torch.where(drop[:, None, None], self.mar.null_slots(len(tokens)), self.mar.slots(features))
+        z = self.mar(tokens, known, slots)
+
+        def at(x: Tensor) -> Tensor:
+            return x.gather(1, hidden[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)
+
+        return self.head_loss(at(tokens), at(z), time.flatten(), noise.flatten(0, 1))
+
+    def head_loss(self, clean: Tensor, z: Tensor, time: Tensor, noise: Tensor) -> Tensor:
+        """Scalar loss of the head for tokens and noise [R, d], their vectors [R, C] and steps [R] (0 the noisiest).
+
+        The bound is the divergence of the step's Gaussian from the true posterior, and its mean is left out of the
+        gradient (Nichol & Dhariwal 2021, arXiv:2102.09672). The last step has none: it takes its neighbour's variance.
+        """
+        root, share, moves, least = self.tables[:, time].unsqueeze(-1)
+        times = self.schedule.times.to(time.device)[time]
+        predicted, place = (t.float() for t in self.mar.diffloss.net(root * clean + share * noise, times, z))
+        log_variance = interpolated_log_variance(self.schedule, time, place)
+        wrong = (moves * (noise - predicted.detach())).square()
+        bound = (log_variance - least + (least - log_variance).exp() + wrong * (-log_variance).exp() - 1) / 2
+        return F.mse_loss(predicted, noise) + bound.mean()
+
+
+def initialise(mar: MAR) -> MAR:
+    """Xavier matrices, normal(0, 0.02) embeddings, and a head whose blocks start as the identity, as the paper's."""
+    for name, p in mar.named_parameters():
+        if "adaLN_modulation" in name or "final_layer.linear" in name:
+            nn.init.zeros_(p)
+        elif p.ndim < 2:
+            nn.init.ones_(p) if "norm" in name or "_ln." in name else nn.init.zeros_(p)
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+        elif p.ndim == 3 or "class_emb" in name or "fake_latent" in name or "time_embed" in name:
+            nn.init.normal_(p, std=0.02)
+        else:
+            nn.init.xavier_uniform_(p)
+    return mar
+
+
+def masked_share(g: torch.Generator, least: float) -> float:
+    """A share of tokens to hide, of a normal law with mean 1 and spread 0.25 cut to [`least`, 1]."""
+    while True:
+        share = 1 + 0.25 * torch.randn((), generator=g).item()
+        if least <= share <= 1:
+            return share
+
+
+def train_mar(
+    data: PictureSet,
+    size: int,
+    config: TrainConfig,
+    vae: AutoencoderKL,
+    encoder: WordEncoder,
+    dim: int = 160,
+    layers: int = 4,
+    heads: int = 4,
+    head_width: int = 192,
+    head_layers: int = 3,
+    dropped: float = 0.1,
+    least_masked: float = 0.5,
+) -> MAR:
+    """Train on the `train` split; saves `mar/` in diffusers layout in `config.out`; returns the EMA.
+
+    Encoder and decoder have `layers` each. Every step hides the same number of tokens in all its rows.
+    """
+    if size % downsample(vae):
+        raise VisarError(f"The size must be a multiple of {downsample(vae)} pixels, not {size}.")
+    torch.manual_seed(config.seed)
+    mean, std = (to_tokens(x) * vae.config.scaling_factor for x in encode(vae, data.pixels(size)))
+    split = {name: data.indices(name) for name in SPLITS}
+    train, n, d = split["train"], mean.shape[1], mean.shape[2]
+    mar = MAR(
+        token_dim=d, grid=size // downsample(vae), dim=dim, encoder_layers=layers, decoder_layers=layers,
+        num_heads=heads, head_width=head_width, head_layers=head_layers, condition="text", buffer=encoder.length,
+        caption_features=encoder.table.shape[1],
+    )  # fmt: skip
+
+    def sample(rows: list[int], rng: random.Random | None, g: torch.Generator, drop: float) -> tuple[Tensor, ...]:
+        features, _ = encode_captions(encoder, [data.records[i] for i in rows], rng)
+        b = len(rows)
+        tokens = mean[rows] + std[rows] * torch.randn(b, n, d, generator=g)
+        hide = math.ceil(n * masked_share(g, least_masked))
+        order = torch.rand(b, n, generator=g).argsort(1)
+        time = torch.randint(TRAINING_STEPS, (b, hide), generator=g)
+        dropped = torch.rand(b, generator=g) < drop
+        noise = torch.randn(b, hide, d, generator=g)
+        return tokens, order[:, hide:], order[:, :hide], features, dropped, time, noise
+
+    def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
+        seed = step_seed(config.seed, step, rank)
+        rng = random.Random(seed)
+        rows = [train[rng.randrange(len(train))] for _ in range(config.batch)]
+        return sample(rows, rng, torch.Generator().manual_seed(seed), dropped)
+
+    @torch.no_grad()
+    def evaluate(ema: MARLoss) -> dict[str, float]:
+        out = {}
+        for name, rows in split.items():
+            g = torch.Generator().manual_seed(1)
+            parts = [rows[i : i + 64] for i in range(0, min(len(rows), 256), 64)]
+            losses = [
+                ema(*(t.to(ema.tables.device) for t in sample(part, None, g, 0.0))).item() * len(part) for part in parts
+            ]
+            if parts:
+                out[name] = round(sum(losses) / sum(map(len, parts)), 4)
+        return out
+
+    ema = fit(MARLoss(initialise(mar)), batch_at, config, evaluate)
+    if distributed()[0] == 0:
+        ema.mar.save_pretrained(config.out / "mar")
+    return ema.mar
