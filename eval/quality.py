@@ -17,7 +17,7 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.eval.features import Extractor
 from visar.pipelines.base import ImagePipeline
-from visar.samplers import Autoregressive, Sampler
+from visar.samplers import CONTINUOUS, AnySampler, Autoregressive, MaskedAutoregressive
 from visar.training.data import PictureSet, to_unit
 
 BATCH = 32
@@ -57,7 +57,7 @@ def real_pictures(data: PictureSet, size: int, seed: int = 0) -> tuple[list[str]
 
 def quality(
     pipe: ImagePipeline,
-    samplers: Mapping[str, Sampler],
+    samplers: Mapping[str, AnySampler],
     conditions: Sequence[Any],
     extract: Extractor,
     *,
@@ -74,7 +74,7 @@ def quality(
     if each < 2 or len(conditions) < 2:
         raise VisarError("Distances need 2 or more pictures of 2 or more prompts.")
 
-    def drawn(sampler: Sampler, seed: int) -> Tensor:
+    def drawn(sampler: AnySampler, seed: int) -> Tensor:
         """Features [conditions, each, D]."""
         found, some = [], max(1, BATCH // each)
         for start in range(0, len(conditions), some):
@@ -82,14 +82,15 @@ def quality(
             found.append(extract(pipe(part, sampler=sampler, seed=seed, output_type="pt", **settings).images))
         return torch.cat(found).double().unflatten(0, (len(conditions), each))
 
-    reference = drawn(Autoregressive(), seed)
+    plain: AnySampler = MaskedAutoregressive() if pipe.samplers is CONTINUOUS else Autoregressive()
+    reference = drawn(plain, seed)
     shown = None if real is None else extract(real).double()
 
-    def row(name: str, sampler: Sampler, seed: int) -> QualityRow:
+    def row(name: str, sampler: AnySampler, seed: int) -> QualityRow:
         features = drawn(sampler, seed)
         moved = energy(features, reference)
         far = None if shown is None else energy(features.flatten(0, 1), shown).item()
         return QualityRow(name, moved.mean().item(), moved.std().item() / len(moved) ** 0.5, far)
 
-    others = {name: sampler for name, sampler in samplers.items() if name != "ar"}
-    return [row("ar", Autoregressive(), seed + 2)] + [row(n, s, seed + 1) for n, s in others.items()]
+    others = {name: sampler for name, sampler in samplers.items() if name != plain.name}
+    return [row(plain.name, plain, seed + 2)] + [row(n, s, seed + 1) for n, s in others.items()]

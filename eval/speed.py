@@ -15,7 +15,8 @@ from visar.engine.loop import synchronize
 from visar.errors import VisarError
 from visar.pipelines.base import ImagePipeline
 from visar.pipelines.text_to_image import TextToImagePipeline
-from visar.samplers import Sampler
+from visar.samplers import AnySampler
+from visar.stats import MaskedStats
 
 # Common things in the three styles of the embedded model; the first `images` of them are decoded.
 THINGS = (
@@ -24,6 +25,18 @@ THINGS = (
     "frog", "blue heart",
 )  # fmt: skip
 PROMPTS = tuple(f"{thing}, {style}" for thing in THINGS for style in ("3d", "noto", "flat"))[:64]
+
+
+@dataclass(frozen=True)
+class HeadFigures:
+    """Of a masked model, in the words of `MaskedStats`; `steps` is K where it is fixed, `head_steps` is T."""
+
+    steps: int | None
+    head_steps: int
+    rounds_per_pass: float
+    rounds_per_token: float
+    evaluations_per_token: float
+    acceptance: float | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class SpeedRow:
     gb_per_second: float
     nfe_ratio: float
     time_ratio: float
+    head: HeadFigures | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +94,12 @@ def conditions(pipe: ImagePipeline, count: int) -> list[Any]:
     """The prompts or classes that are measured with."""
     if isinstance(pipe, TextToImagePipeline):
         return [PROMPTS[i % len(PROMPTS)] for i in range(count)]
-    return [i * 37 % pipe.gpt.config.classes for i in range(count)]
+    return [i * 37 % pipe.model.config.classes for i in range(count)]
 
 
 def compare(
     pipe: ImagePipeline,
-    samplers: Mapping[str, Sampler],
+    samplers: Mapping[str, AnySampler],
     *,
     batch: int = 1,
     images: int = 16,
@@ -102,9 +116,13 @@ def compare(
     wanted = conditions(pipe, images)
     groups = [wanted[i : i + batch] for i in range(0, images, batch)]
 
-    def once(sampler: Sampler) -> dict[str, float]:
+    heads: dict[str, HeadFigures] = {}
+
+    def once(name: str, sampler: AnySampler) -> dict[str, float]:
         stats = [pipe(g, sampler=sampler, seed=seed, output_type="tokens", **settings).stats for g in groups]
         seconds, passes = sum(s.seconds for s in stats), sum(s.nfe for s in stats)
+        if masked := [s for s in stats if isinstance(s, MaskedStats)]:
+            heads[name] = _head_figures(masked)
         return {
             "nfe": passes / len(groups),
             "commits_per_pass": statistics.mean(s.commits_per_pass for s in stats),
@@ -120,20 +138,31 @@ def compare(
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in samplers}
     for _ in range(repeats):
         for name, sampler in samplers.items():
-            runs[name].append(once(sampler))
+            runs[name].append(once(name, sampler))
     medians = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in runs.items()}
     base = medians[next(iter(samplers))]
     rows = [
         SpeedRow(
             sampler=name, exact=sampler.exact, window=pipe.fitted(sampler).window, **medians[name],
             nfe_ratio=medians[name]["nfe"] / base["nfe"],
-            time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"],
+            time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"], head=heads.get(name),
         )
         for name, sampler in samplers.items()
     ]  # fmt: skip
-    device = pipe.gpt.device
+    device = pipe.model.device
     title = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     return SpeedReport(
-        title, str(pipe.gpt.dtype).removeprefix("torch."), torch.__version__, torch.get_num_threads(), batch, images,
+        title, str(pipe.model.dtype).removeprefix("torch."), torch.__version__, torch.get_num_threads(), batch, images,
         repeats, bandwidth(device), rows,
+    )  # fmt: skip
+
+
+def _head_figures(stats: list[MaskedStats]) -> HeadFigures:
+    """Means over batches; samplers are deterministic, so repeats do not differ."""
+    tested, passes = sum(s.tested for s in stats), sum(s.nfe for s in stats)
+    rounds = sum(s.head_rounds for s in stats)
+    return HeadFigures(
+        stats[0].parameters.get("steps"), stats[0].parameters["head_steps"], rounds / passes,
+        rounds / sum(s.tokens for s in stats), statistics.mean(s.evaluations_per_token for s in stats),
+        sum(s.accepted for s in stats) / tested if tested else None,
     )  # fmt: skip

@@ -1,5 +1,7 @@
-"""Decoding methods: pure mathematics over a session. `SAMPLERS` is the table of them, `CONTINUOUS` that for masked models
-of continuous tokens."""
+"""Decoding methods: pure mathematics over a session.
+
+`SAMPLERS` is the table of those for discrete tokens, `CONTINUOUS` of those for masked models of continuous ones.
+"""
 
 from __future__ import annotations
 
@@ -123,16 +125,15 @@ def get_sampler(sampler: str | AnySampler, **parameters: Any) -> Any:
 
     Raises `VisarError` for a name that is in no table or a parameter that the sampler does not have.
     """
-    if isinstance(sampler, str):
-        sampler = spec_of(sampler).make()
+    made: Any = spec_of(sampler).make() if isinstance(sampler, str) else sampler
     given = {k: v for k, v in parameters.items() if v is not None}
-    allowed = {f.name for f in fields(sampler)}  # type: ignore[arg-type]
+    allowed = {f.name for f in fields(made)}
     for name in given:
         if name not in allowed:
             raise VisarError(
-                f"Sampler {sampler.name!r} has no parameter {name!r}; it has {', '.join(sorted(allowed)) or 'none'}."
+                f"Sampler {made.name!r} has no parameter {name!r}; it has {', '.join(sorted(allowed)) or 'none'}."
             )
-    return replace(sampler, **given) if given else sampler
+    return replace(made, **given) if given else made
 
 
 __all__ = [

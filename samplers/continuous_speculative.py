@@ -45,9 +45,9 @@ def last_law(chain: Chain, condition: Tensor, start: Tensor, normals: Tensor) ->
 class ContinuousSpeculative:
     """Drafts of `gamma` tokens, one token in each pass of the draft model, after a share `prefill` by the target alone.
 
-    `factor` multiplies ratios as published; `nested` judges each draft with those before it in sight, in `gamma` rows of
-    one pass; `truncate` ends at the first rejection. Exact with nested and truncate and without factor: then the law is
-    that of `mar` with as many passes as tokens and `last_noise`.
+    `factor` multiplies ratios as published; `nested` judges each draft with those before it in sight, in `gamma` rows
+    of one pass; `truncate` ends at the first rejection. Exact with nested and truncate and without factor: then the law
+    is that of `mar` with as many passes as tokens and `last_noise`.
     """
 
     gamma: int = 8
@@ -57,6 +57,7 @@ class ContinuousSpeculative:
     nested: bool = False
     truncate: bool = True
     window: ClassVar[int] = 2**16
+    needs_draft: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.gamma < 1:
@@ -115,19 +116,19 @@ class ContinuousSpeculative:
         start, normals = (t.unflatten(0, (b, gamma)) for t in (bank.start, bank.steps))
         fresh = state.noise.normals(Purpose.DRAFT, ask, turn, session.dim)
         # The draft model, token by token.
-        canvas, seen, laws, spreads = state.tokens.clone(), [], [], []
-        for j in range(gamma):
-            seen.append(canvas.clone())
-            have = (session.lengths + j).clamp(max=n - 1)
-            place = ask[:, j : j + 1]
-            told = session.draft.after(canvas, rows, have, place, 1 + have[:, None])
-            law, spread = last_law(state.draft_chain, told[:, 0], start[:, j], normals[:, j])
-            laws.append(law)
-            spreads.append(spread)
-            drawn = law.sample(fresh[:, j])[:, None]
-            canvas = torch.where(
-                inside[:, j, None, None], canvas.scatter(1, place[..., None].expand_as(drawn), drawn), canvas
-            )
+        canvas, seen, laws, spreads = state.tokens, [], [], []
+        with session.drafting():
+            for j in range(gamma):
+                seen.append(canvas)
+                have = (session.lengths + j).clamp(max=n - 1)
+                place = ask[:, j : j + 1]
+                told = session.draft.after(canvas, rows, have, place, 1 + have[:, None])
+                law, spread = last_law(state.draft_chain, told[:, 0], start[:, j], normals[:, j])
+                laws.append(law)
+                spreads.append(spread)
+                drawn = law.sample(fresh[:, j])[:, None]
+                written = canvas.scatter(1, place[..., None].expand_as(drawn), drawn)
+                canvas = torch.where(inside[:, j, None, None], written, canvas)
         drafts = canvas.gather(1, ask[..., None].expand(-1, -1, session.dim))
         q = Gaussian(*(torch.stack([law[i] for law in laws], 1) for i in (0, 1)))
         # The target, in one pass.
@@ -143,7 +144,7 @@ class ContinuousSpeculative:
         p = Gaussian(*(t.unflatten(0, (b, gamma)) for t in flat))
         log_factor = torch.stack(spreads, 1) - spread.unflatten(0, (b, gamma)) if self.factor else None
         coins = state.noise.uniforms(Purpose.STEP, ask, turn)[0]
-        kept = keeps(drafts, p, q, coins, 0.0 if log_factor is None else log_factor) & inside
+        kept = self._kept(drafts, p, q, log_factor, coins) & inside
         run = kept.int().cumprod(1).sum(1)
         room = inside.sum(1)
         first = torch.arange(gamma, device=device) == run[:, None]
@@ -163,6 +164,10 @@ class ContinuousSpeculative:
             )
             state.commit_pass = torch.where(keep, state.commit_pass.scatter(1, place, turn), state.commit_pass)
         session.commit(count)
+
+    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, coins: Tensor) -> Tensor:
+        """Which drafts [B, gamma] pass their test."""
+        return keeps(drafts, p, q, coins, 0.0 if log_factor is None else log_factor)
 
     def _replacement(
         self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, wrong: Tensor, ask: Tensor,

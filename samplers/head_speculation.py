@@ -1,9 +1,9 @@
 """Speculation inside a diffusion head: exact, with no second network.
 
-A step of the head needs the network's guess of the clean token, and that guess hardly changes from one step to the next.
-So the next steps are drafted with the guess frozen, the network looks at all drafted states in one call, and each step is
-kept or replaced by the coupling of the two Gaussians. After De Bortoli et al. 2025 (arXiv:2501.05370) and Hu et al. 2025
-(arXiv:2505.03983), who do it to whole pictures; a token of 16 numbers has far closer Gaussians.
+A step of the head needs the network's guess of the clean token, and that guess hardly changes from one step to the
+next. So the next steps are drafted with the guess frozen, the network looks at all drafted states in one call, and each
+step is kept or replaced by the coupling of the two Gaussians. After De Bortoli et al. 2025 (arXiv:2501.05370) and Hu et
+al. 2025 (arXiv:2505.03983), who do it to whole pictures; a token of 16 numbers has far closer Gaussians.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Purpose
 from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced
-from visar.samplers.masked import MaskedAutoregressive, NoiseBank
+from visar.samplers.masked import MaskedAutoregressive, NoiseBank, denoise
 
 TRIALS = 32  # drawn at once
 
@@ -28,8 +28,8 @@ TRIALS = 32  # drawn at once
 class HeadSpeculation(MaskedAutoregressive):
     """`mar` with up to `draft` head steps in one call of the network.
 
-    With `adaptive` a token's window doubles when all its drafts are kept and shrinks to what was kept when not, from one
-    call to the next; without, it always is `draft`.
+    With `adaptive` a token's window doubles when all its drafts are kept and shrinks to what was kept when not, from
+    one call to the next; without, it always is `draft`.
     """
 
     draft: int = 8
@@ -42,6 +42,8 @@ class HeadSpeculation(MaskedAutoregressive):
             raise VisarError(f"draft must be from 1 to 1000 head steps, not {self.draft}.")
 
     def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+        if chain.temperature == 0:
+            return denoise(chain, condition, bank)  # without noise there are no densities to compare
         device, total = bank.start.device, len(bank.start)
         coins = bank.coins()
         out = torch.empty_like(bank.start)

@@ -47,3 +47,34 @@ class DecodeStats:
             f"{self.sampler} ({kind}): {self.nfe} NFE for {self.tokens} tokens x {self.images} images, "
             f"{self.commits_per_pass:.2f} tokens/pass, {self.ms_per_pass:.2f} ms/pass, {self.seconds:.2f} s"
         )
+
+
+@dataclass(frozen=True)
+class MaskedStats(DecodeStats):
+    """Figures of a masked model, whose passes each run the diffusion head many times, one after the other.
+
+    `head_rounds`: evaluations of the target's head that had to wait for one another, over all passes, and
+    `rounds_per_pass` their mean: T in plain decoding; `evaluations_per_token`: rows of those evaluations for each token
+    drawn, T in plain decoding. `tested` and `accepted` count drafts, up to and with the first that is rejected.
+    """
+
+    head_rounds: int
+    rounds_per_pass: float
+    evaluations_per_token: float
+    tested: int
+    accepted: int
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of tested drafts that were accepted; None where nothing is drafted."""
+        return self.accepted / self.tested if self.tested else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"acceptance": self.acceptance}
+
+    def __str__(self) -> str:
+        drafts = "" if self.acceptance is None else f", {100 * self.acceptance:.0f}% of drafts accepted"
+        return (
+            f"{super().__str__()}, {self.rounds_per_pass:.1f} head rounds/pass, "
+            f"{self.evaluations_per_token:.0f} head evaluations/token{drafts}"
+        )

@@ -24,6 +24,7 @@ def _model_options(p: argparse.ArgumentParser, flag: str = "--model") -> None:
         help="a name of `visar models`, a folder, or a hub id (default: icons)",
     )  # fmt: skip
     p.add_argument("--vq", metavar="FILE", help="tokenizer file, when --model is a published .pt file")
+    p.add_argument("--vae", metavar="FILE", help="kl16.ckpt, when --model is MAR's checkpoint-last.pth")
     p.add_argument("--text-encoder", metavar="PATH", help="folder or hub id of FLAN-T5-XL, for a published text model")
     p.add_argument("--image-size", type=int, metavar="PX", help="pixels, for a published .pt file")
     p.add_argument("--num-heads", type=int, metavar="N", help="attention heads, for a .pt file of a size of your own")
@@ -36,7 +37,8 @@ def _model_options(p: argparse.ArgumentParser, flag: str = "--model") -> None:
 def _sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance-scale", type=float, metavar="S", help="default: the model's own")
-    p.add_argument("--temperature", type=float, default=1.0, metavar="T")
+    p.add_argument("--guidance-schedule", choices=("linear", "constant"), help="of a MAR; default: the model's own")
+    p.add_argument("--temperature", type=float, metavar="T", help="default: the model's own, mostly 1")
     p.add_argument("--top-k", type=int, metavar="K", help="0 keeps all tokens; default: the model's own")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P")
 
@@ -93,7 +95,10 @@ def verify(commands: Commands) -> None:
 
 def bench(commands: Commands) -> None:
     p = commands.add_parser("bench", help="measure passes and time per pass, all samplers in one run")
-    p.add_argument("--samplers", type=_names, default=["ar", "sjd", "scd"], metavar="NAMES", help="separated by commas")
+    p.add_argument(
+        "--samplers", type=_names, metavar="NAMES",
+        help="separated by commas, each a name or name:NAME=VALUE (default: ar,sjd,scd; of a MAR mar,mar-headspec)",
+    )  # fmt: skip
     p.add_argument("--batch", type=int, default=1, help="pictures decoded at once (default: 1)")
     p.add_argument("--images", type=int, default=16, help="pictures per sampler and repeat (default: 16)")
     p.add_argument("--repeats", type=int, default=3, help="medians are over these (default: 3)")
@@ -134,6 +139,21 @@ def train(commands: Commands) -> None:
     _training_options(tokenizer, minutes=21, batch=16, lr=1.5e-3)
     tokenizer.set_defaults(run=_runner("train", "tokenizer"))
 
+    autoencoder = kinds.add_parser("autoencoder", help="train a KL autoencoder for continuous tokens")
+    _training_options(autoencoder, minutes=21, batch=16, lr=1.5e-3)
+    autoencoder.set_defaults(run=_runner("train", "autoencoder"))
+
+    mar = kinds.add_parser("mar", help="train a text-conditional MAR on an autoencoder's latents")
+    _training_options(mar, minutes=75, batch=32, lr=2.5e-3)
+    mar.add_argument("--autoencoder", required=True, metavar="FOLDER", help="the `vae` folder of an autoencoder run")
+    mar.add_argument("--words", required=True, metavar="FOLDER", help="the folder of `visar train words`")
+    mar.add_argument("--dim", type=int, default=160)
+    mar.add_argument("--layers", type=int, default=4, help="of the encoder, and as many of the decoder (default: 4)")
+    mar.add_argument("--heads", type=int, default=4)
+    mar.add_argument("--head-width", type=int, default=192, help="of the diffusion head (default: 192)")
+    mar.add_argument("--head-layers", type=int, default=3)
+    mar.set_defaults(run=_runner("train", "mar"))
+
     ar = kinds.add_parser("ar", help="train a text-conditional GPT on a tokenizer's tokens")
     _training_options(ar, minutes=75, batch=32, lr=2.5e-3)
     ar.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the `vq` folder of a tokenizer run")
@@ -172,9 +192,12 @@ def train(commands: Commands) -> None:
     drafter.add_argument("--no-compile", action="store_true")
     drafter.set_defaults(run=_runner("train", "drafter"))
 
-    assemble = kinds.add_parser("assemble", help="put a tokenizer, a GPT and a word table together as a pipeline")
-    assemble.add_argument("--gpt", required=True, metavar="FOLDER")
-    assemble.add_argument("--tokenizer", required=True, metavar="FOLDER")
+    assemble = kinds.add_parser("assemble", help="put the parts of a model together as a pipeline")
+    assemble.add_argument("--gpt", metavar="FOLDER")
+    assemble.add_argument("--tokenizer", metavar="FOLDER", help="of the GPT")
+    assemble.add_argument("--mar", metavar="FOLDER")
+    assemble.add_argument("--autoencoder", metavar="FOLDER", help="of the MAR")
+    assemble.add_argument("--draft", metavar="FOLDER", help="a smaller MAR that drafts for it")
     assemble.add_argument("--words", required=True, metavar="FOLDER")
     assemble.add_argument("--guidance-scale", type=float, default=3.0)
     assemble.add_argument("--top-k", type=int, default=0)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import configured, device_of, load_pipeline
+from visar.cli.common import configured, device_of, is_masked, load_pipeline
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.tables import table
@@ -17,32 +17,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from visar.eval.quality import QualityRow
+    from visar.eval.speed import SpeedReport, SpeedRow
+    from visar.samplers import AnySampler
     from visar.training.data import PictureSet
+
+
+SETTINGS = ("seed", "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
 
 
 def bench(options: argparse.Namespace) -> int:
     from visar.eval.features import lite0
     from visar.eval.quality import quality
     from visar.eval.speed import compare
-    from visar.samplers import SAMPLERS, get_sampler
     from visar.training.data import PictureSet
 
     for name, value in (("--batch", options.batch), ("--images", options.images), ("--repeats", options.repeats)):
         if value < 1:
             raise VisarError(f"{name} must be 1 or more, not {value}.")
-    made = [get_sampler(name).name for name in options.samplers]
-    has = {name: set(SAMPLERS[name].parameters()) for name in made}
-    for text in options.parameters:
-        if "=" in text and not any(text.partition("=")[0] in names for names in has.values()):
-            raise VisarError(f"None of these samplers has a parameter {text.partition('=')[0]!r}.")
-    samplers = {
-        name: configured(
-            name,
-            [text for text in options.parameters if "=" not in text or text.partition("=")[0] in names],
-            options.window if "window" in names else None,
-        )
-        for name, names in has.items()
-    }
+    samplers = _samplers(options)
     if options.quality == 1 or options.quality < 0:
         raise VisarError(f"--quality must be 2 or more pictures, not {options.quality}.")
     if options.real and not options.quality:
@@ -56,25 +48,11 @@ def bench(options: argparse.Namespace) -> int:
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
     wanted, real = _wanted(options, pipe, data) if options.quality else ([], None)
-    settings = {name: getattr(options, name) for name in ("seed", "guidance_scale", "temperature", "top_k", "top_p")}
+    settings = {name: getattr(options, name) for name in SETTINGS}
     report = compare(
         pipe, samplers, batch=options.batch, images=options.images, repeats=options.repeats, **settings
     )  # fmt: skip
-    rows = [
-        (r.sampler, "exact" if r.exact else "not exact", r.window, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
-         f"{r.ms_per_pass:.2f}", f"{100 * r.draft_share:.0f}%", f"{r.seconds_per_image:.3f}",
-         f"{r.images_per_second:.2f}", f"{r.gb_per_second:.1f}", f"{100 * r.gb_per_second / report.bandwidth:.0f}%",
-         f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}")
-        for r in report.rows
-    ]  # fmt: skip
-    print(table(
-        ("SAMPLER", "LAW", "W", "NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE", "IMAGES/S", "GB/S",
-         "OF BANDWIDTH", f"NFE/{report.rows[0].sampler}", f"TIME/{report.rows[0].sampler}"), rows,
-    ))  # fmt: skip
-    print(
-        f"{options.model}, {report.device}, {report.dtype}, batch {options.batch}, {options.images} pictures, medians "
-        f"of {options.repeats} repeats after a warm-up; bandwidth measured in this run: {report.bandwidth:.1f} GB/s."
-    )
+    _print_speed(report, options.model)
     figures = asdict(report)
     _write(options.json, figures)
     if extract is not None:
@@ -82,6 +60,60 @@ def bench(options: argparse.Namespace) -> int:
         _print_quality(rows_of_quality, options.quality, len(wanted))
         _write(options.json, figures | {"quality": [asdict(row) for row in rows_of_quality]})
     return 0
+
+
+def _samplers(options: argparse.Namespace) -> dict[str, AnySampler]:
+    """The samplers by what they were called: a name, or a name with parameters, as in "mar:steps=32:head_steps=50".
+
+    Parameters of --set go to all that have them.
+    """
+    from visar.samplers import spec_of
+
+    wanted = options.samplers or (["mar", "mar-headspec"] if is_masked(options) else ["ar", "sjd", "scd"])
+    parts = {label: label.split(":") for label in wanted}
+    has = {label: set(spec_of(name).parameters()) for label, (name, *_) in parts.items()}
+    for text in options.parameters:
+        if "=" in text and not any(text.partition("=")[0] in names for names in has.values()):
+            raise VisarError(f"None of these samplers has a parameter {text.partition('=')[0]!r}.")
+    return {
+        label: configured(
+            name,
+            [text for text in options.parameters if "=" not in text or text.partition("=")[0] in has[label]] + own,
+            options.window if "window" in has[label] else None,
+        )
+        for label, (name, *own) in parts.items()
+    }
+
+
+def _print_speed(report: SpeedReport, model: str) -> None:
+    first = report.rows[0].sampler
+    passes = ("SAMPLER", "LAW", "NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE")
+    ratios = (f"NFE/{first}", f"TIME/{first}")
+    if report.rows[0].head is None:
+        more: tuple[str, ...] = ("W", "IMAGES/S", "GB/S", "OF BANDWIDTH")
+    else:
+        more = ("K", "T", "HEAD ROUNDS/PASS", "HEAD ROUNDS/TOKEN", "HEAD EVALUATIONS/TOKEN", "ACCEPTANCE")
+
+    def special(r: SpeedRow) -> tuple[object, ...]:
+        if (h := r.head) is None:
+            of = 100 * r.gb_per_second / report.bandwidth
+            return r.window, f"{r.images_per_second:.2f}", f"{r.gb_per_second:.1f}", f"{of:.0f}%"
+        return (
+            h.steps or "", h.head_steps, f"{h.rounds_per_pass:.1f}", f"{h.rounds_per_token:.1f}",
+            f"{h.evaluations_per_token:.0f}", "" if h.acceptance is None else f"{h.acceptance:.3f}",
+        )  # fmt: skip
+
+    rows = [
+        (r.sampler, "exact" if r.exact else "not exact", f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
+         f"{r.ms_per_pass:.2f}", f"{100 * r.draft_share:.0f}%", f"{r.seconds_per_image:.3f}", *special(r),
+         f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}")
+        for r in report.rows
+    ]  # fmt: skip
+    print(table((*passes, *more, *ratios), rows))
+    print(
+        f"{model}, {report.device}, {report.dtype}, batch {report.batch}, {report.images} pictures, medians "
+        f"of {report.repeats} repeats after a warm-up; bandwidth measured in this run: {report.bandwidth:.1f} GB/s."
+    )
 
 
 def _write(file: str | None, figures: dict[str, Any]) -> None:
@@ -99,7 +131,7 @@ def _wanted(options: argparse.Namespace, pipe: Any, data: PictureSet | None) -> 
     if data is None:
         found, real = conditions(pipe, PROMPTS), None
     elif isinstance(pipe, TextToImagePipeline):
-        found, real = real_pictures(data, pipe.grid * pipe.vq.sizes.downsample, options.seed)
+        found, real = real_pictures(data, pipe.pixels, options.seed)
     else:
         raise VisarError("--real compares by prompts, and this model draws classes.")
     found = list(dict.fromkeys(found))

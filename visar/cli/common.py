@@ -12,23 +12,25 @@ if TYPE_CHECKING:
     import torch
 
     from visar.pipelines.base import ImagePipeline
-    from visar.samplers import Sampler
+    from visar.samplers import AnySampler
 
 
-def configured(name: str, given: list[str], window: int | None) -> Sampler:
+def configured(name: str, given: list[str], window: int | None) -> AnySampler:
     """A sampler by name with parameters given as "name=value" texts; a `VisarError` for any that it has not."""
-    from visar.samplers import SAMPLERS, get_sampler
+    from visar.samplers import get_sampler, spec_of
 
     sampler = get_sampler(name, window=window)
-    defaults = SAMPLERS[name].parameters()
+    defaults = spec_of(name).parameters()
     values = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
             raise VisarError(f"A parameter is given as name=value, not {text!r}.")
         kind = type(defaults.get(key, ""))
+        if kind is bool and value not in ("true", "false"):
+            raise VisarError(f"Parameter {key!r} of {name!r} must be true or false, not {value!r}.")
         try:
-            values[key] = kind(value)
+            values[key] = value == "true" if kind is bool else kind(value)
         except ValueError as error:
             what = "a whole number" if kind is int else "a number"
             raise VisarError(f"Parameter {key!r} of {name!r} must be {what}, not {value!r}.") from error
@@ -53,16 +55,33 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def is_class_model(model: str, single_file: bool) -> bool:
-    """Whether a model takes classes, by its index or by the tensors of its file."""
-    if single_file:
-        from visar.models.loading import load_state
-
-        return any(key.startswith("cls_embedding.embedding_table") for key in load_state(model))
+def _index(model: str) -> str:
+    """The text of the index of a model's folder, by which its kind is known; none for what is not on this machine."""
     from visar.models.specs import resolve_model
 
     index = Path(resolve_model(model)) / "model_index.json"
-    return index.exists() and "ClassToImagePipeline" in index.read_text()
+    return index.read_text() if index.exists() else ""
+
+
+def is_class_model(options: argparse.Namespace) -> bool:
+    """Whether a model takes classes, by its index or by the tensors of its file."""
+    if options.vae:
+        return True
+    if is_file(options):
+        from visar.models.loading import load_state
+
+        return any(key.startswith("cls_embedding.embedding_table") for key in load_state(options.model))
+    return "ClassToImagePipeline" in _index(options.model)
+
+
+def is_file(options: argparse.Namespace) -> bool:
+    """Whether the model options ask for published files."""
+    return Path(options.model).suffix in (".pt", ".pth", ".safetensors") or bool(options.vq or options.vae)
+
+
+def is_masked(options: argparse.Namespace) -> bool:
+    """Whether a model is one of continuous tokens, before its weights are read."""
+    return bool(options.vae) if is_file(options) else '"_class_name": "Masked' in _index(options.model)
 
 
 def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> ImagePipeline:
@@ -80,13 +99,22 @@ def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> I
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    single_file = Path(options.model).suffix in (".pt", ".pth", ".safetensors") or bool(options.vq)
     if classes is None:
-        classes = is_class_model(options.model, single_file)
+        classes = is_class_model(options)
     kind = ClassToImagePipeline if classes else TextToImagePipeline
-    if single_file:
+    if options.vae:
+        if options.vq or options.text_encoder or options.image_size is not None:
+            raise VisarError("--vae goes with a MAR file, which takes no --vq, --text-encoder or --image-size.")
+        if not classes:
+            raise VisarError("A published MAR draws classes: give --class IDs instead of prompts.")
+        pipe = ClassToImagePipeline.from_single_file(
+            mar=options.model, vae=options.vae, num_heads=options.num_heads
+        )  # fmt: skip
+    elif is_file(options):
         if not options.vq:
-            raise VisarError("A published GPT file needs its tokenizer too: give it with --vq FILE.")
+            raise VisarError(
+                "A published file needs its tokenizer too: give it with --vq FILE, or --vae FILE for a MAR."
+            )
         wanted = ["image_size", "num_heads"] + (["text_encoder"] if not classes else [])
         extra = {name: value for name in wanted if (value := getattr(options, name)) is not None}
         pipe = kind.from_single_file(options.model, vq=options.vq, **extra)

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visar.cli.common import configured, load_pipeline
+from visar.cli.common import configured, is_masked, load_pipeline
 from visar.errors import VisarError
 from visar.files import output_folder, replacing
 
 if TYPE_CHECKING:
-    from visar.samplers import Sampler
+    from visar.samplers import AnySampler
     from visar.stats import DecodeStats
 
 
@@ -43,11 +43,14 @@ def generate(options: argparse.Namespace) -> int:
     if options.num_images < 1:
         raise VisarError(f"-n must be 1 or more, not {options.num_images}.")
     names = [n for n in (prompts or [f"class {c}" for c in classes]) for _ in range(options.num_images)]
-    from visar.samplers import DEFAULT_SAMPLER, Target
+    from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, ContinuousTarget, Target
 
     # Everything that can be wrong is checked before the weights are read.
-    sampler = configured(options.sampler or DEFAULT_SAMPLER, options.parameters, options.window)
-    Target(options.temperature, options.top_k or 0, options.top_p)
+    masked = is_masked(options)
+    default = DEFAULT_CONTINUOUS if masked else DEFAULT_SAMPLER
+    sampler = configured(options.sampler or default, options.parameters, options.window)
+    temperature = 1.0 if options.temperature is None else options.temperature
+    ContinuousTarget(temperature) if masked else Target(temperature, options.top_k or 0, options.top_p)
     paths = output_paths(options.output, names)
     with output_folder(paths[0].parent):  # first of all, so that nothing is computed that cannot be saved
         stats = _write(options, sampler, paths)
@@ -60,14 +63,14 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write(options: argparse.Namespace, sampler: Sampler, paths: list[Path]) -> DecodeStats:
+def _write(options: argparse.Namespace, sampler: AnySampler, paths: list[Path]) -> DecodeStats:
     pipe = load_pipeline(options, classes=bool(options.classes))
     pipe.set_progress_bar_config(disable=options.json or not sys.stderr.isatty())
     out = pipe(
         options.classes or options.prompt,
         sampler=sampler, num_images_per_prompt=options.num_images, seed=options.seed,
-        guidance_scale=options.guidance_scale, temperature=options.temperature, top_k=options.top_k,
-        top_p=options.top_p,
+        guidance_scale=options.guidance_scale, guidance_schedule=options.guidance_schedule,
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
     )  # fmt: skip
     for image, path in zip(out.images, paths, strict=True):
         with replacing(path) as temporary:

@@ -10,7 +10,7 @@ from visar.tables import table
 
 
 def models(options: argparse.Namespace) -> int:
-    from visar.models.specs import MODELS
+    from visar.models.specs import MAR_MODELS, MODELS
 
     rows = [
         {
@@ -21,7 +21,11 @@ def models(options: argparse.Namespace) -> int:
             "title": m.title,
         }
         for m in MODELS.values()
-    ]
+    ] + [
+        {"name": m.name, "condition": "class", "pixels": [m.pixels], "weights": f"published: {m.file}, kl16.ckpt",
+         "title": m.title}
+        for m in MAR_MODELS.values()
+    ]  # fmt: skip
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
@@ -33,20 +37,21 @@ def models(options: argparse.Namespace) -> int:
 
 
 def samplers(options: argparse.Namespace) -> int:
-    from visar.samplers import DEFAULT_SAMPLER, SAMPLERS
+    from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, SAMPLERS
 
     rows: list[dict[str, Any]] = [
-        {"name": s.name, "default": s.name == DEFAULT_SAMPLER, "law": s.law, "drafter": s.drafter or None,
+        {"name": s.name, "default": s.name in (DEFAULT_SAMPLER, DEFAULT_CONTINUOUS), "law": s.law,
+         "tokens": "continuous" if s.name in CONTINUOUS else "discrete", "drafter": s.drafter or None,
          "paper": s.paper, "parameters": s.parameters()}
-        for s in SAMPLERS.values()
+        for s in (*SAMPLERS.values(), *CONTINUOUS.values())
     ]  # fmt: skip
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
         print(table(
-            ("NAME", "LAW", "DRAFTER", "PARAMETERS", "PAPER"),
+            ("NAME", "TOKENS", "LAW", "DRAFTER", "PARAMETERS", "PAPER"),
             [
-                (f"{r['name']}{' (default)' if r['default'] else ''}", r["law"], r["drafter"] or "none",
+                (f"{r['name']}{' (default)' if r['default'] else ''}", r["tokens"], r["law"], r["drafter"] or "none",
                  " ".join(f"{k}={v}" for k, v in r["parameters"].items() if k != "drafter"), r["paper"])
                 for r in rows
             ],

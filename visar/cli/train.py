@@ -1,4 +1,4 @@
-"""`visar train pictures | words | tokenizer | ar | drafter | assemble`."""
+"""`visar train pictures | words | tokenizer | autoencoder | ar | mar | drafter | assemble`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,32 @@ def tokenizer(options: argparse.Namespace) -> int:
 
     data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
     train_tokenizer(data, options.size, config)
+    return 0
+
+
+def autoencoder(options: argparse.Namespace) -> int:
+    from visar.training.autoencoder import train_autoencoder
+
+    data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
+    train_autoencoder(data, options.size, config)
+    return 0
+
+
+def mar(options: argparse.Namespace) -> int:
+    from diffusers import AutoencoderKL
+
+    from visar.models.words import WordEncoder
+    from visar.training.mar import train_mar
+
+    if options.dim % options.heads:
+        raise VisarError("--dim must be a multiple of --heads.")
+    data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
+    vae = AutoencoderKL.from_pretrained(_folder(options.autoencoder), low_cpu_mem_usage=False).eval()
+    encoder = WordEncoder.from_pretrained(_folder(options.words))
+    train_mar(
+        data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
+        options.head_layers,
+    )  # fmt: skip
     return 0
 
 
@@ -128,7 +154,8 @@ def drafter(options: argparse.Namespace) -> int:
         raise VisarError(
             "--minutes and --lr must be above 0, --batch, --depth and --steps 1 or more, --pictures 2 or more."
         )
-    Target(options.temperature, options.top_k or 0, options.top_p)  # before the weights are read
+    temperature = 1.0 if options.temperature is None else options.temperature
+    Target(temperature, options.top_k or 0, options.top_p)  # before the weights are read
     checked_layers(options.drafter_kind, options.layers, 10**9)
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
@@ -138,7 +165,7 @@ def drafter(options: argparse.Namespace) -> int:
     text = isinstance(pipe, TextToImagePipeline)
     conditions = _conditions(options, 0 if text else pipe.gpt.config.classes)
     scale = pipe.config.guidance_scale if options.guidance_scale is None else options.guidance_scale
-    law = Target(options.temperature, pipe.config.top_k if options.top_k is None else options.top_k, options.top_p)
+    law = Target(temperature, pipe.config.top_k if options.top_k is None else options.top_k, options.top_p)
     out = writable_folder(options.out)
     tokens = draw_tokens(
         pipe, conditions, options.pictures, out / "pictures.safetensors", options.batch,
@@ -168,22 +195,36 @@ def assemble(options: argparse.Namespace) -> int:
     import torch
     from diffusers.utils import logging
 
-    from visar.models.llamagen import LlamaGen
-    from visar.models.vq import VQModel
-    from visar.models.words import WordEncoder
-    from visar.pipelines import TextToImagePipeline
+    from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
 
     logging.set_verbosity_error()
+    given = (options.gpt, options.tokenizer), (options.mar, options.autoencoder)
+    if not (all(given[0]) and not any(given[1])) and not (all(given[1]) and not any(given[0])):
+        raise VisarError("Give --gpt and --tokenizer, or --mar and --autoencoder.")
     dtype = getattr(torch, options.dtype)
-    pipe = TextToImagePipeline(
-        LlamaGen.from_pretrained(_folder(options.gpt), low_cpu_mem_usage=False).to(dtype),
-        VQModel.from_pretrained(_folder(options.tokenizer), low_cpu_mem_usage=False).to(dtype),
-        WordEncoder.from_pretrained(_folder(options.words)),
-        guidance_scale=options.guidance_scale, top_k=options.top_k,
-    )  # fmt: skip
-    pipe.save_pretrained(options.out)
+    encoder = _component("words.WordEncoder", options.words)
+    pipe: Any
+    if options.gpt:
+        parts = (_component("llamagen.LlamaGen", options.gpt), _component("vq.VQModel", options.tokenizer))
+        pipe = TextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale, top_k=options.top_k)
+    else:
+        parts = (_component("mar.MAR", options.mar), _component("autoencoder.AutoencoderKL", options.autoencoder))
+        pipe = MaskedTextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale)
+        if options.draft:
+            pipe.load_drafter(options.draft)
+    pipe.save_pretrained(options.out, dtype=dtype)
     print(options.out)
     return 0
+
+
+def _component(kind: str, path: str) -> Any:
+    """A part of `visar.models` from a folder, by the name of its module and class."""
+    import importlib
+
+    from visar.models.loading import load_part
+
+    module, name = kind.split(".")
+    return load_part(getattr(importlib.import_module(f"visar.models.{module}"), name), _folder(path), name)
 
 
 def _folder(path: str) -> Path:

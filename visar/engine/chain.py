@@ -21,11 +21,11 @@ class Chain(ABC):
     """`steps` steps over tokens of `dim` numbers, counted from 0, the noisiest.
 
     `rounds` counts evaluations that had to wait for one another, `evaluations` the rows in them; guidance's second half
-    is not counted apart.
+    is not counted apart. At `temperature` 0 no step has noise.
     """
 
-    def __init__(self, steps: int, dim: int):
-        self.steps, self.dim = steps, dim
+    def __init__(self, steps: int, dim: int, temperature: float = 1.0):
+        self.steps, self.dim, self.temperature = steps, dim, float(temperature)
         self.rounds = self.evaluations = 0
 
     def evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class DiffusionChain(Chain):
     """
 
     def __init__(self, net: HeadNet, schedule: Schedule, dim: int, temperature: float = 1.0, last_noise: bool = False):
-        super().__init__(schedule.steps, dim)
+        super().__init__(schedule.steps, dim, temperature)
         parameter = next(net.parameters())
         if parameter.dtype != torch.float32:
             name = str(parameter.dtype).removeprefix("torch.")
@@ -102,7 +102,7 @@ class FlowChain(Chain):
         temperature: float = 1.0,
         last: float = 0.04,
     ):
-        super().__init__(steps, dim)
+        super().__init__(steps, dim, temperature)
         if steps < 2:
             raise VisarError(f"A flow head takes 2 or more steps, not {steps}.")
         self.velocity = velocity

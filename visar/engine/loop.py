@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,15 +13,18 @@ from visar.engine.rng import Noise
 from visar.engine.session import Session
 
 if TYPE_CHECKING:
-    from visar.samplers.base import Sampler, State
+    from visar.engine.masked_session import MaskedSession
+    from visar.samplers.base import State
     from visar.samplers.distribution import Target
+    from visar.samplers.masked import ContinuousTarget, MaskedState
 
-# (passes so far, tokens [B, N] with drafts behind the committed ones, committed lengths [B])
+# (passes so far, tokens [B, N, ...] with drafts behind the committed ones, committed lengths [B])
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
 class Decoded(NamedTuple):
-    """`tokens` [B, N]; `commit_pass` [B, N], the pass that committed each; `passes` run; `seconds` they took."""
+    """`tokens` [B, N], of masked models [B, N, d]; `commit_pass` [B, N], the pass that committed each; `passes` run;
+    `seconds` they took."""
 
     tokens: Tensor
     commit_pass: Tensor
@@ -37,14 +40,14 @@ def synchronize(device: torch.device) -> None:
 
 @torch.inference_mode()
 def decode(
-    session: Session,
-    sampler: Sampler,
-    target: Target,
+    session: Session | MaskedSession,
+    sampler: Any,
+    target: Target | ContinuousTarget,
     noise: Noise,
     callback: Callback | None = None,
     every: int | None = None,
 ) -> Decoded:
-    """Run `sampler` on a fresh session.
+    """Run `sampler` on a fresh session of its family.
 
     `callback` is told, and the rows are looked at, after `every` passes: by default each on a CPU and every fourth on a
     GPU, where a look makes the host wait. Passes that turn out to have been idle are counted. Raises `VisarError` where
@@ -54,7 +57,7 @@ def decode(
     fewest = -(-session.length // sampler.window)
     synchronize(session.device)
     start = time.perf_counter()
-    state: State = sampler.begin(session, target, noise)
+    state: State | MaskedState = sampler.begin(session, target, noise)
     passes = 0
     while True:
         sampler.step(session, state)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from visar.engine.chain import Chain, DiffusionChain
+from visar.engine.loop import synchronize
 from visar.errors import VisarError
 from visar.models.diffusion import Schedule
 from visar.models.mar import MAR
@@ -36,6 +40,7 @@ class MaskedSession(ABC):
         self.draft: MaskedSession | None = None  # for samplers that draft with a smaller model
         self.chains: list[Chain] = []
         self.tested = self.accepted = 0
+        self.draft_seconds = 0.0
         self.rows = 0  # pictures that passes were made for, guidance's second half not counted apart
 
     @abstractmethod
@@ -70,12 +75,21 @@ class MaskedSession(ABC):
         self.chains.append(made)
         return made
 
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Around what a draft model does: its time goes to `draft_seconds`."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.draft_seconds += time.perf_counter() - start
+
     def commit(self, count: Tensor | int) -> None:
         """Row b has decided `count[b]` more."""
         self.lengths = self.lengths + count
 
-    def check(self) -> None:
-        """Nothing is kept between passes that could have overflowed; tokens are looked at by the sampler's caller."""
+    def check(self) -> None:  # noqa: B027 (a session may have nothing to check)
+        """The loop asks after the last pass. Nothing is kept between passes; the tokens themselves tell."""
 
 
 class MARSession(MaskedSession):

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     SHARED = 3  # the race that all drafts of one position share (Gumbel coupling)
     DRAFT = 4  # what a draft model proposes in a pass
     RESIDUAL = 5  # what is tried in the place of a rejected continuous draft
+    ORDER = 7  # the order in which a masked model decides its places
     TRIAL = 6  # the coins of these trials
 
 

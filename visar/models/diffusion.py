@@ -6,6 +6,7 @@ wanted. Tables are computed in float64. Key layout as published.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -42,7 +43,9 @@ class Schedule:
     def __init__(self, steps: int = 100, latest: int | None = None):
         if not 2 <= steps <= TRAINING_STEPS:
             raise VisarError(f"The diffusion head takes 2 to {TRAINING_STEPS} steps, not {steps}.")
-        spaced = torch.tensor([round(k * (TRAINING_STEPS - 1) / (steps - 1)) for k in range(steps)])
+        # Added up as the reference does: what lies half way between two training steps is rounded as it rounds it.
+        strides = itertools.repeat((TRAINING_STEPS - 1) / (steps - 1), steps - 1)
+        spaced = torch.tensor([round(at) for at in itertools.accumulate(strides, initial=0.0)])
         rising = spaced.clamp(max=TRAINING_STEPS - 1 if latest is None else latest).unique()
         bar = alphas_bar()[rising]
         before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])

@@ -10,7 +10,7 @@ import argparse
 import logging
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,19 +33,25 @@ DEFAULT_GRID = 16
 M = TypeVar("M", bound=nn.Module)
 
 
-def load_state(path: str | Path, *, ema: bool = False, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
+def load_state(
+    path: str | Path,
+    *,
+    ema: bool = False,
+    names: Sequence[str] = NESTINGS,
+    dtype: torch.dtype | None = torch.float32,
+) -> dict[str, Tensor]:
     """Tensors by key of a `.pt`, `.pth` or `.safetensors` file, on the CPU, in memory of their own.
 
-    The weights may be the file itself or lie under `model`, `module` or `state_dict`, or under `ema` if that is asked
-    for. Prefixes that wrappers add to all keys are removed, and so are tables and caches that are no weights.
-    Floating-point tensors are converted to `dtype`; None keeps what the file has.
+    The weights may be the file itself or lie under one of `names`, of which the first that is there counts. With `ema`
+    they must lie under `ema`. Prefixes that wrappers add to all keys are removed, and so are tables and caches that are
+    no weights. Floating-point tensors are converted to `dtype`; None keeps what the file has.
 
     Raises `VisarError` for a file that cannot be read, holds no weights, or holds a NaN or an infinity.
     """
     path = Path(path)
     if not path.is_file():
         raise VisarError(f"There is no weights file {path}.")
-    weights = _nested(_read(path), path, ema)
+    weights = _nested(_read(path), path, ("ema",) if ema else names, bare=not ema)
     state: dict[str, Tensor] = {}
     for key, value in _without_prefix(weights).items():
         if not isinstance(value, Tensor):
@@ -111,15 +117,8 @@ def gpt_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int 
     The number of heads is in no shape: it is that of the published model of the same size unless it is given.
     """
 
-    def shape(key: str) -> tuple[int, int]:
-        if key not in state:
-            raise _missing(key, path)
-        if state[key].ndim != 2:
-            raise VisarError(f"Tensor {key!r} of {path} has shape {list(state[key].shape)}, not two dimensions.")
-        return state[key].shape[0], state[key].shape[1]
-
-    vocab, dim = shape("tok_embeddings.weight")
-    ffn, _ = shape("layers.0.feed_forward.w1.weight")
+    vocab, dim = shape_of(state, "tok_embeddings.weight", path)
+    ffn, _ = shape_of(state, "layers.0.feed_forward.w1.weight", path)
     numbers = [k.split(".")[1] for k in state if k.startswith("layers.")]
     layers = 1 + max(int(n) for n in numbers if n.isdigit())
     heads = num_heads or match_heads(layers, dim, ffn)
@@ -132,10 +131,21 @@ def gpt_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int 
         raise VisarError(f"A width of {dim} cannot be split into {heads} heads of a multiple of 4 each.")
     arguments = {"vocab_size": vocab, "dim": dim, "num_layers": layers, "num_heads": heads, "ffn": ffn}
     if any(k.startswith("cls_embedding.cap_proj.") for k in state):
-        length, features = shape("cls_embedding.uncond_embedding")
+        length, features = shape_of(state, "cls_embedding.uncond_embedding", path)
         return arguments | {"condition": "text", "condition_length": length, "caption_features": features}
-    rows, _ = shape("cls_embedding.embedding_table.weight")
+    rows, _ = shape_of(state, "cls_embedding.embedding_table.weight", path)
     return arguments | {"condition": "class", "condition_length": 1, "classes": rows - 1}
+
+
+def shape_of(state: Mapping[str, Tensor], key: str, path: str | Path, dimensions: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that must be there and have so many dimensions; `path` is for messages."""
+    if key not in state:
+        raise _missing(key, path)
+    shape = tuple(state[key].shape)
+    if len(shape) != dimensions:
+        word = {2: "two", 3: "three", 4: "four"}[dimensions]
+        raise VisarError(f"Tensor {key!r} of {path} has shape {list(shape)}, not {word} dimensions.")
+    return shape
 
 
 def _read(path: Path) -> Any:
@@ -153,15 +163,17 @@ def _read(path: Path) -> Any:
         raise VisarError(f"Cannot read {path}: it is truncated or not a weights file.") from error
 
 
-def _nested(content: Any, path: Path, ema: bool) -> Mapping[str, Any]:
+def _nested(content: Any, path: Path, names: Sequence[str], bare: bool) -> Mapping[str, Any]:
+    """What lies under the first of `names`, or else the file itself where `bare` and nothing in it is nested."""
     if not isinstance(content, Mapping):
         raise VisarError(f"{path} holds no weights by name.")
-    if ema and not isinstance(content.get("ema"), Mapping):
-        raise VisarError(f"{path} has no 'ema' weights; it has: {', '.join(sorted(map(str, content))[:8])}.")
-    for name in ("ema",) if ema else NESTINGS:
+    for name in names:
         if isinstance(content.get(name), Mapping):
             return content[name]
-    return content
+    if bare and not any(isinstance(value, Mapping) for value in content.values()):
+        return content
+    has = sorted(str(key) for key, value in content.items() if value is not None)
+    raise VisarError(f"{path} has no {' or '.join(map(repr, names))} weights; it has: {', '.join(has[:8])}.")
 
 
 def _without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,19 +192,24 @@ def _missing(key: str, path: str | Path) -> VisarError:
     return VisarError(f"Tensor {key!r} is missing from {path}.")
 
 
-def fill(module: M, state: Mapping[str, Tensor], path: str | Path) -> M:
-    """Give a module on the meta device the tensors of `state`, which must be its own to the last one."""
+def fill(module: M, state: Mapping[str, Tensor], path: str | Path, names: Mapping[str, str] | None = None) -> M:
+    """Give a module on the meta device the tensors of `state`, which must be its own to the last one.
+
+    `names` are the keys of `state` by those of the module, where they differ; messages name those of `state`.
+    """
     wanted = module.state_dict()
+    names = names or {key: key for key in wanted}
     for key, tensor in wanted.items():
-        if key not in state:
-            raise _missing(key, path)
-        if state[key].shape != tensor.shape:
-            found, expected = list(state[key].shape), list(tensor.shape)
-            raise VisarError(f"Tensor {key!r} of {path} has shape {found}, expected {expected}.")
+        if (name := names[key]) not in state:
+            raise _missing(name, path)
+        if state[name].shape != tensor.shape:
+            found, expected = list(state[name].shape), list(tensor.shape)
+            raise VisarError(f"Tensor {name!r} of {path} has shape {found}, expected {expected}.")
+    known = set(names.values())
     for key in state:
-        if key not in wanted:
+        if key not in known:
             raise VisarError(f"{path} has a tensor {key!r} that this model does not.")
-    module.load_state_dict(dict(state), assign=True)
+    module.load_state_dict({key: state[names[key]] for key in wanted}, assign=True)
     return module.requires_grad_(False).eval()
 
 

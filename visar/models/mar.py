@@ -57,7 +57,10 @@ class Block(nn.Module):
 
 
 class MAR(ModelMixin, ConfigMixin):
-    """Sizes are those of MAR-B by default; `condition` is "class" or "text", `buffer` the slots that it fills."""
+    """Sizes are those of MAR-B by default; `condition` is "class" or "text", `buffer` the slots that it fills.
+
+    `vae` is the fingerprint of the autoencoder whose latents it was trained on, if that is known.
+    """
 
     config_name = "config.json"
     _supports_gradient_checkpointing = False
@@ -77,6 +80,7 @@ class MAR(ModelMixin, ConfigMixin):
         classes: int = 1000,
         buffer: int = 64,
         caption_features: int = 128,
+        vae: str = "",
     ):
         super().__init__()
         n = grid * grid
@@ -104,9 +108,16 @@ class MAR(ModelMixin, ConfigMixin):
         return self.config.grid**2
 
     def to(self, *args: object, **kwargs: object) -> Self:
-        """Move or convert; the diffusion head stays in fp32, because its first steps multiply rounding by hundreds."""
-        super().to(*args, **kwargs)  # type: ignore[arg-type]
-        self.diffloss.float()
+        """Move or convert; the diffusion head stays as exact as it is: its first steps multiply rounding by hundreds.
+
+        It is only moved. Converted to fewer bits and back, it would be fp32 and rounded all the same.
+        """
+        head = self._modules.pop("diffloss")
+        try:
+            super().to(*args, **kwargs)  # type: ignore[arg-type]
+        finally:
+            self._modules["diffloss"] = head
+        self.diffloss.to(self.device)
         return self
 
     def slots(self, condition: Tensor) -> Tensor:

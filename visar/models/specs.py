@@ -1,7 +1,8 @@
 """The models by name: sizes, published files and recommended settings. A table of data that imports no torch.
 
-LlamaGen's sizes and files: Sun et al. 2024 (arXiv:2406.06525) and the README of its code. A size that carries no
-weights here is still useful: the loader finds the number of heads by it, the only size that shapes do not show.
+LlamaGen's sizes and files: Sun et al. 2024 (arXiv:2406.06525) and the README of its code; MAR's: Li et al. 2024
+(arXiv:2406.11838) likewise. A size that carries no weights here is still useful: the loaders find the number of heads
+by it, the only size that shapes do not show.
 """
 
 from __future__ import annotations
@@ -40,6 +41,39 @@ class GPTShape:
     vocab: int = 16384
     classes: int = 1000
     caption_features: int = 2048
+
+
+@dataclass(frozen=True)
+class MARShape:
+    """Sizes of a MAR for classes: `layers` of the encoder and as many of the decoder, then those of the head."""
+
+    layers: int
+    dim: int
+    heads: int
+    head_layers: int
+    head_width: int
+    token_dim: int = 16
+    buffer: int = 64
+    classes: int = 1000
+
+
+@dataclass(frozen=True)
+class MARSpec:
+    """One MAR. `guidance`, by the `guidance_schedule`, is what the authors recommend; its tokens are KL-16 latents."""
+
+    name: str
+    title: str
+    shape: MARShape
+    guidance: float
+    guidance_schedule: str = "linear"
+    file: str = "checkpoint-last.pth"
+    pixels: int = 256
+    downsample: int = 16
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of a picture."""
+        return self.pixels // self.downsample
 
 
 @dataclass(frozen=True)
@@ -92,6 +126,10 @@ MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
         ModelSpec("icons", "icons and emoji from a short text, embedded", "text", (64,), 4, 1.5, 10, folder="icons"),
+        ModelSpec(
+            "icons-mar", "the same from continuous tokens (MAR), embedded", "text", (64,), 4, 2.0, 0,
+            folder="icons-mar",
+        ),
         _llamagen("B", 12, 768, 12, 2048, 256, 384),
         _llamagen("L", 24, 1024, 16, 2816, 256, 384),
         _llamagen("XL", 36, 1280, 20, 3584, 384),
@@ -108,6 +146,15 @@ MODELS: dict[str, ModelSpec] = {
         ),
     )
 }  # fmt: skip
+
+MAR_MODELS: dict[str, MARSpec] = {
+    spec.name: spec
+    for spec in (
+        MARSpec("mar-b", "MAR-B, ImageNet classes", MARShape(12, 768, 12, 6, 1024), 2.9),
+        MARSpec("mar-l", "MAR-L, ImageNet classes", MARShape(16, 1024, 16, 8, 1280), 3.0),
+        MARSpec("mar-h", "MAR-H, ImageNet classes", MARShape(20, 1280, 16, 12, 1536), 3.2),
+    )
+}
 
 TOKENIZERS: dict[str, TokenizerSpec] = {
     spec.name: spec
@@ -150,6 +197,24 @@ def gpt_arguments(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
+def mar_arguments(spec: MARSpec) -> dict[str, Any]:
+    """The `MAR(...)` arguments of a published model."""
+    s = spec.shape
+    return {
+        "token_dim": s.token_dim,
+        "grid": spec.grid,
+        "dim": s.dim,
+        "encoder_layers": s.layers,
+        "decoder_layers": s.layers,
+        "num_heads": s.heads,
+        "head_width": s.head_width,
+        "head_layers": s.head_layers,
+        "condition": "class",
+        "classes": s.classes,
+        "buffer": s.buffer,
+    }
+
+
 def vq_arguments(spec: TokenizerSpec) -> dict[str, Any]:
     """The `VQModel(...)` arguments of a published tokenizer; its other sizes are the defaults."""
     return {"channel_multipliers": spec.channel_multipliers}
@@ -182,6 +247,12 @@ def match_heads(layers: int, dim: int, ffn: int) -> int | None:
     return next((s.heads for s in shapes if (s.layers, s.dim, s.ffn) == (layers, dim, ffn)), None)
 
 
+def match_mar_heads(encoder_layers: int, decoder_layers: int, dim: int) -> int | None:
+    """The number of heads of the published MAR with these sizes, if there is one."""
+    shapes = (spec.shape for spec in MAR_MODELS.values())
+    return next((s.heads for s in shapes if (s.layers, s.layers, s.dim) == (encoder_layers, decoder_layers, dim)), None)
+
+
 def resolve_model(name_or_path: str | Path) -> Path | str:
     """A folder for an embedded name or an existing folder, or the hub id "owner/name" as it was given.
 
@@ -198,6 +269,11 @@ def resolve_model(name_or_path: str | Path) -> Path | str:
             f"The weights of {name!r} are not shipped with visar: give the published files {gpt} and {vq} "
             f"of the hub repository {spec.files[0].hub}."
         )
+    if isinstance(name_or_path, str) and (published := MAR_MODELS.get(name)):
+        raise VisarError(
+            f"The weights of {name!r} are not shipped with visar: give the published {published.file} with its "
+            "autoencoder kl16.ckpt."
+        )
     if path.is_dir():
         return path
     if path.exists():
@@ -206,4 +282,4 @@ def resolve_model(name_or_path: str | Path) -> Path | str:
         return name
     if isinstance(name_or_path, Path) or re.search(r"[/\\]|^[.~]", name):
         raise VisarError(f"There is no model folder {name}.")
-    raise unknown("model", name, MODELS)
+    raise unknown("model", name, [*MODELS, *MAR_MODELS])

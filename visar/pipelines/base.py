@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import zlib
@@ -12,11 +13,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.engine.guidance import Guidance
@@ -32,7 +33,7 @@ from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
 from visar.pipelines.drafters import attach, kind_of, load_drafter, taps_of
 from visar.pipelines.preview import CodePreview
-from visar.samplers import DEFAULT_SAMPLER, SAMPLERS, Sampler, Target, get_sampler
+from visar.samplers import DEFAULT_SAMPLER, SAMPLERS, AnySampler, Sampler, SamplerSpec, Target, get_sampler
 from visar.stats import DecodeStats
 
 OUTPUT_TYPES = ("pil", "pt", "tokens")
@@ -74,6 +75,7 @@ class ImagePipeline(DiffusionPipeline):
     vq: VQModel
     _folder: Path | None = None  # where it was loaded from, and its drafters may lie
     _drafters: Mapping[str, DraftModel] = MappingProxyType({})  # by kind
+    samplers: ClassVar[Mapping[str, SamplerSpec]] = SAMPLERS  # those that decode it
     component_classes: ClassVar[dict[str, Any]] = {}  # what a folder of this pipeline holds; filled in by subclasses
 
     @classmethod
@@ -90,19 +92,22 @@ class ImagePipeline(DiffusionPipeline):
         except (OSError, json.JSONDecodeError) as error:
             raise VisarError(f"{folder} is not a saved pipeline: it has no readable model_index.json.") from error
         found = index.get("_class_name") if isinstance(index, dict) else None
-        if found != cls.__name__:
+        of = next((k for k in (cls, *cls.__subclasses__()) if k.__name__ == found), None)
+        if of is None:
             raise VisarError(f"{folder} holds {f'a {found}' if found else 'no pipeline'}, not a {cls.__name__}.")
         parts: dict[str, Any] = {}
-        for part, kind in cls.component_classes.items():
+        for part, kind in of.component_classes.items():
             try:
                 chosen = kind[index[part][1]] if isinstance(kind, dict) else kind
             except (TypeError, KeyError, IndexError) as error:
                 raise VisarError(f"Could not load {part!r} from {folder}: {error!r} in model_index.json.") from error
-            parts[part] = load_part(chosen, folder / part, repr(part))
+            # An embedded model may use a part of another one.
+            home = resolve_model(index["_parts_of"][part]) if part in index.get("_parts_of", {}) else folder
+            parts[part] = load_part(chosen, Path(home) / part, repr(part))
         try:
-            pipe = cls(**parts, **{k: v for k, v in index.items() if not k.startswith("_") and k not in parts})
+            pipe = of(**parts, **{k: v for k, v in index.items() if not k.startswith("_") and k not in parts})
         except TypeError as error:
-            raise VisarError(f"{folder} has settings that a {cls.__name__} does not: {error}.") from error
+            raise VisarError(f"{folder} has settings that a {of.__name__} does not: {error}.") from error
         pipe._folder = folder
         return pipe.to(torch_dtype) if torch_dtype is not None else pipe
 
@@ -111,11 +116,18 @@ class ImagePipeline(DiffusionPipeline):
         with quiet_conversion():
             return super().to(*args, **kwargs)
 
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:  # type: ignore[override]
-        """Write a folder in diffusers layout: safetensors and configs per component, and model_index.json last."""
+    def save_pretrained(  # type: ignore[override]
+        self, folder: str | Path, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
+        """Write a folder in diffusers layout: safetensors and configs per component, and model_index.json last.
+
+        `dtype` is that of the files, by default what the parts have; it may be a smaller one than they can work in.
+        """
         folder = writable_folder(folder)
-        for part in self.component_classes:
-            getattr(self, part).save_pretrained(folder / part)
+        for part, module in self.stored_parts().items():
+            if dtype is not None and isinstance(module, ModelMixin):
+                module = nn.Module.to(copy.deepcopy(module), dtype)
+            module.save_pretrained(folder / part)
             config = json.loads((folder / part / "config.json").read_text())
             if config.pop("_name_or_path", None):  # where it was loaded from means nothing elsewhere
                 with replacing(folder / part / "config.json") as temporary:
@@ -123,10 +135,24 @@ class ImagePipeline(DiffusionPipeline):
         with replacing(folder / "model_index.json") as temporary:
             temporary.write_text(self.to_json_string())
 
+    def stored_parts(self) -> dict[str, Any]:
+        """What a folder holds, by the names of its folders."""
+        return {part: getattr(self, part) for part in self.component_classes}
+
+    @property
+    def model(self) -> Any:
+        """The model that is decoded."""
+        return self.gpt
+
     @property
     def grid(self) -> int:
         """Cells along one side of a picture."""
         return self.config.grid or self.gpt.config.grid
+
+    @property
+    def pixels(self) -> int:
+        """Pixels along one side of a picture."""
+        return self.grid * self.vq.sizes.downsample
 
     def decode_tokens(self, tokens: Tensor, batch: int = 16) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1], fp32, for ids [B, grid**2]."""
@@ -140,11 +166,12 @@ class ImagePipeline(DiffusionPipeline):
         mask: Tensor | None,
         keys: Sequence[Hashable],
         *,
-        sampler: str | Sampler | None,
+        sampler: str | AnySampler | None,
         window: int | None,
         guidance_scale: float | None,
         guidance_interval: int,
-        temperature: float,
+        guidance_schedule: str | None,
+        temperature: float | None,
         top_k: int | None,
         top_p: float,
         seed: int,
@@ -154,12 +181,14 @@ class ImagePipeline(DiffusionPipeline):
         callback: StepCallback | None,
     ) -> ImageOutput:
         """Decode one row per key. Equal keys get successive image indices: a picture depends on key and index alone."""
-        if output_type not in OUTPUT_TYPES:
-            raise VisarError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
-        method = self.fitted(get_sampler(DEFAULT_SAMPLER if sampler is None else sampler, window=window))
+        checked_output(output_type)
+        if guidance_schedule not in (None, "constant"):
+            raise VisarError("guidance_schedule is for masked models; guidance of this one is constant.")
+        method = self.fitted(self.sampler_of(DEFAULT_SAMPLER if sampler is None else sampler, window))
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
             raise VisarError(f"guidance_scale must be a finite number, not {scale}.")
+        temperature = 1.0 if temperature is None else temperature
         target = Target(temperature, self.config.top_k if top_k is None else top_k, top_p, forced_tokens)
         model = self._drafter_for(method)
         session = ModelSession(
@@ -169,7 +198,7 @@ class ImagePipeline(DiffusionPipeline):
         session.codebook = self.vq.quantize.embedding.weight
         if model is not None:
             session.drafter = attach(session, model, method.depth, method.window, condition, mask, self.grid)  # type: ignore[attr-defined]
-        indices = torch.tensor(_occurrences(keys, first_image), device=session.device)
+        indices = torch.tensor(occurrences(keys, first_image), device=session.device)
         hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=session.device)
         noise = Noise(seed, indices, hashes)
 
@@ -220,9 +249,18 @@ class ImagePipeline(DiffusionPipeline):
         )
         return ImageOutput(images=images, tokens=result.tokens, commit_pass=result.commit_pass, stats=stats)
 
-    def fitted(self, sampler: Sampler) -> Sampler:
+    def sampler_of(self, sampler: str | AnySampler, window: int | None = None) -> Any:
+        """The sampler that is meant, with another window if one is given; a `VisarError` if it is of another family."""
+        method = get_sampler(sampler, window=window)
+        if type(method) not in {type(spec.make()) for spec in self.samplers.values()}:
+            raise VisarError(
+                f"Sampler {method.name!r} does not decode this model; those that do: {', '.join(self.samplers)}."
+            )
+        return method
+
+    def fitted(self, sampler: Any) -> Any:
         """The sampler with the cells in a row of this model's pictures, where it asks for them."""
-        if "grid" in {f.name for f in fields(sampler)} and not sampler.grid:  # type: ignore[arg-type, attr-defined]
+        if "grid" in {f.name for f in fields(sampler)} and not sampler.grid:
             return get_sampler(sampler, grid=self.grid)
         return sampler
 
@@ -249,6 +287,12 @@ class ImagePipeline(DiffusionPipeline):
         return self._code_preview
 
 
+def checked_output(output_type: str) -> None:
+    """A `VisarError` for a kind of output that there is not."""
+    if output_type not in OUTPUT_TYPES:
+        raise VisarError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
+
+
 def _download(hub_id: str, parts: list[str]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -259,7 +303,7 @@ def _download(hub_id: str, parts: list[str]) -> Path:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
 
 
-def _occurrences(keys: Sequence[Hashable], first: int) -> list[int]:
+def occurrences(keys: Sequence[Hashable], first: int) -> list[int]:
     """Image indices: `first`, `first` + 1, ... for each key by itself."""
     seen: dict[Hashable, int] = {}
     out = []

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from visar.errors import VisarError
 from visar.models.llamagen import LlamaGen
@@ -18,7 +17,7 @@ from visar.models.specs import MODELS
 from visar.models.vq import VQModel
 from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback
 from visar.pipelines.text_to_image import _grid
-from visar.samplers import Sampler
+from visar.samplers import AnySampler
 
 
 class ClassToImagePipeline(ImagePipeline):
@@ -40,13 +39,31 @@ class ClassToImagePipeline(ImagePipeline):
 
     @classmethod
     def from_single_file(
-        cls, gpt: str | Path, *, vq: str | Path, image_size: int | None = None, num_heads: int | None = None
-    ) -> Self:
-        """Load LlamaGen's published files unchanged: `c2i_*_{256,384}.pt` with `vq_ds16_c2i.pt`, or ds8.
+        cls,
+        gpt: str | Path | None = None,
+        *,
+        vq: str | Path | None = None,
+        mar: str | Path | None = None,
+        vae: str | Path | None = None,
+        image_size: int | None = None,
+        num_heads: int | None = None,
+    ) -> Any:
+        """Load published files unchanged, LlamaGen's or MAR's.
 
-        `image_size` in pixels, as the GPT was trained; by default what the published file name says. `num_heads` is
-        needed only for sizes that were never published. Raises `VisarError`.
+        `gpt` and `vq`: LlamaGen's `c2i_*_{256,384}.pt` with `vq_ds16_c2i.pt`, or ds8; `image_size` in pixels, as the
+        GPT was trained, by default what the published file name says. `mar` and `vae`: MAR's `checkpoint-last.pth` with
+        `kl16.ckpt`; what comes back is a `MaskedClassToImagePipeline`. `num_heads` is needed only for sizes that were
+        never published. Raises `VisarError`.
         """
+        if mar is not None and vae is not None and gpt is None and vq is None:
+            from visar.models.mar_loading import load_kl16, load_mar
+            from visar.pipelines.masked import MaskedClassToImagePipeline
+
+            if image_size is not None:
+                raise VisarError("image_size is for a GPT; that of a MAR is in its weights.")
+            return MaskedClassToImagePipeline(load_mar(mar, num_heads=num_heads), load_kl16(vae))
+        if gpt is None or vq is None or mar is not None or vae is not None:
+            raise VisarError("Give a GPT with its tokenizer (gpt, vq), or a MAR with its autoencoder (mar, vae).")
         tokenizer = load_vq(vq)
         model = load_gpt(gpt, grid=_grid(image_size, tokenizer.sizes.downsample), num_heads=num_heads)
         if model.config.condition != "class":
@@ -57,12 +74,13 @@ class ClassToImagePipeline(ImagePipeline):
         self,
         class_labels: int | Sequence[int],
         *,
-        sampler: str | Sampler | None = None,
+        sampler: str | AnySampler | None = None,
         window: int | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         guidance_interval: int = -1,
-        temperature: float = 1.0,
+        guidance_schedule: str | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
@@ -73,7 +91,7 @@ class ClassToImagePipeline(ImagePipeline):
     ) -> ImageOutput:
         """Decode `num_images_per_prompt` pictures for each class id; the rest as in `TextToImagePipeline`."""
         labels = [class_labels] if isinstance(class_labels, int) else [index(label) for label in class_labels]
-        classes = self.gpt.config.classes
+        classes = self.model.config.classes
         if not labels:
             raise VisarError("No class was given.")
         for label in labels:
@@ -85,6 +103,6 @@ class ClassToImagePipeline(ImagePipeline):
         return self._generate(
             torch.tensor(rows), None, rows,
             sampler=sampler, window=window, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, first_image=first_image,
-            forced_tokens=forced_tokens, output_type=output_type, callback=callback,
+            guidance_schedule=guidance_schedule, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            first_image=first_image, forced_tokens=forced_tokens, output_type=output_type, callback=callback,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from visar.models.t5 import T5CaptionEncoder
 from visar.models.vq import VQModel
 from visar.models.words import WordEncoder
 from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback
-from visar.samplers import Sampler
+from visar.samplers import AnySampler
 
 
 class TextToImagePipeline(ImagePipeline):
@@ -85,12 +85,13 @@ class TextToImagePipeline(ImagePipeline):
         self,
         prompt: str | Sequence[str],
         *,
-        sampler: str | Sampler | None = None,
+        sampler: str | AnySampler | None = None,
         window: int | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         guidance_interval: int = -1,
-        temperature: float = 1.0,
+        guidance_schedule: str | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
@@ -101,10 +102,12 @@ class TextToImagePipeline(ImagePipeline):
     ) -> ImageOutput:
         """Decode `num_images_per_prompt` pictures for each prompt, prompt by prompt.
 
-        `sampler`: a name of `visar.samplers.SAMPLERS` or a configured object; `window` replaces its W. `guidance_scale`
-        and `top_k` default to the model's own; `guidance_interval` >= 0 ends guidance after that position. `callback`
-        gets a `Progress` after every pass. One seed and prompt give the same picture whatever else is in the call.
-        `forced_tokens` [grid**2], long, keeps its non-negative entries in place and has the rest decoded around them.
+        `sampler`: a name of `visar.samplers.SAMPLERS`, or of `CONTINUOUS` for a masked model, or a configured object;
+        `window` replaces its W. `guidance_scale`, `top_k` and `temperature` default to the model's own;
+        `guidance_interval` >= 0 ends guidance after that position, `guidance_schedule` is "linear" or "constant" over
+        a masked model's decisions. `callback` gets a `Progress` after every pass. One seed and prompt give the same
+        picture whatever else is in the call. `forced_tokens` [grid**2], long, keeps its non-negative entries in place
+        and has the rest decoded around them; for a masked model it is [grid**2, d] with NaN for the rest.
         A prompt's pictures have the indices `first_image`, `first_image` + 1, ...: a large set can be made in parts.
         Raises `VisarError` for an empty prompt or a value out of range.
         """
@@ -119,8 +122,8 @@ class TextToImagePipeline(ImagePipeline):
             features.repeat_interleave(each, 0), mask.repeat_interleave(each, 0),
             [p for p in prompts for _ in range(each)],
             sampler=sampler, window=window, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, first_image=first_image,
-            forced_tokens=forced_tokens, output_type=output_type, callback=callback,
+            guidance_schedule=guidance_schedule, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+            first_image=first_image, forced_tokens=forced_tokens, output_type=output_type, callback=callback,
         )  # fmt: skip
 
 

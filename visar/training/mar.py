@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.models.autoencoder import downsample, to_tokens
+from visar.models.autoencoder import downsample, fingerprint, to_tokens
 from visar.models.diffusion import TRAINING_STEPS, Schedule, interpolated_log_variance
 from visar.models.mar import MAR
 from visar.models.words import WordEncoder
@@ -117,7 +117,7 @@ def train_mar(
     mar = MAR(
         token_dim=d, grid=size // downsample(vae), dim=dim, encoder_layers=layers, decoder_layers=layers,
         num_heads=heads, head_width=head_width, head_layers=head_layers, condition="text", buffer=encoder.length,
-        caption_features=encoder.table.shape[1],
+        caption_features=encoder.table.shape[1], vae=fingerprint(vae),
     )  # fmt: skip
 
     def sample(rows: list[int], rng: random.Random | None, g: torch.Generator, drop: float) -> tuple[Tensor, ...]:

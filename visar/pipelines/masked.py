@@ -1,0 +1,301 @@
+"""Pipelines of masked models: a MAR over continuous tokens and the autoencoder that turns them into pixels.
+
+They stand behind the same two fronts as the GPT's: `TextToImagePipeline` and `ClassToImagePipeline`, whose loaders
+return one of these where a folder or a file holds one.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Hashable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+from typing_extensions import Self
+
+from visar.engine.loop import decode
+from visar.engine.masked_session import MARSession
+from visar.engine.rng import Noise, Purpose
+from visar.errors import VisarError
+from visar.models.autoencoder import downsample, fingerprint, to_latents
+from visar.models.loading import load_part
+from visar.models.mar import MAR
+from visar.models.specs import resolve_model
+from visar.models.t5 import T5CaptionEncoder
+from visar.models.words import WordEncoder
+from visar.pipelines.base import ImageOutput, ImagePipeline, Progress, StepCallback, checked_output, occurrences, to_pil
+from visar.pipelines.class_to_image import ClassToImagePipeline
+from visar.pipelines.preview import GREY
+from visar.pipelines.text_to_image import TextToImagePipeline
+from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, AnySampler, ContinuousTarget
+from visar.stats import MaskedStats
+
+
+def load_mar(path: str | Path, num_heads: int | None = None) -> MAR:
+    """A MAR from a published checkpoint file, its own folder, or that of a pipeline. Raises `VisarError`."""
+    file = Path(path).expanduser()
+    if file.is_file():
+        from visar.models.mar_loading import load_mar as load_published
+
+        return load_published(file, num_heads=num_heads)
+    folder = resolve_model(path)
+    if isinstance(folder, str):
+        raise VisarError(f"There is no model folder {path}.")
+    return load_part(MAR, folder / "mar" if (folder / "mar").is_dir() else folder, "the draft model")
+
+
+def decision_orders(noise: Noise, length: int, given: Tensor | None) -> Tensor:
+    """The order [B, N] in which each picture's places are decided: at random, those marked in `given` [N] first."""
+    places = torch.arange(length, device=noise.images.device)
+    chances = noise.uniforms(Purpose.ORDER, places.expand(len(noise.images), -1), 0)[0]
+    return (chances if given is None else chances - given.double()).argsort(1)
+
+
+class MaskedPipeline(ImagePipeline):
+    """What the two share: `mar`, `vae`, and a smaller MAR for samplers that draft with one."""
+
+    mar: MAR
+    vae: AutoencoderKL
+    samplers = CONTINUOUS
+    _draft: MAR | None = None
+
+    @property
+    def model(self) -> MAR:
+        return self.mar
+
+    @property
+    def grid(self) -> int:
+        return self.mar.config.grid
+
+    @property
+    def pixels(self) -> int:
+        return self.grid * downsample(self.vae)
+
+    def check(self) -> None:
+        """Raise `VisarError` where the model and the autoencoder do not belong together."""
+        if self.mar.config.token_dim != self.vae.config.latent_channels:
+            raise VisarError(
+                f"The model draws tokens of {self.mar.config.token_dim} numbers, but the autoencoder's have "
+                f"{self.vae.config.latent_channels}."
+            )
+        if self.mar.config.vae not in ("", fingerprint(self.vae)):
+            raise VisarError("The model was trained on the latents of another autoencoder.")
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert all parts; float16 is refused."""
+        if torch.float16 in (*args, *kwargs.values()):
+            raise VisarError(
+                "float16 is refused for a diffusion head: its first steps multiply rounding by hundreds. Use float32, "
+                "or bfloat16, with which the head stays in float32."
+            )
+        super().to(*args, **kwargs)
+        if self._draft is not None:
+            self._draft.to(self.mar.device, self.mar.dtype)
+        return self
+
+    def decode_tokens(self, tokens: Tensor, batch: int = 16) -> Tensor:
+        """Pictures [B, 3, H, W] in [0, 1], fp32, for tokens [B, grid**2, d]."""
+        latents = to_latents(tokens, self.grid) / self.vae.config.scaling_factor
+        latents = latents.to(self.vae.device, self.vae.dtype)
+        parts = [self.vae.decode(part).sample.float() for part in latents.split(batch)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    def load_drafter(self, path: str | Path) -> None:
+        """Give the model a smaller one that drafts for it. Raises `VisarError` where the two do not belong together."""
+        draft = load_mar(path)
+        own, its = self.mar.config, draft.config
+        for what, field in (("token grid", "grid"), ("token size", "token_dim"), ("kind of condition", "condition")):
+            if own[field] != its[field]:
+                raise VisarError(f"The draft model {path} has another {what}: {its[field]}, not {own[field]}.")
+        if own.vae and its.vae and own.vae != its.vae:
+            raise VisarError(f"The draft model {path} was trained on the latents of another autoencoder.")
+        same = ("classes",) if own.condition == "class" else ("buffer", "caption_features")
+        if any(own[f] != its[f] for f in same):
+            raise VisarError(f"The draft model {path} takes other conditions: it must have the target's {same[-1]}.")
+        self._draft = draft.to(self.mar.device, self.mar.dtype).eval()
+
+    def stored_parts(self) -> dict[str, Any]:
+        return super().stored_parts() | ({} if self._draft is None else {"draft": self._draft})
+
+    def _draft_for(self, name: str) -> MAR:
+        if self._draft is None and self._folder is not None and (self._folder / "draft").is_dir():
+            self.load_drafter(self._folder / "draft")
+        if self._draft is None:
+            raise VisarError(f"Sampler {name!r} needs a smaller MAR; give it with load_drafter, or --drafter PATH.")
+        return self._draft
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        condition: Tensor,
+        mask: Tensor | None,
+        keys: Sequence[Hashable],
+        *,
+        sampler: str | AnySampler | None,
+        window: int | None,
+        guidance_scale: float | None,
+        guidance_interval: int,
+        guidance_schedule: str | None,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float,
+        seed: int,
+        first_image: int,
+        forced_tokens: Tensor | None,
+        output_type: str,
+        callback: StepCallback | None,
+    ) -> ImageOutput:
+        """As `ImagePipeline._generate`; `forced_tokens` [grid**2, d] is NaN where tokens are to be drawn."""
+        checked_output(output_type)
+        given = (("top_k", bool(top_k)), ("top_p", top_p != 1), ("guidance_interval", guidance_interval >= 0))
+        for name, is_given in given:
+            if is_given:
+                raise VisarError(f"{name} is for models of discrete tokens; this one's are continuous.")
+        method = self.sampler_of(DEFAULT_CONTINUOUS if sampler is None else sampler, window)
+        scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if not math.isfinite(scale):
+            raise VisarError(f"guidance_scale must be a finite number, not {scale}.")
+        schedule = guidance_schedule or self.config.guidance_schedule
+        target = ContinuousTarget(self.config.temperature if temperature is None else temperature)
+        device, length = self.mar.device, self.mar.length
+        forced = None if forced_tokens is None else self._forced(forced_tokens)
+        indices = torch.tensor(occurrences(keys, first_image), device=device)
+        hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=device)
+        noise = Noise(seed, indices, hashes)
+        order = decision_orders(noise, length, None if forced is None else forced.isfinite().all(-1))
+        fixed = None
+        if forced is not None:
+            count = int(forced.isfinite().all(-1).sum())
+            fixed = forced[order[:, :count]]
+
+        def session_of(model: MAR) -> MARSession:
+            return MARSession(model, condition, order, scale, schedule, fixed)
+
+        session = session_of(self.mar)
+        if getattr(method, "needs_draft", False):
+            session.draft = session_of(self._draft_for(method.name))
+
+        def tell(passes: int, tokens: Tensor, lengths: Tensor) -> None:
+            bar.update(int(lengths.sum()) - bar.n)
+            if callback is not None:
+                now, done = tokens.clone(), lengths.clone()
+                callback(Progress(passes, now, done, lambda: self._shown(now, done, order)))
+
+        quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
+        with self.progress_bar(total=session.batch * session.length) as bar:
+            every = None if callback is None else 1
+            result = decode(session, method, target, noise, None if quiet and callback is None else tell, every)
+        if not bool(result.tokens.isfinite().all()):
+            raise VisarError("Tokens are not finite; use another guidance scale or temperature.")
+        images: Any = None
+        if output_type != "tokens":
+            pixels = self.decode_tokens(result.tokens)
+            images = pixels if output_type == "pt" else to_pil(pixels)
+        drawn = length - session.given
+        done = (result.commit_pass.amax(1) + 1).tolist()
+        rounds, evaluations = (sum(getattr(c, n) for c in session.chains) for n in ("rounds", "evaluations"))
+        head = self.mar.diffloss.parameters()
+        body = _size(self.mar) - sum(p.numel() * p.element_size() for p in head)
+        stats = MaskedStats(
+            sampler=method.name,
+            parameters={f.name: getattr(method, f.name) for f in fields(method)},
+            exact=method.exact,
+            law="exact" if method.exact else "relaxed",
+            seed=seed,
+            settings={
+                "guidance_scale": scale,
+                "guidance_schedule": schedule,
+                "temperature": target.temperature,
+                "dtype": str(self.mar.dtype).removeprefix("torch."),
+                "device": str(device),
+            },
+            images=session.batch,
+            tokens=length,
+            nfe=result.passes,
+            passes_per_image=done,
+            commits_per_pass=sum(drawn / n for n in done) / len(done),
+            seconds=result.seconds,
+            draft_seconds=session.draft_seconds,
+            ms_per_pass=1000 * result.seconds / result.passes,
+            gigabytes=(body * result.passes + (_size(self.mar) - body) * rounds) / 1e9,
+            head_rounds=rounds,
+            rounds_per_pass=rounds / result.passes,
+            evaluations_per_token=evaluations / (drawn * session.batch),
+            tested=session.tested,
+            accepted=session.accepted,
+        )
+        return ImageOutput(images=images, tokens=result.tokens, commit_pass=result.commit_pass, stats=stats)
+
+    def _forced(self, tokens: Tensor) -> Tensor:
+        """The forced tokens [N, d] on the device, of which each is given whole or not at all."""
+        shape = (self.mar.length, self.mar.config.token_dim)
+        found = tokens.isfinite()
+        if tuple(tokens.shape) != shape or not bool((found.all(-1) == found.any(-1)).all()):
+            raise VisarError(f"forced_tokens must be {list(shape)}, each token given whole or NaN.")
+        if bool(found.all()):
+            raise VisarError("forced_tokens gives every token: there is nothing to draw.")
+        return tokens.to(self.mar.device)
+
+    def _shown(self, tokens: Tensor, lengths: Tensor, order: Tensor) -> Tensor:
+        """uint8 [B, grid, grid, 3]: a pixel per token, grey where undecided."""
+        small = F.adaptive_avg_pool2d(self.decode_tokens(tokens), self.grid)
+        decided = order.argsort(1) < lengths[:, None]
+        shown = torch.where(decided.unflatten(1, (1, self.grid, self.grid)), small, torch.full_like(small, GREY))
+        return (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+class MaskedTextToImagePipeline(MaskedPipeline, TextToImagePipeline):
+    """Text-conditional MAR, such as the embedded `icons-mar`."""
+
+    component_classes: ClassVar[dict[str, Any]] = {
+        "mar": MAR,
+        "vae": AutoencoderKL,
+        "text_encoder": {"WordEncoder": WordEncoder, "T5CaptionEncoder": T5CaptionEncoder},
+    }
+
+    def __init__(
+        self,
+        mar: MAR,
+        vae: AutoencoderKL,
+        text_encoder: WordEncoder | T5CaptionEncoder,
+        guidance_scale: float = 3.0,
+        guidance_schedule: str = "linear",
+        temperature: float = 1.0,
+    ):
+        ImagePipeline.__init__(self)
+        self.register_modules(mar=mar, vae=vae, text_encoder=text_encoder)
+        self.register_to_config(
+            guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, temperature=temperature
+        )
+        self.check()
+
+
+class MaskedClassToImagePipeline(MaskedPipeline, ClassToImagePipeline):
+    """MAR-B, MAR-L and MAR-H: Li et al. 2024, arXiv:2406.11838."""
+
+    component_classes: ClassVar[dict[str, Any]] = {"mar": MAR, "vae": AutoencoderKL}
+
+    def __init__(
+        self,
+        mar: MAR,
+        vae: AutoencoderKL,
+        guidance_scale: float = 2.9,
+        guidance_schedule: str = "linear",
+        temperature: float = 1.0,
+    ):
+        ImagePipeline.__init__(self)
+        self.register_modules(mar=mar, vae=vae)
+        self.register_to_config(
+            guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, temperature=temperature
+        )
+        self.check()
