@@ -1,8 +1,8 @@
 """The figures and contact sheets of a trained model's card.
 
 `python -m visar.eval.model_card --data pictures --styles 3d,noto,flat --out FOLDER` measures reconstruction PSNR and
-next-token cross-entropy on the training set and on both hold-outs, beside a bigram baseline, and draws prompts of each
-kind that a fixed seed chooses, not a hand.
+next-token cross-entropy (of a MAR the loss of its head) on the training set and on both hold-outs, beside a bigram
+baseline, and draws prompts of each kind that a fixed seed chooses, not a hand.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from PIL import Image, ImageDraw
 
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
-from visar.pipelines import TextToImagePipeline
+from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
 from visar.training.ar import bigram_cross_entropy, cross_entropy, tokenize
+from visar.training.autoencoder import psnr as latent_psnr
 from visar.training.data import SPLITS, PictureSet, to_unit
+from visar.training.mar import LatentSamples, MARLoss, mean_loss
 from visar.training.tokenizer import psnr
 
 TITLES = {
@@ -30,8 +32,28 @@ TITLES = {
 }
 
 
+def masked_figures(
+    pipe: MaskedTextToImagePipeline, data: PictureSet, size: int, most: int = 256
+) -> dict[str, dict[str, float]]:
+    """Per split: the number of pictures, PSNR in dB, and the head's loss with half to all of the tokens hidden."""
+    pixels = data.pixels(size)
+    samples = LatentSamples(pipe.vae, pipe.text_encoder, data, size)
+    out = {}
+    for split in SPLITS:
+        rows = data.indices(split)
+        if rows:
+            out[split] = {
+                "pictures": len(rows),
+                "psnr_db": round(latent_psnr(pipe.vae, pixels[rows[:most]]), 2),
+                "loss": round(mean_loss(MARLoss(pipe.mar), samples, rows[:most]), 4),
+            }
+    return out
+
+
 def figures(pipe: TextToImagePipeline, data: PictureSet, size: int, most: int = 400) -> dict[str, dict[str, float]]:
     """Per split: the number of pictures, PSNR in dB, cross-entropy and that of a bigram in nats per token."""
+    if isinstance(pipe, MaskedTextToImagePipeline):
+        return masked_figures(pipe, data, size)
     pixels = data.pixels(size)
     tokens = tokenize(pipe.vq, pixels)
     train = tokens[data.indices("train")]

@@ -17,7 +17,7 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.eval.features import Extractor
 from visar.pipelines.base import ImagePipeline
-from visar.samplers import CONTINUOUS, AnySampler, Autoregressive, MaskedAutoregressive
+from visar.samplers import CONTINUOUS, AnySampler, Autoregressive
 from visar.training.data import PictureSet, to_unit
 
 BATCH = 32
@@ -68,6 +68,7 @@ def quality(
 ) -> list[QualityRow]:
     """Draw `each` pictures of every condition with every sampler, and compare; the first row is plain decoding.
 
+    For masked models, whose laws differ with the number of passes, that is the first sampler.
     `real` [n, 3, H, W] in [0, 1]: pictures of these conditions that no model made. `settings` go to the pipeline.
     """
     conditions = list(dict.fromkeys(conditions))  # one that stood twice would give the same pictures twice
@@ -82,7 +83,8 @@ def quality(
             found.append(extract(pipe(part, sampler=sampler, seed=seed, output_type="pt", **settings).images))
         return torch.cat(found).double().unflatten(0, (len(conditions), each))
 
-    plain: AnySampler = MaskedAutoregressive() if pipe.samplers is CONTINUOUS else Autoregressive()
+    plain: AnySampler = next(iter(samplers.values())) if pipe.samplers is CONTINUOUS else Autoregressive()
+    base = next(iter(samplers)) if pipe.samplers is CONTINUOUS else plain.name
     reference = drawn(plain, seed)
     shown = None if real is None else extract(real).double()
 
@@ -92,5 +94,5 @@ def quality(
         far = None if shown is None else energy(features.flatten(0, 1), shown).item()
         return QualityRow(name, moved.mean().item(), moved.std().item() / len(moved) ** 0.5, far)
 
-    others = {name: sampler for name, sampler in samplers.items() if name != plain.name}
-    return [row(plain.name, plain, seed + 2)] + [row(n, s, seed + 1) for n, s in others.items()]
+    others = {name: sampler for name, sampler in samplers.items() if name != base}
+    return [row(base, plain, seed + 2)] + [row(n, s, seed + 1) for n, s in others.items()]

@@ -9,32 +9,49 @@ from math import isfinite
 
 from visar.errors import VisarError
 
+PICTURES = 4  # a picture of continuous tokens says more of its law than a sequence: one for so many
+
 
 def verify(options: argparse.Namespace) -> int:
+    from visar.eval.continuous_exactness import verify_continuous
     from visar.eval.exactness import EXACT_LIMIT, MUTANT_LIMIT, Row
     from visar.eval.exactness import verify as prove
+    from visar.samplers import CONTINUOUS, spec_of
 
     if options.sequences < 16384:
         raise VisarError(f"--sequences must be 16384 or more for the test to mean something, not {options.sequences}.")
+    names = None if options.sampler in (None, ["all"]) else options.sampler
+    for name in names or ():
+        spec_of(name)
 
     def line(row: Row) -> None:
         if not options.json:
-            verdict = ("caught" if row.kind == "mutant" else "exact") if row.passed else "FAILED"
+            good = {"exact": "exact", "mutant": "caught", "relaxed": f"relaxed, {row.distance or 0:.2f} nats"}[row.kind]
+            verdict = good if row.passed else "FAILED"
             print(f"{row.sampler:26}  {row.case:22}  {row.z:8.1f}  {row.tokens_per_pass:11.2f}  {verdict}", flush=True)
 
     if not options.json:
         print(f"{'SAMPLER':26}  {'CASE':22}  {'z':>8}  TOKENS/PASS  VERDICT")
-    names = None if options.sampler == ["all"] else options.sampler
-    rows = prove(names, options.sequences, options.seed, not options.no_mutants, report=line)
+    continuous = [name for name in names or () if name in CONTINUOUS]
+    discrete = [name for name in names or () if name not in CONTINUOUS]
+    rows, mutants = [], not options.no_mutants
+    if discrete or not names:
+        rows += prove(discrete or None, options.sequences, options.seed, mutants, report=line)
+    if continuous or not names:
+        rows += verify_continuous(continuous or None, options.sequences // PICTURES, options.seed, mutants, report=line)
     good = all(row.passed for row in rows)
     if options.json:
         print(
             json.dumps([asdict(r) | {"z": r.z if isfinite(r.z) else None, "passed": r.passed} for r in rows], indent=2)
         )
     else:
+        tests = [
+            *(["Joint law over all sequences, chi-square z."] if discrete or not names else []),
+            *(["Joint law of continuous tokens, z of the whitened pictures."] if continuous or not names else []),
+        ]
         print(
-            f"Joint law over all sequences, chi-square z. Exact: |z| < {EXACT_LIMIT:g}, and the same tokens in batches "
-            f"of 1, 8 and all. Planted mistakes: |z| > {MUTANT_LIMIT:g}. "
-            f"{'All rows pass.' if good else 'SOME ROWS FAIL.'}"
+            f"{' '.join(tests)} Exact: |z| < {EXACT_LIMIT:g}, and the same tokens in batches of 1, 8 and all"
+            f"{', continuous ones up to rounding' if continuous or not names else ''}. "
+            f"Planted mistakes: |z| > {MUTANT_LIMIT:g}. {'All rows pass.' if good else 'SOME ROWS FAIL.'}"
         )
     return 0 if good else 1

@@ -72,7 +72,7 @@ class TimeEmbedding(nn.Module):
         half = self.frequencies // 2
         rates = torch.exp(-math.log(10000) * torch.arange(half, device=times.device, dtype=torch.float32) / half)
         angles = times[:, None].float() * rates
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.training and x.device.type == "cpu" and seen is None:  # where the fused backward takes twice as long
+            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
+            return self.proj((weights @ v).transpose(1, 2).flatten(2))
         return self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
 
 

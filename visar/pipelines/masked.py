@@ -33,7 +33,7 @@ from visar.pipelines.base import ImageOutput, ImagePipeline, Progress, StepCallb
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.preview import GREY
 from visar.pipelines.text_to_image import TextToImagePipeline
-from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, AnySampler, ContinuousTarget
+from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, AnySampler, ContinuousTarget, MaskedSampler, get_sampler
 from visar.stats import MaskedStats
 
 
@@ -120,6 +120,11 @@ class MaskedPipeline(ImagePipeline):
             raise VisarError(f"The draft model {path} takes other conditions: it must have the target's {same[-1]}.")
         self._draft = draft.to(self.mar.device, self.mar.dtype).eval()
 
+    def _default_sampler(self) -> MaskedSampler:
+        """The default of the table, with no more passes than there are tokens."""
+        made = CONTINUOUS[DEFAULT_CONTINUOUS].make()
+        return get_sampler(made, steps=min(made.steps, self.mar.length))
+
     def stored_parts(self) -> dict[str, Any]:
         return super().stored_parts() | ({} if self._draft is None else {"draft": self._draft})
 
@@ -157,7 +162,7 @@ class MaskedPipeline(ImagePipeline):
         for name, is_given in given:
             if is_given:
                 raise VisarError(f"{name} is for models of discrete tokens; this one's are continuous.")
-        method = self.sampler_of(DEFAULT_CONTINUOUS if sampler is None else sampler, window)
+        method = self.sampler_of(self._default_sampler() if sampler is None else sampler, window)
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
             raise VisarError(f"guidance_scale must be a finite number, not {scale}.")

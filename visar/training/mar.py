@@ -90,65 +90,74 @@ def masked_share(g: torch.Generator, least: float) -> float:
             return share
 
 
+class LatentSamples:
+    """What `MARLoss` is given: tokens of pictures, drawn anew from their posteriors, with a share hidden."""
+
+    def __init__(self, vae: AutoencoderKL, encoder: WordEncoder, data: PictureSet, size: int, least: float = 0.5):
+        if size % downsample(vae):
+            raise VisarError(f"The size must be a multiple of {downsample(vae)} pixels, not {size}.")
+        self.mean, self.std = (to_tokens(x) * vae.config.scaling_factor for x in encode(vae, data.pixels(size)))
+        self.encoder, self.records, self.least = encoder, data.records, least
+
+    def __call__(
+        self, rows: list[int], g: torch.Generator, rng: random.Random | None = None, dropped: float = 0.0
+    ) -> tuple[Tensor, ...]:
+        """The arguments of a step; captions are varied by `rng`, and left out at a rate of `dropped`."""
+        b, (_, n, d) = len(rows), self.mean.shape
+        features, _ = encode_captions(self.encoder, [self.records[i] for i in rows], rng)
+        tokens = self.mean[rows] + self.std[rows] * torch.randn(b, n, d, generator=g)
+        hide = math.ceil(n * masked_share(g, self.least))
+        order = torch.rand(b, n, generator=g).argsort(1)
+        time = torch.randint(TRAINING_STEPS, (b, hide), generator=g)
+        drop = torch.rand(b, generator=g) < dropped
+        return tokens, order[:, hide:], order[:, :hide], features, drop, time, torch.randn(b, hide, d, generator=g)
+
+
+@torch.no_grad()
+def mean_loss(loss: MARLoss, samples: LatentSamples, rows: list[int], batch: int = 64) -> float:
+    """The mean loss of these rows under their plain prompts, with noise that is always the same."""
+    g, total = torch.Generator().manual_seed(1), 0.0
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        total += loss(*(t.to(loss.tables.device) for t in samples(part, g))).item() * len(part)
+    return total / len(rows)
+
+
 def train_mar(
     data: PictureSet,
     size: int,
     config: TrainConfig,
     vae: AutoencoderKL,
     encoder: WordEncoder,
-    dim: int = 160,
-    layers: int = 4,
-    heads: int = 4,
+    dim: int = 128,
+    layers: int = 6,
+    heads: int = 2,
     head_width: int = 192,
     head_layers: int = 3,
     dropped: float = 0.1,
-    least_masked: float = 0.5,
 ) -> MAR:
     """Train on the `train` split; saves `mar/` in diffusers layout in `config.out`; returns the EMA.
 
     Encoder and decoder have `layers` each. Every step hides the same number of tokens in all its rows.
     """
-    if size % downsample(vae):
-        raise VisarError(f"The size must be a multiple of {downsample(vae)} pixels, not {size}.")
     torch.manual_seed(config.seed)
-    mean, std = (to_tokens(x) * vae.config.scaling_factor for x in encode(vae, data.pixels(size)))
+    samples = LatentSamples(vae, encoder, data, size)
     split = {name: data.indices(name) for name in SPLITS}
-    train, n, d = split["train"], mean.shape[1], mean.shape[2]
+    train = split["train"]
     mar = MAR(
-        token_dim=d, grid=size // downsample(vae), dim=dim, encoder_layers=layers, decoder_layers=layers,
-        num_heads=heads, head_width=head_width, head_layers=head_layers, condition="text", buffer=encoder.length,
-        caption_features=encoder.table.shape[1], vae=fingerprint(vae),
+        token_dim=samples.mean.shape[2], grid=size // downsample(vae), dim=dim, encoder_layers=layers,
+        decoder_layers=layers, num_heads=heads, head_width=head_width, head_layers=head_layers, condition="text",
+        buffer=encoder.length, caption_features=encoder.table.shape[1], vae=fingerprint(vae),
     )  # fmt: skip
-
-    def sample(rows: list[int], rng: random.Random | None, g: torch.Generator, drop: float) -> tuple[Tensor, ...]:
-        features, _ = encode_captions(encoder, [data.records[i] for i in rows], rng)
-        b = len(rows)
-        tokens = mean[rows] + std[rows] * torch.randn(b, n, d, generator=g)
-        hide = math.ceil(n * masked_share(g, least_masked))
-        order = torch.rand(b, n, generator=g).argsort(1)
-        time = torch.randint(TRAINING_STEPS, (b, hide), generator=g)
-        dropped = torch.rand(b, generator=g) < drop
-        noise = torch.randn(b, hide, d, generator=g)
-        return tokens, order[:, hide:], order[:, :hide], features, dropped, time, noise
 
     def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
         seed = step_seed(config.seed, step, rank)
         rng = random.Random(seed)
         rows = [train[rng.randrange(len(train))] for _ in range(config.batch)]
-        return sample(rows, rng, torch.Generator().manual_seed(seed), dropped)
+        return samples(rows, torch.Generator().manual_seed(seed), rng, dropped)
 
-    @torch.no_grad()
     def evaluate(ema: MARLoss) -> dict[str, float]:
-        out = {}
-        for name, rows in split.items():
-            g = torch.Generator().manual_seed(1)
-            parts = [rows[i : i + 64] for i in range(0, min(len(rows), 256), 64)]
-            losses = [
-                ema(*(t.to(ema.tables.device) for t in sample(part, None, g, 0.0))).item() * len(part) for part in parts
-            ]
-            if parts:
-                out[name] = round(sum(losses) / sum(map(len, parts)), 4)
-        return out
+        return {name: round(mean_loss(ema, samples, rows[:128]), 4) for name, rows in split.items() if rows}
 
     ema = fit(MARLoss(initialise(mar)), batch_at, config, evaluate)
     if distributed()[0] == 0:
