@@ -27,7 +27,7 @@ from visar.kernels.philox import philox, philox_triton
 from visar.models.llamagen import LlamaGen
 from visar.models.specs import MODELS, gpt_arguments
 from visar.pipelines import TextToImagePipeline
-from visar.samplers import SAMPLERS, Autoregressive, Sampler, SpeculativeJacobi, Target, get_sampler
+from visar.samplers import CONTINUOUS, SAMPLERS, Autoregressive, Sampler, SpeculativeJacobi, Target, get_sampler
 from visar.tables import table
 
 MEASURED = ("ar", "sjd", "scd", "speculative", "eagle", "lantern++", "zipar")
@@ -64,6 +64,30 @@ def same_pictures(devices: tuple[str, str] = ("cpu", "cuda")) -> Iterator[Check]
             tokens.append(pipe(list(PROMPTS[:8]), sampler=name, output_type="tokens").tokens.cpu())
         same = (tokens[0] == tokens[1]).all(1).sum().item()
         yield Check(f"icons fp32, {name}: pictures equal to the CPU's", f"{same} of 8", same >= 7)
+
+
+def same_continuous_pictures(devices: tuple[str, str] = ("cpu", "cuda")) -> Iterator[Check]:
+    """The same of continuous tokens, which rounding moves a little and a flipped test by more."""
+    pipes = [TextToImagePipeline.from_pretrained("icons-mar").to(d, torch.float32) for d in devices]
+    for name in CONTINUOUS:
+        tokens = []
+        for pipe in pipes:
+            pipe.set_progress_bar_config(disable=True)
+            tokens.append(pipe(list(PROMPTS[:8]), sampler=name, output_type="tokens").tokens.cpu())
+        same = int(((tokens[0] - tokens[1]).abs().amax((1, 2)) < 0.05).sum())
+        yield Check(f"icons-mar fp32, {name}: pictures within 0.05 of the CPU's", f"{same} of 8")
+
+
+def continuous_speed() -> Iterator[Check]:
+    """The embedded MAR: head rounds, and time against plain decoding."""
+    pipe = TextToImagePipeline.from_pretrained("icons-mar").to("cuda", torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    samplers = {"mar": get_sampler("mar")} | {f"draft {n}": get_sampler("mar-headspec", draft=n) for n in (4, 8, 16)}
+    for batch in (1, 8):
+        for r in compare(pipe, samplers, batch=batch, images=8, repeats=1).rows:
+            assert r.head is not None
+            figure = f"{r.head.rounds_per_pass:.1f} head rounds/pass, {r.seconds_per_image:.3f} s/image"
+            yield Check(f"icons-mar, batch {batch}, {r.sampler}", f"{figure}, {r.time_ratio:.2f} of mar's time")
 
 
 def icons_speed() -> Iterator[Check]:
@@ -106,6 +130,8 @@ def checks() -> Iterator[Callable[[], Iterator[Check]]]:
     yield same_noise
     yield same_pictures
     yield icons_speed
+    yield same_continuous_pictures
+    yield continuous_speed
     for name in ("llamagen-b", "llamagen-xl", "llamagen-3b", "llamagen-t2i-xl"):
         yield functools.partial(pass_cost, name)
 

@@ -41,10 +41,12 @@ def test_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_tables_name_every_sampler_and_model() -> None:
     from visar.models.specs import MODELS
-    from visar.samplers import SAMPLERS
+    from visar.samplers import CONTINUOUS, SAMPLERS
 
     for name in SAMPLERS:
         assert f"| `{name}`" in README
+    for name in CONTINUOUS:
+        assert f"`{name}`" in README
     for spec in MODELS.values():
         assert (f"`{spec.name}`" in README) or spec.files
 

@@ -10,23 +10,27 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from visar.errors import VisarError
     from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
-    from visar.samplers import SAMPLERS, Autoregressive, Jacobi, SpeculativeJacobi
+    from visar.samplers import CONTINUOUS, SAMPLERS, Autoregressive, HeadSpeculation, Jacobi, SpeculativeJacobi
 
 # Nothing heavy is imported before it is asked for.
 _HOMES = {
     "ClassToImagePipeline": "visar.pipelines",
     "TextToImagePipeline": "visar.pipelines",
+    "CONTINUOUS": "visar.samplers",
     "SAMPLERS": "visar.samplers",
     "Autoregressive": "visar.samplers",
+    "HeadSpeculation": "visar.samplers",
     "Jacobi": "visar.samplers",
     "SpeculativeJacobi": "visar.samplers",
     "VisarError": "visar.errors",
 }
 
 __all__ = [
+    "CONTINUOUS",
     "SAMPLERS",
     "Autoregressive",
     "ClassToImagePipeline",
+    "HeadSpeculation",
     "Jacobi",
     "SpeculativeJacobi",
     "TextToImagePipeline",
