@@ -102,7 +102,7 @@ CONTINUOUS: dict[str, SamplerSpec] = {
         SamplerSpec("mar-256", lambda: MaskedAutoregressive(steps=256), "MAR, a token in each pass", "exact"),
         SamplerSpec("mar-32-50", lambda: MaskedAutoregressive(steps=32, head_steps=50), "MAR, fewer passes and steps",
                     "exact"),
-        SamplerSpec("mar-disa", lambda: MaskedAutoregressive(head_steps=50, last_head_steps=5),
+        SamplerSpec("mar-disa", lambda: MaskedAutoregressive(head_steps=50, last_head_steps=5, latest=950),
                     "DiSA, Zhao et al. 2025, arXiv:2505.20297", "relaxed"),
         SamplerSpec("mar-headspec", HeadSpeculation, "speculation in the head, after arXiv:2501.05370", "exact"),
         SamplerSpec("cspd", ContinuousSpeculative, "CSpD, Wang et al. 2024, arXiv:2411.11925", "relaxed", "draft"),

@@ -21,7 +21,7 @@ from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced, residual
-from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, denoise
+from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, checked_latest, denoise
 
 TRIALS = 64
 
@@ -52,6 +52,7 @@ class ContinuousSpeculative:
 
     gamma: int = 8
     head_steps: int = 100
+    latest: int = 0
     prefill: float = 0.05
     factor: bool = True
     nested: bool = False
@@ -66,6 +67,7 @@ class ContinuousSpeculative:
             raise VisarError(f"prefill must be a share from 0 to 1, not {self.prefill}.")
         if not 2 <= self.head_steps <= 1000:
             raise VisarError(f"head_steps must be from 2 to 1000, not {self.head_steps}.")
+        checked_latest(self.latest)
 
     @property
     def exact(self) -> bool:
@@ -83,8 +85,8 @@ class ContinuousSpeculative:
         shape = (session.batch, session.length)
         return MaskedState(
             target, noise, session.start.clone(), torch.full(shape, -1, dtype=torch.long, device=session.device),
-            session.chain(self.head_steps, target.temperature, last_noise=True),
-            session.draft.chain(self.head_steps, target.temperature, last_noise=True),
+            session.chain(self.head_steps, target.temperature, self.latest, last_noise=True),
+            session.draft.chain(self.head_steps, target.temperature, self.latest, last_noise=True),
         )  # fmt: skip
 
     def step(self, session: MaskedSession, state: MaskedState) -> None:

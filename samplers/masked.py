@@ -83,6 +83,12 @@ def plan(length: int, passes: int) -> list[tuple[int, int]]:
     return out
 
 
+def checked_latest(latest: int) -> None:
+    """A `VisarError` for a noisiest step that there is not."""
+    if latest != 0 and not 1 <= latest <= 999:
+        raise VisarError(f"latest must be from 1 to 999, or 0 for the model's own, not {latest}.")
+
+
 @dataclass(frozen=True)
 class NoiseBank:
     """The noise of some tokens' chains, drawn at once: `start` [R, d], `steps` [R, T, d], `coins` [R, T].
@@ -123,13 +129,16 @@ def denoise(chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
 class MaskedAutoregressive:
     """K passes (`steps`) of the model and T steps (`head_steps`) of the head for each.
 
-    With `last_head_steps` T falls linearly to it over the passes, and head steps above 950 of 1000 are left out; that
-    is DiSA (Zhao et al. 2025, arXiv:2505.20297), and another law. `last_noise` keeps the noise of the last head step.
+    `latest` is the noisiest of the 1000 training steps that is used, 0 being what the model wants; the published
+    sampler begins at 999, where the error of the network is multiplied by 20,000. With `last_head_steps` T falls
+    linearly to it over the passes; that and `latest` 950 is DiSA (Zhao et al. 2025, arXiv:2505.20297), another law.
+    `last_noise` keeps the noise of the last head step.
     """
 
     steps: int = 64
     head_steps: int = 100
     last_head_steps: int = 0
+    latest: int = 0
     last_noise: bool = False
     name: ClassVar[str] = "mar"
     window: ClassVar[int] = 2**16  # no bound on the tokens of a pass
@@ -140,6 +149,7 @@ class MaskedAutoregressive:
         for name, value in (("head_steps", self.head_steps), ("last_head_steps", self.last_head_steps or 2)):
             if not 2 <= value <= 1000:
                 raise VisarError(f"{name} must be from 2 to 1000, not {value}.")
+        checked_latest(self.latest)
 
     @property
     def exact(self) -> bool:
@@ -174,10 +184,10 @@ class MaskedAutoregressive:
 
     def chain_of(self, session: MaskedSession, target: ContinuousTarget, turn: int) -> Chain:
         if not self.last_head_steps:
-            return session.chain(self.head_steps, target.temperature, None, self.last_noise)
+            return session.chain(self.head_steps, target.temperature, self.latest, self.last_noise)
         left = (self.steps - 1 - turn) / max(1, self.steps - 1)
         steps = self.last_head_steps + int(left * (self.head_steps - self.last_head_steps))
-        return session.chain(steps, target.temperature, 950, self.last_noise)
+        return session.chain(steps, target.temperature, self.latest, self.last_noise)
 
     def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
         """Tokens [R, d] under conditions [R, K]."""

@@ -401,7 +401,20 @@ def test_sampling(cfg: float, schedule: str, temperature: float, passes: int) ->
 def test_fewer_head_steps_towards_the_end() -> None:
     mar = tiny()
     session = MARSession(mar, torch.tensor([0]), torch.randperm(N)[None])
-    decode(session, MaskedAutoregressive(5, 50, 5), ContinuousTarget(), Noise(0, torch.arange(1)))
+    decode(session, MaskedAutoregressive(5, 50, 5, latest=950), ContinuousTarget(), Noise(0, torch.arange(1)))
     counts = [5 + int((4 - s) / 4 * 45) for s in range(5)]
     assert counts == [50, 38, 27, 16, 5]
     assert [c.steps for c in session.chains[-5:]] == [len(plain_times(k, 950)) for k in counts]
+
+
+def test_a_model_may_want_less_noisy_steps_alone() -> None:
+    def times(latest: int, sampler: MaskedAutoregressive) -> list[int]:
+        session = MARSession(tiny(latest=latest), torch.tensor([0]), torch.randperm(N)[None])
+        decode(session, sampler, ContinuousTarget(), Noise(0, torch.arange(1)))
+        return session.chains[0].times.tolist()
+
+    assert times(999, MaskedAutoregressive(2, 10))[0] == 999 and times(900, MaskedAutoregressive(2, 10))[0] == 900
+    assert times(900, MaskedAutoregressive(2, 10, latest=950))[0] == 950
+    for wrong in (-1, 1000):
+        with pytest.raises(VisarError, match="latest must be from 1 to 999"):
+            MaskedAutoregressive(latest=wrong)

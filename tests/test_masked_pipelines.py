@@ -165,6 +165,16 @@ def test_files_may_be_of_half_precision(masked_folder: Path, words: WordEncoder,
     assert size < 0.6 * (masked_folder / "mar" / "diffusion_pytorch_model.safetensors").stat().st_size
 
 
+def test_parts_may_be_those_of_an_embedded_model(masked_folder: Path, tmp_path: Path) -> None:
+    pipe = MaskedTextToImagePipeline.from_pretrained(masked_folder)
+    pipe.save_pretrained(tmp_path / "a", parts_of={"text_encoder": "icons"})
+    assert not (tmp_path / "a" / "text_encoder").exists()
+    again = TextToImagePipeline.from_pretrained(tmp_path / "a")
+    assert len(again.text_encoder.words) > 20000
+    again.save_pretrained(tmp_path / "b")  # whole again
+    assert (tmp_path / "b" / "text_encoder" / "config.json").exists()
+
+
 def test_a_draft_model_must_belong_to_the_target(pipe: Any, tmp_path: Path) -> None:
     cases = {
         "another token grid: 4, not 3": text_mar(grid=4),

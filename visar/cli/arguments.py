@@ -198,7 +198,9 @@ def train(commands: Commands) -> None:
     assemble.add_argument("--mar", metavar="FOLDER")
     assemble.add_argument("--autoencoder", metavar="FOLDER", help="of the MAR")
     assemble.add_argument("--draft", metavar="FOLDER", help="a smaller MAR that drafts for it")
-    assemble.add_argument("--words", required=True, metavar="FOLDER")
+    assemble.add_argument(
+        "--words", required=True, metavar="FOLDER|NAME", help="or an embedded model, to use its words"
+    )
     assemble.add_argument("--guidance-scale", type=float, default=3.0)
     assemble.add_argument("--top-k", type=int, default=0)
     assemble.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")

@@ -195,6 +195,7 @@ def assemble(options: argparse.Namespace) -> int:
     import torch
     from diffusers.utils import logging
 
+    from visar.models.specs import MODELS, resolve_model
     from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
 
     logging.set_verbosity_error()
@@ -202,7 +203,9 @@ def assemble(options: argparse.Namespace) -> int:
     if not (all(given[0]) and not any(given[1])) and not (all(given[1]) and not any(given[0])):
         raise VisarError("Give --gpt and --tokenizer, or --mar and --autoencoder.")
     dtype = getattr(torch, options.dtype)
-    encoder = _component("words.WordEncoder", options.words)
+    shared = {"text_encoder": options.words} if options.words in MODELS else {}
+    words = resolve_model(options.words) if shared else options.words
+    encoder = _component("words.WordEncoder", Path(words) / "text_encoder" if shared else words)
     pipe: Any
     if options.gpt:
         parts = (_component("llamagen.LlamaGen", options.gpt), _component("vq.VQModel", options.tokenizer))
@@ -212,12 +215,12 @@ def assemble(options: argparse.Namespace) -> int:
         pipe = MaskedTextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale)
         if options.draft:
             pipe.load_drafter(options.draft)
-    pipe.save_pretrained(options.out, dtype=dtype)
+    pipe.save_pretrained(options.out, dtype=dtype, parts_of=shared)
     print(options.out)
     return 0
 
 
-def _component(kind: str, path: str) -> Any:
+def _component(kind: str, path: str | Path) -> Any:
     """A part of `visar.models` from a folder, by the name of its module and class."""
     import importlib
 
@@ -227,7 +230,7 @@ def _component(kind: str, path: str) -> Any:
     return load_part(getattr(importlib.import_module(f"visar.models.{module}"), name), _folder(path), name)
 
 
-def _folder(path: str) -> Path:
+def _folder(path: str | Path) -> Path:
     if not (Path(path) / "config.json").exists():
         raise VisarError(f"{path} is not a saved component: it has no config.json.")
     return Path(path)

@@ -66,10 +66,10 @@ class MaskedSession(ABC):
         return self.context(tokens, rows, known, ask, decided.clamp(max=self.length - 1), every)
 
     @abstractmethod
-    def make_chain(self, steps: int, temperature: float, latest: int | None, last_noise: bool) -> Chain:
-        """The head as a chain of `steps` steps; `latest` is the noisiest training step that is used."""
+    def make_chain(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Chain:
+        """The head as a chain of `steps` steps; `latest` is the noisiest training step that is used, 0 for the usual."""
 
-    def chain(self, steps: int, temperature: float = 1.0, latest: int | None = None, last_noise: bool = False) -> Chain:
+    def chain(self, steps: int, temperature: float = 1.0, latest: int = 0, last_noise: bool = False) -> Chain:
         """As `make_chain`, counted."""
         made = self.make_chain(steps, temperature, latest, last_noise)
         self.chains.append(made)
@@ -137,6 +137,8 @@ class MARSession(MaskedSession):
     def _at(z: Tensor, ask: Tensor) -> Tensor:
         return z.gather(1, ask[..., None].expand(-1, -1, z.shape[-1])).float()
 
-    def make_chain(self, steps: int, temperature: float, latest: int | None, last_noise: bool) -> Chain:
+    def make_chain(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Chain:
         head = self.mar.diffloss.net
-        return DiffusionChain(head, Schedule(steps, latest), self.dim, temperature, last_noise)
+        return DiffusionChain(
+            head, Schedule(steps, latest or self.mar.config.latest), self.dim, temperature, last_noise
+        )

@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from visar.models.diffusion import DiffusionHead
+from visar.models.diffusion import TRAINING_STEPS, DiffusionHead
 
 
 class Attention(nn.Module):
@@ -62,7 +62,8 @@ class Block(nn.Module):
 class MAR(ModelMixin, ConfigMixin):
     """Sizes are those of MAR-B by default; `condition` is "class" or "text", `buffer` the slots that it fills.
 
-    `vae` is the fingerprint of the autoencoder whose latents it was trained on, if that is known.
+    `vae` is the fingerprint of the autoencoder whose latents it was trained on, if that is known; `latest` the noisiest
+    training step that its head should be used at.
     """
 
     config_name = "config.json"
@@ -84,6 +85,7 @@ class MAR(ModelMixin, ConfigMixin):
         buffer: int = 64,
         caption_features: int = 128,
         vae: str = "",
+        latest: int = TRAINING_STEPS - 1,
     ):
         super().__init__()
         n = grid * grid

@@ -117,14 +117,21 @@ class ImagePipeline(DiffusionPipeline):
             return super().to(*args, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
-        self, folder: str | Path, dtype: torch.dtype | None = None, **_: Any
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        parts_of: Mapping[str, str] = MappingProxyType({}),
+        **_: Any,
     ) -> None:
         """Write a folder in diffusers layout: safetensors and configs per component, and model_index.json last.
 
         `dtype` is that of the files, by default what the parts have; it may be a smaller one than they can work in.
+        `parts_of` names parts that are those of an embedded model, and are not written again.
         """
         folder = writable_folder(folder)
         for part, module in self.stored_parts().items():
+            if part in parts_of:
+                continue
             if dtype is not None and isinstance(module, ModelMixin):
                 module = nn.Module.to(copy.deepcopy(module), dtype)
             module.save_pretrained(folder / part)
@@ -133,7 +140,8 @@ class ImagePipeline(DiffusionPipeline):
                 with replacing(folder / part / "config.json") as temporary:
                     temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         with replacing(folder / "model_index.json") as temporary:
-            temporary.write_text(self.to_json_string())
+            index = json.loads(self.to_json_string()) | ({"_parts_of": dict(parts_of)} if parts_of else {})
+            temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def stored_parts(self) -> dict[str, Any]:
         """What a folder holds, by the names of its folders."""

@@ -135,10 +135,12 @@ def train_mar(
     head_width: int = 192,
     head_layers: int = 3,
     dropped: float = 0.1,
+    latest: int = 950,
 ) -> MAR:
     """Train on the `train` split; saves `mar/` in diffusers layout in `config.out`; returns the EMA.
 
-    Encoder and decoder have `layers` each. Every step hides the same number of tokens in all its rows.
+    Encoder and decoder have `layers` each. Every step hides the same number of tokens in all its rows. The model is
+    made to be used up to the head's training step `latest`: what comes after asks a precision that small heads lack.
     """
     torch.manual_seed(config.seed)
     samples = LatentSamples(vae, encoder, data, size)
@@ -147,7 +149,7 @@ def train_mar(
     mar = MAR(
         token_dim=samples.mean.shape[2], grid=size // downsample(vae), dim=dim, encoder_layers=layers,
         decoder_layers=layers, num_heads=heads, head_width=head_width, head_layers=head_layers, condition="text",
-        buffer=encoder.length, caption_features=encoder.table.shape[1], vae=fingerprint(vae),
+        buffer=encoder.length, caption_features=encoder.table.shape[1], vae=fingerprint(vae), latest=latest,
     )  # fmt: skip
 
     def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
