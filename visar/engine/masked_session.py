@@ -67,7 +67,7 @@ class MaskedSession(ABC):
 
     @abstractmethod
     def make_chain(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Chain:
-        """The head as a chain of `steps` steps; `latest` is the noisiest training step that is used, 0 for the usual."""
+        """The head as a chain of `steps` steps; `latest` is the noisiest training step used, 0 for the usual."""
 
     def chain(self, steps: int, temperature: float = 1.0, latest: int = 0, last_noise: bool = False) -> Chain:
         """As `make_chain`, counted."""
