@@ -1,0 +1,126 @@
+"""Mistakes of plain decoding of a masked model and of speculation in its head, planted for `continuous_mutants`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from visar.engine.chain import Chain
+from visar.engine.masked_session import MaskedSession
+from visar.engine.rng import Noise, Purpose
+from visar.samplers import ContinuousTarget, HeadSpeculation, MaskedAutoregressive
+from visar.samplers.gaussian import Gaussian, reflected
+from visar.samplers.masked import MaskedState, NoiseBank
+
+
+def retold(session: MaskedSession, decided: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """From now on guidance takes decided(decided, known) for the number of tokens there are."""
+    plain = session.context
+
+    def context(
+        tokens: Tensor, rows: Tensor, known: Tensor, ask: Tensor, told: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        return plain(tokens, rows, known, ask, decided(told, known), valid)
+
+    session.context = context  # type: ignore[method-assign, assignment]
+
+
+@dataclass(frozen=True)
+class StaleGuidance(MaskedAutoregressive):
+    """Guidance goes by the tokens that there are before the pass."""
+
+    def begin(self, session: MaskedSession, target: ContinuousTarget, noise: Noise) -> MaskedState:
+        retold(session, lambda told, known: torch.full_like(told, known.shape[1]))
+        return super().begin(session, target, noise)
+
+
+@dataclass(frozen=True)
+class OneBank(MaskedAutoregressive):
+    """The noise of a picture's tokens is that of its first place."""
+
+    def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+        rows = torch.arange(len(bank.start))
+        return super().draw(session, chain, condition, NoiseBank.draw(bank.noise, rows, torch.zeros_like(rows), chain))
+
+
+@dataclass(frozen=True)
+class Untested(HeadSpeculation):
+    """Every draft is kept."""
+
+    def _tested(
+        self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
+        tested: Tensor, coins: Tensor,
+    ) -> Tensor:  # fmt: skip
+        return tested[tested]
+
+
+@dataclass(frozen=True)
+class KeptBehind(HeadSpeculation):
+    """Drafts behind a rejected one stay: only the last of a window can be lost."""
+
+    def _tested(
+        self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
+        tested: Tensor, coins: Tensor,
+    ) -> Tensor:  # fmt: skip
+        kept = super()._tested(states, drafts, kernel, which, turn, steps, tested, coins)
+        end = torch.zeros(len(states), dtype=torch.long).scatter_reduce(0, which, turn, "amax")
+        return kept | (turn + 1 < end[which])[tested]
+
+
+@dataclass(frozen=True)
+class DraftStd(HeadSpeculation):
+    """The ratio has the draft's standard deviation in both laws."""
+
+    def _tested(
+        self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
+        tested: Tensor, coins: Tensor,
+    ) -> Tensor:  # fmt: skip
+        std = kernel.std.clone()
+        std[tested] = drafts.std[which[tested], turn[tested]]
+        return super()._tested(states, drafts, Gaussian(kernel.mean, std), which, turn, steps, tested, coins)
+
+
+@dataclass(frozen=True)
+class Mirrored(HeadSpeculation):
+    """A rejected draft is reflected although the covariances differ."""
+
+    def _replacement(
+        self, states: Tensor, drafts: Gaussian, own: Gaussian, run: Tensor, at: Tensor, bank: NoiseBank, row: Tensor,
+        rejected: Tensor,
+    ) -> Tensor:  # fmt: skip
+        turn = run[rejected]
+        law = Gaussian(drafts.mean[rejected, turn], drafts.std[rejected, turn])
+        return reflected(states[rejected, turn + 1], own.at(rejected), law)
+
+
+@dataclass(frozen=True)
+class StepFromTarget(HeadSpeculation):
+    """A rejected draft is replaced by a draw from the target's step."""
+
+    def _replacement(
+        self, states: Tensor, drafts: Gaussian, own: Gaussian, run: Tensor, at: Tensor, bank: NoiseBank, row: Tensor,
+        rejected: Tensor,
+    ) -> Tensor:  # fmt: skip
+        tokens, steps = row[rejected], (at + run)[rejected]
+        noise = bank.noise.of(tokens)
+        normals = noise.normals(Purpose.RESIDUAL, bank.places[tokens], steps[:, None], states.shape[-1])
+        return own.at(rejected).sample(normals[:, 0])
+
+
+class CoinOfNormal(NoiseBank):
+    """The coin of a step is a function of the normal that drew its draft."""
+
+    def coins(self) -> Tensor:
+        return torch.special.ndtr(self.steps[..., 0].double())
+
+
+@dataclass(frozen=True)
+class StepCoinReused(HeadSpeculation):
+    """The draft's own normal is its coin."""
+
+    def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+        wrong = CoinOfNormal(bank.noise, bank.places, bank.start, bank.steps)
+        return super().draw(session, chain, condition, wrong)
