@@ -187,7 +187,8 @@ def run(case: Case, sampler: Any, images: Tensor, seed: int) -> Run:
 
 
 def law(case: Case, kind: int, setting: Setting, model: Model) -> GaussianLaw:
-    order, condition = model.kinds[kind]
+    order: np.ndarray[Any, Any] = model.kinds[kind].order
+    condition = model.kinds[kind].condition
     return model.world.law(setting, order, condition, model.given.double().numpy())
 
 

@@ -228,7 +228,11 @@ class LinearHead(nn.Module):
         rows = [bar**0.5, (1 - bar) ** 0.5, gain, *world.place(np.arange(1000.0))]
         self.register_buffer("table", torch.tensor(np.stack(rows), dtype=torch.float32))
 
-    def forward(self, x: Tensor, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    def time_embed(self, times: Tensor) -> Tensor:
+        """The steps themselves: they are looked up."""
+        return times
+
+    def at(self, x: Tensor, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """The noise and the variance's place, both [R, d], for x [R, d], training steps [R] and z [R, d + 1]."""
         root, share, gain, place, other = self.table[:, times]
         mean = self.cond_embed(z)

@@ -83,10 +83,12 @@ class ContinuousSpeculative:
         if target.temperature == 0:
             raise VisarError(f"Sampler {self.name!r} compares densities, and at temperature 0 there are none.")
         shape = (session.batch, session.length)
+        chain = session.chain(self.head_steps, target.temperature, self.latest, last_noise=True)
+        if not chain.last_noise:
+            raise VisarError(f"Sampler {self.name!r} compares densities, and this head's last step has no noise.")
         return MaskedState(
             target, noise, session.start.clone(), torch.full(shape, -1, dtype=torch.long, device=session.device),
-            session.chain(self.head_steps, target.temperature, self.latest, last_noise=True),
-            session.draft.chain(self.head_steps, target.temperature, self.latest, last_noise=True),
+            chain, session.draft.chain(self.head_steps, target.temperature, self.latest, last_noise=True),
         )  # fmt: skip
 
     def step(self, session: MaskedSession, state: MaskedState) -> None:

@@ -189,7 +189,11 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
         ([], {}, "The prompt is empty"),
         (["cat", ""], {}, "The prompt is empty"),
         ("zebra", {}, "No word of the prompt 'zebra' is known"),
-        ("cat", {"sampler": "sdj"}, r"Unknown sampler 'sdj'\. Did you mean 'sjd'\? Known: ar, cool-sd, cspd, cspd-exact, eagle,"),
+        (
+            "cat",
+            {"sampler": "sdj"},
+            r"Unknown sampler 'sdj'\. Did you mean 'sjd'\? Known: ar, cool-sd, cspd, cspd-exact, eagle,",
+        ),
         ("cat", {"window": 1}, "window must be 2 or more tokens, not 1"),
         ("cat", {"sampler": "ar", "window": 8}, "'ar' has no parameter 'window'"),
         ("cat", {"temperature": 0.0}, r"Temperature must be .* above 0 .*not 0\.0"),

@@ -33,8 +33,12 @@ def pictures(session: MaskedSession, sampler: Any, seed: int = 0) -> Tensor:
 class TameHead(HeadNet):
     """A random network's guess of the clean token, between -1 and 1, so that the chain does not run away."""
 
-    def forward(self, x: Tensor, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        raw, place = super().forward(x, times, z)
+    def __init__(self, *sizes: int):
+        super().__init__(*sizes)
+        self.embed, self.time_embed = self.time_embed, torch.nn.Identity()
+
+    def at(self, x: Tensor, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        raw, place = super().at(x, self.embed(times), z)
         bar = alphas_bar().float()[times, None]
         clean = torch.tanh(2 * raw + x)
         return (x - bar.sqrt() * clean) / (1 - bar).sqrt(), torch.tanh(place)

@@ -21,11 +21,11 @@ class Chain(ABC):
     """`steps` steps over tokens of `dim` numbers, counted from 0, the noisiest.
 
     `rounds` counts evaluations that had to wait for one another, `evaluations` the rows in them; guidance's second half
-    is not counted apart. At `temperature` 0 no step has noise.
+    is not counted apart. At `temperature` 0 no step has noise; whether the last one has any, `last_noise` says.
     """
 
-    def __init__(self, steps: int, dim: int, temperature: float = 1.0):
-        self.steps, self.dim, self.temperature = steps, dim, float(temperature)
+    def __init__(self, steps: int, dim: int, temperature: float = 1.0, last_noise: bool = False):
+        self.steps, self.dim, self.temperature, self.last_noise = steps, dim, float(temperature), last_noise
         self.rounds = self.evaluations = 0
 
     def evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class DiffusionChain(Chain):
     """
 
     def __init__(self, net: HeadNet, schedule: Schedule, dim: int, temperature: float = 1.0, last_noise: bool = False):
-        super().__init__(schedule.steps, dim, temperature)
+        super().__init__(schedule.steps, dim, temperature, last_noise)
         parameter = next(net.parameters())
         if parameter.dtype != torch.float32:
             name = str(parameter.dtype).removeprefix("torch.")
@@ -63,17 +63,19 @@ class DiffusionChain(Chain):
         rows = (s.root.reciprocal(), s.spread, s.from_clean, s.from_noisy, s.log_least, s.log_most - s.log_least)
         self.table = torch.stack(rows).float().to(device)[..., None]
         self.times = s.times.to(device)
+        with torch.no_grad():
+            self.embedded = net.time_embed(self.times)
         self.factor = torch.full((s.steps, 1), float(temperature), device=device)
         if not last_noise:
             self.factor[-1] = 0
 
     def _evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
-        times, c = self.times[step], self.width
+        time, c = self.embedded[step], self.width
         if condition.shape[-1] == c:
-            noise, place = self.net(x, times, condition)
+            noise, place = self.net.at(x, time, condition)
         else:
             both = torch.cat([condition[:, :c], condition[:, c : 2 * c]])
-            noises, places = self.net(x.repeat(2, 1), times.repeat(2), both)
+            noises, places = self.net.at(x.repeat(2, 1), torch.cat([time, time]), both)
             with_it, without = noises.chunk(2)
             noise, place = without + condition[:, -1:] * (with_it - without), places[: len(x)]
         inverse_root, spread = self.table[:2, step]

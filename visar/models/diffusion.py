@@ -116,8 +116,12 @@ class HeadNet(nn.Module):
 
     def forward(self, x: Tensor, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """The noise and the variance's place, both [R, dim], for x [R, dim], training steps [R] and z [R, C]."""
+        return self.at(x, self.time_embed(times), z)
+
+    def at(self, x: Tensor, time: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` with the steps' embeddings [R, width], which a sampler makes once."""
         h = self.input_proj(x)
-        y = self.time_embed(times) + self.cond_embed(z)
+        y = time + self.cond_embed(z)
         for block in self.res_blocks:
             h = block(h, y)
         noise, place = self.final_layer(h, y).chunk(2, dim=-1)
