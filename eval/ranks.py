@@ -52,7 +52,7 @@ def rank_test(
     session = make(images)
     free = session.length - session.given
     if isinstance(sampler, ContinuousSpeculative):  # the law that it has is that of plain decoding, token by token
-        sampler = MaskedAutoregressive(free, sampler.head_steps, last_noise=True)
+        sampler = MaskedAutoregressive(free, sampler.head_steps, latest=sampler.latest, last_noise=True)
     rows, parts, done = torch.arange(len(images)), [], session.given
     directions = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed))
     for turn, (count, decided) in enumerate(plan(free, sampler.steps)):

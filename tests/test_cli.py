@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from visar import __version__
 from visar.cli import main
 from visar.eval import exactness
-from visar.models.specs import MODELS
-from visar.samplers import SAMPLERS, jacobi
+from visar.models.specs import MAR_MODELS, MODELS
+from visar.samplers import CONTINUOUS, SAMPLERS, jacobi
 
 WEIGHTS = Path("gpt/diffusion_pytorch_model.safetensors")
 Capture = pytest.CaptureFixture[str]
@@ -41,7 +41,7 @@ def test_models(capsys: Capture) -> None:
     assert run("models") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["NAME", "CONDITION", "PIXELS", "WEIGHTS"]
-    assert [line.split()[0] for line in lines[1:]] == list(MODELS)
+    assert [line.split()[0] for line in lines[1:]] == [*MODELS, *MAR_MODELS]
     assert run("models", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["icons"]["weights"] == "embedded" and rows["icons"]["condition"] == "text"
@@ -51,11 +51,14 @@ def test_models(capsys: Capture) -> None:
 def test_samplers(capsys: Capture) -> None:
     assert run("samplers") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == list(SAMPLERS)
-    assert next(line for line in lines if "(default)" in line).split()[:3] == ["scd", "(default)", "exact"]
+    assert [line.split()[0] for line in lines[1:]] == [*SAMPLERS, *CONTINUOUS]
+    assert [line.split()[:4] for line in lines if "(default)" in line] == [
+        ["scd", "(default)", "discrete", "exact"], ["mar-headspec", "(default)", "continuous", "exact"]
+    ]  # fmt: skip
     assert run("samplers", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows.keys() == SAMPLERS.keys() and [n for n, row in rows.items() if row["default"]] == ["scd"]
+    assert rows.keys() == SAMPLERS.keys() | CONTINUOUS.keys()
+    assert [n for n, row in rows.items() if row["default"]] == ["scd", "mar-headspec"]
     assert rows["sjd"]["parameters"] == {"window": 16, "coupling": "independent", "init": "uniform", "grid": 0}
 
 

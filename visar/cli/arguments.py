@@ -84,7 +84,7 @@ def samplers(commands: Commands) -> None:
 
 
 def verify(commands: Commands) -> None:
-    p = commands.add_parser("verify", help="prove on enumerable models that the exact samplers are exact")
+    p = commands.add_parser("verify", help="prove on models whose law is known that the exact samplers are exact")
     p.add_argument("--sampler", metavar="NAMES", type=_names, help="only these, separated by commas; or all")
     p.add_argument("--sequences", type=int, default=131072, help="sequences per row of the table (default: 131072)")
     p.add_argument("--seed", type=int, default=0)

@@ -69,7 +69,9 @@ def _samplers(options: argparse.Namespace) -> dict[str, AnySampler]:
     """
     from visar.samplers import spec_of
 
-    wanted = options.samplers or (["mar", "mar-headspec"] if is_masked(options) else ["ar", "sjd", "scd"])
+    wanted = options.samplers
+    if wanted is None:
+        wanted = ["mar", "mar-headspec"] if is_masked(options) else ["ar", "sjd", "scd"]
     parts = {label: label.split(":") for label in wanted}
     has = {label: set(spec_of(name).parameters()) for label, (name, *_) in parts.items()}
     for text in options.parameters:
@@ -87,29 +89,32 @@ def _samplers(options: argparse.Namespace) -> dict[str, AnySampler]:
 
 def _print_speed(report: SpeedReport, model: str) -> None:
     first = report.rows[0].sampler
-    passes = ("SAMPLER", "LAW", "NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE")
-    ratios = (f"NFE/{first}", f"TIME/{first}")
     if report.rows[0].head is None:
-        more: tuple[str, ...] = ("W", "IMAGES/S", "GB/S", "OF BANDWIDTH")
+        shape: tuple[str, ...] = ("W",)
+        more: tuple[str, ...] = ("IMAGES/S", "GB/S", "OF BANDWIDTH")
     else:
-        more = ("K", "T", "HEAD ROUNDS/PASS", "HEAD ROUNDS/TOKEN", "HEAD EVALUATIONS/TOKEN", "ACCEPTANCE")
+        shape = ("K", "T")
+        more = ("HEAD ROUNDS/PASS", "HEAD ROUNDS/TOKEN", "HEAD EVALUATIONS/TOKEN", "ACCEPTANCE")
 
-    def special(r: SpeedRow) -> tuple[object, ...]:
+    def special(r: SpeedRow) -> tuple[tuple[object, ...], tuple[object, ...]]:
         if (h := r.head) is None:
             of = 100 * r.gb_per_second / report.bandwidth
-            return r.window, f"{r.images_per_second:.2f}", f"{r.gb_per_second:.1f}", f"{of:.0f}%"
-        return (
-            h.steps or "", h.head_steps, f"{h.rounds_per_pass:.1f}", f"{h.rounds_per_token:.1f}",
-            f"{h.evaluations_per_token:.0f}", "" if h.acceptance is None else f"{h.acceptance:.3f}",
+            return (r.window,), (f"{r.images_per_second:.2f}", f"{r.gb_per_second:.1f}", f"{of:.0f}%")
+        return (h.steps or "", h.head_steps), (
+            f"{h.rounds_per_pass:.1f}", f"{h.rounds_per_token:.1f}", f"{h.evaluations_per_token:.0f}",
+            "" if h.acceptance is None else f"{h.acceptance:.3f}",
         )  # fmt: skip
 
-    rows = [
-        (r.sampler, "exact" if r.exact else "not exact", f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
-         f"{r.ms_per_pass:.2f}", f"{100 * r.draft_share:.0f}%", f"{r.seconds_per_image:.3f}", *special(r),
-         f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}")
-        for r in report.rows
-    ]  # fmt: skip
-    print(table((*passes, *more, *ratios), rows))
+    rows = []
+    for r in report.rows:
+        sizes, rest = special(r)
+        rows.append((
+            r.sampler, "exact" if r.exact else "not exact", *sizes, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
+            f"{r.ms_per_pass:.2f}", f"{100 * r.draft_share:.0f}%", f"{r.seconds_per_image:.3f}", *rest,
+            f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}",
+        ))  # fmt: skip
+    passes = ("NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE")
+    print(table(("SAMPLER", "LAW", *shape, *passes, *more, f"NFE/{first}", f"TIME/{first}"), rows))
     print(
         f"{model}, {report.device}, {report.dtype}, batch {report.batch}, {report.images} pictures, medians "
         f"of {report.repeats} repeats after a warm-up; bandwidth measured in this run: {report.bandwidth:.1f} GB/s."
