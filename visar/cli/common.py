@@ -113,7 +113,7 @@ def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> I
     elif is_file(options):
         if not options.vq:
             raise VisarError(
-                "A published GPT file needs its tokenizer too: give it with --vq FILE; a MAR its autoencoder, --vae FILE."
+                "A published GPT file needs its tokenizer too: give it with --vq FILE, a MAR its --vae FILE."
             )
         wanted = ["image_size", "num_heads"] + (["text_encoder"] if not classes else [])
         extra = {name: value for name in wanted if (value := getattr(options, name)) is not None}
