@@ -54,7 +54,7 @@ class HeadSpeculation(MaskedAutoregressive):
         while len(row):
             size = window.minimum(chain.steps - at)
             width = int(size.max())
-            states, drafts = self._drafted(chain, x, at, guess, bank.steps[row], width)
+            states, drafts = self._drafted(chain, x, at, guess, row, bank, width)
             # One call for all states [r, width, d] that count.
             inside = torch.arange(width, device=device) < size[:, None]
             which, turn = inside.nonzero(as_tuple=True)
@@ -88,20 +88,16 @@ class HeadSpeculation(MaskedAutoregressive):
 
     @staticmethod
     def _drafted(
-        chain: Chain, x: Tensor, at: Tensor, guess: Tensor | None, normals: Tensor, width: int
+        chain: Chain, x: Tensor, at: Tensor, guess: Tensor | None, row: Tensor, bank: NoiseBank, width: int
     ) -> tuple[Tensor, Gaussian]:
         """States [r, width, d] from x on, and the laws of those behind the first, [r, width - 1, d]."""
-        states, means, stds = [x], [], []
-        rows = torch.arange(len(x), device=x.device)
-        for i in range(width - 1):
-            assert guess is not None
-            step = (at + i).clamp(max=chain.steps - 1)  # what lies behind the end is not looked at
-            law = Gaussian(*chain.kernel(states[-1], step, guess))
-            states.append(law.sample(normals[rows, step]))
-            means.append(law.mean)
-            stds.append(law.std)
-        none = x.new_empty(len(x), 0, x.shape[1])
-        return torch.stack(states, 1), Gaussian(*(torch.stack(a, 1) if a else none for a in (means, stds)))
+        if guess is None or width == 1:
+            none = x.new_empty(len(x), 0, x.shape[1])
+            return x[:, None], Gaussian(none, none)
+        # What lies behind the end is not looked at.
+        steps = (at[:, None] + torch.arange(width - 1, device=at.device)).clamp(max=chain.steps - 1)
+        states, mean, std = chain.draft(x, steps, guess, bank.steps[row[:, None], steps])
+        return torch.cat([x[:, None], states], 1), Gaussian(mean, std)
 
     def _tested(
         self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visar.engine.chain import DiffusionChain
+from visar.engine.chain import Chain, DiffusionChain
 from visar.engine.loop import decode
 from visar.engine.masked_session import MARSession
 from visar.engine.rng import Noise
@@ -422,3 +422,15 @@ def test_a_model_may_want_less_noisy_steps_alone() -> None:
     for wrong in (-1, 1000):
         with pytest.raises(VisarError, match="latest must be from 1 to 999"):
             MaskedAutoregressive(latest=wrong)
+
+
+def test_drafts_in_closed_form_are_those_step_by_step() -> None:
+    torch.manual_seed(0)
+    chain = DiffusionChain(HeadNet(3, 8, 16, 1), Schedule(30), 3, temperature=0.9)
+    x, guess = torch.randn(5, 3), torch.randn(5, 6)
+    steps = torch.tensor([0, 3, 11, 20, 21])[:, None] + torch.arange(8)
+    normals = torch.randn(5, 8, 3)
+    found, wanted = chain.draft(x, steps, guess, normals), Chain.draft(chain, x, steps, guess, normals)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.shape == (5, 8, 3) and torch.allclose(a, b, atol=2e-6, rtol=1e-5)
+    assert chain.draft(x, torch.full((5, 8), 29), guess, normals)[0].isfinite().all()  # behind the end, thrown away

@@ -41,6 +41,20 @@ class Chain(ABC):
     def kernel(self, x: Tensor, step: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, both [R, d], of the step from x under a guess; the last step may have none."""
 
+    def draft(self, x: Tensor, steps: Tensor, guess: Tensor, normals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The states that follow x [R, d] under one frozen guess, and the means and standard deviations they came from.
+
+        `steps` [R, n] are successive steps and `normals` [R, n, d] their noise; all three are [R, n, d].
+        """
+        states, means, stds = [], [], []
+        for i in range(steps.shape[1]):
+            mean, std = self.kernel(x, steps[:, i], guess)
+            x = mean + std * normals[:, i]
+            states.append(x)
+            means.append(mean)
+            stds.append(std)
+        return torch.stack(states, 1), torch.stack(means, 1), torch.stack(stds, 1)
+
 
 class DiffusionChain(Chain):
     """MAR's head (Li et al. 2024, arXiv:2406.11838). The guess is the clean token and the variance's place.
@@ -62,6 +76,9 @@ class DiffusionChain(Chain):
         s = schedule
         rows = (s.root.reciprocal(), s.spread, s.from_clean, s.from_noisy, s.log_least, s.log_most - s.log_least)
         self.table = torch.stack(rows).float().to(device)[..., None]
+        # The logarithm of what is left of a state after the first k steps; the last step leaves nothing.
+        left = s.from_noisy.clamp_min(1e-30).log().cumsum(0)
+        self.left = torch.cat([torch.zeros(1, dtype=torch.float64), left]).to(device)
         self.times = s.times.to(device)
         with torch.no_grad():
             self.embedded = net.time_embed(self.times)
@@ -86,6 +103,21 @@ class DiffusionChain(Chain):
         _, _, from_clean, from_noisy, least, range_ = self.table[:, step]
         std = (0.5 * (least + 0.5 * (place + 1) * range_)).exp() * self.factor[step]
         return from_clean * clean + from_noisy * x, std
+
+    def draft(self, x: Tensor, steps: Tensor, guess: Tensor, normals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Chain.draft`, in closed form: under one guess the steps are affine in the state and their noise."""
+        clean, place = (g[:, None] for g in guess.chunk(2, dim=-1))
+        _, _, from_clean, from_noisy, least, range_ = self.table[:, steps]
+        std = (0.5 * (least + 0.5 * (place + 1) * range_)).exp() * self.factor[steps]
+        toward = from_clean * clean
+        after = self.left[steps + 1]
+        later = (
+            (after[:, :, None] - after[:, None]).tril().exp().tril().to(x)
+        )  # [R, n, n], what is left of an earlier one
+        first = (after - self.left[steps[:, :1]]).exp().to(x)[..., None]
+        states = first * x[:, None] + later @ (toward + std * normals)
+        before = torch.cat([x[:, None], states[:, :-1]], dim=1)
+        return states, toward + from_noisy * before, std
 
 
 class FlowChain(Chain):
