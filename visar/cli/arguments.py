@@ -204,6 +204,9 @@ def train(commands: Commands) -> None:
     assemble.add_argument("--guidance-scale", type=float, default=3.0)
     assemble.add_argument("--top-k", type=int, default=0)
     assemble.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16")
+    assemble.add_argument(
+        "--draft-dtype", choices=("float32", "float16", "bfloat16", "float8_e4m3fn"), default="float16"
+    )
     assemble.add_argument("--out", required=True)
     assemble.set_defaults(run=_runner("train", "assemble"))
 

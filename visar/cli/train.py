@@ -215,7 +215,8 @@ def assemble(options: argparse.Namespace) -> int:
         pipe = MaskedTextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale)
         if options.draft:
             pipe.load_drafter(options.draft)
-    pipe.save_pretrained(options.out, dtype=dtype, parts_of=shared)
+    dtypes = dict.fromkeys(pipe.stored_parts(), dtype) | {"draft": getattr(torch, options.draft_dtype)}
+    pipe.save_pretrained(options.out, dtypes=dtypes, parts_of=shared)
     print(options.out)
     return 0
 

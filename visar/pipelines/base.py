@@ -119,21 +119,21 @@ class ImagePipeline(DiffusionPipeline):
     def save_pretrained(  # type: ignore[override]
         self,
         folder: str | Path,
-        dtype: torch.dtype | None = None,
+        dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
         parts_of: Mapping[str, str] = MappingProxyType({}),
         **_: Any,
     ) -> None:
         """Write a folder in diffusers layout: safetensors and configs per component, and model_index.json last.
 
-        `dtype` is that of the files, by default what the parts have; it may be a smaller one than they can work in.
+        `dtypes` are those of the files, by part, by default what it has; they may be smaller than it could work in.
         `parts_of` names parts that are those of an embedded model, and are not written again.
         """
         folder = writable_folder(folder)
         for part, module in self.stored_parts().items():
             if part in parts_of:
                 continue
-            if dtype is not None and isinstance(module, ModelMixin):
-                module = nn.Module.to(copy.deepcopy(module), dtype)
+            if part in dtypes and isinstance(module, ModelMixin):
+                module = nn.Module.to(copy.deepcopy(module), dtypes[part])
             module.save_pretrained(folder / part)
             config = json.loads((folder / part / "config.json").read_text())
             if config.pop("_name_or_path", None):  # where it was loaded from means nothing elsewhere
