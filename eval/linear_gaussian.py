@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from visar.engine.chain import Chain, FlowChain
-from visar.engine.masked_session import MARSession
+from visar.engine.mar_session import MARSession
 
 WIDE, NARROW = 1.0, 0.0064  # units of tokens: as wide as noise, or as the last head step's own noise
 FLOW_LAST = 0.04  # length of a flow's last step

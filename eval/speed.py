@@ -48,7 +48,7 @@ class SpeedRow:
 
     sampler: str
     exact: bool
-    window: int
+    window: int | None  # of masked models none
     nfe: float
     commits_per_pass: float
     ms_per_pass: float
@@ -143,7 +143,8 @@ def compare(
     base = medians[next(iter(samplers))]
     rows = [
         SpeedRow(
-            sampler=name, exact=sampler.exact, window=pipe.fitted(sampler).window, **medians[name],
+            sampler=name, exact=sampler.exact,
+            window=None if name in heads else pipe.fitted(sampler).window, **medians[name],
             nfe_ratio=medians[name]["nfe"] / base["nfe"],
             time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"], head=heads.get(name),
         )
@@ -162,7 +163,7 @@ def _head_figures(stats: list[MaskedStats]) -> HeadFigures:
     tested, passes = sum(s.tested for s in stats), sum(s.nfe for s in stats)
     rounds = sum(s.head_rounds for s in stats)
     return HeadFigures(
-        stats[0].parameters.get("steps"), stats[0].parameters["head_steps"], rounds / passes,
+        stats[0].parameters.get("steps"), stats[0].head_steps, rounds / passes,
         rounds / sum(s.tokens for s in stats), statistics.mean(s.evaluations_per_token for s in stats),
         sum(s.accepted for s in stats) / tested if tested else None,
     )  # fmt: skip

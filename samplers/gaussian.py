@@ -7,6 +7,7 @@ Ratios are of logarithms and in float64: sixteen standard deviations of 0.006 mu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -71,8 +72,9 @@ def residual(p: Gaussian, q: Gaussian, trials: Trials, log_factor: Tensor | None
     that may be all but empty, so after 2**10 trials the row takes a draw from P.
     """
     most = MOST_TRIALS if log_factor is None else MOST_RELAXED_TRIALS
-    rows = torch.arange(len(p.mean), device=p.mean.device)
-    out = torch.empty_like(p.mean)
+    # What overflowed has no law; whoever looks at the tokens will see it.
+    rows = torch.stack([*p, *q]).isfinite().all(0).all(-1).nonzero()[:, 0]
+    out = torch.full_like(p.mean, math.nan)
     tried = block = 0
     while len(rows):
         normals, coins = trials(block, rows)

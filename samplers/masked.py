@@ -27,8 +27,9 @@ class ContinuousTarget:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise VisarError(f"The temperature must be 0 or more and finite, not {self.temperature}.")
+        if self.temperature != 0 and not 0.01 <= self.temperature < math.inf:
+            # Below, noise is lost in the rounding of fp32, and densities with it.
+            raise VisarError(f"The temperature must be 0, or 0.01 or more and finite, not {self.temperature}.")
 
 
 @dataclass
@@ -149,6 +150,8 @@ class MaskedAutoregressive:
         for name, value in (("head_steps", self.head_steps), ("last_head_steps", self.last_head_steps or 2)):
             if not 2 <= value <= 1000:
                 raise VisarError(f"{name} must be from 2 to 1000, not {value}.")
+        if self.last_head_steps > self.head_steps:
+            raise VisarError(f"last_head_steps must be at most head_steps, {self.head_steps}.")
         checked_latest(self.latest)
 
     @property
@@ -185,7 +188,7 @@ class MaskedAutoregressive:
     def chain_of(self, session: MaskedSession, target: ContinuousTarget, turn: int) -> Chain:
         if not self.last_head_steps:
             return session.chain(self.head_steps, target.temperature, self.latest, self.last_noise)
-        left = (self.steps - 1 - turn) / max(1, self.steps - 1)
+        left = (self.steps - 1 - turn) / (self.steps - 1) if self.steps > 1 else 1.0
         steps = self.last_head_steps + int(left * (self.head_steps - self.last_head_steps))
         return session.chain(steps, target.temperature, self.latest, self.last_noise)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from visar.cli import main
 from visar.engine.chain import Chain, DiffusionChain
 from visar.engine.loop import decode
-from visar.engine.masked_session import MARSession, MaskedSession
+from visar.engine.mar_session import MARSession
+from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.eval import continuous_exactness

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from visar.cli import main
-from visar.engine.masked_session import MARSession
+from visar.engine.mar_session import MARSession
 from visar.eval.exactness import EXACT_LIMIT, MUTANT_LIMIT
 from visar.eval.head_mutants import Untested
 from visar.eval.ranks import rank_test
@@ -36,7 +36,7 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a red heart", "--model", "icons-mar", "--json", "-o", str(out)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["sampler"], found["exact"], found["nfe"], found["tokens"]) == ("mar-headspec", True, 64, 256)
-    assert found["rounds_per_pass"] <= SHARE * found["parameters"]["head_steps"]
+    assert found["rounds_per_pass"] <= SHARE * found["head_steps"]
     picture = Image.open(out)
     assert (picture.size, picture.mode) == ((64, 64), "RGB") and len(picture.getcolors(4096) or range(4096)) > 16
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visar.engine.chain import Chain, DiffusionChain
 from visar.engine.loop import decode
-from visar.engine.masked_session import MARSession
+from visar.engine.mar_session import MARSession
 from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.models.diffusion import HeadNet, Schedule, alphas_bar, interpolated_log_variance

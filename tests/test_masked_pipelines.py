@@ -226,7 +226,7 @@ def test_samplers_of_the_other_family_are_refused(pipe: Any, text_pipe: TextToIm
         (dict(sampler=("cspd", dict(gamma=0))), "gamma must be 1 or more"),
         (dict(sampler=("cspd", dict(prefill=1.5))), "prefill must be a share"),
         (dict(sampler=("cspd", {}), temperature=0.0), "compares densities"),
-        (dict(sampler=("mar", {}), temperature=-1.0), "temperature must be 0 or more"),
+        (dict(sampler=("mar", {}), temperature=-1.0), "temperature must be 0, or 0.01 or more"),
         (dict(sampler=("mar", FAST), guidance_schedule="cosine"), "must be linear or constant, not 'cosine'"),
         (dict(sampler=("mar", FAST), guidance_scale=float("nan")), "guidance_scale must be a finite number"),
     ],

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from visar.engine.loop import decode
-from visar.engine.masked_session import MARSession, MaskedSession
+from visar.engine.mar_session import MARSession
+from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.eval.continuous_exactness import PLAIN, build

@@ -153,5 +153,5 @@ def _print_quality(rows: list[QualityRow], each: int, prompts: int) -> None:
     ))  # fmt: skip
     print(
         f"Energy distances of EfficientNet-lite0 features, {each} pictures of each of {prompts} prompts; the first row "
-        "is plain decoding under another seed."
+        f"is {rows[0].sampler} under another seed."
     )

@@ -10,11 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from visar.engine.chain import Chain, DiffusionChain
+from visar.engine.chain import Chain
 from visar.engine.loop import synchronize
-from visar.errors import VisarError
-from visar.models.diffusion import Schedule
-from visar.models.mar import MAR
 
 
 class MaskedSession(ABC):
@@ -23,7 +20,7 @@ class MaskedSession(ABC):
     `order` [B, N] lists the places of each row as they are decided; the tokens `given` [B, m, d] of the first m of them
     are there from the start. `start` [B, N, d] holds them, and 0 elsewhere.
     A subclass gives what the head is told of a place, and the head. `chains` are those made so far, for what they
-    counted; `tested` and `accepted` are counts of drafts.
+    counted; `passes`, and `tested` and `accepted` drafts, are counted too.
     """
 
     drafter: None = None  # the loop asks every session
@@ -41,7 +38,7 @@ class MaskedSession(ABC):
         self.chains: list[Chain] = []
         self.tested = self.accepted = 0
         self.draft_seconds = 0.0
-        self.rows = 0  # pictures that passes were made for, guidance's second half not counted apart
+        self.passes = 0
 
     @abstractmethod
     def context(
@@ -90,55 +87,3 @@ class MaskedSession(ABC):
 
     def check(self) -> None:  # noqa: B027 (a session may have nothing to check)
         """The loop asks after the last pass. Nothing is kept between passes; the tokens themselves tell."""
-
-
-class MARSession(MaskedSession):
-    """A MAR with classifier-free guidance, whose scale rises with what is decided ("linear") or does not ("constant").
-
-    Linear is the reference's: 1 + (scale - 1) * decided / N. `condition` is what `MAR.slots` takes.
-    """
-
-    def __init__(
-        self,
-        mar: MAR,
-        condition: Tensor,
-        order: Tensor,
-        scale: float = 1.0,
-        guidance: str = "linear",
-        given: Tensor | None = None,
-    ):
-        super().__init__(order.to(mar.device), mar.config.token_dim, given)
-        if guidance not in ("linear", "constant"):
-            raise VisarError(f"The guidance schedule must be linear or constant, not {guidance!r}.")
-        self.mar, self.scale, self.linear = mar, float(scale), guidance == "linear"
-        with torch.no_grad():
-            self.slots = mar.slots(condition.to(mar.device))
-            self.null = mar.null_slots(1)
-
-    def context(
-        self, tokens: Tensor, rows: Tensor, known: Tensor, ask: Tensor, decided: Tensor, valid: Tensor | None = None
-    ) -> Tensor:
-        self.rows += len(tokens)
-        slots = self.slots[rows]
-        if self.scale == 1:
-            return self._at(self.mar(tokens, known, slots, valid), ask)
-
-        def twice(x: Tensor) -> Tensor:
-            return torch.cat([x, x])
-
-        slots = torch.cat([slots, self.null.expand_as(slots)])
-        z = self.mar(twice(tokens), twice(known), slots, None if valid is None else twice(valid))
-        with_it, without = self._at(z, twice(ask)).chunk(2)
-        share = decided / self.length if self.linear else torch.ones_like(decided)
-        weight = (1 + (self.scale - 1) * share)[..., None].float()
-        return torch.cat([with_it, without, weight], dim=-1)
-
-    @staticmethod
-    def _at(z: Tensor, ask: Tensor) -> Tensor:
-        return z.gather(1, ask[..., None].expand(-1, -1, z.shape[-1])).float()
-
-    def make_chain(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Chain:
-        head = self.mar.diffloss.net
-        return DiffusionChain(
-            head, Schedule(steps, latest or self.mar.config.latest), self.dim, temperature, last_noise
-        )

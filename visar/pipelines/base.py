@@ -260,7 +260,7 @@ class ImagePipeline(DiffusionPipeline):
     def sampler_of(self, sampler: str | AnySampler, window: int | None = None) -> Any:
         """The sampler that is meant, with another window if one is given; a `VisarError` if it is of another family."""
         method = get_sampler(sampler, window=window)
-        if type(method) not in {type(spec.make()) for spec in self.samplers.values()}:
+        if not isinstance(method, tuple({type(spec.make()) for spec in self.samplers.values()})):
             raise VisarError(
                 f"Sampler {method.name!r} does not decode this model; those that do: {', '.join(self.samplers)}."
             )

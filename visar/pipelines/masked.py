@@ -20,11 +20,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from visar.engine.loop import decode
-from visar.engine.masked_session import MARSession
+from visar.engine.mar_session import MARSession
+from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
 from visar.models.autoencoder import downsample, fingerprint, to_latents
-from visar.models.loading import load_part
+from visar.models.loading import load_part, quiet_conversion
 from visar.models.mar import MAR
 from visar.models.specs import resolve_model
 from visar.models.t5 import T5CaptionEncoder
@@ -48,6 +49,12 @@ def load_mar(path: str | Path, num_heads: int | None = None) -> MAR:
     if isinstance(folder, str):
         raise VisarError(f"There is no model folder {path}.")
     return load_part(MAR, folder / "mar" if (folder / "mar").is_dir() else folder, "the draft model")
+
+
+def _default_sampler(free: int) -> MaskedSampler:
+    """The default of the table, with no more passes than there are tokens to draw."""
+    made = CONTINUOUS[DEFAULT_CONTINUOUS].make()
+    return get_sampler(made, steps=min(made.steps, free))
 
 
 def decision_orders(noise: Noise, length: int, given: Tensor | None) -> Tensor:
@@ -96,7 +103,8 @@ class MaskedPipeline(ImagePipeline):
             )
         super().to(*args, **kwargs)
         if self._draft is not None:
-            self._draft.to(self.mar.device, self.mar.dtype)
+            with quiet_conversion():
+                self._draft.to(self.mar.device, self.mar.dtype)
         return self
 
     def decode_tokens(self, tokens: Tensor, batch: int = 16) -> Tensor:
@@ -118,19 +126,22 @@ class MaskedPipeline(ImagePipeline):
         same = ("classes",) if own.condition == "class" else ("buffer", "caption_features")
         if any(own[f] != its[f] for f in same):
             raise VisarError(f"The draft model {path} takes other conditions: it must have the target's {same[-1]}.")
-        self._draft = draft.to(self.mar.device, self.mar.dtype).eval()
-
-    def _default_sampler(self) -> MaskedSampler:
-        """The default of the table, with no more passes than there are tokens."""
-        made = CONTINUOUS[DEFAULT_CONTINUOUS].make()
-        return get_sampler(made, steps=min(made.steps, self.mar.length))
+        if own.latest != its.latest:
+            raise VisarError(f"The head of the draft model {path} begins at step {its.latest}, not at {own.latest}.")
+        with quiet_conversion():
+            self._draft = draft.to(self.mar.device, self.mar.dtype).eval()
 
     def stored_parts(self) -> dict[str, Any]:
+        self._find_draft()
         return super().stored_parts() | ({} if self._draft is None else {"draft": self._draft})
 
-    def _draft_for(self, name: str) -> MAR:
+    def _find_draft(self) -> None:
+        """Load the draft model that lies beside the model, if one does and none was loaded."""
         if self._draft is None and self._folder is not None and (self._folder / "draft").is_dir():
             self.load_drafter(self._folder / "draft")
+
+    def _draft_for(self, name: str) -> MAR:
+        self._find_draft()
         if self._draft is None:
             raise VisarError(f"Sampler {name!r} needs a smaller MAR; give it with load_drafter, or --drafter PATH.")
         return self._draft
@@ -162,7 +173,6 @@ class MaskedPipeline(ImagePipeline):
         for name, is_given in given:
             if is_given:
                 raise VisarError(f"{name} is for models of discrete tokens; this one's are continuous.")
-        method = self.sampler_of(self._default_sampler() if sampler is None else sampler, window)
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
             raise VisarError(f"guidance_scale must be a finite number, not {scale}.")
@@ -170,14 +180,15 @@ class MaskedPipeline(ImagePipeline):
         target = ContinuousTarget(self.config.temperature if temperature is None else temperature)
         device, length = self.mar.device, self.mar.length
         forced = None if forced_tokens is None else self._forced(forced_tokens)
+        free = length if forced is None else int(forced.isnan().any(-1).sum())
+        method = self.sampler_of(_default_sampler(free) if sampler is None else sampler, window)
         indices = torch.tensor(occurrences(keys, first_image), device=device)
         hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=device)
         noise = Noise(seed, indices, hashes)
         order = decision_orders(noise, length, None if forced is None else forced.isfinite().all(-1))
         fixed = None
         if forced is not None:
-            count = int(forced.isfinite().all(-1).sum())
-            fixed = forced[order[:, :count]]
+            fixed = forced[order[:, : length - free]]
 
         def session_of(model: MAR) -> MARSession:
             return MARSession(model, condition, order, scale, schedule, fixed)
@@ -194,8 +205,8 @@ class MaskedPipeline(ImagePipeline):
 
         quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
         with self.progress_bar(total=session.batch * session.length) as bar:
-            every = None if callback is None else 1
-            result = decode(session, method, target, noise, None if quiet and callback is None else tell, every)
+            # Every pass makes the host wait, so it may look as well.
+            result = decode(session, method, target, noise, None if quiet and callback is None else tell, every=1)
         if not bool(result.tokens.isfinite().all()):
             raise VisarError("Tokens are not finite; use another guidance scale or temperature.")
         images: Any = None
@@ -205,8 +216,6 @@ class MaskedPipeline(ImagePipeline):
         drawn = length - session.given
         done = (result.commit_pass.amax(1) + 1).tolist()
         rounds, evaluations = (sum(getattr(c, n) for c in session.chains) for n in ("rounds", "evaluations"))
-        head = self.mar.diffloss.parameters()
-        body = _size(self.mar) - sum(p.numel() * p.element_size() for p in head)
         stats = MaskedStats(
             sampler=method.name,
             parameters={f.name: getattr(method, f.name) for f in fields(method)},
@@ -228,7 +237,8 @@ class MaskedPipeline(ImagePipeline):
             seconds=result.seconds,
             draft_seconds=session.draft_seconds,
             ms_per_pass=1000 * result.seconds / result.passes,
-            gigabytes=(body * result.passes + (_size(self.mar) - body) * rounds) / 1e9,
+            gigabytes=(_bytes_read(session) + (_bytes_read(session.draft) if session.draft else 0)) / 1e9,
+            head_steps=session.chains[0].steps,
             head_rounds=rounds,
             rounds_per_pass=rounds / result.passes,
             evaluations_per_token=evaluations / (drawn * session.batch),
@@ -255,8 +265,13 @@ class MaskedPipeline(ImagePipeline):
         return (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _size(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def _bytes_read(session: MaskedSession) -> int:
+    """The weights, in bytes, as often as they were read: the transformer's in a pass, the head's in a round."""
+    assert isinstance(session, MARSession)
+    whole, head = (
+        sum(p.numel() * p.element_size() for p in m.parameters()) for m in (session.mar, session.mar.diffloss)
+    )
+    return (whole - head) * session.passes + head * sum(c.rounds for c in session.chains)
 
 
 class MaskedTextToImagePipeline(MaskedPipeline, TextToImagePipeline):
