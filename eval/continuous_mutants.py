@@ -159,7 +159,7 @@ class Capped(ContinuousSpeculative):
         return x[torch.arange(len(x)), taken.int().argmax(1)], taken.any(1)
 
     def _coins(self, noise: Noise, places: Tensor, turn: int, number: Tensor) -> Tensor:
-        return noise.uniforms(Purpose.TRIAL, places, turn, number)[0]
+        return noise.uniforms(Purpose.ORDER, places, turn, number)[0]
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def rank_test(
     if isinstance(sampler, ContinuousSpeculative):  # the law that it has is that of plain decoding, token by token
         sampler = MaskedAutoregressive(free, sampler.head_steps, latest=sampler.latest, last_noise=True)
     rows, parts, done = torch.arange(len(images)), [], session.given
-    directions = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed))
+    directions = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
     for turn, (count, decided) in enumerate(plan(free, sampler.steps)):
         ask = session.order[:, done : done + count]
         told = torch.full_like(ask, session.given + decided)

@@ -34,7 +34,9 @@ class SamplerSpec:
     make: Callable[[], Any]
     paper: str
     law: str  # "exact", or in what sense it is not
-    drafter: str = ""  # the kind of drafter that it needs, one of `visar.models.drafters.KINDS`, or none
+    drafter: str = (
+        ""  # the kind of drafter that it needs, one of `visar.models.drafters.KINDS`, "draft" (a smaller MAR), or none
+    )
 
     def parameters(self) -> dict[str, Any]:
         """The sampler's fields and their defaults."""

@@ -4,8 +4,8 @@ Both denoise with the same noise, and a draft is judged by the last step alone: 
 token given their own second-last states. `cspd-exact` is that idea done exactly: given the shared noise, accepting y
 from Q with probability min(1, P(y) / Q(y)) gives P, whatever the states were, and P averaged over the noise is the
 target's law. It needs a last step with noise, a target that sees the drafts before the one it judges, and an end at the
-first rejection. `cspd` is the published rule. It multiplies the ratio by the quotient of the other steps' standard
-deviations, and judges all drafts in one pass that sees none of them; either moves the law.
+first rejection. `cspd` is the published rule, which multiplies the ratio by the quotient of the other steps' standard
+deviations, with the released code's one pass that judges all drafts and sees none of them; either moves the law.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced, residual
-from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, checked_latest, denoise
+from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, checked_latest, denoise, residual_trials
 
 TRIALS = 64
 
@@ -178,15 +178,11 @@ class ContinuousSpeculative:
         state: MaskedState, turn: int,
     ) -> Tensor:  # fmt: skip
         """What stands for the rejected drafts [R, d], `wrong` [B, gamma] saying which."""
-        which, column = wrong.nonzero(as_tuple=True)
+        which = wrong.nonzero()[:, 0]
 
-        def trials(block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-            noise = state.noise.of(which[rows])
-            places = ask[which[rows], column[rows]][:, None].expand(-1, TRIALS)
-            number = block * TRIALS + torch.arange(TRIALS, device=places.device)
-            normals = noise.normals(Purpose.RESIDUAL, places, turn, drafts.shape[-1], number)
-            return normals, noise.uniforms(Purpose.TRIAL, places, turn, number)[0]
-
+        places = ask[wrong]
+        turns = torch.full_like(places, turn)
+        trials = residual_trials(state.noise.of(which), places, turns, drafts.shape[-1], TRIALS)
         one, other = p.at(wrong), q.at(wrong)  # type: ignore[arg-type]
         if log_factor is None:
             return replaced(drafts[wrong], one, other, trials)

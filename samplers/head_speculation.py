@@ -16,10 +16,9 @@ from torch import Tensor
 
 from visar.engine.chain import Chain
 from visar.engine.masked_session import MaskedSession
-from visar.engine.rng import Purpose
 from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced
-from visar.samplers.masked import MaskedAutoregressive, NoiseBank, denoise
+from visar.samplers.masked import MaskedAutoregressive, NoiseBank, denoise, residual_trials
 
 TRIALS = 32  # drawn at once
 
@@ -119,13 +118,7 @@ class HeadSpeculation(MaskedAutoregressive):
         law = Gaussian(drafts.mean[rejected, turn], drafts.std[rejected, turn])
         tokens, steps = row[rejected], at[rejected] + turn
 
-        def trials(block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-            noise, places = bank.noise.of(tokens[rows]), bank.places[tokens[rows]].expand(-1, TRIALS)
-            number = block * TRIALS + torch.arange(TRIALS, device=places.device)
-            turns = steps[rows][:, None].expand(-1, TRIALS)
-            normals = noise.normals(Purpose.RESIDUAL, places, turns, states.shape[-1], number)
-            return normals, noise.uniforms(Purpose.TRIAL, places, turns, number)[0]
-
+        trials = residual_trials(bank.noise.of(tokens), bank.places[tokens, 0], steps, states.shape[-1], TRIALS)
         return replaced(states[rejected, turn + 1], own.at(rejected), law, trials)
 
     def _next(self, window: Tensor, run: Tensor, size: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from visar.engine.chain import Chain
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
-from visar.samplers.gaussian import Gaussian
+from visar.samplers.gaussian import Gaussian, Trials
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,21 @@ class NoiseBank:
         """A uniform for each step, float64 [R, T]."""
         steps = torch.arange(self.steps.shape[1], device=self.places.device).expand(len(self.places), -1)
         return self.noise.uniforms(Purpose.STEP, self.places.expand_as(steps), steps)[0]
+
+
+def residual_trials(noise: Noise, places: Tensor, turns: Tensor, dim: int, count: int) -> Trials:
+    """Noise for `gaussian.residual`, `count` trials at a time, for the tokens at `places` [R] of the rows of `noise`.
+
+    `turns` [R] tell apart what is drawn for one place more than once. A coin is the law's function of one more normal.
+    """
+
+    def trials(block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        at, turn = (t[rows, None].expand(-1, count) for t in (places, turns))
+        number = block * count + torch.arange(count, device=places.device)
+        drawn = noise.of(rows).normals(Purpose.RESIDUAL, at, turn, dim + 1, number)
+        return drawn[..., :dim], torch.special.ndtr(drawn[..., dim].double())
+
+    return trials
 
 
 def denoise(chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:

@@ -183,7 +183,8 @@ def test_a_draft_model_must_belong_to_the_target(pipe: Any, tmp_path: Path) -> N
         "another token size: 2, not 4": text_mar(token_dim=2),
         "another kind of condition: class, not text": class_mar(),
         "trained on the latents of another autoencoder": text_mar(vae="0" * 16),
-        "takes other conditions": text_mar(caption_features=7),
+        "takes other conditions: caption_features 7, not 6": text_mar(caption_features=7),
+        "begins at step 950, not at 999": text_mar(latest=950),
     }
     for i, (message, model) in enumerate(cases.items()):
         model.save_pretrained(tmp_path / str(i))
@@ -196,6 +197,49 @@ def test_a_model_and_its_autoencoder_belong_together(words: WordEncoder) -> None
         MaskedTextToImagePipeline(text_mar(), small_vae(2), words)
     with pytest.raises(VisarError, match="another autoencoder"):
         MaskedTextToImagePipeline(text_mar(vae="0" * 16), small_vae(), words)
+
+
+def test_a_model_and_its_text_encoder_belong_together(words: WordEncoder) -> None:
+    with pytest.raises(VisarError, match="gives captions of 4 slots of 6 features, and the model takes 4 of 7"):
+        MaskedTextToImagePipeline(text_mar(caption_features=7), small_vae(), words)
+    with pytest.raises(VisarError, match="draws from a class, and this pipeline from a text"):
+        MaskedTextToImagePipeline(class_mar(), small_vae(), words)
+
+
+def test_other_folders_are_no_draft_models(pipe: Any, text_folder: Path) -> None:
+    with pytest.raises(VisarError, match="holds a LlamaGen, not a MAR"):
+        pipe.load_drafter(text_folder / "gpt")
+    with pytest.raises(VisarError, match="holds no MAR: it has no readable config"):
+        pipe.load_drafter(text_folder)
+
+
+def test_saving_takes_the_draft_model_along(masked_folder: Path, tmp_path: Path) -> None:
+    TextToImagePipeline.from_pretrained(masked_folder).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "draft" / "config.json").exists()
+
+
+def test_a_window_of_one_is_plain_decoding_bit_for_bit(pipe: Any) -> None:
+    plain = pipe("red heart", sampler=MaskedAutoregressive(**FAST), output_type="tokens").tokens
+    assert torch.equal(plain, pipe("red heart", sampler=HeadSpeculation(**FAST, draft=1), output_type="tokens").tokens)
+
+
+def test_the_default_fits_what_is_left_to_draw(pipe: Any) -> None:
+    forced = torch.randn(GRID**2, 4)
+    forced[3] = float("nan")
+    assert pipe("red heart", forced_tokens=forced, output_type="tokens").stats.nfe == 1
+
+
+def test_overflow_is_one_sentence(pipe: Any) -> None:
+    for sampler in (MaskedAutoregressive(**FAST), HeadSpeculation(**FAST)):
+        with pytest.raises(VisarError, match="Tokens are not finite"):
+            pipe("red heart", sampler=sampler, guidance_scale=1e38)
+
+
+def test_a_sampler_of_your_own_is_of_its_family(pipe: Any) -> None:
+    class Mine(HeadSpeculation):
+        pass
+
+    assert pipe("red heart", sampler=Mine(**FAST), output_type="tokens").stats.exact
 
 
 def test_a_sampler_without_its_draft_model_says_so(words: WordEncoder) -> None:

@@ -53,9 +53,10 @@ class DecodeStats:
 class MaskedStats(DecodeStats):
     """Figures of a masked model, whose passes each run the diffusion head many times, one after the other.
 
-    `head_steps` is T, the steps that are left of those asked for; `head_rounds`: evaluations of the target's head that had to wait for one another, over all passes, and
-    `rounds_per_pass` their mean: T in plain decoding; `evaluations_per_token`: rows of those evaluations for each token
-    drawn, T in plain decoding. `tested` and `accepted` count drafts, up to and with the first that is rejected.
+    `head_steps` is T, the steps that are left of those asked for. `head_rounds`: evaluations of the target's head that
+    had to wait for one another, over all passes, and `rounds_per_pass` their mean: T in plain decoding.
+    `evaluations_per_token`: rows of those evaluations for each token drawn, T in plain decoding. `tested` and
+    `accepted` count drafts, up to and with the first that is rejected.
     """
 
     head_steps: int

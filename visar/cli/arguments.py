@@ -37,13 +37,13 @@ def _model_options(p: argparse.ArgumentParser, flag: str = "--model") -> None:
 def _sampling_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--guidance-scale", type=float, metavar="S", help="default: the model's own")
-    p.add_argument("--guidance-schedule", choices=("linear", "constant"), help="of a MAR; default: the model's own")
     p.add_argument("--temperature", type=float, metavar="T", help="default: the model's own, mostly 1")
     p.add_argument("--top-k", type=int, metavar="K", help="0 keeps all tokens; default: the model's own")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P")
 
 
-def _drafting_options(p: argparse.ArgumentParser) -> None:
+def _decoding_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--guidance-schedule", choices=("linear", "constant"), help="of a MAR; default: the model's own")
     p.add_argument("--window", type=int, metavar="W", help="tokens per pass of a window sampler")
     p.add_argument(
         "--drafter", action="append", default=[], metavar="PATH",
@@ -67,7 +67,7 @@ def generate(commands: Commands) -> None:
     p.add_argument("--json", action="store_true", help="print one JSON object")
     _model_options(p)
     _sampling_options(p)
-    _drafting_options(p)
+    _decoding_options(p)
     p.set_defaults(run=_runner("generate", "generate"))
 
 
@@ -114,7 +114,7 @@ def bench(commands: Commands) -> None:
     _picture_options(p)
     _model_options(p)
     _sampling_options(p)
-    _drafting_options(p)
+    _decoding_options(p)
     p.set_defaults(run=_runner("bench", "bench"))
 
 

@@ -77,6 +77,8 @@ def _samplers(options: argparse.Namespace) -> dict[str, AnySampler]:
     for text in options.parameters:
         if "=" in text and not any(text.partition("=")[0] in names for names in has.values()):
             raise VisarError(f"None of these samplers has a parameter {text.partition('=')[0]!r}.")
+    if options.window is not None and not any("window" in names for names in has.values()):
+        raise VisarError("None of these samplers has a window.")
     return {
         label: configured(
             name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,12 +56,15 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _index(model: str) -> str:
-    """The text of the index of a model's folder, by which its kind is known; none for what is not on this machine."""
+def _class_of(model: str) -> str:
+    """The pipeline that a model's folder says it holds; "" for what is not on this machine or says nothing."""
     from visar.models.specs import resolve_model
 
     index = Path(resolve_model(model)) / "model_index.json"
-    return index.read_text() if index.exists() else ""
+    try:
+        return str(json.loads(index.read_text()).get("_class_name", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def is_class_model(options: argparse.Namespace) -> bool:
@@ -71,7 +75,7 @@ def is_class_model(options: argparse.Namespace) -> bool:
         from visar.models.loading import load_state
 
         return any(key.startswith("cls_embedding.embedding_table") for key in load_state(options.model))
-    return "ClassToImagePipeline" in _index(options.model)
+    return _class_of(options.model).endswith("ClassToImagePipeline")
 
 
 def is_file(options: argparse.Namespace) -> bool:
@@ -81,7 +85,7 @@ def is_file(options: argparse.Namespace) -> bool:
 
 def is_masked(options: argparse.Namespace) -> bool:
     """Whether a model is one of continuous tokens, before its weights are read."""
-    return bool(options.vae) if is_file(options) else '"_class_name": "Masked' in _index(options.model)
+    return bool(options.vae) if is_file(options) else _class_of(options.model).startswith("Masked")
 
 
 def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> ImagePipeline:

@@ -48,7 +48,8 @@ def generate(options: argparse.Namespace) -> int:
     # Everything that can be wrong is checked before the weights are read.
     masked = is_masked(options)
     default = DEFAULT_CONTINUOUS if masked else DEFAULT_SAMPLER
-    sampler = configured(options.sampler or default, options.parameters, options.window)
+    said = options.sampler or options.parameters or options.window is not None
+    sampler = configured(options.sampler or default, options.parameters, options.window) if said else None
     temperature = 1.0 if options.temperature is None else options.temperature
     ContinuousTarget(temperature) if masked else Target(temperature, options.top_k or 0, options.top_p)
     paths = output_paths(options.output, names)
@@ -63,7 +64,7 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write(options: argparse.Namespace, sampler: AnySampler, paths: list[Path]) -> DecodeStats:
+def _write(options: argparse.Namespace, sampler: AnySampler | None, paths: list[Path]) -> DecodeStats:
     pipe = load_pipeline(options, classes=bool(options.classes))
     pipe.set_progress_bar_config(disable=options.json or not sys.stderr.isatty())
     out = pipe(

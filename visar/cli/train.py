@@ -70,16 +70,13 @@ def autoencoder(options: argparse.Namespace) -> int:
 
 
 def mar(options: argparse.Namespace) -> int:
-    from diffusers import AutoencoderKL
-
-    from visar.models.words import WordEncoder
     from visar.training.mar import train_mar
 
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
-    vae = AutoencoderKL.from_pretrained(_folder(options.autoencoder), low_cpu_mem_usage=False).eval()
-    encoder = WordEncoder.from_pretrained(_folder(options.words))
+    vae = _component("autoencoder.AutoencoderKL", options.autoencoder).eval()
+    encoder = _component("words.WordEncoder", options.words)
     train_mar(
         data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
         options.head_layers,
@@ -138,7 +135,7 @@ def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
 def drafter(options: argparse.Namespace) -> int:
     import torch
 
-    from visar.cli.common import load_pipeline
+    from visar.cli.common import is_masked, load_pipeline
     from visar.engine.guidance import Guidance
     from visar.pipelines import TextToImagePipeline
     from visar.samplers import Target
@@ -148,6 +145,8 @@ def drafter(options: argparse.Namespace) -> int:
 
     if options.minutes is not None and options.steps is not None:
         raise VisarError("Give --minutes or --steps, not both.")
+    if is_masked(options):
+        raise VisarError("A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`.")
     minutes = 25.0 if options.minutes is None else options.minutes
     steps = 10**9 if options.steps is None else options.steps
     if minutes <= 0 or options.lr <= 0 or options.pictures < 2 or min(options.batch, options.depth, steps) < 1:
@@ -202,6 +201,8 @@ def assemble(options: argparse.Namespace) -> int:
     given = (options.gpt, options.tokenizer), (options.mar, options.autoencoder)
     if not (all(given[0]) and not any(given[1])) and not (all(given[1]) and not any(given[0])):
         raise VisarError("Give --gpt and --tokenizer, or --mar and --autoencoder.")
+    if (options.gpt and options.draft) or (options.mar and options.top_k):
+        raise VisarError("--draft goes with --mar, and --top-k with --gpt.")
     dtype = getattr(torch, options.dtype)
     shared = {"text_encoder": options.words} if options.words in MODELS else {}
     words = resolve_model(options.words) if shared else options.words

@@ -24,12 +24,11 @@ class Purpose(IntEnum):
     """What a random number is for. Numbers of different purposes are independent."""
 
     STEP = 1  # what a pass decides at a position: the coin of a test and a draw, or a draft that enters the window
-    INIT = 2  # the drafts of the first window
-    SHARED = 3  # the race that all drafts of one position share (Gumbel coupling)
+    INIT = 2  # the drafts of the first window; where a continuous token's chain starts
+    SHARED = 3  # the race that all drafts of one position share (Gumbel coupling); the noise of a chain, by its step
     DRAFT = 4  # what a draft model proposes in a pass
     RESIDUAL = 5  # what is tried in the place of a rejected continuous draft
-    ORDER = 7  # the order in which a masked model decides its places
-    TRIAL = 6  # the coins of these trials
+    ORDER = 6  # the order in which a masked model decides its places
 
 
 class Noise:

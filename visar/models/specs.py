@@ -247,10 +247,16 @@ def match_heads(layers: int, dim: int, ffn: int) -> int | None:
     return next((s.heads for s in shapes if (s.layers, s.dim, s.ffn) == (layers, dim, ffn)), None)
 
 
+def match_mar(encoder_layers: int, decoder_layers: int, dim: int) -> MARSpec | None:
+    """The published MAR with these sizes, if there is one."""
+    sizes = (encoder_layers, decoder_layers, dim)
+    return next((m for m in MAR_MODELS.values() if (m.shape.layers, m.shape.layers, m.shape.dim) == sizes), None)
+
+
 def match_mar_heads(encoder_layers: int, decoder_layers: int, dim: int) -> int | None:
     """The number of heads of the published MAR with these sizes, if there is one."""
-    shapes = (spec.shape for spec in MAR_MODELS.values())
-    return next((s.heads for s in shapes if (s.layers, s.layers, s.dim) == (encoder_layers, decoder_layers, dim)), None)
+    found = match_mar(encoder_layers, decoder_layers, dim)
+    return None if found is None else found.shape.heads
 
 
 def resolve_model(name_or_path: str | Path) -> Path | str:

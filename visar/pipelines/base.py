@@ -43,7 +43,8 @@ OUTPUT_TYPES = ("pil", "pt", "tokens")
 class Progress:
     """What a step callback is told: `tokens` [B, N], of which row b has committed the first `lengths[b]`.
 
-    `preview()` gives small RGB pictures, uint8 [B, grid, grid, 3], one pixel per token, undecided cells grey.
+    Of a masked model `tokens` are [B, N, d] and `lengths` how many are decided, wherever they lie. `preview()` gives
+    small RGB pictures, uint8 [B, grid, grid, 3], one pixel per token, undecided cells grey.
     """
 
     passes: int
@@ -59,7 +60,8 @@ StepCallback = Callable[[Progress], None]
 class ImageOutput(BaseOutput):
     """`images`: PIL pictures, a tensor [B, 3, H, W] in [0, 1], or None, after `output_type`; `tokens` [B, N].
 
-    `commit_pass` [B, N] is the pass that committed each token; `stats` says what the decoding cost.
+    Tokens of a masked model are [B, N, d]. `commit_pass` [B, N] is the pass that committed each token, -1 for those
+    that were given to a masked model; `stats` says what the decoding cost.
     """
 
     images: list[Image.Image] | Tensor | None
@@ -69,7 +71,7 @@ class ImageOutput(BaseOutput):
 
 
 class ImagePipeline(DiffusionPipeline):
-    """A GPT over image tokens and the tokenizer that turns them into pixels."""
+    """A GPT over image tokens and the tokenizer that turns them into pixels; the others are in `masked`."""
 
     gpt: LlamaGen
     vq: VQModel
@@ -86,7 +88,8 @@ class ImagePipeline(DiffusionPipeline):
         """
         folder = resolve_model(name)
         if isinstance(folder, str):
-            folder = _download(folder, [*cls.component_classes, *KINDS])
+            parts_of_all = {part for k in (cls, *cls.__subclasses__()) for part in k.component_classes}
+            folder = _download(folder, [*sorted(parts_of_all), *KINDS, "draft"])
         try:
             index = json.loads((folder / "model_index.json").read_text())
         except (OSError, json.JSONDecodeError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.models.llamagen import LlamaGen
 from visar.models.loading import load_gpt, load_vq
-from visar.models.specs import MODELS
+from visar.models.specs import MAR_MODELS, MODELS, match_mar
 from visar.models.vq import VQModel
 from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback
 from visar.pipelines.text_to_image import _grid
@@ -61,7 +61,10 @@ class ClassToImagePipeline(ImagePipeline):
 
             if image_size is not None:
                 raise VisarError("image_size is for a GPT; that of a MAR is in its weights.")
-            return MaskedClassToImagePipeline(load_mar(mar, num_heads=num_heads), load_kl16(vae))
+            found = load_mar(mar, num_heads=num_heads)
+            c = found.config
+            spec = match_mar(c.encoder_layers, c.decoder_layers, c.dim) or MAR_MODELS["mar-b"]
+            return MaskedClassToImagePipeline(found, load_kl16(vae), spec.guidance, spec.guidance_schedule)
         if gpt is None or vq is None or mar is not None or vae is not None:
             raise VisarError("Give a GPT with its tokenizer (gpt, vq), or a MAR with its autoencoder (mar, vae).")
         tokenizer = load_vq(vq)

@@ -6,6 +6,7 @@ return one of these where a folder or a file holds one.
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
 from collections.abc import Hashable, Sequence
@@ -27,6 +28,7 @@ from visar.errors import VisarError
 from visar.models.autoencoder import downsample, fingerprint, to_latents
 from visar.models.loading import load_part, quiet_conversion
 from visar.models.mar import MAR
+from visar.models.mar_loading import load_mar
 from visar.models.specs import resolve_model
 from visar.models.t5 import T5CaptionEncoder
 from visar.models.words import WordEncoder
@@ -38,17 +40,22 @@ from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, AnySampler, Continuou
 from visar.stats import MaskedStats
 
 
-def load_mar(path: str | Path, num_heads: int | None = None) -> MAR:
+def load_draft(path: str | Path) -> MAR:
     """A MAR from a published checkpoint file, its own folder, or that of a pipeline. Raises `VisarError`."""
     file = Path(path).expanduser()
     if file.is_file():
-        from visar.models.mar_loading import load_mar as load_published
-
-        return load_published(file, num_heads=num_heads)
+        return load_mar(file)
     folder = resolve_model(path)
     if isinstance(folder, str):
         raise VisarError(f"There is no model folder {path}.")
-    return load_part(MAR, folder / "mar" if (folder / "mar").is_dir() else folder, "the draft model")
+    folder = folder / "mar" if (folder / "mar").is_dir() else folder
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise VisarError(f"{path} holds no MAR: it has no readable config.json.") from error
+    if kind != "MAR":
+        raise VisarError(f"{path} holds a {kind}, not a MAR.")
+    return load_part(MAR, folder, "the draft model")
 
 
 def _default_sampler(free: int) -> MaskedSampler:
@@ -62,6 +69,13 @@ def decision_orders(noise: Noise, length: int, given: Tensor | None) -> Tensor:
     places = torch.arange(length, device=noise.images.device)
     chances = noise.uniforms(Purpose.ORDER, places.expand(len(noise.images), -1), 0)[0]
     return (chances if given is None else chances - given.double()).argsort(1)
+
+
+def _caption_shape(encoder: Any) -> tuple[int, int]:
+    """The slots and features of a text encoder's captions."""
+    if isinstance(encoder, WordEncoder):
+        return encoder.length, encoder.table.shape[1]
+    return encoder.length, encoder.encoder.config.d_model
 
 
 class MaskedPipeline(ImagePipeline):
@@ -91,6 +105,15 @@ class MaskedPipeline(ImagePipeline):
                 f"The model draws tokens of {self.mar.config.token_dim} numbers, but the autoencoder's have "
                 f"{self.vae.config.latent_channels}."
             )
+        c = self.mar.config
+        wanted = "class" if isinstance(self, ClassToImagePipeline) else "text"
+        if c.condition != wanted:
+            raise VisarError(f"The model draws from a {c.condition}, and this pipeline from a {wanted}.")
+        if wanted == "text" and (c.buffer, c.caption_features) != (its := _caption_shape(self.text_encoder)):
+            raise VisarError(
+                f"The text encoder gives captions of {its[0]} slots of {its[1]} features, and the model takes "
+                f"{c.buffer} of {c.caption_features}."
+            )
         if self.mar.config.vae not in ("", fingerprint(self.vae)):
             raise VisarError("The model was trained on the latents of another autoencoder.")
 
@@ -116,16 +139,18 @@ class MaskedPipeline(ImagePipeline):
 
     def load_drafter(self, path: str | Path) -> None:
         """Give the model a smaller one that drafts for it. Raises `VisarError` where the two do not belong together."""
-        draft = load_mar(path)
+        draft = load_draft(path)
         own, its = self.mar.config, draft.config
         for what, field in (("token grid", "grid"), ("token size", "token_dim"), ("kind of condition", "condition")):
             if own[field] != its[field]:
                 raise VisarError(f"The draft model {path} has another {what}: {its[field]}, not {own[field]}.")
         if own.vae and its.vae and own.vae != its.vae:
             raise VisarError(f"The draft model {path} was trained on the latents of another autoencoder.")
-        same = ("classes",) if own.condition == "class" else ("buffer", "caption_features")
-        if any(own[f] != its[f] for f in same):
-            raise VisarError(f"The draft model {path} takes other conditions: it must have the target's {same[-1]}.")
+        for field in ("classes",) if own.condition == "class" else ("buffer", "caption_features"):
+            if own[field] != its[field]:
+                raise VisarError(
+                    f"The draft model {path} takes other conditions: {field} {its[field]}, not {own[field]}."
+                )
         if own.latest != its.latest:
             raise VisarError(f"The head of the draft model {path} begins at step {its.latest}, not at {own.latest}.")
         with quiet_conversion():
