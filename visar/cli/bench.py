@@ -150,7 +150,7 @@ def _wanted(options: argparse.Namespace, pipe: Any, data: PictureSet | None) -> 
 def _print_quality(rows: list[QualityRow], each: int, prompts: int) -> None:
     print()
     print(table(
-        ("SAMPLER", f"MOVED FROM {rows[0].sampler}", "STANDARD ERROR", "FROM REAL"),
+        ("SAMPLER", f"MOVED FROM {rows[0].sampler.upper()}", "STANDARD ERROR", "FROM REAL"),
         [(r.sampler, f"{r.moved:.3f}", f"{r.error:.3f}", "" if r.real is None else f"{r.real:.3f}") for r in rows],
     ))  # fmt: skip
     print(

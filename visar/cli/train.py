@@ -205,14 +205,15 @@ def assemble(options: argparse.Namespace) -> int:
         raise VisarError("--draft goes with --mar, and --top-k with --gpt.")
     dtype = getattr(torch, options.dtype)
     shared = {"text_encoder": options.words} if options.words in MODELS else {}
-    words = resolve_model(options.words) if shared else options.words
-    encoder = _component("words.WordEncoder", Path(words) / "text_encoder" if shared else words)
+    home = Path(resolve_model(options.words)) / "text_encoder" if shared else options.words
     pipe: Any
     if options.gpt:
         parts = (_component("llamagen.LlamaGen", options.gpt), _component("vq.VQModel", options.tokenizer))
+        encoder = _component("words.WordEncoder", home)
         pipe = TextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale, top_k=options.top_k)
     else:
         parts = (_component("mar.MAR", options.mar), _component("autoencoder.AutoencoderKL", options.autoencoder))
+        encoder = _component("words.WordEncoder", home)
         pipe = MaskedTextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale)
         if options.draft:
             pipe.load_drafter(options.draft)
