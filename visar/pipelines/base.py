@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.engine.guidance import Guidance
-from visar.engine.loop import decode
+from visar.engine.loop import Decoded, decode
+from visar.engine.masked_session import MaskedSession
 from visar.engine.model_session import ModelSession
 from visar.engine.rng import IMAGES, Noise
+from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.models.drafters import KINDS, DraftModel
@@ -33,7 +35,16 @@ from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
 from visar.pipelines.drafters import attach, kind_of, load_drafter, taps_of
 from visar.pipelines.preview import CodePreview
-from visar.samplers import DEFAULT_SAMPLER, SAMPLERS, AnySampler, Sampler, SamplerSpec, Target, get_sampler
+from visar.samplers import (
+    DEFAULT_SAMPLER,
+    SAMPLERS,
+    AnySampler,
+    ContinuousTarget,
+    Sampler,
+    SamplerSpec,
+    Target,
+    get_sampler,
+)
 from visar.stats import DecodeStats
 
 OUTPUT_TYPES = ("pil", "pt", "tokens")
@@ -209,25 +220,13 @@ class ImagePipeline(DiffusionPipeline):
         session.codebook = self.vq.quantize.embedding.weight
         if model is not None:
             session.drafter = attach(session, model, method.depth, method.window, condition, mask, self.grid)  # type: ignore[attr-defined]
-        indices = torch.tensor(occurrences(keys, first_image), device=session.device)
-        hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=session.device)
-        noise = Noise(seed, indices, hashes)
-
-        def tell(passes: int, tokens: Tensor, lengths: Tensor) -> None:
-            bar.update(int(lengths.sum()) - bar.n)
-            if callback is not None:
-                now, done = tokens.clone(), lengths.clone()  # what a callback keeps does not change under it
-                callback(Progress(passes, now, done, lambda: self._preview()(now, done, self.grid)))
-
-        quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
-        with self.progress_bar(total=session.batch * session.length) as bar:
-            # A bar alone need not make a GPU wait after every pass.
-            every = None if callback is None else 1
-            result = decode(session, method, target, noise, None if quiet and callback is None else tell, every)
-        images: list[Image.Image] | Tensor | None = None
-        if output_type != "tokens":
-            pixels = self.decode_tokens(result.tokens)
-            images = pixels if output_type == "pt" else to_pil(pixels)
+        # A bar alone need not make a GPU wait after every pass.
+        every = None if callback is None else 1
+        result = self._decoded(
+            session, method, target, noise_of(keys, first_image, seed, session.device), callback,
+            lambda tokens, lengths: self._preview()(tokens, lengths, self.grid), every,
+        )  # fmt: skip
+        images = self._pictures(result.tokens, output_type)
         done = (result.commit_pass.amax(1) + 1).tolist()
         weights = sum(p.numel() * p.element_size() for p in self.gpt.parameters())
         weights -= self.gpt.tok_embeddings.weight.numel() * self.gpt.tok_embeddings.weight.element_size()
@@ -259,6 +258,35 @@ class ImagePipeline(DiffusionPipeline):
             gigabytes=(weights * result.passes + session.bytes_read + drafted) / 1e9,
         )
         return ImageOutput(images=images, tokens=result.tokens, commit_pass=result.commit_pass, stats=stats)
+
+    def _decoded(
+        self,
+        session: Session | MaskedSession,
+        method: Any,
+        target: Target | ContinuousTarget,
+        noise: Noise,
+        callback: StepCallback | None,
+        preview: Callable[[Tensor, Tensor], Tensor],
+        every: int | None,
+    ) -> Decoded:
+        """Run the sampler under the progress bar; `preview` draws tokens of which so many are decided."""
+
+        def tell(passes: int, tokens: Tensor, lengths: Tensor) -> None:
+            bar.update(int(lengths.sum()) - bar.n)
+            if callback is not None:
+                now, done = tokens.clone(), lengths.clone()  # what a callback keeps does not change under it
+                callback(Progress(passes, now, done, lambda: preview(now, done)))
+
+        quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
+        with self.progress_bar(total=session.batch * session.length) as bar:
+            return decode(session, method, target, noise, None if quiet and callback is None else tell, every)
+
+    def _pictures(self, tokens: Tensor, output_type: str) -> list[Image.Image] | Tensor | None:
+        """What `output_type` asks for."""
+        if output_type == "tokens":
+            return None
+        pixels = self.decode_tokens(tokens)
+        return pixels if output_type == "pt" else to_pil(pixels)
 
     def sampler_of(self, sampler: str | AnySampler, window: int | None = None) -> Any:
         """The sampler that is meant, with another window if one is given; a `VisarError` if it is of another family."""
@@ -296,6 +324,12 @@ class ImagePipeline(DiffusionPipeline):
         if not hasattr(self, "_code_preview"):
             self._code_preview = CodePreview.fit(self.vq)
         return self._code_preview
+
+
+def noise_of(keys: Sequence[Hashable], first: int, seed: int, device: torch.device) -> Noise:
+    """The noise of one row per key, which depends on key and image index alone."""
+    hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=device)
+    return Noise(seed, torch.tensor(occurrences(keys, first), device=device), hashes)
 
 
 def checked_output(output_type: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import zlib
 from collections.abc import Hashable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +19,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from typing_extensions import Self
 
-from visar.engine.loop import decode
 from visar.engine.mar_session import MARSession
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
@@ -32,7 +30,7 @@ from visar.models.mar_loading import load_mar
 from visar.models.specs import resolve_model
 from visar.models.t5 import T5CaptionEncoder
 from visar.models.words import WordEncoder
-from visar.pipelines.base import ImageOutput, ImagePipeline, Progress, StepCallback, checked_output, occurrences, to_pil
+from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback, checked_output, noise_of
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.preview import GREY
 from visar.pipelines.text_to_image import TextToImagePipeline
@@ -207,13 +205,9 @@ class MaskedPipeline(ImagePipeline):
         forced = None if forced_tokens is None else self._forced(forced_tokens)
         free = length if forced is None else int(forced.isnan().any(-1).sum())
         method = self.sampler_of(_default_sampler(free) if sampler is None else sampler, window)
-        indices = torch.tensor(occurrences(keys, first_image), device=device)
-        hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=device)
-        noise = Noise(seed, indices, hashes)
+        noise = noise_of(keys, first_image, seed, device)
         order = decision_orders(noise, length, None if forced is None else forced.isfinite().all(-1))
-        fixed = None
-        if forced is not None:
-            fixed = forced[order[:, : length - free]]
+        fixed = None if forced is None else forced[order[:, : length - free]]
 
         def session_of(model: MAR) -> MARSession:
             return MARSession(model, condition, order, scale, schedule, fixed)
@@ -222,22 +216,19 @@ class MaskedPipeline(ImagePipeline):
         if getattr(method, "needs_draft", False):
             session.draft = session_of(self._draft_for(method.name))
 
-        def tell(passes: int, tokens: Tensor, lengths: Tensor) -> None:
-            bar.update(int(lengths.sum()) - bar.n)
-            if callback is not None:
-                now, done = tokens.clone(), lengths.clone()
-                callback(Progress(passes, now, done, lambda: self._shown(now, done, order)))
-
-        quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
-        with self.progress_bar(total=session.batch * session.length) as bar:
-            # Every pass makes the host wait, so it may look as well.
-            result = decode(session, method, target, noise, None if quiet and callback is None else tell, every=1)
+        # Every pass makes the host wait, so the loop may look as well.
+        result = self._decoded(
+            session,
+            method,
+            target,
+            noise,
+            callback,
+            lambda tokens, lengths: self._shown(tokens, lengths, order),
+            every=1,
+        )
         if not bool(result.tokens.isfinite().all()):
             raise VisarError("Tokens are not finite; use another guidance scale or temperature.")
-        images: Any = None
-        if output_type != "tokens":
-            pixels = self.decode_tokens(result.tokens)
-            images = pixels if output_type == "pt" else to_pil(pixels)
+        images = self._pictures(result.tokens, output_type)
         drawn = length - session.given
         done = (result.commit_pass.amax(1) + 1).tolist()
         rounds, evaluations = (sum(getattr(c, n) for c in session.chains) for n in ("rounds", "evaluations"))
