@@ -135,12 +135,13 @@ class FlowChain(Chain):
         steps: int = 50,
         temperature: float = 1.0,
         last: float = 0.04,
+        device: torch.device | str = "cpu",
     ):
         super().__init__(steps, dim, temperature)
         if steps < 2:
             raise VisarError(f"A flow head takes 2 or more steps, not {steps}.")
         self.velocity = velocity
-        self.at = torch.cat([torch.linspace(0, 1 - last, steps)[:, None], torch.ones(1, 1)])
+        self.at = torch.cat([torch.linspace(0, 1 - last, steps)[:, None], torch.ones(1, 1)]).to(device)
         length = self.at.diff(dim=0)
         self.std = (2 * (1 - self.at[:-1]) * length).sqrt() * temperature
         self.std[-1] = 0
