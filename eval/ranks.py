@@ -1,10 +1,8 @@
-"""Tests of samplers of continuous tokens where no law is known, as on trained weights.
+"""A test of samplers of continuous tokens where no law is known, as on trained weights.
 
 The rank test is simulation-based calibration (Talts et al. 2018, arXiv:1804.06788). A token is set among others that
 plain denoising draws given what its picture had before it; if it has their law, its rank is uniform, and independent of
 the other tokens' ranks. It needs no second sampler, and asks for the law given the prefix, which marginals do not show.
-
-The energy distance (Szekely & Rizzo 2013) compares whole pictures of two samplers.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from torch import Tensor
 from visar.engine.loop import decode
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
-from visar.errors import VisarError
 from visar.eval.normality import log_p_chi2, log_p_normals, worst
 from visar.samplers import ContinuousSpeculative, ContinuousTarget, MaskedAutoregressive
 from visar.samplers.masked import NoiseBank, denoise, plan
@@ -85,27 +82,3 @@ def rank_z(ranks: Tensor, cells: int) -> float:
     lags = (scores[:, 1:] * scores[:, :-1]).double().sum(0) / math.sqrt(n)
     return worst(torch.cat([log_p_chi2(chi2, cells - 1), log_p_chi2(chi2.sum()[None], free * (cells - 1)),
                             log_p_normals(lags)]))  # fmt: skip
-
-
-class Energy(NamedTuple):
-    """The energy distance of two samples, the share of permutations that give as much, and its z among them."""
-
-    distance: float
-    p: float
-    z: float
-
-
-def energy_test(x: Tensor, y: Tensor, permutations: int = 400, seed: int = 0) -> Energy:
-    """Whether rows x [n, D] and y [m, D] have one law, by permutation of all of them; every pair is held at once."""
-    if len(x) < 2 or len(y) < 2 or x.shape[1] != y.shape[1]:
-        raise VisarError(f"The energy distance needs two samples of equal width, not {[*x.shape]} and {[*y.shape]}.")
-    pooled = torch.cat([x, y]).float()
-    distances = torch.cdist(pooled, pooled)
-    weights = torch.cat([torch.full((len(x),), 1 / len(x)), torch.full((len(y),), -1 / len(y))])
-    g = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(len(weights), generator=g) for _ in range(permutations)]
-    shuffled = torch.stack([weights, *(weights[order] for order in orders)])
-    found = -((shuffled @ distances) * shuffled).sum(1)
-    own, others = found[0], found[1:]
-    return Energy(float(own), float((1 + (others >= own).sum()) / (1 + permutations)),
-                  float((own - others.mean()) / others.std()))  # fmt: skip

@@ -21,7 +21,8 @@ from visar.eval.continuous_mutants import EXACT
 from visar.eval.exactness import EXACT_LIMIT, MUTANT_LIMIT
 from visar.eval.head_mutants import Untested
 from visar.eval.linear_gaussian import NARROW, Setting
-from visar.eval.ranks import energy_test, rank_test, rank_z
+from visar.eval.metrics.energy import energy_test
+from visar.eval.ranks import rank_test, rank_z
 from visar.models.diffusion import HeadNet, alphas_bar
 from visar.models.mar import MAR
 from visar.samplers import ContinuousSpeculative, ContinuousTarget, HeadSpeculation, MaskedAutoregressive
