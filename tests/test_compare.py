@@ -25,7 +25,7 @@ SIZE = 6
 class Cells(Extractor):
     """Pixels in 3x3 cells."""
 
-    name, weights, resize, versions = "cells", "none", "none", {}  # noqa: RUF012
+    name, weights, resize = "cells", "none", "none"
 
     def extract(self, pictures: Tensor) -> dict[str, Tensor]:
         return {"pool": torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 3).flatten(1)}
@@ -144,9 +144,9 @@ def test_shifts_of_means() -> None:
 
 def test_folders_that_do_not_belong_together(plain: PictureFolder, tmp_path: Path) -> None:
     fewer = folder(tmp_path / "fewer", drawn(30, 1))
-    with pytest.raises(VisarError, match="lacks 1170 pictures that .* has, the first being 000030"):
+    with pytest.raises(VisarError, match=r"lacks 1170 pictures that .* has, the first being 000030"):
         compare(plain, fewer, Cells())
-    with pytest.raises(VisarError, match="Picture 000000 is of 'class 0' in .* and of 'thing 0' in"):
+    with pytest.raises(VisarError, match=r"Picture 000000 is of 'class 0' in .* and of 'thing 0' in"):
         compare(fewer, folder(tmp_path / "things", drawn(30, 1), prompt="thing {}"), Cells())
     with pytest.raises(VisarError, match=r"of \(6, 6\) pixels .* of \(5, 5\)"):
         compare(fewer, folder(tmp_path / "small", drawn(30, 1)[:, :5, :5]), Cells())
@@ -163,5 +163,5 @@ def test_features_that_are_not_finite(tmp_path: Path) -> None:
             return {"pool": found}
 
     a, b = (folder(tmp_path / name, drawn(4, seed)) for seed, name in enumerate("ab"))
-    with pytest.raises(VisarError, match="Features of picture 000001 of .* are not finite"):
+    with pytest.raises(VisarError, match=r"Features of picture 000001 of .* are not finite"):
         compare(a, b, Broken())
