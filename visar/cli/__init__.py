@@ -19,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"visar {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (arguments.generate, arguments.models, arguments.samplers, arguments.verify, arguments.bench,
-                arguments.train):  # fmt: skip
+    for add in (arguments.generate, arguments.sample, arguments.export, arguments.models, arguments.samplers,
+                arguments.verify, arguments.bench, arguments.train):  # fmt: skip
         add(commands)
     return top
 

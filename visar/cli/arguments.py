@@ -71,6 +71,35 @@ def generate(commands: Commands) -> None:
     p.set_defaults(run=_runner("generate", "generate"))
 
 
+def sample(commands: Commands) -> None:
+    p = commands.add_parser("sample", help="draw thousands of pictures into a folder; goes on where it was stopped")
+    p.add_argument(
+        "--prompts", metavar="FILE", help='.txt, a prompt in each line, or .jsonl, {"prompt": ..., "id": ...}'
+    )
+    p.add_argument("--classes", metavar="LIST|FILE", help="of a class model, such as 0-999 or 1,5,7-9")
+    p.add_argument(
+        "-n", "--num-pictures", type=int, metavar="N", help="in all; picture i has prompt i %% P (default: one of each)"
+    )
+    p.add_argument("--out", required=True, metavar="FOLDER", help="a run started again there goes on")
+    p.add_argument("--batch", type=int, default=16, help="pictures decoded at once, at most (default: 16)")
+    p.add_argument("--sampler", metavar="S", help="a name of `visar samplers`")
+    p.add_argument("--tokens", action="store_true", help="put the tokens of each picture into the manifest")
+    p.add_argument("--npz", metavar="FILE", help="also write the pictures as ADM's evaluator reads them")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
+    _model_options(p)
+    _sampling_options(p)
+    _decoding_options(p)
+    p.set_defaults(run=_runner("sample", "sample"))
+
+
+def export(commands: Commands) -> None:
+    p = commands.add_parser("export", help="write a folder of `visar sample` in the layout of an evaluator")
+    p.add_argument("folder", metavar="DIR", help="a finished run")
+    p.add_argument("--layout", required=True, choices=("npz", "geneval", "dpg"))
+    p.add_argument("out", metavar="OUT", help="a .npz file, or a folder that is new or empty")
+    p.set_defaults(run=_runner("sample", "export"))
+
+
 def models(commands: Commands) -> None:
     p = commands.add_parser("models", help="list the models")
     p.add_argument("--json", action="store_true")

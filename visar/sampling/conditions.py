@@ -1,0 +1,146 @@
+"""What is drawn: prompts or classes from a file, and which of them each picture of a run has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from visar.errors import VisarError
+
+
+@dataclass(frozen=True)
+class Condition:
+    """`value`: a prompt or a class id. `id` is the name that a file gave it, `metadata` the file's other fields."""
+
+    value: str | int
+    id: str | int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(file: str | Path) -> list[Condition]:
+    """The prompts of a .txt file, one in each line, or of a .jsonl file of {"prompt": ..., "id": ...} objects.
+
+    Other fields of an object are kept as its metadata. Raises `VisarError` for a file that cannot be read, a line that
+    is empty or no such object, and an id that is given twice.
+    """
+    path = Path(file)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise VisarError(f"Prompts are read from a .txt or .jsonl file, not from {file}.")
+    lines = _lines(path)
+    if path.suffix == ".txt":
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                raise VisarError(f"Line {number} of {file} is empty; give a prompt in each line.")
+        return [Condition(line.strip()) for line in lines]
+    found = [_from_json(line, f"Line {number} of {file}") for number, line in enumerate(lines, 1)]
+    first: dict[str, int] = {}
+    for number, condition in enumerate(found, 1):
+        if condition.id is not None and first.setdefault(str(condition.id), number) != number:
+            raise VisarError(
+                f"Lines {first[str(condition.id)]} and {number} of {file} have the same id {condition.id!r}."
+            )
+    return found
+
+
+def read_classes(text: str) -> list[Condition]:
+    """Classes such as "0-999" or "1,5,7-9", or a file with such a list in each line.
+
+    Raises `VisarError` for what is no list of classes, and for a class that is named twice.
+    """
+    lines = _lines(Path(text)) if Path(text).is_file() else [text]
+    classes: list[int] = []
+    for part in (part.strip() for line in lines for part in line.split(",")):
+        first, _, last = part.partition("-")
+        try:
+            numbers = range(int(first), int(last or first) + 1)
+        except ValueError:
+            numbers = range(0)
+        if not numbers:
+            raise VisarError(f"Classes are given as 0-999 or 1,5,7-9, or as a file of these, not as {part!r}.")
+        classes += numbers
+    twice = [c for c, times in Counter(classes).items() if times > 1]
+    if twice:
+        raise VisarError(f"Class {twice[0]} is given twice; name each class once, and -n says how many pictures.")
+    return [Condition(c) for c in classes]
+
+
+class Interleaved:
+    """Pictures by id: picture i has condition i % P, and its image index counts earlier pictures of the same value.
+
+    The image index is i // P, unless conditions repeat. So nothing depends on how many pictures there are.
+    """
+
+    def __init__(self, conditions: Sequence[Condition]):
+        self.conditions = list(conditions)
+        kinds = {"class" if isinstance(c.value, int) else "prompt" for c in self.conditions}
+        if len(kinds) != 1:
+            raise VisarError("Give prompts, or classes, and at least one.")
+        (self.kind,) = kinds
+        self._times: Counter[str | int] = Counter()
+        self._before = []
+        for condition in self.conditions:
+            self._before.append(self._times[condition.value])
+            self._times[condition.value] += 1
+
+    def condition(self, i: int) -> Condition:
+        return self.conditions[i % len(self.conditions)]
+
+    def index(self, i: int) -> int:
+        turn, place = divmod(i, len(self.conditions))
+        return turn * self._times[self.condition(i).value] + self._before[place]
+
+    def batch(self, size: int) -> int:
+        """Ids in a batch of at most `size`: whole rounds, if one fits, so that a batch is one call of the pipeline."""
+        rounds = size // len(self.conditions)
+        return rounds * len(self.conditions) if rounds else size
+
+    def calls(self, ids: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """The calls of a pipeline that make these consecutive ids, each `first_image` and its ids.
+
+        In a call each value counts its pictures from `first_image` on, so values that begin apart go in calls apart.
+        """
+        begins: dict[str | int, int] = {}
+        groups: dict[int, list[int]] = {}
+        for i in ids:
+            groups.setdefault(begins.setdefault(self.condition(i).value, self.index(i)), []).append(i)
+        return sorted(groups.items())
+
+    def mark(self) -> str:
+        """A hash of all conditions, with their ids and metadata."""
+        rows = [[c.value, c.id, dict(c.metadata)] for c in self.conditions]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file that has at least one; a last line end begins no further line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise VisarError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise VisarError(f"Cannot read {path}: it is no UTF-8 text.") from error
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise VisarError(f"{path} is empty.")
+    return lines
+
+
+def _from_json(line: str, where: str) -> Condition:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise VisarError(f'{where} is no JSON; give {{"prompt": "..."}} in each line.') from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise VisarError(f'{where} has no prompt; give {{"prompt": "..."}} in each line.')
+    if not entry["prompt"].strip():
+        raise VisarError(f"{where} has an empty prompt.")
+    name = entry.get("id")
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
+        raise VisarError(f"{where} has an id that is neither text nor a whole number: {name!r}.")
+    return Condition(entry["prompt"], name, {k: v for k, v in entry.items() if k not in ("prompt", "id")})

@@ -1,0 +1,214 @@
+"""The folder of a run: pictures, what is known of each, and that no kill leaves anything half-written in it.
+
+A picture is written under a temporary name and renamed; then its line goes to the journal of its rank. So a line means
+a whole picture, and a picture without a line is drawn again. A finished run has its lines in `manifest.jsonl`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from visar.errors import VisarError
+from visar.files import replacing
+
+PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every whole PNG file
+# What makes a picture; anything else in run.json is told, and may change when a run goes on.
+IDENTITY = (
+    "format", "weights", "drafters", "sampler", "parameters", "settings", "seed", "conditions", "batch", "dtype",
+    "tokens",
+)  # fmt: skip
+Line = dict[str, Any]
+
+
+class RunFolder:
+    """A folder with `run.json`, pictures, and `manifest.jsonl` or the journals of an unfinished run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.manifest = self.path / "manifest.jsonl"
+        self._run = self.path / "run.json"
+
+    def picture(self, i: int) -> Path:
+        return self.path / f"{i:06d}.png"
+
+    def about(self) -> dict[str, Any] | None:
+        """What run it is, None if there is none; a `VisarError` if its file is damaged."""
+        try:
+            found = json.loads(self._run.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise VisarError(f"{self._run} cannot be read: {error}.") from error
+        if not isinstance(found, dict) or not isinstance(found.get("count"), int):
+            raise VisarError(f"{self._run} does not describe a run.")
+        return found
+
+    def check(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The run that is there, None if there is none.
+
+        Raises `VisarError` if it differs from `about`, of which parts may be missing, if it has more pictures, or if
+        there are pictures of something else.
+        """
+        found = self.about()
+        if found is None:
+            if self.path.is_dir() and any(self.path.glob("*.png")):
+                raise VisarError(f"{self.path} holds pictures of something else; give another folder.")
+            return None
+        pairs = [pair for key in IDENTITY if key in about for pair in _pairs(key, found.get(key), about[key])]
+        differing = [f"{name} was {old}, now {new}" for name, old, new in pairs if old != new]
+        if differing:
+            raise VisarError(f"{self.path} holds a run with other settings: {'; '.join(differing)}.")
+        if "count" in about and about["count"] < found["count"]:
+            raise VisarError(f"{self.path} holds a run of {found['count']} pictures; give -n {found['count']} or more.")
+        return found
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Write run.json."""
+        with replacing(self._run) as temporary, open(temporary, "w") as file:
+            file.write(json.dumps(about, indent=2) + "\n")
+            _to_disk(file)
+
+    def forget_if_empty(self) -> None:
+        """Take run.json away again if no picture was drawn."""
+        if not any(self.path.glob("*.png")):
+            self._run.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what killed runs left under temporary names. Only with the locks of all ranks."""
+        for pattern in (".*.partial.*", ".visar.*"):
+            for file in self.path.glob(pattern):
+                file.unlink(missing_ok=True)
+
+    def done(self) -> dict[int, Line]:
+        """The lines of all pictures that are there, by id."""
+        found: dict[int, Line] = {}
+        for file in (self.manifest, *sorted(self.path.glob(".journal.*"))):
+            if file.exists():
+                found.update((line["id"], line) for line in _whole_lines(file))
+        return {i: line for i, line in sorted(found.items()) if is_whole(self.picture(i))}
+
+    def finish(self, count: int) -> None:
+        """Merge the journals into the manifest; a `VisarError` if pictures are missing."""
+        lines = self.done()
+        missing = sum(i not in lines for i in range(count))
+        if missing:
+            raise VisarError(f"{missing} pictures of {self.path} are gone; start the run again to have them drawn.")
+        with replacing(self.manifest) as temporary, open(temporary, "w") as file:
+            file.writelines(json.dumps(lines[i]) + "\n" for i in range(count))
+            _to_disk(file)
+        for journal in self.path.glob(".journal.*"):
+            journal.unlink()
+
+    def finished(self) -> list[Line]:
+        """The manifest; a `VisarError` if there is no run, or one that is not finished."""
+        about = self.about()
+        if about is None:
+            raise VisarError(f"{self.path} holds no run of `visar sample`.")
+        lines = list(_whole_lines(self.manifest)) if self.manifest.exists() else []
+        there = [i for i, line in enumerate(lines) if line["id"] == i and is_whole(self.picture(i))]
+        if len(there) != about["count"] or len(lines) != about["count"]:
+            raise VisarError(
+                f"The run in {self.path} is not finished, or pictures are gone; the same `visar sample` makes them."
+            )
+        return lines
+
+    @contextmanager
+    def locked(self, rank: int, world: int = 1) -> Iterator[None]:
+        """Hold the lock of a rank; rank 0 looks that no rank of a larger job is still at work, too.
+
+        The kernel releases it when the process ends in any way. Raises `VisarError` if another run has it.
+        """
+        with self._lock(rank):
+            if rank == 0:
+                for file in self.path.glob(".lock.*"):
+                    if int(file.suffix[1:]) >= world:
+                        with self._lock(int(file.suffix[1:])):
+                            pass
+            yield
+
+    @contextmanager
+    def _lock(self, rank: int) -> Iterator[None]:
+        path = self.path / f".lock.{rank}"
+        while True:
+            with open(path, "w") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise VisarError(
+                        f"Another run is at work in {self.path}; wait until it ends, or give another folder."
+                    ) from error
+                # Its last holder may have removed the file between the two lines above.
+                if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                    continue
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+class Journal:
+    """Writes pictures and then their lines, in that order, each on the disk before the next."""
+
+    def __init__(self, folder: RunFolder, rank: int):
+        self._folder = folder
+        self._path = folder.path / f".journal.{rank}"
+        self._mended = False
+
+    def write(self, image: Image.Image, line: Line) -> None:
+        """Write a picture as its line's "file", then the line. Raises `VisarError` where the disk is full, say."""
+        try:
+            with replacing(self._folder.path / line["file"]) as temporary, open(temporary, "wb") as picture:
+                image.save(picture, format="PNG")
+                _to_disk(picture)
+            with open(self._path, "ab") as file:
+                if not self._mended:  # a kill may have cut the last line short
+                    file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
+                    self._mended = True
+                file.write(json.dumps(line).encode() + b"\n")
+                _to_disk(file)
+        except OSError as error:
+            raise VisarError(f"Cannot write to {self._folder.path}: {error.strerror or error}.") from error
+
+
+def is_whole(picture: Path) -> bool:
+    """Whether a PNG file is there to its end."""
+    try:
+        with open(picture, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _whole_lines(file: Path) -> Iterator[Line]:
+    """The lines of pictures; what is cut short or damaged is left out, so that its picture is drawn again."""
+    for text in file.read_bytes().split(b"\n")[:-1]:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("id"), int):
+            yield line
+
+
+def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What is to be equal, by name; tables entry by entry."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        for key in new:
+            yield from _pairs(key, old.get(key), new[key])
+    else:
+        yield name, old, new
