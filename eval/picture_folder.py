@@ -117,15 +117,13 @@ class PictureFolder:
         file = self.files[name]
         try:
             with Image.open(file) as image:
-                if image.mode in ("RGBA", "LA") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    if image.getextrema()[3] != (255, 255):
-                        raise VisarError(f"{file} has transparent pixels; save it as RGB on a background.")
-                pixels = np.array(image.convert("RGB"))
+                clear = image.mode in ("RGBA", "LA") or "transparency" in image.info
+                pixels = np.array(image.convert("RGBA" if clear else "RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            if isinstance(error, VisarError):
-                raise
             raise VisarError(f"{file} is not a picture that can be read: {error}.") from error
+        if clear and pixels[:, :, 3].min() < 255:
+            raise VisarError(f"{file} has transparent pixels; save it as RGB on a background.")
+        pixels = np.ascontiguousarray(pixels[:, :, :3])
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _rows(self, wanted: Sequence[str]) -> Iterator[Tensor]:
@@ -142,6 +140,14 @@ class PictureFolder:
                     raise VisarError(f"{self.path} ends before its last picture.")
                 if name in chosen:
                     yield torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy()).permute(2, 0, 1)
+
+
+def has_pictures(path: Path) -> bool:
+    """Whether this is a folder, or an .npz with pictures in it, perhaps beside moments, as ADM's references are."""
+    if path.is_dir() or not path.is_file() or not zipfile.is_zipfile(path):
+        return path.is_dir()
+    with zipfile.ZipFile(path) as archive:
+        return "arr_0.npy" in archive.namelist()
 
 
 def _open_folder(path: Path, jpeg_allowed: bool, mixed_allowed: bool) -> PictureFolder:

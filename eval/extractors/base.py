@@ -35,7 +35,8 @@ class Extractor(ABC):
             raise VisarError(
                 f"Features are of uint8 pictures [B, 3, H, W], not of {pictures.dtype} {[*pictures.shape]}."
             )  # fmt: skip
-        with torch.inference_mode():
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is off by a thousandth
+        with torch.inference_mode(), exact:
             return {name: found.float().cpu() for name, found in self.extract(pictures).items()}
 
     @abstractmethod

@@ -163,8 +163,8 @@ def save_moments(path: str | Path, moments: Mapping[str, Moments], provenance: M
 
 
 def has_moments(path: str | Path) -> bool:
-    """Whether the file is an .npz with `mu` and `sigma`."""
-    if not zipfile.is_zipfile(path):
+    """Whether this is an .npz with `mu` and `sigma`."""
+    if not Path(path).is_file() or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
         return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
@@ -172,7 +172,7 @@ def has_moments(path: str | Path) -> bool:
 
 def load_moments(path: str | Path) -> StoredMoments:
     """Moments of an .npz: of `save_moments`, or published ones with `mu`, `sigma` (and perhaps `mu_s`, `sigma_s`)."""
-    if not Path(path).is_file() or not has_moments(path):
+    if not has_moments(path):
         raise VisarError(f"{path} holds no moments: an .npz with `mu` and `sigma` does.")
     found: dict[str, Moments] = {}
     with np.load(path, allow_pickle=False) as data:

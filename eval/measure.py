@@ -1,0 +1,308 @@
+"""Figures of pictures by a named protocol, each with everything that it depends on.
+
+A figure is never printed bare: protocol and version, network and hash of its weights, reference, count, resizing, file
+format, library versions and seed stand in one line with it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import PIL
+import torch
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.eval.clip_score import ImageAndText, clip_scores
+from visar.eval.extractors import Extractor, get_extractor
+from visar.eval.extractors.resize import PREPARE
+from visar.eval.metrics.frechet import (
+    Moments,
+    StoredMoments,
+    frechet_distance,
+    has_moments,
+    load_moments,
+    save_moments,
+)
+from visar.eval.metrics.inception_score import inception_score
+from visar.eval.metrics.manifold import precision
+from visar.eval.metrics.mmd import cmmd, kid
+from visar.eval.picture_folder import PictureFolder, has_pictures
+from visar.eval.protocols import COMPARING, Protocol, get_protocol
+
+_NEEDS = {  # features of every picture, where moments do not do
+    "inception_score": "logits", "precision": "pool", "recall": "pool", "kid": "pool", "cmmd": "pool",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """`values` by the protocol's names. `spread` (low, high): a CLIP score's 95% interval; for KID, one standard
+    deviation between subsets either way. `left_out`: metrics that were not measured, and why. Hashes are sha256 in hex.
+    """
+
+    protocol: str
+    values: dict[str, float]
+    spread: dict[str, tuple[float, float]]
+    left_out: dict[str, str]
+    n: int
+    extractor: str
+    weights: str
+    resize: str
+    prepare: str
+    pixels: tuple[int, int]  # height, width
+    format: str
+    pictures: str
+    reference: dict[str, str]  # of its moments, its pictures, or both; empty where there is none
+    versions: dict[str, str]
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """`names[protocol@version facts] = values`, one line; hashes are cut to 12 digits."""
+        of = " ".join(f"ref-{name}=sha256:{value[:12]}" for name, value in self.reference.items())
+        facts = [
+            self.protocol, f"n={self.n}", f"{self.extractor}=sha256:{self.weights[:12]}", *([of] if of else []),
+            f"prepare={self.prepare}", f'resize="{self.resize}"', f"{self.pixels[1]}x{self.pixels[0]}", self.format,
+            *(f"{name}={version}" for name, version in self.versions.items()), f"seed={self.seed}",
+        ]  # fmt: skip
+        values = (f"{value:.6g}" + self._between(name) for name, value in self.values.items())
+        return f"{','.join(self.values)}[{' '.join(facts)}] = {', '.join(values)}"
+
+    def _between(self, name: str) -> str:
+        if name not in self.spread:
+            return ""
+        low, high = self.spread[name]
+        return f" ({low:.6g} to {high:.6g})"
+
+
+@dataclass
+class _Seen:
+    """What was taken of a set of pictures, by the name of the features: moments, and those of every picture [n, D]."""
+
+    moments: dict[str, Moments]
+    features: dict[str, Tensor]
+
+
+class _Reference:
+    """Moments, pictures or both (as ADM's files hold them)."""
+
+    def __init__(self, source: str | Path | PictureFolder, protocol: Protocol) -> None:
+        self.stored: StoredMoments | None = None
+        self.pictures: PictureFolder | None = None
+        if isinstance(source, PictureFolder):
+            self.pictures = source
+            return
+        path = Path(source)
+        if has_moments(path):
+            self.stored = load_moments(path)
+        if self.stored is None or has_pictures(path):
+            self.pictures = PictureFolder.open(path, jpeg_allowed=True, mixed_allowed=protocol.pixels is None)
+
+    def cannot(self, metric: Mapping[str, Any]) -> str:
+        """Why this metric cannot be taken against it, or nothing."""
+        if metric["kind"] == "frechet" and self.stored is not None:
+            known = metric["features"] in self.stored.moments
+            return "" if known else f"the reference has no moments of {metric['features']} features"
+        return "the reference has moments and no pictures" if self.pictures is None else ""
+
+    def must_fit(self, protocol: Protocol, extractor: Extractor) -> None:
+        """Moments that say of which features they are must be of these."""
+        own = {"extractor": extractor.name, "weights": extractor.weights, "resize": extractor.resize,
+               "prepare": protocol.prepare}  # fmt: skip
+        provenance = self.stored.provenance if self.stored else {}
+        for name, value in own.items():
+            if provenance.get(name, value) != value:
+                raise VisarError(
+                    f"The reference's moments are of {name} {provenance[name]!r}, and here it is {value!r}."
+                )
+
+
+def measure(
+    protocol: str | Protocol,
+    folder: str | Path | PictureFolder,
+    reference: str | Path | PictureFolder | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 32,
+    seed: int = 0,
+    weights: str | None = None,
+    extractor: Extractor | None = None,
+) -> Result:
+    """Measure the pictures as the protocol says.
+
+    `reference`: pictures, moments of `reference_stats`, or published mu and sigma; metrics that it cannot serve are
+    left out and named. `seed` draws KID's subsets. `weights`: a file of the extractor's. `extractor`: one that is
+    loaded. Errors: too few pictures, another size or format, captions that are missing, features that are no numbers.
+    """
+    protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    pictures = folder if isinstance(folder, PictureFolder) else PictureFolder.open(folder)
+    size = _allowed(protocol, pictures)
+    _enough(protocol, pictures, "Protocol")
+    comparing = any(metric["kind"] in COMPARING for metric in protocol.metrics.values())
+    if comparing and reference is None:
+        raise VisarError(f"Protocol {protocol.label} needs a reference: {protocol.reference}")
+    if not comparing and reference is not None:
+        raise VisarError(f"Protocol {protocol.label} compares with nothing, and a reference was given.")
+    against = None if reference is None else _Reference(reference, protocol)
+    left_out = {
+        name: reason for name, metric in protocol.metrics.items()
+        if against is not None and metric["kind"] in COMPARING and (reason := against.cannot(metric))
+    }  # fmt: skip
+    metrics = {name: metric for name, metric in protocol.metrics.items() if name not in left_out}
+    if not metrics:
+        raise VisarError(f"The reference serves no metric of {protocol.label}: {next(iter(left_out.values()))}.")
+    if any(metric["kind"] == "clip_score" for metric in metrics.values()):
+        pictures.require_captions(f"Protocol {protocol.label}")
+    extract = _extractor(protocol, extractor, device, weights)
+
+    other, hashes = _Seen({}, {}), {}
+    if against is not None:
+        against.must_fit(protocol, extract)
+        asked = [m for m in metrics.values() if m["kind"] in COMPARING]
+        if against.stored is not None:
+            hashes["moments"] = against.stored.fingerprint
+            asked = [m for m in asked if m["kind"] != "frechet"]
+        if asked and against.pictures is not None:
+            _enough(protocol, against.pictures, "The reference of protocol")
+            hashes["pictures"] = against.pictures.fingerprint()
+            other = _look(against.pictures, extract, protocol, asked, batch)
+        if against.stored is not None:
+            other.moments.update(against.stored.moments)
+    own = _look(pictures, extract, protocol, list(metrics.values()), batch)
+
+    values: dict[str, float] = {}
+    spread: dict[str, tuple[float, float]] = {}
+    for name, metric in metrics.items():
+        if metric["kind"] == "clip_score":
+            found = clip_scores(
+                pictures, cast(ImageAndText, extract), prefix=metric["prefix"], scale=metric["scale"],
+                prepare=PREPARE[protocol.prepare], batch=batch,
+            ).mean  # fmt: skip
+            values[name], spread[name] = found.mean, (found.low, found.high)
+        elif metric["kind"] == "kid":
+            mean, std = kid(
+                own.features["pool"], other.features["pool"], metric["subsets"], metric["subset_size"], seed
+            )  # fmt: skip
+            values[name], spread[name] = mean, (mean - std, mean + std)
+        else:
+            values[name] = _value(metric, own, other, device)
+    return Result(
+        protocol.label, values, spread, left_out, len(pictures), extract.name, extract.weights, extract.resize,
+        protocol.prepare, size, pictures.format, pictures.fingerprint(), hashes, _versions(extract), seed,
+    )  # fmt: skip
+
+
+def reference_stats(
+    protocol: str | Protocol,
+    folder: str | Path | PictureFolder,
+    out: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 32,
+    weights: str | None = None,
+    extractor: Extractor | None = None,
+) -> StoredMoments:
+    """Moments of reference pictures, and an .npz of them that says of which pictures and features they are."""
+    protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    asked = [metric for metric in protocol.metrics.values() if metric["kind"] == "frechet"]
+    if not asked:
+        raise VisarError(f"Protocol {protocol.label} has no Frechet distance, so no moments: give it the pictures.")
+    pictures = _Reference(folder, protocol).pictures
+    if pictures is None:
+        raise VisarError(f"{folder} has moments and no pictures.")
+    _enough(protocol, pictures, "The reference of protocol")
+    extract = _extractor(protocol, extractor, device, weights)
+    moments = _look(pictures, extract, protocol, asked, batch).moments
+    provenance = {
+        "protocol": protocol.label, "extractor": extract.name, "weights": extract.weights, "resize": extract.resize,
+        "prepare": protocol.prepare, "pictures": pictures.fingerprint(), "format": pictures.format,
+        "versions": _versions(extract),
+    }  # fmt: skip
+    save_moments(out, moments, provenance)
+    return StoredMoments(moments, provenance)
+
+
+def _look(
+    pictures: PictureFolder, extract: Extractor, protocol: Protocol, metrics: list[dict[str, Any]], batch: int
+) -> _Seen:
+    """Run the pictures through the extractor once, and take what the metrics need."""
+    moments = {metric["features"]: Moments() for metric in metrics if metric["kind"] == "frechet"}
+    kept: dict[str, list[Tensor]] = {_NEEDS[m["kind"]]: [] for m in metrics if m["kind"] in _NEEDS}
+    if not moments and not kept:
+        return _Seen({}, {})
+    for part in pictures.batches(size=batch):
+        found = extract(PREPARE[protocol.prepare](part))
+        for name in {*moments, *kept}:
+            if not bool(found[name].isfinite().all()):
+                raise VisarError(f"Pictures of {pictures.path} have {extract.name} features that are NaN or infinite.")
+        for name, of in moments.items():
+            of.add(found[name])
+        for name, features in kept.items():
+            features.append(found[name])
+    return _Seen(moments, {name: torch.cat(features) for name, features in kept.items()})
+
+
+def _value(metric: Mapping[str, Any], own: _Seen, other: _Seen, device: torch.device | str) -> float:
+    """A metric that is one number. Distances between all pictures are taken on a GPU where there is one."""
+    if metric["kind"] == "frechet":
+        return frechet_distance(own.moments[metric["features"]], other.moments[metric["features"]])
+    if metric["kind"] == "inception_score":
+        return inception_score(own.features["logits"], metric["split"])
+    place = device if torch.device(device).type == "cuda" else "cpu"  # others lack float64
+    x, y = own.features["pool"].to(place), other.features["pool"].to(place)
+    if metric["kind"] == "cmmd":
+        return cmmd(x, y)
+    # recall is precision with the sets changed over
+    return (
+        precision(x, y, metric["neighbours"])
+        if metric["kind"] == "precision"
+        else precision(y, x, metric["neighbours"])
+    )
+
+
+def _versions(extract: Extractor) -> dict[str, str]:
+    return {"torch": torch.__version__, "pillow": PIL.__version__, **extract.versions}
+
+
+def _extractor(
+    protocol: Protocol, extractor: Extractor | None, device: torch.device | str, weights: str | None
+) -> Extractor:
+    if extractor is None:
+        return get_extractor(protocol.extractor, device, weights)
+    if extractor.name != protocol.extractor:
+        raise VisarError(f"Protocol {protocol.label} is of {protocol.extractor} features, not of {extractor.name}.")
+    return extractor
+
+
+def _allowed(protocol: Protocol, pictures: PictureFolder) -> tuple[int, int]:
+    """The size of the measured pictures, which must be one, in formats and of the pixels that the protocol allows."""
+    if wrong := sorted(set(pictures.format.split("+")) - set(protocol.formats)):
+        allowed = ", ".join(protocol.formats)
+        raise VisarError(f"Protocol {protocol.label} measures {allowed} files, and {pictures.path} has {wrong[0]}.")
+    if pictures.size is None:
+        raise VisarError(f"Protocol {protocol.label} measures pictures of one size; those of {pictures.path} differ.")
+    if protocol.pixels is not None and pictures.size != (protocol.pixels, protocol.pixels):
+        height, width = pictures.size
+        raise VisarError(
+            f"Protocol {protocol.label} measures pictures of {protocol.pixels}x{protocol.pixels} pixels, not "
+            f"{width}x{height}; resize a decoder's output before it is rounded to 8 bits."
+        )
+    return pictures.size
+
+
+def _enough(protocol: Protocol, pictures: PictureFolder, who: str) -> None:
+    pictures.require(protocol.least, f"{who} {protocol.label}")
+    if len(pictures) < protocol.warn_below:
+        warnings.warn(
+            f"{who} {protocol.label} has {len(pictures)} pictures of the {protocol.wanted} that papers use: figures of "
+            f"under {protocol.warn_below} are biased or uncertain, and compare with those of equal counts only.",
+            stacklevel=3,
+        )  # fmt: skip
