@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from visar.errors import VisarError
+from visar.eval.clip_score import clip_scores
 from visar.eval.extractors import Extractor
+from visar.eval.extractors.resize import PREPARE
 from visar.eval.metrics.energy import PairedEnergy, paired_energy_test
 from visar.eval.picture_folder import PictureFolder
+from visar.eval.protocols import Protocol
 
 MOST = 4096  # pairs; all distances between them are held at once
 LEVEL = 0.01  # how rarely seed noise alone may be called a change
@@ -101,6 +105,40 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"p": self.p, "changed": self.changed, "verdict": self.verdict}
+
+
+class Remembering(Extractor):
+    """An extractor that looks at equal pictures once, as one folder is compared with many; `prepare` comes first."""
+
+    def __init__(self, extract: Extractor, prepare: str = "none"):
+        self.inner, self.name, self.weights, self.resize = extract, extract.name, extract.weights, extract.resize
+        self.versions, self.prepare = extract.versions, PREPARE[prepare]
+        self.seen: dict[bytes, Tensor] = {}
+
+    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
+        keys = [_digest(picture) for picture in pictures]
+        new = {key: i for i, key in enumerate(keys) if key not in self.seen}
+        if new:
+            found = self.inner(self.prepare(pictures[list(new.values())]))["pool"]
+            self.seen.update(zip(new, found, strict=True))
+        return {"pool": torch.stack([self.seen[key] for key in keys])}
+
+
+def scores_by(protocol: Protocol, extract: Any) -> Callable[[PictureFolder, Sequence[str]], Tensor]:
+    """What `compare` takes as `clip`: scores by a protocol such as `clip-vit-b32`, and its extractor."""
+    metric = next((m for m in protocol.metrics.values() if m["kind"] == "clip_score"), None)
+    if metric is None:
+        raise VisarError(f"Protocol {protocol.label} has no CLIP score.")
+    known: dict[Path, dict[str, float]] = {}
+
+    def scores(folder: PictureFolder, ids: Sequence[str]) -> Tensor:
+        if folder.path not in known:
+            known[folder.path] = clip_scores(
+                folder, extract, prefix=metric["prefix"], scale=metric["scale"], prepare=PREPARE[protocol.prepare]
+            ).scores
+        return torch.tensor([known[folder.path][i] for i in ids], dtype=torch.float64)
+
+    return scores
 
 
 def features_of(folder: PictureFolder, ids: Sequence[str], extract: Extractor, batch: int = 32) -> Tensor:
@@ -205,7 +243,7 @@ def compare(
     *,
     seeds: Sequence[PictureFolder] = (),
     reference: PictureFolder | None = None,
-    clip: Any = None,
+    clip: Callable[[PictureFolder, Sequence[str]], Tensor] | None = None,
     relabellings: int = 1999,
     seed: int = 0,
 ) -> Comparison:

@@ -1,13 +1,7 @@
-"""What speed costs, as a picture: samplers by their speed and by how far they move the law or the pictures.
-
-`python -m visar.eval.plots bench.json out.svg` draws what `visar bench --quality N --json bench.json` measured.
-"""
+"""What speed costs, as a picture: samplers by their speed and by how far they move the law or the pictures."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -76,34 +70,3 @@ def check(file: str | Path) -> None:
 
 def _nameless(file: str | Path) -> dict[str, None] | None:
     return {"Date": None} if Path(file).suffix == ".svg" else None
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("bench", help="what `visar bench --quality N --json` wrote")
-    parser.add_argument("out", help="a .svg or .png file")
-    options = parser.parse_args()
-    try:
-        report = json.loads(Path(options.bench).read_text())
-        moved = {row["sampler"]: row for row in report["quality"]}
-        rows = [row for row in report["rows"] if row["sampler"] in moved]
-    except (OSError, ValueError, KeyError, TypeError):
-        print(f"visar: error: {options.bench} is not of `visar bench --quality N --json`.", file=sys.stderr)
-        return 2
-    points = [
-        Point(r["sampler"], r["sampler"], r["nfe_ratio"], moved[r["sampler"]]["moved"],
-              moved[r["sampler"]]["error"], r["exact"])
-        for r in rows
-    ]  # fmt: skip
-    try:
-        draw(
-            points, options.out, x=f"NFE, as a share of {rows[0]['sampler']}'s", y="energy distance from AR's pictures"
-        )
-    except VisarError as error:
-        print(f"visar: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

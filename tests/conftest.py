@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from visar.eval.extractors import Extractor
 from visar.models.drafters import DraftHeads, EagleHead, ExitHead, SkippedLayers
 from visar.models.llamagen import LlamaGen
 from visar.models.vq import VQModel
@@ -31,6 +33,15 @@ def text_gpt(length: int = 4, features: int = 6) -> LlamaGen:
 
 def class_gpt() -> LlamaGen:
     return LlamaGen(**GPT, condition="class", classes=7).eval()
+
+
+class Cells(Extractor):
+    """Features that need no network: pixels in 3x3 cells."""
+
+    name, weights, resize = "cells", "none", "none"
+
+    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
+        return {"pool": torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 3).flatten(1)}
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,26 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import Cells
 from PIL import Image
 from torch import Tensor
 
 from visar.errors import VisarError
 from visar.eval.compare import compare, mean_shift, reference_shift
-from visar.eval.extractors import Extractor
 from visar.eval.metrics.energy import energy
 from visar.eval.picture_folder import PictureFolder
 
 CLASSES = 40
 SIZE = 6
-
-
-class Cells(Extractor):
-    """Pixels in 3x3 cells."""
-
-    name, weights, resize = "cells", "none", "none"
-
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        return {"pool": torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 3).flatten(1)}
 
 
 def drawn(count: int, seed: int, shared: int | None = None) -> np.ndarray:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from visar import __version__
-from visar.cli import arguments
+from visar.cli import arguments, evaluate_arguments
 from visar.errors import VisarError
 
 
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"visar {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (arguments.generate, arguments.sample, arguments.export, arguments.models, arguments.samplers,
-                arguments.verify, arguments.bench, arguments.train):  # fmt: skip
+                arguments.verify, arguments.bench, evaluate_arguments.evaluate, arguments.train):  # fmt: skip
         add(commands)
     return top
 

@@ -132,15 +132,6 @@ def bench(commands: Commands) -> None:
     p.add_argument("--images", type=int, default=16, help="pictures per sampler and repeat (default: 16)")
     p.add_argument("--repeats", type=int, default=3, help="medians are over these (default: 3)")
     p.add_argument("--json", metavar="PATH", help="also write the figures to this file")
-    p.add_argument(
-        "--quality",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also compare N pictures of each prompt with plain decoding's",
-    )
-    p.add_argument("--real", metavar="DATA", help="and with a folder or zip of captioned pictures, by their prompts")
-    _picture_options(p)
     _model_options(p)
     _sampling_options(p)
     _decoding_options(p)
@@ -182,6 +173,19 @@ def train(commands: Commands) -> None:
     mar.add_argument("--head-width", type=int, default=192, help="of the diffusion head (default: 192)")
     mar.add_argument("--head-layers", type=int, default=3)
     mar.set_defaults(run=_runner("train", "mar"))
+
+    clip = kinds.add_parser("clip", help="train a small CLIP, which says whether pictures follow their prompts")
+    _training_options(clip, minutes=27, batch=128, lr=3e-3)
+    clip.add_argument(
+        "--words", default="icons", metavar="FOLDER|NAME",
+        help="of `visar train words`, or an embedded model: where vectors of words come from (default: icons)",
+    )  # fmt: skip
+    clip.add_argument("--dim", type=int, default=96, help="width of both towers (default: 96)")
+    clip.add_argument("--layers", type=int, default=4, help="for pictures (default: 4)")
+    clip.add_argument("--text-layers", type=int, default=2)
+    clip.add_argument("--heads", type=int, default=3)
+    clip.add_argument("--stored-as", choices=("float32", "float16", "float8_e4m3fn"), default="float16")
+    clip.set_defaults(run=_runner("train", "clip"))
 
     ar = kinds.add_parser("ar", help="train a text-conditional GPT on a tokenizer's tokens")
     _training_options(ar, minutes=75, batch=32, lr=2.5e-3)

@@ -38,6 +38,33 @@ def configured(name: str, given: list[str], window: int | None) -> AnySampler:
     return get_sampler(sampler, **values)
 
 
+def samplers_of(options: argparse.Namespace) -> dict[str, AnySampler]:
+    """The samplers by what they were called: a name, or a name with parameters, as in "mar:steps=32:head_steps=50".
+
+    Parameters of --set go to all that have them.
+    """
+    from visar.samplers import spec_of
+
+    wanted = options.samplers
+    if wanted is None:
+        wanted = ["mar", "mar-headspec"] if is_masked(options) else ["ar", "sjd", "scd"]
+    parts = {label: label.split(":") for label in wanted}
+    has = {label: set(spec_of(name).parameters()) for label, (name, *_) in parts.items()}
+    for text in options.parameters:
+        if "=" in text and not any(text.partition("=")[0] in names for names in has.values()):
+            raise VisarError(f"None of these samplers has a parameter {text.partition('=')[0]!r}.")
+    if options.window is not None and not any("window" in names for names in has.values()):
+        raise VisarError("None of these samplers has a window.")
+    return {
+        label: configured(
+            name,
+            [text for text in options.parameters if "=" not in text or text.partition("=")[0] in has[label]] + own,
+            options.window if "window" in has[label] else None,
+        )
+        for label, (name, *own) in parts.items()
+    }
+
+
 def device_of(name: str) -> torch.device:
     """The device of a name, "auto" being the GPU where there is one; a `VisarError` if it is not there."""
     import torch

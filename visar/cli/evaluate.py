@@ -1,0 +1,207 @@
+"""`visar eval`: figures by named protocols, and whether a sampler changed the pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visar.cli.common import device_of, load_pipeline, samplers_of
+from visar.errors import VisarError
+from visar.files import output_folder, replacing, writable_folder
+from visar.tables import table
+
+if TYPE_CHECKING:
+    from visar.eval.compare import Comparison, Remembering, Shift
+
+SETTINGS = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
+
+
+def fid(options: argparse.Namespace) -> int:
+    from visar.eval.measure import measure
+    from visar.eval.picture_folder import PictureFolder
+
+    _ready(options)
+    found = measure(
+        options.protocol, PictureFolder.open(options.folder), options.reference, device=device_of(options.device),
+        batch=options.batch, seed=options.seed, weights=options.weights,
+    )  # fmt: skip
+    for name, reason in found.left_out.items():
+        print(f"visar: note: {name} was left out: {reason}.", file=sys.stderr)
+    _say(str(found), found.to_dict(), options.json)
+    return 0
+
+
+def clip(options: argparse.Namespace) -> int:
+    from visar.eval.measure import measure
+    from visar.eval.picture_folder import PictureFolder
+
+    _ready(options)
+    pictures = PictureFolder.open(options.folder, captions=options.captions)
+    found = measure(
+        options.protocol, pictures, device=device_of(options.device), batch=options.batch, weights=options.weights
+    )
+    _say(str(found), found.to_dict(), options.json)
+    return 0
+
+
+def stats(options: argparse.Namespace) -> int:
+    from visar.eval.measure import reference_stats
+
+    _ready(options)
+    if Path(options.out).suffix != ".npz":
+        raise VisarError(f"Statistics are written as .npz, not {options.out}.")
+    writable_folder(Path(options.out).parent)
+    found = reference_stats(
+        options.protocol, options.sources, options.out, device=device_of(options.device), batch=options.batch,
+        weights=options.weights,
+    )  # fmt: skip
+    count = next(iter(found.moments.values())).n
+    _say(f"{options.out}: {count} pictures, sha256:{found.fingerprint[:12]}", found.provenance, options.json)
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    from visar.eval.compare import compare as compared
+    from visar.eval.picture_folder import PictureFolder
+
+    _ready(options)
+    a, b, *seeds = (PictureFolder.open(path) for path in (options.a, options.b, *options.seeds))
+    reference = _photographs(options.reference)
+    scores = _scores(options)
+    found = compared(
+        a, b, _features(options), seeds=seeds, reference=reference, clip=scores, seed=options.seed
+    )  # fmt: skip
+    _say(_described(found), found.to_dict(), options.json)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    from visar.eval.plots import check
+    from visar.eval.report import make_report
+    from visar.eval.report_page import write_page
+
+    samplers = samplers_of(options)
+    for name in ("num_pictures", "batch", "speed_images"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise VisarError(f"--{name.replace('_', '-')} must be 1 or more, not {value}.")
+    given = _conditions(options)
+    reference, extract, scores = _photographs(options.reference), _features(options), _scores(options)
+    with output_folder(options.out):
+        check(Path(options.out) / "plot.svg")
+        pipe = load_pipeline(options, classes=bool(options.classes) or None)
+        pipe.set_progress_bar_config(disable=True)
+        conditions = given or _usual(pipe)
+        found = make_report(
+            pipe, samplers, conditions, Path(options.out), extract, model=options.model,
+            count=options.num_pictures or len(conditions), batch=options.batch, seed=options.seed, reference=reference,
+            clip=scores, speed_images=options.speed_images, progress=sys.stderr.isatty(), tell=print,
+            **{name: getattr(options, name) for name in SETTINGS},
+        )  # fmt: skip
+        for file in write_page(found, options.out):
+            print(file)
+    return 0
+
+
+def protocols(options: argparse.Namespace) -> int:
+    from visar.eval.protocols import get_protocol, protocol_names
+
+    found = [get_protocol(name) for name in protocol_names()]
+    if options.json:
+        print(json.dumps([vars(p) for p in found], indent=2))
+    else:
+        print(table(
+            ("NAME", "VERSION", "METRICS", "PICTURES", "FEATURES", "ABOUT"),
+            [(p.name, p.version, ", ".join(p.metrics), p.wanted, p.extractor, p.about) for p in found],
+        ))  # fmt: skip
+    return 0
+
+
+def _ready(options: argparse.Namespace) -> None:
+    """What can be wrong before minutes of measuring."""
+    if options.batch < 1:
+        raise VisarError(f"--batch must be 1 or more, not {options.batch}.")
+    if options.json:
+        writable_folder(Path(options.json).parent)
+
+
+def _features(options: argparse.Namespace) -> Remembering:
+    from visar.eval.compare import Remembering
+    from visar.eval.extractors import get_extractor
+    from visar.eval.protocols import get_protocol
+
+    protocol = get_protocol(options.protocol)
+    return Remembering(get_extractor(protocol.extractor, device_of(options.device), options.weights), protocol.prepare)
+
+
+def _scores(options: argparse.Namespace) -> Any:
+    """What `--clip` asks for, or None."""
+    from visar.eval.compare import scores_by
+    from visar.eval.extractors import get_extractor
+    from visar.eval.protocols import get_protocol
+
+    if options.clip is None:
+        if options.clip_weights:
+            raise VisarError("--clip-weights needs --clip, the protocol that they are for.")
+        return None
+    protocol = get_protocol(options.clip)
+    return scores_by(protocol, get_extractor(protocol.extractor, device_of(options.device), options.clip_weights))
+
+
+def _photographs(path: str | None) -> Any:
+    from visar.eval.picture_folder import PictureFolder
+
+    return None if path is None else PictureFolder.open(path, jpeg_allowed=True, mixed_allowed=True)
+
+
+def _conditions(options: argparse.Namespace) -> list[Any]:
+    from visar.sampling import read_classes, read_prompts
+
+    if options.prompts and options.classes:
+        raise VisarError("Give either --prompts FILE or --classes LIST.")
+    if options.prompts:
+        return list(read_prompts(options.prompts))
+    return list(read_classes(options.classes)) if options.classes else []
+
+
+def _usual(pipe: Any) -> list[Any]:
+    """Common prompts, or all classes."""
+    from visar.eval.speed import conditions
+    from visar.pipelines import TextToImagePipeline
+
+    return conditions(pipe, 48) if isinstance(pipe, TextToImagePipeline) else list(range(pipe.model.config.classes))
+
+
+def _shift(name: str, s: Shift) -> str:
+    return f"{name}: A {s.a:.4g}, B {s.b:.4g}, B - A {s.difference:+.3g} ({s.low:+.3g} to {s.high:+.3g}), p {s.p:.2g}"
+
+
+def _described(found: Comparison) -> str:
+    """The verdict, and every figure behind it."""
+    t = found.overall
+    lines = [
+        found.verdict,
+        f"{found.pictures} pairs of {found.prompts} prompts: {100 * found.same:.1f}% of the pictures are the same, "
+        f"pixels differ by {found.levels:.2f} of 255"
+        + ("" if found.tokens is None else f", {100 * found.tokens:.1f}% of the tokens are the same")
+        + ".",
+        f"Energy distance of {found.features} features (sha256:{found.weights[:12]}): {t.distance:.4g}, p {t.p:.2g}; "
+        f"1% of relabellings give {t.least:.3g} or more.",
+    ]
+    if (g := found.per_prompt) is not None:
+        lines.append(f"Within a prompt: {g.distance:.4g}, p {g.p:.2g}; 1% of relabellings give {g.least:.3g} or more.")
+    lines += [f"A against another seed of its own: {s.distance:.4g}, p {s.p:.2g}." for s in found.seeds]
+    if found.reference is not None:
+        lines.append(_shift("Energy distance to the reference", found.reference))
+    if found.clip is not None:
+        lines.append(_shift("Score against the prompt", found.clip))
+    return "\n".join(lines)
+
+
+def _say(line: str, figures: dict[str, Any], file: str | None) -> None:
+    print(line)
+    if file:
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(figures, indent=2) + "\n")
