@@ -114,8 +114,12 @@ def pair_scores(
     clip: IconsClip, pixels: Tensor, records: Sequence[Record], captions: Sequence[str], rng: random.Random
 ) -> tuple[Tensor, Tensor]:
     """Cosines [n] of pictures with their own prompts, and with another one of `captions` in the same style."""
-    others = [rng.choice([c for c in dict.fromkeys(captions) if c != r.caption]) for r in records]
-    wrong = [Record("", caption, r.style).prompt() for caption, r in zip(others, records, strict=True)]
+    names = list(dict.fromkeys(captions))
+    wrong = []
+    for r in records:
+        while (other := rng.choice(names)) == r.caption:
+            pass
+        wrong.append(Record("", other, r.style).prompt())
     return clip.scores(pixels, [r.prompt() for r in records]), clip.scores(pixels, wrong)
 
 

@@ -1,4 +1,4 @@
-"""`visar train pictures | words | tokenizer | autoencoder | ar | mar | drafter | assemble`."""
+"""`visar train pictures | words | tokenizer | autoencoder | ar | mar | clip | drafter | assemble`."""
 
 from __future__ import annotations
 
@@ -80,6 +80,24 @@ def mar(options: argparse.Namespace) -> int:
     train_mar(
         data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
         options.head_layers,
+    )  # fmt: skip
+    return 0
+
+
+def clip(options: argparse.Namespace) -> int:
+    import torch
+
+    from visar.models.specs import MODELS, resolve_model
+    from visar.training.clip import train_clip
+
+    if min(options.dim, options.layers, options.text_layers, options.heads) < 1 or options.batch < 2:
+        raise VisarError("--dim, --layers, --text-layers and --heads must be 1 or more, and --batch 2 or more.")
+    data, config = _run(options, warmup=100, ema=0.998)
+    home = Path(resolve_model(options.words)) / "text_encoder" if options.words in MODELS else options.words
+    encoder = _component("words.WordEncoder", home)
+    train_clip(
+        data, options.size, config, encoder, options.dim, options.layers, options.text_layers, options.heads,
+        getattr(torch, options.stored_as),
     )  # fmt: skip
     return 0
 
