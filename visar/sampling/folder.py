@@ -39,6 +39,11 @@ class RunFolder:
     def picture(self, i: int) -> Path:
         return self.path / f"{i:06d}.png"
 
+    def drawn(self) -> int:
+        """How many pictures are there, whole or not."""
+        with os.scandir(self.path) as entries:
+            return sum(entry.name.endswith(".png") and not entry.name.startswith(".") for entry in entries)
+
     def about(self) -> dict[str, Any] | None:
         """What run it is, None if there is none; a `VisarError` if its file is damaged."""
         try:
@@ -59,7 +64,7 @@ class RunFolder:
         """
         found = self.about()
         if found is None:
-            if self.path.is_dir() and any(self.path.glob("*.png")):
+            if self.path.is_dir() and self.drawn():
                 raise VisarError(f"{self.path} holds pictures of something else; give another folder.")
             return None
         pairs = [pair for key in IDENTITY if key in about for pair in _pairs(key, found.get(key), about[key])]
@@ -78,7 +83,7 @@ class RunFolder:
 
     def forget_if_empty(self) -> None:
         """Take run.json away again if no picture was drawn."""
-        if not any(self.path.glob("*.png")):
+        if not self.drawn():
             self._run.unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -92,7 +97,7 @@ class RunFolder:
         found: dict[int, Line] = {}
         for file in (self.manifest, *sorted(self.path.glob(".journal.*"))):
             if file.exists():
-                found.update((line["id"], line) for line in _whole_lines(file))
+                found.update((int(line["id"]), line) for line in _whole_lines(file))
         return {i: line for i, line in sorted(found.items()) if is_whole(self.picture(i))}
 
     def finish(self, count: int) -> None:
@@ -113,7 +118,7 @@ class RunFolder:
         if about is None:
             raise VisarError(f"{self.path} holds no run of `visar sample`.")
         lines = list(_whole_lines(self.manifest)) if self.manifest.exists() else []
-        there = [i for i, line in enumerate(lines) if line["id"] == i and is_whole(self.picture(i))]
+        there = [i for i, line in enumerate(lines) if int(line["id"]) == i and is_whole(self.picture(i))]
         if len(there) != about["count"] or len(lines) != about["count"]:
             raise VisarError(
                 f"The run in {self.path} is not finished, or pictures are gone; the same `visar sample` makes them."
@@ -201,7 +206,7 @@ def _whole_lines(file: Path) -> Iterator[Line]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("id"), int):
+        if isinstance(line, dict) and str(line.get("id")).isdigit():
             yield line
 
 

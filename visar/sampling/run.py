@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import warnings
@@ -120,7 +119,7 @@ def sample_pictures(
                         wanted = missing.intersection(part)
                         if wanted:
                             _draw(pipe, order, first, part, wanted, journal, method, seed, tokens, settings)
-                            bar.update(_pictures(folder.path) - bar.n)  # those of all ranks
+                            bar.update(folder.drawn() - bar.n)  # those of all ranks
                 ranks.agree(lambda: None)  # all have drawn their part
                 bar.update(count - bar.n)
             ranks.first(lambda: folder.finish(count))
@@ -209,7 +208,7 @@ def _line(order: Interleaved, i: int, row: int, stats: DecodeStats) -> Line:
     }
     if isinstance(stats, MaskedStats):
         figures["head_rounds"] = stats.head_rounds
-    line: Line = {"id": i, "file": f"{i:06d}.png", order.kind: condition.value}
+    line: Line = {"id": f"{i:06d}", "file": f"{i:06d}.png", order.kind: condition.value}
     if condition.id is not None:
         line["prompt_id"] = condition.id
     line |= {
@@ -220,11 +219,6 @@ def _line(order: Interleaved, i: int, row: int, stats: DecodeStats) -> Line:
         "stats": figures,
     }
     return line | ({"metadata": dict(condition.metadata)} if condition.metadata else {})
-
-
-def _pictures(folder: Path) -> int:
-    with os.scandir(folder) as entries:
-        return sum(entry.name.endswith(".png") and entry.name[0] != "." for entry in entries)
 
 
 def _summary(folder: RunFolder, drawn: int) -> Sampled:
