@@ -1,14 +1,10 @@
-"""Figures of pictures by a named protocol, each with everything that it depends on.
-
-A figure is never printed bare: protocol and version, network and hash of its weights, reference, count, resizing, file
-format, library versions and seed stand in one line with it.
-"""
+"""Figures of pictures by a named protocol, and moments of reference pictures to take them against."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,54 +29,13 @@ from visar.eval.metrics.manifold import precision
 from visar.eval.metrics.mmd import cmmd, kid
 from visar.eval.picture_folder import PictureFolder, has_pictures
 from visar.eval.protocols import COMPARING, Protocol, get_protocol
+from visar.eval.result import Result
+
+Source = str | Path | PictureFolder
 
 _NEEDS = {  # features of every picture, where moments do not do
     "inception_score": "logits", "precision": "pool", "recall": "pool", "kid": "pool", "cmmd": "pool",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Result:
-    """`values` by the protocol's names. `spread` (low, high): a CLIP score's 95% interval; for KID, one standard
-    deviation between subsets either way. `left_out`: metrics that were not measured, and why. Hashes are sha256 in hex.
-    """
-
-    protocol: str
-    values: dict[str, float]
-    spread: dict[str, tuple[float, float]]
-    left_out: dict[str, str]
-    n: int
-    extractor: str
-    weights: str
-    resize: str
-    prepare: str
-    pixels: tuple[int, int]  # height, width
-    format: str
-    pictures: str
-    reference: dict[str, str]  # of its moments, its pictures, or both; empty where there is none
-    versions: dict[str, str]
-    seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        """`names[protocol@version facts] = values`, one line; hashes are cut to 12 digits."""
-        of = " ".join(f"ref-{name}=sha256:{value[:12]}" for name, value in self.reference.items())
-        facts = [
-            self.protocol, f"n={self.n}", f"{self.extractor}=sha256:{self.weights[:12]}", *([of] if of else []),
-            f"prepare={self.prepare}", f'resize="{self.resize}"', f"{self.pixels[1]}x{self.pixels[0]}", self.format,
-            *(f"{name}={version}" for name, version in self.versions.items()), f"seed={self.seed}",
-        ]  # fmt: skip
-        values = (f"{value:.6g}" + self._between(name) for name, value in self.values.items())
-        return f"{','.join(self.values)}[{' '.join(facts)}] = {', '.join(values)}"
-
-    def _between(self, name: str) -> str:
-        if name not in self.spread:
-            return ""
-        low, high = self.spread[name]
-        return f" ({low:.6g} to {high:.6g})"
 
 
 @dataclass
@@ -94,7 +49,7 @@ class _Seen:
 class _Reference:
     """Moments, pictures or both (as ADM's files hold them)."""
 
-    def __init__(self, source: str | Path | PictureFolder, protocol: Protocol) -> None:
+    def __init__(self, source: Source, protocol: Protocol) -> None:
         self.stored: StoredMoments | None = None
         self.pictures: PictureFolder | None = None
         if isinstance(source, PictureFolder):
@@ -127,8 +82,8 @@ class _Reference:
 
 def measure(
     protocol: str | Protocol,
-    folder: str | Path | PictureFolder,
-    reference: str | Path | PictureFolder | None = None,
+    folder: Source,
+    reference: Source | None = None,
     *,
     device: torch.device | str = "cpu",
     batch: int = 32,
@@ -136,7 +91,7 @@ def measure(
     weights: str | None = None,
     extractor: Extractor | None = None,
 ) -> Result:
-    """Measure the pictures as the protocol says.
+    """Measure the pictures as the protocol says; every picture is looked at once.
 
     `reference`: pictures, moments of `reference_stats`, or published mu and sigma; metrics that it cannot serve are
     left out and named. `seed` draws KID's subsets. `weights`: a file of the extractor's. `extractor`: one that is
@@ -145,7 +100,7 @@ def measure(
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     pictures = folder if isinstance(folder, PictureFolder) else PictureFolder.open(folder)
     size = _allowed(protocol, pictures)
-    _enough(protocol, pictures, "Protocol")
+    _enough(protocol, len(pictures), "Protocol")
     comparing = any(metric["kind"] in COMPARING for metric in protocol.metrics.values())
     if comparing and reference is None:
         raise VisarError(f"Protocol {protocol.label} needs a reference: {protocol.reference}")
@@ -171,7 +126,7 @@ def measure(
             hashes["moments"] = against.stored.fingerprint
             asked = [m for m in asked if m["kind"] != "frechet"]
         if asked and against.pictures is not None:
-            _enough(protocol, against.pictures, "The reference of protocol")
+            _enough(protocol, len(against.pictures), "The reference of protocol")
             hashes["pictures"] = against.pictures.fingerprint()
             other = _look(against.pictures, extract, protocol, asked, batch)
         if against.stored is not None:
@@ -202,7 +157,7 @@ def measure(
 
 def reference_stats(
     protocol: str | Protocol,
-    folder: str | Path | PictureFolder,
+    sources: Source | Sequence[Source],
     out: str | Path,
     *,
     device: torch.device | str = "cpu",
@@ -210,24 +165,40 @@ def reference_stats(
     weights: str | None = None,
     extractor: Extractor | None = None,
 ) -> StoredMoments:
-    """Moments of reference pictures, and an .npz of them that says of which pictures and features they are."""
+    """Moments of reference pictures, and an .npz of them that says of which pictures and features they are.
+
+    Several sources are parts of one reference: pictures, or files of this function, so that parts may be made apart.
+    """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     asked = [metric for metric in protocol.metrics.values() if metric["kind"] == "frechet"]
     if not asked:
         raise VisarError(f"Protocol {protocol.label} has no Frechet distance, so no moments: give it the pictures.")
-    pictures = _Reference(folder, protocol).pictures
-    if pictures is None:
-        raise VisarError(f"{folder} has moments and no pictures.")
-    _enough(protocol, pictures, "The reference of protocol")
+    parts = [_Reference(part, protocol) for part in ([sources] if isinstance(sources, Source) else sources)]
     extract = _extractor(protocol, extractor, device, weights)
-    moments = _look(pictures, extract, protocol, asked, batch).moments
+    total = {metric["features"]: Moments() for metric in asked}
+    pictures: list[str] = []
+    for part in parts:
+        if part.stored is not None:
+            part.must_fit(protocol, extract)
+            pictures += part.stored.provenance.get("pictures", [])
+            found = part.stored.moments
+        else:
+            assert part.pictures is not None
+            pictures.append(part.pictures.fingerprint())
+            found = _look(part.pictures, extract, protocol, asked, batch).moments
+        if missing := sorted(set(total) - set(found)):
+            raise VisarError(f"A part of the reference has no moments of {missing[0]} features.")
+        for name, moments in total.items():
+            moments.merge(found[name])
+    if len(set(pictures)) < len(pictures):
+        raise VisarError("The same pictures are in two parts of the reference.")
+    _enough(protocol, min(moments.n or 0 for moments in total.values()), "The reference of protocol")
     provenance = {
         "protocol": protocol.label, "extractor": extract.name, "weights": extract.weights, "resize": extract.resize,
-        "prepare": protocol.prepare, "pictures": pictures.fingerprint(), "format": pictures.format,
-        "versions": _versions(extract),
+        "prepare": protocol.prepare, "pictures": pictures, "versions": _versions(extract),
     }  # fmt: skip
-    save_moments(out, moments, provenance)
-    return StoredMoments(moments, provenance)
+    save_moments(out, total, provenance)
+    return StoredMoments(total, provenance)
 
 
 def _look(
@@ -298,11 +269,12 @@ def _allowed(protocol: Protocol, pictures: PictureFolder) -> tuple[int, int]:
     return pictures.size
 
 
-def _enough(protocol: Protocol, pictures: PictureFolder, who: str) -> None:
-    pictures.require(protocol.least, f"{who} {protocol.label}")
-    if len(pictures) < protocol.warn_below:
+def _enough(protocol: Protocol, n: int, who: str) -> None:
+    if n < protocol.least:
+        raise VisarError(f"{who} {protocol.label} needs {protocol.least} or more pictures, and there are {n}.")
+    if n < protocol.warn_below:
         warnings.warn(
-            f"{who} {protocol.label} has {len(pictures)} pictures of the {protocol.wanted} that papers use: figures of "
-            f"under {protocol.warn_below} are biased or uncertain, and compare with those of equal counts only.",
+            f"{who} {protocol.label} has {n} pictures of the {protocol.wanted} that papers use: figures of under "
+            f"{protocol.warn_below} are biased or uncertain, and compare with those of equal counts only.",
             stacklevel=3,
         )  # fmt: skip

@@ -99,11 +99,6 @@ class PictureFolder:
             total.update(json.dumps(name).encode() + hashlib.sha256(content).digest())
         return total.hexdigest()
 
-    def require(self, count: int, what: str) -> None:
-        """`VisarError` unless there are `count` pictures or more; `what` names what needs them."""
-        if len(self) < count:
-            raise VisarError(f"{what} needs {count} or more pictures, and {self.path} has {len(self)}.")
-
     def require_captions(self, what: str) -> None:
         """`VisarError` unless every picture has a caption."""
         if without := [name for name in self.ids if name not in self.captions]:

@@ -61,7 +61,7 @@ def test_moments_are_those_of_numpy() -> None:
     x = normal(37, 6) * 3 + 1000  # far from 0, where sums of squares would lose digits
     found = Moments.of(x.float())
     rounded = x.float().double().numpy()
-    assert found.count == 37
+    assert found.n == 37
     assert np.allclose(found.mu.numpy(), rounded.mean(0), rtol=1e-14)
     assert np.allclose(found.sigma.numpy(), np.cov(rounded, rowvar=False), rtol=1e-10)
 
@@ -81,18 +81,18 @@ def test_order_and_merging_do_not_matter() -> None:
     parts.merge(Moments.of(x[13:]))
     parts.merge(Moments())
     empty.merge(parts)
-    assert parts.count == empty.count == 50
+    assert parts.n == empty.n == 50
     for found in (parts, empty):
         assert torch.allclose(found.sigma, whole.sigma, rtol=1e-11) and torch.allclose(found.mu, whole.mu, rtol=1e-13)
     empty.add(x)
-    assert parts.count == 50 and torch.allclose(parts.sigma, whole.sigma, rtol=1e-11)
+    assert parts.n == 50 and torch.allclose(parts.sigma, whole.sigma, rtol=1e-11)
 
 
 def test_files(tmp_path: Path) -> None:
     x = normal(30, 4)
     Moments.of(x).save(tmp_path / "a.npz", {"of": "noise"})
     stored = load_moments(tmp_path / "a.npz")
-    assert stored.provenance == {"of": "noise"} and stored.moments["pool"].count == 30
+    assert stored.provenance == {"of": "noise"} and stored.moments["pool"].n == 30
     again = Moments.load(tmp_path / "a.npz")
     again.add(normal(5, 4, seed=1))
     assert torch.allclose(again.sigma, torch.cov(torch.cat([x, normal(5, 4, seed=1)]).T), rtol=1e-12)
@@ -111,7 +111,7 @@ def test_published_files(tmp_path: Path) -> None:
              **numbers)  # fmt: skip
     plain, adm = load_moments(tmp_path / "plain.npz"), load_moments(tmp_path / "adm.npz")
     assert set(plain.moments) == {"pool"} and set(adm.moments) == {"pool", "spatial"}
-    assert plain.moments["pool"].count is None and plain.moments["pool"].width == 4
+    assert plain.moments["pool"].n is None and plain.moments["pool"].width == 4
     assert frechet_distance(plain.moments["pool"], x) == pytest.approx(0, abs=1e-12)
     assert frechet_distance(adm.moments["spatial"], y) == pytest.approx(0, abs=1e-12)
     with pytest.raises(VisarError, match="unknown number of pictures cannot be merged"):

@@ -160,9 +160,9 @@ def test_saved_moments_give_the_same(tmp_path: Path) -> None:
     protocol, extract = small("imagenet256-adm"), Means("inception-tf1")
     stored = reference_stats(protocol, two, tmp_path / "ref.npz", extractor=extract)
     again = load_moments(tmp_path / "ref.npz")
-    assert again.fingerprint == stored.fingerprint and again.moments["spatial"].count == 14
+    assert again.fingerprint == stored.fingerprint and again.moments["spatial"].n == 14
     assert again.provenance == stored.provenance
-    assert again.provenance["pictures"] == PictureFolder.open(two).fingerprint()
+    assert again.provenance["pictures"] == [PictureFolder.open(two).fingerprint()]
     assert again.provenance["protocol"] == "imagenet256-adm@1" and again.provenance["weights"] == extract.weights
     full = measure(protocol, one, two, extractor=extract)
     found = measure(protocol, one, tmp_path / "ref.npz", extractor=extract)
@@ -173,10 +173,31 @@ def test_saved_moments_give_the_same(tmp_path: Path) -> None:
     other.weights = "cd" * 32
     with pytest.raises(VisarError, match=r"moments are of weights 'abab.*', and here it is 'cdcd"):
         measure(protocol, one, tmp_path / "ref.npz", extractor=other)
-    with pytest.raises(VisarError, match="has moments and no pictures"):
-        reference_stats(protocol, tmp_path / "ref.npz", tmp_path / "more.npz", extractor=extract)
     with pytest.raises(VisarError, match="has no Frechet distance"):
         reference_stats(small("cmmd"), two, tmp_path / "more.npz", extractor=Means("clip-vit-l14-336"))
+
+
+def test_moments_of_parts_are_those_of_the_whole(tmp_path: Path) -> None:
+    protocol, extract = small("imagenet256-adm"), Means("inception-tf1")
+    parts, whole = [folder_of(tmp_path / name, n, seed) for name, n, seed in (("a", 9, 1), ("b", 13, 20))], Moments()
+    for n, seed in ((9, 1), (13, 20)):
+        whole.add(features(n, seed))
+    reference_stats(protocol, parts[0], tmp_path / "0.npz", extractor=extract)
+    found = reference_stats(protocol, [tmp_path / "0.npz", parts[1]], tmp_path / "ref.npz", extractor=extract)
+    moments = load_moments(tmp_path / "ref.npz").moments["pool"]
+    assert moments.n == 22 and torch.allclose(moments.sigma, whole.sigma, rtol=1e-9)
+    assert found.provenance["pictures"] == [PictureFolder.open(part).fingerprint() for part in parts]
+    np.savez(tmp_path / "plain.npz", mu=whole.mu.numpy(), sigma=whole.sigma.numpy())
+    other = small("imagenet256-adm", metrics={"fid": {"kind": "frechet", "features": "pool"}})
+    for using, sources, message in (
+        (protocol, [parts[0], tmp_path / "0.npz"], "The same pictures are in two parts"),
+        (protocol, [tmp_path / "plain.npz"], "no moments of spatial features"),
+        (other, [tmp_path / "plain.npz"], "unknown number of pictures cannot be merged"),
+        (dataclasses.replace(protocol, least=23), parts, "needs 23 or more pictures, and there are 22"),
+    ):
+        with pytest.raises(VisarError, match=message):
+            reference_stats(using, sources, tmp_path / "none.npz", extractor=extract)
+    assert not (tmp_path / "none.npz").exists()
 
 
 def test_a_reference_of_adms_layout(tmp_path: Path) -> None:

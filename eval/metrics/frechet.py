@@ -26,13 +26,13 @@ _SUFFIX = {"pool": "", "spatial": "_s"}  # of `mu` and `sigma` in a file, as in 
 
 
 class Moments:
-    """Count, mean [D] and scatter [D, D] (the sum of outer products around the mean) of features, in float64.
+    """Count n, mean [D] and scatter [D, D] (the sum of outer products around the mean) of features, in float64.
 
-    `count` is None for published moments that do not say of how many pictures they are; nothing can be added to those.
+    `n` is None for published moments that do not say of how many pictures they are; nothing can be added to those.
     """
 
-    def __init__(self, mu: Tensor | None = None, scatter: Tensor | None = None, count: int | None = 0) -> None:
-        self._mu, self._scatter, self.count = mu, scatter, count
+    def __init__(self, mu: Tensor | None = None, scatter: Tensor | None = None, n: int | None = 0) -> None:
+        self._mu, self._scatter, self.n = mu, scatter, n
 
     @staticmethod
     def of(features: Tensor) -> Moments:
@@ -62,11 +62,11 @@ class Moments:
     def sigma(self) -> Tensor:
         """The covariance [D, D] without bias (n - 1), as in every published FID."""
         assert self.mu is not None and self._scatter is not None
-        if self.count is None:
+        if self.n is None:
             return self._scatter
-        if self.count < 2:
-            raise VisarError(f"A covariance needs 2 or more pictures, not {self.count}.")
-        return self._scatter / (self.count - 1)
+        if self.n < 2:
+            raise VisarError(f"A covariance needs 2 or more pictures, not {self.n}.")
+        return self._scatter / (self.n - 1)
 
     def add(self, features: Tensor) -> None:
         """Take in features [B, D]."""
@@ -84,19 +84,19 @@ class Moments:
 
     def merge(self, other: Moments) -> None:
         """Take in what other moments have seen (Chan, Golub and LeVeque 1983)."""
-        if self.count is None or other.count is None:
+        if self.n is None or other.n is None:
             raise VisarError("Moments of an unknown number of pictures cannot be merged.")
-        if not other.count:
+        if not other.n:
             return
         if self._mu is None or self._scatter is None:
-            self._mu, self._scatter, self.count = other.mu.clone(), _known(other).clone(), other.count
+            self._mu, self._scatter, self.n = other.mu, _known(other), other.n
             return
         _same_width(self, other)
-        total = self.count + other.count
+        total = self.n + other.n
         step = other.mu - self._mu
-        self._scatter = self._scatter + _known(other) + torch.outer(step, step) * (self.count * other.count / total)
-        self._mu = self._mu + step * (other.count / total)
-        self.count = total
+        self._scatter = self._scatter + _known(other) + torch.outer(step, step) * (self.n * other.n / total)
+        self._mu = self._mu + step * (other.n / total)
+        self.n = total
 
     def save(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Write mu, sigma, n and what they are of, as an .npz."""
@@ -156,8 +156,8 @@ def save_moments(path: str | Path, moments: Mapping[str, Moments], provenance: M
     for name, found in moments.items():
         suffix = _SUFFIX[name]
         arrays |= {f"mu{suffix}": found.mu.numpy(), f"sigma{suffix}": found.sigma.numpy()}
-        if found.count is not None:
-            arrays["n"] = np.array(found.count)
+        if found.n is not None:
+            arrays["n"] = np.array(found.n)
     with replacing(Path(path).with_suffix(".npz")) as temporary:
         np.savez(temporary, **arrays)
 
