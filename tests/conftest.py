@@ -38,7 +38,8 @@ def class_gpt() -> LlamaGen:
 class Cells(Extractor):
     """Features that need no network: pixels in 3x3 cells."""
 
-    name, weights, resize = "cells", "none", "none"
+    def __init__(self) -> None:
+        self.name, self.weights, self.resize, self.versions = "cells", "none", "none", {}
 
     def extract(self, pictures: Tensor) -> dict[str, Tensor]:
         return {"pool": torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 3).flatten(1)}
