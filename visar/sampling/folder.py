@@ -48,7 +48,7 @@ class RunFolder:
         """What run it is, None if there is none; a `VisarError` if its file is damaged."""
         try:
             found = json.loads(self._run.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise VisarError(f"{self._run} cannot be read: {error}.") from error
