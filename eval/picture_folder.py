@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ _MODES = {"RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"}
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """`ids` are sorted; `captions` and `records` (lines of the manifest) are by id, and lack an id that has none.
+    """`ids` are sorted, numbers in them by value. `captions` and `records` (lines of the manifest) are by id, and lack
+    an id that has none.
 
     `size` is (height, width), and None where sizes differ and that was allowed. `format` is of the files: "png",
     "webp", "jpeg", several joined by "+", or "npz". Without a manifest ids are file stems, or row numbers of an npz.
@@ -123,7 +125,7 @@ class PictureFolder:
 
     def _rows(self, wanted: Sequence[str]) -> Iterator[Tensor]:
         """Rows [3, H, W] of the npz, one at a time: 50,000 pictures of 256 pixels would take 10 GB."""
-        if list(wanted) != sorted(wanted):
+        if list(wanted) != sorted(wanted):  # numbers of one width
             raise VisarError(f"Pictures of {self.path} can be read in the order of their rows only.")
         assert self.size is not None
         chosen, shape = set(wanted), (*self.size, 3)
@@ -180,7 +182,13 @@ def _open_folder(path: Path, jpeg_allowed: bool, mixed_allowed: bool) -> Picture
         raise VisarError(f"Pictures of {path} must have one size: {differ}.")
     formats = "+".join(sorted({form for form, _ in looks.values()}))
     size = sizes.pop() if len(sizes) == 1 else None
-    return PictureFolder(path, tuple(sorted(files)), files, size, formats, captions, records)
+    return PictureFolder(path, tuple(sorted(files, key=_number_order)), files, size, formats, captions, records)
+
+
+def _number_order(name: str) -> tuple[list[str | int], str]:
+    """Sorts "2" before "10": the Inception score of splits needs the order that a batch of the same pictures has."""
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def _pictures(folder: Path) -> list[Path]:

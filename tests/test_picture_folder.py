@@ -72,6 +72,13 @@ def test_a_manifest_pairs_by_id(tmp_path: Path) -> None:
     assert all(np.array_equal(batch[i].permute(1, 2, 0), pixels(ord(name))) for i, name in enumerate("abc"))
 
 
+def test_numbers_are_sorted_by_value(tmp_path: Path) -> None:
+    names = ["10", "9", "a2", "a10", "a1b", "01", "1", "b", "²"]
+    for name in names:
+        save(tmp_path / f"{name}.png")
+    assert PictureFolder.open(tmp_path).ids == ("01", "1", "9", "10", "a1b", "a2", "a10", "b", "²")
+
+
 def test_missing_and_extra_pictures(tmp_path: Path) -> None:
     with_manifest(tmp_path)
     save(tmp_path / "9.png")
