@@ -106,6 +106,7 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.02, 0.05)
+    torch.nn.init.constant_(model.fc.bias, 1e6)  # so that it is seen if it is added
     file = tmp_path_factory.mktemp("inception") / "random.pth"
     torch.save(model.state_dict(), file)
     return file
