@@ -207,6 +207,16 @@ def test_a_cut_line_of_another_rank(go: Callable[..., Any], whole: Path, tmp_pat
     assert told(folder) == told(whole) and names(folder) == names(whole)
 
 
+def test_damaged_lines_are_left_out(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
+    """As a power cut may leave them; their pictures are drawn again."""
+    folder = tmp_path / "own"
+    unfinished(whole, folder, 3)
+    lines = (folder / ".journal.0").read_bytes().splitlines(keepends=True)
+    (folder / ".journal.0").write_bytes(lines[0] + bytes(40) + b'\n{"id": \n[1]\n{"file": "000002.png"}\n' + lines[1])
+    assert go().drawn == 5
+    assert pictures(folder) == pictures(whole) and told(folder) == told(whole)
+
+
 @pytest.mark.parametrize("damage", ["gone", "half", "empty"])
 def test_a_picture_that_is_not_whole_is_drawn_again(
     go: Callable[..., Any], whole: Path, tmp_path: Path, damage: str
