@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import WORDS, picture_folder
@@ -14,7 +16,9 @@ from torch import Tensor
 
 from visar.cli import main
 from visar.errors import VisarError
+from visar.eval.extractors import get_extractor
 from visar.eval.extractors.icons_clip import IconsClip, figures, icons_clip
+from visar.eval.measure import measure
 from visar.models.words import WordEncoder
 from visar.training.clip import (
     HIGHEST_SCALE,
@@ -94,6 +98,7 @@ def test_moved_pictures_are_shifted_not_flipped() -> None:
     x[..., 4:12] = 1.0  # a bar on the left
     found = moved(x, torch.Generator().manual_seed(0))
     assert found.shape == x.shape and (found - x).abs().mean() > 0.02
+    assert torch.allclose(found[..., -1], x[..., -1], atol=1e-5)  # what comes in from outside is the background
     places = (found[:, 0, 16] + 1).argmax(1)
     assert places.max() < 16 and len(set(places.tolist())) > 2
     assert torch.equal(moved(x, torch.Generator().manual_seed(0)), found)
@@ -252,3 +257,69 @@ def test_bad_input_is_said_in_a_sentence(tmp_path: Path) -> None:
     save_clip(clip.model, own, sizes, whole, torch.float16)
     with pytest.raises(VisarError, match="NaN"):
         load_clip(whole)
+
+
+# The shipped model, on the pictures of the card of `icons`: eight things in three styles, drawn by that model
+
+
+THINGS = ("red heart", "blue heart", "green apple", "grinning face", "cat face", "crying face", "pig face", "banana")
+STYLES = ("3d", "noto", "flat")
+
+
+@pytest.fixture(scope="module")
+def shipped() -> IconsClip:
+    found = get_extractor("icons-clip")
+    assert isinstance(found, IconsClip)
+    return found
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Tensor:
+    """uint8 pictures [3, 8, 3, 128, 128]: of every style, every thing."""
+    with Image.open(Path(str(resources.files("visar.assets"))) / "icons" / "samples.webp") as sheet:
+        pixels = torch.from_numpy(np.array(sheet.convert("RGB")))
+    rows = pixels.view(3, 142, 8, 128, 3)[:, :128]  # the prompt stands below each picture
+    return rows.permute(0, 2, 4, 1, 3).contiguous()
+
+
+def test_the_shipped_model_knows_what_icons_draws(shipped: IconsClip, drawn: Tensor) -> None:
+    first, right, wrong = 0, [], []
+    for style, row in zip(STYLES, drawn, strict=True):
+        cosines = shipped(row)["pool"] @ shipped.texts([f"{thing}, {style}" for thing in THINGS]).T
+        first += int((cosines.argmax(1) == torch.arange(8)).sum())
+        right.append(cosines.diagonal())
+        wrong.append(cosines[~torch.eye(8, dtype=torch.bool)])
+    assert first >= 14  # of 24; a guess finds 3
+    higher = (torch.cat(right)[:, None] > torch.cat(wrong)).double().mean()
+    assert higher > 0.9
+
+
+def test_the_shipped_model_sees_pictures_that_changed_places(shipped: IconsClip, drawn: Tensor) -> None:
+    prompts = [f"{thing}, 3d" for thing in THINGS]
+    kept = shipped.scores(drawn[0], prompts)
+    assert (kept > shipped.scores(drawn[0].roll(1, 0), prompts)).sum() >= 7
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_shipped_model_sees_the_style(style: str, shipped: IconsClip, drawn: Tensor) -> None:
+    row = drawn[STYLES.index(style)]
+    means = {asked: shipped.scores(row, [f"{thing}, {asked}" for thing in THINGS]).mean() for asked in STYLES}
+    assert max(means, key=lambda asked: means[asked]) == style
+
+
+def test_the_shipped_model_is_small_and_its_figures_are_those_of_its_card(shipped: IconsClip) -> None:
+    folder = Path(str(resources.files("visar.assets"))) / "icons-clip"
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 1.4 * 2**20
+    assert shipped.name == "icons-clip" and shipped.weights[:12] in (folder / "README.md").read_text()
+
+
+def test_the_protocol_measures_a_folder(shipped: IconsClip, drawn: Tensor, tmp_path: Path) -> None:
+    pixels = torch.cat([drawn.flatten(0, 1), drawn[0]])
+    prompts = [f"{thing}, {style}" for style in (*STYLES, "3d") for thing in THINGS]
+    for i, (picture, prompt) in enumerate(zip(pixels, prompts, strict=True)):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(prompt)
+    with pytest.warns(UserWarning, match="256"):
+        found = measure("icons-clip", tmp_path)
+    assert list(found.values) == ["icons-clip"] and found.extractor == "icons-clip" and found.n == 32
+    assert found.values["icons-clip"] == pytest.approx(shipped.scores(pixels, prompts).mean().item(), abs=1e-5)

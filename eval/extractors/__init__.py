@@ -11,7 +11,7 @@ __all__ = ["EXTRACTORS", "Extractor", "Features", "as_uint8", "get_extractor"]
 
 EXTRACTORS = (
     "efflite0", "inception-tf1", "inception-clean", "inception-pytorch", "dinov2", "clip-vit-b32", "clip-vit-b16",
-    "clip-vit-l14-336", "clip:MODEL/PRETRAINED", "timm:MODEL",
+    "clip-vit-l14-336", "icons-clip", "clip:MODEL/PRETRAINED", "timm:MODEL",
 )  # fmt: skip
 
 
@@ -38,6 +38,10 @@ def get_extractor(name: str, device: torch.device | str = "cpu", weights: str | 
         from visar.eval.extractors.timm_backbone import DINOV2, timm_backbone
 
         return timm_backbone(DINOV2, device, weights, name)
+    if name == "icons-clip":
+        from visar.eval.extractors.icons_clip import icons_clip
+
+        return icons_clip(device, weights)
     kind, _, model = name.partition(":")
     if kind == "clip" and "/" in model:
         from visar.eval.extractors.clip import clip

@@ -65,7 +65,7 @@ def build_clip(sizes: dict[str, Any]) -> Any:
         from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
     except ImportError as error:
         raise VisarError(
-            f"A CLIP needs the extra `eval`: uv sync --extra eval, or pip install 'visar[eval]' ({error})."
+            f"A CLIP's networks need the extra `eval`: uv sync --extra eval, or pip install 'visar[eval]' ({error})."
         ) from error
     return CLIP(sizes["embed_dim"], CLIPVisionCfg(**sizes["vision"]), CLIPTextCfg(**sizes["text"]))
 
