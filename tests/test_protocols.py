@@ -259,6 +259,22 @@ def test_clip_scores_are_paired_by_id(tmp_path: Path) -> None:
     assert times == pytest.approx(100 * np.mean(cosines), rel=1e-6)
 
 
+def test_clip_scores_are_of_prepared_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = folder_of(tmp_path / "a", 8, 1), tmp_path / "b"
+    two.mkdir()
+    for file in one.glob("*.png"):
+        Image.fromarray(255 - np.array(Image.open(file))).save(two / file.name)
+    for folder in (one, two):
+        for file in list(folder.glob("*.png")):
+            file.with_suffix(".txt").write_text("level 3")
+    monkeypatch.setitem(PREPARE, "center-lanczos-256", lambda pictures: 255 - pictures)
+    extract = Means("clip-vit-b32")
+    found = measure(small("clip-vit-b32"), one, extractor=extract).values["clip-score"]
+    same, other = (measure(small("clip-vit-b32", prepare="none"), of, extractor=extract) for of in (two, one))
+    assert found == pytest.approx(same.values["clip-score"], rel=1e-9)
+    assert abs(found - other.values["clip-score"]) > 1e-4
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     one, two = folder_of(tmp_path / "a", 12, 1), folder_of(tmp_path / "b", 12, 20)
     extract = Means("inception-tf1")
