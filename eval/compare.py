@@ -230,10 +230,15 @@ def _digest(picture: Tensor) -> bytes:
 
 
 def _tokens(a: PictureFolder, b: PictureFolder, ids: Sequence[str]) -> float | None:
-    pairs = [(a.records.get(i, {}).get("tokens"), b.records.get(i, {}).get("tokens")) for i in ids]
-    if any(not x or not y or len(x) != len(y) for x, y in pairs):
-        return None
-    return sum(s == t for x, y in pairs for s, t in zip(x, y, strict=True)) / sum(len(x) for x, _ in pairs)
+    """The share of equal tokens; None if a picture's tokens are not in both manifests."""
+    equal = total = 0
+    for i in ids:
+        one, other = (folder.records.get(i, {}).get("tokens", []) for folder in (a, b))
+        if not one or len(one) != len(other):
+            return None
+        equal += sum(s == t for s, t in zip(one, other, strict=True))
+        total += len(one)
+    return equal / total
 
 
 def compare(

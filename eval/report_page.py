@@ -68,7 +68,7 @@ def _points(report: Report) -> list[Point]:
 
 def _cells(report: Report) -> list[tuple[str, ...]]:
     speed = {row.sampler: row for row in report.speed.rows}
-    out = []
+    out: list[tuple[str, ...]] = []
     for e in report.entries:
         s, c = speed[e.label], e.comparison
         out.append((
