@@ -160,7 +160,9 @@ def test_a_run_goes_on(
         assert names(tmp_path / "own") == [".journal.0", *(f"{i:06d}.png" for i in range(after)), "run.json"]
     else:
         assert not (tmp_path / "own").exists()
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "own").glob("[!.]*.png")}
     assert go().drawn == 7 - after
+    assert len(before) == after and all(p.stat().st_mtime_ns == time for p, time in before.items())
     assert pictures(tmp_path / "own") == pictures(whole) and told(tmp_path / "own") == told(whole)
     assert names(tmp_path / "own") == names(whole)
 

@@ -33,7 +33,7 @@ pipe = TextToImagePipeline.from_pretrained(model)
 pipe.set_progress_bar_config(disable=True)
 
 def run(folder):
-    sample_pictures(pipe, prompts, folder, count=3, batch=2, tokens=True)
+    return sample_pictures(pipe, prompts, folder, count=3, batch=2, tokens=True)
 
 def killed(folder, at):
     left = at
@@ -64,7 +64,9 @@ at = 1
 while killed(out / str(at), at):
     # Once more, so that what two kills leave is there together.
     killed(out / str(at), 4)
-    run(out / str(at))
+    saved = len(list((out / str(at)).glob("[!.]*.png")))
+    drawn = run(out / str(at)).drawn
+    assert drawn <= 3 - saved + 1, at  # at most one picture was saved and had no line yet
     at += 1
 print(at)
 """
@@ -207,6 +209,10 @@ def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alo
     left = pictures(folder.path)
     assert len(left) < COUNT and all(pictures(alone)[name] == data for name, data in left.items())
     assert "000002.png" in left and "000003.png" not in left  # of the first batch of rank 1
+    for rank, own in ((0, {"000000", "000001", "000004", "000005"}), (1, {"000002"})):
+        journal = folder.path / f".journal.{rank}"
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        assert {json.loads(line)["id"] for line in lines} <= own
     assert "manifest.jsonl" not in names(folder.path) and [n for n in names(folder.path) if ".partial." in n]
     drawn = (COUNT, COUNT, COUNT - len(folder.done()))
     for line, out, number in zip(printed, (two, many, killed), drawn, strict=True):  # rank 0 alone prints
