@@ -61,7 +61,8 @@ def split_of(record: Record, drawings: dict[str, set[str]]) -> str:
     """`train`, `unseen-concept` (4% of concepts) or `unseen-style` (4% of drawings, concept seen in another one)."""
     if _bucket(record.concept) < 4:
         return "unseen-concept"
-    chosen = min(drawings[record.concept], key=lambda d: _bucket(record.concept, d))
+    # Sorted, because a set's order differs between processes, and so would the winner of a tie.
+    chosen = min(sorted(drawings[record.concept]), key=lambda d: _bucket(record.concept, d))
     if len(drawings[record.concept]) > 1 and record.drawing == chosen and _bucket(record.concept, "style") < 4:
         return "unseen-style"
     return "train"
