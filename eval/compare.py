@@ -98,7 +98,7 @@ class Comparison:
             return f"The same: all {self.pictures} pictures are equal in every pixel."
         if n := round(self.elsewhere * self.pictures):
             return f"Mixed up: {n} of {self.pictures} pictures are those of another prompt; pair them first."
-        far = f"energy distance {t.distance:.3g}, {100 * t.share:.2g}% of what it could be; p {self.p:.2g}"
+        far = f"energy distance {t.distance:.3g}, {100 * max(t.share, 0):.2g}% of what it could be; p {self.p:.2g}"
         if self.changed:
             return f"Changed: {', '.join(name for name, p in self.found.items() if p < LEVEL)} ({far})."
         return f"No change seen in {self.pictures} pairs ({far}; seen from {max(t.least, 0):.2g} on)."

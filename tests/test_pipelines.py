@@ -288,3 +288,14 @@ def test_names_that_lead_nowhere(class_folder: Path, tmp_path: Path, monkeypatch
     }.items():
         with pytest.raises(VisarError, match=message):
             TextToImagePipeline.from_pretrained(name)
+
+
+def test_image_indices_one_by_one(text_pipe: TextToImagePipeline) -> None:
+    """Pictures of any indices in one call are those of calls of their own."""
+    together = text_pipe(["cat", "dog", "cat"], first_image=[5, 0, 2], output_type="tokens").tokens
+    for row, (prompt, index) in enumerate((("cat", 5), ("dog", 0), ("cat", 2))):
+        assert torch.equal(text_pipe(prompt, first_image=index, output_type="tokens").tokens[0], together[row])
+    with pytest.raises(VisarError, match="one for each of the 2 pictures, not 1"):
+        text_pipe(["cat", "dog"], first_image=[1])
+    with pytest.raises(VisarError, match="Image indices of one prompt go from 0"):
+        text_pipe(["cat", "dog"], first_image=[1, -1])

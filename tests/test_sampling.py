@@ -279,7 +279,6 @@ def test_an_unfinished_longer_run_is_not_finished(go: Callable[..., Any], tmp_pa
         ({"seed": 6}, "seed was 5, now 6"),
         ({"sampler": "ar"}, "sampler was scd, now ar"),
         ({"sampler": SpeculativeJacobi(coupling="maximal", window=8)}, "window was 16, now 8"),
-        ({"batch": 4}, None),
         ({"batch": 6}, "batch was 3, now 6"),
         ({"tokens": False}, "tokens was True, now False"),
         ({"temperature": 0.5}, "temperature was 1.0, now 0.5"),
@@ -289,13 +288,10 @@ def test_an_unfinished_longer_run_is_not_finished(go: Callable[..., Any], tmp_pa
     ],
 )
 def test_other_settings_are_refused(
-    go: Callable[..., Any], whole: Path, tmp_path: Path, other: dict[str, Any], difference: str | None
+    go: Callable[..., Any], whole: Path, tmp_path: Path, other: dict[str, Any], difference: str
 ) -> None:
     unfinished(whole, tmp_path / "own", 3)
     before = names(tmp_path / "own")
-    if difference is None:  # a batch of 4 is one of 3: a whole round
-        assert go(**other).drawn == 4
-        return
     with pytest.raises(VisarError, match=rf"holds a run with other settings: {difference}\.$"):
         go(**other)
     assert names(tmp_path / "own") == before
@@ -398,26 +394,12 @@ def test_a_prompt_that_is_given_twice_has_other_pictures(text_pipe: TextToImageP
 
 
 @pytest.mark.parametrize("values", [[1, 2, 3], [1, 2, 1], [4], [1, 1, 2, 3, 2, 5, 7]])
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 16])
-def test_calls_count_as_the_ids_do(values: list[int], size: int) -> None:
-    """Every id is in one call, at the place that its image index has by the pipeline's count."""
+def test_an_index_counts_the_pictures_of_a_value(values: list[int]) -> None:
     order = Interleaved([Condition(v) for v in values])
     seen: Counter[int] = Counter()
     for i in range(40):
         assert order.index(i) == seen[values[i % len(values)]]
         seen[values[i % len(values)]] += 1
-    batch = order.batch(size)
-    assert batch == (size - size % len(values) if size >= len(values) else size)
-    for start in range(0, 40, batch):
-        calls = order.calls(range(start, start + batch))
-        assert sorted(i for _, ids in calls for i in ids) == list(range(start, start + batch))
-        for first, ids in calls:
-            count: Counter[int] = Counter()
-            for i in ids:
-                assert order.index(i) == first + count[values[i % len(values)]]
-                count[values[i % len(values)]] += 1
-        if len(set(values)) == len(values) <= size:
-            assert len(calls) == 1
 
 
 def test_prompt_files(tmp_path: Path) -> None:

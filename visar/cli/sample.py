@@ -99,7 +99,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[Condition], AnySampler |
         "seed": options.seed,
         "conditions": {"kind": order.kind, "sha256": order.mark()},
         "count": len(conditions) if options.num_pictures is None else options.num_pictures,
-        "batch": order.batch(options.batch),
+        "batch": options.batch,
         "tokens": options.tokens,
     }
     RunFolder(options.out).check(about)

@@ -197,7 +197,7 @@ class ImagePipeline(DiffusionPipeline):
         top_k: int | None,
         top_p: float,
         seed: int,
-        first_image: int,
+        first_image: int | Sequence[int],
         forced_tokens: Tensor | None,
         output_type: str,
         callback: StepCallback | None,
@@ -326,10 +326,10 @@ class ImagePipeline(DiffusionPipeline):
         return self._code_preview
 
 
-def noise_of(keys: Sequence[Hashable], first: int, seed: int, device: torch.device) -> Noise:
-    """The noise of one row per key, which depends on key and image index alone."""
+def noise_of(keys: Sequence[Hashable], first: int | Sequence[int], seed: int, device: torch.device) -> Noise:
+    """The noise of one row per key, which depends on key and image index alone; `first` as in `image_indices`."""
     hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=device)
-    return Noise(seed, torch.tensor(occurrences(keys, first), device=device), hashes)
+    return Noise(seed, torch.tensor(image_indices(keys, first), device=device), hashes)
 
 
 def checked_output(output_type: str) -> None:
@@ -348,14 +348,19 @@ def _download(hub_id: str, parts: list[str]) -> Path:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
 
 
-def occurrences(keys: Sequence[Hashable], first: int) -> list[int]:
-    """Image indices: `first`, `first` + 1, ... for each key by itself."""
-    seen: dict[Hashable, int] = {}
-    out = []
-    for key in keys:
-        out.append(seen.get(key, first))
-        seen[key] = out[-1] + 1
-    if first < 0 or max(seen.values()) > IMAGES:
+def image_indices(keys: Sequence[Hashable], first: int | Sequence[int]) -> list[int]:
+    """One per key: `first`, `first` + 1, ... for each key by itself, or those of `first` if it says all of them."""
+    if isinstance(first, int):
+        seen: dict[Hashable, int] = {}
+        out = []
+        for key in keys:
+            out.append(seen.get(key, first))
+            seen[key] = out[-1] + 1
+    else:
+        out = list(first)
+        if len(out) != len(keys):
+            raise VisarError(f"first_image is one number, or one for each of the {len(keys)} pictures, not {len(out)}.")
+    if min(out) < 0 or max(out) >= IMAGES:
         raise VisarError(f"Image indices of one prompt go from 0 to {IMAGES - 1}.")
     return out
 

@@ -87,7 +87,7 @@ class ClassToImagePipeline(ImagePipeline):
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
-        first_image: int = 0,
+        first_image: int | Sequence[int] = 0,
         forced_tokens: Tensor | None = None,
         output_type: str = "pil",
         callback: StepCallback | None = None,

@@ -185,7 +185,7 @@ class MaskedPipeline(ImagePipeline):
         top_k: int | None,
         top_p: float,
         seed: int,
-        first_image: int,
+        first_image: int | Sequence[int],
         forced_tokens: Tensor | None,
         output_type: str,
         callback: StepCallback | None,

@@ -95,7 +95,7 @@ class TextToImagePipeline(ImagePipeline):
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int = 0,
-        first_image: int = 0,
+        first_image: int | Sequence[int] = 0,
         forced_tokens: Tensor | None = None,
         output_type: str = "pil",
         callback: StepCallback | None = None,
@@ -108,7 +108,8 @@ class TextToImagePipeline(ImagePipeline):
         a masked model's decisions. `callback` gets a `Progress` after every pass. One seed and prompt give the same
         picture whatever else is in the call. `forced_tokens` [grid**2], long, keeps its non-negative entries in place
         and has the rest decoded around them; for a masked model it is [grid**2, d] with NaN for the rest.
-        A prompt's pictures have the indices `first_image`, `first_image` + 1, ...: a large set can be made in parts.
+        A prompt's pictures have the indices `first_image`, `first_image` + 1, ..., or those that it gives for each
+        picture: a large set can be made in parts.
         Raises `VisarError` for an empty prompt or a value out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)

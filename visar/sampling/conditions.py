@@ -94,22 +94,6 @@ class Interleaved:
         turn, place = divmod(i, len(self.conditions))
         return turn * self._times[self.condition(i).value] + self._before[place]
 
-    def batch(self, size: int) -> int:
-        """Ids in a batch of at most `size`: whole rounds, if one fits, so that a batch is one call of the pipeline."""
-        rounds = size // len(self.conditions)
-        return rounds * len(self.conditions) if rounds else size
-
-    def calls(self, ids: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """The calls of a pipeline that make these consecutive ids, each `first_image` and its ids.
-
-        In a call each value counts its pictures from `first_image` on, so values that begin apart go in calls apart.
-        """
-        begins: dict[str | int, int] = {}
-        groups: dict[int, list[int]] = {}
-        for i in ids:
-            groups.setdefault(begins.setdefault(self.condition(i).value, self.index(i)), []).append(i)
-        return sorted(groups.items())
-
     def mark(self) -> str:
         """A hash of all conditions, with their ids and metadata."""
         rows = [[c.value, c.id, dict(c.metadata)] for c in self.conditions]

@@ -78,7 +78,6 @@ def sample_pictures(
     Raises `VisarError` for bad input, for a folder with another run, and where another run is at work in it.
     """
     order, count = _checked(pipe, conditions, count, batch, tokens)
-    size = order.batch(batch)
     method = resolved_sampler(pipe, sampler)
     settings = resolved_settings(pipe, settings)
     folder = RunFolder(out)
@@ -92,7 +91,7 @@ def sample_pictures(
         "seed": seed,
         "conditions": {"kind": order.kind, "conditions": len(order.conditions), "sha256": order.mark()},
         "count": count,
-        "batch": size,
+        "batch": batch,
         "tokens": tokens,
         "dtype": str(pipe.model.dtype).removeprefix("torch."),
     }
@@ -105,7 +104,7 @@ def sample_pictures(
                 f"{count} pictures are no multiple of {len(order.conditions)} classes: the first {extra} get one more.",
                 stacklevel=2,
             )
-        batches = [range(b, min(b + size, count)) for b in range(0, count, size)]
+        batches = [range(b, min(b + batch, count)) for b in range(0, count, batch)]
         own = [ids for ids in batches if not missing.isdisjoint(ids)][ranks.rank :: ranks.world]
         bar = tqdm(
             total=count, initial=count - len(missing), unit="picture", smoothing=0, file=sys.stderr,
@@ -115,11 +114,8 @@ def sample_pictures(
             journal = Journal(folder, ranks.rank)
             with bar:
                 for ids in own:
-                    for first, part in order.calls(ids):
-                        wanted = missing.intersection(part)
-                        if wanted:
-                            _draw(pipe, order, first, part, wanted, journal, method, seed, tokens, settings)
-                            bar.update(folder.drawn() - bar.n)  # those of all ranks
+                    _draw(pipe, order, ids, missing, journal, method, seed, tokens, settings)
+                    bar.update(folder.drawn() - bar.n)  # those of all ranks
                 ranks.agree(lambda: None)  # all have drawn their part
                 bar.update(count - bar.n)
             ranks.first(lambda: folder.finish(count))
@@ -178,7 +174,6 @@ def _begin(folder: RunFolder, about: dict[str, Any], here: Mapping[str, Any]) ->
 def _draw(
     pipe: Any,
     order: Interleaved,
-    first: int,
     ids: Sequence[int],
     wanted: set[int],
     journal: Journal,
@@ -189,7 +184,8 @@ def _draw(
 ) -> None:
     """One call of the pipeline; only the `wanted` ones of its pictures are written."""
     values = [order.condition(i).value for i in ids]
-    out = pipe(values, sampler=method, seed=seed, first_image=first, **settings)
+    indices = [order.index(i) for i in ids]
+    out = pipe(values, sampler=method, seed=seed, first_image=indices, **settings)
     for row, (i, image) in enumerate(zip(ids, out.images, strict=True)):
         if i in wanted:
             line = _line(order, i, row, out.stats)
