@@ -6,7 +6,6 @@ a whole picture, and a picture without a line is drawn again. A finished run has
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -142,6 +141,10 @@ class RunFolder:
     @contextmanager
     def _lock(self, rank: int) -> Iterator[None]:
         path = self.path / f".lock.{rank}"
+        try:
+            import fcntl
+        except ImportError as error:
+            raise VisarError("Sampling into a folder needs a POSIX system, for its file locks.") from error
         while True:
             with open(path, "w") as file:
                 try:
