@@ -146,10 +146,19 @@ def test_the_tiny_models_are_worth_testing(kind: str) -> None:
     assert abs(p[0] - p[1]).sum() / 2 > 0.2  # and the condition matters
 
 
+# Captions go through more code than classes, so every sampler is run on them; on classes these, and the rest if slow.
+ON_CLASSES = {"ar", "sjd", "scd", "scd-gumbel", "speculative", "eagle"}
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "window"),
-    [("text", *pair) for pair in windows(SAMPLING, 3)]
-    + [("class", *pair) for pair in windows(SAMPLING, 2, 6)],  # 6 is more than the four tokens
+    [
+        *(("text", *pair) for pair in windows(SAMPLING, 3)),
+        *(
+            pytest.param("class", *pair, marks=() if pair[0] in ON_CLASSES else pytest.mark.slow)
+            for pair in windows(SAMPLING, 2, 6)  # 6 is more than the four tokens
+        ),
+    ],
 )
 def test_joint_law_of_pictures(kind: str, name: str, window: int | None) -> None:
     assert all(abs(z) < 4 for z in joint_z(kind, made(name, window)))
