@@ -268,9 +268,10 @@ def compare(
     features = features_of(a, ids, extract)
     others = features if same == 1 else features_of(b, ids, extract)
     several = len(set(prompts)) < len(prompts)
+    level = LEVEL / (1 + several + (clip is not None))  # all tests together
 
     def test(x: Tensor, groups: Sequence[Hashable] | None = None) -> PairedEnergy:
-        return paired_energy_test(features, x, groups, relabellings, seed)
+        return paired_energy_test(features, x, groups, relabellings, seed, level)
 
     far = None
     if reference is not None:

@@ -156,3 +156,11 @@ def test_features_that_are_not_finite(tmp_path: Path) -> None:
     a, b = (folder(tmp_path / name, drawn(4, seed)) for seed, name in enumerate("ab"))
     with pytest.raises(VisarError, match=r"Features of picture 000001 of .* are not finite"):
         compare(a, b, Broken())
+
+
+def test_what_would_have_been_seen_is_of_all_tests_together(plain: PictureFolder, tmp_path: Path) -> None:
+    """The verdict cannot say that a distance beyond its own limit was not seen, for want of the correction."""
+    b = folder(tmp_path / "b", drawn(COUNT, 2))
+    alone, both = compare(plain, b, Cells()), compare(plain, b, Cells(), clip=lambda f, ids: torch.rand(len(ids)))
+    assert alone.overall.level == 0.005 and both.overall.level == pytest.approx(0.01 / 3)
+    assert both.overall.least > alone.overall.least

@@ -55,19 +55,25 @@ class PairedEnergy:
     """The distance between two samples whose rows come in pairs, and what relabelling within pairs makes of it.
 
     `distance`: the energy distance without bias; `share`: the same over twice the mean distance of a picture to one of
-    another pair, from 0 (one law) to 1 (nothing in common). `p`: the share of relabellings that give as much, `least`:
-    what 1% of them exceed, so the smallest distance that would have been seen. `pairs`: how many there are.
+    another pair, from 0 (one law) to 1 (nothing in common). `p`: the share of relabellings that give as much; `least`:
+    what the share `level` of them exceed, so the smallest distance that would have been seen. `pairs`: how many.
     """
 
     distance: float
     share: float
     p: float
     least: float
+    level: float
     pairs: int
 
 
 def paired_energy_test(
-    x: Tensor, y: Tensor, groups: Sequence[Hashable] | None = None, relabellings: int = 1999, seed: int = 0
+    x: Tensor,
+    y: Tensor,
+    groups: Sequence[Hashable] | None = None,
+    relabellings: int = 1999,
+    seed: int = 0,
+    level: float = 0.01,
 ) -> PairedEnergy:
     """Whether x [n, D] and y [n, D], row i of both made for one prompt, have the same laws.
 
@@ -98,4 +104,5 @@ def paired_energy_test(
     apart = 2 * float(cross[kept].mean())
     # Equal up to rounding is as much: where all pairs are the same, every relabelling gives 0.
     p = float((1 + (others >= own - 1e-12 * apart).sum()) / (1 + relabellings))
-    return PairedEnergy(float(own), float(own) / apart if apart else 0.0, p, float(others.quantile(0.99)), len(x))
+    share, least = float(own) / apart if apart else 0.0, float(others.quantile(1 - level))
+    return PairedEnergy(float(own), share, p, least, level, len(x))

@@ -188,10 +188,13 @@ def _described(found: Comparison) -> str:
         + ("" if found.tokens is None else f", {100 * found.tokens:.1f}% of the tokens are the same")
         + ".",
         f"Energy distance of {found.features} features (sha256:{found.weights[:12]}): {t.distance:.4g}, p {t.p:.2g}; "
-        f"1% of relabellings give {t.least:.3g} or more.",
+        f"{100 * t.level:.2g}% of relabellings give {t.least:.3g} or more.",
     ]
     if (g := found.per_prompt) is not None:
-        lines.append(f"Within a prompt: {g.distance:.4g}, p {g.p:.2g}; 1% of relabellings give {g.least:.3g} or more.")
+        lines.append(
+            f"Within a prompt: {g.distance:.4g}, p {g.p:.2g}; "
+            f"{100 * g.level:.2g}% of relabellings give {g.least:.3g} or more."
+        )
     lines += [f"A against another seed of its own: {s.distance:.4g}, p {s.p:.2g}." for s in found.seeds]
     if found.reference is not None:
         lines.append(_shift("Energy distance to the reference", found.reference))
