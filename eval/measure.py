@@ -274,7 +274,7 @@ def _enough(protocol: Protocol, n: int, who: str) -> None:
         raise VisarError(f"{who} {protocol.label} needs {protocol.least} or more pictures, and there are {n}.")
     if n < protocol.warn_below:
         warnings.warn(
-            f"{who} {protocol.label} has {n} pictures of the {protocol.wanted} that papers use: figures of under "
+            f"{who} {protocol.label} has {n} of the {protocol.wanted} pictures wanted: figures of under "
             f"{protocol.warn_below} are biased or uncertain, and compare with those of equal counts only.",
             stacklevel=3,
         )  # fmt: skip
