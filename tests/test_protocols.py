@@ -97,7 +97,7 @@ class Means(Extractor):
 @pytest.fixture(autouse=True)
 def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*pictures of the .* that papers use")
+        warnings.filterwarnings("ignore", message=".*of the .* pictures wanted")
         yield
 
 
@@ -324,7 +324,7 @@ def test_features_that_are_no_numbers(tmp_path: Path) -> None:
 def test_few_pictures_are_warned_of(tmp_path: Path) -> None:
     one, two = folder_of(tmp_path / "a", 12, 1), folder_of(tmp_path / "b", 14, 20)
     protocol = dataclasses.replace(small("coco-5k-pytorchfid"), warn_below=13)
-    with pytest.warns(UserWarning, match="has 12 pictures of the 5000 that papers use") as seen:
+    with pytest.warns(UserWarning, match="has 12 of the 5000 pictures wanted") as seen:
         measure(protocol, one, two, extractor=Means("inception-pytorch"))
     assert len(seen) == 1 and seen[0].filename == __file__
 
