@@ -100,8 +100,13 @@ class Comparison:
             return f"Mixed up: {n} of {self.pictures} pictures are those of another prompt; pair them first."
         far = f"energy distance {t.distance:.3g}, {100 * max(t.share, 0):.2g}% of what it could be; p {self.p:.2g}"
         if self.changed:
-            return f"Changed: {', '.join(name for name, p in self.found.items() if p < LEVEL)} ({far})."
+            return f"Changed: {self.what} ({far})."
         return f"No change seen in {self.pictures} pairs ({far}; seen from {max(t.least, 0):.2g} on)."
+
+    @property
+    def what(self) -> str:
+        """What changed, in words; "" if nothing is known to."""
+        return ", ".join(name for name, p in self.found.items() if p < LEVEL)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"p": self.p, "changed": self.changed, "verdict": self.verdict}

@@ -30,7 +30,8 @@ figcaption { font-size: 13px; color: #555; max-width: 14rem; }
 """
 HEADER = (
     "sampler", "law", "NFE", "tokens per pass", "ms per pass", "s per picture", "NFE ratio", "time ratio",
-    "same pictures", "same tokens", "energy distance", "p", "from the reference", "change of score", "verdict",
+    "same pictures", "same tokens", "energy distance", "seen from", "p", "from the reference", "change of score",
+    "verdict",
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def write_page(report: Report, out: str | Path) -> list[Path]:
         _points(report), plot, x=f"NFE, as a share of {first}'s", y=f"energy distance from {first}'s pictures", floor=0
     )
     with replacing(grid) as temporary:
-        _grid(report).save(temporary, lossless=True)
+        _grid(report).save(temporary, quality=85)
     with replacing(figures) as temporary:
         temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     with replacing(text) as temporary:
@@ -75,9 +76,10 @@ def _cells(report: Report) -> list[tuple[str, ...]]:
             _title(e, report), "exact" if e.exact else "relaxed", f"{s.nfe:.1f}", f"{s.commits_per_pass:.2f}",
             f"{s.ms_per_pass:.2f}", f"{s.seconds_per_image:.2f}", f"{s.nfe_ratio:.2f}", f"{s.time_ratio:.2f}",
             f"{100 * c.same:.0f}%", "" if c.tokens is None else f"{100 * c.tokens:.0f}%",
-            f"{c.overall.distance:.3g}", f"{c.p:.2g}",
+            f"{c.overall.distance:.3g}", f"{max(c.overall.least, 0):.2g}", f"{c.p:.2g}",
             "" if c.reference is None else f"{c.reference.b:.3g} ({_signed(c.reference.low, c.reference.high)})",
-            "" if c.clip is None else f"{c.clip.difference:+.3f} ({_signed(c.clip.low, c.clip.high)})", c.verdict,
+            "" if c.clip is None else f"{c.clip.difference:+.3f} ({_signed(c.clip.low, c.clip.high)})",
+            f"changed: {c.what}" if c.changed else "no change seen",
         ))  # fmt: skip
     return out
 

@@ -83,7 +83,7 @@ def test_the_page_needs_no_other_file(report: tuple[Report, Path]) -> None:
     header = re.search(r"<table><tr>(.*?)</tr>", page)
     assert header is not None and tags.cells == 3 * header[1].count("<th>")
     assert "tiny &amp; small" in page and "tiny & small" not in page and "ar (another seed)" in page
-    assert page.count("Changed: ") == 1 and page.count('class="text changed"') == 1
+    assert page.count(">changed: ") == 1 and page.count('class="text changed"') == 1
     text = (out / "report.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and len({row.count("|") for row in rows}) == 1
