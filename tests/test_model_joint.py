@@ -146,18 +146,21 @@ def test_the_tiny_models_are_worth_testing(kind: str) -> None:
     assert abs(p[0] - p[1]).sum() / 2 > 0.2  # and the condition matters
 
 
-# Captions go through more code than classes, so every sampler is run on them; on classes these, and the rest if slow.
-ON_CLASSES = {"ar", "sjd", "scd", "scd-gumbel", "speculative", "eagle"}
+# Captions go through more code than classes, and some trees are like others: the rest are slow tests.
+ON_CLASSES = {"ar", "sjd", "scd", "scd-gumbel", "speculative"}
+LIKE_OTHERS = {"spectr", "eagle-top", "rsd-s"}
+
+
+def unless(quick: bool, kind: str, pair: tuple[str, int | None]) -> Any:
+    return pytest.param(kind, *pair, marks=() if quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "window"),
     [
-        *(("text", *pair) for pair in windows(SAMPLING, 3)),
-        *(
-            pytest.param("class", *pair, marks=() if pair[0] in ON_CLASSES else pytest.mark.slow)
-            for pair in windows(SAMPLING, 2, 6)  # 6 is more than the four tokens
-        ),
+        *(unless(pair[0] not in LIKE_OTHERS, "text", pair) for pair in windows(SAMPLING, 3)),
+        # 6 is more than the four tokens
+        *(unless(pair[0] in ON_CLASSES, "class", pair) for pair in windows(SAMPLING, 2, 6)),
     ],
 )
 def test_joint_law_of_pictures(kind: str, name: str, window: int | None) -> None:
