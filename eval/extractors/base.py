@@ -66,3 +66,10 @@ def weights_hash(model: nn.Module) -> str:
 def missing_extra(what: str, error: ImportError) -> VisarError:
     """The error where the libraries of the extra `eval` are not there."""
     return VisarError(f"{what} need the extra `eval`: uv sync --extra eval, or pip install 'visar[eval]' ({error}).")
+
+
+def no_weights(what: str, name: str, file: str | None, error: Exception) -> VisarError:
+    """The error for weights that could not be loaded from `file`, or downloaded by their name."""
+    source = f"from {file}" if file else f"of {name!r}, which may be a download,"
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return VisarError(f"{what} {source} could not be loaded ({reason}): give a file of them as the weights.")

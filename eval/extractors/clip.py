@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.eval.extractors.base import Extractor, frozen, missing_extra, weights_hash
+from visar.eval.extractors.base import Extractor, frozen, missing_extra, no_weights, weights_hash
 
 # OpenAI's weights were trained with QuickGELU: under a name without it open_clip would compute other features.
 MODELS = {
@@ -61,11 +61,7 @@ def clip(
     try:
         network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=weights or pretrained)
     except Exception as error:  # its downloaders raise errors of many libraries
-        source = f"from {weights}" if weights else f"of {pretrained!r}, which may be a download,"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise VisarError(
-            f"CLIP's weights {source} could not be loaded ({reason}): give a file of them as the weights."
-        ) from error
+        raise no_weights("CLIP's weights", pretrained, weights, error) from error
     visual: Any = network.visual
     size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
     return Clip(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.eval.extractors.base import Extractor, frozen, missing_extra, weights_hash
+from visar.eval.extractors.base import Extractor, frozen, missing_extra, no_weights, weights_hash
 from visar.eval.extractors.resize import pil_bicubic
 
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
@@ -51,11 +51,7 @@ def timm_backbone(
     try:
         network: Any = timm.create_model(model, pretrained=True, num_classes=0, **overlay)
     except Exception as error:  # its downloaders raise errors of many libraries
-        source = f"from {weights}" if weights else f"of {model!r}, which are a download,"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise VisarError(
-            f"The weights {source} could not be loaded ({reason}): give a file of them as the weights."
-        ) from error
+        raise no_weights("The weights", model, weights, error) from error
     size = int(network.pretrained_cfg["input_size"][-1])
     if "dinov2" in model:
         size = _DINOV2_PIXELS
