@@ -164,3 +164,10 @@ def test_what_would_have_been_seen_is_of_all_tests_together(plain: PictureFolder
     alone, both = compare(plain, b, Cells()), compare(plain, b, Cells(), clip=lambda f, ids: torch.rand(len(ids)))
     assert alone.overall.level == 0.005 and both.overall.level == pytest.approx(0.01 / 3)
     assert both.overall.least > alone.overall.least
+
+
+def test_pictures_of_one_prompt_are_compared_with_one_another(plain: PictureFolder, tmp_path: Path) -> None:
+    """Classes that change places in turn look alike as a whole."""
+    pictures = drawn(COUNT, 2)
+    found = compare(plain, folder(tmp_path / "b", np.roll(pictures, CLASSES + 1, axis=0)), Cells())
+    assert found.per_prompt is not None and found.overall.p > 0.01 > found.per_prompt.p and found.changed
