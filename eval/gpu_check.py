@@ -46,10 +46,13 @@ def same_noise() -> Iterator[Check]:
     """The noise of the CPU, of torch on the GPU and of the Triton kernel, bit for bit."""
     words = [torch.randint(0, 2**32, (100_000,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
     a, b, c, d = words
-    host = torch.stack(philox((1, 2), (a, b, c, d)))
+    key = torch.tensor([1, 2])
+    host = torch.stack(philox(key, (a, b, c, d)))
     on_gpu = (a.cuda(), b.cuda(), c.cuda(), d.cuda())
-    yield Check("philox, torch on GPU == CPU", "bits", bool((torch.stack(philox((1, 2), on_gpu)).cpu() == host).all()))
-    kernel = torch.stack(philox_triton((1, 2), on_gpu)).cpu()
+    yield Check(
+        "philox, torch on GPU == CPU", "bits", bool((torch.stack(philox(key.cuda(), on_gpu)).cpu() == host).all())
+    )
+    kernel = torch.stack(philox_triton(key.cuda(), on_gpu)).cpu()
     yield Check("philox, Triton == torch", "bits", bool((kernel == host).all()))
 
 

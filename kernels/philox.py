@@ -6,11 +6,10 @@ made inside a fused kernel equals noise made by the library, and no call order c
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from visar.kernels.backend import jit, tl
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -19,9 +18,12 @@ _MASK = 0xFFFFFFFF
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def philox(key: tuple[int, int], counter: Words) -> Words:
-    """Four words of 32 random bits, each int64 in [0, 2**32), for four int64 counter tensors of one shape."""
-    k0, k1 = key
+def philox(key: Tensor, counter: Words) -> Words:
+    """Four words of 32 random bits, each int64 in [0, 2**32), for four int64 counter tensors of one shape.
+
+    `key` [2], int64, holds two words of 32 bits. It is a tensor so that a captured graph can be given another seed.
+    """
+    k0, k1 = key.unbind()
     c0, c1, c2, c3 = counter
     for _ in range(10):
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the products wrap, their bits are right
@@ -30,39 +32,38 @@ def philox(key: tuple[int, int], counter: Words) -> Words:
     return c0, c1, c2, c3
 
 
-@functools.cache
-def _kernel() -> Any:
-    """The Triton kernel, compiled on first use: Triton is there only where torch has a GPU backend for it."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def fill(out, counters, size, k0, k1, block: tl.constexpr):
-        at = tl.program_id(0) * block + tl.arange(0, block)
-        inside = at < size
-        c0 = tl.load(counters + at, inside, 0).to(tl.uint32)
-        c1 = tl.load(counters + size + at, inside, 0).to(tl.uint32)
-        c2 = tl.load(counters + 2 * size + at, inside, 0).to(tl.uint32)
-        c3 = tl.load(counters + 3 * size + at, inside, 0).to(tl.uint32)
-        k0 = (k0 + tl.zeros_like(c0).to(tl.int64)).to(tl.uint32)
-        k1 = (k1 + tl.zeros_like(c0).to(tl.int64)).to(tl.uint32)
-        for _ in tl.static_range(10):
-            high_a, low_a = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-            high_b, low_b = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
-            c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-            k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
-        tl.store(out + at, c0.to(tl.int64), inside)
-        tl.store(out + size + at, c1.to(tl.int64), inside)
-        tl.store(out + 2 * size + at, c2.to(tl.int64), inside)
-        tl.store(out + 3 * size + at, c3.to(tl.int64), inside)
-
-    return fill
+@jit
+def philox_rounds(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    """Four words for counters and keys, all uint32; for use inside other kernels."""
+    for _ in tl.static_range(10):
+        high_a, low_a = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high_b, low_b = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
 
 
-def philox_triton(key: tuple[int, int], counter: Words, block: int = 256) -> Words:
+@jit
+def _fill(out, counters, key, size, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * block + tl.arange(0, block)
+    inside = at < size
+    c0 = tl.load(counters + at, inside, 0).to(tl.uint32)
+    c1 = tl.load(counters + size + at, inside, 0).to(tl.uint32)
+    c2 = tl.load(counters + 2 * size + at, inside, 0).to(tl.uint32)
+    c3 = tl.load(counters + 3 * size + at, inside, 0).to(tl.uint32)
+    k0 = tl.load(key + tl.zeros_like(at)).to(tl.uint32)
+    k1 = tl.load(key + 1 + tl.zeros_like(at)).to(tl.uint32)
+    c0, c1, c2, c3 = philox_rounds(c0, c1, c2, c3, k0, k1)
+    tl.store(out + at, c0.to(tl.int64), inside)
+    tl.store(out + size + at, c1.to(tl.int64), inside)
+    tl.store(out + 2 * size + at, c2.to(tl.int64), inside)
+    tl.store(out + 3 * size + at, c3.to(tl.int64), inside)
+
+
+def philox_triton(key: Tensor, counter: Words, block: int = 256) -> Words:
     """`philox` as one Triton launch, bit for bit; runs on a GPU, or on the CPU under TRITON_INTERPRET=1."""
     counters = torch.stack([c.contiguous() for c in torch.broadcast_tensors(*counter)])
     out = torch.empty_like(counters)
     size = counters[0].numel()
-    _kernel()[((size + block - 1) // block,)](out, counters, size, key[0], key[1], block=block)
+    _fill[((size + block - 1) // block,)](out, counters, key, size, block=block)
     return tuple(out)  # type: ignore[return-value]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+
+# Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from visar.eval.extractors import Extractor
 from visar.models.drafters import DraftHeads, EagleHead, ExitHead, SkippedLayers

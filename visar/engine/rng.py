@@ -39,8 +39,8 @@ class Noise:
     """
 
     def __init__(self, seed: int, images: Tensor, keys: Tensor | None = None):
-        self.key = (seed & _MASK, seed >> 32 & _MASK)
         self.images = images.long()
+        self.key = torch.tensor([seed & _MASK, seed >> 32 & _MASK], device=self.images.device)
         self.keys = torch.zeros_like(self.images) if keys is None else keys.long()
 
     def _words(
