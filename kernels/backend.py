@@ -47,10 +47,11 @@ def use_triton(x: Tensor) -> bool:
     if not x.is_cuda:
         return False
     if triton is None:
-        _say_once("Triton is not installed; kernels run in plain torch, which is slower.")
+        say_once("Triton is not installed; kernels run in plain torch, which is slower.")
     return triton is not None
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
+    """Log one line, once."""
     logging.getLogger("visar").warning(text)

@@ -16,6 +16,7 @@ from visar.engine.model_session import ModelSession
 from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.eval.tabular import TabularModel, TabularSession
+from visar.models.rotary import turned
 from visar.samplers import Autoregressive, Target, ZipAR
 
 GRID = 5
@@ -87,8 +88,8 @@ def test_every_input_sees_what_was_there_before_it(kind: str, ahead: int) -> Non
     valid = torch.cat([s.valid[:, :before], torch.ones(len(x), len(fed), dtype=torch.bool)], dim=1)
     whole = seen & valid[:, None] | own
 
-    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    def attend(_: int, qkv: Tensor, table: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in turned(qkv, table))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=whole[:, None]).transpose(1, 2)
 
     rows = torch.cat([torch.arange(before), places + before])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visar.models.llamagen import Attend
+from visar.models.rotary import turned
 
 
 class KVCache:
@@ -30,7 +31,8 @@ class KVCache:
         visible = mask.shape[-1]
         mask = mask.unsqueeze(1)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, qkv: Tensor, table: Tensor) -> Tensor:
+            q, k, v = turned(qkv, table)
             self.write(layer, slots, k, v)
             k, v = self.keys[layer, :, :visible], self.values[layer, :, :visible]
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -14,35 +14,25 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from visar.models.rotary import rotary_table, rotate
+from visar.models.layers import Linear, RMSNorm
+from visar.models.rotary import rotary_table, turned
 
-# (layer, q, k, v), each [B, W, heads, head_dim] -> attention output [B, W, heads, head_dim]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float = 1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return y.to(x.dtype) * self.weight
+# (layer, qkv [B, W, 3 * heads, head_dim], table) -> attention output [B, W, heads, head_dim]. It turns q and k by the
+# rotary rows `table`, so that what keeps a cache can turn and write them at once.
+Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wqkv = Linear(dim, 3 * dim, bias=False)
+        self.wo = Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int, residual: Tensor) -> Tensor:
+        """`residual` plus what x attends to."""
         qkv = self.wqkv(x).unflatten(-1, (3 * self.heads, -1))
-        q, k = rotate(qkv[..., : 2 * self.heads, :], table).chunk(2, dim=-2)  # one rotation for both
-        return self.wo(attend(layer, q, k, qkv[..., 2 * self.heads :, :]).flatten(-2))
+        return self.wo(attend(layer, qkv, table).flatten(-2), plus=residual)
 
 
 class FeedForward(nn.Module):
@@ -50,12 +40,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w1 = Linear(dim, hidden, bias=False)
+        self.w3 = Linear(dim, hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual` plus what the layer makes of x."""
+        return self.w2(self.w3(x, times=self.w1(x, silu=True)), plus=residual)
 
 
 class Block(nn.Module):
@@ -67,8 +58,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(dim)
 
     def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, attend, layer)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = self.attention(self.attention_norm(x), table, attend, layer, x)
+        return self.feed_forward(self.ffn_norm(x), x)
 
 
 class ClassEmbedding(nn.Module):
@@ -89,8 +80,8 @@ class ClassEmbedding(nn.Module):
 class CaptionProjection(nn.Module):
     def __init__(self, features: int, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(features, dim, bias=False)
-        self.fc2 = nn.Linear(dim, dim, bias=False)
+        self.fc1 = Linear(features, dim, bias=False)
+        self.fc2 = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -146,7 +137,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         )
         self.layers = nn.ModuleList(Block(dim, num_heads, ffn) for _ in range(num_layers))
         self.norm = RMSNorm(dim)
-        self.output = nn.Linear(dim, vocab_size, bias=False)
+        self.output = Linear(dim, vocab_size, bias=False)
 
     @property
     def head_dim(self) -> int:
@@ -187,8 +178,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
             own = torch.eye(length, dtype=torch.bool, device=x.device)  # padded rows attend to themselves
             mask = mask & (valid[:, None, None, :] | own)
 
-        def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        def attend(_: int, qkv: Tensor, turns: Tensor) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in turned(qkv, turns))
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
         table = self.rotary()[:length].expand(len(x), -1, -1, -1)

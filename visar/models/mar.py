@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.models.diffusion import TRAINING_STEPS, DiffusionHead
+from visar.models.layers import Linear
 
 
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -37,8 +38,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -92,17 +93,17 @@ class MAR(ModelMixin, ConfigMixin):
         if condition == "class":
             self.class_emb = nn.Embedding(classes, dim)
         else:
-            self.caption_proj = nn.Linear(caption_features, dim)
+            self.caption_proj = Linear(caption_features, dim)
         self.fake_latent = nn.Parameter(torch.zeros(1, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n + buffer, dim))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n + buffer, dim))
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, n, dim))
-        self.z_proj = nn.Linear(token_dim, dim)
+        self.z_proj = Linear(token_dim, dim)
         self.z_proj_ln = nn.LayerNorm(dim, eps=1e-6)
         self.encoder_blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(encoder_layers))
         self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.decoder_embed = nn.Linear(dim, dim)
+        self.decoder_embed = Linear(dim, dim)
         self.decoder_blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(decoder_layers))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.diffloss = DiffusionHead(token_dim, dim, head_width, head_layers)

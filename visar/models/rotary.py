@@ -26,3 +26,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = table.unsqueeze(-3).unbind(-1)
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+def turned(qkv: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, each [..., W, heads, head_dim], of qkv [..., W, 3 * heads, head_dim]; q and k rotated by `table`."""
+    heads = qkv.shape[-2] // 3
+    q, k = rotate(qkv[..., : 2 * heads, :], table).chunk(2, dim=-2)  # one rotation for both
+    return q, k, qkv[..., 2 * heads :, :]

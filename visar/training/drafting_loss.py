@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from visar.engine.guidance import Guidance
 from visar.models.drafters import DraftHeads, EagleHead, ExitHead, SkippedLayers
 from visar.models.llamagen import Attend, LlamaGen
+from visar.models.rotary import turned
 from visar.samplers.distribution import Target
 
 
@@ -188,7 +189,8 @@ def attention(seen: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> A
     """Attention over the keys and values of all passes so far, to which it adds its own; `seen` is a mask for each."""
     mask = torch.cat(seen, -1)[:, None]
 
-    def attend(_: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(_: int, qkv: Tensor, table: Tensor) -> Tensor:
+        q, k, v = turned(qkv, table)
         keys.append(k)
         values.append(v)
         q, k, v = (t.transpose(1, 2) for t in (q, torch.cat(keys[-len(seen) :], 1), torch.cat(values[-len(seen) :], 1)))

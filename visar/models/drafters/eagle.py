@@ -13,7 +13,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from visar.models.llamagen import Attend, Block, RMSNorm
+from visar.models.layers import Linear, RMSNorm
+from visar.models.llamagen import Attend, Block
 
 
 class EagleHead(ModelMixin, ConfigMixin):
@@ -39,10 +40,10 @@ class EagleHead(ModelMixin, ConfigMixin):
         codes: int = 0,
     ):
         super().__init__()
-        self.fusion = nn.Linear(dim * (1 + len(taps)), dim, bias=False) if taps else None
+        self.fusion = Linear(dim * (1 + len(taps)), dim, bias=False) if taps else None
         self.embedding = nn.Embedding(codes, dim) if codes else None
         self.embedding_norm, self.feature_norm, self.norm = (nn.Identity() if codes else RMSNorm(dim) for _ in range(3))
-        self.fc = nn.Linear(2 * dim, dim)
+        self.fc = Linear(2 * dim, dim)
         self.block = Block(dim, num_heads, ffn)
         if codes:
             self.block.attention_norm = nn.Identity()  # type: ignore[assignment]

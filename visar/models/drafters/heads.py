@@ -11,7 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from visar.models.llamagen import RMSNorm
+from visar.models.layers import Linear, RMSNorm
 
 
 class DraftHeads(ModelMixin, ConfigMixin):
@@ -26,8 +26,8 @@ class DraftHeads(ModelMixin, ConfigMixin):
     def __init__(self, dim: int = 1280, depth: int = 5, reads_tokens: bool = False, target: str = ""):
         super().__init__()
         self.embedding_norm = RMSNorm(dim) if reads_tokens else None
-        self.inner = nn.ModuleList(nn.Linear(dim * (2 + i if reads_tokens else 1), dim) for i in range(depth))
-        self.outer = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(depth))
+        self.inner = nn.ModuleList(Linear(dim * (2 + i if reads_tokens else 1), dim) for i in range(depth))
+        self.outer = nn.ModuleList(Linear(dim, dim, bias=False) for _ in range(depth))
         for p in self.outer.parameters():
             nn.init.zeros_(p)
 

@@ -12,7 +12,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from typing_extensions import Self
 
-from visar.models.llamagen import Block, LlamaGen, RMSNorm
+from visar.models.layers import RMSNorm
+from visar.models.llamagen import Block, LlamaGen
 
 
 def with_layers(target: LlamaGen, layers: Sequence[nn.Module], norm: nn.Module) -> LlamaGen:

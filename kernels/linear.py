@@ -1,0 +1,110 @@
+"""Linear layers of few rows: on a CPU with weights laid out once as oneDNN wants them, elsewhere as the library does.
+
+`F.linear` hands oneDNN the plain weight, which it lays out anew in every call. That costs as much as the product itself
+where there are few rows, as in decoding, so the layout is kept: a second copy of the weights, made on first use and
+made again when the weight has changed. What follows the product (SiLU, a factor, a residual) is done on its way out.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visar.kernels.backend import say_once
+
+ROWS = 16  # a hint for the layout; any number of rows may follow
+LEAST_ROWS = 4  # oneDNN is quicker with four rows than with two or three
+
+
+class _Packed(NamedTuple):
+    of: weakref.ref[Tensor]
+    version: int
+    storage: int
+    weight: Tensor
+
+
+_packed: dict[int, _Packed] = {}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    silu: bool = False,
+    times: Tensor | None = None,
+    plus: Tensor | None = None,
+) -> Tensor:
+    """x [..., K] @ weight [N, K] + bias, then SiLU if asked for, then `times` [..., N] or `plus` [..., N] if given.
+
+    The packed form rounds to bfloat16 once, behind the last of them; the plain form after each.
+    """
+    if (packed := _packed_weight(x, weight)) is None:
+        return epilogue(F.linear(x, weight, bias), silu, times, plus)
+    rows = x.numel() // x.shape[-1]
+    if 1 < rows < LEAST_ROWS:
+        wide = F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST_ROWS - rows))
+        y = torch.ops.mkldnn._linear_pointwise(wide, packed, bias, "swish" if silu else "none", [], "")
+        return epilogue(y[:rows].view(*x.shape[:-1], -1), False, times, plus)
+    if silu or (times is None and plus is None):
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish" if silu else "none", [], "")
+        return epilogue(y, False, times, plus)
+    if times is not None:
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, times, packed, bias, "mul")
+        return epilogue(y, False, None, plus)
+    return torch.ops.mkldnn._linear_pointwise.binary(x, plus, packed, bias, "add")
+
+
+def epilogue(y: Tensor, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
+    """What `linear` does behind the product."""
+    if silu:
+        y = F.silu(y)
+    if times is not None:
+        y = y * times
+    return y if plus is None else y + plus
+
+
+def _packed_weight(x: Tensor, weight: Tensor) -> Tensor | None:
+    """The weight as oneDNN wants it; None where the plain layout is used: on a GPU, in training, without oneDNN."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype or weight.is_inference():
+        return None
+    kept = _packed.get(id(weight))
+    if kept is not None and kept.of() is weight and kept.version == weight._version:
+        if kept.storage == weight.data_ptr() and kept.weight.dtype == weight.dtype:  # not converted since
+            return kept.weight
+    if not packs(weight.dtype) or not _room_for(weight):
+        return None
+    key = id(weight)
+    made = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+    gone = weakref.ref(weight, lambda _: _packed.pop(key, None))
+    _packed[key] = _Packed(gone, weight._version, weight.data_ptr(), made)
+    return made
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this processor's oneDNN works in `dtype`; in bfloat16 only where the processor has it."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16())
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers (AVX512-BF16 or AMX), so that it is the faster type."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def _room_for(weight: Tensor) -> bool:
+    """Whether memory is left for a second copy of a weight; where it cannot be asked, yes."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return True
+    if free > 4 * weight.numel() * weight.element_size():
+        return True
+    say_once("Too little memory to lay the weights out for this processor; decoding goes on, slower.")
+    return False

@@ -1,0 +1,29 @@
+"""Layers that all models are made of. They have the parameters and keys of torch's own, and run on visar's kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visar.kernels.linear import linear
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, which on a CPU keeps its weight in the order that the processor reads."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None
+    ) -> Tensor:
+        """x [..., K] -> [..., N]; behind it SiLU, a factor `times` [..., N], a summand `plus` [..., N], if asked for."""
+        return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
