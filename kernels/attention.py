@@ -1,0 +1,276 @@
+"""Decode attention: a few query rows per sequence against a static KV cache, which holds more slots than are seen.
+
+The Triton form is flash decoding: the slots are split among programs, each of which runs the online softmax of
+FlashAttention (Dao 2023, arXiv:2307.08691) over its part, and a second, small kernel joins the parts. What a query
+sees is worked out inside from the row's root slot and a tree's packed ancestor sets: no mask is ever written, and the
+host never asks the device how far a row is. The torch form builds one mask per pass and calls PyTorch's own attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.kernels.backend import jit, say_once, tl, use_triton
+
+MOST_QUERIES = 128
+MOST_DIM = 256
+MOST_TRITON_DIM = 128
+MOST_NODES = 63  # ancestor sets are the bits of one int64
+# How many programs a launch aims at: two for each processor of an H100. It is not asked of the device, so that a split,
+# and with it the rounding, is the same on every GPU.
+PROGRAMS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What the inputs of a pass see of the cache; one object serves all layers.
+
+    `root` [R], int64, is the slot of each row's root, the first input of a chain or tree, of which the pass feeds the
+    nodes `first`..`first` + W - 1; node j lies in slot root + j. Without `ancestors` an input sees all slots up to its
+    own. With them ([A, T], int64, bit i of node j set where i is j or above it, at most 63 nodes, row r having those of
+    row r % A, since the halves of guidance are stacked) it sees the slots before the root and the nodes of its bits.
+    `bias` [R], fp32, makes slot 0 a pseudo-key, whose logit is shifted by it: log n for n keys that are all 0, whose
+    mean value the slot holds, and -inf for none.
+    """
+
+    root: Tensor
+    first: int = 0
+    ancestors: Tensor | None = None
+    bias: Tensor | None = None
+    _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.ancestors is not None and self.ancestors.shape[1] > MOST_NODES:
+            raise VisarError(f"A draft tree has at most {MOST_NODES} nodes, not {self.ancestors.shape[1]}.")
+        if self.ancestors is not None and len(self.root) % len(self.ancestors):
+            raise VisarError(f"{len(self.root)} rows do not share {len(self.ancestors)} trees evenly.")
+
+    def mask(self, queries: int, visible: int) -> Tensor | None:
+        """What `queries` inputs see of the first `visible` slots, [R, queries, visible], made once and kept.
+
+        It is bool, or with a bias fp32 to be added to the logits, and None where all is seen; on a GPU it is never
+        None, because the host does not look at `root` there.
+        """
+        key = queries, visible
+        if key not in self._masks:
+            self._masks[key] = None if self._sees_all(queries, visible) else self._mask(queries, visible)
+        return self._masks[key]
+
+    def _sees_all(self, queries: int, visible: int) -> bool:
+        if queries > 1 or self.bias is not None or self.root.device.type != "cpu":
+            return False
+        chain = self.ancestors is None or self.first == 0  # a root sees what any input does that lies there
+        return chain and int(self.root.min()) + self.first + 1 >= visible
+
+    def _mask(self, queries: int, visible: int) -> Tensor:
+        slot = torch.arange(visible, device=self.root.device)
+        node = slot - self.root[:, None]  # [R, visible], negative before the root
+        own = torch.arange(self.first, self.first + queries, device=slot.device)
+        if self.ancestors is None:
+            sees = node[:, None] <= own[:, None]
+        else:
+            # Bit 63 is never set, so the nodes behind the last one are seen by none.
+            bits = self.ancestors[:, self.first : self.first + queries].repeat(len(node) // len(self.ancestors), 1)
+            sees = (bits[..., None] >> node.clamp(0, MOST_NODES)[:, None] & 1).bool() | (node < 0)[:, None]
+        if self.bias is None:
+            return sees
+        mask = torch.zeros(sees.shape, device=slot.device).masked_fill_(~sees, -torch.inf)
+        mask[..., 0] += self.bias[:, None]
+        return mask
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, sight: Sight, visible: int, scale: float | None = None
+) -> Tensor:
+    """Attention [R, W, H, D] of queries q [R, W, H, D] to the first `visible` slots of keys and values [R, S, H, D].
+
+    `sight` says which of them a query sees; one that sees none gives 0. `scale` is 1 / sqrt(D) unless given. The cache
+    may have any strides as long as D is contiguous; [R, H, S, D] in memory is the fastest on a CPU. A `VisarError` for
+    W over 128 or D over 256; D over 128 runs in torch on a GPU too.
+    """
+    _, queries, _, dim = q.shape
+    if queries > MOST_QUERIES:
+        raise VisarError(f"A pass takes at most {MOST_QUERIES} tokens per row, not {queries}; choose a smaller window.")
+    if dim > MOST_DIM:
+        raise VisarError(f"Attention takes heads of at most {MOST_DIM} dimensions, not {dim}.")
+    if sight.ancestors is not None and sight.first + queries > sight.ancestors.shape[1]:
+        raise VisarError(f"The tree has {sight.ancestors.shape[1]} nodes, not {sight.first + queries}.")
+    form = decode_attention_torch
+    if use_triton(q):
+        if dim <= MOST_TRITON_DIM:
+            form = decode_attention_triton
+        else:
+            say_once(f"No kernel takes heads of {dim} dimensions; attention runs in plain torch, which is slower.")
+    return form(q, keys, values, sight, visible, scale)
+
+
+def decode_attention_torch(
+    q: Tensor, keys: Tensor, values: Tensor, sight: Sight, visible: int, scale: float | None = None
+) -> Tensor:
+    """`decode_attention` by PyTorch's own, which is also what runs on a CPU."""
+    queries = q.shape[1]
+    mask = sight.mask(queries, visible)
+    if mask is not None:
+        mask = mask.unsqueeze(1)
+        if q.is_cuda and mask.is_floating_point():
+            mask = mask.to(q.dtype)  # PyTorch's kernels for GPUs ask for it
+    alone = queries == 1 and q.dtype != torch.float32 and not q.is_cuda
+    if alone:
+        q = torch.cat([q, q], dim=1)  # on a CPU a product of two rows is twice as fast as one of a single row
+        mask = mask if mask is None else mask.expand(-1, -1, 2, -1)
+    q, k, v = (t.transpose(1, 2) for t in (q, keys[:, :visible], values[:, :visible]))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    return out[:, :1] if alone else out
+
+
+@jit
+def _attend(  # type: ignore[no-untyped-def]
+    q, keys, values, out, maxima, sums, root, ancestors, bias, scale, first, visible, part, queries, heads, trees,
+    nodes, q_row, q_query, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head,
+    dim: tl.constexpr, unit: tl.constexpr, splits: tl.constexpr, is_tree: tl.constexpr, has_bias: tl.constexpr,
+    widened: tl.constexpr, block_q: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
+):  # fmt: skip
+    """One split of the slots for one block of queries of one row and head.
+
+    Where there is one split `out` [R, W, H, D] is the result; else `out` [splits, R, W, H, D] (fp32) is a sum that is
+    not divided yet, with the largest logit (base 2) in `maxima` [splits, R, W, H] and the sum of weights in `sums`.
+    """
+    row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    start = tl.program_id(2) * part
+    w = tl.program_id(1) * block_q + tl.arange(0, block_q)
+    d = tl.arange(0, block_d)
+    here, lanes = w < queries, d < dim
+    at_root = tl.load(root + row).to(tl.int32)
+    own = first + w  # the node of each query
+    last = tl.minimum(first + (tl.program_id(1) + 1) * block_q, first + queries)  # no query here sees node `last`
+    end = tl.minimum(tl.minimum(start + part, visible), at_root + last)
+
+    # Strides are passed in units, so that the compiler knows what divides them and loads several numbers at once.
+    at = row * (q_row * unit) + w[:, None] * (q_query * unit) + head * (q_head * unit) + d[None, :]
+    x = tl.load(q + at, here[:, None] & lanes[None, :], 0.0)
+    if widened:  # Triton's interpreter multiplies the bits of bf16 as integers
+        x = x.to(tl.float32)
+    k_base = keys + row * (k_row * unit) + head * (k_head * unit)
+    v_base = values + row * (v_row * unit) + head * (v_head * unit)
+    if is_tree:
+        bits = tl.load(ancestors + (row % trees) * nodes + own, here, 0)
+    shift = 0.0
+    if has_bias:
+        shift = tl.load(bias + row) * 1.4426950408889634
+
+    top = tl.full([block_q], float("-inf"), tl.float32)
+    total = tl.zeros([block_q], tl.float32)
+    sum_v = tl.zeros([block_q, block_d], tl.float32)
+    for begin in range(start, end, block_s):
+        s = begin + tl.arange(0, block_s)
+        inside = (s < end)[:, None] & lanes[None, :]
+        k = tl.load(k_base + s.to(tl.int64)[:, None] * (k_slot * unit) + d[None, :], inside, 0.0)
+        v = tl.load(v_base + s.to(tl.int64)[:, None] * (v_slot * unit) + d[None, :], inside, 0.0)
+        if widened:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        logits = tl.dot(x, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+        if has_bias:
+            logits += tl.where(s == 0, shift, 0.0)[None, :]
+        node = s - at_root
+        if is_tree:
+            bit = tl.minimum(tl.maximum(node, 0), 63).to(tl.int64)  # bit 63 is never set
+            sees = ((bits[:, None] >> bit[None, :]) & 1) == 1
+            sees = sees | (node < 0)[None, :]
+        else:
+            sees = node[None, :] <= own[:, None]
+        logits = tl.where(sees & (s < end)[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+        zero = tl.where(higher == float("-inf"), 0.0, higher)  # a query that has seen nothing yet: no inf - inf
+        old, weights = tl.exp2(top - zero), tl.exp2(logits - zero[:, None])
+        total = total * old + tl.sum(weights, 1)
+        sum_v = sum_v * old[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        top = higher
+
+    rows = tl.num_programs(0) // heads
+    line = ((tl.program_id(2) * rows + row) * queries + w) * heads + head
+    if splits == 1:
+        sum_v = sum_v / tl.where(total == 0, 1.0, total)[:, None]
+    else:
+        tl.store(maxima + line, top, here)
+        tl.store(sums + line, total, here)
+    if (splits == 1) | (start < end):  # what an empty split would add is never read
+        tl.store(out + line[:, None] * dim + d[None, :], sum_v.to(out.dtype.element_ty), here[:, None] & lanes[None, :])
+
+
+@jit
+def _join(  # type: ignore[no-untyped-def]
+    out, sums_v, maxima, sums, lines,
+    dim: tl.constexpr, splits: tl.constexpr, block_p: tl.constexpr, block_d: tl.constexpr,
+):  # fmt: skip
+    """Join the splits of one row, query and head."""
+    line = tl.program_id(0).to(tl.int64)
+    p, d = tl.arange(0, block_p), tl.arange(0, block_d)
+    at = p * lines + line
+    top = tl.load(maxima + at, p < splits, float("-inf"))
+    highest = tl.max(top, 0)
+    weights = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))  # 0 for a split that saw nothing
+    total = tl.sum(tl.load(sums + at, p < splits, 0.0) * weights, 0)
+    used = (top > float("-inf"))[:, None] & (d < dim)[None, :]
+    v = tl.load(sums_v + at[:, None] * dim + d[None, :], used, 0.0)
+    result = tl.sum(v * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out + line * dim + d, result.to(out.dtype.element_ty), d < dim)
+
+
+def decode_attention_triton(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sight: Sight,
+    visible: int,
+    scale: float | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """`decode_attention` as one or two Triton launches; the number of splits follows from the shapes unless given.
+
+    A single query is padded to the 16 rows that tensor cores take: its pass is bound by reading the cache, which the
+    padding does not touch, and one form serves all W.
+    """
+    rows, queries, heads, dim = q.shape
+    if any(t.stride(-1) != 1 for t in (q, keys, values)):
+        raise ValueError("Queries, keys and values need contiguous heads.")
+    block_q = min(max(16, _power_of_two(queries)), 64)
+    block_s = 32 if q.dtype == torch.float32 else 64
+    programs = rows * heads * -(-queries // block_q)
+    if splits is None:  # a part is not worth a program where its partial sum is as large as what it reads
+        splits = max(1, min(-(-PROGRAMS // programs), visible // max(64, queries)))
+    part = -(-visible // (splits * block_s)) * block_s
+    splits = -(-visible // part)
+
+    strides = [n for t in (q, keys, values) for n in t.stride()[:3]]
+    unit = next(u for u in (16, 8, 4, 2, 1) if all(n % u == 0 for n in (*strides, dim)))
+    strides = [n // unit for n in strides]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    partial = out if splits == 1 else torch.empty(splits, *q.shape, device=q.device)
+    maxima, sums = torch.empty(2, *partial.shape[:-1], device=q.device) if splits > 1 else (partial, partial)
+    tree = sight.ancestors is not None
+    ancestors = sight.ancestors if sight.ancestors is not None else sight.root[None]  # not read without a tree
+    bias = sight.bias if sight.bias is not None else sight.root  # not read either
+    block_d = max(16, _power_of_two(dim))
+    scale = dim**-0.5 if scale is None else scale
+    _attend[(rows * heads, -(-queries // block_q), splits)](
+        q, keys, values, partial, maxima, sums, sight.root, ancestors.contiguous(), bias, scale, sight.first, visible,
+        part, queries, heads, *ancestors.shape, *strides,
+        dim=dim, unit=unit, splits=splits, is_tree=tree, has_bias=sight.bias is not None,
+        widened=not q.is_cuda, block_q=block_q, block_s=block_s, block_d=block_d,
+    )  # fmt: skip
+    if splits > 1:
+        lines = rows * queries * heads
+        block_p = _power_of_two(splits)
+        _join[(lines,)](
+            out, partial, maxima, sums, lines, dim=dim, splits=splits, block_p=block_p, block_d=block_d, num_warps=1
+        )
+    return out
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,80 @@
+"""Rotary positions and the KV cache's new slots in one launch: what stands between a layer's QKV product and attention.
+
+Adjacent pairs turn (RoFormer, Su et al. 2021, arXiv:2104.09864, as LlamaGen has it), in fp32, as
+`visar.models.rotary.rotate` does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from visar.kernels.backend import jit, tl, use_triton
+
+
+def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """Turn queries and keys, write keys and values into a layer's cache, and give the turned queries [R, W, H, D].
+
+    `qkv` [R, W, 3H, D] has the heads of queries, of keys, then of values; `table` [R, W, D / 2, 2], fp32, is (cos, sin)
+    for each pair; `keys` and `values` [R, S, H, D] are written at `slots` [R, W], int64, which differ within a row.
+    """
+    form = rotary_append_triton if use_triton(qkv) else rotary_append_torch
+    return form(qkv, table, keys, values, slots)
+
+
+def rotary_append_torch(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """`rotary_append` in plain torch, which is also what runs on a CPU."""
+    q_and_k, v = qkv.split([2 * keys.shape[2], keys.shape[2]], dim=2)
+    cos, sin = table.unsqueeze(2).unbind(-1)
+    a, b = q_and_k.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(qkv.dtype)
+    q, k = turned.chunk(2, dim=2)
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    keys[rows, slots] = k
+    values[rows, slots] = v
+    return q
+
+
+@jit
+def _turn_and_write(  # type: ignore[no-untyped-def]
+    out, qkv, table, keys, values, slots, queries, in_row, in_query, in_head, k_row, k_slot, k_head, v_row, v_slot,
+    v_head, heads: tl.constexpr, dim: tl.constexpr, block_h: tl.constexpr, block_p: tl.constexpr,
+):  # fmt: skip
+    """One input of one row: a block of heads of its queries (`part` 0), keys (1) or values (2)."""
+    line = tl.program_id(0).to(tl.int64)
+    row, w = line // queries, line % queries
+    part = tl.program_id(1)
+    h = tl.program_id(2) * block_h + tl.arange(0, block_h)
+    p = tl.arange(0, block_p)
+    here = (h < heads)[:, None] & (p < dim // 2)[None, :]
+    at = row * in_row + w * in_query + (part * heads + h)[:, None].to(tl.int64) * in_head + 2 * p[None, :]
+    a, b = tl.load(qkv + at, here, 0.0), tl.load(qkv + at + 1, here, 0.0)
+    if part < 2:
+        angle = table + line * dim + 2 * p
+        cos, sin = tl.load(angle, p < dim // 2, 0.0)[None, :], tl.load(angle + 1, p < dim // 2, 0.0)[None, :]
+        x, y = a.to(tl.float32), b.to(tl.float32)
+        a, b = (x * cos - y * sin).to(a.dtype), (y * cos + x * sin).to(b.dtype)
+    slot = tl.load(slots + line)
+    if part == 0:
+        to = out + (line * heads + h)[:, None] * dim + 2 * p[None, :]
+    elif part == 1:
+        to = keys + row * k_row + slot * k_slot + h[:, None].to(tl.int64) * k_head + 2 * p[None, :]
+    else:
+        to = values + row * v_row + slot * v_slot + h[:, None].to(tl.int64) * v_head + 2 * p[None, :]
+    tl.store(to, a, here)
+    tl.store(to + 1, b, here)
+
+
+def rotary_append_triton(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """`rotary_append` as one Triton launch; the cache may have any strides as long as D is contiguous."""
+    rows, queries, _, dim = qkv.shape
+    heads = keys.shape[2]
+    if any(t.stride(-1) != 1 for t in (qkv, keys, values)):
+        raise ValueError("Queries, keys and values need contiguous heads.")
+    out = torch.empty(rows, queries, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    block_h, block_p = min(8, 1 << (heads - 1).bit_length()), 1 << (dim // 2 - 1).bit_length()
+    _turn_and_write[(rows * queries, 3, -(-heads // block_h))](
+        out, qkv, table.contiguous(), keys, values, slots.contiguous(), queries, *qkv.stride()[:3], *keys.stride()[:3],
+        *values.stride()[:3], heads=heads, dim=dim, block_h=block_h, block_p=block_p,
+    )  # fmt: skip
+    return out
