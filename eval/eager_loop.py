@@ -1,9 +1,9 @@
-"""The baseline that users of LlamaGen run today: a straightforward eager loop, as published (Sun et al. 2024, 2406.06525).
+"""The baseline that users of LlamaGen (Sun et al. 2024, arXiv:2406.06525) run today: a plain eager loop, as published.
 
-It is written from the description of that loop and lives in the benchmark alone; it is no sampler. What makes it slow is
-what makes the published one slow: every step reads the whole padded cache under an explicit boolean mask, computes both
-halves of guidance from a concatenated batch, and launches each operation by itself. Nothing is slower than it must be
-for that: no copies of the cache, no look at the device from the host.
+It is written from the description of that loop and lives in the benchmark alone; it is no sampler. What makes it slow
+is what makes the published one slow: every step reads the whole padded cache under an explicit boolean mask, computes
+both halves of guidance from a concatenated batch, and launches each operation by itself. Nothing is slower than it must
+be for that: no copies of the cache, no look at the device from the host.
 """
 
 from __future__ import annotations

@@ -90,6 +90,11 @@ def bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 5) -> f
     return 2 * source.numel() * 4 / best / 1e9
 
 
+def device_title(device: torch.device) -> str:
+    """What a report calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
 def conditions(pipe: ImagePipeline, count: int) -> list[Any]:
     """The prompts or classes that are measured with."""
     if isinstance(pipe, TextToImagePipeline):
@@ -151,10 +156,9 @@ def compare(
         for name, sampler in samplers.items()
     ]  # fmt: skip
     device = pipe.model.device
-    title = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     return SpeedReport(
-        title, str(pipe.model.dtype).removeprefix("torch."), torch.__version__, torch.get_num_threads(), batch, images,
-        repeats, bandwidth(device), rows,
+        device_title(device), str(pipe.model.dtype).removeprefix("torch."), torch.__version__,
+        torch.get_num_threads(), batch, images, repeats, bandwidth(device), rows,
     )  # fmt: skip
 
 

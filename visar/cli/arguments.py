@@ -124,11 +124,17 @@ def verify(commands: Commands) -> None:
 
 def bench(commands: Commands) -> None:
     p = commands.add_parser("bench", help="measure passes and time per pass, all samplers in one run")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument(
+        "--shapes", nargs="?", const=[], type=_names, metavar="NAMES",
+        help="what a pass of published shapes costs, with random weights: XL-384,3B-384 (default: what suits)",
+    )  # fmt: skip
+    what.add_argument("--profile", action="store_true", help="where the time of a pass goes, of each sampler")
     p.add_argument(
         "--samplers", type=_names, metavar="NAMES",
         help="separated by commas, each a name or name:NAME=VALUE (default: ar,sjd,scd; of a MAR mar,mar-headspec)",
     )  # fmt: skip
-    p.add_argument("--batch", type=int, default=1, help="pictures decoded at once (default: 1)")
+    p.add_argument("--batch", type=int, help="pictures decoded at once (default: 1; of --shapes on a GPU 1 and 8)")
     p.add_argument("--images", type=int, default=16, help="pictures per sampler and repeat (default: 16)")
     p.add_argument("--repeats", type=int, default=3, help="medians are over these (default: 3)")
     p.add_argument("--json", metavar="PATH", help="also write the figures to this file")

@@ -1,12 +1,13 @@
-"""`visar bench`: passes and time per pass of several samplers, interleaved in one run."""
+"""`visar bench`: passes and time per pass of several samplers, interleaved in one run; or what a pass is made of."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from visar.cli.common import load_pipeline, samplers_of
 from visar.errors import VisarError
@@ -14,6 +15,8 @@ from visar.files import replacing, writable_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
+    from visar.eval.profiling import PassProfile
+    from visar.eval.shapes import ShapeReport
     from visar.eval.speed import SpeedReport, SpeedRow
 
 
@@ -21,25 +24,128 @@ SETTINGS = ("seed", "guidance_scale", "guidance_schedule", "temperature", "top_k
 
 
 def bench(options: argparse.Namespace) -> int:
-    from visar.eval.speed import compare
-
-    for name, value in (("--batch", options.batch), ("--images", options.images), ("--repeats", options.repeats)):
+    batch = 1 if options.batch is None else options.batch
+    for name, value in (("--batch", batch), ("--images", options.images), ("--repeats", options.repeats)):
         if value < 1:
             raise VisarError(f"{name} must be 1 or more, not {value}.")
+    if options.shapes is not None:
+        return _shapes(options)
     samplers = samplers_of(options)
-    if options.json:
-        writable_folder(Path(options.json).parent)  # before minutes of measuring
+    if not samplers:
+        raise VisarError("No sampler was given.")
+    _check_report(options)
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
     settings = {name: getattr(options, name) for name in SETTINGS}
-    report = compare(
-        pipe, samplers, batch=options.batch, images=options.images, repeats=options.repeats, **settings
-    )  # fmt: skip
+    if options.profile:
+        return _profile(options, pipe, samplers, settings)
+    from visar.eval.speed import compare
+
+    report = compare(pipe, samplers, batch=batch, images=options.images, repeats=options.repeats, **settings)
     _print_speed(report, options.model)
+    _write_report(options, report)
+    return 0
+
+
+def _shapes(options: argparse.Namespace) -> int:
+    """`visar bench --shapes`."""
+    for name in ("samplers", "vq", "vae", "drafter", "parameters"):
+        if getattr(options, name):
+            raise VisarError(
+                "--shapes measures ar and scd with random weights: it takes no samplers, model or drafter."
+            )
+    _check_report(options)
+    import torch
+
+    from visar.cli.common import device_of
+    from visar.eval.shapes import WINDOWS, measure, shape_named
+
+    report = measure(
+        [shape_named(name) for name in options.shapes] or None,
+        batches=None if options.batch is None else (options.batch,),
+        windows=WINDOWS if options.window is None else (1, options.window),
+        dtypes=None if options.dtype is None else (getattr(torch, options.dtype),),
+        device=device_of(options.device),
+        repeats=options.repeats,
+    )
+    print(shapes_text(report))
+    _write_report(options, report)
+    return 0
+
+
+def _profile(options: argparse.Namespace, pipe: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
+    """`visar bench --profile`."""
+    from visar.eval.profiling import profile_pipeline
+
+    if options.batch not in (None, 1):
+        raise VisarError("--profile is of one picture: it takes no --batch.")
+    rows = {label: profile_pipeline(pipe, sampler, **settings) for label, sampler in samplers.items()}
+    print(profile_text([(label, p) for label, p in rows.items()], ("SAMPLER",)))
+    _write_report(options, ProfileReport(options.model, str(pipe.model.device), str(pipe.model.dtype), rows))
+    return 0
+
+
+@dataclass(frozen=True)
+class ProfileReport:
+    """What `visar bench --profile --json` writes: a mean pass of each sampler."""
+
+    model: str
+    device: str
+    dtype: str
+    rows: dict[str, PassProfile]
+
+
+def _check_report(options: argparse.Namespace) -> None:
+    if options.json:
+        writable_folder(Path(options.json).parent)  # before minutes of measuring
+
+
+def _write_report(options: argparse.Namespace, report: Any) -> None:
     if options.json:
         with replacing(options.json) as temporary:
             temporary.write_text(json.dumps(asdict(report), indent=2) + "\n")
-    return 0
+
+
+def profile_text(rows: Sequence[tuple[Any, ...]], header: tuple[str, ...]) -> str:
+    """A table of profiles, the last of each row, behind what `header` names."""
+    from visar.eval.profiling import TITLES
+
+    lines = []
+    for *names, p in rows:
+        shares = [f"{100 * p.shares[group]:.0f}%" for group in TITLES]
+        counts = [f"{n:.{0 if n >= 10 else 2}f}" for n in (p.launches, p.host_reads, p.waits)]
+        lines.append((*names, p.window, f"{p.ms_per_pass:.2f}", *shares, *counts))
+    counted = ("LAUNCHES/PASS", "HOST READS/PASS", "WAITS/PASS")
+    return table((*header, "W", "MS/PASS", *TITLES.values(), *counted), lines)
+
+
+def shapes_text(report: ShapeReport) -> str:
+    """The table of `visar bench --shapes`, below it where a pass goes."""
+    windows = sorted({w for r in report.rows for w in r.ms_per_pass} | {1})
+    header = ("SHAPE", "DTYPE", "BATCH", *(f"MS/PASS W={w}" for w in windows), "GB/PASS", "OF BANDWIDTH",
+              "AR S/IMAGE", "EAGER LOOP MS", "EAGER/AR", "PEAK GIB", "CAPTURE S")  # fmt: skip
+    lines, notes, profiles = [], [], []
+    for r in report.rows:
+        ms = [f"{r.ms_per_pass[w]:.2f}" if w in r.ms_per_pass else "-" for w in windows]
+        captured = f"{max(r.capture_seconds.values()):.2f}" if r.capture_seconds else "-"
+        of = f"{100 * r.of_bandwidth[1]:.0f}%" if r.of_bandwidth else "-"
+        figures = [_figure(x) for x in (r.seconds_per_image, r.eager_ms, r.eager_ratio, r.peak_gib)]
+        lines.append((r.name, r.dtype, r.batch, *ms, f"{r.streamed_gb:.2f}", of, *figures, captured))
+        notes += [r.note] if r.note else []
+        profiles += [(r.name, r.dtype, r.batch, p) for p in r.profiles.values()]
+    parts = [table(header, lines), *notes]
+    if profiles:
+        parts += ["", profile_text(profiles, ("SHAPE", "DTYPE", "BATCH"))]
+    return "\n".join([
+        *parts,
+        f"Random weights of the published shapes, guidance on: what a pass costs, nothing of acceptance or pictures. "
+        f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of a picture; copy "
+        f"bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
+    ])  # fmt: skip
+
+
+def _figure(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"
 
 
 def _print_speed(report: SpeedReport, model: str) -> None:

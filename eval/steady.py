@@ -1,0 +1,98 @@
+"""The time of a pass in the middle of a picture, through the same loop that decodes pictures.
+
+The cache that a pass reads grows with the picture; in the middle it has its mean length. So the rows are moved there
+without decoding what comes before, and put back whenever they come near the end: any number of passes can be timed, and
+all of them cost what the mean pass costs. What the tokens are does not matter for that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visar.engine.loop import decode, synchronize
+from visar.engine.rng import Noise
+from visar.engine.session import Session
+from visar.errors import VisarError
+from visar.samplers import Target
+
+
+class _Enough(Exception):
+    """Ends a decoding whose picture nobody wants."""
+
+
+@dataclass(frozen=True)
+class Steady:
+    """`capture_seconds`: of a CUDA graph, None where none was captured or the loop was not waited for."""
+
+    ms_per_pass: float
+    passes: int
+    capture_seconds: float | None = None
+
+
+@torch.inference_mode()
+def steady(
+    session: Session,
+    sampler: Any,
+    target: Target,
+    noise: Noise,
+    *,
+    passes: int,
+    warm: int = 2,
+    every: int | None = None,
+    whole: bool = False,
+    traced: Callable[[], AbstractContextManager[Any]] | None = None,
+    **settings: Any,
+) -> Steady:
+    """Time `passes` passes of `sampler` behind `warm` others, on a fresh session moved to the middle of its picture.
+
+    `every`: after how many passes the host takes part, and rows are put back; by default each on a CPU and every
+    fourth on a GPU, and both counts are rounded up to multiples of it. With `whole` the decoding is let end, which on a
+    GPU says how long the capture of a graph took. `traced()` is entered for as many passes more, behind those that
+    are timed. `settings` are further ones of `decode`. Raises `VisarError` where the decoding ends too early.
+    """
+    every = every or (1 if session.device.type == "cpu" else 4)
+    passes, warm = (-(-n // every) * every for n in (passes, warm))
+    middle = session.length // 2
+    last = max(middle, session.length - every * sampler.window)  # from where the next look would find rows complete
+    start = end = 0.0
+    tracing: AbstractContextManager[Any] = nullcontext()
+
+    def tell(done: int, tokens: Tensor, lengths: Tensor) -> None:
+        nonlocal start, end, tracing
+        lengths.copy_(torch.where(lengths > last, middle, lengths))
+        if done == warm:
+            synchronize(session.device)
+            start = time.perf_counter()
+        elif done == warm + passes:
+            synchronize(session.device)
+            end = time.perf_counter()
+            if traced is None:
+                finish(lengths)
+            else:
+                tracing = traced()
+                tracing.__enter__()
+        elif done == warm + 2 * passes:
+            tracing.__exit__(None, None, None)
+            finish(lengths)
+        elif end and traced is None:
+            finish(lengths)
+
+    def finish(lengths: Tensor) -> None:
+        if not whole:
+            raise _Enough
+        lengths.fill_(session.length)
+
+    session.lengths.fill_(middle)
+    capture = None
+    with suppress(_Enough):
+        capture = getattr(decode(session, sampler, target, noise, tell, every, **settings), "capture_seconds", None)
+    if not end:
+        raise VisarError(f"The decoding ended before {passes} passes of it could be timed.")
+    return Steady(1e3 * (end - start) / passes, passes, capture)
