@@ -11,6 +11,7 @@ from torch import Tensor
 from visar.engine.rng import Noise, Purpose
 from visar.engine.session import Session
 from visar.errors import VisarError
+from visar.kernels.noise import Race
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
 from visar.samplers.verification import (
@@ -74,7 +75,7 @@ class SpeculativeJacobi:
             known=session.lengths,
             u=state.noise.uniforms(Purpose.INIT, at, 0)[0],
             last_law=None,
-            shared=lambda: self._race(session, state, at),
+            shared=self._race(session, state, at),
         )
         state.laws = state.laws.contiguous()  # a uniform law is an expanded scalar, and later written in place
         state.tokens.scatter_(1, at, drafts)
@@ -102,7 +103,7 @@ class SpeculativeJacobi:
             known=end,
             u=accept.gather(1, new - at[:, :1]),
             last_law=p[:, -1:],
-            shared=lambda: self._race(session, state, new),
+            shared=self._race(session, state, new),
         )
         fresh = new >= end[:, None]
         kept = shift(self.next_laws(p, state.laws, verdict, inputs), count)
@@ -117,10 +118,8 @@ class SpeculativeJacobi:
         """The laws [B, W, V] of the window's tokens after a pass: p for all of them, kept or not."""
         return p
 
-    def _race(self, session: Session, state: State, at: Tensor) -> Tensor | None:
-        if self.coupling != "gumbel":
-            return None
-        return state.noise.exponential(Purpose.SHARED, at, 0, session.vocab)
+    def _race(self, session: Session, state: State, at: Tensor) -> Race | None:
+        return state.noise.race(Purpose.SHARED, at, 0, session.vocab) if self.coupling == "gumbel" else None
 
 
 @dataclass(frozen=True)

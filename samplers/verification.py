@@ -17,20 +17,27 @@ their law is p. Proof: Leviathan et al. 2023 (arXiv:2211.17192) per position, an
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from visar.kernels.backend import use_triton
+from visar.kernels.draw import draw, race_draw
+from visar.kernels.noise import Race
+from visar.kernels.verify import MOST, Rule, verify_triton
+
 EQUAL = 1e-7  # a residual with less mass than this means that p and q are one law
 
 
 class Coins(NamedTuple):
-    """Noise of one pass: `accept` and `draw` [B, W], uniform in (0, 1), float64; `race` [B, W, V], Exp(1)."""
+    """Noise of one pass: `accept` and `draw` [B, W], uniform in (0, 1), float64; `race` [B, W, V], Exp(1), or unmade."""
 
     accept: Tensor
     draw: Tensor
-    race: Tensor | None = None
+    race: Tensor | Race | None = None
 
 
 class Verdict(NamedTuple):
@@ -40,19 +47,27 @@ class Verdict(NamedTuple):
     accepted: Tensor
 
 
-def draw(weights: Tensor, u: Tensor) -> Tensor:
-    """Tokens [...] by inverse CDF from unnormalised weights [..., V], with one uniform [...] each.
-
-    The sums are in float64, so that a law over 200,000 tokens keeps its tail.
-    """
-    cdf = weights.cumsum(-1, dtype=torch.float64)
-    at = torch.searchsorted(cdf, (u.to(cdf.dtype) * cdf[..., -1]).unsqueeze(-1), right=True).squeeze(-1)
-    return at.clamp_max(weights.shape[-1] - 1)
+Check = Callable[[Tensor, Tensor, Tensor, Coins], Verdict]
 
 
-def race(p: Tensor, e: Tensor) -> Tensor:
+def race(p: Tensor, e: Tensor | Race) -> Tensor:
     """Tokens [...] drawn from p [..., V] by the exponential race argmax p/e: the Gumbel-max trick without logs."""
-    return (p / e).argmax(-1)
+    return race_draw(p, e) if isinstance(e, Race) else (p / e).argmax(-1)
+
+
+def fused(rule: Rule) -> Callable[[Check], Check]:
+    """Runs a check as one launch where kernels are Triton's; what it decorates says what is meant, and runs elsewhere."""
+
+    def decorate(plain: Check) -> Check:
+        @functools.wraps(plain)
+        def check(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+            if isinstance(coins.race, Tensor) or p.shape[1] > MOST or not use_triton(p):
+                return plain(p, q, drafts, coins)
+            return Verdict(*verify_triton(rule, p, q, drafts, coins.accept, coins.draw, coins.race, EQUAL))
+
+        return check
+
+    return decorate
 
 
 def residual(p: Tensor, q: Tensor) -> Tensor:
@@ -76,6 +91,7 @@ def _columns(kept: Tensor) -> Tensor:
     return torch.arange(kept.shape[1] + 1, device=kept.device)
 
 
+@fused("independent")
 def verify_independent(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
     """Speculative Jacobi decoding (Teng et al. 2024, arXiv:2410.01699): drafts behind a rejection are drawn anew."""
     return replaced(p, q, drafts, keeps(p[:, :-1], q, drafts, coins.accept[:, :-1]), coins)
@@ -119,6 +135,7 @@ def verify_block(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
     return Verdict(torch.where(column < accepted[:, None], _padded(drafts), fresh[:, None]), accepted)
 
 
+@fused("maximal")
 def verify_maximal(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
     """Coupled speculative Jacobi decoding, maximal coupling (MC-SJD): every draft is tested, also behind a rejection.
 
@@ -130,6 +147,7 @@ def verify_maximal(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdic
     return Verdict(tokens, leading(kept))
 
 
+@fused("gumbel")
 def verify_gumbel(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
     """Coupled speculative Jacobi decoding, Gumbel coupling: all drafts of one position share the race of `coins.race`.
 

@@ -6,13 +6,13 @@ positions hold their forced token, as a point mass, and are accepted for free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visar.kernels.noise import Race
 from visar.samplers.verification import draw, race
 
 if TYPE_CHECKING:
@@ -33,21 +33,21 @@ def initial_drafts(
     known: Tensor,
     u: Tensor,
     last_law: Tensor | None,
-    shared: Callable[[], Tensor | None],
+    shared: Race | None,
 ) -> tuple[Tensor, Tensor]:
     """Drafts [B, W-1] for `positions` [B, W-1] and their laws [B, W-1, V].
 
     `state.tokens` is written up to position `known` [B] (exclusive). `u` [B, W-1] is fresh uniform noise. `last_law`
-    [B, 1, V] is the law of the token just before `known`, None at the start, where every init is uniform. `shared()`
-    [B, W-1, V] is the race of the positions under Gumbel coupling, else None: a draft that is drawn takes part in it.
+    [B, 1, V] is the law of the token just before `known`, None at the start, where every init is uniform. `shared`
+    is the race of the positions under Gumbel coupling, else None: a draft that is drawn takes part in it.
     """
     shape = (*positions.shape, vocab)
     if last_law is None or init == "uniform":
         laws = torch.full((), 1.0 / vocab, device=positions.device).expand(shape)
-        drafts = (u * vocab).long() if (e := shared()) is None else race(laws, e)
+        drafts = (u * vocab).long() if shared is None else race(laws, shared)
     elif init == "left-law":
         laws = last_law.expand(shape)
-        drafts = draw(laws, u) if (e := shared()) is None else race(laws, e)
+        drafts = draw(laws, u) if shared is None else race(laws, shared)
     else:
         source = (known - 1)[:, None].expand_as(positions)
         if init == "above":

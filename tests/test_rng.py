@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from visar.engine import rng
 from visar.engine.rng import IMAGES, SPAN, Noise, Purpose
 from visar.eval.exactness import chi_square_z
+from visar.kernels import noise as noises
 
 COUNT = 40_000
 
@@ -128,7 +128,9 @@ def test_seeds_of_64_bits_and_negative_ones() -> None:
 
 @pytest.mark.parametrize("word", [0, 1, SPAN - 1, 2**32 - 2, 2**32 - 1])
 def test_extreme_words(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rng, "philox", lambda key, counter: tuple(torch.full_like(counter[0], word) for _ in range(4)))
+    monkeypatch.setattr(
+        noises, "philox", lambda key, counter: tuple(torch.full_like(counter[0], word) for _ in range(4))
+    )
     noise, at = Noise(0, torch.arange(2)), torch.zeros(2, 3, dtype=torch.long)
     u, e = noise.uniforms(Purpose.STEP, at, 0)[0], noise.exponential(Purpose.SHARED, at, 0, 5)
     assert ((u > 0) & (u < 1)).all() and ((u * 16384).long() < 16384).all()

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.kernels.philox import philox
+from visar.kernels import noise as made
+from visar.kernels.noise import SPAN, Race
 
 _MASK = 0xFFFFFFFF
 IMAGES = 2**24  # image indices
-SPAN = 2**16  # positions, and passes
 
 
 class Purpose(IntEnum):
@@ -43,29 +43,17 @@ class Noise:
         self.key = torch.tensor([seed & _MASK, seed >> 32 & _MASK], device=self.images.device)
         self.keys = torch.zeros_like(self.images) if keys is None else keys.long()
 
-    def _words(
-        self, purpose: Purpose, positions: Tensor, passes: Tensor | int, lane: Tensor | int
-    ) -> tuple[Tensor, ...]:
-        ones = (1,) * (positions.ndim - 1)
-        image, key = self.images.view(-1, *ones), self.keys.view(-1, *ones)
-        zero = torch.zeros_like(positions)
-        at = positions + (key % SPAN) * SPAN
-        turn = zero + passes + (key // SPAN % SPAN) * SPAN
-        return philox(self.key, (zero + lane, at, turn, zero + image * 256 + int(purpose)))
-
     def uniforms(
         self, purpose: Purpose, positions: Tensor, passes: Tensor | int, trial: Tensor | int = 0
     ) -> tuple[Tensor, Tensor]:
         """Two independent uniforms per position, each [B, W], float64, of 52 bits, never 0 and never 1."""
-        a, b, c, d = self._words(purpose, positions, passes, trial)
-        one, two = (((high << 20 | low >> 12).double() + 0.5) * 2.0**-52 for high, low in ((a, b), (c, d)))
-        return one, two
+        return made.uniforms(self.key, self.images, self.keys, positions, passes, purpose, trial)
 
     def of(self, rows: Tensor) -> Noise:
         """The noise of these rows of the batch [R], as a batch of its own."""
-        made = Noise(0, self.images[rows], self.keys[rows])
-        made.key = self.key
-        return made
+        own = Noise(0, self.images[rows], self.keys[rows])
+        own.key = self.key
+        return own
 
     def normals(
         self, purpose: Purpose, positions: Tensor, passes: Tensor | int, dim: int, trial: Tensor | int = 0
@@ -80,7 +68,8 @@ class Noise:
         lanes = lanes + (trial[..., None] if isinstance(trial, Tensor) else trial) * 2**12
         wide = positions[..., None].expand(*positions.shape, lanes.shape[-1])
         turns = passes[..., None] if isinstance(passes, Tensor) else passes
-        a, b, c, d = ((w.double() + 0.5) * 2.0**-32 for w in self._words(purpose, wide, turns, lanes))
+        words = made.words(self.key, self.images, self.keys, wide, turns, purpose, lanes)
+        a, b, c, d = ((w.double() + 0.5) * 2.0**-32 for w in words)
         out = []
         for size, turn in ((a, b), (c, d)):
             radius, angle = (-2 * size.log()).sqrt(), 2 * math.pi * turn
@@ -89,7 +78,8 @@ class Noise:
 
     def exponential(self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int) -> Tensor:
         """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]: argmin of E/p over tokens is a draw from p."""
-        lanes = torch.arange((vocab + 3) // 4, device=positions.device)
-        words = self._words(purpose, positions[..., None].expand(*positions.shape, lanes.shape[-1]), passes, lanes)
-        u = ((torch.stack(words, -1).flatten(-2)[..., :vocab].double() + 0.5) * 2.0**-32).float()
-        return -torch.log1p(-u.clamp_max(1 - 2.0**-24))
+        return self.race(purpose, positions, passes, vocab).make()
+
+    def race(self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int) -> Race:
+        """The variables of `exponential`, unmade: what draws with them may not need them all at once."""
+        return Race(self.key, self.images, self.keys, positions, passes, purpose, vocab)
