@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visar.errors import VisarError
+from visar.kernels.law import law
 
 
 @dataclass(frozen=True)
@@ -50,30 +50,11 @@ class Target:
 
     def probs(self, logits: Tensor, positions: Tensor) -> Tensor:
         """The law [B, W, V], fp32, for guided logits [B, W, V] at absolute positions [B, W]."""
-        x = logits.float() / self.temperature
-        if 0 < self.top_k < x.shape[-1]:
-            x = x.masked_fill(x < x.topk(self.top_k).values[..., -1:], -torch.inf)
-        p = x.softmax(-1)
-        if self.top_p < 1:
-            p = _nucleus(p, self.top_p)
-        if self.forced is not None:
-            token = self.forced_at(positions)
-            p = torch.where((token >= 0)[..., None], F.one_hot(token.clamp_min(0), p.shape[-1]).to(p.dtype), p)
-        return p
+        forced = None if self.forced is None else self.forced_at(positions)
+        return law(logits, self.temperature, self.top_k, self.top_p, forced)
 
     def forced_at(self, positions: Tensor) -> Tensor:
         """The forced tokens [B, W] at positions [B, W], -1 where the position is free."""
         if self.forced is None:
             return torch.full_like(positions, -1)
         return self.forced[positions.clamp_max(len(self.forced) - 1)]
-
-
-def _nucleus(p: Tensor, top_p: float) -> Tensor:
-    """Keep the largest probabilities up to and with the one that passes `top_p`, renormalised.
-
-    The sort is stable, so that equal logits give equal laws in whatever window they were computed.
-    """
-    ordered, order = p.sort(dim=-1, descending=True, stable=True)
-    dropped = ordered.cumsum(-1) - ordered > top_p
-    p = p.masked_fill(dropped.gather(-1, order.argsort(-1)), 0.0)
-    return p / p.sum(-1, keepdim=True)

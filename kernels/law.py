@@ -1,0 +1,322 @@
+"""From logits to the law that is sampled: guidance, temperature, top-k, softmax, top-p and forced tokens, without a sort.
+
+Where a sort would give the k-th largest logit, and the probability at which the nucleus ends, the Triton form finds
+both by bisection over the bits of the number, two bits at a time: the order of floats is that of their bits. Masses are
+summed as integers, in units of 2**-60, so that the sums are exact in any order and a row has one law wherever it
+stands.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visar.kernels.backend import jit, tl, triton, use_triton
+
+RESIDENT = 16384  # tokens that a program keeps in registers
+BLOCK = 8192  # and how many at a time, of more
+MOST = 2**21  # a program counts no further
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: float, guided: Tensor | None = None) -> Tensor:
+    """u + scale (c - u), fp32, for logits c and u [B, W, V] of any dtype; c alone where not `guided` [B, W]."""
+    form = guide_triton if use_triton(cond) else guide_torch
+    return form(cond, uncond, scale, guided)
+
+
+def guide_torch(cond: Tensor, uncond: Tensor, scale: float, guided: Tensor | None = None) -> Tensor:
+    c, u = cond.float(), uncond.float()
+    both = u + scale * (c - u)
+    return both if guided is None else torch.where(guided[..., None], both, c)
+
+
+def guide_triton(cond: Tensor, uncond: Tensor, scale: float, guided: Tensor | None = None) -> Tensor:
+    """`guide_torch` as one launch, which reads both halves and writes one in fp32."""
+    cond, uncond = _rows(cond), _rows(uncond)
+    batch, window, size = cond.shape
+    out = torch.empty(batch, window, size, device=cond.device)
+    if out.numel():
+        _guide[(batch * window, triton.cdiv(size, 1024))](
+            out, cond, uncond, *_flags(guided, cond), float(scale), size, window, *cond.stride()[:2],
+            *uncond.stride()[:2], some=guided is not None, block=1024,
+        )  # fmt: skip
+    return out
+
+
+def law(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    forced: Tensor | None = None,
+    *,
+    uncond: Tensor | None = None,
+    scale: float = 1.0,
+    guided: Tensor | None = None,
+) -> Tensor:
+    """The law [B, W, V], fp32, of logits [B, W, V]; `visar.samplers.distribution.Target` says what the numbers mean.
+
+    `forced` [B, W] are tokens that are certain, -1 where there is none. With `uncond` the logits are guided first, by
+    `scale` and where `guided`, as in `guide`. Gradients pass through the plain form alone.
+    """
+    learning = torch.is_grad_enabled() and logits.requires_grad
+    fits = not learning and logits.shape[-1] < MOST
+    form = law_triton if fits and use_triton(logits) else law_torch
+    return form(logits, temperature, top_k, top_p, forced, uncond=uncond, scale=scale, guided=guided)
+
+
+def law_torch(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    forced: Tensor | None = None,
+    *,
+    uncond: Tensor | None = None,
+    scale: float = 1.0,
+    guided: Tensor | None = None,
+) -> Tensor:
+    x = (logits.float() if uncond is None else guide_torch(logits, uncond, scale, guided)) / temperature
+    if 0 < top_k < x.shape[-1]:
+        x = x.masked_fill(x < x.topk(top_k).values[..., -1:], -torch.inf)
+    p = x.softmax(-1)
+    if top_p < 1:
+        p = nucleus(p, top_p)
+    if forced is not None:
+        p = torch.where((forced >= 0)[..., None], F.one_hot(forced.clamp_min(0), p.shape[-1]).to(p.dtype), p)
+    return p
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """Keep the largest probabilities up to and with the one that passes `top_p`, renormalised.
+
+    The sort is stable, so that equal logits give equal laws in whatever window they were computed.
+    """
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
+    dropped = ordered.cumsum(-1) - ordered > top_p
+    p = p.masked_fill(dropped.gather(-1, order.argsort(-1)), 0.0)
+    return p / p.sum(-1, keepdim=True)
+
+
+def law_triton(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    forced: Tensor | None = None,
+    *,
+    uncond: Tensor | None = None,
+    scale: float = 1.0,
+    guided: Tensor | None = None,
+) -> Tensor:
+    """`law_torch` as one launch, a program for each row.
+
+    A row of up to 16,384 tokens is read once and written once, 8 V bytes from fp32 logits; in between it stays in
+    registers. A longer one is read again in every step of a bisection, from the L2 cache: 19 times for top-k, 18 more
+    for top-p.
+    """
+    logits = _rows(logits)
+    batch, window, size = logits.shape
+    other = logits if uncond is None else _rows(uncond)
+    out = torch.empty(batch, window, size, device=logits.device)
+    tokens = out if forced is None else forced.expand(batch, window)
+    if out.numel():
+        whole = size <= RESIDENT
+        block = max(triton.next_power_of_2(size), 128) if whole else BLOCK
+        _law[(batch * window,)](
+            out, logits, other, *_flags(guided, logits), tokens, float(scale), float(temperature), top_k, float(top_p),
+            size, window, *logits.stride()[:2], *other.stride()[:2], *tokens.stride()[:2], fused=uncond is not None,
+            some=guided is not None, by_count=0 < top_k < size, by_mass=top_p < 1, certain=forced is not None,
+            whole=whole, block=block, num_warps=16 if block > 4096 else 8 if block > 1024 else 4,
+        )  # fmt: skip
+    return out
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _flags(guided: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:
+    """The flags and their steps; something that is never read where there are none."""
+    if guided is None:
+        return like, 0, 0
+    guided = guided.expand(like.shape[:2])
+    return guided, guided.stride(0), guided.stride(1)
+
+
+@jit
+def _scores(  # type: ignore[no-untyped-def]
+    cond, uncond, on, scale, temperature, start, size, fused: tl.constexpr, block: tl.constexpr
+):
+    """Guided logits over temperature, from the token `start` on, fp32; -inf behind the end."""
+    at = start + tl.arange(0, block)
+    x = tl.load(cond + at, at < size, float("-inf")).to(tl.float32)
+    if fused:
+        u = tl.load(uncond + at, at < size, 0.0).to(tl.float32)
+        x = tl.where(at < size, tl.where(on, u + scale * (x - u), x), float("-inf"))
+    return tl.div_rn(x, tl.zeros_like(x) + temperature)
+
+
+@jit
+def _ranked(x):  # type: ignore[no-untyped-def]
+    """Integers, uint32, in the order of the floats x."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+
+
+@jit
+def _unranked(rank):  # type: ignore[no-untyped-def]
+    return tl.where(rank >= 0x80000000, rank & 0x7FFFFFFF, ~rank).to(tl.float32, bitcast=True)
+
+
+@jit
+def _reached(rank, one, two, three):  # type: ignore[no-untyped-def]
+    """Which of three thresholds a rank reaches: three counts in one integer of 64 bits."""
+    a, b, c = (rank >= one).to(tl.int64), (rank >= two).to(tl.int64), (rank >= three).to(tl.int64)
+    return a + (b << 21) + (c << 42)
+
+
+@jit
+def _mass(p):  # type: ignore[no-untyped-def]
+    return (p * 1152921504606846976.0).to(tl.int64)
+
+
+@jit
+def _reaching(p, one, two, three):  # type: ignore[no-untyped-def]
+    """The mass of p at each of three thresholds and above, with the bits of p as its rank."""
+    rank, mass = p.to(tl.int32, bitcast=True), _mass(p)
+    return tl.where(rank >= one, mass, 0), tl.where(rank >= two, mass, 0), tl.where(rank >= three, mass, 0)
+
+
+@jit
+def _final(  # type: ignore[no-untyped-def]
+    p, cut, room, share, before, token, at, by_mass: tl.constexpr, certain: tl.constexpr
+):
+    """What becomes of the probabilities p of the tokens `at`, behind `before` others that equal the cut."""
+    if by_mass:
+        rank = p.to(tl.int32, bitcast=True)
+        equal = rank == cut
+        number = before + tl.cumsum(equal.to(tl.int32), 0)
+        p = tl.where((rank > cut) | (equal & (number <= room)), tl.div_rn(p, tl.zeros_like(p) + share), 0.0)
+    if certain:
+        p = tl.where(token >= 0, (at == token).to(tl.float32), p)
+    return p
+
+
+@jit
+def _law(  # type: ignore[no-untyped-def]
+    out, cond, uncond, guided, guided_row, guided_column, forced, scale, temperature, top_k, top_p, size, width,
+    cond_row, cond_column, uncond_row, uncond_column, forced_row, forced_column, fused: tl.constexpr,
+    some: tl.constexpr, by_count: tl.constexpr, by_mass: tl.constexpr, certain: tl.constexpr, whole: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    row, column = place // width, place % width
+    out += place * size
+    cond += row * cond_row + column * cond_column
+    uncond += row * uncond_row + column * uncond_column
+    on = size > 0
+    if some:
+        on = tl.load(guided + row * guided_row + column * guided_column) != 0
+    lane = tl.arange(0, block)
+    x = _scores(cond, uncond, on, scale, temperature, 0, size, fused, block)
+
+    least = tl.full((), float("-inf"), tl.float32)
+    if by_count:
+        # The largest rank that top_k logits reach, from its highest two bits on.
+        rank, found, unit = _ranked(x), tl.full((), 0, tl.uint32), tl.full((), 1 << 30, tl.uint32)
+        for _ in range(16):
+            one, two, three = found + unit, found + unit * 2, found + unit * 3
+            if whole:
+                counts = tl.sum(_reached(rank, one, two, three))
+            else:
+                sums = tl.zeros([block], tl.int64)
+                for start in range(0, size, block):
+                    y = _scores(cond, uncond, on, scale, temperature, start, size, fused, block)
+                    sums += _reached(_ranked(y), one, two, three)
+                counts = tl.sum(sums)
+            found = tl.where((counts & 0x1FFFFF) >= top_k, one, found)
+            found = tl.where(((counts >> 21) & 0x1FFFFF) >= top_k, two, found)
+            found = tl.where((counts >> 42) >= top_k, three, found)
+            unit = unit >> 2
+        least = _unranked(found)
+
+    # Softmax. What is not resident goes to `out`, and is read again from there.
+    if whole:
+        x = tl.where(x < least, float("-inf"), x)
+        e = tl.exp(x - tl.max(x))
+        p = tl.div_rn(e, tl.zeros_like(e) + tl.sum(e))
+    else:
+        highest = x
+        for start in range(block, size, block):
+            highest = tl.maximum(highest, _scores(cond, uncond, on, scale, temperature, start, size, fused, block))
+        peak = tl.max(highest)
+        sum_e = tl.zeros([block], tl.float32)
+        for start in range(0, size, block):
+            y = _scores(cond, uncond, on, scale, temperature, start, size, fused, block)
+            sum_e += tl.exp(tl.where(y < least, float("-inf"), y) - peak)
+        total = tl.zeros([block], tl.float32) + tl.sum(sum_e)
+        for start in range(0, size, block):
+            y = _scores(cond, uncond, on, scale, temperature, start, size, fused, block)
+            e = tl.exp(tl.where(y < least, float("-inf"), y) - peak)
+            tl.store(out + start + lane, tl.div_rn(e, total), start + lane < size)
+        tl.debug_barrier()
+        p = tl.load(out + lane, lane < size, 0.0)
+
+    # The nucleus: `cut` is the largest number that the probabilities which reach it exceed top_p with, or 0. What is
+    # above it stays, and of what equals it the first `room` tokens.
+    cut, room, share = tl.full((), 0, tl.int32), size, 1.0
+    if by_mass:
+        limit, unit = _mass(tl.full((), 0.0, tl.float32) + top_p), tl.full((), 1 << 28, tl.int32)
+        above, reaching = limit * 0, _mass(tl.full((), 1.0, tl.float32))
+        for _ in range(15):
+            one, two, three = cut + unit, cut + unit * 2, cut + unit * 3
+            if whole:
+                a, b, c = _reaching(p, one, two, three)
+            else:
+                a, b, c = tl.zeros([block], tl.int64), tl.zeros([block], tl.int64), tl.zeros([block], tl.int64)
+                for start in range(0, size, block):
+                    part = tl.load(out + start + lane, start + lane < size, 0.0)
+                    a_, b_, c_ = _reaching(part, one, two, three)
+                    a, b, c = a + a_, b + b_, c + c_
+            a, b, c = tl.sum(a), tl.sum(b), tl.sum(c)
+            above = tl.where(a <= limit, a, tl.where(b <= limit, b, tl.where(c <= limit, c, above)))
+            reaching = tl.where(c > limit, c, tl.where(b > limit, b, tl.where(a > limit, a, reaching)))
+            cut = tl.where(c > limit, three, tl.where(b > limit, two, tl.where(a > limit, one, cut)))
+            unit = unit >> 2
+        each = tl.maximum(_mass(cut.to(tl.float32, bitcast=True)), 1)
+        equal = (reaching - above) // each
+        room = tl.minimum((limit - above) // each + 1, equal)
+        kept = tl.where(cut == 0, reaching, above + room * each)
+        share = kept.to(tl.float32) * 8.673617379884035e-19
+
+    token = tl.full((), -1, tl.int64)
+    if certain:
+        token = tl.load(forced + row * forced_row + column * forced_column)
+    if whole:
+        tl.store(out + lane, _final(p, cut, room, share, 0, token, lane, by_mass, certain), lane < size)
+    else:
+        before = room * 0  # tokens in front of this block that equal the cut
+        for start in range(0, size, block):
+            at = start + lane
+            part = tl.load(out + at, at < size, 0.0)
+            tl.store(out + at, _final(part, cut, room, share, before, token, at, by_mass, certain), at < size)
+            before += tl.sum((part.to(tl.int32, bitcast=True) == cut).to(tl.int32))
+
+
+@jit
+def _guide(  # type: ignore[no-untyped-def]
+    out, cond, uncond, guided, guided_row, guided_column, scale, size, width, cond_row, cond_column, uncond_row,
+    uncond_column, some: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    row, column = place // width, place % width
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    inside = at < size
+    c = tl.load(cond + row * cond_row + column * cond_column + at, inside, 0.0).to(tl.float32)
+    u = tl.load(uncond + row * uncond_row + column * uncond_column + at, inside, 0.0).to(tl.float32)
+    both = u + scale * (c - u)
+    if some:
+        both = tl.where(tl.load(guided + row * guided_row + column * guided_column) != 0, both, c)
+    tl.store(out + place * size + at, both, inside)
