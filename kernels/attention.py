@@ -119,13 +119,11 @@ def decode_attention_torch(
         mask = mask.unsqueeze(1)
         if q.is_cuda and mask.is_floating_point():
             mask = mask.to(q.dtype)  # PyTorch's kernels for GPUs ask for it
-    alone = queries == 1 and q.dtype != torch.float32 and not q.is_cuda
-    if alone:
-        q = torch.cat([q, q], dim=1)  # on a CPU a product of two rows is twice as fast as one of a single row
-        mask = mask if mask is None else mask.expand(-1, -1, 2, -1)
     q, k, v = (t.transpose(1, 2) for t in (q, keys[:, :visible], values[:, :visible]))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    return out[:, :1] if alone else out
+    dtype = q.dtype
+    if queries == 1 and not q.is_cuda:  # on a CPU a single row goes through bf16 three times as slowly as through fp32
+        q, k, v = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).to(dtype)
 
 
 @jit
@@ -205,20 +203,27 @@ def _attend(  # type: ignore[no-untyped-def]
 @jit
 def _join(  # type: ignore[no-untyped-def]
     out, sums_v, maxima, sums, lines,
-    dim: tl.constexpr, splits: tl.constexpr, block_p: tl.constexpr, block_d: tl.constexpr,
+    dim: tl.constexpr, splits: tl.constexpr, block_n: tl.constexpr, block_p: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
-    """Join the splits of one row, query and head."""
-    line = tl.program_id(0).to(tl.int64)
+    """Join the splits of `block_n` of the `lines`, which are those of each row, query and head."""
+    line = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
     p, d = tl.arange(0, block_p), tl.arange(0, block_d)
-    at = p * lines + line
-    top = tl.load(maxima + at, p < splits, float("-inf"))
-    highest = tl.max(top, 0)
-    weights = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))  # 0 for a split that saw nothing
-    total = tl.sum(tl.load(sums + at, p < splits, 0.0) * weights, 0)
-    used = (top > float("-inf"))[:, None] & (d < dim)[None, :]
-    v = tl.load(sums_v + at[:, None] * dim + d[None, :], used, 0.0)
-    result = tl.sum(v * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
-    tl.store(out + line * dim + d, result.to(out.dtype.element_ty), d < dim)
+    here = (line < lines)[:, None] & (p < splits)[None, :]
+    lanes = (d < dim)[None, :]
+    top = tl.load(maxima + p[None, :] * lines + line[:, None], here, float("-inf"))
+    highest = tl.max(top, 1)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.load(sums + p[None, :] * lines + line[:, None], here, 0.0) * tl.exp2(top - highest[:, None]), 1)
+    result = tl.zeros([block_n, block_d], tl.float32)
+    for part in range(splits):
+        at = part * lines + line
+        weight = tl.exp2(tl.load(maxima + at, line < lines, float("-inf")) - highest)
+        # A split that saw nothing has weight 0, and may have written nothing.
+        v = tl.load(sums_v + at[:, None] * dim + d[None, :], (weight > 0)[:, None] & lanes, 0.0)
+        result += v * weight[:, None]
+    result = result / tl.where(total == 0, 1.0, total)[:, None]
+    inside = (line < lines)[:, None] & lanes
+    tl.store(out + line[:, None] * dim + d[None, :], result.to(out.dtype.element_ty), inside)
 
 
 def decode_attention_triton(
@@ -238,8 +243,9 @@ def decode_attention_triton(
     rows, queries, heads, dim = q.shape
     if any(t.stride(-1) != 1 for t in (q, keys, values)):
         raise ValueError("Queries, keys and values need contiguous heads.")
-    block_q = min(max(16, _power_of_two(queries)), 64)
-    block_s = 32 if q.dtype == torch.float32 else 64
+    block_d, wide = max(16, _power_of_two(dim)), q.dtype == torch.float32
+    block_q = min(max(16, _power_of_two(queries)), 32 if wide else 64)  # the largest that stay within registers
+    block_s = (32 if block_d <= 64 else 16) * (1 if wide else 2)
     programs = rows * heads * -(-queries // block_q)
     if splits is None:  # a part is not worth a program where its partial sum is as large as what it reads
         splits = max(1, min(-(-PROGRAMS // programs), visible // max(64, queries)))
@@ -255,20 +261,20 @@ def decode_attention_triton(
     tree = sight.ancestors is not None
     ancestors = sight.ancestors if sight.ancestors is not None else sight.root[None]  # not read without a tree
     bias = sight.bias if sight.bias is not None else sight.root  # not read either
-    block_d = max(16, _power_of_two(dim))
     scale = dim**-0.5 if scale is None else scale
     _attend[(rows * heads, -(-queries // block_q), splits)](
         q, keys, values, partial, maxima, sums, sight.root, ancestors.contiguous(), bias, scale, sight.first, visible,
         part, queries, heads, *ancestors.shape, *strides,
         dim=dim, unit=unit, splits=splits, is_tree=tree, has_bias=sight.bias is not None,
         widened=not q.is_cuda, block_q=block_q, block_s=block_s, block_d=block_d,
+        num_warps=8 if wide and block_d > 64 else 4,
     )  # fmt: skip
     if splits > 1:
         lines = rows * queries * heads
-        block_p = _power_of_two(splits)
-        _join[(lines,)](
-            out, partial, maxima, sums, lines, dim=dim, splits=splits, block_p=block_p, block_d=block_d, num_warps=1
-        )
+        _join[(-(-lines // 4),)](
+            out, partial, maxima, sums, lines,
+            dim=dim, splits=splits, block_n=4, block_p=_power_of_two(splits), block_d=block_d,
+        )  # fmt: skip
     return out
 
 

@@ -17,6 +17,7 @@ def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slot
 
     `qkv` [R, W, 3H, D] has the heads of queries, of keys, then of values; `table` [R, W, D / 2, 2], fp32, is (cos, sin)
     for each pair; `keys` and `values` [R, S, H, D] are written at `slots` [R, W], int64, which differ within a row.
+    The queries have the cache's dtype.
     """
     form = rotary_append_triton if use_triton(qkv) else rotary_append_torch
     return form(qkv, table, keys, values, slots)
@@ -24,14 +25,14 @@ def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slot
 
 def rotary_append_torch(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     """`rotary_append` in plain torch, which is also what runs on a CPU."""
-    q_and_k, v = qkv.split([2 * keys.shape[2], keys.shape[2]], dim=2)
-    cos, sin = table.unsqueeze(2).unbind(-1)
-    a, b = q_and_k.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(qkv.dtype)
+    heads = keys.shape[2]
+    # A pair is a complex number, which is several times as fast on a CPU as turning halves, and gives the same bits.
+    pairs = torch.view_as_complex(qkv[:, :, : 2 * heads].float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.view_as_complex(table).unsqueeze(2)).flatten(-2).to(keys.dtype)
     q, k = turned.chunk(2, dim=2)
     rows = torch.arange(len(slots), device=slots.device)[:, None]
     keys[rows, slots] = k
-    values[rows, slots] = v
+    values[rows, slots] = qkv[:, :, 2 * heads :].to(values.dtype)
     return q
 
 
