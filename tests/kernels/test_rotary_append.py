@@ -1,0 +1,87 @@
+"""Rotary positions and new cache slots in both forms against `rotate`, and against complex numbers in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled import compiled, in_a_process
+from torch import Tensor
+
+from visar.kernels.backend import backend, triton
+from visar.kernels.rotary_append import _turn_and_write, rotary_append, rotary_append_torch, rotary_append_triton
+from visar.models.rotary import rotary_table, rotate
+
+needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
+FORMS = (rotary_append_torch,) if triton is None else (rotary_append_torch, rotary_append_triton)
+
+# rows, W, heads, head_dim, whether the cache is [R, S, H, D] in memory or [R, H, S, D]
+SHAPES = ((1, 1, 1, 4, True), (2, 1, 12, 64, False), (3, 5, 9, 100, True), (2, 17, 4, 16, False), (1, 33, 3, 20, True))
+
+
+def turned(x: Tensor, table: Tensor) -> Tensor:
+    """x [R, W, H, D] turned by `table` [R, W, D / 2, 2] in fp64."""
+    angles = torch.complex(*table.double().unbind(-1)).unsqueeze(2)
+    pairs = torch.complex(x[..., 0::2].double(), x[..., 1::2].double()) * angles
+    return torch.stack([pairs.real, pairs.imag], dim=-1).flatten(-2)
+
+
+def check(shape: tuple[int, int, int, int, bool], dtype: torch.dtype, device: str) -> None:
+    rows, queries, heads, dim, rows_first = shape
+    seed = torch.Generator().manual_seed(rows + queries + dim)
+    slots = torch.stack([torch.randperm(queries + 7, generator=seed)[:queries] for _ in range(rows)])
+    table = rotary_table(2, 8, dim)[slots]  # of which the first two slots turn everything to 0
+    qkv = torch.randn(rows, queries, 3 * heads, dim, generator=seed).to(dtype)
+    before = torch.randn(2, rows, queries + 7, heads, dim, generator=seed).to(dtype)
+    q, k, v = qkv.chunk(3, dim=2)
+
+    for form in FORMS:
+        cache = before.to(device) if rows_first else before.to(device).transpose(2, 3).contiguous().transpose(2, 3)
+        cache = cache.clone()  # which keeps the strides
+        out = form(qkv.to(device), table.to(device), *cache, slots.to(device)).cpu()
+        after = cache.cpu()
+        at = torch.arange(rows)[:, None], slots
+        assert out.dtype == dtype and out.shape == q.shape
+        for got, x in ((out, q), (after[0][at], k)):
+            # A product that is fused with its sum is rounded once less, here in fp32 and then to the dtype.
+            close = dict(rtol=2**-7, atol=2e-6) if dtype == torch.bfloat16 else dict(rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(got, rotate(x, table), **close)
+            torch.testing.assert_close(got.double(), turned(x, table), **close)
+        assert torch.equal(after[1][at], v)
+        untouched = torch.ones(rows, queries + 7, dtype=torch.bool)
+        untouched[at] = False
+        assert torch.equal(after[:, untouched], before[:, untouched])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_forms(shape: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
+    check(shape, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_forms_on_a_gpu(shape: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
+    check(shape, dtype, "cuda")
+
+
+@needs_triton
+def test_dispatch_and_tables_that_are_shared_by_rows() -> None:
+    qkv, cache, slots = torch.randn(2, 3, 6, 8), torch.zeros(2, 2, 9, 2, 8), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    shared = rotary_table(1, 3, 8)[1:4].expand(2, -1, -1, -1)
+    for name, form in (("torch", rotary_append_torch), ("triton", rotary_append_triton)):
+        with backend(name):  # type: ignore[arg-type]
+            assert torch.equal(rotary_append(qkv, shared, *cache, slots), form(qkv, shared.clone(), *cache, slots))
+
+
+@needs_triton
+def test_kernel_compiles() -> None:
+    in_a_process(__file__)
+
+
+if __name__ == "__main__":
+    for dtype, heads, dim in (("bf16", 12, 64), ("bf16", 32, 100), ("fp32", 20, 64)):
+        types = dict.fromkeys(_turn_and_write.arg_names, "i32") | {"table": "*fp32", "slots": "*i64"}
+        types |= dict.fromkeys(("out", "qkv", "keys", "values"), "*" + dtype)
+        sizes = {"heads": heads, "dim": dim, "block_h": 8, "block_p": 32 if dim == 64 else 64}
+        compiled(_turn_and_write, types, sizes)
