@@ -18,7 +18,8 @@ from torch import Tensor
 from visar.kernels.backend import say_once
 
 ROWS = 16  # a hint for the layout; any number of rows may follow
-LEAST_ROWS = 4  # oneDNN is quicker with four rows than with two or three
+LEAST_ROWS = 4  # oneDNN is quicker with four rows than with two or three, where the weight is
+LARGE = 2**19  # numbers or more
 
 
 class _Packed(NamedTuple):
@@ -47,7 +48,7 @@ def linear(
     if (packed := _packed_weight(x, weight)) is None:
         return epilogue(F.linear(x, weight, bias), silu, times, plus)
     rows = x.numel() // x.shape[-1]
-    if 1 < rows < LEAST_ROWS:
+    if 1 < rows < LEAST_ROWS and weight.numel() >= LARGE:
         wide = F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST_ROWS - rows))
         y = torch.ops.mkldnn._linear_pointwise(wide, packed, bias, "swish" if silu else "none", [], "")
         return epilogue(y[:rows].view(*x.shape[:-1], -1), False, times, plus)

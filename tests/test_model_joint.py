@@ -20,11 +20,12 @@ from visar.engine.kv_cache import KVCache
 from visar.engine.loop import Decoded, decode
 from visar.engine.model_session import ModelSession
 from visar.engine.rng import Noise
-from visar.engine.tree import Tree
 from visar.eval.exactness import chi_square_z, values
 from visar.eval.tabular import Law, reference_law
+from visar.kernels.attention import Sight, decode_attention
 from visar.models.drafters import DraftModel, SkippedLayers
-from visar.models.llamagen import LlamaGen
+from visar.models.llamagen import Attend, LlamaGen
+from visar.models.rotary import turned
 from visar.pipelines.drafters import attach
 from visar.samplers import SAMPLERS, BeamTree, Sampler, Target, TreeSpeculative, get_sampler
 from visar.training.drafter import new_drafter
@@ -175,29 +176,30 @@ class FirstWriteStays(KVCache):
         super().__init__(layers, rows, slots, *rest, like.keys.dtype, like.keys.device)
         self.written = torch.zeros(layers, rows, slots, dtype=torch.bool)
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        old = self.written[layer, self.rows, slots][..., None, None]
-        k = torch.where(old, self.keys[layer, self.rows, slots], k)
-        v = torch.where(old, self.values[layer, self.rows, slots], v)
-        super().write(layer, slots, k, v)
-        self.written[layer, self.rows, slots] = True
+    def attend(self, slots: Tensor, seen: Sight | Tensor, visible: int) -> Attend:
+        def attend(layer: int, qkv: Tensor, table: Tensor) -> Tensor:
+            q, k, v = turned(qkv, table)
+            old = self.written[layer, self.rows, slots][..., None, None]
+            for cache, new in ((self.keys, k), (self.values, v)):
+                cache[layer, self.rows, slots] = torch.where(old, cache[layer, self.rows, slots], new)
+            self.written[layer, self.rows, slots] = True
+            return decode_attention(q, self.keys[layer], self.values[layer], seen, visible)
+
+        return attend
 
 
 class StaleSlot(ModelSession):
-    def _prefill(self, condition: Tensor) -> None:
+    def _prefill(self) -> None:
         self.cache = FirstWriteStays(self.cache)
-        super()._prefill(condition)
+        super()._prefill()
 
 
 class SeesAhead(ModelSession):
     """Every input of a window attends to the slot behind it as well: to the draft that its logits are to judge."""
 
-    def sees(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
-        real, self._slot = self._slot, (self._slot - 1).clamp_min(0)
-        try:
-            return super().sees(slots, visible, tree, first)
-        finally:
-            self._slot = real
+    def _pass(self, x: Tensor, slots: Tensor, at: Tensor, seen: Sight, visible: int) -> Tensor:
+        visible = min(visible + 1, len(self._slot))
+        return super()._pass(x, slots, at, replace(seen, root=seen.root + 1), visible)
 
 
 class OneOff(ModelSession):
@@ -211,12 +213,20 @@ class OneOff(ModelSession):
 class NoPaddingMask(ModelSession):
     """The empty caption slots are seen."""
 
-    def _prefill(self, condition: Tensor) -> None:
+    def _prefill(self) -> None:
         self.valid[:] = True
-        super()._prefill(condition)
+        super()._prefill()
 
 
-@pytest.mark.parametrize("mistake", [StaleSlot, SeesAhead, OneOff, NoPaddingMask])
+class LostCaption(ModelSession):
+    """The caption's slots, folded into one, weigh as much as one."""
+
+    def _prefill(self) -> None:
+        super()._prefill()
+        self.bias.zero_()
+
+
+@pytest.mark.parametrize("mistake", [StaleSlot, SeesAhead, OneOff, NoPaddingMask, LostCaption])
 def test_engine_mistakes_are_caught(mistake: type[ModelSession]) -> None:
     assert max(joint_z("text", get_sampler("scd", window=3), mistake, images=8192)) > 10
 

@@ -41,8 +41,8 @@ class Recording(ModelSession):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.cache.keys[:, :, self.prefix - 1 :] = 1e3
-        self.cache.values[:, :, self.prefix - 1 :] = 1e3
+        self.cache.keys[:, :, self.prefix - 1 - self.folded :] = 1e3
+        self.cache.values[:, :, self.prefix - 1 - self.folded :] = 1e3
         self.fed: list[list[Fed]] = []
 
     def forward_at(self, tokens: Tensor, places: Tensor, written: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ class Drafter(ABC):
     def check(self) -> None:  # noqa: B027 (as in a Session)
         """Raise `VisarError` if what was drafted last is no law at all; called once, when all rows are done."""
 
+    def narrow(self) -> None:  # noqa: B027 (what has no rows of its own has nothing to leave)
+        """The session has left its unconditional half."""
+
     def keep(self, path: Tensor) -> None:  # noqa: B027 (a drafter without a cache has nothing to keep)
         """The round ends with the nodes `path` [B, D] accepted, -1 behind the end."""
 
@@ -52,6 +55,9 @@ class Timed(Drafter):
 
     def keep(self, path: Tensor) -> None:
         self._timed(lambda: self.inner.keep(path))
+
+    def narrow(self) -> None:
+        self.inner.narrow()
 
     def check(self) -> None:
         self.inner.check()
@@ -105,6 +111,9 @@ class SessionDrafter(Drafter):
 
     def check(self) -> None:
         self.session.check()
+
+    def narrow(self) -> None:
+        self.session.narrow()
 
     def keep(self, path: Tensor) -> None:
         if self._before:

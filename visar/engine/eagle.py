@@ -26,7 +26,7 @@ class EagleDrafter(Drafter):
         if session.features is None:
             raise VisarError("A session with an EAGLE drafter must be made with its taps.")
         self.session, self.model, self.depth = session, model, depth
-        rows, slots = len(session.condition), session.cache.keys.shape[2]
+        rows, slots = session.valid.shape
         c = model.config
         self.cache = KVCache(1, rows, slots, c.num_heads, model.head_dim, model.dtype, session.device)
         self.drafted = torch.zeros(rows, 0, c.dim, dtype=model.dtype, device=session.device)  # one for each node fed
@@ -75,6 +75,9 @@ class EagleDrafter(Drafter):
         self.drafted = torch.cat([self.drafted, gap, h], dim=1)
         return self._logits(h, s.follows(count, tree, first))
 
+    def narrow(self) -> None:
+        self.cache.keep_rows(len(self.session.condition))
+
     def check(self) -> None:
         require_finite(self.drafted, "The drafter's features", self.model.dtype)
 
@@ -92,7 +95,7 @@ class EagleDrafter(Drafter):
 
     def _run(self, x: Tensor, features: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
         self.bytes_read += self._weights + len(x) * mask.shape[-1] * self.cache.bytes_per_slot
-        return self.model(x, features, self.session.turned(at), self.cache.attend(slots, mask))
+        return self.model(x, features, self.session.turned(at), self.cache.attend(slots, mask, mask.shape[-1]))
 
     def _logits(self, h: Tensor, positions: Tensor) -> Tensor:
         return self.session.guided(self.session.model.logits(self.model.norm(h)), positions)

@@ -23,6 +23,10 @@ class Guidance:
         """Whether an unconditional half is needed at all."""
         return self.scale != 1.0
 
+    def over(self, position: int) -> bool:
+        """Whether no token from this position on is guided."""
+        return 0 <= self.interval < position - 1
+
     def combine(self, cond: Tensor, uncond: Tensor, positions: Tensor) -> Tensor:
         """Guided logits [B, W, V] for logits of both halves and the absolute positions [B, W] they predict."""
         guided = uncond + self.scale * (cond - uncond)

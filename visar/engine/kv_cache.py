@@ -6,37 +6,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visar.kernels.attention import Sight, decode_attention
+from visar.kernels.rotary_append import rotary_append
 from visar.models.llamagen import Attend
-from visar.models.rotary import turned
 
 
 class KVCache:
-    """Static keys and values, [layers, rows, slots, heads, head_dim] each. Rolling back is overwriting."""
+    """Static keys and values, [layers, rows, slots, heads, head_dim] each. Rolling back is overwriting.
+
+    In memory the slots of one head lie side by side. On a CPU the cache is fp32 whatever the model is, because attention
+    in bfloat16 takes several times as long there.
+    """
 
     def __init__(
         self, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ):
-        shape = (layers, rows, slots, heads, head_dim)
+        shape = (layers, rows, heads, slots, head_dim)
+        dtype = torch.float32 if device.type == "cpu" else dtype
         # Zeros, not empty: a masked slot has weight 0, and 0 times what was in memory could be NaN.
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(2))
         self.rows = torch.arange(rows, device=device)[:, None]
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [rows, W, heads, head_dim] at slots [rows, W]."""
-        self.keys[layer, self.rows, slots] = k
-        self.values[layer, self.rows, slots] = v
+    def attend(self, slots: Tensor, seen: Sight | Tensor, visible: int) -> Attend:
+        """Attention of a pass written at `slots` [rows, W], which reads the first `visible` slots.
 
-    def attend(self, slots: Tensor, mask: Tensor) -> Attend:
-        """Attention of a pass written at `slots` [rows, W], of which `mask` [rows, W, visible] says what it sees."""
-        visible = mask.shape[-1]
-        mask = mask.unsqueeze(1)
+        `seen` says which of them each input sees: a `Sight`, or a mask [rows, W, visible], bool or added to the logits.
+        """
+        mask = seen.unsqueeze(1) if isinstance(seen, Tensor) else None
 
         def attend(layer: int, qkv: Tensor, table: Tensor) -> Tensor:
-            q, k, v = turned(qkv, table)
-            self.write(layer, slots, k, v)
-            k, v = self.keys[layer, :, :visible], self.values[layer, :, :visible]
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+            k, v = self.keys[layer], self.values[layer]
+            q = rotary_append(qkv, table, k, v, slots)
+            if isinstance(seen, Sight):
+                return decode_attention(q, k, v, seen, visible).to(qkv.dtype)
+            q, k, v = (t.transpose(1, 2) for t in (q, k[:, :visible], v[:, :visible]))
+            bias = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).to(qkv.dtype)
 
         return attend
 
@@ -44,6 +49,10 @@ class KVCache:
         """Copy the slots `source` [rows, D] of all layers over the slots `to`; the two may overlap."""
         for cache in (self.keys, self.values):
             cache[:, self.rows, to] = cache[:, self.rows, source]
+
+    def keep_rows(self, count: int) -> None:
+        """Go on with the first `count` rows."""
+        self.keys, self.values, self.rows = self.keys[:, :count], self.values[:, :count], self.rows[:count]
 
     @property
     def bytes_per_slot(self) -> int:

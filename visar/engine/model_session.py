@@ -11,7 +11,8 @@ from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
 from visar.engine.session import Session, require_finite
 from visar.engine.tree import Tree
-from visar.models.llamagen import LlamaGen
+from visar.kernels.attention import Sight
+from visar.models.llamagen import Attend, LlamaGen
 
 
 class ModelSession(Session):
@@ -43,30 +44,55 @@ class ModelSession(Session):
         self.table = model.rotary(grid)
         rows, slots = self.batch * self.halves, self.prefix + length + window - 1
         c = model.config
-        self.cache = KVCache(c.num_layers, rows, slots, c.num_heads, model.head_dim, model.dtype, self.device)
+        # The condition slots before the last are one slot of the cache, see `_prefill`: so many fewer there are.
+        self.folded = max(self.prefix - 2, 0)
+        head_dim, device = model.head_dim, self.device
+        self.cache = KVCache(c.num_layers, rows, slots - self.folded, c.num_heads, head_dim, model.dtype, device)
         self.taps = taps or ()
         shape = (rows, 1 + slots, c.dim * (1 + len(self.taps)))
-        self.features = None if taps is None else torch.zeros(shape, dtype=model.dtype, device=self.device)
-        self.prefill_passes = 0
-        valid = torch.ones(self.batch, slots, dtype=torch.bool, device=self.device)
-        if condition_mask is not None:
-            valid[:, : self.prefix] = condition_mask.to(self.device)
-        self.valid = valid.repeat(self.halves, 1)
-        self._slot = torch.arange(slots, device=self.device)
-        self.bytes_read = 0
-        self._prefill(condition.to(self.device))
+        self.features = None if taps is None else torch.zeros(shape, dtype=model.dtype, device=device)
+        self.condition = torch.zeros(rows, self.prefix, c.dim, dtype=model.dtype, device=device)
+        self.valid = torch.ones(rows, slots, dtype=torch.bool, device=device)
+        self.bias = torch.zeros(rows, device=device) if self.prefix > 1 else None
+        self.prefill_passes = 1 if self.prefix > 1 else 0
+        self._slot = torch.arange(slots, device=device)
+        self.start(condition, condition_mask)
 
     @torch.inference_mode()
-    def _prefill(self, condition: Tensor) -> None:
-        """Embed the condition and run all its slots but the last, which is the first pass's root."""
-        embed = self.model.cls_embedding
+    def start(self, condition: Tensor, condition_mask: Tensor | None = None) -> None:
+        """Begin pictures of these conditions, of the same shapes as before, in the same buffers."""
+        condition, embed = condition.to(self.device), self.model.cls_embedding
+        self.lengths.zero_()
         parts = [embed(condition)] + ([embed(embed.null_like(condition))] if self.halves == 2 else [])
-        self.condition = torch.cat(parts)  # [rows, prefix, dim]
+        self.condition.copy_(torch.cat(parts))
+        if condition_mask is not None:
+            self.valid[:, : self.prefix] = condition_mask.to(self.device).repeat(self.halves, 1)
         if self.prefix > 1:
-            slots = self._slot[: self.prefix - 1].expand(len(self.condition), -1)
-            self._pass(self.condition[:, :-1], slots, slots, self.sees(slots, self.prefix - 1))
-            self.prefill_passes = 1
-            self.bytes_read = 0  # what is timed begins behind the prefill
+            self._prefill()
+        self.bytes_read = 0  # what is timed begins behind the prefill
+
+    def _prefill(self) -> None:
+        """Run all condition slots but the last, which is the first pass's root, and fold them into one.
+
+        Their rotary rows are zero, and so are their queries and keys: each attends to all valid slots up to its own
+        alike, and whatever follows sees n keys of logit 0. Those are one key of logit log n whose value is their mean.
+        """
+        before = self.prefix - 1
+        at = self._slot[:before].expand(len(self.condition), -1)
+        sees = self.sees(at, before).float()
+        share = sees / sees.sum(-1, keepdim=True)
+        valid = self.valid[:, :before].float()
+        count = valid.sum(-1, keepdim=True)
+        assert self.bias is not None
+        self.bias.copy_(count[:, 0].log())  # -inf where there is none
+        mean = valid / count.clamp_min(1)
+
+        def attend(layer: int, qkv: Tensor, _: Tensor) -> Tensor:
+            v = qkv[:, :, 2 * self.model.config.num_heads :].float()
+            self.cache.values[layer, :, 0] = torch.einsum("rs,rshd->rhd", mean, v).to(self.cache.values.dtype)
+            return torch.einsum("rqs,rshd->rqhd", share, v).to(qkv.dtype)
+
+        self._run(self.condition[:, :-1], at, at, attend)
 
     def root_slots(self) -> Tensor:
         """The cache slots [B] of the last committed tokens, which the next pass is fed first."""
@@ -92,9 +118,9 @@ class ModelSession(Session):
         return mask
 
     def visible(self, count: int) -> int:
-        """The slots that a pass over `count` inputs reads. Asking a GPU for the lengths would make it wait, so all."""
+        """The slots up to the last of `count` inputs. Asking a GPU for the lengths would make it wait, so all."""
         if self.device.type != "cpu":
-            return self.cache.keys.shape[2]
+            return len(self._slot)
         return self.prefix - 1 + int(self.lengths.max()) + count
 
     def turned(self, slots: Tensor) -> Tensor:
@@ -108,13 +134,39 @@ class ModelSession(Session):
         cond, uncond = logits.chunk(2)
         return self.guidance.combine(cond, uncond, positions)
 
-    def _pass(self, x: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
-        """Run embeddings x [rows, W, dim], written at `slots` and turned to the slots `at`, both [rows, W]."""
-        self.bytes_read += len(x) * mask.shape[-1] * self.cache.bytes_per_slot
-        h = self.model.run(x, self.turned(at), self.cache.attend(slots, mask), self.taps)
+    def narrow(self) -> None:
+        """Leave the unconditional half, which is of no use once guidance is over in all rows."""
+        if self.halves == 1:
+            return
+        self.halves = 1
+        self.cache.keep_rows(self.batch)
+        self.condition, self.valid = self.condition[: self.batch], self.valid[: self.batch]
+        if self.bias is not None:
+            self.bias = self.bias[: self.batch]
+        if self.features is not None:
+            self.features = self.features[: self.batch]
+        if self.drafter is not None:
+            self.drafter.narrow()
+
+    def reached(self, least: int) -> bool:
+        if self.halves == 1 or not self.guidance.over(least):
+            return False
+        self.narrow()
+        return True
+
+    def _run(self, x: Tensor, slots: Tensor, at: Tensor, attend: Attend) -> Tensor:
+        """Features of embeddings x [rows, W, dim] at `slots`, turned to the slots `at`, both [rows, W]."""
+        h = self.model.run(x, self.turned(at), attend, self.taps)
         if self.features is not None:
             self.features[self.cache.rows, slots + 1] = h
-        return self.model.logits(h)
+        return h
+
+    def _pass(self, x: Tensor, slots: Tensor, at: Tensor, seen: Sight | Tensor, visible: int) -> Tensor:
+        """Logits of embeddings x [rows, W, dim], of which each sees what is `seen` of the slots before `visible`."""
+        visible -= self.folded
+        self.bytes_read += len(x) * visible * self.cache.bytes_per_slot
+        self._logits = self.model.logits(self._run(x, slots, at, self.cache.attend(slots - self.folded, seen, visible)))
+        return self._logits
 
     def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
         count = tokens.shape[1]
@@ -125,8 +177,9 @@ class ModelSession(Session):
         positions = self.follows(count, tree, first)
         slots = (self.follows(count, None, first) + self.prefix - 1).repeat(self.halves, 1)
         at = slots if tree is None else (positions + self.prefix - 1).repeat(self.halves, 1)
-        self._logits = self._pass(x, slots, at, self.sees(slots, self.visible(first + count), tree, first))
-        return self.guided(self._logits, positions)
+        root = (self.root_slots() - self.folded).repeat(self.halves)
+        sight = Sight(root, first, None if tree is None else tree.ancestors, self.bias)
+        return self.guided(self._pass(x, slots, at, sight, self.visible(first + count)), positions)
 
     def forward_at(self, tokens: Tensor, places: Tensor, written: Tensor) -> Tensor:
         x = self.model.tok_embeddings(tokens).repeat(self.halves, 1, 1)
@@ -136,16 +189,18 @@ class ModelSession(Session):
         there[self.prefix - 1 :] = False
         there[self.prefix - 1 : self.prefix - 1 + len(written)] = written
         visible = self.prefix - 1 + len(written)
-        mask = self.sees(slots, visible) & there[:visible]
-        self._logits = self._pass(x, slots, slots, mask)
-        return self.guided(self._logits, places.expand(self.batch, -1))
+        mask = (self.sees(slots, visible) & there[:visible])[..., self.folded :]
+        if self.bias is not None:
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+            mask[..., 0] = self.bias[:, None]
+        return self.guided(self._pass(x, slots, slots, mask, visible), places.expand(self.batch, -1))
 
     def keep(self, path: Tensor) -> None:
         root = self.root_slots()[:, None]
         to = root + torch.arange(1, path.shape[1] + 1, device=self.device)
         source = torch.where(path > 0, root + path, to).repeat(self.halves, 1)
         to = to.repeat(self.halves, 1)
-        self.cache.move(source, to)
+        self.cache.move(source - self.folded, to - self.folded)
         if self.features is not None:
             self.features[self.cache.rows, to + 1] = self.features[self.cache.rows, source + 1]
 

@@ -71,6 +71,13 @@ class Session(ABC):
         """Before a commit: the nodes `path` [B, D] of a tree, -1 behind its end, become the first D behind the root."""
         raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts chains.")
 
+    def narrow(self) -> None:  # noqa: B027 (a session may have one half only)
+        """Leave the unconditional half of the batch: no token from here on is guided."""
+
+    def reached(self, least: int) -> bool:
+        """Told now and then that every row has `least` tokens; whether the shapes of passes are others from now on."""
+        return False
+
     def check(self) -> None:  # noqa: B027 (a session without a model has nothing to check)
         """Raise `VisarError` if what the last pass gave is no law at all; called once, when all rows are done."""
 
