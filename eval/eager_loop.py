@@ -87,7 +87,7 @@ class EagerLoop:
         mask, table = self.mask[:, None, place], self.table[place]
         with sdpa_kernel(SDPBackend.MATH):  # the one that the published loop forces
             for i, block in enumerate(self.model.layers):
-                x = self._block(i, block, x, table, place, mask)
+                x = self._block(i, block, x, table, place, mask)  # type: ignore[arg-type]
         return F.linear(_norm(x, self.model.norm.weight), self.model.output.weight)[:, -1].float()
 
     def _block(self, i: int, block: Block, x: Tensor, table: Tensor, place: Tensor, mask: Tensor) -> Tensor:

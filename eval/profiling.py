@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from visar.engine.model_session import ModelSession
 from visar.errors import VisarError
 from visar.eval.steady import steady
 from visar.samplers import Target
+from visar.tables import table
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr that it starts and stops
 
@@ -42,7 +43,7 @@ _ATTENTION_OPS = re.compile(r"scaled_dot_product|::b?matmul|::bmm|baddbmm|softma
 _ATTENTION_KERNELS = re.compile(r"fmha|flash|attention|attend|_split_kv|_join", re.I)
 _LINEAR_KERNELS = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|matmul|_mm_|_linear", re.I)
 _SAMPLING_KERNELS = re.compile(
-    r"law|draw|verify|verif|noise|philox|softmax|topk|top_k|radix|sort|scan|cumsum|searchsorted|multinomial|argmax|"
+    r"law|guide|draw|verify|noise|uniforms|exponential|philox|softmax|topk|top_k|radix|sort|scan|cumsum|searchsorted|multinomial|argmax|"
     r"gather|scatter|aggregate", re.I,
 )  # fmt: skip
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -73,6 +74,8 @@ def profile_passes(
     session: ModelSession, sampler: Any, target: Target, noise: Any, *, passes: int = 24, warm: int = 8, **settings: Any
 ) -> PassProfile:
     """Profile `passes` passes of `sampler` in the middle of a fresh session's picture; `settings` go to `decode`."""
+    if (schedule := getattr(sampler, "turns", None)) is not None:  # a fixed one, behind which passes do nothing
+        passes = min(passes, (len(schedule) - warm) // 2)
     cuda = session.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     tracer = profile(activities=activities, acc_events=True)
@@ -112,8 +115,13 @@ def profile_passes(
     )  # fmt: skip
 
 
-def profile_pipeline(pipe: Any, sampler: Any, *, passes: int = 24, warm: int = 8, **settings: Any) -> PassProfile:
-    """The same of one picture of a pipeline, with whatever drafter its sampler needs; `settings` are of its call."""
+def profile_pipeline(
+    pipe: Any, sampler: Any, *, passes: int = 24, warm: int = 8, settings: Mapping[str, Any] = {}, **call: Any
+) -> PassProfile:
+    """The same of one picture of a pipeline, with whatever drafter its sampler needs; `call` are settings of its call.
+
+    `settings` go to `decode`.
+    """
     from visar.eval.speed import conditions
 
     if not hasattr(pipe, "gpt"):
@@ -128,8 +136,19 @@ def profile_pipeline(pipe: Any, sampler: Any, *, passes: int = 24, warm: int = 8
         raise Taken
 
     with _replaced(pipe, "_decoded", take), suppress(Taken):
-        pipe(conditions(pipe, 1), sampler=sampler, output_type="tokens", **settings)
-    return profile_passes(*taken[0], passes=passes, warm=warm)
+        pipe(conditions(pipe, 1), sampler=sampler, output_type="tokens", **call)
+    return profile_passes(*taken[0], passes=passes, warm=warm, **settings)
+
+
+def profile_text(rows: Sequence[tuple[Any, ...]], header: tuple[str, ...]) -> str:
+    """A table of profiles, the last of each row, behind what `header` names."""
+    lines = []
+    for *names, p in rows:
+        shares = [f"{100 * p.shares[group]:.0f}%" for group in TITLES]
+        counts = [f"{n:.{0 if n >= 10 else 2}f}" for n in (p.launches, p.host_reads, p.waits)]
+        lines.append((*names, p.window, f"{p.ms_per_pass:.2f}", *shares, *counts))
+    counted = ("LAUNCHES/PASS", "HOST READS/PASS", "WAITS/PASS")
+    return table((*header, "W", "MS/PASS", *TITLES.values(), *counted), lines)
 
 
 @contextmanager

@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 
 from visar.engine.guidance import Guidance
-from visar.engine.loop import synchronize
+from visar.engine.loop import Decoded, synchronize
 from visar.engine.model_session import ModelSession
 from visar.engine.rng import Noise
 from visar.errors import VisarError, unknown
 from visar.eval.eager_loop import EagerLoop, draw
-from visar.eval.profiling import PassProfile, profile_passes
+from visar.eval.profiling import PassProfile, profile_passes, profile_text
 from visar.eval.speed import bandwidth, device_title
 from visar.eval.steady import Steady, steady
 from visar.models.llamagen import LlamaGen
 from visar.models.specs import MODELS, GPTShape
 from visar.samplers import Autoregressive, Sampler, SpeculativeJacobi, Target
+from visar.tables import table
 
 MOST_WINDOW = 128
 WINDOWS = (1, 16, 32, 64)
@@ -316,7 +317,8 @@ def _measured(
     eager, used = [], None
     for turn in range(repeats):
         for window in windows:
-            runs[window].append(once(window, whole=cuda and turn == 0))
+            # Where graphs are captured, what that took is known when a decoding ends.
+            runs[window].append(once(window, whole=cuda and turn == 0 and "capture_seconds" in Decoded._fields))
         if cuda and turn == 0:
             used = torch.cuda.max_memory_allocated(device) / GIB
         eager.append(eager_ms(model, shape, row.batch, min(passes, 8)))
@@ -333,3 +335,32 @@ def _measured(
         eager_ratio=statistics.median(eager) / ms[1], peak_gib=used,
         capture_seconds={w: c for w, c in captures.items() if c is not None}, profiles=profiles,
     )  # fmt: skip
+
+
+def shapes_text(report: ShapeReport) -> str:
+    """The table of `visar bench --shapes`, below it where a pass goes."""
+    windows = sorted({w for r in report.rows for w in r.ms_per_pass} | {1})
+    header = ("SHAPE", "DTYPE", "BATCH", *(f"MS/PASS W={w}" for w in windows), "GB/PASS", "OF BANDWIDTH",
+              "AR S/IMAGE", "EAGER LOOP MS", "EAGER/AR", "PEAK GIB", "CAPTURE S")  # fmt: skip
+    lines, notes, profiles = [], [], []
+    for r in report.rows:
+        ms = [f"{r.ms_per_pass[w]:.2f}" if w in r.ms_per_pass else "-" for w in windows]
+        captured = f"{max(r.capture_seconds.values()):.2f}" if r.capture_seconds else "-"
+        of = f"{100 * r.of_bandwidth[1]:.0f}%" if r.of_bandwidth else "-"
+        figures = [_figure(x) for x in (r.seconds_per_image, r.eager_ms, r.eager_ratio, r.peak_gib)]
+        lines.append((r.name, r.dtype, r.batch, *ms, f"{r.streamed_gb:.2f}", of, *figures, captured))
+        notes += [r.note] if r.note else []
+        profiles += [(r.name, r.dtype, r.batch, p) for p in r.profiles.values()]
+    parts = [table(header, lines), *notes]
+    if profiles:
+        parts += ["", profile_text(profiles, ("SHAPE", "DTYPE", "BATCH"))]
+    return "\n".join([
+        *parts,
+        f"Random weights of the published shapes, guidance on: what a pass costs, nothing of acceptance or pictures. "
+        f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of a picture; copy "
+        f"bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
+    ])  # fmt: skip
+
+
+def _figure(x: float | None) -> str:
+    return "-" if x is None else f"{x:.2f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from visar.tables import table
 
 if TYPE_CHECKING:
     from visar.eval.profiling import PassProfile
-    from visar.eval.shapes import ShapeReport
     from visar.eval.speed import SpeedReport, SpeedRow
 
 
@@ -58,7 +57,7 @@ def _shapes(options: argparse.Namespace) -> int:
     import torch
 
     from visar.cli.common import device_of
-    from visar.eval.shapes import WINDOWS, measure, shape_named
+    from visar.eval.shapes import WINDOWS, measure, shape_named, shapes_text
 
     report = measure(
         [shape_named(name) for name in options.shapes] or None,
@@ -75,7 +74,7 @@ def _shapes(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace, pipe: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
     """`visar bench --profile`."""
-    from visar.eval.profiling import profile_pipeline
+    from visar.eval.profiling import profile_pipeline, profile_text
 
     if options.batch not in (None, 1):
         raise VisarError("--profile is of one picture: it takes no --batch.")
@@ -104,48 +103,6 @@ def _write_report(options: argparse.Namespace, report: Any) -> None:
     if options.json:
         with replacing(options.json) as temporary:
             temporary.write_text(json.dumps(asdict(report), indent=2) + "\n")
-
-
-def profile_text(rows: Sequence[tuple[Any, ...]], header: tuple[str, ...]) -> str:
-    """A table of profiles, the last of each row, behind what `header` names."""
-    from visar.eval.profiling import TITLES
-
-    lines = []
-    for *names, p in rows:
-        shares = [f"{100 * p.shares[group]:.0f}%" for group in TITLES]
-        counts = [f"{n:.{0 if n >= 10 else 2}f}" for n in (p.launches, p.host_reads, p.waits)]
-        lines.append((*names, p.window, f"{p.ms_per_pass:.2f}", *shares, *counts))
-    counted = ("LAUNCHES/PASS", "HOST READS/PASS", "WAITS/PASS")
-    return table((*header, "W", "MS/PASS", *TITLES.values(), *counted), lines)
-
-
-def shapes_text(report: ShapeReport) -> str:
-    """The table of `visar bench --shapes`, below it where a pass goes."""
-    windows = sorted({w for r in report.rows for w in r.ms_per_pass} | {1})
-    header = ("SHAPE", "DTYPE", "BATCH", *(f"MS/PASS W={w}" for w in windows), "GB/PASS", "OF BANDWIDTH",
-              "AR S/IMAGE", "EAGER LOOP MS", "EAGER/AR", "PEAK GIB", "CAPTURE S")  # fmt: skip
-    lines, notes, profiles = [], [], []
-    for r in report.rows:
-        ms = [f"{r.ms_per_pass[w]:.2f}" if w in r.ms_per_pass else "-" for w in windows]
-        captured = f"{max(r.capture_seconds.values()):.2f}" if r.capture_seconds else "-"
-        of = f"{100 * r.of_bandwidth[1]:.0f}%" if r.of_bandwidth else "-"
-        figures = [_figure(x) for x in (r.seconds_per_image, r.eager_ms, r.eager_ratio, r.peak_gib)]
-        lines.append((r.name, r.dtype, r.batch, *ms, f"{r.streamed_gb:.2f}", of, *figures, captured))
-        notes += [r.note] if r.note else []
-        profiles += [(r.name, r.dtype, r.batch, p) for p in r.profiles.values()]
-    parts = [table(header, lines), *notes]
-    if profiles:
-        parts += ["", profile_text(profiles, ("SHAPE", "DTYPE", "BATCH"))]
-    return "\n".join([
-        *parts,
-        f"Random weights of the published shapes, guidance on: what a pass costs, nothing of acceptance or pictures. "
-        f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of a picture; copy "
-        f"bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
-    ])  # fmt: skip
-
-
-def _figure(x: float | None) -> str:
-    return "-" if x is None else f"{x:.2f}"
 
 
 def _print_speed(report: SpeedReport, model: str) -> None:
