@@ -37,7 +37,7 @@ class Case(NamedTuple):
     bias: tuple[float, ...] | None = None
     splits: int | None = None
     largest: float = 0.0  # logits up to this, or those of random vectors
-    rows_first: bool = True  # whether the cache is [R, S, H, D] in memory, or [R, H, S, D]
+    rows_first: bool = True  # whether the keys are [R, S, H, D] in memory, as the values, or [R, H, S, D]
 
 
 LOGS = (math.log(120), 0.0, -math.inf, math.log(3))
@@ -141,8 +141,9 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
         packed(parents).to(device) if case.trees else None,
         None if case.bias is None else torch.tensor(case.bias, device=device),
     )
-    k, v = (t.to(device) if case.rows_first else t.to(device).transpose(1, 2).contiguous().transpose(1, 2)
-            for t in (keys, values))  # fmt: skip
+    k, v = keys.to(device), values.to(device)
+    if not case.rows_first:
+        k = k.transpose(1, 2).contiguous().transpose(1, 2)
     tolerance = {torch.float32: 2e-3 if case.largest else 4e-6, torch.bfloat16: 0.02, torch.float16: 4e-3}[dtype]
     forms = {"torch": decode_attention_torch(wide.to(device)[:, :, : case.heads], k, v, sight, visible, scale)}
     if triton is not None:
