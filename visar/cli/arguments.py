@@ -32,6 +32,12 @@ def _model_options(p: argparse.ArgumentParser, flag: str = "--model") -> None:
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16"
     )
+    # A target of training is never quantised, and of a report --weights is the file of the network that judges.
+    if flag == "--model" and "--weights" not in p._option_string_actions:
+        p.add_argument(
+            "--weights", choices=("native", "int8", "fp8"), default="native", dest="gpt_weights",
+            help="8 bits make another, smaller model of a GPT (default: native)",
+        )  # fmt: skip
 
 
 def _sampling_options(p: argparse.ArgumentParser) -> None:

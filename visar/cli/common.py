@@ -157,4 +157,6 @@ def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> I
         pipe = kind.from_pretrained(options.model)
     for drafter in getattr(options, "drafter", ()):
         pipe.load_drafter(drafter)
-    return pipe.to(device, dtype)
+    pipe = pipe.to(device, dtype)
+    pipe.quantize(getattr(options, "gpt_weights", "native"))
+    return pipe

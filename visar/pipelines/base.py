@@ -31,6 +31,8 @@ from visar.files import replacing, writable_folder
 from visar.models.drafters import KINDS, DraftModel
 from visar.models.llamagen import LlamaGen
 from visar.models.loading import load_part, quiet_conversion
+from visar.models.quantization import check as check_weights
+from visar.models.quantization import quantize, weights_of
 from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
 from visar.pipelines.drafters import attach, kind_of, load_drafter, taps_of
@@ -245,6 +247,7 @@ class ImagePipeline(DiffusionPipeline):
                 "top_k": target.top_k,
                 "top_p": top_p,
                 "dtype": str(self.gpt.dtype).removeprefix("torch."),
+                "weights": weights_of(self.gpt),  # other than native ones make another model, which is the target
                 "device": str(session.device),
             },
             images=session.batch,
@@ -302,6 +305,23 @@ class ImagePipeline(DiffusionPipeline):
         if "grid" in {f.name for f in fields(sampler)} and not sampler.grid:
             return get_sampler(sampler, grid=self.grid)
         return sampler
+
+    def quantize(self, weights: str) -> None:
+        """Round the weights to "int8" or "fp8", on the device where they will be used; "native" leaves them.
+
+        What is decoded is then another model, and samplers are exact for that one: `docs/quantization.md` has what it
+        costs. It cannot be saved, trained or rounded again. Raises `VisarError` where it cannot be done.
+        """
+        check_weights(weights, self.model.device)
+        if not isinstance(self.model, LlamaGen):
+            if weights != "native":
+                raise VisarError("Weights are rounded to 8 bits of a GPT over image tokens alone, not of a MAR.")
+            return
+        now = weights_of(self.gpt)
+        if now not in ("native", weights):
+            raise VisarError(f"The weights are {now} already; load the model anew for {weights}.")
+        if now != weights:
+            quantize(self.gpt, weights)
 
     def load_drafter(self, path: str | Path) -> None:
         """Give the model a drafter for the samplers that need one (see `visar.pipelines.drafters.load_drafter`)."""
