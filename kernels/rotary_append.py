@@ -49,12 +49,11 @@ def _turn_and_write(  # type: ignore[no-untyped-def]
     p = tl.arange(0, block_p)
     here = (h < heads)[:, None] & (p < dim // 2)[None, :]
     at = row * in_row + w * in_query + (part * heads + h)[:, None].to(tl.int64) * in_head + 2 * p[None, :]
-    a, b = tl.load(qkv + at, here, 0.0), tl.load(qkv + at + 1, here, 0.0)
+    a, b = tl.load(qkv + at, here, 0.0).to(tl.float32), tl.load(qkv + at + 1, here, 0.0).to(tl.float32)
     if part < 2:
         angle = table + line * dim + 2 * p
         cos, sin = tl.load(angle, p < dim // 2, 0.0)[None, :], tl.load(angle + 1, p < dim // 2, 0.0)[None, :]
-        x, y = a.to(tl.float32), b.to(tl.float32)
-        a, b = (x * cos - y * sin).to(a.dtype), (y * cos + x * sin).to(b.dtype)
+        a, b = a * cos - b * sin, b * cos + a * sin
     slot = tl.load(slots + line)
     if part == 0:
         to = out + (line * heads + h)[:, None] * dim + 2 * p[None, :]
@@ -62,8 +61,8 @@ def _turn_and_write(  # type: ignore[no-untyped-def]
         to = keys + row * k_row + slot * k_slot + h[:, None].to(tl.int64) * k_head + 2 * p[None, :]
     else:
         to = values + row * v_row + slot * v_slot + h[:, None].to(tl.int64) * v_head + 2 * p[None, :]
-    tl.store(to, a, here)
-    tl.store(to + 1, b, here)
+    tl.store(to, a.to(out.dtype.element_ty), here)
+    tl.store(to + 1, b.to(out.dtype.element_ty), here)
 
 
 def rotary_append_triton(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
@@ -72,7 +71,7 @@ def rotary_append_triton(qkv: Tensor, table: Tensor, keys: Tensor, values: Tenso
     heads = keys.shape[2]
     if any(t.stride(-1) != 1 for t in (qkv, keys, values)):
         raise ValueError("Queries, keys and values need contiguous heads.")
-    out = torch.empty(rows, queries, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    out = torch.empty(rows, queries, heads, dim, dtype=keys.dtype, device=qkv.device)
     block_h, block_p = min(8, 1 << (heads - 1).bit_length()), 1 << (dim // 2 - 1).bit_length()
     _turn_and_write[(rows * queries, 3, -(-heads // block_h))](
         out, qkv, table.contiguous(), keys, values, slots.contiguous(), queries, *qkv.stride()[:3], *keys.stride()[:3],

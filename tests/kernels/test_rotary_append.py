@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from compiled import compiled, in_a_process
@@ -56,6 +58,18 @@ def check(shape: tuple[int, int, int, int, bool], dtype: torch.dtype, device: st
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_forms(shape: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
     check(shape, dtype, "cpu")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cache_of_more_precision_than_the_model(form: Callable[..., Tensor]) -> None:
+    qkv, cache, slots = torch.randn(2, 3, 6, 8).bfloat16(), torch.zeros(2, 2, 9, 2, 8), torch.tensor([[4, 5, 6]] * 2)
+    table = rotary_table(0, 3, 8)[slots]
+    q, k, v = qkv.float().chunk(3, dim=2)
+    out = form(qkv, table, *cache, slots)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, rotate(q, table), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(cache[0][:, 4:7], rotate(k, table), rtol=1e-6, atol=1e-6)
+    assert torch.equal(cache[1][:, 4:7], v)
 
 
 @pytest.mark.gpu
