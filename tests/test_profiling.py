@@ -172,6 +172,7 @@ def event(*names: str, **more: Any) -> Any:
         ((VERIFY, MODEL_RANGE, "aten::_weight_int8pack_mm"), GEMM),
         ((VERIFY, MODEL_RANGE, "aten::scaled_dot_product_attention", "aten::mul"), "attention"),
         ((VERIFY, MODEL_RANGE, "aten::matmul", "aten::bmm"), "attention"),
+        ((VERIFY, MODEL_RANGE, "aten::scaled_dot_product_attention", "aten::mm"), "attention"),
         ((VERIFY, MODEL_RANGE, "aten::softmax", "aten::_softmax"), "attention"),
         ((VERIFY, MODEL_RANGE, "aten::mul"), MODEL),
         ((VERIFY, MODEL_RANGE, LAW, "aten::mul"), SAMPLING),
