@@ -1,4 +1,4 @@
-"""From logits to the law that is sampled: guidance, temperature, top-k, softmax, top-p and forced tokens, without a sort.
+"""From logits to the law that is sampled, without a sort: guidance, temperature, top-k, softmax, top-p, forced tokens.
 
 Where a sort would give the k-th largest logit, and the probability at which the nucleus ends, the Triton form finds
 both by bisection over the bits of the number, two bits at a time: the order of floats is that of their bits. Masses are

@@ -33,7 +33,7 @@ EQUAL = 1e-7  # a residual with less mass than this means that p and q are one l
 
 
 class Coins(NamedTuple):
-    """Noise of one pass: `accept` and `draw` [B, W], uniform in (0, 1), float64; `race` [B, W, V], Exp(1), or unmade."""
+    """Noise of one pass: `accept` and `draw` [B, W], uniform in (0, 1), float64, and `race` [B, W, V], Exp(1)."""
 
     accept: Tensor
     draw: Tensor
@@ -56,7 +56,7 @@ def race(p: Tensor, e: Tensor | Race) -> Tensor:
 
 
 def fused(rule: Rule) -> Callable[[Check], Check]:
-    """Runs a check as one launch where kernels are Triton's; what it decorates says what is meant, and runs elsewhere."""
+    """One launch where kernels are Triton's; elsewhere what it decorates, which says what is meant."""
 
     def decorate(plain: Check) -> Check:
         @functools.wraps(plain)

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from visar.errors import VisarError
 from visar.kernels import noise as made
-from visar.kernels.noise import SPAN, Race
+from visar.kernels.noise import Race
 
 _MASK = 0xFFFFFFFF
 IMAGES = 2**24  # image indices
+SPAN = made.SPAN  # positions, and passes
 
 
 class Purpose(IntEnum):
