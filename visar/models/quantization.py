@@ -67,7 +67,9 @@ def integer_product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> 
 class QuantizedLinear(nn.Module):
     """A linear layer without bias whose weight [out, in] is int8 or float8; scales [out] stay fp32 in every dtype."""
 
+    weight: nn.Parameter
     scale: Tensor
+    weights: str
 
     def __init__(self, linear: nn.Linear, weights: str):
         super().__init__()
@@ -137,12 +139,13 @@ def quantize(gpt: LlamaGen, weights: str, head: bool = False) -> None:
 
     With `head` no drafter is recognised any more: the signs of the head say whose it is.
     """
-    where: dict[nn.Module, list[str]] = {}
-    for module in [*gpt.layers.modules(), *([gpt] if head else [])]:
-        where[module] = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
-    for module, names in where.items():
-        for name in names:
-            setattr(module, name, QuantizedLinear(getattr(module, name), weights))
+    modules: list[nn.Module] = list(gpt.layers.modules())
+    if head:
+        modules.append(gpt)
+    for module in modules:
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, QuantizedLinear(child, weights))
     gpt.save_pretrained = _not_saved  # type: ignore[method-assign, assignment]
     if gpt.device.type != "cpu":
         say_once(f"{weights} weights save memory here and cost time: each pass writes them out in its own type.")
