@@ -69,7 +69,10 @@ class State:
 
 
 class Sampler(Protocol):
-    """`exact` says whether the images have the law of sequential sampling; `window` is W, the inputs per pass."""
+    """`exact` says whether the images have the law of sequential sampling; `window` is W, the inputs per pass.
+
+    One whose host decides something within a step says `capturable = False`, and is never made a CUDA graph.
+    """
 
     @property
     def name(self) -> str: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class DynamicSpeculative(Speculative):
 
     gamma: int = 8
     stop: float = 0.5
+    capturable: ClassVar[bool] = False  # how long a chain gets is decided by the host
 
     @property
     def name(self) -> str:

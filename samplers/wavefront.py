@@ -37,6 +37,7 @@ class ZipAR:
     grid: int = 0
     name: ClassVar[str] = "zipar"
     exact: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False  # the host keeps its schedule
 
     def __post_init__(self) -> None:
         if self.ahead < 1:

@@ -7,105 +7,34 @@ captions of unequal length, guidance, temperature and top-p, everything that a p
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from worlds import LARGE, SCALE, made, run, world
 
-from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
-from visar.engine.loop import Decoded, decode
 from visar.engine.model_session import ModelSession
-from visar.engine.rng import Noise
 from visar.eval.exactness import chi_square_z, values
 from visar.eval.tabular import Law, reference_law
 from visar.kernels.attention import Sight, decode_attention
-from visar.models.drafters import DraftModel, SkippedLayers
-from visar.models.llamagen import Attend, LlamaGen
+from visar.models.llamagen import Attend
 from visar.models.rotary import turned
-from visar.pipelines.drafters import attach
-from visar.samplers import SAMPLERS, BeamTree, Sampler, Target, TreeSpeculative, get_sampler
-from visar.training.drafter import new_drafter
+from visar.samplers import SAMPLERS, Sampler, Target, get_sampler
 
-LAW = Law(temperature=0.8, top_p=0.9, scale=2.0)
-SEED = 6
-HEAD = 0.08  # the deviation of the output head's weights
+LAW = Law(temperature=0.8, top_p=0.9, scale=SCALE)
 IMAGES, BATCH = 20_480, 1024
 EXACT = [name for name, spec in SAMPLERS.items() if spec.law != "relaxed"]
 SAMPLING = [name for name in EXACT if name != "jacobi"]
 CHAINS = [name for name, spec in SAMPLERS.items() if hasattr(spec.make(), "init") or name == "jacobi"]  # have a window
-TEXT = dict(condition="text", condition_length=4, caption_features=8)
-CLASS = dict(condition="class", classes=5)
 
 
 def windows(names: list[str], *sizes: int) -> list[tuple[str, int | None]]:
     """Every sampler with every window; those that have none, once."""
     return [(name, size) for name in names for size in (sizes if name in CHAINS else (None,))]
-
-
-def made(name: str, window: int | None = None) -> Sampler:
-    """A sampler by name, its tree no larger than pictures of four tokens are worth."""
-    sampler = get_sampler(name, window=window)
-    if isinstance(sampler, TreeSpeculative):
-        return replace(sampler, tree="3x2x1")
-    if isinstance(sampler, BeamTree):
-        return replace(sampler, beam=3, depth=3, nodes=min(sampler.nodes, 8))
-    return sampler
-
-
-@dataclass(frozen=True)
-class World:
-    """A random model, drafters that know little, and two conditions, captions of 3 and 1 valid slots at the end."""
-
-    model: LlamaGen
-    drafters: dict[str, DraftModel]
-    condition: Tensor
-    mask: Tensor | None
-
-
-@functools.cache
-def world(kind: str, vocab: int = 4, grid: int = 2, conditions: int = 2) -> World:
-    """Weights that are large enough for every token to matter to those behind it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        sizes = dict(vocab_size=vocab, grid=grid, dim=32, num_layers=2, num_heads=2, ffn=48)
-        model = LlamaGen(**sizes, **(TEXT if kind == "text" else CLASS)).eval().requires_grad_(False)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=1.5 * p.shape[-1] ** -0.5) if p.ndim == 2 else p.fill_(1.0)
-        torch.nn.init.normal_(model.output.weight, std=HEAD)
-        captions = torch.randn(conditions, 4, 8)
-        smaller = LlamaGen(**sizes | dict(num_layers=1), **(TEXT if kind == "text" else CLASS)).eval()
-        torch.nn.init.normal_(smaller.output.weight, std=HEAD)
-        drafters: dict[str, DraftModel] = {"model": smaller, "skip": SkippedLayers([1])}
-        for kind_of_drafter in ("eagle", "medusa", "hydra", "exit"):
-            drafters[kind_of_drafter] = new_drafter(kind_of_drafter, model, depth=5, layers=1).eval()
-        if kind == "class":
-            return World(model, drafters, torch.arange(conditions) % 5, None)
-        mask = torch.arange(4) >= torch.tensor([1, 3, 0, 2] * 2)[:conditions, None]
-        return World(model, drafters, captions * mask[..., None], mask)
-
-
-def run(
-    w: World,
-    sampler: Sampler,
-    images: Tensor,
-    target: Target,
-    session: type[ModelSession] = ModelSession,
-    seed: int = 0,
-) -> Decoded:
-    """Decode image i from condition i modulo their number."""
-    row = images % len(w.condition)
-    condition, mask, grid = w.condition[row], None if w.mask is None else w.mask[row], w.model.config.grid
-    made = session(
-        w.model, condition, mask, length=grid**2, window=sampler.window, guidance=Guidance(LAW.scale), taps=(0,),
-    )  # fmt: skip
-    made.codebook = torch.eye(w.model.config.vocab_size)
-    if kind := getattr(sampler, "drafter", None):
-        made.drafter = attach(made, w.drafters[kind], sampler.depth, sampler.window, condition, mask, grid)
-    return decode(made, sampler, target, Noise(seed, images))
 
 
 @functools.cache
@@ -231,7 +160,6 @@ def test_engine_mistakes_are_caught(mistake: type[ModelSession]) -> None:
     assert max(joint_z("text", get_sampler("scd", window=3), mistake, images=8192)) > 10
 
 
-LARGE = dict(vocab=64, grid=4, conditions=8)
 TARGETS = {"jacobi": Target(top_k=1), None: Target(0.9, 40, 0.95)}
 
 

@@ -33,6 +33,10 @@ class Drafter(ABC):
     def check(self) -> None:  # noqa: B027 (as in a Session)
         """Raise `VisarError` if what was drafted last is no law at all; called once, when all rows are done."""
 
+    def start(self, condition: Tensor, mask: Tensor | None) -> None:
+        """The session has begun other pictures, of this condition; nothing is allocated anew."""
+        self.bytes_read, self.seconds = 0, 0.0
+
     def narrow(self) -> None:  # noqa: B027 (what has no rows of its own has nothing to leave)
         """The session has left its unconditional half."""
 
@@ -56,6 +60,10 @@ class Timed(Drafter):
     def keep(self, path: Tensor) -> None:
         self._timed(lambda: self.inner.keep(path))
 
+    def start(self, condition: Tensor, mask: Tensor | None) -> None:
+        super().start(condition, mask)
+        self.inner.start(condition, mask)
+
     def narrow(self) -> None:
         self.inner.narrow()
 
@@ -65,7 +73,9 @@ class Timed(Drafter):
         self._events.clear()
 
     def _timed(self, call: Callable[[], T]) -> T:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            result = call()  # times within a graph are not to be had
+        elif self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             stream = torch.cuda.current_stream(self.device)
             start.record(stream)
@@ -111,6 +121,11 @@ class SessionDrafter(Drafter):
 
     def check(self) -> None:
         self.session.check()
+
+    def start(self, condition: Tensor, mask: Tensor | None) -> None:
+        super().start(condition, mask)
+        self.session.start(condition, mask)
+        self._before = -1
 
     def narrow(self) -> None:
         self.session.narrow()

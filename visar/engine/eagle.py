@@ -32,15 +32,25 @@ class EagleDrafter(Drafter):
         self.drafted = torch.zeros(rows, 0, c.dim, dtype=model.dtype, device=session.device)  # one for each node fed
         head = [p for n, p in model.named_parameters() if n != "embedding.weight"] + [session.model.output.weight]
         self._weights = sum(p.numel() * p.element_size() for p in head)
-        before = session.prefix - 1
-        if before:
-            at = torch.arange(before, device=session.device).expand(rows, -1)
-            features = model.fuse(session.features[:, :before])
-            condition = session.condition[:, :-1]
-            if model.embedding is not None:
-                condition = model.embedding(torch.zeros_like(at))
-            self._run(condition, features, at, at, self._sees(at, before))
-            self.bytes_read = 0
+        self._prefill()
+
+    def _prefill(self) -> None:
+        """Run the condition slots before the last, which the session has features of."""
+        session, model, before = self.session, self.model, self.session.prefix - 1
+        if not before:
+            return
+        assert session.features is not None
+        at = torch.arange(before, device=session.device).expand(len(session.condition), -1)
+        features = model.fuse(session.features[:, :before])
+        condition = session.condition[:, :-1]
+        if model.embedding is not None:
+            condition = model.embedding(torch.zeros_like(at))
+        self._run(condition, features, at, at, self._sees(at, before))
+        self.bytes_read = 0
+
+    def start(self, condition: Tensor, mask: Tensor | None) -> None:
+        super().start(condition, mask)
+        self._prefill()
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         s = self.session

@@ -14,8 +14,8 @@ from visar.models.llamagen import Attend
 class KVCache:
     """Static keys and values, [layers, rows, slots, heads, head_dim] each. Rolling back is overwriting.
 
-    In memory the slots of one head lie side by side. On a CPU the cache is fp32 whatever the model is, because attention
-    in bfloat16 takes several times as long there.
+    In memory the slots of one head lie side by side. On a CPU the cache is fp32 whatever the model is, because
+    attention of one token in bfloat16 takes twice as long there.
     """
 
     def __init__(

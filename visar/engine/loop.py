@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from visar.engine.graphs import Graph
 from visar.engine.rng import Noise
 from visar.engine.session import Session
 
@@ -24,12 +25,16 @@ Callback = Callable[[int, Tensor, Tensor], None]
 
 class Decoded(NamedTuple):
     """`tokens` [B, N], of masked models [B, N, d]; `commit_pass` [B, N], the pass that committed each; `passes` run;
-    `seconds` they took."""
+    `seconds` they took; of those, `capture_seconds` that went into making a CUDA graph; `bytes_read` of cache by the
+    model and of cache and weights by a drafter, by count; `replays`, the passes that a graph took."""
 
     tokens: Tensor
     commit_pass: Tensor
     passes: int
     seconds: float
+    capture_seconds: float = 0.0
+    bytes_read: int = 0
+    replays: int = 0
 
 
 def synchronize(device: torch.device) -> None:
@@ -46,30 +51,53 @@ def decode(
     noise: Noise,
     callback: Callback | None = None,
     every: int | None = None,
+    graph: Graph | None = None,
 ) -> Decoded:
     """Run `sampler` on a fresh session of its family.
 
     `callback` is told, and the rows are looked at, after `every` passes: by default each on a CPU and every fourth on a
-    GPU, where a look makes the host wait. Passes that turn out to have been idle are counted. Raises `VisarError` where
-    the model's arithmetic overflowed.
+    GPU, where a look makes the host wait. Passes that turn out to have been idle are counted. With a `graph` steps are
+    captured; one that was captured before must be of this very session, started anew. Raises `VisarError` where the
+    model's arithmetic overflowed.
     """
     every = every or (1 if session.device.type == "cpu" else 4)
     fewest = -(-session.length // sampler.window)
     synchronize(session.device)
     start = time.perf_counter()
     state: State | MaskedState = sampler.begin(session, target, noise)
+    if graph is not None:
+        state = graph.begin(state, session.drafter is not None)
+
+    def step() -> None:
+        sampler.step(session, state)
+
     passes = 0
     while True:
-        sampler.step(session, state)
+        if graph is None:
+            step()
+        else:
+            graph.step(step, lambda: _bytes_read(session))
         passes += 1
         if callback is not None and passes % every == 0:
             callback(passes, state.tokens[:, : session.length], session.lengths)
-        if passes >= fewest and (passes - fewest) % every == 0 and bool((session.lengths >= session.length).all()):
-            break
+        ending = passes >= fewest and (passes - fewest) % every == 0
+        if ending or (session.watched and passes % every == 0):
+            least = int(session.lengths.min())
+            if least >= session.length:
+                break
+            if session.watched and session.reached(least) and graph is not None:
+                graph.forget()
     synchronize(session.device)
     seconds = time.perf_counter() - start
     session.check()
     if session.drafter is not None:
         session.drafter.check()
     length = session.length
-    return Decoded(state.tokens[:, :length].clone(), state.commit_pass[:, :length].clone(), passes, seconds)
+    tokens, commit_pass = state.tokens[:, :length].clone(), state.commit_pass[:, :length].clone()
+    captured, replays, uncounted = (0.0, 0, 0) if graph is None else (graph.seconds, graph.replays, graph.uncounted)
+    return Decoded(tokens, commit_pass, passes, seconds, captured, _bytes_read(session) + uncounted, replays)
+
+
+def _bytes_read(session: Session | MaskedSession) -> int:
+    """Those that the session and its drafter counted."""
+    return getattr(session, "bytes_read", 0) + (0 if session.drafter is None else session.drafter.bytes_read)

@@ -24,6 +24,7 @@ class MaskedSession(ABC):
     """
 
     drafter: None = None  # the loop asks every session
+    watched = False
 
     def __init__(self, order: Tensor, dim: int, given: Tensor | None = None):
         self.order = order

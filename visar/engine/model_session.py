@@ -40,6 +40,7 @@ class ModelSession(Session):
         super().__init__(len(condition), length, model.config.vocab_size, model.device)
         self.model, self.guidance = model, guidance
         self.halves = 2 if guidance.active else 1
+        self.watched = guidance.active and guidance.interval >= 0
         self.prefix = model.config.condition_length
         self.table = model.rotary(grid)
         rows, slots = self.batch * self.halves, self.prefix + length + window - 1
@@ -138,7 +139,7 @@ class ModelSession(Session):
         """Leave the unconditional half, which is of no use once guidance is over in all rows."""
         if self.halves == 1:
             return
-        self.halves = 1
+        self.halves, self.watched = 1, False
         self.cache.keep_rows(self.batch)
         self.condition, self.valid = self.condition[: self.batch], self.valid[: self.batch]
         if self.bias is not None:

@@ -34,6 +34,7 @@ class Session(ABC):
         self.device = torch.device(device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.drafter: Drafter | None = None  # for samplers that draft with a model of their own
+        self.watched = False  # whether `reached` may have something to do
         self.codebook: Tensor | None = None  # [V, D], for samplers that ask which tokens look alike
 
     def positions(self, window: int) -> Tensor:
@@ -70,6 +71,10 @@ class Session(ABC):
     def keep(self, path: Tensor) -> None:
         """Before a commit: the nodes `path` [B, D] of a tree, -1 behind its end, become the first D behind the root."""
         raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts chains.")
+
+    def start(self, condition: Tensor, condition_mask: Tensor | None = None) -> None:
+        """Begin other pictures, of conditions of the same shape, in the same buffers."""
+        raise VisarError(f"{type(self).__name__} cannot be started again.")
 
     def narrow(self) -> None:  # noqa: B027 (a session may have one half only)
         """Leave the unconditional half of the batch: no token from here on is guided."""
