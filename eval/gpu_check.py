@@ -9,7 +9,6 @@ and under Triton's interpreter, and says nothing about speed.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 import sys
@@ -25,7 +24,7 @@ if "--dry-run" in sys.argv:
 
 import torch
 
-from visar.engine.loop import decode
+from visar.engine.graphs import Graph
 from visar.errors import VisarError
 from visar.eval import kernel_checks, shapes
 from visar.eval.profiling import PassProfile, profile_pipeline, profile_text
@@ -137,21 +136,14 @@ def shape_rows(run: Run) -> Iterator[Check]:
             yield Check(name, f"{figure}, AR {row.seconds_per_image:.2f} s/image, eager {row.eager_ratio:.1f} x AR")
 
 
-def graph_modes() -> dict[str, dict[str, Any]]:
-    """The settings of `decode` with CUDA graphs and without, where the loop knows them."""
-    known = inspect.signature(decode).parameters
-    name = next((n for n in ("graphs", "graph", "capture") if n in known), None)
-    return {"": {}} if name is None else {", graphs": {name: True}, ", eager": {name: False}}
-
-
 def profiles(run: Run) -> Iterator[Check]:
     """Where a pass of the embedded model goes, and whether the host waits within the loop."""
     pipe = run.pipeline("icons", torch.float32 if run.dry else torch.bfloat16)
-    for mode, settings in graph_modes().items():
+    for mode in ("",) if run.dry else (", graph", ", no graph"):
         for name in ("ar", "scd"):
             sampler = get_sampler(name, window=4 if run.dry and name == "scd" else None)
             count = dict(passes=2, warm=1) if run.dry else {}
-            p = profile_pipeline(pipe, sampler, settings=settings, **count)
+            p = profile_pipeline(pipe, sampler, graph=Graph() if mode == ", graph" else None, **count)
             run.profiles[name + mode] = p
             shares = ", ".join(f"{group} {share:.0%}" for group, share in p.shares.items())
             # The host looks whether all rows are done at every fourth pass at most; more than that is a fault.

@@ -14,6 +14,7 @@ from torch import Tensor
 from visar.engine.loop import synchronize
 from visar.engine.rng import Purpose
 from visar.engine.tree import Tree
+from visar.kernels.aggregate import pool
 from visar.kernels.attention import Sight, decode_attention
 from visar.kernels.backend import backend
 from visar.kernels.draw import draw, race_draw
@@ -136,6 +137,12 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     race = Race(*noise, s.vocab)
     yield Case("draw", lambda i: draw(p, u), 4 * count, 0.01)
     yield Case("race", lambda i: race_draw(p, race), 4 * count, 0.01)
+
+    # Neighbours of token t: those that follow it, so that none is the token itself.
+    table = (torch.arange(s.vocab, device=device)[:, None] + torch.arange(1, s.top_k + 1, device=device)) % s.vocab
+    yield Case(
+        "pooling of neighbours", lambda i: pool(p[:, 0], p[:, 0].argmax(-1), table, 0.3, 0.0), 8 * batch * s.vocab, 1e-5
+    )  # fmt: skip
 
     with backend("torch"):
         drafts = draw(q, u[:, 1:])

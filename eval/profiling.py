@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from visar.engine.drafter import Timed
+from visar.engine.graphs import Graph
 from visar.engine.loop import synchronize
 from visar.engine.model_session import ModelSession
 from visar.errors import VisarError
@@ -43,7 +44,7 @@ _ATTENTION_OPS = re.compile(r"scaled_dot_product|::b?matmul|::bmm|baddbmm|softma
 _ATTENTION_KERNELS = re.compile(r"fmha|flash|attention|attend|_split_kv|_join", re.I)
 _LINEAR_KERNELS = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|matmul|_mm_|_linear", re.I)
 _SAMPLING_KERNELS = re.compile(
-    r"law|guide|draw|verify|noise|uniforms|exponential|philox|softmax|topk|top_k|radix|sort|scan|cumsum|searchsorted|multinomial|argmax|"
+    r"law|guide|draw|verify|noise|uniforms|exponential|_pool|philox|softmax|topk|top_k|radix|sort|scan|cumsum|searchsorted|multinomial|argmax|"
     r"gather|scatter|aggregate", re.I,
 )  # fmt: skip
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -71,9 +72,16 @@ class PassProfile:
 
 
 def profile_passes(
-    session: ModelSession, sampler: Any, target: Target, noise: Any, *, passes: int = 24, warm: int = 8, **settings: Any
+    session: ModelSession,
+    sampler: Any,
+    target: Target,
+    noise: Any,
+    *,
+    passes: int = 24,
+    warm: int = 8,
+    graph: Graph | None = None,
 ) -> PassProfile:
-    """Profile `passes` passes of `sampler` in the middle of a fresh session's picture; `settings` go to `decode`."""
+    """Profile `passes` passes of `sampler` in the middle of a fresh session's picture."""
     if (schedule := getattr(sampler, "turns", None)) is not None:  # a fixed one, behind which passes do nothing
         passes = min(passes, (len(schedule) - warm) // 2)
     cuda = session.device.type == "cuda"
@@ -88,7 +96,7 @@ def profile_passes(
             synchronize(session.device)
 
     with ranges(sampler):
-        timed = steady(session, sampler, target, noise, passes=passes, warm=warm, traced=traced, **settings)
+        timed = steady(session, sampler, target, noise, passes=passes, warm=warm, traced=traced, graph=graph)
     events = list(tracer.events() or [])
     window = next((e for e in events if e.name == WINDOW and e.device_type == DeviceType.CPU), None)
     if window is None:
@@ -116,12 +124,9 @@ def profile_passes(
 
 
 def profile_pipeline(
-    pipe: Any, sampler: Any, *, passes: int = 24, warm: int = 8, settings: Mapping[str, Any] = {}, **call: Any
+    pipe: Any, sampler: Any, *, passes: int = 24, warm: int = 8, graph: Graph | None = None, **call: Any
 ) -> PassProfile:
-    """The same of one picture of a pipeline, with whatever drafter its sampler needs; `call` are settings of its call.
-
-    `settings` go to `decode`.
-    """
+    """The same of one picture of a pipeline, with whatever drafter its sampler needs; `call` goes to its call."""
     from visar.eval.speed import conditions
 
     if not hasattr(pipe, "gpt"):
@@ -137,7 +142,7 @@ def profile_pipeline(
 
     with _replaced(pipe, "_decoded", take), suppress(Taken):
         pipe(conditions(pipe, 1), sampler=sampler, output_type="tokens", **call)
-    return profile_passes(*taken[0], passes=passes, warm=warm, **settings)
+    return profile_passes(*taken[0], passes=passes, warm=warm, graph=graph)
 
 
 def profile_text(rows: Sequence[tuple[Any, ...]], header: tuple[str, ...]) -> str:

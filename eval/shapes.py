@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
-from visar.engine.loop import Decoded, synchronize
+from visar.engine.loop import synchronize
 from visar.engine.model_session import ModelSession
 from visar.engine.rng import Noise
 from visar.errors import VisarError, unknown
@@ -196,12 +197,11 @@ def measure(
     device: torch.device | str = "cpu",
     repeats: int = 3,
     passes: int | None = None,
-    **settings: Any,
 ) -> ShapeReport:
     """Time passes of `shapes`, by default those that suit the device, of which some may not fit and say so.
 
-    `windows` begin with 1, plain decoding; `passes` are timed at once (24 on a GPU, 8 on a CPU), `repeats` times;
-    `settings` go to `decode`. Raises `VisarError` for numbers out of range, and for a shape of yours that does not fit.
+    `windows` begin with 1, plain decoding; `passes` are timed at once (24 on a GPU, 8 on a CPU), `repeats` times.
+    Raises `VisarError` for numbers out of range, and for a shape of yours that does not fit.
     """
     device, asked = torch.device(device), shapes is not None
     if bad := [n for n in batches or () if n < 1]:
@@ -227,7 +227,7 @@ def measure(
     for shape, batch, dtype in wanted:
         lacks = _problem(shape, batch, windows[-1], dtype, device, free_memory(device))
         row = _plain_row(shape, batch, windows[-1], dtype, device, note=lacks)
-        rows.append(row if lacks else _measured(row, shape, windows, dtype, device, repeats, passes, peak, settings))
+        rows.append(row if lacks else _measured(row, shape, windows, dtype, device, repeats, passes, peak))
     return ShapeReport(device_title(device), torch.__version__, torch.get_num_threads(), repeats, peak, rows)
 
 
@@ -293,10 +293,10 @@ def eager_ms(model: LlamaGen, shape: Shape, batch: int, passes: int) -> float:
 
 def _measured(
     row: ShapeRow, shape: Shape, windows: Sequence[int], dtype: torch.dtype, device: torch.device, repeats: int,
-    passes: int | None, peak: float, settings: dict[str, Any],
+    passes: int | None, peak: float,
 ) -> ShapeRow:  # fmt: skip
     cuda = device.type == "cuda"
-    passes = passes or (24 if cuda else 8)
+    passes, warm = passes or (24 if cuda else 8), 4 if cuda else 2
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     model = random_model(shape, dtype, device)
@@ -309,23 +309,25 @@ def _measured(
             guidance=Guidance(shape.guidance),
         )  # fmt: skip
 
-    def once(window: int, whole: bool) -> Steady:
+    def once(window: int) -> Steady:
         fresh = session(window)
-        return steady(fresh, sampler_of(window), target, noise, passes=passes, warm=2, whole=whole, **settings)
+        return steady(fresh, sampler_of(window), target, noise, passes=passes, warm=warm, graph=graph())
+
+    def graph() -> Graph | None:
+        return Graph() if cuda else None
 
     runs: dict[int, list[Steady]] = {w: [] for w in windows}
     eager, used = [], None
     for turn in range(repeats):
         for window in windows:
-            # Where graphs are captured, what that took is known when a decoding ends.
-            runs[window].append(once(window, whole=cuda and turn == 0 and "capture_seconds" in Decoded._fields))
+            runs[window].append(once(window))
         if cuda and turn == 0:
             used = torch.cuda.max_memory_allocated(device) / GIB
         eager.append(eager_ms(model, shape, row.batch, min(passes, 8)))
     ms = {w: statistics.median(r.ms_per_pass for r in rs) for w, rs in runs.items()}
     captures = {w: rs[0].capture_seconds for w, rs in runs.items()}
     profiles = {
-        w: profile_passes(session(w), sampler_of(w), target, noise, passes=min(passes, 8), warm=2, **settings)
+        w: profile_passes(session(w), sampler_of(w), target, noise, passes=min(passes, 8), warm=warm, graph=graph())
         for w in sorted({windows[0], windows[-1]})
     }
     return _plain_row(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visar.engine.graphs import Graph
 from visar.engine.loop import decode, synchronize
 from visar.engine.rng import Noise
 from visar.engine.session import Session
@@ -29,7 +30,7 @@ class _Enough(Exception):
 
 @dataclass(frozen=True)
 class Steady:
-    """`capture_seconds`: of a CUDA graph, None where none was captured or the loop was not waited for."""
+    """`capture_seconds`: of a CUDA graph, None where none was captured."""
 
     ms_per_pass: float
     passes: int
@@ -46,16 +47,15 @@ def steady(
     passes: int,
     warm: int = 2,
     every: int | None = None,
-    whole: bool = False,
+    graph: Graph | None = None,
     traced: Callable[[], AbstractContextManager[Any]] | None = None,
-    **settings: Any,
 ) -> Steady:
     """Time `passes` passes of `sampler` behind `warm` others, on a fresh session moved to the middle of its picture.
 
     `every`: after how many passes the host takes part, and rows are put back; by default each on a CPU and every
-    fourth on a GPU, and both counts are rounded up to multiples of it. With `whole` the decoding is let end, which on a
-    GPU says how long the capture of a graph took. `traced()` is entered for as many passes more, behind those that
-    are timed. `settings` are further ones of `decode`. Raises `VisarError` where the decoding ends too early.
+    fourth on a GPU, and both counts are rounded up to multiples of it. A `graph` is captured before the first pass that
+    is timed, if `warm` is 3 or more. `traced()` is entered for as many passes more, behind those that are timed. Raises
+    `VisarError` where the decoding ends too early.
     """
     every = every or (1 if session.device.type == "cpu" else 4)
     passes, warm = (-(-n // every) * every for n in (passes, warm))
@@ -74,25 +74,17 @@ def steady(
             synchronize(session.device)
             end = time.perf_counter()
             if traced is None:
-                finish(lengths)
+                raise _Enough
             else:
                 tracing = traced()
                 tracing.__enter__()
         elif done == warm + 2 * passes:
             tracing.__exit__(None, None, None)
-            finish(lengths)
-        elif end and traced is None:
-            finish(lengths)
-
-    def finish(lengths: Tensor) -> None:
-        if not whole:
             raise _Enough
-        lengths.fill_(session.length)
 
     session.lengths.fill_(middle)
-    capture = None
     with suppress(_Enough):
-        capture = getattr(decode(session, sampler, target, noise, tell, every, **settings), "capture_seconds", None)
+        decode(session, sampler, target, noise, tell, every, graph)
     if not end:
         raise VisarError(f"The decoding ended before {passes} passes of it could be timed.")
-    return Steady(1e3 * (end - start) / passes, passes, capture)
+    return Steady(1e3 * (end - start) / passes, passes, (graph.seconds or None) if graph is not None else None)
