@@ -15,6 +15,7 @@ from torch import Tensor
 
 from visar.engine.session import Session
 from visar.errors import VisarError
+from visar.kernels.aggregate import pool
 from visar.samplers.base import State
 from visar.samplers.beam_tree import BeamTree
 from visar.samplers.jacobi import SpeculativeJacobi
@@ -44,14 +45,7 @@ class Pooled(ChildRule):
 
     def pooled(self, r: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The pooled mass [B], and r^y [B, V]: r with that mass moved to y."""
-        near = self.table[y]
-        mass = r.gather(-1, near).double()
-        cumulative = mass.cumsum(-1)
-        bound = self.budget + self.share * at(r, y)
-        taken = torch.where(cumulative <= bound[:, None], mass, 0.0)
-        gain = taken.sum(-1)
-        moved = r.scatter(-1, near, torch.where(taken > 0, 0.0, r.gather(-1, near)))
-        return gain, moved.scatter_add(-1, y[:, None], gain[:, None].to(r.dtype))
+        return pool(r, y, self.table, self.budget, self.share)
 
     def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
         proposal = at(c, y) if self.reads_q else 1.0
