@@ -7,12 +7,10 @@ keys and values of what is committed) and against the eager loop that is publish
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.loop import synchronize
+from visar.engine.memory import GIB, free_memory
 from visar.engine.model_session import ModelSession
 from visar.engine.rng import Noise
 from visar.errors import VisarError, unknown
@@ -35,7 +34,6 @@ from visar.tables import table
 
 MOST_WINDOW = 128
 WINDOWS = (1, 16, 32, 64)
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -174,18 +172,6 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Llam
         # Spreads of trained models, so that nothing overflows and laws are neither flat nor certain.
         t.fill_(1.0) if t.ndim == 1 else t.uniform_(-0.035, 0.035, generator=generator)
     return model
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated: what a GPU says, and on a CPU what the system could give."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
@@ -52,7 +53,7 @@ class SpeedRow:
     nfe: float
     commits_per_pass: float
     ms_per_pass: float
-    draft_share: float
+    draft_share: float | None  # within a CUDA graph it cannot be told
     seconds_per_image: float
     images_per_second: float
     gb_per_second: float
@@ -132,7 +133,7 @@ def compare(
             "nfe": passes / len(groups),
             "commits_per_pass": statistics.mean(s.commits_per_pass for s in stats),
             "ms_per_pass": statistics.median(s.ms_per_pass for s in stats),
-            "draft_share": sum(s.draft_seconds for s in stats) / seconds,
+            "draft_share": sum(math.nan if s.draft_seconds is None else s.draft_seconds for s in stats) / seconds,
             "seconds_per_image": seconds / images,
             "images_per_second": images / seconds,
             "gb_per_second": sum(s.gigabytes for s in stats) / seconds,
@@ -146,10 +147,15 @@ def compare(
             runs[name].append(once(name, sampler))
     medians = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in runs.items()}
     base = medians[next(iter(samplers))]
+
+    def figures(name: str) -> dict[str, Any]:
+        share = medians[name]["draft_share"]
+        return medians[name] | {"draft_share": None if math.isnan(share) else share}
+
     rows = [
         SpeedRow(
             sampler=name, exact=sampler.exact,
-            window=None if name in heads else pipe.fitted(sampler).window, **medians[name],
+            window=None if name in heads else pipe.fitted(sampler).window, **figures(name),
             nfe_ratio=medians[name]["nfe"] / base["nfe"],
             time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"], head=heads.get(name),
         )

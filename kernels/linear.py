@@ -7,7 +7,6 @@ made again when the weight has changed. What follows the product (SiLU, a factor
 
 from __future__ import annotations
 
-import os
 import weakref
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visar.host import available_memory, has_bfloat16
 from visar.kernels.backend import say_once
 
 ROWS = 16  # a hint for the layout; any number of rows may follow
@@ -24,8 +24,7 @@ LARGE = 2**19  # numbers or more
 
 class _Packed(NamedTuple):
     of: weakref.ref[Tensor]
-    version: int
-    storage: int
+    state: tuple[int, int, torch.dtype]  # when it was laid out: changed or converted since, it is another
     weight: Tensor
 
 
@@ -75,16 +74,19 @@ def _packed_weight(x: Tensor, weight: Tensor) -> Tensor | None:
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype or weight.is_inference():
         return None
     kept = _packed.get(id(weight))
-    if kept is not None and kept.of() is weight and kept.version == weight._version:
-        if kept.storage == weight.data_ptr() and kept.weight.dtype == weight.dtype:  # not converted since
-            return kept.weight
+    if kept is not None and kept.of() is weight and kept.state == _state(weight):
+        return kept.weight
     if not packs(weight.dtype) or not _room_for(weight):
         return None
     key = id(weight)
     made = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
     gone = weakref.ref(weight, lambda _: _packed.pop(key, None))
-    _packed[key] = _Packed(gone, weight._version, weight.data_ptr(), made)
+    _packed[key] = _Packed(gone, _state(weight), made)
     return made
+
+
+def _state(weight: Tensor) -> tuple[int, int, torch.dtype]:
+    return weight._version, weight.data_ptr(), weight.dtype
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -94,18 +96,8 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16())
 
 
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers (AVX512-BF16 or AMX), so that it is the faster type."""
-    return torch.cpu._is_avx512_bf16_supported()
-
-
 def _room_for(weight: Tensor) -> bool:
-    """Whether memory is left for a second copy of a weight; where it cannot be asked, yes."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return True
-    if free > 4 * weight.numel() * weight.element_size():
+    if available_memory() > 4 * weight.numel() * weight.element_size():
         return True
     say_once("Too little memory to lay the weights out for this processor; decoding goes on, slower.")
     return False

@@ -11,10 +11,11 @@ import torch
 
 from visar.cli import main
 from visar.engine.guidance import Guidance
+from visar.engine.memory import free_memory
 from visar.engine.model_session import ModelSession
 from visar.errors import VisarError
 from visar.eval import shapes
-from visar.eval.shapes import SHAPES, Shape, condition_of, free_memory, measure, random_model, shape_named
+from visar.eval.shapes import SHAPES, Shape, condition_of, measure, random_model, shape_named
 from visar.models.specs import GPTShape
 
 CPU = torch.device("cpu")

@@ -13,8 +13,10 @@ class DecodeStats:
     `nfe`: passes of the target model over the batch, the prefill of a caption included; `passes_per_image`: decoding
     passes after which each image was complete; `commits_per_pass`: tokens of an image over its passes, mean over the
     batch; `seconds`: decoding without prefill, text encoder and picture decoder, the device waited for;
-    `draft_seconds`: the part of them that the passes of a drafter took; `ms_per_pass`: milliseconds, drafting included;
-    `gigabytes`: weights and cache read, by count and not by measurement.
+    `draft_seconds`: the part of them that the passes of a drafter took, None where CUDA graphs hide it; `ms_per_pass`:
+    milliseconds, drafting included; `gigabytes`: weights and cache read, by count and not by measurement;
+    `graph_passes`: those that a CUDA graph took, and `capture_seconds`: the part of `seconds` that went into making it,
+    once for all calls of a shape.
     """
 
     sampler: str
@@ -22,16 +24,18 @@ class DecodeStats:
     exact: bool
     law: str
     seed: int
-    settings: dict[str, Any]  # guidance, temperature, top-k, top-p, dtype, device
+    settings: dict[str, Any]  # guidance, temperature, top-k, top-p, dtype, weights, device
     images: int
     tokens: int
     nfe: int
     passes_per_image: list[int]
     commits_per_pass: float
     seconds: float
-    draft_seconds: float
+    draft_seconds: float | None
     ms_per_pass: float
     gigabytes: float
+    graph_passes: int
+    capture_seconds: float
 
     @property
     def gb_per_second(self) -> float:

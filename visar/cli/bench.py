@@ -126,9 +126,10 @@ def _print_speed(report: SpeedReport, model: str) -> None:
     rows = []
     for r in report.rows:
         sizes, rest = special(r)
+        drafting = "-" if r.draft_share is None else f"{100 * r.draft_share:.0f}%"
         rows.append((
             r.sampler, "exact" if r.exact else "not exact", *sizes, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
-            f"{r.ms_per_pass:.2f}", f"{100 * r.draft_share:.0f}%", f"{r.seconds_per_image:.3f}", *rest,
+            f"{r.ms_per_pass:.2f}", drafting, f"{r.seconds_per_image:.3f}", *rest,
             f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}",
         ))  # fmt: skip
     passes = ("NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE")

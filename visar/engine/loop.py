@@ -85,7 +85,7 @@ def decode(
             least = int(session.lengths.min())
             if least >= session.length:
                 break
-            if session.watched and session.reached(least) and graph is not None:
+            if isinstance(session, Session) and session.watched and session.reached(least) and graph is not None:
                 graph.forget()
     synchronize(session.device)
     seconds = time.perf_counter() - start

@@ -15,7 +15,7 @@ class Linear(nn.Linear):
     def forward(  # type: ignore[override]
         self, x: Tensor, *, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
-        """x [..., K] -> [..., N]; behind it SiLU, a factor `times` [..., N], a summand `plus` [..., N], if asked for."""
+        """x [..., K] -> [..., N]; then SiLU, a factor `times` and a summand `plus`, [..., N] each, if asked for."""
         return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
 
 

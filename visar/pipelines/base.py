@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.masked_session import MaskedSession
-from visar.engine.model_session import ModelSession
 from visar.engine.rng import IMAGES, Noise
 from visar.engine.session import Session
 from visar.errors import VisarError
@@ -35,8 +35,9 @@ from visar.models.quantization import check as check_weights
 from visar.models.quantization import quantize, weights_of
 from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
-from visar.pipelines.drafters import attach, kind_of, load_drafter, taps_of
+from visar.pipelines.drafters import kind_of, load_drafter
 from visar.pipelines.preview import CodePreview
+from visar.pipelines.sessions import Call, Sessions
 from visar.samplers import (
     DEFAULT_SAMPLER,
     SAMPLERS,
@@ -215,25 +216,26 @@ class ImagePipeline(DiffusionPipeline):
         temperature = 1.0 if temperature is None else temperature
         target = Target(temperature, self.config.top_k if top_k is None else top_k, top_p, forced_tokens)
         model = self._drafter_for(method)
-        session = ModelSession(
-            self.gpt, condition, mask, length=self.grid**2, window=method.window, grid=self.grid,
-            guidance=Guidance(scale, guidance_interval), taps=taps_of(model),
+        call = Call(
+            self.gpt, model, condition, mask, method, target, Guidance(scale, guidance_interval), self.grid,
+            self.vq.quantize.embedding.weight,
         )  # fmt: skip
-        session.codebook = self.vq.quantize.embedding.weight
-        if model is not None:
-            session.drafter = attach(session, model, method.depth, method.window, condition, mask, self.grid)  # type: ignore[attr-defined]
         # A bar alone need not make a GPU wait after every pass.
         every = None if callback is None else 1
-        result = self._decoded(
-            session, method, target, noise_of(keys, first_image, seed, session.device), callback,
-            lambda tokens, lengths: self._preview()(tokens, lengths, self.grid), every,
+        noise = noise_of(keys, first_image, seed, self.gpt.device)
+        session, result = self._sessions.run(
+            call, lambda session, graph: self._decoded(
+                session, method, target, noise, callback,
+                lambda tokens, lengths: self._preview()(tokens, lengths, self.grid), every, graph,
+            ),
         )  # fmt: skip
         images = self._pictures(result.tokens, output_type)
         done = (result.commit_pass.amax(1) + 1).tolist()
         weights = sum(p.numel() * p.element_size() for p in self.gpt.parameters())
         weights -= self.gpt.tok_embeddings.weight.numel() * self.gpt.tok_embeddings.weight.element_size()
-        drafted = session.drafter.bytes_read if session.drafter is not None else 0
-        draft_seconds = session.drafter.seconds if session.drafter is not None else 0.0
+        draft_seconds: float | None = session.drafter.seconds if session.drafter is not None else 0.0
+        if session.drafter is not None and result.replays:
+            draft_seconds = None  # what happens within a graph cannot be timed
         stats = DecodeStats(
             sampler=method.name,
             parameters={f.name: getattr(method, f.name) for f in fields(method)},  # type: ignore[arg-type]
@@ -258,7 +260,9 @@ class ImagePipeline(DiffusionPipeline):
             seconds=result.seconds,
             draft_seconds=draft_seconds,
             ms_per_pass=1000 * result.seconds / result.passes,
-            gigabytes=(weights * result.passes + session.bytes_read + drafted) / 1e9,
+            gigabytes=(weights * result.passes + result.bytes_read) / 1e9,
+            graph_passes=result.replays,
+            capture_seconds=result.capture_seconds,
         )
         return ImageOutput(images=images, tokens=result.tokens, commit_pass=result.commit_pass, stats=stats)
 
@@ -271,6 +275,7 @@ class ImagePipeline(DiffusionPipeline):
         callback: StepCallback | None,
         preview: Callable[[Tensor, Tensor], Tensor],
         every: int | None,
+        graph: Graph | None = None,
     ) -> Decoded:
         """Run the sampler under the progress bar; `preview` draws tokens of which so many are decided."""
 
@@ -282,7 +287,7 @@ class ImagePipeline(DiffusionPipeline):
 
         quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
         with self.progress_bar(total=session.batch * session.length) as bar:
-            return decode(session, method, target, noise, None if quiet and callback is None else tell, every)
+            return decode(session, method, target, noise, None if quiet and callback is None else tell, every, graph)
 
     def _pictures(self, tokens: Tensor, output_type: str) -> list[Image.Image] | Tensor | None:
         """What `output_type` asks for."""
@@ -339,6 +344,13 @@ class ImagePipeline(DiffusionPipeline):
             what = "a smaller model" if kind == "model" else f"a drafter of the kind {kind!r}"
             raise VisarError(f"Sampler {method.name!r} needs {what}; give it with load_drafter, or --drafter PATH.")
         return self._drafters[kind]
+
+    @property
+    def _sessions(self) -> Sessions:
+        """Those that are kept between calls."""
+        if "_kept_sessions" not in vars(self):
+            self._kept_sessions = Sessions()
+        return self._kept_sessions
 
     def _preview(self) -> CodePreview:
         if not hasattr(self, "_code_preview"):

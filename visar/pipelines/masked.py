@@ -254,6 +254,8 @@ class MaskedPipeline(ImagePipeline):
             draft_seconds=session.draft_seconds,
             ms_per_pass=1000 * result.seconds / result.passes,
             gigabytes=(_bytes_read(session) + (_bytes_read(session.draft) if session.draft else 0)) / 1e9,
+            graph_passes=0,
+            capture_seconds=0.0,
             head_steps=session.chains[0].steps,
             head_rounds=rounds,
             rounds_per_pass=rounds / result.passes,

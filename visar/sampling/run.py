@@ -200,7 +200,7 @@ def _line(order: Interleaved, i: int, row: int, stats: DecodeStats) -> Line:
         "batch": stats.images,
         "nfe": stats.nfe,
         "seconds": stats.seconds / stats.images,
-        "draft_seconds": stats.draft_seconds / stats.images,
+        "draft_seconds": None if stats.draft_seconds is None else stats.draft_seconds / stats.images,
     }
     if isinstance(stats, MaskedStats):
         figures["head_rounds"] = stats.head_rounds
