@@ -257,10 +257,12 @@ def _law(  # type: ignore[no-untyped-def]
             y = _scores(cond, uncond, on, scale, temperature, start, size, fused, block)
             sum_e += tl.exp(tl.where(y < least, float("-inf"), y) - peak)
         total = tl.zeros([block], tl.float32) + tl.sum(sum_e)
+        masses = tl.zeros([block], tl.int64)
         for start in range(0, size, block):
             y = _scores(cond, uncond, on, scale, temperature, start, size, fused, block)
-            e = tl.exp(tl.where(y < least, float("-inf"), y) - peak)
-            tl.store(out + start + lane, tl.div_rn(e, total), start + lane < size)
+            p = tl.div_rn(tl.exp(tl.where(y < least, float("-inf"), y) - peak), total)
+            masses += _mass(p)
+            tl.store(out + start + lane, p, start + lane < size)
         tl.debug_barrier()
         p = tl.load(out + lane, lane < size, 0.0)
 
@@ -268,8 +270,12 @@ def _law(  # type: ignore[no-untyped-def]
     # above it stays, and of what equals it the first `room` tokens.
     cut, room, share = tl.full((), 0, tl.int32), size, 1.0
     if by_mass:
-        limit, unit = _mass(tl.full((), 0.0, tl.float32) + top_p), tl.full((), 1 << 28, tl.int32)
-        above, reaching = limit * 0, _mass(tl.full((), 1.0, tl.float32))
+        # Of the sum that there is, which rounding may leave a little off 1. Less what top_p leaves out, so that a top_p
+        # that is 1 but for rounding drops nothing.
+        reaching = tl.sum(_mass(p)) if whole else tl.sum(masses)
+        out_of_it = (1 - (tl.full((), 0.0, tl.float32) + top_p).to(tl.float64)) * reaching.to(tl.float64)
+        limit, unit = reaching - out_of_it.to(tl.int64), tl.full((), 1 << 28, tl.int32)
+        above = limit * 0
         for _ in range(15):
             one, two, three = cut + unit, cut + unit * 2, cut + unit * 3
             if whole:
