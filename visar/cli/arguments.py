@@ -30,8 +30,9 @@ def _model_options(p: argparse.ArgumentParser, flag: str = "--model") -> None:
     p.add_argument("--num-heads", type=int, metavar="N", help="attention heads, for a .pt file of a size of your own")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     p.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, else bfloat16"
-    )
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="default: bfloat16, or float32 where the processor has none and for a MAR on a CPU",
+    )  # fmt: skip
     # A target of training is never quantised, and of a report --weights is the file of the network that judges.
     if flag == "--model" and "--weights" not in p._option_string_actions:
         p.add_argument(

@@ -123,7 +123,6 @@ def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> I
     import torch
 
     device = device_of(options.device)
-    dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     from diffusers.utils import logging
 
     from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
@@ -157,6 +156,7 @@ def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> I
         pipe = kind.from_pretrained(options.model)
     for drafter in getattr(options, "drafter", ()):
         pipe.load_drafter(drafter)
-    pipe = pipe.to(device, dtype)
+    pipe = pipe.to(device)
+    pipe = pipe.to(getattr(torch, options.dtype) if options.dtype else pipe.fastest_dtype)
     pipe.quantize(getattr(options, "gpt_weights", "native"))
     return pipe

@@ -176,6 +176,8 @@ def drafter(options: argparse.Namespace) -> int:
     checked_layers(options.drafter_kind, options.layers, 10**9)
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
+    if own.type == "cpu" and options.dtype is None:
+        options.dtype = "float32"  # small updates are lost in bfloat16
     pipe: Any = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
     checked_layers(options.drafter_kind, options.layers, pipe.gpt.config.num_layers)

@@ -28,6 +28,7 @@ from visar.engine.rng import IMAGES, Noise
 from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
+from visar.host import has_bfloat16
 from visar.models.drafters import KINDS, DraftModel
 from visar.models.llamagen import LlamaGen
 from visar.models.loading import load_part, quiet_conversion
@@ -310,6 +311,12 @@ class ImagePipeline(DiffusionPipeline):
         if "grid" in {f.name for f in fields(sampler)} and not sampler.grid:
             return get_sampler(sampler, grid=self.grid)
         return sampler
+
+    @property
+    def fastest_dtype(self) -> torch.dtype:
+        """What decoding is fastest in on the device that the model is on; the command line's default."""
+        fast = self.device.type != "cpu" or has_bfloat16()
+        return torch.bfloat16 if fast else torch.float32
 
     def quantize(self, weights: str) -> None:
         """Round the weights to "int8" or "fp8", on the device where they will be used; "native" leaves them.
