@@ -8,6 +8,7 @@ stands.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -79,7 +80,8 @@ def law_torch(
 ) -> Tensor:
     x = (logits.float() if uncond is None else guide_torch(logits, uncond, scale, guided)) / temperature
     if 0 < top_k < x.shape[-1]:
-        x = x.masked_fill(x < x.topk(top_k).values[..., -1:], -torch.inf)
+        least = x.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
+        x = torch.where(x < least, -torch.inf, x)
     p = x.softmax(-1)
     if top_p < 1:
         p = nucleus(p, top_p)
@@ -91,11 +93,18 @@ def law_torch(
 def nucleus(p: Tensor, top_p: float) -> Tensor:
     """Keep the largest probabilities up to and with the one that passes `top_p`, renormalised.
 
-    The sort is stable, so that equal logits give equal laws in whatever window they were computed.
+    Of equal ones at the end the first tokens stay, so that equal logits give equal laws in whatever window they were
+    computed.
     """
-    ordered, order = p.sort(dim=-1, descending=True, stable=True)
-    dropped = ordered.cumsum(-1) - ordered > top_p
-    p = p.masked_fill(dropped.gather(-1, order.argsort(-1)), 0.0)
+    if p.device.type == "cpu":  # numpy sorts five times as fast
+        ordered = torch.from_numpy(np.sort(p.detach().numpy())).flip(-1)
+    else:
+        ordered = p.sort(dim=-1, descending=True).values
+    count = (ordered.cumsum(-1) - ordered <= top_p).sum(-1, keepdim=True)
+    cut = ordered.gather(-1, (count - 1).clamp_min(0))
+    above, equal = p > cut, p == cut
+    room = count - above.sum(-1, keepdim=True)
+    p = torch.where(above | equal & (equal.cumsum(-1) <= room), p, 0.0)
     return p / p.sum(-1, keepdim=True)
 
 
