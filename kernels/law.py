@@ -96,16 +96,19 @@ def nucleus(p: Tensor, top_p: float) -> Tensor:
     Of equal ones at the end the first tokens stay, so that equal logits give equal laws in whatever window they were
     computed.
     """
-    if p.device.type == "cpu":  # numpy sorts five times as fast
-        ordered = torch.from_numpy(np.sort(p.detach().numpy())).flip(-1)
-    else:
-        ordered = p.sort(dim=-1, descending=True).values
+    ordered = descending(p)
     count = (ordered.cumsum(-1) - ordered <= top_p).sum(-1, keepdim=True)
     cut = ordered.gather(-1, (count - 1).clamp_min(0))
     above, equal = p > cut, p == cut
     room = count - above.sum(-1, keepdim=True)
     p = torch.where(above | equal & (equal.cumsum(-1) <= room), p, 0.0)
     return p / p.sum(-1, keepdim=True)
+
+
+def descending(p: Tensor) -> Tensor:
+    if p.device.type == "cpu":  # numpy sorts five times as fast
+        return torch.from_numpy(np.sort(p.detach().numpy())).flip(-1)
+    return p.sort(dim=-1, descending=True).values
 
 
 def law_triton(

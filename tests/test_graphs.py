@@ -17,6 +17,7 @@ from visar.samplers import SAMPLERS, Target
 
 TARGET = Target(0.9, 40, 0.95)
 CAPTURED = [name for name, spec in SAMPLERS.items() if getattr(spec.make(), "capturable", True)]
+SHORT = ("ar", "jacobi", "scd", "scd-gumbel", "speculative", "eagle2", "hydra")  # the others are much like these
 IMAGES, OTHERS = torch.arange(3), torch.arange(3) + 4
 
 
@@ -28,7 +29,7 @@ def session(kind: str, name: str, images: torch.Tensor, **settings: Any) -> Any:
     return session_of(world(kind, **LARGE), made(name), images, **settings)
 
 
-@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in CAPTURED])
 def test_a_captured_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the session and the graph are kept, and decode other conditions from another seed."""
     record = Recorder(monkeypatch)
@@ -49,7 +50,7 @@ def test_a_captured_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("name", ["ar", "scd", "speculative", "eagle", "hydra"])
+@pytest.mark.parametrize("name", ["ar", "scd", "speculative", pytest.param("eagle", marks=pytest.mark.slow), "hydra"])
 def test_the_unconditional_half_is_left_when_guidance_is_over(
     name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_kernel_under_the_interpreter() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernel_compiles() -> None:
     in_a_process(__file__)
 

@@ -221,6 +221,7 @@ def test_mask_is_made_once_and_only_where_something_is_hidden() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_compile() -> None:
     in_a_process(__file__)
 

@@ -127,6 +127,7 @@ def test_the_tail_of_a_large_vocabulary_under_the_interpreter() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_compile() -> None:
     in_a_process(__file__)
 

@@ -188,6 +188,7 @@ def test_gradients_take_the_plain_form() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_compile() -> None:
     in_a_process(__file__)
 

@@ -91,6 +91,7 @@ def test_a_race_is_made_of_its_own_columns() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernels_compile() -> None:
     in_a_process(__file__)
 

@@ -89,6 +89,7 @@ def test_dispatch_and_tables_that_are_shared_by_rows() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernel_compiles() -> None:
     in_a_process(__file__)
 

@@ -129,6 +129,7 @@ def test_a_wider_window_and_a_race_that_is_made_take_the_plain_rules(monkeypatch
 
 
 @needs_triton
+@pytest.mark.slow
 def test_kernel_compiles() -> None:
     in_a_process(__file__)
 
