@@ -19,7 +19,7 @@ from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
 from visar.eval.normality import log_p_chi2, log_p_normals, worst
 from visar.samplers import ContinuousSpeculative, ContinuousTarget, MaskedAutoregressive
-from visar.samplers.masked import NoiseBank, denoise, plan
+from visar.samplers.masked import NoiseBank, plan
 
 
 class Ranks(NamedTuple):
@@ -66,7 +66,7 @@ def rank_test(
         for k in range(fresh):
             noise = Noise(seed + 1 + k, images)
             bank = NoiseBank.draw(noise, rows.repeat_interleave(count), ask.flatten(), chain)
-            rank += along(denoise(chain, condition, bank).unflatten(0, ask.shape)) < own
+            rank += along(chain.denoise(condition, bank.start, bank.steps).unflatten(0, ask.shape)) < own
         parts.append(rank)
         done += count
     ranks = torch.cat(parts, 1)

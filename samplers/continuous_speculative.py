@@ -21,7 +21,7 @@ from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced, residual
-from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, checked_latest, denoise, residual_trials
+from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, checked_latest, residual_trials
 
 TRIALS = 64
 
@@ -105,7 +105,7 @@ class ContinuousSpeculative:
         rows = torch.arange(session.batch, device=session.device)
         condition = session.after(state.tokens, rows, session.lengths, ask, 1 + session.lengths[:, None])
         bank = NoiseBank.draw(state.noise, rows, ask.flatten(), state.chain)
-        state.write(ask, denoise(state.chain, condition[:, 0], bank)[:, None])
+        state.write(ask, state.chain.denoise(condition[:, 0], bank.start, bank.steps)[:, None])
         session.commit(1)
 
     def _speculate(self, session: MaskedSession, state: MaskedState) -> None:

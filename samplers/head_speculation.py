@@ -18,7 +18,7 @@ from visar.engine.chain import Chain
 from visar.engine.masked_session import MaskedSession
 from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced
-from visar.samplers.masked import MaskedAutoregressive, NoiseBank, denoise, residual_trials
+from visar.samplers.masked import MaskedAutoregressive, NoiseBank, residual_trials
 
 TRIALS = 32  # drawn at once
 
@@ -42,7 +42,7 @@ class HeadSpeculation(MaskedAutoregressive):
 
     def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
         if chain.temperature == 0:
-            return denoise(chain, condition, bank)  # without noise there are no densities to compare
+            return chain.denoise(condition, bank.start, bank.steps)  # without noise there are no densities to compare
         device, total = bank.start.device, len(bank.start)
         coins = bank.coins()
         out = torch.empty_like(bank.start)

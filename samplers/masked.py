@@ -17,7 +17,7 @@ from visar.engine.chain import Chain
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
-from visar.samplers.gaussian import Gaussian, Trials
+from visar.samplers.gaussian import Trials
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,6 @@ def residual_trials(noise: Noise, places: Tensor, turns: Tensor, dim: int, count
     return trials
 
 
-def denoise(chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
-    """Tokens [R, d], one step after the other, for conditions [R, K]."""
-    x = bank.start
-    for i in range(chain.steps):
-        step = torch.full((len(x),), i, device=x.device)
-        x = Gaussian(*chain.kernel(x, step, chain.evaluate(x, step, condition))).sample(bank.steps[:, i])
-    return x
-
-
 @dataclass(frozen=True)
 class MaskedAutoregressive:
     """K passes (`steps`) of the model and T steps (`head_steps`) of the head for each.
@@ -209,4 +200,4 @@ class MaskedAutoregressive:
 
     def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
         """Tokens [R, d] under conditions [R, K]."""
-        return denoise(chain, condition, bank)
+        return chain.denoise(condition, bank.start, bank.steps)

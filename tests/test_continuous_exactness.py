@@ -156,7 +156,7 @@ def test_the_model_has_its_own_schedule_right() -> None:
 class ConstantChain(DiffusionChain):
     """A head whose guess does not depend on what it sees."""
 
-    def _evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
+    def guess(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
         return torch.cat([condition[:, : self.dim], torch.full_like(x, 0.3)], dim=-1)
 
 

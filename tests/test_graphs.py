@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from recording import Recorder
+from test_ranks import tiny
 from worlds import LARGE, conditions_of, made, session_of, world
 
-from visar.engine.graphs import WARM, Graph, Kept, refill
+from visar.engine.graphs import WARM, Graph, Kept, RowGraphs, Rows, refill
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
+from visar.engine.mar_session import MARSession
 from visar.engine.rng import Noise
-from visar.samplers import SAMPLERS, Target
+from visar.samplers import CONTINUOUS, SAMPLERS, ContinuousTarget, Target
 
 TARGET = Target(0.9, 40, 0.95)
 CAPTURED = [name for name, spec in SAMPLERS.items() if getattr(spec.make(), "capturable", True)]
@@ -126,3 +129,54 @@ def test_refilling_what_differs_is_refused() -> None:
     old = [torch.zeros(2), Noise(1, torch.zeros(2))]
     refill(old, [torch.ones(2), Noise(7, torch.ones(2))])
     assert old[0].tolist() == [1, 1] and old[1].key.tolist() == [7, 0] and old[1].images.tolist() == [1, 1]  # type: ignore[attr-defined]
+
+
+def test_functions_of_rows_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Recorder(monkeypatch)
+    weight = torch.randn(3, 4)
+    function = Rows(lambda x, scale: (x @ weight) * scale[:, None], record, most=8)
+    for count in (1, 5, 7, 8, 3, 5, 20, 0):
+        x, scale = torch.randn(count, 3), torch.rand(count)
+        assert torch.allclose(function(x, scale), (x @ weight) * scale[:, None])
+    assert record.captures == 3  # for 1, 8 and 4 rows
+    first = function(torch.ones(1, 3), torch.ones(1))
+    kept = first.clone()
+    function(torch.zeros(1, 3), torch.ones(1))
+    assert torch.equal(first, kept)  # what was given out is not written again
+    weight.mul_(2)
+    assert torch.allclose(function(torch.ones(1, 3), torch.ones(1)), 2 * kept)
+
+
+def test_graphs_of_functions_are_bounded() -> None:
+    graphs = RowGraphs(limit=2)
+    one = graphs.of("a", len)
+    assert graphs.of("b", len) is not one and graphs.of("a", sum) is one
+    graphs.of("c", len)
+    assert graphs.of("a", len) is one and graphs.of("b", max).function is max
+
+
+@pytest.mark.parametrize("name", ["mar", "mar-headspec", "cspd-exact", "mar-disa"])
+def test_a_captured_diffusion_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Recorder(monkeypatch)
+    images, mar = torch.arange(2), tiny()
+
+    def decoded(graphs: RowGraphs | None) -> tuple[Decoded, MARSession]:
+        noise = Noise(7, images)
+        orders = torch.stack([torch.randperm(mar.length, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+        made, draft = (MARSession(mar, images, orders, scale=1.5, graphs=graphs) for _ in range(2))
+        made.draft = draft
+        sampler = replace(CONTINUOUS[name].make(), head_steps=6)
+        if name.startswith("mar"):
+            sampler = replace(sampler, steps=4, last_head_steps=3 if name == "mar-disa" else 0)
+        return decode(made, sampler, ContinuousTarget(), noise), made
+
+    plain, session = decoded(None)
+    graphs = RowGraphs(record)
+    captures = []
+    for _ in range(2):
+        found, captured = decoded(graphs)
+        assert torch.allclose(found.tokens, plain.tokens, atol=1e-4)
+        assert [c.rounds for c in captured.chains] == [c.rounds for c in session.chains]
+        assert [c.evaluations for c in captured.chains] == [c.evaluations for c in session.chains]
+        captures.append(record.captures)
+    assert captures[0] == captures[1] > 0

@@ -31,8 +31,9 @@ def exact(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 def test_against_fp64(dtype: torch.dtype, rows: tuple[int, ...], sizes: tuple[int, int]) -> None:
     g = torch.Generator().manual_seed(0)
     x, w, b, other = (
-        torch.randn(*shape, generator=g).to(dtype) for shape in ((*rows, sizes[0]), sizes[::-1], sizes[1:], (*rows, sizes[1]))
-    )  # fmt: skip
+        torch.randn(*shape, generator=g).to(dtype)
+        for shape in ((*rows, sizes[0]), sizes[::-1], sizes[1:], (*rows, sizes[1]))
+    )
     w = w / 16
     close = dict(atol=2e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.05, rtol=0.02)
     with torch.inference_mode(False), torch.no_grad():

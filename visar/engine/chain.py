@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from visar.engine.graphs import RowGraphs
 from visar.errors import VisarError
 from visar.models.diffusion import HeadNet, Schedule
 
@@ -32,10 +33,28 @@ class Chain(ABC):
         """The network's guess [R, G] for x [R, d] at the steps [R] under conditions [R, K]; the only costly call."""
         self.rounds += 1
         self.evaluations += len(x)
-        return self._evaluate(x, step, condition)
+        return self.captured("guess", self.guess)(x, step, condition)
 
     @abstractmethod
-    def _evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor: ...
+    def guess(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
+        """What `evaluate` counts."""
+
+    def denoise(self, condition: Tensor, start: Tensor, normals: Tensor) -> Tensor:
+        """Tokens [R, d], one step after the other: conditions [R, K], `start` [R, d], `normals` [R, T, d]."""
+        self.rounds += self.steps
+        self.evaluations += self.steps * len(start)
+        return self.captured("denoise", self._denoise)(condition, start, normals)
+
+    def _denoise(self, condition: Tensor, x: Tensor, normals: Tensor) -> Tensor:
+        for i in range(self.steps):
+            step = torch.full((len(x),), i, device=x.device)
+            mean, std = self.kernel(x, step, self.guess(x, step, condition))
+            x = mean + std * normals[:, i]
+        return x
+
+    def captured(self, what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function of rows, as a CUDA graph where the chain knows how."""
+        return function
 
     @abstractmethod
     def kernel(self, x: Tensor, step: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,9 +82,19 @@ class DiffusionChain(Chain):
     with `last_noise` it has that of its schedule, which a rule that compares densities of tokens needs.
     Conditions are [R, C], or [R, 2 C + 1] with guidance: conditional vector, unconditional vector, scale. Guidance is
     of the noise alone, the variance is that of the conditional half.
+
+    With `graphs` the whole loop of `denoise`, and an evaluation for samplers that go their own way, are CUDA graphs.
     """
 
-    def __init__(self, net: HeadNet, schedule: Schedule, dim: int, temperature: float = 1.0, last_noise: bool = False):
+    def __init__(
+        self,
+        net: HeadNet,
+        schedule: Schedule,
+        dim: int,
+        temperature: float = 1.0,
+        last_noise: bool = False,
+        graphs: RowGraphs | None = None,
+    ):
         super().__init__(schedule.steps, dim, temperature, last_noise)
         parameter = next(net.parameters())
         if parameter.dtype != torch.float32:
@@ -85,8 +114,14 @@ class DiffusionChain(Chain):
         self.factor = torch.full((s.steps, 1), float(temperature), device=device)
         if not last_noise:
             self.factor[-1] = 0
+        self.graphs = graphs
+        # A chain of these settings has the same tables, so its graphs serve all others of these weights.
+        self._key = (parameter.data_ptr(), s.steps, int(s.times[0]), self.temperature, last_noise)
 
-    def _evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
+    def captured(self, what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return function if self.graphs is None else self.graphs.of((what, *self._key), function)
+
+    def guess(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
         time, c = self.embedded[step], self.width
         if condition.shape[-1] == c:
             noise, place = self.net.at(x, time, condition)
@@ -146,7 +181,7 @@ class FlowChain(Chain):
         self.std = (2 * (1 - self.at[:-1]) * length).sqrt() * temperature
         self.std[-1] = 0
 
-    def _evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
+    def guess(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
         t = self.at[step]
         return x + (1 - t) * self.velocity(x, t, condition)
 

@@ -88,6 +88,57 @@ class Graph:
         self._replay, self._warm = None, WARM
 
 
+class Rows:
+    """A function of the rows of tensors as graphs, one for each power of two of rows; what is missing is filled up.
+
+    Rows must not know of one another. More of them than `most` go to the function itself.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], capture: Capture = cuda_graph, most: int = 4096):
+        self.function, self.capture, self.most = function, capture, most
+        self._made: dict[int, tuple[list[Tensor], Tensor, Step]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        rows = len(inputs[0])
+        if not 0 < rows <= self.most:
+            return self.function(*inputs)
+        size = 1 << (rows - 1).bit_length()
+        if size not in self._made:
+            self._made[size] = self._captured(size, inputs)
+        given, out, replay = self._made[size]
+        for static, x in zip(given, inputs, strict=True):
+            static[:rows].copy_(x)
+        replay()
+        return out[:rows].clone()
+
+    def _captured(self, size: int, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor, Step]:
+        given = [x.new_zeros(size, *x.shape[1:]) for x in inputs]
+        for static, x in zip(given, inputs, strict=True):
+            static[: len(x)].copy_(x)
+        out = self.function(*given).clone()  # once by the host, before it is captured
+
+        def step() -> None:
+            out.copy_(self.function(*given))
+
+        return given, out, self.capture(step)
+
+
+class RowGraphs:
+    """Such functions by what they compute; of more than `limit` the one that was not used for longest goes."""
+
+    def __init__(self, capture: Capture = cuda_graph, limit: int = 16):
+        self.capture, self.limit = capture, limit
+        self._made: OrderedDict[Hashable, Rows] = OrderedDict()
+
+    def of(self, key: Hashable, function: Callable[..., Tensor]) -> Rows:
+        """The graphs of a function; equal keys mean functions that give the same."""
+        made = self._made.pop(key, None) or Rows(function, self.capture)
+        self._made[key] = made
+        if len(self._made) > self.limit:
+            self._made.popitem(last=False)
+        return made
+
+
 class Kept:
     """Sessions and their graphs, by what they were made for; the one that was not used for longest goes first."""
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from visar.engine.chain import Chain, DiffusionChain
+from visar.engine.graphs import RowGraphs
 from visar.engine.masked_session import MaskedSession
 from visar.errors import VisarError
 from visar.models.diffusion import Schedule
@@ -26,10 +27,12 @@ class MARSession(MaskedSession):
         scale: float = 1.0,
         guidance: str = "linear",
         given: Tensor | None = None,
+        graphs: RowGraphs | None = None,
     ):
         super().__init__(order.to(mar.device), mar.config.token_dim, given)
         if guidance not in ("linear", "constant"):
             raise VisarError(f"The guidance schedule must be linear or constant, not {guidance!r}.")
+        self.graphs = graphs
         self.mar, self.scale, self.linear = mar, float(scale), guidance == "linear"
         with torch.no_grad():
             self.slots = mar.slots(condition.to(mar.device))
@@ -60,5 +63,5 @@ class MARSession(MaskedSession):
     def make_chain(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Chain:
         head = self.mar.diffloss.net
         return DiffusionChain(
-            head, Schedule(steps, latest or self.mar.config.latest), self.dim, temperature, last_noise
+            head, Schedule(steps, latest or self.mar.config.latest), self.dim, temperature, last_noise, self.graphs
         )

@@ -13,7 +13,7 @@ LAWS = 12  # copies of a pass's logits in fp32: both halves, guided, laws of win
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated: what a GPU has left, its allocator's reserve included; what the system could give."""
+    """Bytes that can be allocated: what a GPU has left with its allocator's reserve; what the system could give."""
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from typing_extensions import Self
 
+from visar.engine.graphs import RowGraphs
 from visar.engine.mar_session import MARSession
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
@@ -155,6 +156,13 @@ class MaskedPipeline(ImagePipeline):
             self._draft = draft.to(self.mar.device, self.mar.dtype).eval()
 
     @property
+    def _row_graphs(self) -> RowGraphs | None:
+        """Those of the diffusion head, kept between calls; elsewhere than on CUDA none."""
+        if "_head_graphs" not in vars(self) and self.mar.device.type == "cuda":
+            self._head_graphs = RowGraphs()
+        return vars(self).get("_head_graphs")
+
+    @property
     def fastest_dtype(self) -> torch.dtype:
         """As of other pipelines; on a CPU the diffusion head, which is in float32, takes most of the time."""
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -215,7 +223,7 @@ class MaskedPipeline(ImagePipeline):
         fixed = None if forced is None else forced[order[:, : length - free]]
 
         def session_of(model: MAR) -> MARSession:
-            return MARSession(model, condition, order, scale, schedule, fixed)
+            return MARSession(model, condition, order, scale, schedule, fixed, self._row_graphs)
 
         session = session_of(self.mar)
         if getattr(method, "needs_draft", False):
