@@ -1,11 +1,12 @@
-"""Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011): torch reference and Triton kernel.
+"""Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011): torch, numpy for the CPU, and a Triton kernel.
 
-Counter-based means that a random word is a pure function of (key, counter). Both versions give the same bits, so noise
+Counter-based means that a random word is a pure function of (key, counter). All versions give the same bits, so noise
 made inside a fused kernel equals noise made by the library, and no call order can change a picture.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,34 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox(key: Tensor, counter: Words) -> Words:
-    """Four words of 32 random bits, each int64 in [0, 2**32), for four int64 counter tensors of one shape.
+    """Four words of 32 random bits, each int64 in [0, 2**32), for four int64 counter tensors [...].
 
     `key` [2], int64, holds two words of 32 bits. It is a tensor so that a captured graph can be given another seed.
     """
+    return philox_numpy(key, counter) if counter[0].device.type == "cpu" else philox_torch(key, counter)
+
+
+def philox_numpy(key: Tensor, counter: Words) -> Words:
+    """`philox` on a CPU: a pass asks for few words, and numpy's operations on small arrays are the quicker ones."""
+    c = np.stack(np.broadcast_arrays(*(x.numpy() for x in counter))).view(np.uint64)
+    even, odd = c[::2], c[1::2]
+    ones = (1,) * (c.ndim - 1)
+    k = key.numpy().view(np.uint64).reshape(2, *ones)
+    multipliers, steps = (np.array(x, dtype=np.uint64).reshape(2, *ones) for x in (_MULTIPLIERS, _KEY_STEPS))
+    mask, half = np.uint64(_MASK), np.uint64(32)
+    for _ in range(10):
+        swapped = (even * multipliers)[::-1]
+        even = swapped >> half
+        even ^= odd
+        even ^= k
+        odd = swapped & mask
+        k = (k + steps) & mask
+    c0, c2, c1, c3 = (torch.from_numpy(x.view(np.int64)) for x in (*even, *odd))
+    return c0, c1, c2, c3
+
+
+def philox_torch(key: Tensor, counter: Words) -> Words:
+    """`philox` in torch, on any device."""
     k0, k1 = key.unbind()
     c0, c1, c2, c3 = counter
     for _ in range(10):

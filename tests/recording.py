@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from visar.engine.model_session import ModelSession
-from visar.kernels import law
+from visar.kernels import law, philox
 from visar.kernels.attention import Sight
 
 
@@ -50,6 +50,7 @@ class Recorder:
         monkeypatch.setattr(ModelSession, "visible", lambda s, count: len(s._slot))
         monkeypatch.setattr(Sight, "_sees_all", lambda s, queries, visible: False)
         monkeypatch.setattr(law, "descending", lambda p: p.sort(dim=-1, descending=True).values)
+        monkeypatch.setattr(philox, "philox_numpy", philox.philox_torch)
         self.captures = 0
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:

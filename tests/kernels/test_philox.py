@@ -8,7 +8,7 @@ from compiled import compiled, in_a_process
 from torch import Tensor
 
 from visar.kernels.backend import triton
-from visar.kernels.philox import _fill, philox, philox_triton
+from visar.kernels.philox import _fill, philox, philox_numpy, philox_torch, philox_triton
 
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 
@@ -58,7 +58,10 @@ def test_known_answers(counter: str, key: str, expected: str) -> None:
 @pytest.mark.parametrize("key", KEYS)
 def test_reference_equals_plain_integers(key: tuple[int, int]) -> None:
     c = counters(200)
-    got = torch.stack(philox(torch.tensor(key), tuple(c)))
+    got = torch.stack(philox_torch(torch.tensor(key), tuple(c)))
+    assert torch.equal(torch.stack(philox_numpy(torch.tensor(key), tuple(c))), got)
+    square = torch.stack(philox_numpy(torch.tensor(key), tuple(c.view(4, 10, 20))))
+    assert torch.equal(square.flatten(1), got)
     assert got.T.tolist() == [list(plain(key, tuple(column))) for column in c.T.tolist()]
 
 
@@ -67,7 +70,7 @@ def check_kernel(device: str) -> None:
     for key in torch.tensor(KEYS, device=device):
         c = counters(1000).to(device)
         for shape in ((4, 1000), (4, 25, 40)):
-            expected = torch.stack(philox(key, tuple(c.view(shape))))
+            expected = torch.stack(philox_torch(key, tuple(c.view(shape))))
             got = torch.stack(philox_triton(key, tuple(c.view(shape))))
             assert got.dtype == torch.int64 and torch.equal(got, expected), key
     row, column, one = torch.arange(3, device=device)[:, None], torch.arange(5, device=device), c[0, :1]

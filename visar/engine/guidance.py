@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from visar.kernels.law import guide
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,4 @@ class Guidance:
 
     def combine(self, cond: Tensor, uncond: Tensor, positions: Tensor) -> Tensor:
         """Guided logits [B, W, V] for logits of both halves and the absolute positions [B, W] they predict."""
-        guided = uncond + self.scale * (cond - uncond)
-        if self.interval < 0:
-            return guided
-        return torch.where((positions <= self.interval + 1).unsqueeze(-1), guided, cond)
+        return guide(cond, uncond, self.scale, None if self.interval < 0 else positions <= self.interval + 1)
