@@ -51,7 +51,8 @@ def linear(
         wide = F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST_ROWS - rows))
         y = torch.ops.mkldnn._linear_pointwise(wide, packed, bias, "swish" if silu else "none", [], "")
         return epilogue(y[:rows].view(*x.shape[:-1], -1), False, times, plus)
-    if silu or (times is None and plus is None):
+    other = plus if times is None else times
+    if silu or other is None or other.dtype != x.dtype:
         y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish" if silu else "none", [], "")
         return epilogue(y, False, times, plus)
     if times is not None:

@@ -87,6 +87,15 @@ def test_the_second_copy_goes_with_the_weight() -> None:
     assert len(kernel._packed) == before
 
 
+@needs_onednn
+def test_a_residual_of_another_dtype() -> None:
+    layer, x, other = Linear(8, 4), torch.randn(3, 8), torch.randn(3, 4).bfloat16()
+    with torch.no_grad():
+        for given, wanted in (({"plus": other}, layer(x) + other), ({"times": other}, layer(x) * other)):
+            got = layer(x, **given)  # type: ignore[arg-type]
+            assert got.dtype == torch.float32 and torch.allclose(got, wanted, atol=1e-6)
+
+
 def test_training_uses_the_library() -> None:
     layer, x = Linear(8, 4), torch.randn(3, 8)
     plain = nn.Linear(8, 4)

@@ -33,11 +33,9 @@ def _model_options(p: argparse.ArgumentParser, flag: str = "--model") -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"),
         help="default: bfloat16, or float32 where the processor has none and for a MAR on a CPU",
     )  # fmt: skip
-    # A target of training is never quantised, and of a report --weights is the file of the network that judges.
-    if flag == "--model" and "--weights" not in p._option_string_actions:
+    if flag == "--model":  # what is trained for is never quantised
         p.add_argument(
-            "--weights", choices=("native", "int8", "fp8"), default="native", dest="gpt_weights",
-            help="8 bits make another, smaller model of a GPT (default: native)",
+            "--quantize", choices=("int8", "fp8"), help="weights of a GPT in 8 bits: another, smaller model"
         )  # fmt: skip
 
 

@@ -158,5 +158,5 @@ def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> I
         pipe.load_drafter(drafter)
     pipe = pipe.to(device)
     pipe = pipe.to(getattr(torch, options.dtype) if options.dtype else pipe.fastest_dtype)
-    pipe.quantize(getattr(options, "gpt_weights", "native"))
+    pipe.quantize(getattr(options, "quantize", None) or "native")
     return pipe

@@ -26,4 +26,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        # A drafter in training has weights of more bits than the target's features that it reads.
+        x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

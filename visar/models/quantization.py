@@ -24,6 +24,7 @@ from visar.kernels.linear import epilogue
 from visar.models.llamagen import LlamaGen
 
 WEIGHTS = ("native", "int8", "fp8")
+NOT_SAVED = "A model with 8-bit weights is not saved; save the native one, which is quantised when loaded."
 ROWS = 16  # a hint for oneDNN's layout; any number may follow
 STORED = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
@@ -159,4 +160,4 @@ def weights_of(gpt: nn.Module) -> str:
 
 
 def _not_saved(*_: Any, **__: Any) -> None:
-    raise VisarError("A model with 8-bit weights is not saved; save the native one, which is quantised when loaded.")
+    raise VisarError(NOT_SAVED)

@@ -32,8 +32,8 @@ from visar.host import has_bfloat16
 from visar.models.drafters import KINDS, DraftModel
 from visar.models.llamagen import LlamaGen
 from visar.models.loading import load_part, quiet_conversion
+from visar.models.quantization import NOT_SAVED, quantize, weights_of
 from visar.models.quantization import check as check_weights
-from visar.models.quantization import quantize, weights_of
 from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
 from visar.pipelines.drafters import kind_of, load_drafter
@@ -146,6 +146,8 @@ class ImagePipeline(DiffusionPipeline):
         `dtypes` are those of the files, by part, by default what it has; they may be smaller than it could work in.
         `parts_of` names parts that are those of an embedded model, and are not written again.
         """
+        if isinstance(self.model, LlamaGen) and weights_of(self.gpt) != "native":
+            raise VisarError(NOT_SAVED)
         folder = writable_folder(folder)
         for part, module in self.stored_parts().items():
             if part in parts_of:
