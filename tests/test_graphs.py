@@ -20,7 +20,7 @@ from visar.samplers import CONTINUOUS, SAMPLERS, ContinuousTarget, Target
 
 TARGET = Target(0.9, 40, 0.95)
 CAPTURED = [name for name, spec in SAMPLERS.items() if getattr(spec.make(), "capturable", True)]
-SHORT = ("ar", "jacobi", "scd", "scd-gumbel", "speculative", "eagle2", "hydra")  # the others are much like these
+SHORT = ("ar", "jacobi", "scd", "scd-gumbel", "eagle2")  # the others are much like these
 IMAGES, OTHERS = torch.arange(3), torch.arange(3) + 4
 
 
@@ -53,7 +53,9 @@ def test_a_captured_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("name", ["ar", "scd", "speculative", pytest.param("eagle", marks=pytest.mark.slow), "hydra"])
+@pytest.mark.parametrize(
+    "name", ["ar", *(pytest.param(n, marks=pytest.mark.slow) for n in ("scd", "speculative", "eagle")), "hydra"]
+)
 def test_the_unconditional_half_is_left_when_guidance_is_over(
     name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +157,9 @@ def test_graphs_of_functions_are_bounded() -> None:
     assert graphs.of("a", len) is one and graphs.of("b", max).function is max
 
 
-@pytest.mark.parametrize("name", ["mar", "mar-headspec", "cspd-exact", "mar-disa"])
+@pytest.mark.parametrize(
+    "name", ["mar", "mar-headspec", "cspd-exact", pytest.param("mar-disa", marks=pytest.mark.slow)]
+)
 def test_a_captured_diffusion_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     record = Recorder(monkeypatch)
     images, mar = torch.arange(2), tiny()

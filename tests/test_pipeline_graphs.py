@@ -17,7 +17,7 @@ PROMPTS = ["red heart", "blue star"]
 
 
 @pytest.mark.parametrize(
-    "name", ["ar", "scd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("eagle", "speculative"))]
+    "name", ["scd", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ar", "eagle", "speculative"))]
 )
 def test_calls_of_one_shape_share_a_graph(
     name: str, text_pipe: TextToImagePipeline, drafters: list[Path], monkeypatch: pytest.MonkeyPatch

@@ -157,6 +157,7 @@ def test_kernel_under_the_interpreter(check: Callable[[str], None]) -> None:
         check("cpu")
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("check", [check_extremes, check_forced, check_guidance, check_places])
 def test_kernel_in_blocks_under_the_interpreter(check: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,7 @@ def test_edges_under_the_interpreter() -> None:
     check_edges("cpu")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_widest_window_under_the_interpreter() -> None:
     check_rules("cpu", 1, 128, 5, seed=1, rules=["maximal"])
