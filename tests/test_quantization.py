@@ -55,7 +55,7 @@ def test_product_against_fp64(
     rows: int, width: int, out: int, dtype: torch.dtype, integers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if integers and not multiplies_bytes():
-        pytest.skip("needs AVX512-VNNI")
+        pytest.skip("the product of bytes needs AVX512-VNNI; elsewhere the plain form is all there is")
     monkeypatch.setattr(quantization, "multiplies_bytes", lambda: integers)
     layer = QuantizedLinear(Linear(width, out, bias=False), "int8").to(dtype)
     x, more = torch.randn(2, rows, width, dtype=dtype), torch.randn(2, rows, out, dtype=dtype)

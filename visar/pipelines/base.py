@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +23,7 @@ from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.masked_session import MaskedSession
-from visar.engine.rng import IMAGES, Noise
+from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
@@ -38,6 +37,7 @@ from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
 from visar.pipelines.drafters import kind_of, load_drafter
 from visar.pipelines.preview import CodePreview
+from visar.pipelines.rows import noise_of
 from visar.pipelines.sessions import Call, Sessions
 from visar.samplers import (
     DEFAULT_SAMPLER,
@@ -367,12 +367,6 @@ class ImagePipeline(DiffusionPipeline):
         return self._code_preview
 
 
-def noise_of(keys: Sequence[Hashable], first: int | Sequence[int], seed: int, device: torch.device) -> Noise:
-    """The noise of one row per key, which depends on key and image index alone; `first` as in `image_indices`."""
-    hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=device)
-    return Noise(seed, torch.tensor(image_indices(keys, first), device=device), hashes)
-
-
 def checked_output(output_type: str) -> None:
     """A `VisarError` for a kind of output that there is not."""
     if output_type not in OUTPUT_TYPES:
@@ -387,23 +381,6 @@ def _download(hub_id: str, parts: list[str]) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *(f"{p}/*" for p in parts)]))
     except Exception as error:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
-
-
-def image_indices(keys: Sequence[Hashable], first: int | Sequence[int]) -> list[int]:
-    """One per key: `first`, `first` + 1, ... for each key by itself, or those of `first` if it says all of them."""
-    if isinstance(first, int):
-        seen: dict[Hashable, int] = {}
-        out = []
-        for key in keys:
-            out.append(seen.get(key, first))
-            seen[key] = out[-1] + 1
-    else:
-        out = list(first)
-        if len(out) != len(keys):
-            raise VisarError(f"first_image is one number, or one for each of the {len(keys)} pictures, not {len(out)}.")
-    if min(out) < 0 or max(out) >= IMAGES:
-        raise VisarError(f"Image indices of one prompt go from 0 to {IMAGES - 1}.")
-    return out
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:

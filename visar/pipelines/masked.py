@@ -31,9 +31,10 @@ from visar.models.mar_loading import load_mar
 from visar.models.specs import resolve_model
 from visar.models.t5 import T5CaptionEncoder
 from visar.models.words import WordEncoder
-from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback, checked_output, noise_of
+from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback, checked_output
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.preview import GREY
+from visar.pipelines.rows import noise_of
 from visar.pipelines.text_to_image import TextToImagePipeline
 from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, AnySampler, ContinuousTarget, MaskedSampler, get_sampler
 from visar.stats import MaskedStats
