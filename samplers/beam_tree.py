@@ -15,6 +15,7 @@ from visar.engine.tree import MOST_NODES, Tree
 from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
+from visar.samplers.parameters import option
 from visar.samplers.speculative import Children, drafter_of
 from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, verify_tree
 from visar.samplers.verification import Coins
@@ -45,11 +46,11 @@ class BeamTree:
     arXiv:2402.14160); `nodes` is 0. Both are exact, each with a rule of its own.
     """
 
-    beam: int = 10
-    depth: int = 5
-    nodes: int = 58
-    children: Children = "chosen"
-    drafter: str = "eagle"
+    beam: int = option(10, "nodes that are extended in each level", 1, 15)
+    depth: int = option(5, "levels of the tree", 1, 10)
+    nodes: int = option(58, "drafts that are tested in a pass; 0 for all of drawn children", 0, 62)
+    children: Children = option("chosen", "how the drafts below a node are chosen", fixed=True)
+    drafter: str = option("eagle", "the kind of drafter", fixed=True)
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

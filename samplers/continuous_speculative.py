@@ -22,6 +22,7 @@ from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced, residual
 from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, checked_latest, residual_trials
+from visar.samplers.parameters import option
 
 TRIALS = 64
 
@@ -50,13 +51,13 @@ class ContinuousSpeculative:
     is that of `mar` with as many passes as tokens and `last_noise`.
     """
 
-    gamma: int = 8
-    head_steps: int = 100
-    latest: int = 0
-    prefill: float = 0.05
-    factor: bool = True
-    nested: bool = False
-    truncate: bool = True
+    gamma: int = option(8, "tokens that the draft model draws before a test", 1, 64)
+    head_steps: int = option(100, "steps of the diffusion head", 2, 1000)
+    latest: int = option(0, "the noisiest training step that is used; 0 for the model's own", 0, 999)
+    prefill: float = option(0.05, "the share of tokens that the target draws alone first", 0, 1)
+    factor: bool = option(True, "multiply ratios as published, which is not exact", fixed=True)
+    nested: bool = option(False, "judge each draft with those before it in sight", fixed=True)
+    truncate: bool = option(True, "end at the first rejection", fixed=True)
     window: ClassVar[int] = 2**16
     needs_draft: ClassVar[bool] = True
 

@@ -14,6 +14,7 @@ from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
+from visar.samplers.parameters import option
 from visar.samplers.speculative import Speculative
 from visar.samplers.verification import Coins, Verdict, draw, keeps, replaced
 
@@ -30,8 +31,8 @@ class DynamicSpeculative(Speculative):
     whether one more draft is drawn depends on what came before it. The host waits for the device after every draft.
     """
 
-    gamma: int = 8
-    stop: float = 0.5
+    gamma: int = option(8, "drafts in the longest chain", 1, 16)
+    stop: float = option(0.5, "a chain ends where a rejection is more likely than this", 0.01, 0.99)
     capturable: ClassVar[bool] = False  # how long a chain gets is decided by the host
 
     @property

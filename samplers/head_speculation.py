@@ -19,6 +19,7 @@ from visar.engine.masked_session import MaskedSession
 from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced
 from visar.samplers.masked import MaskedAutoregressive, NoiseBank, residual_trials
+from visar.samplers.parameters import option
 
 TRIALS = 32  # drawn at once
 
@@ -31,8 +32,8 @@ class HeadSpeculation(MaskedAutoregressive):
     one call to the next; without, it always is `draft`.
     """
 
-    draft: int = 8
-    adaptive: bool = True
+    draft: int = option(8, "head steps in one call of the network, at most", 1, 64)
+    adaptive: bool = option(True, "let the number follow what was accepted")
     name: ClassVar[str] = "mar-headspec"
 
     def __post_init__(self) -> None:

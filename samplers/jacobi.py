@@ -14,6 +14,7 @@ from visar.errors import VisarError
 from visar.kernels.noise import Race
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
+from visar.samplers.parameters import option
 from visar.samplers.verification import (
     Coins,
     Verdict,
@@ -44,10 +45,10 @@ class SpeculativeJacobi:
     needs `grid`, the cells in a row of the picture, which the pipelines fill in. All of them are exact.
     """
 
-    window: int = 16
-    coupling: Coupling = "independent"
-    init: Init = "uniform"
-    grid: int = 0
+    window: int = option(16, "inputs of a pass, of which all but one are drafts", 2, 64)
+    coupling: Coupling = option("independent", "how drafts behind a rejection follow what they were", fixed=True)
+    init: Init = option("uniform", "what is drafted for a position that enters the window")
+    grid: int = option(0, "cells in a row of the picture; the pipeline knows it", 0, fixed=True)
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -129,7 +130,7 @@ class Jacobi:
     It gives the picture that greedy AR decoding gives, whatever the temperature; it does not sample.
     """
 
-    window: int = 16
+    window: int = option(16, "inputs of a pass, of which all but one are drafts", 2, 64)
     name: ClassVar[str] = "jacobi"
     exact: ClassVar[bool] = False  # not a law of sampling; `SAMPLERS` says in what sense it is
 

@@ -18,6 +18,7 @@ from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
 from visar.samplers.gaussian import Trials
+from visar.samplers.parameters import option
 
 
 @dataclass(frozen=True)
@@ -142,11 +143,11 @@ class MaskedAutoregressive:
     `last_noise` keeps the noise of the last head step.
     """
 
-    steps: int = 64
-    head_steps: int = 100
-    last_head_steps: int = 0
-    latest: int = 0
-    last_noise: bool = False
+    steps: int = option(64, "passes of the model, at most one per token", 1, 256)
+    head_steps: int = option(100, "steps of the diffusion head in a pass", 2, 1000)
+    last_head_steps: int = option(0, "steps that the head falls to over the passes; 0 for as many in all", 0, 1000)
+    latest: int = option(0, "the noisiest training step that is used; 0 for the model's own", 0, 999)
+    last_noise: bool = option(False, "keep the noise of the last head step")
     name: ClassVar[str] = "mar"
     window: ClassVar[int] = 2**16  # no bound on the tokens of a pass
 

@@ -20,6 +20,7 @@ from visar.samplers.base import State
 from visar.samplers.beam_tree import BeamTree
 from visar.samplers.jacobi import SpeculativeJacobi
 from visar.samplers.neighbours import neighbours
+from visar.samplers.parameters import option
 from visar.samplers.speculative import Speculative, TreeSpeculative
 from visar.samplers.tree_verification import ChildRule, at
 from visar.samplers.verification import Coins, Verdict, replaced
@@ -83,8 +84,8 @@ class Lantern(BeamTree):
     the picture.
     """
 
-    k: int = 1000
-    delta: float = 0.1
+    k: int = option(1000, "codes nearest to a draft that are pooled with it", 1, 16384)
+    delta: float = option(0.1, "the most that one test moves the law of one draft", 0.01, 0.99)
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -105,8 +106,8 @@ class Lantern(BeamTree):
 class LanternPlusPlus(TreeSpeculative):
     """LANTERN++ (Park et al. 2025, arXiv:2502.06352): a static tree, and up to `lam` times a child's own mass."""
 
-    k: int = 10
-    lam: float = 2.0
+    k: int = option(10, "codes nearest to a draft that are pooled with it", 1, 1000)
+    lam: float = option(2.0, "how many times its own mass a draft may have; 1 is exact", 1, 10)
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -132,10 +133,10 @@ class CoolSD(Speculative):
     w_i = max(1, `omega` exp(-`nu` i)), so that early drafts are relaxed most. The residual stays (p - q)+.
     """
 
-    gamma: int = 5
-    drafter: str = "eagle"
-    omega: float = 1.1
-    nu: float = 0.7
+    gamma: int = option(5, "drafts in a chain", 1, 16)
+    drafter: str = option("eagle", "the kind of drafter", fixed=True)
+    omega: float = option(1.1, "how far the first draft is relaxed; 1 is exact", 1, 10)
+    nu: float = option(0.7, "how fast later drafts are relaxed less", 0, 10)
     exact: ClassVar[bool] = False
 
     @property
@@ -167,8 +168,8 @@ class GroupedJacobi(SpeculativeJacobi):
     differs by `gap` or more. A draft that p gives no probability is not accepted, unlike in the released code.
     """
 
-    group: int = 14
-    gap: float = 0.15
+    group: int = option(14, "tokens that are tested together with a draft; 1 is exact", 1, 128)
+    gap: float = option(0.15, "the most that their probabilities may differ", 0.01, 1)
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

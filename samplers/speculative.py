@@ -16,6 +16,7 @@ from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
+from visar.samplers.parameters import option
 from visar.samplers.tree_verification import (
     ChildRule,
     Chosen,
@@ -47,9 +48,9 @@ class Speculative:
     the chain as a whole, and keeps at least as much of it. Both are exact.
     """
 
-    gamma: int = 4
-    verification: Verification = "token"
-    drafter: str = "model"
+    gamma: int = option(4, "drafts in a chain", 1, 16)
+    verification: Verification = option("token", "whether drafts are tested one by one or as a block", fixed=True)
+    drafter: str = option("model", "the kind of drafter", fixed=True)
     exact: ClassVar[bool] = True
 
     @property
@@ -119,9 +120,9 @@ class TreeSpeculative:
     its own.
     """
 
-    tree: str = "mc25"
-    children: Children = "drawn"
-    drafter: str = "eagle"
+    tree: str = option("mc25", "its shape: mc25, ext57, or children per depth as in 4x2x1")
+    children: Children = option("drawn", "how the drafts below a node are chosen", fixed=True)
+    drafter: str = option("eagle", "the kind of drafter", fixed=True)
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
+from visar.samplers.parameters import option
 from visar.samplers.verification import draw
 
 
@@ -33,8 +34,8 @@ class ZipAR:
     in the cache when the true one comes. With `ahead` as large as the `grid` this is plain decoding.
     """
 
-    ahead: int = 8
-    grid: int = 0
+    ahead: int = option(8, "tokens that the row above is ahead", 1, 64)
+    grid: int = option(0, "cells in a row of the picture; the pipeline knows it", 0, fixed=True)
     name: ClassVar[str] = "zipar"
     exact: ClassVar[bool] = False
     capturable: ClassVar[bool] = False  # the host keeps its schedule

@@ -112,7 +112,8 @@ def models(commands: Commands) -> None:
 
 
 def samplers(commands: Commands) -> None:
-    p = commands.add_parser("samplers", help="list the samplers")
+    p = commands.add_parser("samplers", help="list the samplers, or the parameters of one")
+    p.add_argument("name", nargs="?", metavar="NAME", help="say what the parameters of this one are")
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_runner("tables", "samplers"))
 

@@ -37,6 +37,8 @@ def models(options: argparse.Namespace) -> int:
 
 
 def samplers(options: argparse.Namespace) -> int:
+    if options.name is not None:
+        return _parameters(options)
     from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, SAMPLERS
 
     rows: list[dict[str, Any]] = [
@@ -56,4 +58,23 @@ def samplers(options: argparse.Namespace) -> int:
                 for r in rows
             ],
         ))  # fmt: skip
+    return 0
+
+
+def _parameters(options: argparse.Namespace) -> int:
+    """Those of one sampler that `--set` may give."""
+    from visar.samplers import spec_of
+    from visar.samplers.parameters import parameters_of
+
+    spec = spec_of(options.name)
+    found = [p for p in parameters_of(spec.make()).values() if not p.fixed]
+    if options.json:
+        each = [{"name": p.name, "default": p.default, "range": p.range, "help": p.help} for p in found]
+        print(json.dumps({"name": spec.name, "law": spec.law, "paper": spec.paper, "parameters": each}, indent=2))
+        return 0
+    print(f"{spec.name}: {spec.paper}; {spec.law}")
+    if found:
+        print(
+            table(("PARAMETER", "DEFAULT", "RANGE", "MEANING"), [(p.name, p.default, p.range, p.help) for p in found])
+        )
     return 0
