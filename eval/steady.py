@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from visar.engine.graphs import Graph
-from visar.engine.loop import decode, synchronize
+from visar.engine.loop import Snapshot, decode, synchronize
 from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.errors import VisarError
@@ -64,9 +63,10 @@ def steady(
     start = end = 0.0
     tracing: AbstractContextManager[Any] = nullcontext()
 
-    def tell(done: int, tokens: Tensor, lengths: Tensor) -> None:
+    def tell(now: Snapshot) -> None:
         nonlocal start, end, tracing
-        lengths.copy_(torch.where(lengths > last, middle, lengths))
+        done = now.passes
+        now.lengths.copy_(torch.where(now.lengths > last, middle, now.lengths))
         if done == warm:
             synchronize(session.device)
             start = time.perf_counter()

@@ -151,6 +151,16 @@ def test_a_callback_sees_places_fill(pipe: Any) -> None:
     assert not (last == 128).all(-1).all()
 
 
+def test_what_was_given_is_decided_from_the_first_pass(pipe: Any) -> None:
+    seen: list[Any] = []
+    forced = torch.full((GRID**2, pipe.mar.config.token_dim), float("nan"))
+    forced[:3] = 0.5
+    pipe("red heart", sampler=MaskedAutoregressive(**FAST), forced_tokens=forced, callback=seen.append)
+    assert seen[0].decided[0, :3].all() and (seen[0].commit_pass[0, :3] == -1).all()
+    assert [int(p.decided.sum()) for p in seen] == [int(p.lengths) for p in seen]
+    assert not (seen[0].preview()[0].flatten(0, 1)[:3] == 128).all(-1).any()
+
+
 def test_bfloat16_keeps_the_head_in_float32_and_float16_is_refused(pipe: Any) -> None:
     pipe.to(torch.bfloat16)
     assert pipe.mar.dtype == torch.bfloat16 and pipe.mar.diffloss.net.input_proj.weight.dtype == torch.float32

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from conftest import GRID
 
 from visar.errors import VisarError
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
-from visar.pipelines.base import Progress
+from visar.pipelines.progress import Progress
 from visar.samplers import (
     SAMPLERS,
     Autoregressive,
@@ -132,12 +134,51 @@ def test_callback(text_pipe: TextToImagePipeline) -> None:
         for row, n in enumerate(progress.lengths.tolist()):
             assert torch.equal(progress.tokens[row, :n], out.tokens[row, :n])
             assert (flat[row, n:] == 128).all() and not (flat[row, :n] == 128).all()
+            assert torch.equal(progress.decided[row], torch.arange(TOKENS) < n)
+            assert torch.equal(progress.commit_pass[row, :n], out.commit_pass[row, :n])
+    assert [p.seconds for p in seen] == sorted(p.seconds for p in seen)
+    assert 0 < seen[0].seconds and seen[-1].seconds <= out.stats.seconds
+
+
+def test_pictures_on_the_way(text_pipe: TextToImagePipeline) -> None:
+    """In full size: grey where nothing is decided, the picture itself at the end, and nothing of the drafts."""
+    seen: list[Progress] = []
+    out = text_pipe(["red heart", "cat"], window=4, callback=seen.append)
+    assert isinstance(out.images, list)
+    half = seen[len(seen) // 2]
+    for row, picture in enumerate(half.pictures()):
+        assert picture.size == out.images[row].size
+        cells = torch.from_numpy(np.array(picture)).unfold(0, 2, 2).unfold(1, 2, 2).flatten(0, 1)
+        grey = (cells == 128).flatten(1).all(1)
+        assert torch.equal(grey, ~half.decided[row])
+    drafts = torch.where(half.decided, half.tokens, (half.tokens + 1) % 24)
+    others = replace(half, tokens=drafts).pictures()
+    for a, b in zip(half.pictures(), others, strict=True):
+        assert a.tobytes() == b.tobytes()
+    for a, b in zip(seen[-1].pictures(), out.images, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_a_callback_costs_no_decoding_time_and_may_stop_it(text_pipe: TextToImagePipeline) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.passes == 3:
+            raise Enough
+
+    out = text_pipe("cat", sampler="ar", callback=lambda progress: time.sleep(0.02))
+    assert out.stats.seconds < 0.02 * TOKENS
+    with pytest.raises(Enough):
+        text_pipe("cat", sampler="ar", callback=stop)
+    again = text_pipe("cat", sampler="ar")
+    assert torch.equal(again.tokens, out.tokens)
 
 
 def test_preview_colours_are_near_the_picture(text_pipe: TextToImagePipeline) -> None:
     """A picture of one code only, against its colour in the preview."""
     ids = torch.arange(24)[:, None].expand(-1, TOKENS)
-    colours = text_pipe._preview()(ids, torch.full((24,), TOKENS), GRID)[:, 0, 0].float() / 255
+    colours = text_pipe.glimpse(ids)[:, :, 0, 0]
     mean = text_pipe.decode_tokens(ids).mean((2, 3))
     assert (colours - mean).abs().mean() < 0.5 * (mean - mean.mean(0)).abs().mean() + 0.02
 

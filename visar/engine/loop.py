@@ -19,14 +19,25 @@ if TYPE_CHECKING:
     from visar.samplers.distribution import Target
     from visar.samplers.masked import ContinuousTarget, MaskedState
 
-# (passes so far, tokens [B, N, ...] with drafts behind the committed ones, committed lengths [B])
-Callback = Callable[[int, Tensor, Tensor], None]
+
+class Snapshot(NamedTuple):
+    """How far a decoding is: `passes` run in `seconds`; `tokens` [B, N, ...], drafts among them; `commit_pass` [B, N],
+    -1 where nothing is committed; `lengths` [B] committed. The tensors are those at work, and change."""
+
+    passes: int
+    seconds: float
+    tokens: Tensor
+    commit_pass: Tensor
+    lengths: Tensor
+
+
+Callback = Callable[[Snapshot], None]
 
 
 class Decoded(NamedTuple):
     """`tokens` [B, N], of masked models [B, N, d]; `commit_pass` [B, N], the pass that committed each; `passes` run;
-    `seconds` they took; of those, `capture_seconds` that went into making a CUDA graph; `bytes_read` of cache by the
-    model and of cache and weights by a drafter, by count; `replays`, the passes that a graph took."""
+    `seconds` they took, without callbacks; of those, `capture_seconds` that went into making a CUDA graph; `bytes_read`
+    of cache by the model and of cache and weights by a drafter, by count; `replays`, the passes that a graph took."""
 
     tokens: Tensor
     commit_pass: Tensor
@@ -71,7 +82,7 @@ def decode(
     def step() -> None:
         sampler.step(session, state)
 
-    passes = 0
+    passes, told = 0, 0.0
     while True:
         if graph is None:
             step()
@@ -79,7 +90,7 @@ def decode(
             graph.step(step, lambda: _bytes_read(session))
         passes += 1
         if callback is not None and passes % every == 0:
-            callback(passes, state.tokens[:, : session.length], session.lengths)
+            told += _tell(callback, session, state, passes, start + told)
         ending = passes >= fewest and (passes - fewest) % every == 0
         if ending or (session.watched and passes % every == 0):
             least = int(session.lengths.min())
@@ -88,7 +99,7 @@ def decode(
             if isinstance(session, Session) and session.watched and session.reached(least) and graph is not None:
                 graph.forget()
     synchronize(session.device)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start - told
     session.check()
     if session.drafter is not None:
         session.drafter.check()
@@ -96,6 +107,16 @@ def decode(
     tokens, commit_pass = state.tokens[:, :length].clone(), state.commit_pass[:, :length].clone()
     captured, replays, uncounted = (0.0, 0, 0) if graph is None else (graph.seconds, graph.replays, graph.uncounted)
     return Decoded(tokens, commit_pass, passes, seconds, captured, _bytes_read(session) + uncounted, replays)
+
+
+def _tell(
+    callback: Callback, session: Session | MaskedSession, state: State | MaskedState, passes: int, start: float
+) -> float:
+    """Call it, once the device is done; the seconds that it took."""
+    synchronize(session.device)
+    now, length = time.perf_counter(), session.length
+    callback(Snapshot(passes, now - start, state.tokens[:, :length], state.commit_pass[:, :length], session.lengths))
+    return time.perf_counter() - now
 
 
 def _bytes_read(session: Session | MaskedSession) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
-from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
-from visar.engine.loop import Decoded, decode
+from visar.engine.loop import Decoded, Snapshot, decode
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
 from visar.engine.session import Session
@@ -37,6 +36,7 @@ from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
 from visar.pipelines.drafters import kind_of, load_drafter
 from visar.pipelines.preview import CodePreview
+from visar.pipelines.progress import Progress, StepCallback, to_pil
 from visar.pipelines.rows import noise_of
 from visar.pipelines.sessions import Call, Sessions
 from visar.samplers import (
@@ -52,23 +52,6 @@ from visar.samplers import (
 from visar.stats import DecodeStats
 
 OUTPUT_TYPES = ("pil", "pt", "tokens")
-
-
-@dataclass
-class Progress:
-    """What a step callback is told: `tokens` [B, N], of which row b has committed the first `lengths[b]`.
-
-    Of a masked model `tokens` are [B, N, d] and `lengths` how many are decided, wherever they lie. `preview()` gives
-    small RGB pictures, uint8 [B, grid, grid, 3], one pixel per token, undecided cells grey.
-    """
-
-    passes: int
-    tokens: Tensor
-    lengths: Tensor
-    preview: Callable[[], Tensor]
-
-
-StepCallback = Callable[[Progress], None]
 
 
 @dataclass
@@ -228,8 +211,7 @@ class ImagePipeline(DiffusionPipeline):
         noise = noise_of(keys, first_image, seed, self.gpt.device)
         session, result = self._sessions.run(
             call, lambda session, graph: self._decoded(
-                session, method, target, noise, callback,
-                lambda tokens, lengths: self._preview()(tokens, lengths, self.grid), every, graph,
+                session, method, target, noise, callback, None, every, graph
             ),
         )  # fmt: skip
         images = self._pictures(result.tokens, output_type)
@@ -276,17 +258,16 @@ class ImagePipeline(DiffusionPipeline):
         target: Target | ContinuousTarget,
         noise: Noise,
         callback: StepCallback | None,
-        preview: Callable[[Tensor, Tensor], Tensor],
+        given: Tensor | None,
         every: int | None,
         graph: Graph | None = None,
     ) -> Decoded:
-        """Run the sampler under the progress bar; `preview` draws tokens of which so many are decided."""
+        """Run the sampler under the progress bar; `given` [N] marks tokens that no pass commits."""
 
-        def tell(passes: int, tokens: Tensor, lengths: Tensor) -> None:
-            bar.update(int(lengths.sum()) - bar.n)
+        def tell(now: Snapshot) -> None:
+            bar.update(int(now.lengths.sum()) - bar.n)
             if callback is not None:
-                now, done = tokens.clone(), lengths.clone()  # what a callback keeps does not change under it
-                callback(Progress(passes, now, done, lambda: preview(now, done)))
+                callback(Progress.of(now, given, self.glimpse, self.decode_tokens))
 
         quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
         with self.progress_bar(total=session.batch * session.length) as bar:
@@ -361,10 +342,11 @@ class ImagePipeline(DiffusionPipeline):
             self._kept_sessions = Sessions()
         return self._kept_sessions
 
-    def _preview(self) -> CodePreview:
+    def glimpse(self, tokens: Tensor) -> Tensor:
+        """One colour per token, [B, 3, grid, grid] in [0, 1], for tokens [B, grid**2]; cheaper than the pictures."""
         if not hasattr(self, "_code_preview"):
             self._code_preview = CodePreview.fit(self.vq)
-        return self._code_preview
+        return self._code_preview(tokens, self.grid)
 
 
 def checked_output(output_type: str) -> None:
@@ -381,9 +363,3 @@ def _download(hub_id: str, parts: list[str]) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *(f"{p}/*" for p in parts)]))
     except Exception as error:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
-
-
-def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """PIL pictures of [B, 3, H, W] in [0, 1]; rounded to the nearest of 256 levels."""
-    array = rearrange((pixels * 255).round().to(torch.uint8).cpu(), "b c h w -> b h w c").numpy()
-    return [Image.fromarray(a) for a in array]

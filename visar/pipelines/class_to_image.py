@@ -15,7 +15,8 @@ from visar.models.llamagen import LlamaGen
 from visar.models.loading import load_gpt, load_vq
 from visar.models.specs import MAR_MODELS, MODELS, match_mar
 from visar.models.vq import VQModel
-from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback
+from visar.pipelines.base import ImageOutput, ImagePipeline
+from visar.pipelines.progress import StepCallback
 from visar.pipelines.text_to_image import _grid
 from visar.samplers import AnySampler
 

@@ -31,9 +31,9 @@ from visar.models.mar_loading import load_mar
 from visar.models.specs import resolve_model
 from visar.models.t5 import T5CaptionEncoder
 from visar.models.words import WordEncoder
-from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback, checked_output
+from visar.pipelines.base import ImageOutput, ImagePipeline, checked_output
 from visar.pipelines.class_to_image import ClassToImagePipeline
-from visar.pipelines.preview import GREY
+from visar.pipelines.progress import StepCallback
 from visar.pipelines.rows import noise_of
 from visar.pipelines.text_to_image import TextToImagePipeline
 from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, AnySampler, ContinuousTarget, MaskedSampler, get_sampler
@@ -237,7 +237,7 @@ class MaskedPipeline(ImagePipeline):
             target,
             noise,
             callback,
-            lambda tokens, lengths: self._shown(tokens, lengths, order),
+            None if forced is None else forced.isfinite().all(-1),
             every=1,
         )
         if not bool(result.tokens.isfinite().all()):
@@ -289,12 +289,8 @@ class MaskedPipeline(ImagePipeline):
             raise VisarError("forced_tokens gives every token: there is nothing to draw.")
         return tokens.to(self.mar.device)
 
-    def _shown(self, tokens: Tensor, lengths: Tensor, order: Tensor) -> Tensor:
-        """uint8 [B, grid, grid, 3]: a pixel per token, grey where undecided."""
-        small = F.adaptive_avg_pool2d(self.decode_tokens(tokens), self.grid)
-        decided = order.argsort(1) < lengths[:, None]
-        shown = torch.where(decided.unflatten(1, (1, self.grid, self.grid)), small, torch.full_like(small, GREY))
-        return (shown * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    def glimpse(self, tokens: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.decode_tokens(tokens), self.grid)
 
 
 def _bytes_read(session: MaskedSession) -> int:

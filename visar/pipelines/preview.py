@@ -1,4 +1,4 @@
-"""A cheap look at tokens while they are decoded: one colour per code, without the picture decoder."""
+"""A cheap look at tokens: one colour per code, without the picture decoder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from visar.models.vq import VQModel
-
-GREY = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,7 @@ class CodePreview:
         solution = torch.linalg.solve(a.T @ a + 1e-3 * torch.eye(a.shape[1], device=a.device), a.T @ seen)
         return CodePreview((terms(codes) @ solution).clamp(0, 1))
 
-    def __call__(self, tokens: Tensor, lengths: Tensor, grid: int) -> Tensor:
-        """uint8 [B, grid, grid, 3] for tokens [B, grid**2], of which row b has decided the first `lengths[b]`."""
+    def __call__(self, tokens: Tensor, grid: int) -> Tensor:
+        """RGB in [0, 1], [B, 3, grid, grid], for tokens [B, grid**2]."""
         colours = F.embedding(tokens, self.colours.to(tokens.device))
-        decided = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        colours = torch.where(decided[..., None], colours, torch.full_like(colours, GREY))
-        return (colours * 255).round().to(torch.uint8).unflatten(1, (grid, grid))
+        return rearrange(colours, "b (h w) c -> b c h w", h=grid)

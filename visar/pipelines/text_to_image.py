@@ -16,7 +16,8 @@ from visar.models.specs import MODELS
 from visar.models.t5 import T5CaptionEncoder
 from visar.models.vq import VQModel
 from visar.models.words import WordEncoder
-from visar.pipelines.base import ImageOutput, ImagePipeline, StepCallback
+from visar.pipelines.base import ImageOutput, ImagePipeline
+from visar.pipelines.progress import StepCallback
 from visar.samplers import AnySampler
 
 
