@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from visar.errors import VisarError
+from visar.figures import new_figure, require_matplotlib, saving
 from visar.files import replacing, writable_folder
 
 
@@ -27,15 +28,13 @@ def draw(points: Sequence[Point], file: str | Path, *, x: str, y: str, floor: fl
     `floor` is where an exact sampler lies.
     """
     check(file)
-    import matplotlib
+    from matplotlib import colormaps
 
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "visar"  # the same figures give the same file
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5, f"{y} against {x}")
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
     families = list(dict.fromkeys(p.family for p in points))
-    colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for i, family in enumerate(families):
         own = [p for p in points if p.family == family]
         axes.errorbar(
@@ -51,17 +50,13 @@ def draw(points: Sequence[Point], file: str | Path, *, x: str, y: str, floor: fl
     axes.grid(alpha=0.25)
     if len(points) > len(families):
         axes.legend(fontsize=7)
-    with replacing(file) as temporary:
+    with replacing(file) as temporary, saving():
         figure.savefig(temporary, format=Path(file).suffix.lstrip("."), metadata=_nameless(file))
-    pyplot.close(figure)
 
 
 def check(file: str | Path) -> None:
     """Raise `VisarError` where no plot can be written to `file`; for asking before hours of measuring."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise VisarError("Plots need the extra `eval`: uv sync --extra eval, or pip install 'visar[eval]'.") from error
+    require_matplotlib()
     suffix = Path(file).suffix
     if suffix not in (".svg", ".png", ".pdf"):
         raise VisarError(f"A plot is a .svg, .png or .pdf file, not a {suffix or 'nameless'} file.")

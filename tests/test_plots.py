@@ -37,5 +37,5 @@ def test_files_that_are_no_plots(tmp_path: Path) -> None:
 
 def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(VisarError, match="Plots need the extra `eval`"):
+    with pytest.raises(VisarError, match="Plots need matplotlib, of the extras"):
         draw(POINTS, tmp_path / "a.svg", x="x", y="y")

@@ -1,39 +1,32 @@
 """Plots of decodings: where passes kept many tokens, how fast tokens come, and samplers beside one another.
 
-Each function makes a matplotlib figure that belongs to nobody (no pyplot, no window), so that several threads may draw
-at once; `to_svg` turns it into text for a page. Colours are told apart by colour-blind people too, and hatches and
-line styles say the same again.
+Each function makes a matplotlib figure without pyplot, that shows itself in a notebook; `to_svg` turns it into text for
+a page. Colours are told apart by colour-blind people too, and hatches and line styles say the same again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import html
-import io
 import math
-import re
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from typing_extensions import Self
 
 from visar.errors import VisarError
+from visar.figures import GREY, new_figure, quiet, to_svg
 from visar.stats import DecodeStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY = "#767676"  # text that is legible on white and on black
+__all__ = ["Curve", "commit_curve", "compare", "heat_map", "to_svg", "tokens_per_pass"]
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 LINES = ("-", "--", "-.", ":")
 FEW = 16  # so many integers have a colour of their own
-
-_saving = threading.Lock()  # matplotlib's settings are those of the whole process
 
 
 @dataclass(frozen=True)
@@ -167,7 +160,7 @@ def commit_curve(curves: Sequence[Curve], length: int, *, stacked: bool = False)
         if curve.seconds is not None:
             panels[1].plot(curve.seconds, curve.tokens, **style)
     for axes, unit in zip(panels, ("passes", "seconds"), strict=False):
-        _quiet(axes)
+        quiet(axes)
         axes.set_xlabel(unit)
         axes.set_xlim(left=0)
         axes.set_ylim(0, length * 1.03)
@@ -198,15 +191,15 @@ def compare(runs: Sequence[DecodeStats] | Mapping[str, Any]) -> Figure:
     figure = new_figure(7.2, 1.25 + 0.3 * len(rows), "Passes and milliseconds per pass of samplers")
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, place, unit, form in ((panels[0], 2, "passes (NFE)", ".4g"), (panels[1], 3, "ms per pass", ".2f")):
+    for axes, place, unit, form in ((panels[0], 2, "passes (NFE)", ".1f"), (panels[1], 3, "ms per pass", ".2f")):
         values = [float(row[place]) for row in rows]
         bars = axes.barh(range(len(rows)), values, height=0.62, color=[COLOURS[0 if row[1] else 1] for row in rows])
         for bar, row in zip(bars, rows, strict=True):
             if not row[1]:
                 bar.set_hatch("////")
                 bar.set_edgecolor("white")
-        axes.bar_label(bars, [format(v, form) for v in values], padding=3, fontsize=8, color=GREY)
-        _quiet(axes)
+        axes.bar_label(bars, [format(v, form).removesuffix(".0") for v in values], padding=3, fontsize=8, color=GREY)
+        quiet(axes)
         axes.grid(False)
         axes.set_xlabel(unit)
         axes.set_xlim(0, max(values) * 1.18)  # room for the figures
@@ -214,43 +207,6 @@ def compare(runs: Sequence[DecodeStats] | Mapping[str, Any]) -> Figure:
     panels[0].invert_yaxis()
     _laws_legend(figure, {row[1] for row in rows})
     figure.suptitle(f"one run, this machine ({'; '.join(where)})", fontsize=9, color=GREY)
-    return figure
-
-
-def to_svg(figure: Figure) -> str:
-    """An inline `<svg>` as wide as there is room for: transparent, its text is text, and it loads nothing.
-
-    The same figure gives the same text; ids of different figures on a page differ.
-    """
-    import matplotlib
-
-    buffer = io.StringIO()
-    nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with _saving, matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "visar"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nameless)
-    body = buffer.getvalue().partition("<svg")[2]
-    head, _, body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.S).partition(">")
-    mark = f"v{hashlib.sha256(body.encode()).hexdigest()[:10]}-"
-    body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{mark}", body)
-    head = re.sub(r'\s(width|height)="[\d.]+pt"', "", head)
-    width = figure.get_figwidth() * 96  # CSS pixels of an inch
-    label = html.escape(str(figure.get_label()))
-    return f'<svg role="img" aria-label="{label}" style="width:100%;max-width:{width:.0f}px;height:auto"{head}>{body}'
-
-
-def new_figure(width: float, height: float, label: str) -> Figure:
-    """An empty figure of so many inches that shows itself in a notebook; `label` says to a screen reader what it is.
-
-    Raises `VisarError` where matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise VisarError(
-            "Plots need matplotlib, of the extras `demo` and `eval`: pip install 'visar[demo]' or 'visar[eval]'."
-        ) from error
-    figure = Figure(figsize=(width, height), dpi=144, label=label)
-    vars(figure)["_repr_html_"] = partial(to_svg, figure)  # matplotlib's own shows nothing without pyplot
     return figure
 
 
@@ -286,17 +242,6 @@ def _hatch(axes: Axes, cells: np.ndarray, name: str) -> None:
     style: dict[str, Any] = {"facecolor": "none", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
     axes.add_patch(PathPatch(Path.make_compound_path(*squares), **style))
     axes.legend(handles=[Patch(label=name, **style)], loc="lower right", fontsize=8)
-
-
-def _quiet(axes: Axes) -> None:
-    """Grey text and lines without a frame."""
-    axes.patch.set_alpha(0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(color=GREY, labelcolor=GREY, labelsize=8)
-    axes.xaxis.label.set_color(GREY)
-    axes.yaxis.label.set_color(GREY)
-    axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
 
 
 def _laws_legend(figure: Figure, laws: set[bool]) -> None:
