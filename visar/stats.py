@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DecodeStats:
     """Figures of one batch.
 
@@ -52,8 +54,37 @@ class DecodeStats:
             f"{self.commits_per_pass:.2f} tokens/pass, {self.ms_per_pass:.2f} ms/pass, {self.seconds:.2f} s"
         )
 
+    def __repr__(self) -> str:
+        return str(self)  # a notebook shows it; `to_dict` has everything
 
-@dataclass(frozen=True)
+    def _rows(self) -> list[tuple[str, str]]:
+        """What a notebook's table says: names and values."""
+        if self.exact:
+            law = "exact: pictures have the law of the model's own"
+        else:
+            law = "relaxed: pictures have another law than the model's own" if self.law == "relaxed" else self.law
+        return [
+            ("sampler", f"{self.sampler} {_listed(self.parameters)}".strip()),
+            ("law", law),
+            ("passes (NFE)", f"{self.nfe} for {self.images} x {self.tokens} tokens"),
+            ("tokens per pass", f"{self.commits_per_pass:.2f}"),
+            ("a pass", f"{self.ms_per_pass:.2f} ms"),
+            ("decoding", f"{self.seconds:.2f} s"),
+            ("settings", _listed({"seed": self.seed, **self.settings})),
+        ]
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks, light or dark."""
+        cell = "text-align:left;vertical-align:top;padding:2px 12px 2px 0;background:none;border:0"
+        rows = "".join(
+            f'<tr style="background:none"><td style="{cell};opacity:.65;white-space:nowrap">{escape(name)}</td>'
+            f'<td style="{cell}">{escape(value)}</td></tr>'
+            for name, value in self._rows()
+        )
+        return f'<table style="border:0;border-collapse:collapse;color:inherit">{rows}</table>'
+
+
+@dataclass(frozen=True, repr=False)
 class MaskedStats(DecodeStats):
     """Figures of a masked model, whose passes each run the diffusion head many times, one after the other.
 
@@ -84,3 +115,14 @@ class MaskedStats(DecodeStats):
             f"{super().__str__()}, {self.rounds_per_pass:.1f} head rounds/pass, "
             f"{self.evaluations_per_token:.0f} head evaluations/token{drafts}"
         )
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = super()._rows()
+        head = f"{self.rounds_per_pass:.1f} rounds per pass, {self.evaluations_per_token:.0f} evaluations per token"
+        drafts = "" if self.acceptance is None else f", {100 * self.acceptance:.0f}% of drafts accepted"
+        return [*rows[:-1], ("diffusion head", head + drafts), rows[-1]]
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    """Names and values on one line; what is not set is left out."""
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)

@@ -35,6 +35,7 @@ from visar.models.quantization import check as check_weights
 from visar.models.specs import resolve_model
 from visar.models.vq import VQModel
 from visar.pipelines.drafters import kind_of, load_drafter
+from visar.pipelines.notebook import output_html
 from visar.pipelines.preview import CodePreview
 from visar.pipelines.progress import Progress, StepCallback, to_pil
 from visar.pipelines.rows import noise_of
@@ -66,6 +67,13 @@ class ImageOutput(BaseOutput):
     tokens: Tensor
     commit_pass: Tensor
     stats: DecodeStats
+
+    def __repr__(self) -> str:
+        return f"ImageOutput(tokens {list(self.tokens.shape)}, {self.stats})"
+
+    def _repr_html_(self) -> str:
+        images = to_pil(self.images) if isinstance(self.images, Tensor) else self.images or []
+        return output_html(images, self.stats)
 
 
 class ImagePipeline(DiffusionPipeline):
