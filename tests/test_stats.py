@@ -27,7 +27,7 @@ def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> Decode
     )
     made = kind(
         sampler="sjd", parameters={"window": 16, "init": "uniform"}, exact=True, law="exact", seed=7,
-        settings={"guidance_scale": 2.5, "top_k": 0, "guidance_schedule": None, "device": "cpu"}, images=2, tokens=256,
+        settings={"guidance_scale": 2.5, "top_k": 0, "guidance_schedule": None, "dtype": "float32", "device": "cpu"}, images=2, tokens=256,
         nfe=83, passes_per_image=[80, 82], commits_per_pass=3.161, seconds=0.714, draft_seconds=None,
         ms_per_pass=8.604, gigabytes=1.25, graph_passes=0, capture_seconds=0.0,
         **(masked if kind is MaskedStats else {}),
@@ -79,7 +79,7 @@ def test_table() -> None:
         "tokens per pass": "3.16",
         "a pass": "8.60 ms",
         "decoding": "0.71 s",
-        "settings": "seed 7, guidance_scale 2.5, top_k 0, device cpu",
+        "settings": "seed 7, guidance_scale 2.5, top_k 0, dtype float32, device cpu",
     }
     masked = dict(Table(stats_of(MaskedStats)._repr_html_()).rows)
     head = masked.pop("diffusion head")
