@@ -27,7 +27,8 @@ def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> Decode
     )
     made = kind(
         sampler="sjd", parameters={"window": 16, "init": "uniform"}, exact=True, law="exact", seed=7,
-        settings={"guidance_scale": 2.5, "top_k": 0, "guidance_schedule": None, "dtype": "float32", "device": "cpu"}, images=2, tokens=256,
+        settings={"guidance_scale": 2.5, "top_k": 0, "guidance_schedule": None, "dtype": "float32", "device": "cpu"},
+        images=2, tokens=256,
         nfe=83, passes_per_image=[80, 82], commits_per_pass=3.161, seconds=0.714, draft_seconds=None,
         ms_per_pass=8.604, gigabytes=1.25, graph_passes=0, capture_seconds=0.0,
         **(masked if kind is MaskedStats else {}),
