@@ -19,8 +19,10 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"visar {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (arguments.generate, arguments.sample, arguments.export, arguments.models, arguments.samplers,
-                arguments.verify, arguments.bench, evaluate_arguments.evaluate, arguments.train):  # fmt: skip
+    for add in (
+        arguments.generate, arguments.demo, arguments.sample, arguments.export, arguments.models, arguments.samplers,
+        arguments.verify, arguments.bench, evaluate_arguments.evaluate, arguments.train,
+    ):  # fmt: skip
         add(commands)
     return top
 

@@ -18,11 +18,17 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _model_options(p: argparse.ArgumentParser, flag: str = "--model") -> None:
-    p.add_argument(
-        flag, dest="model", default="icons", metavar="NAME|PATH",
-        help="a name of `visar models`, a folder, or a hub id (default: icons)",
-    )  # fmt: skip
+def _model_options(p: argparse.ArgumentParser, flag: str = "--model", several: bool = False) -> None:
+    if several:
+        p.add_argument(
+            flag, dest="models", action="append", metavar="NAME|PATH",
+            help="a name of `visar models`, a folder, or a hub id; repeatable (default: icons and icons-mar)",
+        )  # fmt: skip
+    else:
+        p.add_argument(
+            flag, dest="model", default="icons", metavar="NAME|PATH",
+            help="a name of `visar models`, a folder, or a hub id (default: icons)",
+        )  # fmt: skip
     p.add_argument("--vq", metavar="FILE", help="tokenizer file, when --model is a published .pt file")
     p.add_argument("--vae", metavar="FILE", help="kl16.ckpt, when --model is MAR's checkpoint-last.pth")
     p.add_argument("--text-encoder", metavar="PATH", help="folder or hub id of FLAN-T5-XL, for a published text model")
@@ -105,6 +111,20 @@ def export(commands: Commands) -> None:
     p.set_defaults(run=_runner("sample", "export"))
 
 
+def demo(commands: Commands) -> None:
+    p = commands.add_parser("demo", help="serve a page where pictures can be watched while they are decoded")
+    _model_options(p, several=True)
+    p.add_argument(
+        "--drafter", action="append", default=[], metavar="PATH", help="as of generate, for a model given alone"
+    )
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
+    p.add_argument("--port", type=int, default=7860, help="0 for any that is free (default: 7860)")
+    p.add_argument("--share", action="store_true", help="also serve it through a public address of Gradio's")
+    p.add_argument("--max-images", type=int, default=4, metavar="N", help="pictures of a request, at most (default: 4)")
+    p.add_argument("--max-waiting", type=int, default=16, metavar="N", help="requests that may wait (default: 16)")
+    p.set_defaults(run=_runner("demo", "demo"))
+
+
 def models(commands: Commands) -> None:
     p = commands.add_parser("models", help="list the models")
     p.add_argument("--json", action="store_true")
@@ -124,6 +144,14 @@ def verify(commands: Commands) -> None:
     p.add_argument("--sequences", type=int, default=131072, help="sequences per row of the table (default: 131072)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no-mutants", action="store_true", help="leave out the planted mistakes")
+    p.add_argument(
+        "--session", metavar="FILE.py:MAKE",
+        help="test a Session of your own instead: make(batch, window) gives one; the file is run, so trust it",
+    )  # fmt: skip
+    p.add_argument(
+        "--reference", metavar="FILE.py:LOGITS",
+        help="of your --session: logits(tokens [B, n]) gives [B, n + 1, V], by the model itself; else its AR passes",
+    )  # fmt: skip
     p.add_argument("--json", action="store_true")
     p.set_defaults(run=_runner("verify", "verify"))
 

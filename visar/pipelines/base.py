@@ -331,13 +331,24 @@ class ImagePipeline(DiffusionPipeline):
         model = load_drafter(path, self.gpt, self.grid)
         self._drafters = {**self._drafters, kind_of(model): model}
 
+    def usable_samplers(self) -> list[str]:
+        """Names of the samplers that decode it as it is: those that need no drafter, or one that is there."""
+        return [name for name, spec in self.samplers.items() if not spec.drafter or self._has_drafter(spec.drafter)]
+
+    def _has_drafter(self, kind: str) -> bool:
+        return kind in self._drafters or self._beside(kind)
+
+    def _beside(self, kind: str) -> bool:
+        """Whether such a drafter lies in the model's folder."""
+        return self._folder is not None and (self._folder / kind).is_dir()
+
     def _drafter_for(self, method: Sampler) -> DraftModel | None:
         """The drafter that a sampler needs: one that was loaded, or one that lies beside the model."""
         kind = getattr(method, "drafter", None)
         if kind is None:
             return None
-        if kind not in self._drafters and self._folder is not None and (self._folder / kind).is_dir():
-            self.load_drafter(self._folder / kind)
+        if kind not in self._drafters and self._beside(kind):
+            self.load_drafter(self._folder / kind)  # type: ignore[operator]
         if kind not in self._drafters:
             what = "a smaller model" if kind == "model" else f"a drafter of the kind {kind!r}"
             raise VisarError(f"Sampler {method.name!r} needs {what}; give it with load_drafter, or --drafter PATH.")

@@ -174,8 +174,11 @@ class MaskedPipeline(ImagePipeline):
 
     def _find_draft(self) -> None:
         """Load the draft model that lies beside the model, if one does and none was loaded."""
-        if self._draft is None and self._folder is not None and (self._folder / "draft").is_dir():
-            self.load_drafter(self._folder / "draft")
+        if self._draft is None and self._beside("draft"):
+            self.load_drafter(self._folder / "draft")  # type: ignore[operator]
+
+    def _has_drafter(self, kind: str) -> bool:
+        return self._draft is not None or self._beside(kind)
 
     def _draft_for(self, name: str) -> MAR:
         self._find_draft()

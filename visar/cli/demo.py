@@ -1,0 +1,71 @@
+"""`visar demo`: a page in the browser, on models that are loaded once."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import socket
+from typing import TYPE_CHECKING
+
+from visar.cli.common import is_file, load_pipeline
+from visar.errors import VisarError
+
+if TYPE_CHECKING:
+    from visar.pipelines.base import ImagePipeline
+
+
+def demo(options: argparse.Namespace) -> int:
+    try:
+        import gradio  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise VisarError("The demo needs Gradio and matplotlib: pip install 'visar[demo]'.") from error
+    if not 0 <= options.port < 65536:
+        raise VisarError(f"--port must be from 0 (any that is free) to 65535, not {options.port}.")
+    for what, value in (("--max-images", options.max_images), ("--max-waiting", options.max_waiting)):
+        if value < 1:
+            raise VisarError(f"{what} must be 1 or more, not {value}.")
+    port = _free_port(options.host, options.port)  # before models are loaded
+    from visar.demo.app import build, css, theme
+    from visar.demo.models import named
+    from visar.demo.requests import Limits
+
+    models = named(_load(options))
+    page = build(models, Limits(images=options.max_images, waiting=options.max_waiting))
+    try:
+        _, url, shared = page.launch(
+            server_name=options.host, server_port=port, share=options.share, quiet=True, prevent_thread_lock=True,
+            theme=theme(), css=css(), footer_links=[], ssr_mode=False,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise VisarError(f"The demo could not be served on {options.host}:{port}: {error}.") from error
+    print(f"visar demo: {', '.join(models)} on {shared or url}", flush=True)
+    page.block_thread()
+    return 0
+
+
+def _load(options: argparse.Namespace) -> list[tuple[str, ImagePipeline]]:
+    """The pipelines of all models that were asked for, by what they were called."""
+    wanted = options.models or ["icons", "icons-mar"]
+    each = []
+    for name in wanted:
+        own = copy.copy(options)
+        own.model = name
+        each.append(own)
+    if len(wanted) > 1 and any(is_file(own) for own in each):
+        raise VisarError("A published file is served alone, with its --vq or --vae; give one --model.")
+    if len(wanted) > 1 and options.drafter:
+        raise VisarError("A drafter is for one model; give one --model.")
+    return [(own.model, load_pipeline(own)) for own in each]
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or for 0 one that is free; a `VisarError` where it cannot be listened on."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise VisarError(f"Cannot listen on {host}:{port} ({error.strerror or error}); use another --port.") from error

@@ -1,0 +1,102 @@
+"""A sampler's dropdown and its parameters' boxes, made from its fields.
+
+Every parameter that any sampler of the demo has gets one box; those of the chosen sampler are shown, with its own
+defaults, ranges and help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from visar.demo import view
+from visar.demo.models import DemoModel
+from visar.samplers import get_sampler, spec_of
+from visar.samplers.parameters import Parameter, parameters_of
+
+
+def shown_parameters(model: DemoModel, sampler: str) -> dict[str, Parameter]:
+    """What a visitor may set of a sampler, with the defaults that it has on this model."""
+    found = parameters_of(get_sampler(sampler, **model.parameters(sampler)))
+    return {name: p for name, p in found.items() if not p.fixed}
+
+
+def _box_of(p: Parameter, visible: bool) -> Any:
+    """A component for a parameter, or with the same arguments an update of one."""
+    info = f"{p.help[:1].upper()}{p.help[1:]}"
+    if p.choices:
+        return gr.Dropdown(list(p.choices), value=p.default, label=p.name, info=info, visible=visible)
+    if p.kind is bool:
+        return gr.Checkbox(value=p.default, label=p.name, info=info, visible=visible)
+    if p.kind is str:
+        return gr.Textbox(value=p.default, label=p.name, info=info, visible=visible, max_lines=1)
+    assert p.low is not None and p.high is not None
+    step = 1 if p.kind is int else 0.01
+    return gr.Slider(p.low, p.high, value=p.default, step=step, label=p.name, info=info, visible=visible)
+
+
+@dataclass(frozen=True)
+class SamplerControls:
+    """The components of one choice of a sampler."""
+
+    models: Mapping[str, DemoModel]
+    sampler: Any
+    law: Any
+    boxes: dict[str, Any]
+
+    @staticmethod
+    def build(models: Mapping[str, DemoModel], label: str, chosen: str) -> SamplerControls:
+        """Inside the layout at work; `chosen` is a sampler of the first model."""
+        first = next(iter(models.values()))
+        sampler = gr.Dropdown(choices_of(first), value=chosen, label=label, elem_classes="visar-sampler")
+        law = gr.HTML(in_words(chosen))
+        own = shown_parameters(first, chosen)
+        every: dict[str, Parameter] = {}
+        for model in models.values():
+            for name in model.samplers:
+                every |= {k: p for k, p in shown_parameters(model, name).items() if k not in every}
+        with gr.Row():
+            boxes = {name: _box_of(own.get(name, p), name in own) for name, p in every.items()}
+        return SamplerControls(models, sampler, law, boxes)
+
+    @property
+    def components(self) -> list[Any]:
+        """In the order of the values that `named` takes."""
+        return [self.sampler, *self.boxes.values()]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `of_model` updates; the sampler first, and then what `choose` updates."""
+        return [self.sampler, self.law, *self.boxes.values()]
+
+    def named(self, values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
+        """The sampler's name, and its parameters out of the values of all boxes."""
+        name, *rest = values
+        return name, dict(zip(self.boxes, rest, strict=True))
+
+    def choose(self, model: str, sampler: str) -> list[Any]:
+        """Updates of the law and of the boxes, when a sampler was chosen."""
+        own = shown_parameters(self.models[model], sampler)
+        boxes = [_box_of(own[name], True) if name in own else gr.update(visible=False) for name in self.boxes]
+        return [in_words(sampler), *boxes]
+
+    def of_model(self, model: str, chosen: str) -> list[Any]:
+        """Updates of everything, when another model was chosen."""
+        return [gr.update(choices=choices_of(self.models[model]), value=chosen), *self.choose(model, chosen)]
+
+
+def choices_of(model: DemoModel) -> list[tuple[str, str]]:
+    """The samplers of a model, labelled with their laws."""
+    return [(name if spec_of(name).law == "exact" else f"{name} ({_short(name)})", name) for name in model.samplers]
+
+
+def _short(name: str) -> str:
+    return spec_of(name).law.partition(";")[0]
+
+
+def in_words(sampler: str) -> str:
+    spec = spec_of(sampler)
+    return f'<p class="visar-law">{view.law(spec.name, spec.law)}<br><small>{spec.paper}</small></p>'

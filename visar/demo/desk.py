@@ -1,0 +1,108 @@
+"""Who waits and who is served: a ticket for each request, one request for each visitor."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from visar.demo.jobs import Decode, Frame, Job, Stopped
+from visar.demo.requests import Limits, Request
+from visar.errors import VisarError
+from visar.pipelines.base import ImageOutput
+from visar.pipelines.progress import StepCallback
+
+TICKETS = 4096  # that are kept; a visitor who went away without a word leaves one behind
+
+
+@dataclass
+class Ticket:
+    """A request of a visitor, and the job that serves it while it does."""
+
+    visitor: str
+    request: Request
+    job: Job | None = None
+    revoked: bool = False
+    served: bool = False
+
+
+class Desk:
+    """Requests by their tickets. Decodings take turns, whoever asks, because they share models and the machine."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self._tickets: dict[str, Ticket] = {}
+        self._lock, self._machine = threading.Lock(), threading.Lock()
+
+    def ask(self, visitor: str, request: Request) -> str:
+        """A ticket for a request; one of the visitor's that still waits is given up for it.
+
+        Raises `VisarError` while one of the visitor's is being served.
+        """
+        with self._lock:
+            for ticket in self._of(visitor):
+                if ticket.job is not None:
+                    raise VisarError("Your last request is still at work; stop it first, or wait for its pictures.")
+                ticket.revoked = True  # so it is not served when its turn comes
+            name = secrets.token_hex(16)
+            self._tickets[name] = Ticket(visitor, request)
+            while len(self._tickets) > TICKETS:
+                oldest = next((n for n, t in self._tickets.items() if t.job is None), None)
+                if oldest is None:
+                    break
+                del self._tickets[oldest]
+            return name
+
+    def request(self, name: str) -> Request:
+        """What a ticket asks for; a `VisarError` for one that there is not."""
+        with self._lock:
+            if name not in self._tickets:
+                raise VisarError("This request is not known any more; ask again.")
+            return self._tickets[name].request
+
+    def stop(self, visitor: str) -> str:
+        """End what a visitor has at work or waiting: "work", "waiting", or "" where there is nothing."""
+        with self._lock:
+            found = [t for t in self._of(visitor) if not t.revoked]
+            for ticket in found:
+                ticket.revoked = True
+                if ticket.job is not None:
+                    ticket.job.stop()
+            return "" if not found else "work" if any(t.job is not None for t in found) else "waiting"
+
+    def serve(self, name: str) -> Iterator[tuple[int, Frame]]:
+        """The frames of a ticket's decodings, each with the number of its sampler.
+
+        Raises `Stopped` for one that was given up, and `VisarError` for one that there is not.
+        """
+        with self._lock:
+            ticket = self._tickets.get(name)
+            if ticket is None or ticket.served:
+                raise VisarError("This request is not known any more; ask again.")
+            ticket.served = True
+        try:
+            for number, sampler in enumerate(ticket.request.samplers):
+                with self._lock:
+                    if ticket.revoked:
+                        raise Stopped("Stopped before it began.")
+                    ticket.job = Job(_decoding(ticket.request, sampler), self._machine, limit=self.limits.seconds)
+                for frame in ticket.job.frames():
+                    yield number, frame
+        finally:
+            with self._lock:
+                self._tickets.pop(name, None)
+
+    def _of(self, visitor: str) -> list[Ticket]:
+        return [t for t in self._tickets.values() if t.visitor == visitor]
+
+
+def _decoding(request: Request, sampler: Any) -> Decode:
+    """What makes the pictures of a request with one of its samplers."""
+
+    def decode(callback: StepCallback) -> ImageOutput:
+        pipe: Any = request.model.pipe
+        return pipe(request.condition, sampler=sampler, callback=callback, **request.settings)
+
+    return decode

@@ -1,0 +1,133 @@
+"""One decoding in a thread of its own: watched through frames, and stopped between two passes."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.pipelines.base import ImageOutput
+from visar.pipelines.progress import Progress, StepCallback
+from visar.stats import DecodeStats
+
+WARM = 3  # passes that are thrown away before the clock starts
+PATIENCE = 10.0  # seconds that are waited for somebody to draw a frame
+
+Decode = Callable[[StepCallback], ImageOutput]
+
+
+class Stopped(Exception):
+    """The job was stopped before its pictures were done."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What there is to see of B pictures: the pictures, `commit_pass` [B, N], and how the tokens came.
+
+    After `passes[i]` passes and `seconds[i]`, `tokens[i]` tokens of a picture were committed, the mean over the batch.
+    `stats` is there when it is done; `notes` are sentences for the visitor.
+    """
+
+    pictures: list[Image.Image]
+    commit_pass: Tensor
+    passes: tuple[int, ...]
+    seconds: tuple[float, ...]
+    tokens: tuple[float, ...]
+    stats: DecodeStats | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def most(self) -> int:
+        """The most tokens of one picture that one pass kept; 1 before the first."""
+        return max((int(row[row >= 0].bincount().max()) for row in self.commit_pass if (row >= 0).any()), default=1)
+
+
+class Job:
+    """`decode` makes the pictures and calls back after every pass; a frame is made every `every` seconds.
+
+    The decoding rests while a frame is made and looked at, so drawing takes nothing from its time. It is stopped by
+    `stop`, by leaving the loop over `frames`, and after `limit` seconds, with a `VisarError`. It begins when it has
+    the lock `machine`.
+    """
+
+    def __init__(self, decode: Decode, machine: threading.Lock, every: float = 0.3, limit: float = 600):
+        self.decode, self.machine, self.every, self.limit = decode, machine, every, limit
+        self._stop, self._drawn = threading.Event(), threading.Event()
+        self._frames: queue.Queue[Frame | BaseException] = queue.Queue()
+        self._passes, self._seconds, self._tokens = [0], [0.0], [0.0]
+        self._began = self._shown = 0.0
+
+    def stop(self) -> None:
+        """Ask it to end after the pass at work."""
+        self._stop.set()
+
+    def frames(self) -> Iterator[Frame]:
+        """Frames until the last one, which has `stats`. Raises `Stopped`, or what the decoding raised."""
+        threading.Thread(target=self._run, daemon=True).start()
+        try:
+            while True:
+                found = self._frames.get()
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
+                self._drawn.set()
+                if found.stats is not None:
+                    return
+        finally:
+            self.stop()
+
+    def _run(self) -> None:
+        try:
+            with self.machine, warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", UserWarning)
+                if not self._stop.is_set():
+                    warm_up(self.decode)
+                self._began = self._shown = time.monotonic()
+                out = self.decode(self._after_pass)
+            notes = tuple(dict.fromkeys(str(w.message) for w in said if w.category is UserWarning))
+            self._frames.put(self._last(out, notes))
+        except BaseException as error:
+            self._frames.put(error)
+
+    def _after_pass(self, progress: Progress) -> None:
+        if self._stop.is_set():
+            raise Stopped(f"Stopped after {progress.passes} passes.")
+        if time.monotonic() - self._began > self.limit:
+            raise VisarError(f"Stopped after {self.limit:g} seconds, the most that a request may take here.")
+        self._passes.append(progress.passes)
+        self._seconds.append(progress.seconds)
+        self._tokens.append(float(progress.lengths.float().mean()))
+        if time.monotonic() - self._shown >= self.every:
+            self._drawn.clear()
+            self._frames.put(Frame(progress.pictures(), progress.commit_pass.cpu(), *self._series()))
+            patience = time.monotonic() + PATIENCE
+            while not self._drawn.wait(0.05) and time.monotonic() < patience:
+                if self._stop.is_set():
+                    raise Stopped(f"Stopped after {progress.passes} passes.")
+            self._shown = time.monotonic()
+
+    def _last(self, out: ImageOutput, notes: tuple[str, ...]) -> Frame:
+        assert isinstance(out.images, list)
+        return Frame(out.images, out.commit_pass.cpu(), *self._series(), stats=out.stats, notes=notes)
+
+    def _series(self) -> tuple[tuple[int, ...], tuple[float, ...], tuple[float, ...]]:
+        return tuple(self._passes), tuple(self._seconds), tuple(self._tokens)
+
+
+def warm_up(decode: Decode) -> None:
+    """Run a few passes for nothing, so that what is done once (packing weights, first launches) is not timed."""
+
+    def enough(progress: Progress) -> None:
+        if progress.passes >= WARM:
+            raise Stopped
+
+    with suppress(Stopped):
+        decode(enough)

@@ -1,0 +1,67 @@
+"""The models of a demo: loaded once when it starts; a browser names one of them and never a path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from visar.pipelines import ClassToImagePipeline
+from visar.pipelines.base import ImagePipeline
+from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, spec_of
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A loaded model, by the name that the page shows; its pictures are of classes or of prompts."""
+
+    name: str
+    pipe: ImagePipeline
+
+    @property
+    def classes(self) -> int:
+        """How many classes it knows; 0 for a model of prompts."""
+        return int(self.pipe.model.config.classes) if isinstance(self.pipe, ClassToImagePipeline) else 0
+
+    @property
+    def samplers(self) -> list[str]:
+        return self.pipe.usable_samplers()
+
+    @property
+    def default_sampler(self) -> str:
+        return next(name for name in (DEFAULT_SAMPLER, DEFAULT_CONTINUOUS) if name in self.samplers)
+
+    @property
+    def baseline(self) -> str:
+        """Plain decoding, which others are compared with."""
+        return next(name for name in ("ar", "mar") if name in self.samplers)
+
+    @property
+    def guidance(self) -> float:
+        return float(self.pipe.config.guidance_scale)
+
+    @property
+    def temperature(self) -> float:
+        return float(getattr(self.pipe.config, "temperature", 1.0))
+
+    def parameters(self, sampler: str) -> dict[str, Any]:
+        """A sampler's defaults on this model: no more passes than it has tokens."""
+        found = spec_of(sampler).parameters()
+        if "steps" in found:
+            found["steps"] = min(found["steps"], self.pipe.grid**2)
+        return found
+
+
+def named(pipes: Iterable[tuple[str, ImagePipeline]]) -> Mapping[str, DemoModel]:
+    """The models by name: that of their folder or file, with a number where two are called alike."""
+    found: dict[str, DemoModel] = {}
+    for given, pipe in pipes:
+        name = own = Path(given).name or given
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{own} ({number})"
+        pipe.set_progress_bar_config(disable=True)
+        found[name] = DemoModel(name, pipe)
+    return found

@@ -1,0 +1,133 @@
+"""What a visitor may ask for, and what is refused, before anything is queued."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from visar.demo.models import DemoModel
+from visar.errors import VisarError, unknown
+from visar.samplers import get_sampler
+from visar.samplers.parameters import parameters_of
+
+SEEDS = 2**31  # fewer than there are: whole numbers that every browser shows as they are
+GUIDANCE, TEMPERATURE = 20.0, 5.0
+TEXT = 400  # characters of a sampler's parameter
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one request, and of all that wait: pictures, characters of a prompt, seconds of work, requests."""
+
+    images: int = 4
+    prompt: int = 300
+    seconds: float = 600
+    waiting: int = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """Pictures that were asked for, one decoding for each of `samplers`; made by `checked` alone."""
+
+    model: DemoModel
+    condition: str | int
+    samplers: tuple[Any, ...]
+    images: int
+    seed: int
+    guidance: float
+    temperature: float
+    settings: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "settings",
+            dict(num_images_per_prompt=self.images, seed=self.seed, guidance_scale=self.guidance,
+                 temperature=self.temperature),
+        )  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        """Those of one picture."""
+        return self.model.pipe.grid**2
+
+    @property
+    def labels(self) -> list[str]:
+        """The samplers' names, with the parameters in which two of one name differ."""
+        names = [s.name for s in self.samplers]
+        if len(set(names)) == len(names):
+            return names
+        values = [{f.name: getattr(s, f.name) for f in fields(s)} for s in self.samplers]
+        differ = [k for k in values[0] if len({v.get(k) for v in values}) > 1]
+        found = [", ".join([n, *(f"{k} {v[k]}" for k in differ)]) for n, v in zip(names, values, strict=True)]
+        return found if differ else [found[0], *(f"{n}, again" for n in found[1:])]
+
+    @property
+    def title(self) -> str:
+        """What the pictures are of, in words."""
+        return f"class {self.condition}" if isinstance(self.condition, int) else self.condition
+
+
+def checked(
+    model: DemoModel,
+    prompt: str | None,
+    label: float | None,
+    samplers: Sequence[tuple[str, Mapping[str, Any]]],
+    images: float | None,
+    seed: float | None,
+    guidance: float | None,
+    temperature: float | None,
+    limits: Limits,
+) -> Request:
+    """The request, or a `VisarError` that says what is allowed.
+
+    `samplers`: names with the values of their parameters; values of parameters that a sampler has not are left out.
+    `label` is the class, where the model draws classes, and `prompt` is not read then.
+    """
+    condition: str | int
+    if model.classes:
+        condition = _whole("The class", label, 0, model.classes - 1)
+    else:
+        condition = " ".join((prompt or "").split())
+        if not condition:
+            raise VisarError("The prompt is empty; give at least one word.")
+        if len(condition) > limits.prompt:
+            raise VisarError(f"The prompt has {len(condition)} characters; at most {limits.prompt} are allowed.")
+    return Request(
+        model, condition, tuple(_sampler(model, name, values) for name, values in samplers),
+        _whole("The number of pictures", images, 1, limits.images), _whole("The seed", seed, 0, SEEDS - 1),
+        _number("Guidance", guidance, 0, GUIDANCE), _number("The temperature", temperature, 0, TEMPERATURE),
+    )  # fmt: skip
+
+
+def _sampler(model: DemoModel, name: str, values: Mapping[str, Any]) -> Any:
+    if name not in model.samplers:
+        raise unknown(f"sampler of {model.name}", str(name), model.samplers)
+    made = get_sampler(name, **model.parameters(name))
+    given: dict[str, Any] = {}
+    for p in parameters_of(made).values():
+        if p.fixed or (value := values.get(p.name)) is None:
+            continue
+        if p.kind in (int, float) and p.low is not None and p.high is not None:
+            value = (_whole if p.kind is int else _number)(p.name, value, p.low, p.high)
+        elif not isinstance(value, p.kind) or (p.choices and value not in p.choices) or len(str(value)) > TEXT:
+            raise VisarError(f"{p.name} must be {p.range}, not {str(value)[:TEXT]!r}.")
+        given[p.name] = value
+    return get_sampler(made, **given)
+
+
+def _number(what: str, value: Any, low: float, high: float) -> float:
+    """The number, within bounds; browsers send None for an empty box, and what they like for the rest."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise VisarError(f"{what} must be a number from {low:g} to {high:g}.")
+    if not low <= value <= high:
+        raise VisarError(f"{what} must be from {low:g} to {high:g}, not {value:g}.")
+    return float(value)
+
+
+def _whole(what: str, value: Any, low: float, high: float) -> int:
+    number = _number(what, value, low, high)
+    if number != int(number):
+        raise VisarError(f"{what} must be a whole number, not {number:g}.")
+    return int(number)

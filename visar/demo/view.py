@@ -1,0 +1,132 @@
+"""What a visitor sees of a frame, as HTML that loads nothing: pictures, maps, curves, figures and sentences."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+
+from PIL import Image
+
+from visar.demo.jobs import Frame
+from visar.demo.requests import Request
+from visar.stats import DecodeStats, MaskedStats
+from visar.viz import Curve, commit_curve, heat_map, to_svg
+
+LAWS = {
+    "exact": "Exact: pictures have the law of plain sampling.",
+    "relaxed": "Relaxed: pictures have another law than plain sampling gives.",
+}
+
+
+def pictures(request: Request | None, frame: Frame | None, label: str = "", most: int | None = None) -> str:
+    """Every picture beside the map of tokens kept by each pass; grey is what is not decided yet.
+
+    Headed by `label`; the colours of the map end at `most` tokens.
+    """
+    if frame is None or request is None:
+        what = f"{label}: waits for the other" if label else "Pictures appear here while they are decoded"
+        return f'<div class="visar-empty">{html.escape(what)}.</div>'
+    cells = []
+    most = most or frame.most
+    for i, picture in enumerate(frame.pictures):
+        title = html.escape(f"{request.title}, seed {request.seed}, picture {i + 1}")
+        name = html.escape(f"visar-seed{request.seed}-{i + 1}.png")
+        done = frame.stats is not None
+        source = _data_uri(picture, "PNG" if done else "WEBP")
+        shown = f'<img class="visar-picture" src="{source}" alt="{title}">'
+        if done:
+            shown = f'<a href="{source}" download="{name}" title="Save as PNG">{shown}</a>'
+        caption = f"picture {i + 1}" if len(frame.pictures) > 1 else ("done" if done else "being decoded")
+        drawn = to_svg(heat_map(frame.commit_pass, i, most=most, missing="given" if done else "not yet"))
+        cells.append(
+            f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
+            f'<figure class="visar-map">{drawn}<figcaption>tokens kept by each pass</figcaption></figure>'
+        )
+    head = f'<h4 class="visar-head">{html.escape(label)}</h4>' if label else ""
+    return head + "".join(f'<div class="visar-row">{cell}</div>' for cell in cells)
+
+
+def curves(frames: Mapping[str, Frame], length: int) -> str:
+    """Committed tokens against passes and seconds, a curve for each sampler."""
+    drawn = [
+        Curve(label, frame.passes, frame.tokens, frame.seconds)  # type: ignore[arg-type]
+        for label, frame in frames.items()
+    ]
+    return to_svg(commit_curve(drawn, length)) if drawn else ""
+
+
+def figures(stats: DecodeStats | None) -> str:
+    """The figures of a decoding, each with its unit, and in words what law its pictures have; None before its end."""
+    if stats is None:
+        return ""
+    tiles = [
+        ("NFE", f"{stats.nfe:,}", "passes of the model"),
+        ("tokens per pass", f"{stats.commits_per_pass:.2f}", f"of {stats.tokens:,} tokens a picture"),
+        ("ms per pass", f"{stats.ms_per_pass:.2f}", "drafting included"),
+        ("seconds", f"{stats.seconds:.2f}", "of decoding" + _capture(stats)),
+    ]
+    if isinstance(stats, MaskedStats):
+        tiles.append(("head rounds per pass", f"{stats.rounds_per_pass:.1f}", f"of {stats.head_steps} steps"))
+    cells = "".join(
+        f'<div><dt>{name}</dt><dd data-figure="{name}">{value}</dd><small>{what}</small></div>'
+        for name, value, what in tiles
+    )
+    return f'<dl class="visar-figures">{cells}</dl><p class="visar-law">{law(stats.sampler, stats.law)}</p>'
+
+
+def law(name: str, law: str) -> str:
+    """A sampler and what its pictures' law is, in words."""
+    said = LAWS.get(law, f"{law[:1].upper()}{law[1:]}.")
+    mark = "relaxed" if law == "relaxed" else "exact"
+    return f'<b>{html.escape(name)}</b> <span class="visar-{mark}">{html.escape(said)}</span>'
+
+
+def ratio(frames: Mapping[str, Frame]) -> str:
+    """Two runs in a sentence, passes and time apart; nothing before both are done."""
+    done = [(name, frame.stats) for name, frame in frames.items() if frame.stats is not None]
+    if len(done) < 2:
+        return ""
+    (left, base), (right, other) = done
+    passes, seconds = other.nfe / base.nfe, _seconds(other) / _seconds(base)
+    text = (
+        f'<p class="visar-ratio"><b>{html.escape(right)}</b> against <b>{html.escape(left)}</b>: '
+        f'<b data-figure="NFE ratio">{passes:.2f}</b> of the passes ({other.nfe} and {base.nfe}), '
+        f'<b data-figure="time ratio">{seconds:.2f}</b> of the time '
+        f"({_seconds(other):.2f} s and {_seconds(base):.2f} s). One run on this machine, one after the other.</p>"
+    )
+    if base.exact and other.exact:
+        text += (
+            "<p>Both are exact. Equal seeds need not give equal pictures: exact means that the pictures of all seeds "
+            "together have one law, not that two samplers draw the same one.</p>"
+        )
+    return text
+
+
+def progress(label: str, frame: Frame) -> str:
+    """Where a sampler is, or that it is done."""
+    if frame.stats is None:
+        return status(f"{label}: {frame.passes[-1]} passes, {frame.tokens[-1]:.0f} tokens.", "busy")
+    said = f"{label}: done, {frame.passes[-1]} passes in {frame.seconds[-1]:.2f} seconds."
+    return status(" ".join([said, *frame.notes]), "done")
+
+
+def status(text: str, kind: str = "info") -> str:
+    """A sentence for the visitor; `kind` is info, busy, done or error."""
+    role = "alert" if kind == "error" else "status"
+    return f'<p class="visar-status visar-{kind}" role="{role}">{html.escape(text)}</p>'
+
+
+def _seconds(stats: DecodeStats) -> float:
+    return stats.seconds - stats.capture_seconds
+
+
+def _capture(stats: DecodeStats) -> str:
+    return f", {stats.capture_seconds:.2f} of them to make a CUDA graph, once" if stats.capture_seconds else ""
+
+
+def _data_uri(picture: Image.Image, form: str) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **({"quality": 85} if form == "WEBP" else {}))
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
