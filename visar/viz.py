@@ -33,12 +33,13 @@ FEW = 16  # so many integers have a colour of their own
 class Curve:
     """One run: after `passes[i]` passes, `seconds[i]` after the start, `tokens[i]` of a picture were committed.
 
-    A run that is not over has shorter series. Raises `VisarError` where their lengths differ.
+    A run that is not over has shorter series; tokens may be a mean over several pictures. Raises `VisarError` where
+    lengths differ.
     """
 
     label: str
     passes: Sequence[int]
-    tokens: Sequence[int]
+    tokens: Sequence[float]
     seconds: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
