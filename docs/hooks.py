@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ROOT / "build" / "api" / "visar"
 SAMPLER = re.compile(r"^::: visar\.samplers\.(\w+)\n    options: .*members: false.*$", re.M)
-OUTSIDE = ("assets/*/README.md", "assets/*/*.webp", "NOTICE")
+OUTSIDE = ("assets/*/README.md", "assets/*/*.webp", "CHANGELOG.md", "NOTICE")
 LINK = re.compile(r"(\]\()([^)#\s:]+)")
 
 

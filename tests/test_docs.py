@@ -30,7 +30,8 @@ from visar.cli import main, parser
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("assets/*/README.md"))]
+BESIDE = [*sorted(ROOT.glob("assets/*/README.md")), ROOT / "CHANGELOG.md"]  # pages of the site that do not lie in docs/
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *BESIDE]
 FENCE = re.compile(r"^ *(?P<ticks>`{3,}|~{3,})(?P<language>[^\n]*)\n(?P<code>.*?)^ *(?P=ticks) *$", re.S | re.M)
 
 # Long runs are made short, before a block is run.
@@ -258,7 +259,7 @@ def test_every_page_is_in_the_navigation() -> None:
     entries = [entry for group in groups for part in group.values() for entry in part]
     paths = {next(iter(entry.values())) if isinstance(entry, dict) else entry for entry in entries}
     inside = {str(page.relative_to(DOCS)) for page in PAGES if DOCS in page.parents}
-    assert inside | {str(page.relative_to(ROOT)) for page in ROOT.glob("assets/*/README.md")} == paths
+    assert inside | {str(page.relative_to(ROOT)) for page in BESIDE} == paths
 
 
 def test_the_tables_of_the_readme_name_every_sampler_and_model() -> None:
