@@ -77,7 +77,7 @@ class DecodeStats:
         """A table for notebooks, light or dark."""
         cell = "text-align:left;vertical-align:top;padding:2px 12px 2px 0;background:none;border:0"
         rows = "".join(
-            f'<tr style="background:none"><td style="{cell};opacity:.65;white-space:nowrap">{escape(name)}</td>'
+            f'<tr style="background:none"><td style="{cell};opacity:.65;white-space:nowrap">{name}</td>'
             f'<td style="{cell}">{escape(value)}</td></tr>'
             for name, value in self._rows()
         )
