@@ -24,6 +24,9 @@ INTRO = (
     "An **exact** sampler gives pictures of the same law as plain decoding; a **relaxed** one does not."
 )
 
+# In a narrow window the results lie far below the button.
+SHOW = "(...args) => { if (innerWidth < 800) document.getElementById('%s').scrollIntoView(); return args; }"
+
 Frames = Iterator[tuple[int, Frame]]
 Draw = Callable[[Request, Frames], Iterator[list[Any]]]  # what the page's outputs show of each frame
 
@@ -178,7 +181,7 @@ def _wire(
                 return view.status("There is nothing to stop.")
 
     quick: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
-    go.click(ask, inputs, [ticket, outputs[0]], **quick).then(
+    go.click(ask, inputs, [ticket, outputs[0]], js=SHOW % outputs[0].elem_id, **quick).then(
         run, ticket, outputs, concurrency_id="decode", concurrency_limit=1, api_visibility="private",
         show_progress="minimal", show_progress_on=outputs[0],
     )  # fmt: skip

@@ -40,11 +40,10 @@ class Conditions:
             with gr.Column(min_width=140):
                 self.seed = gr.Number(0, label="Seed", precision=0, elem_classes="visar-seed")
                 dice = gr.Button("Another seed", size="sm")
-        with gr.Row():
-            self.guidance = gr.Slider(0, GUIDANCE, value=first.guidance, step=0.1, label="Guidance", info="1 is none.")
-            self.temperature = gr.Slider(
-                0, TEMPERATURE, value=first.temperature, step=0.05, label="Temperature", info="1 is none."
-            )
+        self.guidance = gr.Slider(0, GUIDANCE, value=first.guidance, step=0.1, label="Guidance", info="1 is none.")
+        self.temperature = gr.Slider(
+            0, TEMPERATURE, value=first.temperature, step=0.05, label="Temperature", info="1 is the model as it is."
+        )
         dice.click(lambda: secrets.randbelow(SEEDS), None, self.seed, queue=False, api_visibility="private")
 
     @property

@@ -27,15 +27,22 @@ def shown_parameters(model: DemoModel, sampler: str) -> dict[str, Parameter]:
 def _box_of(p: Parameter, visible: bool) -> Any:
     """A component for a parameter, or with the same arguments an update of one."""
     info = f"{p.help[:1].upper()}{p.help[1:]}"
+    common: dict[str, Any] = dict(
+        value=p.default,
+        label=p.name,
+        info=info,
+        visible=visible,
+        min_width=210,
+        elem_classes=f"visar-parameter-{p.name}",
+    )
     if p.choices:
-        return gr.Dropdown(list(p.choices), value=p.default, label=p.name, info=info, visible=visible)
+        return gr.Dropdown(list(p.choices), **common)
     if p.kind is bool:
-        return gr.Checkbox(value=p.default, label=p.name, info=info, visible=visible)
+        return gr.Checkbox(**common)
     if p.kind is str:
-        return gr.Textbox(value=p.default, label=p.name, info=info, visible=visible, max_lines=1)
+        return gr.Textbox(max_lines=1, **common)
     assert p.low is not None and p.high is not None
-    step = 1 if p.kind is int else 0.01
-    return gr.Slider(p.low, p.high, value=p.default, step=step, label=p.name, info=info, visible=visible)
+    return gr.Slider(p.low, p.high, step=1 if p.kind is int else 0.01, **common)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def curves(frames: Mapping[str, Frame], length: int) -> str:
         Curve(label, frame.passes, frame.tokens, frame.seconds)  # type: ignore[arg-type]
         for label, frame in frames.items()
     ]
-    return to_svg(commit_curve(drawn, length)) if drawn else ""
+    return f'<div class="visar-curves">{to_svg(commit_curve(drawn, length))}</div>' if drawn else ""
 
 
 def figures(stats: DecodeStats | None) -> str:
@@ -62,8 +62,8 @@ def figures(stats: DecodeStats | None) -> str:
     if stats is None:
         return ""
     tiles = [
-        ("NFE", f"{stats.nfe:,}", "passes of the model"),
-        ("tokens per pass", f"{stats.commits_per_pass:.2f}", f"of {stats.tokens:,} tokens a picture"),
+        ("NFE", f"{stats.nfe:,}", "model passes"),
+        ("tokens per pass", f"{stats.commits_per_pass:.2f}", f"of {stats.tokens:,} tokens"),
         ("ms per pass", f"{stats.ms_per_pass:.2f}", "drafting included"),
         ("seconds", f"{stats.seconds:.2f}", "of decoding" + _capture(stats)),
     ]
