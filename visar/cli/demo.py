@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import errno
 import socket
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ def demo(options: argparse.Namespace) -> int:
         _, url, shared = page.launch(
             server_name=options.host, server_port=port, share=options.share, quiet=True, prevent_thread_lock=True,
             theme=theme(), css=css(), footer_links=[], ssr_mode=False,
+            max_file_size=0, enable_monitoring=False,  # nobody leaves files here, nor sees what others do
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise VisarError(f"The demo could not be served on {options.host}:{port}: {error}.") from error
@@ -63,9 +65,15 @@ def _free_port(host: str, port: int) -> int:
     """The port, or for 0 one that is free; a `VisarError` where it cannot be listened on."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise VisarError(f"There is no address {host!r} to listen on; --host takes one of this machine.") from error
+    try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             return int(probe.getsockname()[1])
     except OSError as error:
-        raise VisarError(f"Cannot listen on {host}:{port} ({error.strerror or error}); use another --port.") from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise VisarError(f"{host} is no address of this machine; --host takes one that is.") from error
+        why = error.strerror or str(error)
+        raise VisarError(f"Cannot listen on {host}:{port} ({why}); use another --port.") from error

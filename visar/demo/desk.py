@@ -5,10 +5,11 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from visar.demo.jobs import Decode, Frame, Job, Stopped
+from visar.demo.jobs import BEFORE, Decode, Frame, Job, Stopped
 from visar.demo.requests import Limits, Request
 from visar.errors import VisarError
 from visar.pipelines.base import ImageOutput
@@ -27,6 +28,11 @@ class Ticket:
     revoked: bool = False
     served: bool = False
 
+    @property
+    def at_work(self) -> bool:
+        """Whether it is being served; one that was stopped is not, once its last pass is over."""
+        return self.job is not None and not (self.revoked and self.job.over)
+
 
 class Desk:
     """Requests by their tickets. Decodings take turns, whoever asks, because they share models and the machine."""
@@ -43,16 +49,15 @@ class Desk:
         """
         with self._lock:
             for ticket in self._of(visitor):
-                if ticket.job is not None:
+                if ticket.at_work:
                     raise VisarError("Your last request is still at work; stop it first, or wait for its pictures.")
                 ticket.revoked = True  # so it is not served when its turn comes
             name = secrets.token_hex(16)
             self._tickets[name] = Ticket(visitor, request)
             while len(self._tickets) > TICKETS:
-                oldest = next((n for n, t in self._tickets.items() if t.job is None), None)
-                if oldest is None:
-                    break
-                del self._tickets[oldest]
+                idle = [n for n, t in self._tickets.items() if not t.at_work]
+                # What was given up goes first, so that nobody pushes others out by asking again and again.
+                del self._tickets[min(idle, key=lambda n: not self._tickets[n].revoked)]
             return name
 
     def request(self, name: str) -> Request:
@@ -86,10 +91,11 @@ class Desk:
             for number, sampler in enumerate(ticket.request.samplers):
                 with self._lock:
                     if ticket.revoked:
-                        raise Stopped("Stopped before it began.")
+                        raise Stopped(f"Stopped before {sampler.name} began." if number else BEFORE)
                     ticket.job = Job(_decoding(ticket.request, sampler), self._machine, limit=self.limits.seconds)
-                for frame in ticket.job.frames():
-                    yield number, frame
+                with closing(ticket.job.frames()) as frames:
+                    for frame in frames:
+                        yield number, frame
         finally:
             with self._lock:
                 self._tickets.pop(name, None)

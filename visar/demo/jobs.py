@@ -7,19 +7,23 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+import visar
 from visar.errors import VisarError
 from visar.pipelines.base import ImageOutput
 from visar.pipelines.progress import Progress, StepCallback
 from visar.stats import DecodeStats
 
 WARM = 3  # passes that are thrown away before the clock starts
-PATIENCE = 10.0  # seconds that are waited for somebody to draw a frame
+PATIENCE = 30.0  # seconds after which nobody will draw a frame any more
+BEFORE = "Stopped before it began."
 
 Decode = Callable[[StepCallback], ImageOutput]
 
@@ -54,8 +58,8 @@ class Job:
     """`decode` makes the pictures and calls back after every pass; a frame is made every `every` seconds.
 
     The decoding rests while a frame is made and looked at, so drawing takes nothing from its time. It is stopped by
-    `stop`, by leaving the loop over `frames`, and after `limit` seconds, with a `VisarError`. It begins when it has
-    the lock `machine`.
+    `stop`, by leaving the loop over `frames`, when a frame is not looked at for `PATIENCE` seconds, and after `limit`
+    seconds, with a `VisarError`. It begins when it has the lock `machine`.
     """
 
     def __init__(self, decode: Decode, machine: threading.Lock, every: float = 0.3, limit: float = 600):
@@ -64,6 +68,12 @@ class Job:
         self._frames: queue.Queue[Frame | BaseException] = queue.Queue()
         self._passes, self._seconds, self._tokens = [0], [0.0], [0.0]
         self._began = self._shown = 0.0
+        self._over = threading.Event()
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, and left the machine."""
+        return self._over.is_set()
 
     def stop(self) -> None:
         """Ask it to end after the pass at work."""
@@ -76,7 +86,10 @@ class Job:
             while True:
                 found = self._frames.get()
                 if isinstance(found, BaseException):
-                    raise found
+                    try:
+                        raise found
+                    finally:
+                        del found  # its traceback holds this frame: a cycle, and with it all that the decoding held
                 yield found
                 self._drawn.set()
                 if found.stats is not None:
@@ -86,22 +99,35 @@ class Job:
 
     def _run(self) -> None:
         try:
-            with self.machine, warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always", UserWarning)
-                if not self._stop.is_set():
-                    warm_up(self.decode)
+            with self._turn(), warned() as notes:
+                warm_up(self.decode, self._stop)
+                if self._stop.is_set():
+                    raise Stopped(BEFORE)
                 self._began = self._shown = time.monotonic()
                 out = self.decode(self._after_pass)
-            notes = tuple(dict.fromkeys(str(w.message) for w in said if w.category is UserWarning))
-            self._frames.put(self._last(out, notes))
+            self._frames.put(self._last(out, tuple(dict.fromkeys(notes))))
         except BaseException as error:
             self._frames.put(error)
+        finally:
+            self._over.set()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The machine, as soon as it is free; `Stopped` where the job is stopped before."""
+        while not self.machine.acquire(timeout=0.05):
+            if self._stop.is_set():
+                raise Stopped(BEFORE)
+        try:
+            if self._stop.is_set():
+                raise Stopped(BEFORE)
+            yield
+        finally:
+            self.machine.release()
 
     def _after_pass(self, progress: Progress) -> None:
-        if self._stop.is_set():
-            raise Stopped(f"Stopped after {progress.passes} passes.")
+        self._go_on(progress)
         if time.monotonic() - self._began > self.limit:
-            raise VisarError(f"Stopped after {self.limit:g} seconds, the most that a request may take here.")
+            raise VisarError(f"Stopped after {self.limit:g} seconds, the most that a decoding may take here.")
         self._passes.append(progress.passes)
         self._seconds.append(progress.seconds)
         self._tokens.append(float(progress.lengths.float().mean()))
@@ -109,10 +135,16 @@ class Job:
             self._drawn.clear()
             self._frames.put(Frame(progress.pictures(), progress.commit_pass.cpu(), *self._series()))
             patience = time.monotonic() + PATIENCE
-            while not self._drawn.wait(0.05) and time.monotonic() < patience:
-                if self._stop.is_set():
-                    raise Stopped(f"Stopped after {progress.passes} passes.")
+            while not self._drawn.wait(0.05):
+                self._go_on(progress)
+                if time.monotonic() > patience:
+                    raise Stopped("Stopped, because nobody was looking.")
             self._shown = time.monotonic()
+
+    def _go_on(self, progress: Progress) -> None:
+        if self._stop.is_set():
+            n = progress.passes
+            raise Stopped(f"Stopped after {n} pass{'es' if n > 1 else ''}.")
 
     def _last(self, out: ImageOutput, notes: tuple[str, ...]) -> Frame:
         assert isinstance(out.images, list)
@@ -122,12 +154,32 @@ class Job:
         return tuple(self._passes), tuple(self._seconds), tuple(self._tokens)
 
 
-def warm_up(decode: Decode) -> None:
+def warm_up(decode: Decode, stopped: threading.Event) -> None:
     """Run a few passes for nothing, so that what is done once (packing weights, first launches) is not timed."""
 
     def enough(progress: Progress) -> None:
-        if progress.passes >= WARM:
+        if progress.passes >= WARM or stopped.is_set():
             raise Stopped
 
     with suppress(Stopped):
         decode(enough)
+
+
+@contextmanager
+def warned() -> Iterator[list[str]]:
+    """What visar warns of in this thread meanwhile; all other warnings go where they went before."""
+    said: list[str] = []
+    mine, package = threading.get_ident(), str(Path(visar.__file__).parent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        elsewhere = warnings.showwarning
+
+        # Filters and this hook are the process's: a warning of another thread comes here too, and is no note of ours.
+        def show(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
+            if category is UserWarning and threading.get_ident() == mine and filename.startswith(package):
+                said.append(str(message))
+            else:
+                elsewhere(message, category, filename, *rest)
+
+        warnings.showwarning = show
+        yield said

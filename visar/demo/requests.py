@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -19,7 +18,7 @@ TEXT = 400  # characters of a sampler's parameter
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request, and of all that wait: pictures, characters of a prompt, seconds of work, requests."""
+    """What is allowed: pictures and characters of a request, seconds of a decoding, requests that wait."""
 
     images: int = 4
     prompt: int = 300
@@ -85,15 +84,7 @@ def checked(
     `samplers`: names with the values of their parameters; values of parameters that a sampler has not are left out.
     `label` is the class, where the model draws classes, and `prompt` is not read then.
     """
-    condition: str | int
-    if model.classes:
-        condition = _whole("The class", label, 0, model.classes - 1)
-    else:
-        condition = " ".join((prompt or "").split())
-        if not condition:
-            raise VisarError("The prompt is empty; give at least one word.")
-        if len(condition) > limits.prompt:
-            raise VisarError(f"The prompt has {len(condition)} characters; at most {limits.prompt} are allowed.")
+    condition = _whole("The class", label, 0, model.classes - 1) if model.classes else _text(prompt, limits)
     return Request(
         model, condition, tuple(_sampler(model, name, values) for name, values in samplers),
         _whole("The number of pictures", images, 1, limits.images), _whole("The seed", seed, 0, SEEDS - 1),
@@ -101,9 +92,21 @@ def checked(
     )  # fmt: skip
 
 
-def _sampler(model: DemoModel, name: str, values: Mapping[str, Any]) -> Any:
+def _text(prompt: Any, limits: Limits) -> str:
+    """The prompt with single spaces between its words."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise VisarError("The prompt is empty; give at least one word.")
+    text = " ".join(prompt.split())
+    if len(text) > limits.prompt:
+        raise VisarError(f"The prompt has {len(text)} characters; at most {limits.prompt} are allowed.")
+    if any("\ud800" <= c <= "\udfff" for c in text):  # halves of characters, which cannot be sent back
+        raise VisarError("The prompt has characters that are no text.")
+    return text
+
+
+def _sampler(model: DemoModel, name: Any, values: Mapping[str, Any]) -> Any:
     if name not in model.samplers:
-        raise unknown(f"sampler of {model.name}", str(name), model.samplers)
+        raise unknown(f"sampler of {model.name}", str(name)[:TEXT], model.samplers)
     made = get_sampler(name, **model.parameters(name))
     given: dict[str, Any] = {}
     for p in parameters_of(made).values():
@@ -119,15 +122,23 @@ def _sampler(model: DemoModel, name: str, values: Mapping[str, Any]) -> Any:
 
 def _number(what: str, value: Any, low: float, high: float) -> float:
     """The number, within bounds; browsers send None for an empty box, and what they like for the rest."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise VisarError(f"{what} must be a number from {low:g} to {high:g}.")
-    if not low <= value <= high:
-        raise VisarError(f"{what} must be from {low:g} to {high:g}, not {value:g}.")
+    allowed = f"from {_shown(low)} to {_shown(high)}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise VisarError(f"{what} must be a number {allowed}.")
+    if not low <= value <= high:  # before it is made a float, for which whole numbers can be too large
+        raise VisarError(f"{what} must be {allowed}, not {_shown(value)}.")
     return float(value)
 
 
 def _whole(what: str, value: Any, low: float, high: float) -> int:
     number = _number(what, value, low, high)
     if number != int(number):
-        raise VisarError(f"{what} must be a whole number, not {number:g}.")
+        raise VisarError(f"{what} must be a whole number, not {_shown(number)}.")
     return int(number)
+
+
+def _shown(value: float) -> str:
+    """All digits of what people write, so that a bound and what is just beyond it look different."""
+    if abs(value) >= 1e15:
+        return "a number so large" if value > 0 else "one so far below"
+    return str(int(value)) if value == int(value) else str(value)
