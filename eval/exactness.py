@@ -7,7 +7,7 @@ stale draft law), so the test is of the *joint* law over all V**N sequences. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -149,28 +149,45 @@ def chi_square_z(counts: np.ndarray, probabilities: np.ndarray, least: float = 5
     return float((((observed - expected) ** 2 / expected).sum() - df) / np.sqrt(2 * df))
 
 
-def measure(sampler: Sampler, case: Case, sequences: int, seed: int, batch: int = 16384) -> tuple[float, float, Tensor]:
-    """The chi-square z of the joint law, the mean tokens per pass of a row, and the tokens [sequences, N]."""
-    model = case.build()
+Decode = Callable[[Tensor], Decoded]  # decodes these image indices as one batch
+
+
+def drawn(decoding: Decode, sequences: int, batch: int = 16384) -> tuple[Tensor, float]:
+    """The tokens [sequences, N] of the images 0.., and the mean tokens per pass of a row."""
     parts, tokens_per_pass = [], []
     for images in torch.arange(sequences).split(batch):
-        out = run(model, case, sampler, images, seed)
-        parts.append(out.tokens)
-        tokens_per_pass.append(case.length / (out.commit_pass[:, -1] + 1).double().mean().item())
-    tokens = torch.cat(parts)
-    counts = np.bincount(values(tokens, case.vocab), minlength=case.vocab**case.length)
-    return chi_square_z(counts, joint(model, case.law)), float(np.mean(tokens_per_pass)), tokens
+        out = decoding(images)
+        parts.append(out.tokens.cpu())
+        tokens_per_pass.append(out.tokens.shape[1] / (out.commit_pass[:, -1] + 1).double().mean().item())
+    return torch.cat(parts), float(np.mean(tokens_per_pass))
 
 
-def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int, images: int = 64) -> bool:
+def joint_z(tokens: Tensor, vocab: int, probabilities: np.ndarray) -> float:
+    """The chi-square z of sequences [B, N] against the probability of each, [V**N]."""
+    return chi_square_z(np.bincount(values(tokens, vocab), minlength=len(probabilities)), probabilities)
+
+
+def alike(decoding: Decode, tokens: Tensor, images: int = 64) -> bool:
     """Whether image i has the same tokens alone, in a batch of 8, and in the large batch that gave `tokens`.
 
     With this, the joint law measured on the large batch is the joint law of batch 1 and of batch 8, bit for bit.
     """
-    model = case.build()
-    singles = [run(model, case, sampler, torch.tensor([i]), seed).tokens for i in range(images // 2)]
-    eights = [run(model, case, sampler, part, seed).tokens for part in torch.arange(images).split(8)]
+    singles = [decoding(torch.tensor([i])).tokens.cpu() for i in range(images // 2)]
+    eights = [decoding(part).tokens.cpu() for part in torch.arange(images).split(8)]
     return bool((torch.cat(singles) == tokens[: images // 2]).all() and (torch.cat(eights) == tokens[:images]).all())
+
+
+def measure(sampler: Sampler, case: Case, sequences: int, seed: int, batch: int = 16384) -> tuple[float, float, Tensor]:
+    """The chi-square z of the joint law, the mean tokens per pass of a row, and the tokens [sequences, N]."""
+    model = case.build()
+    tokens, speed = drawn(lambda images: run(model, case, sampler, images, seed), sequences, batch)
+    return joint_z(tokens, case.vocab, joint(model, case.law)), speed, tokens
+
+
+def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
+    """`alike`, for a sampler on the model of a case."""
+    model = case.build()
+    return alike(lambda images: run(model, case, sampler, images, seed), tokens)
 
 
 def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
@@ -194,6 +211,16 @@ def distinct() -> list[str]:
     return list(out.values())
 
 
+def exact_names(names: Iterable[str]) -> None:
+    """A `VisarError` for a name that is not of an exact sampler of discrete tokens."""
+    everything = [name for name, spec in SAMPLERS.items() if spec.law != "relaxed"]
+    for name in names:
+        if name not in SAMPLERS:
+            raise unknown("sampler", name, SAMPLERS)
+        if name not in everything:
+            raise VisarError(f"{name!r} is relaxed: there is nothing to prove. Exact ones: {', '.join(everything)}.")
+
+
 def verify(
     names: list[str] | None = None,
     sequences: int = 131072,
@@ -203,12 +230,7 @@ def verify(
     report: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Test samplers on every case, then show that planted mistakes are caught; `report` sees each row as it comes."""
-    everything = [name for name, spec in SAMPLERS.items() if spec.law != "relaxed"]
-    for name in names or ():
-        if name not in SAMPLERS:
-            raise unknown("sampler", name, SAMPLERS)
-        if name not in everything:
-            raise VisarError(f"{name!r} is relaxed: there is nothing to prove. Exact ones: {', '.join(everything)}.")
+    exact_names(names or ())
 
     def rows() -> Iterator[Row]:
         for name in names or distinct():

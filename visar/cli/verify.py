@@ -23,6 +23,10 @@ def verify(options: argparse.Namespace) -> int:
     names = None if options.sampler in (None, ["all"]) else options.sampler
     for name in names or ():
         spec_of(name)
+    if options.session is not None:
+        return verify_own(options, names)
+    if options.reference is not None:
+        raise VisarError("--reference is what a --session is compared with; give both.")
 
     def line(row: Row) -> None:
         if not options.json:
@@ -54,4 +58,44 @@ def verify(options: argparse.Namespace) -> int:
             f"{', continuous ones up to rounding' if continuous or not names else ''}. "
             f"Planted mistakes: |z| > {MUTANT_LIMIT:g}. {'All rows pass.' if good else 'SOME ROWS FAIL.'}"
         )
+    return 0 if good else 1
+
+
+def verify_own(options: argparse.Namespace, names: list[str] | None) -> int:
+    """The table of a session of the user's own; exit code 1 if it was wrapped wrongly."""
+    from visar.eval.exactness import EXACT_LIMIT, Row
+    from visar.eval.own_model import Check, verify_files
+
+    def line(found: Check | Row) -> None:
+        if options.json:
+            return
+        verdict = "FAILED" if not found.passed else "exact" if isinstance(found, Row) else "good"
+        if isinstance(found, Row):
+            print(
+                f"{found.sampler:26}  {found.case:22}  {found.z:8.1f}  {found.tokens_per_pass:11.2f}  {verdict}",
+                flush=True,
+            )
+        else:
+            print(f"{found.check:26}  {'':22}  {'':8}  {'':11}  {verdict}", flush=True)
+
+    if not options.json:
+        print(f"{'CHECK OR SAMPLER':26}  {'CASE':22}  {'z':>8}  TOKENS/PASS  VERDICT")
+    checks, rows = verify_files(
+        options.session, options.reference, names=names, sequences=options.sequences, seed=options.seed, report=line
+    )
+    good = all(c.passed for c in checks) and all(r.passed for r in rows)
+    if options.json:
+        found = [asdict(c) | {"passed": c.passed} for c in checks]
+        joint = [asdict(r) | {"z": r.z if isfinite(r.z) else None, "passed": r.passed} for r in rows]
+        print(json.dumps({"checks": found, "rows": joint, "reference": options.reference}, indent=2))
+        return 0 if good else 1
+    if checks[-1].message:
+        print(checks[-1].message)
+        return 1
+    unseen = "" if options.reference else " A mistake of those is not seen; --reference sees it."
+    source = "the reference" if options.reference else "the session's own passes of one token"
+    print(
+        f"Joint law over all sequences against {source}, chi-square z.{unseen} Exact: |z| < {EXACT_LIMIT:g}, and the "
+        f"same tokens in batches of 1, 8 and all. {'All rows pass.' if good else 'SOME ROWS FAIL.'}"
+    )
     return 0 if good else 1
