@@ -145,7 +145,9 @@ class Visitor:
         assert len(shot) > 10_000
         if folder := os.environ.get("VISAR_SCREENSHOTS"):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            Image.open(io.BytesIO(shot)).convert("RGB").save(Path(folder) / f"{name}.webp", quality=80, method=6)
+            picture = Image.open(io.BytesIO(shot)).convert("RGB")
+            picture.thumbnail((1000, 2000))
+            picture.save(Path(folder) / f"demo-{name}.webp", quality=75, method=6)
 
     def close(self) -> None:
         self.context.close()
