@@ -173,6 +173,7 @@ class ImagePipeline(DiffusionPipeline):
         """Pixels along one side of a picture."""
         return self.grid * self.vq.sizes.downsample
 
+    @torch.inference_mode()
     def decode_tokens(self, tokens: Tensor, batch: int = 16) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1], fp32, for ids [B, grid**2]."""
         parts = [self.vq.decode(part.to(self.vq.device), self.grid).float() for part in tokens.split(batch)]

@@ -130,6 +130,7 @@ class MaskedPipeline(ImagePipeline):
                 self._draft.to(self.mar.device, self.mar.dtype)
         return self
 
+    @torch.inference_mode()
     def decode_tokens(self, tokens: Tensor, batch: int = 16) -> Tensor:
         """Pictures [B, 3, H, W] in [0, 1], fp32, for tokens [B, grid**2, d]."""
         latents = to_latents(tokens, self.grid) / self.vae.config.scaling_factor
