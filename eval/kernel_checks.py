@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.engine.loop import synchronize
 from visar.engine.rng import Purpose
 from visar.engine.tree import Tree
+from visar.host import synchronize
 from visar.kernels.aggregate import pool
 from visar.kernels.attention import Sight, decode_attention
 from visar.kernels.backend import backend

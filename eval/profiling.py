@@ -21,10 +21,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from visar.engine.drafter import Timed
 from visar.engine.graphs import Graph
-from visar.engine.loop import synchronize
 from visar.engine.model_session import ModelSession
 from visar.errors import VisarError
 from visar.eval.steady import steady
+from visar.host import synchronize
 from visar.samplers import Target
 from visar.tables import table
 

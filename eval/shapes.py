@@ -18,7 +18,6 @@ from torch import Tensor
 
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
-from visar.engine.loop import synchronize
 from visar.engine.memory import GIB, free_memory
 from visar.engine.model_session import ModelSession
 from visar.engine.rng import Noise
@@ -27,6 +26,7 @@ from visar.eval.eager_loop import EagerLoop, draw
 from visar.eval.profiling import PassProfile, profile_passes, profile_text
 from visar.eval.speed import bandwidth, device_title
 from visar.eval.steady import Steady, steady
+from visar.host import synchronize
 from visar.models.llamagen import LlamaGen
 from visar.models.specs import MODELS, GPTShape
 from visar.samplers import Autoregressive, Sampler, SpeculativeJacobi, Target

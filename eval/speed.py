@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from visar.engine.loop import synchronize
 from visar.errors import VisarError
+from visar.host import synchronize
 from visar.pipelines.base import ImagePipeline
 from visar.pipelines.text_to_image import TextToImagePipeline
 from visar.samplers import AnySampler

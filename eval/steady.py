@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from visar.engine.graphs import Graph
-from visar.engine.loop import Snapshot, decode, synchronize
+from visar.engine.loop import Snapshot, decode
 from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.errors import VisarError
+from visar.host import synchronize
 from visar.samplers import Target
 
 

@@ -1,4 +1,4 @@
-"""What the processor and its memory can do: asked by kernels, the engine and the command line alike."""
+"""What the machine can do, and when it is done: asked by kernels, the engine and the command line alike."""
 
 from __future__ import annotations
 
@@ -24,3 +24,9 @@ def available_memory() -> int:
 def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 numbers (AVX512-BF16, and with it AMX), so that it is the faster type."""
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock read next to this means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

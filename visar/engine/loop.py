@@ -12,6 +12,7 @@ from torch import Tensor
 from visar.engine.graphs import Graph
 from visar.engine.rng import Noise
 from visar.engine.session import Session
+from visar.host import synchronize
 
 if TYPE_CHECKING:
     from visar.engine.masked_session import MaskedSession
@@ -46,12 +47,6 @@ class Decoded(NamedTuple):
     capture_seconds: float = 0.0
     bytes_read: int = 0
     replays: int = 0
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a clock read next to this means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.inference_mode()

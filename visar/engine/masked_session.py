@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visar.engine.chain import Chain
-from visar.engine.loop import synchronize
+from visar.host import synchronize
 
 
 class MaskedSession(ABC):
