@@ -28,6 +28,7 @@ def demo(options: argparse.Namespace) -> int:
             raise VisarError(f"{what} must be 1 or more, not {value}.")
     port = _free_port(options.host, options.port)  # before models are loaded
     from visar.demo.app import build, css, theme
+    from visar.demo.jobs import end_all
     from visar.demo.models import named
     from visar.demo.requests import Limits
 
@@ -42,7 +43,10 @@ def demo(options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise VisarError(f"The demo could not be served on {options.host}:{port}: {error}.") from error
     print(f"visar demo: {', '.join(models)} on {shared or url}", flush=True)
-    page.block_thread()
+    try:
+        page.block_thread()
+    finally:
+        end_all()
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from visar.errors import VisarError
 from visar.pipelines.base import ImageOutput
 from visar.pipelines.progress import StepCallback
 
-TICKETS = 4096  # that are kept; a visitor who went away without a word leaves one behind
+TICKETS = 4096  # that are kept, used ones among them
 
 
 @dataclass
@@ -63,9 +63,7 @@ class Desk:
     def request(self, name: str) -> Request:
         """What a ticket asks for; a `VisarError` for one that there is not."""
         with self._lock:
-            if name not in self._tickets:
-                raise VisarError("This request is not known any more; ask again.")
-            return self._tickets[name].request
+            return self._ticket(name).request
 
     def stop(self, visitor: str) -> str:
         """End what a visitor has at work or waiting: "work", "waiting", or "" where there is nothing."""
@@ -77,15 +75,16 @@ class Desk:
                     ticket.job.stop()
             return "" if not found else "work" if any(t.job is not None for t in found) else "waiting"
 
-    def serve(self, name: str) -> Iterator[tuple[int, Frame]]:
-        """The frames of a ticket's decodings, each with the number of its sampler.
+    def serve(self, name: str) -> Generator[tuple[int, Frame], None, None]:
+        """The frames of a ticket's decodings, each with the number of its sampler; none where it was served before.
 
+        That happens: who asks again while waiting has two turns, and the first serves what was asked for last.
         Raises `Stopped` for one that was given up, and `VisarError` for one that there is not.
         """
         with self._lock:
-            ticket = self._tickets.get(name)
-            if ticket is None or ticket.served:
-                raise VisarError("This request is not known any more; ask again.")
+            ticket = self._ticket(name)
+            if ticket.served:
+                return
             ticket.served = True
         try:
             for number, sampler in enumerate(ticket.request.samplers):
@@ -98,7 +97,12 @@ class Desk:
                         yield number, frame
         finally:
             with self._lock:
-                self._tickets.pop(name, None)
+                ticket.job, ticket.revoked = None, True
+
+    def _ticket(self, name: str) -> Ticket:
+        if name not in self._tickets:
+            raise VisarError("This request is not known any more; ask again.")
+        return self._tickets[name]
 
     def _of(self, visitor: str) -> list[Ticket]:
         return [t for t in self._tickets.values() if t.visitor == visitor]

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ PATIENCE = 30.0  # seconds after which nobody will draw a frame any more
 BEFORE = "Stopped before it began."
 
 Decode = Callable[[StepCallback], ImageOutput]
+_at_work: set[Job] = set()
 
 
 class Stopped(Exception):
@@ -68,7 +69,7 @@ class Job:
         self._frames: queue.Queue[Frame | BaseException] = queue.Queue()
         self._passes, self._seconds, self._tokens = [0], [0.0], [0.0]
         self._began = self._shown = 0.0
-        self._over = threading.Event()
+        self._over, self._thread = threading.Event(), threading.Thread(target=self._run, daemon=True)
 
     @property
     def over(self) -> bool:
@@ -79,9 +80,10 @@ class Job:
         """Ask it to end after the pass at work."""
         self._stop.set()
 
-    def frames(self) -> Iterator[Frame]:
+    def frames(self) -> Generator[Frame, None, None]:
         """Frames until the last one, which has `stats`. Raises `Stopped`, or what the decoding raised."""
-        threading.Thread(target=self._run, daemon=True).start()
+        _at_work.add(self)
+        self._thread.start()
         try:
             while True:
                 found = self._frames.get()
@@ -110,6 +112,7 @@ class Job:
             self._frames.put(error)
         finally:
             self._over.set()
+            _at_work.discard(self)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -154,6 +157,14 @@ class Job:
         return tuple(self._passes), tuple(self._seconds), tuple(self._tokens)
 
 
+def end_all(seconds: float = 60) -> None:
+    """Stop all jobs and wait for their ends: Python must not leave while a thread of it is inside of torch."""
+    for job in (jobs := list(_at_work)):
+        job.stop()
+    for job in jobs:
+        job._thread.join(seconds)
+
+
 def warm_up(decode: Decode, stopped: threading.Event) -> None:
     """Run a few passes for nothing, so that what is done once (packing weights, first launches) is not timed."""
 
@@ -181,5 +192,5 @@ def warned() -> Iterator[list[str]]:
             else:
                 elsewhere(message, category, filename, *rest)
 
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield said
