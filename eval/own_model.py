@@ -27,8 +27,9 @@ from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.errors import VisarError
-from visar.eval.exactness import PLAIN, Case, Row, alike, configured, drawn, exact_names, joint_z, values
-from visar.eval.session_checks import TOLERANCE, Make, Subject, checks_of, far, law_of, walked
+from visar.eval.exactness import PLAIN, Case, Row, alike, configured, drawn, exact_names, joint_z
+from visar.eval.session_checks import checks_of
+from visar.eval.session_subject import TOLERANCE, Make, Subject, far, law_of, walked
 from visar.eval.tabular import TabularModel, joint
 from visar.samplers import CONTINUOUS, SAMPLERS, Sampler, Target, get_sampler
 
@@ -63,9 +64,13 @@ def load(place: str, flag: str) -> tuple[Callable[..., Any], Path]:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.path.insert(0, str(path.parent))  # it may import its neighbours
-        with blamed(path):
-            spec.loader.exec_module(module)
-        sys.modules[known] = module
+        sys.modules[known] = module  # before it runs: dataclasses look their module up
+        try:
+            with blamed(path):
+                spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[known]
+            raise
     found = getattr(sys.modules[known], function, None)
     if not callable(found):
         raise VisarError(f"{name} has {'no' if found is None else 'something that is no'} function {function!r}.")
@@ -87,8 +92,8 @@ def blamed(*files: Path) -> Iterator[None]:
         if not places:
             raise
         name, line = places[-1]
-        text = str(error).strip().partition("\n")[0]
-        raise VisarError(f"{Path(name).name}, line {line}: {type(error).__name__}: {text}") from error
+        said = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+        raise VisarError(f"{Path(name).name}, line {line}: {': '.join(said)}") from error
 
 
 def checked(make: Callable[..., Any], name: str = "make") -> Make:
@@ -102,6 +107,10 @@ def checked(make: Callable[..., Any], name: str = "make") -> Make:
         session = make(batch, window)
         if not isinstance(session, Session):
             raise VisarError(f"{name} gave {type(session).__name__}, not a visar.engine.session.Session.")
+        if not hasattr(session, "lengths"):
+            raise VisarError(
+                f"{name} gave a session whose __init__ did not call super().__init__(batch, length, vocab)."
+            )
         if session.batch != batch:
             raise VisarError(f"{name}({batch}, {window}) gave a session of {session.batch} rows, not {batch}.")
         if session.lengths.shape != (batch,) or bool(session.lengths.any()):
@@ -186,8 +195,9 @@ def joint_rows(subject: Subject, name: str, sequences: int, seed: int) -> Iterat
         count = 64 if name == "jacobi" else sequences
         tokens, speed = drawn(decoding, count, BATCH)
         if name == "jacobi":
-            right = bool((values(tokens, subject.vocab) == _greedy(subject)).all())
-            z = 0.0 if right else float("inf")
+            laws = subject.along(tokens)  # of tokens that are as likely either may be taken
+            taken = laws.gather(-1, tokens[..., None])[..., 0]
+            z = 0.0 if (taken > laws.amax(-1) - TOLERANCE).all() else float("inf")
         else:
             z = joint_z(tokens, subject.vocab, probabilities)
         yield Row(name, f"window {sampler.window}", "exact", count, z, speed, alike(decoding, tokens, images=32))
@@ -196,15 +206,6 @@ def joint_rows(subject: Subject, name: str, sequences: int, seed: int) -> Iterat
 def _tabular(subject: Subject) -> TabularModel:
     logits = subject.table.log()
     return TabularModel(subject.vocab, subject.length, logits, logits)
-
-
-def _greedy(subject: Subject) -> int:
-    """The value base V of the sequence of most likely tokens."""
-    value, offset = 0, 0
-    for n in range(subject.length):
-        best = int(subject.table[offset + value].argmax())
-        value, offset = value * subject.vocab + best, offset + subject.vocab**n
-    return value
 
 
 def names_for(subject: Subject, names: Iterable[str] | None) -> list[str]:
