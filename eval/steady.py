@@ -85,7 +85,7 @@ def steady(
 
     session.lengths.fill_(middle)
     with suppress(_Enough):
-        decode(session, sampler, target, noise, tell, every, graph)
+        decode(session, sampler, target, noise, tell, every, graph, waits=False)
     if not end:
         raise VisarError(f"The decoding ended before {passes} passes of it could be timed.")
     return Steady(1e3 * (end - start) / passes, passes, (graph.seconds or None) if graph is not None else None)

@@ -91,6 +91,15 @@ def test_a_pass_takes_the_time_it_takes(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.ms_per_pass == pytest.approx(100)
 
 
+def test_the_host_waits_for_no_pass_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a GPU would run dry after every look."""
+    waits: list[str] = []
+    for module in ("engine.loop", "eval.steady"):
+        monkeypatch.setattr(f"visar.{module}.synchronize", lambda device, module=module: waits.append(module))
+    steady(session(1), Autoregressive(), Target(), NOISE, passes=6, warm=1)
+    assert waits == ["engine.loop", "eval.steady", "eval.steady"]
+
+
 def test_a_decoding_that_ends_too_early() -> None:
     with pytest.raises(VisarError, match="ended before 50 passes"):
         steady(session(1), Autoregressive(), Target(), NOISE, passes=2, every=50)

@@ -58,13 +58,15 @@ def decode(
     callback: Callback | None = None,
     every: int | None = None,
     graph: Graph | None = None,
+    waits: bool = True,
 ) -> Decoded:
     """Run `sampler` on a fresh session of its family.
 
     `callback` is told, and the rows are looked at, after `every` passes: by default each on a CPU and every fourth on a
-    GPU, where a look makes the host wait. Passes that turn out to have been idle are counted. With a `graph` steps are
-    captured; one that was captured before must be of this very session, started anew. Raises `VisarError` where the
-    model's arithmetic overflowed.
+    GPU, where a look makes the host wait. Neither counts the other's time, for which the host waits for the device
+    around each callback; without `waits` it does not, and `seconds` mean nothing. Passes that turn out to have been
+    idle are counted. With a `graph` steps are captured; one that was captured before must be of this very session,
+    started anew. Raises `VisarError` where the model's arithmetic overflowed.
     """
     every = every or (1 if session.device.type == "cpu" else 4)
     fewest = -(-session.length // sampler.window)
@@ -85,7 +87,14 @@ def decode(
             graph.step(step, lambda: _bytes_read(session))
         passes += 1
         if callback is not None and passes % every == 0:
-            told += _tell(callback, session, state, passes, start + told)
+            if waits:
+                synchronize(session.device)
+            now, length = time.perf_counter(), session.length
+            commits = state.commit_pass[:, :length]
+            callback(Snapshot(passes, now - start - told, state.tokens[:, :length], commits, session.lengths))
+            if waits:
+                synchronize(session.device)
+            told += time.perf_counter() - now
         ending = passes >= fewest and (passes - fewest) % every == 0
         if ending or (session.watched and passes % every == 0):
             least = int(session.lengths.min())
@@ -102,16 +111,6 @@ def decode(
     tokens, commit_pass = state.tokens[:, :length].clone(), state.commit_pass[:, :length].clone()
     captured, replays, uncounted = (0.0, 0, 0) if graph is None else (graph.seconds, graph.replays, graph.uncounted)
     return Decoded(tokens, commit_pass, passes, seconds, captured, _bytes_read(session) + uncounted, replays)
-
-
-def _tell(
-    callback: Callback, session: Session | MaskedSession, state: State | MaskedState, passes: int, start: float
-) -> float:
-    """Call it, once the device is done; the seconds that it took."""
-    synchronize(session.device)
-    now, length = time.perf_counter(), session.length
-    callback(Snapshot(passes, now - start, state.tokens[:, :length], state.commit_pass[:, :length], session.lengths))
-    return time.perf_counter() - now
 
 
 def _bytes_read(session: Session | MaskedSession) -> int:

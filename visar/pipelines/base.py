@@ -280,7 +280,9 @@ class ImagePipeline(DiffusionPipeline):
 
         quiet = getattr(self, "_progress_bar_config", {}).get("disable", False)
         with self.progress_bar(total=session.batch * session.length) as bar:
-            return decode(session, method, target, noise, None if quiet and callback is None else tell, every, graph)
+            done = decode(session, method, target, noise, None if quiet and callback is None else tell, every, graph)
+            bar.update(bar.total - bar.n)  # the last passes may be told to nobody
+            return done
 
     def _pictures(self, tokens: Tensor, output_type: str) -> list[Image.Image] | Tensor | None:
         """What `output_type` asks for."""
@@ -337,19 +339,19 @@ class ImagePipeline(DiffusionPipeline):
         return [name for name, spec in self.samplers.items() if not spec.drafter or self._has_drafter(spec.drafter)]
 
     def _has_drafter(self, kind: str) -> bool:
-        return kind in self._drafters or self._beside(kind)
+        return kind in self._drafters or self._beside(kind) is not None
 
-    def _beside(self, kind: str) -> bool:
-        """Whether such a drafter lies in the model's folder."""
-        return self._folder is not None and (self._folder / kind).is_dir()
+    def _beside(self, kind: str) -> Path | None:
+        """The folder of such a drafter within the model's own, if there is one."""
+        return self._folder / kind if self._folder is not None and (self._folder / kind).is_dir() else None
 
     def _drafter_for(self, method: Sampler) -> DraftModel | None:
         """The drafter that a sampler needs: one that was loaded, or one that lies beside the model."""
         kind = getattr(method, "drafter", None)
         if kind is None:
             return None
-        if kind not in self._drafters and self._beside(kind):
-            self.load_drafter(self._folder / kind)  # type: ignore[operator]
+        if kind not in self._drafters and (folder := self._beside(kind)) is not None:
+            self.load_drafter(folder)
         if kind not in self._drafters:
             what = "a smaller model" if kind == "model" else f"a drafter of the kind {kind!r}"
             raise VisarError(f"Sampler {method.name!r} needs {what}; give it with load_drafter, or --drafter PATH.")

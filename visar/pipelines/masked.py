@@ -175,11 +175,11 @@ class MaskedPipeline(ImagePipeline):
 
     def _find_draft(self) -> None:
         """Load the draft model that lies beside the model, if one does and none was loaded."""
-        if self._draft is None and self._beside("draft"):
-            self.load_drafter(self._folder / "draft")  # type: ignore[operator]
+        if self._draft is None and (folder := self._beside("draft")) is not None:
+            self.load_drafter(folder)
 
     def _has_drafter(self, kind: str) -> bool:
-        return self._draft is not None or self._beside(kind)
+        return self._draft is not None or self._beside(kind) is not None
 
     def _draft_for(self, name: str) -> MAR:
         self._find_draft()
