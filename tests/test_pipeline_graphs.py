@@ -11,6 +11,7 @@ from recording import Recorder
 from visar.engine import memory
 from visar.errors import VisarError
 from visar.pipelines import TextToImagePipeline
+from visar.pipelines.progress import Progress
 from visar.pipelines.sessions import Sessions
 
 PROMPTS = ["red heart", "blue star"]
@@ -46,6 +47,25 @@ def test_calls_of_one_shape_share_a_graph(
             assert record.captures == made and found.stats.graph_passes > 0
             assert found.stats.draft_seconds == (0 if name in ("ar", "scd") else None)
     assert len(sessions.kept) == 3
+
+
+def test_a_session_that_a_callback_broke_off_is_not_kept(
+    text_pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.passes == 4:  # replayed
+            raise InterruptedError
+
+    expected = text_pipe(PROMPTS, seed=1, sampler="ar", output_type="tokens").tokens
+    record = Recorder(monkeypatch)
+    sessions = text_pipe._kept_sessions = Sessions(record)
+    text_pipe(PROMPTS, seed=2, sampler="ar", output_type="tokens")
+    assert len(sessions.kept) == 1
+    with pytest.raises(InterruptedError):
+        text_pipe(PROMPTS, seed=3, sampler="ar", callback=stop)
+    assert len(sessions.kept) == 0
+    again = text_pipe(PROMPTS, seed=1, sampler="ar", output_type="tokens")
+    assert record.captures == 2 and torch.equal(again.tokens, expected)
 
 
 def test_a_schedule_of_the_host_is_not_captured(
