@@ -106,6 +106,8 @@ def test_one_scale_for_two_maps() -> None:
     assert shared.to_rgba(2) == the_map(heat_map(many, most=8)).to_rgba(2) != alone.to_rgba(2)
     with pytest.raises(VisarError, match="A pass kept 8 tokens: colours must go up to so many or more, not 7"):
         heat_map(many, most=7)
+    with pytest.raises(VisarError, match="colours must go up to so many or more, not 0"):
+        heat_map(torch.full((4,), -1), most=0)
 
 
 def test_many_counts_have_a_continuous_scale() -> None:
@@ -123,6 +125,7 @@ def test_maps_that_cannot_be_drawn() -> None:
         (torch.zeros(2, 9), -1, "There is no image -1"),
         (torch.zeros(10), 0, "side x side cells, not 10"),
         (torch.zeros(0), 0, "side x side cells, not 0"),
+        (torch.zeros(2, 3, 9), 0, r"must be \[B, N\] or \[N\], not \[2, 3, 9\]"),
     ):
         with pytest.raises(VisarError, match=message):
             heat_map(row, image)

@@ -80,8 +80,9 @@ def heat_map(
     if picture is not None and hasattr(picture, "detach"):  # [3, H, W] in [0, 1], as output_type="pt" has it
         picture = picture.detach().cpu().float().permute(1, 2, 0).numpy()
     counts = tokens_per_pass(row)
-    if most is not None and most < counts.max():
-        raise VisarError(f"A pass kept {counts.max()} tokens: colours must go up to so many or more, not {most}.")
+    least = max(1, int(counts.max()))
+    if most is not None and most < least:
+        raise VisarError(f"A pass kept {least} tokens: colours must go up to so many or more, not {most}.")
     side = 2.6  # inches
     beside = picture is not None and not over
     figure = new_figure((side + 0.15) * (2 if beside else 1) + 0.75, side + 0.2, "Tokens kept by each pass, as a map")
@@ -104,7 +105,7 @@ def heat_map(
     if picture is not None and over:
         grey = np.asarray(picture)[..., :3].mean(-1)  # colours are those of the map alone
         axes.imshow(grey, cmap="gray", extent=extent, aspect="auto")
-    cmap, norm, ticks = _scale(max(1, int(counts.max())) if most is None else most)
+    cmap, norm, ticks = _scale(least if most is None else most)
     shown = np.ma.masked_less(counts, 0)
     drawn = axes.imshow(
         shown, cmap=cmap, norm=norm, extent=extent, alpha=0.6 if over else 1, interpolation="nearest", aspect="auto"
@@ -219,6 +220,8 @@ def _array(values: Any) -> np.ndarray:
 def _row(commit_pass: Any, image: int) -> np.ndarray:
     """The passes of one picture, [N]."""
     passes = np.atleast_2d(_array(commit_pass))
+    if passes.ndim > 2:
+        raise VisarError(f"commit_pass must be [B, N] or [N], not {list(passes.shape)}.")
     if not 0 <= image < len(passes):
         raise VisarError(f"There is no image {image}: there are {len(passes)}, counted from 0.")
     return passes[image]

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from visar import __version__
-from visar.cli import arguments, evaluate_arguments
+from visar.cli import arguments, evaluate_arguments, train_arguments
 from visar.errors import VisarError
 
 
@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         arguments.generate, arguments.demo, arguments.sample, arguments.export, arguments.models, arguments.samplers,
-        arguments.verify, arguments.bench, evaluate_arguments.evaluate, arguments.train,
+        arguments.verify, arguments.bench, evaluate_arguments.evaluate, train_arguments.train,
     ):  # fmt: skip
         add(commands)
     return top
