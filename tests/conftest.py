@@ -24,12 +24,22 @@ from visar.models.vq import VQModel
 from visar.models.words import WordEncoder
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 
+PROCESSES = min(os.cpu_count() or 1, 4)
 WORDS = ("red", "blue", "heart", "star", "cat", "dog", "city", "3d", "noto", "flat")
 GRID = 5
 GPT: dict[str, Any] = dict(vocab_size=24, dim=32, num_layers=2, num_heads=2, ffn=48, grid=GRID)
 VQ: dict[str, Any] = dict(
     codebook_size=24, code_dim=4, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=16
 )  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A run of all tests uses all cores, where pytest-xdist is installed and nothing else was asked for."""
+    everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if everything and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = PROCESSES, "loadfile"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch processes of several threads slow one another
 
 
 def text_gpt(length: int = 4, features: int = 6) -> LlamaGen:
