@@ -11,6 +11,8 @@ import pytest
 from test_own_model import MODEL, PAGE, SEEN
 
 from visar.cli import main
+from visar.eval.exactness import Row
+from visar.eval.own_model import Check
 
 Capture = pytest.CaptureFixture[str]
 
@@ -120,6 +122,20 @@ def test_a_wrong_session_is_a_failed_check(folder: Path, capsys: Capture) -> Non
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == [] and [c["passed"] for c in found["checks"]] == [True, True, True, False]
     assert "causal mask" in found["checks"][-1]["message"]
+
+
+def test_no_names_are_all_samplers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table without a row would prove nothing."""
+    asked: list[object] = []
+
+    def verify_files(*_: object, names: object, **__: object) -> tuple[list[Check], list[Row]]:
+        asked.append(names)
+        return [Check("rows are apart", "")], []
+
+    monkeypatch.setattr("visar.eval.own_model.verify_files", verify_files)
+    for names in (",", "all"):
+        assert main(["verify", *GOOD.split(), "--sampler", names]) == 0
+    assert asked == [None, None]
 
 
 def test_a_file_may_have_dataclasses(folder: Path, capsys: Capture) -> None:

@@ -19,16 +19,9 @@ def _names(text: str) -> list[str]:
 
 
 def _model_options(p: argparse.ArgumentParser, flag: str = "--model", several: bool = False) -> None:
-    if several:
-        p.add_argument(
-            flag, dest="models", action="append", metavar="NAME|PATH",
-            help="a name of `visar models`, a folder, or a hub id; repeatable (default: icons and icons-mar)",
-        )  # fmt: skip
-    else:
-        p.add_argument(
-            flag, dest="model", default="icons", metavar="NAME|PATH",
-            help="a name of `visar models`, a folder, or a hub id (default: icons)",
-        )  # fmt: skip
+    what: dict[str, Any] = {"dest": "models", "action": "append"} if several else {"dest": "model", "default": "icons"}
+    default = "; repeatable (default: icons and icons-mar)" if several else " (default: icons)"
+    p.add_argument(flag, metavar="NAME|PATH", help=f"a name of `visar models`, a folder, or a hub id{default}", **what)
     p.add_argument("--vq", metavar="FILE", help="tokenizer file, when --model is a published .pt file")
     p.add_argument("--vae", metavar="FILE", help="kl16.ckpt, when --model is MAR's checkpoint-last.pth")
     p.add_argument("--text-encoder", metavar="PATH", help="folder or hub id of FLAN-T5-XL, for a published text model")

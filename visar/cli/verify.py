@@ -6,21 +6,26 @@ import argparse
 import json
 from dataclasses import asdict
 from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 from visar.errors import VisarError
+
+if TYPE_CHECKING:
+    from visar.eval.exactness import Row
+    from visar.eval.own_model import Check
 
 PICTURES = 4  # a picture of continuous tokens says more of its law than a sequence: one for so many
 
 
 def verify(options: argparse.Namespace) -> int:
     from visar.eval.continuous_exactness import verify_continuous
-    from visar.eval.exactness import EXACT_LIMIT, MUTANT_LIMIT, Row
+    from visar.eval.exactness import EXACT_LIMIT, MUTANT_LIMIT
     from visar.eval.exactness import verify as prove
     from visar.samplers import CONTINUOUS, spec_of
 
     if options.sequences < 16384:
         raise VisarError(f"--sequences must be 16384 or more for the test to mean something, not {options.sequences}.")
-    names = None if options.sampler in (None, ["all"]) else options.sampler
+    names = None if options.sampler in (None, [], ["all"]) else options.sampler
     for name in names or ():
         spec_of(name)
     if options.session is not None:
@@ -30,12 +35,10 @@ def verify(options: argparse.Namespace) -> int:
 
     def line(row: Row) -> None:
         if not options.json:
-            good = {"exact": "exact", "mutant": "caught", "relaxed": f"relaxed, {row.distance or 0:.2f} nats"}[row.kind]
-            verdict = good if row.passed else "FAILED"
-            print(f"{row.sampler:26}  {row.case:22}  {row.z:8.1f}  {row.tokens_per_pass:11.2f}  {verdict}", flush=True)
+            print(_line(row), flush=True)
 
     if not options.json:
-        print(f"{'SAMPLER':26}  {'CASE':22}  {'z':>8}  TOKENS/PASS  VERDICT")
+        print(_heads("SAMPLER"))
     continuous = [name for name in names or () if name in CONTINUOUS]
     discrete = [name for name in names or () if name not in CONTINUOUS]
     rows, mutants = [], not options.no_mutants
@@ -45,9 +48,7 @@ def verify(options: argparse.Namespace) -> int:
         rows += verify_continuous(continuous or None, options.sequences // PICTURES, options.seed, mutants, report=line)
     good = all(row.passed for row in rows)
     if options.json:
-        print(
-            json.dumps([asdict(r) | {"z": r.z if isfinite(r.z) else None, "passed": r.passed} for r in rows], indent=2)
-        )
+        print(json.dumps([_said(row) for row in rows], indent=2))
     else:
         tests = [
             *(["Joint law over all sequences, chi-square z."] if discrete or not names else []),
@@ -64,30 +65,25 @@ def verify(options: argparse.Namespace) -> int:
 def verify_own(options: argparse.Namespace, names: list[str] | None) -> int:
     """The table of a session of the user's own; exit code 1 if it was wrapped wrongly."""
     from visar.eval.exactness import EXACT_LIMIT, Row
-    from visar.eval.own_model import Check, verify_files
+    from visar.eval.own_model import verify_files
 
     def line(found: Check | Row) -> None:
         if options.json:
             return
-        verdict = "FAILED" if not found.passed else "exact" if isinstance(found, Row) else "good"
         if isinstance(found, Row):
-            print(
-                f"{found.sampler:26}  {found.case:22}  {found.z:8.1f}  {found.tokens_per_pass:11.2f}  {verdict}",
-                flush=True,
-            )
+            print(_line(found), flush=True)
         else:
-            print(f"{found.check:26}  {'':22}  {'':8}  {'':11}  {verdict}", flush=True)
+            print(_cells(found.check, "", "", "", "good" if found.passed else "FAILED"), flush=True)
 
     if not options.json:
-        print(f"{'CHECK OR SAMPLER':26}  {'CASE':22}  {'z':>8}  TOKENS/PASS  VERDICT")
+        print(_heads("CHECK OR SAMPLER"))
     checks, rows = verify_files(
         options.session, options.reference, names=names, sequences=options.sequences, seed=options.seed, report=line
     )
     good = all(c.passed for c in checks) and all(r.passed for r in rows)
     if options.json:
-        found = [asdict(c) | {"passed": c.passed} for c in checks]
-        joint = [asdict(r) | {"z": r.z if isfinite(r.z) else None, "passed": r.passed} for r in rows]
-        print(json.dumps({"checks": found, "rows": joint, "reference": options.reference}, indent=2))
+        told = {"checks": [_said(c) for c in checks], "rows": [_said(r) for r in rows], "reference": options.reference}
+        print(json.dumps(told, indent=2))
         return 0 if good else 1
     if checks[-1].message:
         print(checks[-1].message)
@@ -99,3 +95,25 @@ def verify_own(options: argparse.Namespace, names: list[str] | None) -> int:
         f"same tokens in batches of 1, 8 and all. {'All rows pass.' if good else 'SOME ROWS FAIL.'}"
     )
     return 0 if good else 1
+
+
+def _cells(first: str, case: str, z: str, tokens_per_pass: str, verdict: str) -> str:
+    """A line of the table, whose rows are printed as they come."""
+    return f"{first:26}  {case:22}  {z:>8}  {tokens_per_pass:>11}  {verdict}"
+
+
+def _heads(first: str) -> str:
+    return _cells(first, "CASE", "z", "TOKENS/PASS", "VERDICT")
+
+
+def _line(row: Row) -> str:
+    good = {"exact": "exact", "mutant": "caught", "relaxed": f"relaxed, {row.distance or 0:.2f} nats"}[row.kind]
+    verdict = good if row.passed else "FAILED"
+    return _cells(row.sampler, row.case, f"{row.z:.1f}", f"{row.tokens_per_pass:.2f}", verdict)
+
+
+def _said(found: Check | Row) -> dict[str, Any]:
+    """What JSON has of a check or a row; it has no infinity."""
+    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in asdict(found).items()} | {
+        "passed": found.passed
+    }
