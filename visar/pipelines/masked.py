@@ -210,9 +210,9 @@ class MaskedPipeline(ImagePipeline):
     ) -> ImageOutput:
         """As `ImagePipeline._generate`; `forced_tokens` [grid**2, d] is NaN where tokens are to be drawn."""
         checked_output(output_type)
-        given = (("top_k", bool(top_k)), ("top_p", top_p != 1), ("guidance_interval", guidance_interval >= 0))
-        for name, is_given in given:
-            if is_given:
+        others = (("top_k", bool(top_k)), ("top_p", top_p != 1), ("guidance_interval", guidance_interval >= 0))
+        for name, is_set in others:
+            if is_set:
                 raise VisarError(f"{name} is for models of discrete tokens; this one's are continuous.")
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
@@ -221,10 +221,11 @@ class MaskedPipeline(ImagePipeline):
         target = ContinuousTarget(self.config.temperature if temperature is None else temperature)
         device, length = self.mar.device, self.mar.length
         forced = None if forced_tokens is None else self._forced(forced_tokens)
-        free = length if forced is None else int(forced.isnan().any(-1).sum())
+        given = None if forced is None else forced.isfinite().all(-1)
+        free = length if given is None else int((~given).sum())
         method = self.sampler_of(_default_sampler(free) if sampler is None else sampler, window)
         noise = noise_of(keys, first_image, seed, device)
-        order = decision_orders(noise, length, None if forced is None else forced.isfinite().all(-1))
+        order = decision_orders(noise, length, given)
         fixed = None if forced is None else forced[order[:, : length - free]]
 
         def session_of(model: MAR) -> MARSession:
@@ -235,15 +236,7 @@ class MaskedPipeline(ImagePipeline):
             session.draft = session_of(self._draft_for(method.name))
 
         # Every pass makes the host wait, so the loop may look as well.
-        result = self._decoded(
-            session,
-            method,
-            target,
-            noise,
-            callback,
-            None if forced is None else forced.isfinite().all(-1),
-            every=1,
-        )
+        result = self._decoded(session, method, target, noise, callback, given, every=1)
         if not bool(result.tokens.isfinite().all()):
             raise VisarError("Tokens are not finite; use another guidance scale or temperature.")
         images = self._pictures(result.tokens, output_type)
