@@ -54,7 +54,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    command = [sys.executable, "-m", "visar", "demo", "--port", "0", "--dtype", "float32", "--max-images", "2"]
+    command = [sys.executable, "-m", "visar", "demo", "--port", "0", "--dtype", "float32"]
+    command += ["--max-images", "2", "--max-waiting", "1"]
     server = subprocess.Popen(
         command, cwd=tmp_path_factory.mktemp("server"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -111,6 +112,7 @@ class Visitor:
         """Choose a sampler, and wait until its own parameters are there."""
         self.choose("Sampler", label or name)
         self.wait(rf"^{name} ", ".visar-law")
+        self.page.wait_for_timeout(500)  # boxes that were not there are mounted a moment later
 
     def set(self, parameter: str, value: Any) -> None:
         """Fill the box of a parameter of the sampler."""
@@ -277,6 +279,20 @@ def test_visitors_are_not_mixed(browser: Any, address: str, pipe: TextToImagePip
     for visitor, (prompt, seed) in zip(visitors, wanted, strict=True):
         visitor.wait("done, ")
         assert [p.tobytes() for p in visitor.pictures()] == expected(pipe, prompt, sampler="scd", seed=seed)[0]
+        visitor.close()
+
+
+def test_a_full_queue_is_a_sentence(browser: Any, address: str) -> None:
+    visitors = [Visitor(browser, address) for _ in range(3)]
+    visitors[0].sampler("ar")
+    visitors[0].page.click("#generate")
+    visitors[0].wait("passes, ")
+    visitors[1].page.click("#generate")
+    visitors[1].wait("queue: 1/1")
+    visitors[2].page.click("#generate")
+    visitors[2].wait("Too many requests are waiting")
+    visitors[1].wait("done, ")
+    for visitor in visitors:
         visitor.close()
 
 

@@ -275,7 +275,6 @@ def test_asked_again_while_it_waits(served: str, text_pipe: Any, monkeypatch: py
     assert picture_in(pictures) == text_pipe("blue cat", seed=2).images[0].tobytes()
 
 
-@pytest.mark.xfail(strict=True, reason="a turn without frames empties the page")
 def test_the_turn_that_is_left_over_changes_nothing(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, later = asked_twice(served, monkeypatch, 2)
     assert [(shown or {}).get("__type__") for shown in later] == ["update"] * 4

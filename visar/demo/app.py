@@ -149,8 +149,8 @@ def _wire(
             return "", view.status(str(error), "error")
 
     def run(name: str) -> Iterator[list[Any]]:
+        yield [gr.skip() for _ in outputs]  # a turn without frames leaves the page as it is
         if not name:
-            yield [gr.skip() for _ in outputs]
             return
         try:
             wanted = desk.request(name)
@@ -180,11 +180,14 @@ def _wire(
             case _:
                 return view.status("There is nothing to stop.")
 
+    def full() -> str:
+        return view.status("Too many requests are waiting; try again in a while.", "error")
+
     quick: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
     go.click(ask, inputs, [ticket, outputs[0]], js=SHOW % outputs[0].elem_id, **quick).then(
         run, ticket, outputs, concurrency_id="decode", concurrency_limit=1, api_visibility="private",
         show_progress="minimal", show_progress_on=outputs[0],
-    )  # fmt: skip
+    ).failure(full, None, outputs[0], **quick)  # fmt: skip
     stop.click(halt, None, outputs[0], **quick)
 
 

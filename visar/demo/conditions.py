@@ -69,7 +69,7 @@ class Conditions:
     def request(self, values: Sequence[Any], samplers: list[tuple[str, dict[str, Any]]], limits: Limits) -> Request:
         """What the values of `components` ask for; a `VisarError` where it is not allowed."""
         name, prompt, label, images, seed, guidance, temperature = values
-        if name not in self.models:
+        if not isinstance(name, str) or name not in self.models:
             raise VisarError(f"There is no model {name!r} here; there are {', '.join(self.models)}.")
         return checked(
             self.models[name], prompt, label, samplers, images, seed, guidance, temperature, limits

@@ -108,7 +108,7 @@ def progress(label: str, frame: Frame) -> str:
     """Where a sampler is, or that it is done."""
     if frame.stats is None:
         return status(f"{label}: {frame.passes[-1]} passes, {frame.tokens[-1]:.0f} tokens.", "busy")
-    said = f"{label}: done, {frame.passes[-1]} passes in {frame.seconds[-1]:.2f} seconds."
+    said = f"{label}: done, {frame.stats.nfe} passes in {frame.stats.seconds:.2f} seconds."
     return status(" ".join([said, *frame.notes]), "done")
 
 
