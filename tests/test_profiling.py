@@ -140,10 +140,13 @@ def test_more_sampling_is_more_of_the_sampling_share() -> None:
     class Slow(Autoregressive):
         def step(self, session: Any, state: Any) -> None:
             super().step(session, state)
-            torch.randn(400, 400) @ torch.randn(400, 400)  # a product that is none of the model's
+            torch.randn(800, 800) @ torch.randn(800, 800)  # a product that is none of the model's
 
-    plain, slow = (profile_passes(session(1), s, Target(), NOISE, passes=4, warm=1) for s in (Autoregressive(), Slow()))
-    assert slow.shares[SAMPLING] > 2 * plain.shares[SAMPLING] and slow.shares[GEMM] < plain.shares[GEMM]
+    plain, slow = (
+        profile_passes(session(1), s, Target(), NOISE, passes=4, warm=1).shares for s in (Autoregressive(), Slow())
+    )
+    # Against the model's products, because on a busy machine the host's share takes from all others.
+    assert slow[SAMPLING] / slow[GEMM] > 2 * plain[SAMPLING] / plain[GEMM]
 
 
 def test_profile_of_a_pipeline_with_a_drafter(text_pipe: TextToImagePipeline, drafters: list[Any]) -> None:
