@@ -156,7 +156,7 @@ def commit_curve(curves: Sequence[Curve], length: int, *, stacked: bool = False)
     for i, curve in enumerate(curves):
         style: dict[str, Any] = {
             "color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)], "linewidth": 1.8,
-            "label": curve.label,
+            "label": curve.label.replace("$", r"\$").lstrip("_"),  # to matplotlib both mean something
         }  # fmt: skip
         panels[0].plot(curve.passes, curve.tokens, **style)
         if curve.seconds is not None:
