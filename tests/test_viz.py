@@ -303,3 +303,12 @@ def test_a_missing_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for draw in (lambda: heat_map([0]), lambda: commit_curve([], 4), lambda: compare([stats_of()])):
         with pytest.raises(VisarError, match=r"visar\[demo\]"):
             draw()
+
+
+def test_labels_are_text() -> None:
+    """What matplotlib would take for a formula, or for a curve that the legend leaves out."""
+    figure = commit_curve([Curve(r"$\nonsense$", [0, 1], [0, 1]), Curve("_tree", [0, 1], [0, 1])], 4)
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["one token per pass", r"\$\nonsense\$", "tree"]
+    assert "nonsense" in to_svg(figure)
