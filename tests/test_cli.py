@@ -51,7 +51,8 @@ def test_models(capsys: Capture) -> None:
 def test_samplers(capsys: Capture) -> None:
     assert run("samplers") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [*SAMPLERS, *CONTINUOUS]
+    assert [line.split()[0] for line in lines[1:-1]] == [*SAMPLERS, *CONTINUOUS]
+    assert lines[-1].startswith("`visar samplers NAME`")
     assert [line.split()[:4] for line in lines if "(default)" in line] == [
         ["scd", "(default)", "discrete", "exact"], ["mar-headspec", "(default)", "continuous", "exact"]
     ]  # fmt: skip
@@ -162,6 +163,7 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("cat --num-heads 4", "--num-heads go with a published .pt file"),
         ("--class 1", "not a ClassToImagePipeline"),
         ("cat --sampler scd-gumbl", "Unknown sampler 'scd-gumbl'. Did you mean 'scd-gumbel'?"),
+        ("cat --sampler SCD", "Unknown sampler 'SCD'. Did you mean 'scd'?"),
         ("cat --window 1", "window must be 2 or more tokens, not 1"),
         ("cat --sampler ar --window 4", "Sampler 'ar' has no parameter 'window'"),
         ("cat --temperature 0", "Temperature must be a number above 0"),
@@ -190,6 +192,13 @@ def test_bad_input_is_one_line(
     assert out == "" and err.startswith("visar: error: ") and message in err
     assert err.count("\n") == 1 and err.endswith("\n")
     assert names(broken) == before
+
+
+def test_a_prompt_without_quotes(text_folder: Path, tmp_path: Path, capfd: Capture) -> None:
+    assert run("generate", "cat", "zebra", "--model", text_folder, "-o", tmp_path) == 2
+    note, error = capfd.readouterr().err.splitlines()
+    assert note == "visar: note: These are 2 prompts of one word each; put quotes around several words."
+    assert "'zebra' is known" in error
 
 
 def test_an_interrupted_picture_leaves_nothing(

@@ -13,6 +13,7 @@ class VisarError(ValueError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> VisarError:
     """The error for a name that is not in a table, with the closest name that is."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    lower = {n.lower(): n for n in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    hint = f" Did you mean {lower[close[0]]!r}?" if close else ""
     return VisarError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -49,8 +49,9 @@ class DecodeStats:
 
     def __str__(self) -> str:
         kind = self.law if not self.exact else "exact"
+        pictures = f"{self.images} image{'' if self.images == 1 else 's'}"
         return (
-            f"{self.sampler} ({kind}): {self.nfe} NFE for {self.tokens} tokens x {self.images} images, "
+            f"{self.sampler} ({kind}): {self.nfe} NFE for {self.tokens} tokens x {pictures}, "
             f"{self.commits_per_pass:.2f} tokens/pass, {self.ms_per_pass:.2f} ms/pass, {self.seconds:.2f} s"
         )
 

@@ -55,13 +55,13 @@ def _decoding_options(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     p.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="parameters",
-        help="a parameter of the sampler, such as gamma=6 or tree=4x2x1 (see `visar samplers`); repeatable",
+        help="a parameter of the sampler, such as gamma=6 or tree=4x2x1 (see `visar samplers NAME`); repeatable",
     )  # fmt: skip
 
 
 def generate(commands: Commands) -> None:
     p = commands.add_parser("generate", help="make pictures from prompts or classes")
-    p.add_argument("prompt", nargs="*", help='for example "a red heart, 3d"')
+    p.add_argument("prompt", nargs="*", help='in quotes: "a red heart, 3d"; each makes a picture')
     p.add_argument(
         "--class", dest="classes", type=int, action="append", metavar="ID", help="ImageNet class; repeatable"
     )

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,10 @@ def generate(options: argparse.Namespace) -> int:
         raise VisarError("Give either prompts or --class IDs.")
     if any(not p.strip() for p in prompts):
         raise VisarError("The prompt is empty; give at least one word.")
+    if len(prompts) > 1 and all(len(p.split()) == 1 for p in prompts):
+        warnings.warn(
+            f"These are {len(prompts)} prompts of one word each; put quotes around several words.", stacklevel=1
+        )
     if options.num_images < 1:
         raise VisarError(f"-n must be 1 or more, not {options.num_images}.")
     names = [n for n in (prompts or [f"class {c}" for c in classes]) for _ in range(options.num_images)]

@@ -51,13 +51,14 @@ def samplers(options: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
     else:
         print(table(
-            ("NAME", "TOKENS", "LAW", "DRAFTER", "PARAMETERS", "PAPER"),
+            ("NAME", "TOKENS", "LAW", "DRAFTER", "PAPER"),
             [
                 (f"{r['name']}{' (default)' if r['default'] else ''}", r["tokens"], r["law"], r["drafter"] or "none",
-                 " ".join(f"{k}={v}" for k, v in r["parameters"].items() if k != "drafter"), r["paper"])
+                 r["paper"])
                 for r in rows
             ],
         ))  # fmt: skip
+        print("`visar samplers NAME` says what may be set of one.")
     return 0
 
 
