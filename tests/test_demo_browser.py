@@ -266,6 +266,7 @@ def test_compare(visitor: Visitor, pipe: TextToImagePipeline) -> None:
         nfes.append(nfe)
     assert visitor.figure("NFE ratio", "#compare-ratio") == pytest.approx(nfes[1] / nfes[0], abs=0.006)
     assert 0 < visitor.figure("time ratio", "#compare-ratio") < 2
+    assert "All done: ar and scd." in visitor.page.inner_text("#compare-status")
     visitor.keep("compare")
 
 

@@ -65,7 +65,8 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("missing", ["gradio", "matplotlib"])
 def test_without_the_extra(capsys: Capture, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    assert refusal(capsys) == "The demo needs Gradio and matplotlib: pip install 'visar[demo]'."
+    what = "pip install gradio matplotlib, or visar with its extra, 'visar[demo]'"
+    assert refusal(capsys) == f"The demo needs Gradio and matplotlib: {what}."
 
 
 @pytest.fixture

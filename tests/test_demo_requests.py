@@ -11,7 +11,7 @@ from test_masked_pipelines import masked_folder  # noqa: F401  (a fixture)
 
 from visar.demo.desk import Desk
 from visar.demo.models import DemoModel, named
-from visar.demo.requests import GUIDANCE, SEEDS, TEMPERATURE, Limits, Request, checked
+from visar.demo.requests import COLDEST, GUIDANCE, SEEDS, TEMPERATURE, Limits, Request, checked
 from visar.errors import VisarError
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import CONTINUOUS, SAMPLERS, get_sampler, spec_of
@@ -71,14 +71,14 @@ def sentence(*wanted: Any, **named: Any) -> str:
         ("images", 1, LIMITS.images, "The number of pictures must be from 1 to 4"),
         ("seed", 0, SEEDS - 1, "The seed must be from 0 to 2147483647"),
         ("guidance", 0, GUIDANCE, "Guidance must be from 0 to 20"),
-        ("temperature", 0, TEMPERATURE, "The temperature must be from 0 to 5"),
+        ("temperature", COLDEST, TEMPERATURE, "The temperature must be from 0.05 to 5"),
     ],
 )
 def test_bounds(models: Any, what: str, low: float, high: float, said: str) -> None:
     for value in (low, high, float(low), float(high)):
         assert getattr(ask(models["text"], **{what: value}), what) == value
     for value in (low - 1, high + 1):
-        assert sentence(models["text"], **{what: value}) == f"{said}, not {int(value)}."
+        assert sentence(models["text"], **{what: value}) == f"{said}, not {value:.10g}."
     for junk in (None, *JUNK):
         assert sentence(models["text"], **{what: junk}).startswith(said.partition(" from")[0])
 
@@ -198,7 +198,7 @@ def test_what_passes_the_check_is_drawn_or_refused_in_a_sentence(models: Any, na
     slow = {"head_steps": 12, "last_head_steps": 5, "latest": 400, "steps": 9}  # at their ends
     low, high = ({p.name: slow.get(p.name, getattr(p, end)) for p in free} for end in ("low", "high"))
     drawn = 0
-    for of, guidance, temperature in ((low, 0, 0.01), (high, GUIDANCE, TEMPERATURE), (slow, 2.0, 1.0)):
+    for of, guidance, temperature in ((low, 0, COLDEST), (high, GUIDANCE, TEMPERATURE), (slow, 2.0, 1.0)):
         if of is slow and drawn:
             continue  # not all ends go together; something must
         try:

@@ -20,7 +20,8 @@ def demo(options: argparse.Namespace) -> int:
         import gradio  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise VisarError("The demo needs Gradio and matplotlib: pip install 'visar[demo]'.") from error
+        what = "pip install gradio matplotlib, or visar with its extra, 'visar[demo]'"
+        raise VisarError(f"The demo needs Gradio and matplotlib: {what}.") from error
     if not 0 <= options.port < 65536:
         raise VisarError(f"--port must be from 0 (any that is free) to 65535, not {options.port}.")
     for what, value in (("--max-images", options.max_images), ("--max-waiting", options.max_waiting)):

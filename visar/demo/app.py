@@ -20,8 +20,9 @@ from visar.demo.requests import Limits, Request
 from visar.errors import VisarError
 
 INTRO = (
-    "# visar\nImage autoregressive models, decoded in fewer passes. Grey is what is not decided yet. "
-    "An **exact** sampler gives pictures of the same law as plain decoding; a **relaxed** one does not."
+    "# visar\nImage autoregressive models, decoded in fewer passes of the network. Grey is what is not decided yet. "
+    "An **exact** sampler draws every picture as probably as plain decoding does (the same *law*); a **relaxed** one "
+    "does not."
 )
 
 # In a narrow window the results lie far below the button.
@@ -68,7 +69,7 @@ def _generate_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) -
                 stop = gr.Button("Stop", variant="stop", elem_id="stop")
             controls = SamplerControls.build(models, "Sampler", first.default_sampler)
             conditions.chances(limits)
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(scale=3, min_width=320, elem_classes="visar-results"):
             status = gr.HTML(view.status("Ready."), elem_id="status")
             pictures = gr.HTML(view.pictures(None, None), elem_id="pictures")
             figures = gr.HTML(elem_id="figures")
@@ -97,7 +98,7 @@ def _compare_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) ->
             left = SamplerControls.build(models, "First sampler", first.baseline)
             right = SamplerControls.build(models, "Second sampler", first.default_sampler)
             conditions.chances(limits)
-        with gr.Column(scale=3, min_width=320):
+        with gr.Column(scale=3, min_width=320, elem_classes="visar-results"):
             status = gr.HTML(
                 view.status("Ready. Both samplers get the same prompt and seed."), elem_id="compare-status"
             )
@@ -115,7 +116,7 @@ def _compare_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) ->
             label = request.labels[number]
             last[label] = frame
             most = max(f.most for f in last.values())  # one scale of colours for both
-            shown: list[Any] = [view.progress(label, frame), view.ratio(last), view.curves(last, request.tokens)]
+            shown: list[Any] = [view.progress(label, frame, last), view.ratio(last), view.curves(last, request.tokens)]
             for name in request.labels:
                 now = last.get(name)
                 shown += [view.pictures(request, now, name, most), view.figures(now.stats if now else None)]

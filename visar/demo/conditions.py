@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from visar.demo.models import DemoModel
-from visar.demo.requests import GUIDANCE, SEEDS, TEMPERATURE, Limits, Request, checked
+from visar.demo.requests import COLDEST, GUIDANCE, SEEDS, TEMPERATURE, Limits, Request, checked
 from visar.errors import VisarError
 
 PROMPTS = ["a red heart, 3d", "a lion, noto", "a green apple, flat", "a sailboat, 3d"]
@@ -30,7 +30,7 @@ class Conditions:
             elem_classes="visar-prompt",
         )  # fmt: skip
         self.examples = gr.Examples(PROMPTS, self.prompt, label="Try", visible=not first.classes).dataset
-        self.label = gr.Number(0, label=_class_label(first), precision=0, visible=bool(first.classes))
+        self.label = gr.Number(0, label=_class_label(first), visible=bool(first.classes))
 
     def chances(self, limits: Limits) -> None:
         """The boxes for pictures, seed, guidance and temperature."""
@@ -38,12 +38,17 @@ class Conditions:
         with gr.Row():
             self.images = gr.Slider(1, limits.images, value=1, step=1, label="Pictures", visible=limits.images > 1)
             with gr.Column(min_width=140):
-                self.seed = gr.Number(0, label="Seed", precision=0, elem_classes="visar-seed")
+                self.seed = gr.Number(0, label="Seed", elem_classes="visar-seed")
                 dice = gr.Button("Another seed", size="sm")
         self.guidance = gr.Slider(0, GUIDANCE, value=first.guidance, step=0.1, label="Guidance", info="1 is none.")
         self.temperature = gr.Slider(
-            0, TEMPERATURE, value=first.temperature, step=0.05, label="Temperature", info="1 is the model as it is."
-        )
+            COLDEST,
+            TEMPERATURE,
+            value=first.temperature,
+            step=0.05,
+            label="Temperature",
+            info="1 is the model as it is.",
+        )  # fmt: skip
         dice.click(lambda: secrets.randbelow(SEEDS), None, self.seed, queue=False, api_visibility="private")
 
     @property

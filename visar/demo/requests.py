@@ -12,7 +12,7 @@ from visar.samplers import get_sampler
 from visar.samplers.parameters import parameters_of
 
 SEEDS = 2**31  # fewer than there are: whole numbers that every browser shows as they are
-GUIDANCE, TEMPERATURE = 20.0, 5.0
+GUIDANCE, COLDEST, TEMPERATURE = 20.0, 0.05, 5.0
 TEXT = 400  # characters of a sampler's parameter
 
 
@@ -88,7 +88,7 @@ def checked(
     return Request(
         model, condition, tuple(_sampler(model, name, values) for name, values in samplers),
         _whole("The number of pictures", images, 1, limits.images), _whole("The seed", seed, 0, SEEDS - 1),
-        _number("Guidance", guidance, 0, GUIDANCE), _number("The temperature", temperature, 0, TEMPERATURE),
+        _number("Guidance", guidance, 0, GUIDANCE), _number("The temperature", temperature, COLDEST, TEMPERATURE),
     )  # fmt: skip
 
 

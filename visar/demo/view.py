@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from PIL import Image
 
@@ -38,7 +39,7 @@ def pictures(request: Request | None, frame: Frame | None, label: str = "", most
         shown = f'<img class="visar-picture" src="{source}" alt="{title}">'
         if done:
             shown = f'<a href="{source}" download="{name}" title="Save as PNG">{shown}</a>'
-        caption = f"picture {i + 1}" if len(frame.pictures) > 1 else ("done" if done else "being decoded")
+        caption = f"picture {i + 1}" if len(frame.pictures) > 1 else ("click to save it" if done else "being decoded")
         drawn = to_svg(heat_map(frame.commit_pass, i, most=most, missing="given" if done else "not yet"))
         cells.append(
             f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
@@ -64,7 +65,7 @@ def figures(stats: DecodeStats | None) -> str:
     tiles = [
         ("NFE", f"{stats.nfe:,}", "model passes"),
         ("tokens per pass", f"{stats.commits_per_pass:.2f}", f"of {stats.tokens:,} tokens"),
-        ("ms per pass", f"{stats.ms_per_pass:.2f}", "drafting included"),
+        ("ms per pass", f"{stats.ms_per_pass:.2f}", "on average" if stats.draft_seconds == 0 else "drafting included"),
         ("seconds", f"{stats.seconds:.2f}", "of decoding" + _capture(stats)),
     ]
     if isinstance(stats, MaskedStats):
@@ -104,11 +105,13 @@ def ratio(frames: Mapping[str, Frame]) -> str:
     return text
 
 
-def progress(label: str, frame: Frame) -> str:
-    """Where a sampler is, or that it is done."""
+def progress(label: str, frame: Frame, others: Mapping[str, Frame] = MappingProxyType({})) -> str:
+    """Where a sampler is, or that it is done, and so are the `others`."""
     if frame.stats is None:
         return status(f"{label}: {frame.passes[-1]} passes, {frame.tokens[-1]:.0f} tokens.", "busy")
     said = f"{label}: done, {frame.stats.nfe} passes in {frame.stats.seconds:.2f} seconds."
+    if len(others) > 1 and all(other.stats for other in others.values()):
+        said = f"All done: {' and '.join(others)}."
     return status(" ".join([said, *frame.notes]), "done")
 
 
