@@ -24,7 +24,8 @@ from visar.models.vq import VQModel
 from visar.models.words import WordEncoder
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 
-PROCESSES = min(os.cpu_count() or 1, 4)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+PROCESSES = min(CORES, 4)
 WORDS = ("red", "blue", "heart", "star", "cat", "dog", "city", "3d", "noto", "flat")
 GRID = 5
 GPT: dict[str, Any] = dict(vocab_size=24, dim=32, num_layers=2, num_heads=2, ffn=48, grid=GRID)
