@@ -40,7 +40,10 @@ def case_of(name: str) -> Case:
 EXACT = distinct()
 
 
-@pytest.mark.parametrize("name", EXACT)
+# The full proof, which is slow itself, has all of them again.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("eagle-top", "speculative-tree") else []) for n in EXACT]
+)
 def test_exact_samplers_have_the_joint_law(name: str) -> None:
     rows = verify([name], SEQUENCES, seed=0, mutants=False)
     has_init = hasattr(get_sampler(name), "init")
