@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,3 +125,8 @@ def until(condition: Callable[[], Any]) -> None:
 def assert_free(machine: threading.Lock) -> None:
     assert machine.acquire(timeout=LONG)
     machine.release()
+
+
+def hears_interrupts() -> None:
+    """Run in a new process: a shell's background jobs, and what they start, would ignore ^C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

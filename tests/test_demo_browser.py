@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from PIL import Image
+from stepped import hears_interrupts
 
 from visar import TextToImagePipeline
 from visar.samplers import get_sampler
@@ -57,15 +58,19 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "visar", "demo", "--port", "0", "--dtype", "float32"]
     command += ["--max-images", "2", "--max-waiting", "1"]
     server = subprocess.Popen(
-        command, cwd=tmp_path_factory.mktemp("server"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert server.stdout is not None
-    said = server.stdout.readline()
-    found = re.search(r"http://\S+", said)
-    assert found, said + server.stdout.read()
-    yield found[0]
-    server.send_signal(signal.SIGINT)
-    rest, _ = server.communicate(timeout=30)
+        command, cwd=tmp_path_factory.mktemp("server"), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=hears_interrupts,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        said = server.stdout.readline()
+        found = re.search(r"http://\S+", said)
+        assert found, said + server.stdout.read()
+        yield found[0]
+        server.send_signal(signal.SIGINT)
+        rest, _ = server.communicate(timeout=60)
+    finally:
+        server.kill()
     assert server.returncode in (0, 130) and "Traceback" not in rest, rest
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from stepped import hears_interrupts
 
 import visar
 from visar.cli import main
@@ -313,7 +314,7 @@ def test_the_command_from_start_to_interrupt(tmp_path: Path) -> None:
     folder.mkdir()
     server = subprocess.Popen(
         [sys.executable, "-c", WATCH], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.STDOUT, preexec_fn=hears_interrupts,
     )  # fmt: skip
     try:
         assert server.stdout is not None
