@@ -55,6 +55,7 @@ def test_product_against_fp64(
     rows: int, width: int, out: int, dtype: torch.dtype, integers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if integers and not multiplies_bytes():
+        # The instruction itself is tested; the plain form, which is what runs without it, is the other parameter.
         pytest.skip("the product of bytes needs AVX512-VNNI; elsewhere the plain form is all there is")
     monkeypatch.setattr(quantization, "multiplies_bytes", lambda: integers)
     layer = QuantizedLinear(Linear(width, out, bias=False), "int8").to(dtype)
