@@ -1,4 +1,4 @@
-"""What the site needs beside its pages: the packages laid out as they install, and what lies outside of docs/.
+"""What the site needs beside its pages: what lies outside of docs/, and the fields of samplers.
 
 In the site, docs/ and the root of the repository are one folder: the model cards and NOTICE are files of it, and a link
 from a page to `../assets` is one to `assets`.
@@ -7,27 +7,15 @@ from a page to `../assets` is one to `assets`.
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ROOT / "build" / "api" / "visar"
 SAMPLER = re.compile(r"^::: visar\.samplers\.(\w+)\n    options: .*members: false.*$", re.M)
 OUTSIDE = ("assets/*/README.md", "assets/*/*.webp", "CHANGELOG.md", "NOTICE")
 LINK = re.compile(r"(\]\()([^)#\s:]+)")
-
-
-def on_startup(**_: Any) -> None:
-    """Symbolic links in the shape of an installation, for the reference: `visar.samplers` is the folder samplers/."""
-    shutil.rmtree(PACKAGES, ignore_errors=True)
-    PACKAGES.mkdir(parents=True)
-    for path in (ROOT / "visar").iterdir():
-        (PACKAGES / path.name).symlink_to(path)
-    for name in ("samplers", "kernels", "eval"):
-        (PACKAGES / name).symlink_to(ROOT / name)
 
 
 def on_files(files: Files, config: Any) -> Files:

@@ -1,7 +1,7 @@
 """Rotary positions and the KV cache's new slots in one launch: what stands between a layer's QKV product and attention.
 
 Adjacent pairs turn (RoFormer, Su et al. 2021, arXiv:2104.09864, as LlamaGen has it), in fp32, as
-`visar.models.rotary.rotate` does.
+`visar.families.llamagen.rotary.rotate` does.
 """
 
 from __future__ import annotations

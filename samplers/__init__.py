@@ -35,7 +35,7 @@ class SamplerSpec:
     paper: str
     law: str  # "exact", or in what sense it is not
     drafter: str = (
-        ""  # the kind of drafter that it needs, one of `visar.models.drafters.KINDS`, "draft" (a smaller MAR), or none
+        ""  # the kind of drafter that it needs, one of `visar.drafters.KINDS`, "draft" (a smaller MAR), or none
     )
 
     def parameters(self) -> dict[str, Any]:

@@ -187,7 +187,7 @@ class TreeSpeculative:
     def verify(
         self, p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, coins: Coins, rule: ChildRule
     ) -> TreeVerdict:
-        """The walk; a method so that `visar.eval.calibrate` can watch it."""
+        """The walk; a method so that `visar.eval.benchmark.calibrate` can watch it."""
         return verify_tree(p, q, tokens, children, self.depth, coins, rule)
 
     def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:

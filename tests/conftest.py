@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from torch import Tensor
 
 # Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from visar.eval.extractors import Extractor
-from visar.models.drafters import DraftHeads, EagleHead, ExitHead, SkippedLayers
-from visar.models.llamagen import LlamaGen
-from visar.models.vq import VQModel
-from visar.models.words import WordEncoder
+from tests.helpers.tiny import GPT, VQ, WORDS, class_gpt, text_gpt
+from visar.drafters import DraftHeads, EagleHead, ExitHead, SkippedLayers
+from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.vq import VQModel
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
+from visar.text_encoders.words import WordEncoder
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 PROCESSES = min(CORES, 4)
-WORDS = ("red", "blue", "heart", "star", "cat", "dog", "city", "3d", "noto", "flat")
-GRID = 5
-GPT: dict[str, Any] = dict(vocab_size=24, dim=32, num_layers=2, num_heads=2, ffn=48, grid=GRID)
-VQ: dict[str, Any] = dict(
-    codebook_size=24, code_dim=4, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=16
-)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,24 +33,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if everything and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses, config.option.dist = PROCESSES, "loadfile"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch processes of several threads slow one another
-
-
-def text_gpt(length: int = 4, features: int = 6) -> LlamaGen:
-    return LlamaGen(**GPT, condition="text", condition_length=length, caption_features=features).eval()
-
-
-def class_gpt() -> LlamaGen:
-    return LlamaGen(**GPT, condition="class", classes=7).eval()
-
-
-class Cells(Extractor):
-    """Features that need no network: pixels in 3x3 cells."""
-
-    def __init__(self) -> None:
-        self.name, self.weights, self.resize, self.versions = "cells", "none", "none", {}
-
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        return {"pool": torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 3).flatten(1)}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -121,17 +93,3 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     small = LlamaGen(**GPT | dict(dim=16, num_layers=1), condition="text", condition_length=4, caption_features=6)
     small.save_pretrained(folder / "small")
     return [*(folder / drafter.kind for drafter in made), folder / "small"]
-
-
-def picture_folder(folder: Path, concepts: int, styles: tuple[str, ...] = ("",), size: int = 8) -> Path:
-    """A `pictures.json` folder: every concept in every style, captioned with words of the tiny encoder."""
-    folder.mkdir(parents=True)
-    entries = []
-    for i in range(concepts):
-        for style in styles:
-            name = f"{i}{style}.png"
-            Image.new("RGB", (size, size), (i * 37 % 256, i * 91 % 256, len(style) * 40)).save(folder / name)
-            entry = {"file": name, "caption": f"{WORDS[i % 7]} {i}", "concept": f"thing {i}", "tags": ["a", "b"]}
-            entries.append(entry | {"style": style, "group": "even" if i % 2 == 0 else "odd"})
-    (folder / "pictures.json").write_text(json.dumps(entries))
-    return folder

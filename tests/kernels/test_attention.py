@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from compiled import compiled, in_a_process
 from torch import Tensor
 
+from tests.helpers.compiled import compiled, in_a_process
 from visar.errors import VisarError
 from visar.kernels.attention import (
     Sight,

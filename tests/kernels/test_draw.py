@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled import compiled, in_a_process
 from torch import Tensor
 
+from tests.helpers.compiled import compiled, in_a_process
 from visar.kernels.backend import backend, triton
 from visar.kernels.draw import _draw, _race_draw, draw, race_draw, tiles
 from visar.kernels.noise import Race

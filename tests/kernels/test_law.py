@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from compiled import compiled, in_a_process
 from torch import Tensor
 
+from tests.helpers.compiled import compiled, in_a_process
 from visar.kernels import law as laws
 from visar.kernels.backend import backend, triton
 from visar.kernels.law import _guide, _law, guide, guide_torch, law, law_torch

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visar.engine.layers import Linear
 from visar.host import has_bfloat16
 from visar.kernels import backend
 from visar.kernels import linear as kernel
 from visar.kernels.linear import epilogue, linear, packs
-from visar.models.layers import Linear
 
 DTYPES = [torch.float32, *([torch.bfloat16] if has_bfloat16() else [])]
 needs_onednn = pytest.mark.skipif(not packs(torch.float32), reason="this torch was built without oneDNN")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled import compiled, in_a_process
 from torch import Tensor
 
+from tests.helpers.compiled import compiled, in_a_process
 from visar.kernels.backend import triton
 from visar.kernels.philox import _fill, philox, philox_numpy, philox_torch, philox_triton
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compiled import compiled, in_a_process
 from torch import Tensor
 
+from tests.helpers.compiled import compiled, in_a_process
+from visar.families.llamagen.rotary import rotary_table, rotate
 from visar.kernels.backend import backend, triton
 from visar.kernels.rotary_append import _turn_and_write, rotary_append, rotary_append_torch, rotary_append_triton
-from visar.models.rotary import rotary_table, rotate
 
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 FORMS = (rotary_append_torch,) if triton is None else (rotary_append_torch, rotary_append_triton)

@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 import pytest
 import torch
-from compiled import compiled, in_a_process
 from torch import Tensor
 
+from tests.helpers.compiled import compiled, in_a_process
 from visar.kernels.backend import backend, triton
 from visar.kernels.draw import tiles
 from visar.kernels.noise import Race

@@ -15,8 +15,8 @@ from visar.files import replacing, writable_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
-    from visar.eval.profiling import PassProfile
-    from visar.eval.speed import SpeedReport, SpeedRow
+    from visar.eval.benchmark.profiling import PassProfile
+    from visar.eval.benchmark.speed import SpeedReport, SpeedRow
 
 
 SETTINGS = ("seed", "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
@@ -38,7 +38,7 @@ def bench(options: argparse.Namespace) -> int:
     settings = {name: getattr(options, name) for name in SETTINGS}
     if options.profile:
         return _profile(options, pipe, samplers, settings)
-    from visar.eval.speed import compare
+    from visar.eval.benchmark.speed import compare
 
     report = compare(pipe, samplers, batch=batch, images=options.images, repeats=options.repeats, **settings)
     _print_speed(report, options.model)
@@ -57,7 +57,7 @@ def _shapes(options: argparse.Namespace) -> int:
     import torch
 
     from visar.cli.common import device_of
-    from visar.eval.shapes import WINDOWS, measure, shape_named, shapes_text
+    from visar.eval.benchmark.shapes import WINDOWS, measure, shape_named, shapes_text
 
     report = measure(
         [shape_named(name) for name in options.shapes] or None,
@@ -74,7 +74,7 @@ def _shapes(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace, pipe: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
     """`visar bench --profile`."""
-    from visar.eval.profiling import profile_pipeline, profile_text
+    from visar.eval.benchmark.profiling import profile_pipeline, profile_text
 
     if options.batch not in (None, 1):
         raise VisarError("--profile is of one picture: it takes no --batch.")

@@ -85,7 +85,7 @@ def device_of(name: str) -> torch.device:
 
 def _class_of(model: str) -> str:
     """The pipeline that a model's folder says it holds; "" for what is not on this machine or says nothing."""
-    from visar.models.specs import resolve_model
+    from visar.families.specs import resolve_model
 
     index = Path(resolve_model(model)) / "model_index.json"
     try:
@@ -99,7 +99,7 @@ def is_class_model(options: argparse.Namespace) -> bool:
     if options.vae:
         return True
     if is_file(options):
-        from visar.models.loading import load_state
+        from visar.families.llamagen.loading import load_state
 
         return any(key.startswith("cls_embedding.embedding_table") for key in load_state(options.model))
     return _class_of(options.model).endswith("ClassToImagePipeline")

@@ -14,14 +14,14 @@ from visar.files import output_folder, replacing, writable_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
-    from visar.eval.compare import Comparison, Remembering, Shift
+    from visar.eval.quality.compare import Comparison, Remembering, Shift
 
 SETTINGS = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
 
 
 def fid(options: argparse.Namespace) -> int:
-    from visar.eval.measure import measure
-    from visar.eval.picture_folder import PictureFolder
+    from visar.eval.quality.image_folder import PictureFolder
+    from visar.eval.quality.measure import measure
 
     _ready(options)
     found = measure(
@@ -35,8 +35,8 @@ def fid(options: argparse.Namespace) -> int:
 
 
 def clip(options: argparse.Namespace) -> int:
-    from visar.eval.measure import measure
-    from visar.eval.picture_folder import PictureFolder
+    from visar.eval.quality.image_folder import PictureFolder
+    from visar.eval.quality.measure import measure
 
     _ready(options)
     pictures = PictureFolder.open(options.folder, captions=options.captions)
@@ -48,7 +48,7 @@ def clip(options: argparse.Namespace) -> int:
 
 
 def stats(options: argparse.Namespace) -> int:
-    from visar.eval.measure import reference_stats
+    from visar.eval.quality.measure import reference_stats
 
     _ready(options)
     if Path(options.out).suffix != ".npz":
@@ -64,8 +64,8 @@ def stats(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    from visar.eval.compare import compare as compared
-    from visar.eval.picture_folder import PictureFolder
+    from visar.eval.quality.compare import compare as compared
+    from visar.eval.quality.image_folder import PictureFolder
 
     _ready(options)
     a, b, *seeds = (PictureFolder.open(path) for path in (options.a, options.b, *options.seeds))
@@ -79,9 +79,9 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from visar.eval.plots import check
-    from visar.eval.report import make_report
-    from visar.eval.report_page import write_page
+    from visar.eval.report.make import make_report
+    from visar.eval.report.page import write_page
+    from visar.eval.report.plots import check
 
     samplers = samplers_of(options)
     for name in ("num_pictures", "batch", "speed_images"):
@@ -106,7 +106,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def protocols(options: argparse.Namespace) -> int:
-    from visar.eval.protocols import get_protocol, protocol_names
+    from visar.eval.quality.protocols import get_protocol, protocol_names
 
     found = [get_protocol(name) for name in protocol_names()]
     if options.json:
@@ -128,9 +128,9 @@ def _ready(options: argparse.Namespace) -> None:
 
 
 def _features(options: argparse.Namespace) -> Remembering:
-    from visar.eval.compare import Remembering
-    from visar.eval.extractors import get_extractor
-    from visar.eval.protocols import get_protocol
+    from visar.eval.quality.compare import Remembering
+    from visar.eval.quality.extractors import get_extractor
+    from visar.eval.quality.protocols import get_protocol
 
     protocol = get_protocol(options.protocol)
     return Remembering(get_extractor(protocol.extractor, device_of(options.device), options.weights), protocol.prepare)
@@ -138,9 +138,9 @@ def _features(options: argparse.Namespace) -> Remembering:
 
 def _scores(options: argparse.Namespace) -> Any:
     """What `--clip` asks for, or None."""
-    from visar.eval.compare import scores_by
-    from visar.eval.extractors import get_extractor
-    from visar.eval.protocols import get_protocol
+    from visar.eval.quality.compare import scores_by
+    from visar.eval.quality.extractors import get_extractor
+    from visar.eval.quality.protocols import get_protocol
 
     if options.clip is None:
         if options.clip_weights:
@@ -151,13 +151,13 @@ def _scores(options: argparse.Namespace) -> Any:
 
 
 def _photographs(path: str | None) -> Any:
-    from visar.eval.picture_folder import PictureFolder
+    from visar.eval.quality.image_folder import PictureFolder
 
     return None if path is None else PictureFolder.open(path, jpeg_allowed=True, mixed_allowed=True)
 
 
 def _conditions(options: argparse.Namespace) -> list[Any]:
-    from visar.sampling import read_classes, read_prompts
+    from visar.bulk import read_classes, read_prompts
 
     if options.prompts and options.classes:
         raise VisarError("Give either --prompts FILE or --classes LIST.")
@@ -168,7 +168,7 @@ def _conditions(options: argparse.Namespace) -> list[Any]:
 
 def _usual(pipe: Any) -> list[Any]:
     """Common prompts, or all classes."""
-    from visar.eval.speed import conditions
+    from visar.eval.benchmark.speed import conditions
     from visar.pipelines import TextToImagePipeline
 
     return conditions(pipe, 48) if isinstance(pipe, TextToImagePipeline) else list(range(pipe.model.config.classes))

@@ -17,14 +17,14 @@ from visar.errors import VisarError
 from visar.files import output_folder
 
 if TYPE_CHECKING:
+    from visar.bulk import Condition, Ranks
     from visar.samplers import AnySampler
-    from visar.sampling import Condition, Ranks
 
 SETTINGS = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
 
 
 def sample(options: argparse.Namespace) -> int:
-    from visar.sampling import ToldElsewhere, join_ranks
+    from visar.bulk import ToldElsewhere, join_ranks
 
     with join_ranks() as ranks:
         if ranks.rank:
@@ -36,7 +36,7 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace, ranks: Ranks) -> int:
-    from visar.sampling import export_npz, sample_pictures
+    from visar.bulk import export_npz, sample_pictures
 
     folders = [options.out, *([Path(options.npz).parent] if options.npz else [])]
     with ExitStack() as stack:
@@ -70,10 +70,10 @@ def _own_device(options: argparse.Namespace, ranks: Ranks) -> None:
 
 def _checked(options: argparse.Namespace) -> tuple[list[Condition], AnySampler | None]:
     """The conditions and the sampler, if one is named; options that cannot work are a `VisarError`."""
+    from visar.bulk import RunFolder, read_classes, read_prompts
+    from visar.bulk.about import FORMAT, method_of
+    from visar.bulk.conditions import Interleaved
     from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, ContinuousTarget, Target
-    from visar.sampling import RunFolder, read_classes, read_prompts
-    from visar.sampling.about import FORMAT, method_of
-    from visar.sampling.conditions import Interleaved
 
     if bool(options.prompts) == bool(options.classes):
         raise VisarError("Give either --prompts FILE or --classes LIST.")
@@ -107,7 +107,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[Condition], AnySampler |
 
 
 def export(options: argparse.Namespace) -> int:
-    from visar.sampling.export import export as write
+    from visar.bulk.export import export as write
 
     number = write(options.folder, options.layout, options.out)
     print(f"{options.out}: {number} pictures of {options.folder}")

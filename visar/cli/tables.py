@@ -10,7 +10,7 @@ from visar.tables import table
 
 
 def models(options: argparse.Namespace) -> int:
-    from visar.models.specs import MAR_MODELS, MODELS
+    from visar.families.specs import MAR_MODELS, MODELS
 
     rows = [
         {

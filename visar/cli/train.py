@@ -75,8 +75,8 @@ def mar(options: argparse.Namespace) -> int:
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
-    vae = _component("autoencoder.AutoencoderKL", options.autoencoder).eval()
-    encoder = _component("words.WordEncoder", options.words)
+    vae = _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder).eval()
+    encoder = _component("text_encoders.words.WordEncoder", options.words)
     train_mar(
         data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
         options.head_layers,
@@ -87,14 +87,14 @@ def mar(options: argparse.Namespace) -> int:
 def clip(options: argparse.Namespace) -> int:
     import torch
 
-    from visar.models.specs import MODELS, resolve_model
+    from visar.families.specs import MODELS, resolve_model
     from visar.training.clip import train_clip
 
     if min(options.dim, options.layers, options.text_layers, options.heads) < 1 or options.batch < 2:
         raise VisarError("--dim, --layers, --text-layers and --heads must be 1 or more, and --batch 2 or more.")
     data, config = _run(options, warmup=100, ema=0.998)
     home = Path(resolve_model(options.words)) / "text_encoder" if options.words in MODELS else options.words
-    encoder = _component("words.WordEncoder", home)
+    encoder = _component("text_encoders.words.WordEncoder", home)
     train_clip(
         data, options.size, config, encoder, options.dim, options.layers, options.text_layers, options.heads,
         getattr(torch, options.stored_as),
@@ -103,8 +103,8 @@ def clip(options: argparse.Namespace) -> int:
 
 
 def ar(options: argparse.Namespace) -> int:
-    from visar.models.vq import VQModel
-    from visar.models.words import WordEncoder
+    from visar.families.llamagen.vq import VQModel
+    from visar.text_encoders.words import WordEncoder
     from visar.training.ar import train_ar
 
     if options.dim % options.heads or options.dim // options.heads % 4:
@@ -214,7 +214,7 @@ def assemble(options: argparse.Namespace) -> int:
     import torch
     from diffusers.utils import logging
 
-    from visar.models.specs import MODELS, resolve_model
+    from visar.families.specs import MODELS, resolve_model
     from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
 
     logging.set_verbosity_error()
@@ -228,12 +228,12 @@ def assemble(options: argparse.Namespace) -> int:
     home = Path(resolve_model(options.words)) / "text_encoder" if shared else options.words
     pipe: Any
     if options.gpt:
-        parts = (_component("llamagen.LlamaGen", options.gpt), _component("vq.VQModel", options.tokenizer))
-        encoder = _component("words.WordEncoder", home)
+        parts = (_component("families.llamagen.gpt.LlamaGen", options.gpt), _component("families.llamagen.vq.VQModel", options.tokenizer))
+        encoder = _component("text_encoders.words.WordEncoder", home)
         pipe = TextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale, top_k=options.top_k)
     else:
-        parts = (_component("mar.MAR", options.mar), _component("autoencoder.AutoencoderKL", options.autoencoder))
-        encoder = _component("words.WordEncoder", home)
+        parts = (_component("families.mar.transformer.MAR", options.mar), _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder))
+        encoder = _component("text_encoders.words.WordEncoder", home)
         pipe = MaskedTextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale)
         if options.draft:
             pipe.load_drafter(options.draft)
@@ -244,13 +244,13 @@ def assemble(options: argparse.Namespace) -> int:
 
 
 def _component(kind: str, path: str | Path) -> Any:
-    """A part of `visar.models` from a folder, by the name of its module and class."""
+    """A component from a folder, by its module within visar and its class."""
     import importlib
 
-    from visar.models.loading import load_part
+    from visar.families.llamagen.loading import load_part
 
-    module, name = kind.split(".")
-    return load_part(getattr(importlib.import_module(f"visar.models.{module}"), name), _folder(path), name)
+    module, _, name = kind.rpartition(".")
+    return load_part(getattr(importlib.import_module(f"visar.{module}"), name), _folder(path), name)
 
 
 def _folder(path: str | Path) -> Path:

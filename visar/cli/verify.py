@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
-    from visar.eval.exactness import Row
-    from visar.eval.own_model import Check
+    from visar.eval.exactness.joint import Row
+    from visar.eval.exactness.own_model import Check
 
 PICTURES = 4  # a picture of continuous tokens says more of its law than a sequence: one for so many
 
 
 def verify(options: argparse.Namespace) -> int:
-    from visar.eval.continuous_exactness import verify_continuous
-    from visar.eval.exactness import EXACT_LIMIT, MUTANT_LIMIT
-    from visar.eval.exactness import verify as prove
+    from visar.eval.exactness.continuous import verify_continuous
+    from visar.eval.exactness.joint import EXACT_LIMIT, MUTANT_LIMIT
+    from visar.eval.exactness.joint import verify as prove
     from visar.samplers import CONTINUOUS, spec_of
 
     if options.sequences < 16384:
@@ -64,8 +64,8 @@ def verify(options: argparse.Namespace) -> int:
 
 def verify_own(options: argparse.Namespace, names: list[str] | None) -> int:
     """The table of a session of the user's own; exit code 1 if it was wrapped wrongly."""
-    from visar.eval.exactness import EXACT_LIMIT, Row
-    from visar.eval.own_model import verify_files
+    from visar.eval.exactness.joint import EXACT_LIMIT, Row
+    from visar.eval.exactness.own_model import verify_files
 
     def line(found: Check | Row) -> None:
         if options.json:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visar.engine.graphs import RowGraphs
 from visar.errors import VisarError
-from visar.models.diffusion import HeadNet, Schedule
+from visar.families.mar.diffusion import HeadNet, Schedule
 
 
 class Chain(ABC):

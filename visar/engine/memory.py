@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from visar.errors import VisarError
+from visar.families.llamagen.gpt import LlamaGen
 from visar.host import available_memory
-from visar.models.llamagen import LlamaGen
 
 GIB = 2**30
 LAWS = 12  # copies of a pass's logits in fp32: both halves, guided, laws of window and drafts, sums in float64

@@ -18,23 +18,23 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from visar.drafters import KINDS, DraftModel
+from visar.drafters.loading import kind_of, load_drafter
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, Snapshot, decode
 from visar.engine.masked_session import MaskedSession
+from visar.engine.quantization import NOT_SAVED, quantize, weights_of
+from visar.engine.quantization import check as check_weights
 from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.errors import VisarError
+from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.loading import load_part, quiet_conversion
+from visar.families.llamagen.vq import VQModel
+from visar.families.specs import resolve_model
 from visar.files import replacing, writable_folder
 from visar.host import has_bfloat16
-from visar.models.drafters import KINDS, DraftModel
-from visar.models.llamagen import LlamaGen
-from visar.models.loading import load_part, quiet_conversion
-from visar.models.quantization import NOT_SAVED, quantize, weights_of
-from visar.models.quantization import check as check_weights
-from visar.models.specs import resolve_model
-from visar.models.vq import VQModel
-from visar.pipelines.drafters import kind_of, load_drafter
 from visar.pipelines.notebook import output_html
 from visar.pipelines.preview import CodePreview
 from visar.pipelines.progress import Progress, StepCallback, to_pil
@@ -330,7 +330,7 @@ class ImagePipeline(DiffusionPipeline):
             quantize(self.gpt, weights)
 
     def load_drafter(self, path: str | Path) -> None:
-        """Give the model a drafter for the samplers that need one (see `visar.pipelines.drafters.load_drafter`)."""
+        """Give the model a drafter for the samplers that need one (see `visar.drafters.loading.load_drafter`)."""
         model = load_drafter(path, self.gpt, self.grid)
         self._drafters = {**self._drafters, kind_of(model): model}
 

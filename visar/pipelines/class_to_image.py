@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.models.llamagen import LlamaGen
-from visar.models.loading import load_gpt, load_vq
-from visar.models.specs import MAR_MODELS, MODELS, match_mar
-from visar.models.vq import VQModel
+from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.loading import load_gpt, load_vq
+from visar.families.llamagen.vq import VQModel
+from visar.families.specs import MAR_MODELS, MODELS, match_mar
 from visar.pipelines.base import ImageOutput, ImagePipeline
 from visar.pipelines.progress import StepCallback
 from visar.pipelines.text_to_image import _grid
@@ -57,7 +57,7 @@ class ClassToImagePipeline(ImagePipeline):
         never published. Raises `VisarError`.
         """
         if mar is not None and vae is not None and gpt is None and vq is None:
-            from visar.models.mar_loading import load_kl16, load_mar
+            from visar.families.mar.loading import load_kl16, load_mar
             from visar.pipelines.masked import MaskedClassToImagePipeline
 
             if image_size is not None:

@@ -20,17 +20,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from visar.engine.graphs import RowGraphs
-from visar.engine.mar_session import MARSession
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
-from visar.models.autoencoder import downsample, fingerprint, to_latents
-from visar.models.loading import load_part, quiet_conversion
-from visar.models.mar import MAR
-from visar.models.mar_loading import load_mar
-from visar.models.specs import resolve_model
-from visar.models.t5 import T5CaptionEncoder
-from visar.models.words import WordEncoder
+from visar.families.llamagen.loading import load_part, quiet_conversion
+from visar.families.mar.autoencoder import downsample, fingerprint, to_latents
+from visar.families.mar.loading import load_mar
+from visar.families.mar.session import MARSession
+from visar.families.mar.transformer import MAR
+from visar.families.specs import resolve_model
 from visar.pipelines.base import ImageOutput, ImagePipeline, checked_output
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.progress import StepCallback
@@ -38,6 +36,8 @@ from visar.pipelines.rows import noise_of
 from visar.pipelines.text_to_image import TextToImagePipeline
 from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, AnySampler, ContinuousTarget, MaskedSampler, get_sampler
 from visar.stats import MaskedStats
+from visar.text_encoders.t5 import T5CaptionEncoder
+from visar.text_encoders.words import WordEncoder
 
 
 def load_draft(path: str | Path) -> MAR:

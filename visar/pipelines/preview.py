@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from visar.models.vq import VQModel
+from visar.families.llamagen.vq import VQModel
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from visar.drafters import DraftModel
+from visar.drafters.loading import attach, taps_of
 from visar.engine.graphs import Capture, Graph, Kept, cuda_graph
 from visar.engine.guidance import Guidance
 from visar.engine.memory import check_memory, decoding_bytes
-from visar.engine.model_session import ModelSession
 from visar.errors import VisarError
-from visar.models.drafters import DraftModel
-from visar.models.llamagen import LlamaGen
-from visar.pipelines.drafters import attach, taps_of
+from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.session import ModelSession
 from visar.samplers import Sampler, Target
 
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from visar.errors import VisarError
-from visar.models.llamagen import LlamaGen
-from visar.models.loading import load_gpt, load_vq
-from visar.models.specs import MODELS
-from visar.models.t5 import T5CaptionEncoder
-from visar.models.vq import VQModel
-from visar.models.words import WordEncoder
+from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.loading import load_gpt, load_vq
+from visar.families.llamagen.vq import VQModel
+from visar.families.specs import MODELS
 from visar.pipelines.base import ImageOutput, ImagePipeline
 from visar.pipelines.progress import StepCallback
 from visar.samplers import AnySampler
+from visar.text_encoders.t5 import T5CaptionEncoder
+from visar.text_encoders.words import WordEncoder
 
 
 class TextToImagePipeline(ImagePipeline):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.models.llamagen import LlamaGen
-from visar.models.vq import VQModel
-from visar.models.words import WordEncoder
+from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.vq import VQModel
+from visar.text_encoders.words import WordEncoder
 from visar.training.data import SPLITS, PictureSet, Record, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 

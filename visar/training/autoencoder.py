@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.models.autoencoder import KLSizes, build, downsample
+from visar.families.mar.autoencoder import KLSizes, build, downsample
 from visar.training.data import PictureSet, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 

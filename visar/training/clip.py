@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
-from visar.models.words import WordEncoder, words_of
+from visar.text_encoders.words import WordEncoder, words_of
 from visar.training.data import SPLITS, PictureSet, Record, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 

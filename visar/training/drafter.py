@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visar.engine.guidance import Guidance
-from visar.errors import VisarError, unknown
-from visar.files import replacing, writable_folder
-from visar.models.drafters import (
+from visar.drafters import (
     KINDS,
     DraftHeads,
     DraftModel,
@@ -25,11 +22,14 @@ from visar.models.drafters import (
     SkippedLayers,
     fingerprint,
 )
-from visar.models.llamagen import CaptionEmbedding, LlamaGen
-from visar.models.loading import quiet_conversion
+from visar.drafters.losses import DraftLoss, EagleLoss, HeadsLoss, ModelLoss, ShallowLoss
+from visar.engine.guidance import Guidance
+from visar.errors import VisarError, unknown
+from visar.families.llamagen.gpt import CaptionEmbedding, LlamaGen
+from visar.families.llamagen.loading import quiet_conversion
+from visar.files import replacing, writable_folder
 from visar.samplers.distribution import Target
 from visar.training.ar import initialise
-from visar.training.drafting_loss import DraftLoss, EagleLoss, HeadsLoss, ModelLoss, ShallowLoss
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 LOSSES: dict[str, type[DraftLoss[Any]]] = {

@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.models.autoencoder import downsample, fingerprint, to_tokens
-from visar.models.diffusion import TRAINING_STEPS, Schedule, interpolated_log_variance
-from visar.models.mar import MAR
-from visar.models.words import WordEncoder
+from visar.families.mar.autoencoder import downsample, fingerprint, to_tokens
+from visar.families.mar.diffusion import TRAINING_STEPS, Schedule, interpolated_log_variance
+from visar.families.mar.transformer import MAR
+from visar.text_encoders.words import WordEncoder
 from visar.training.ar import encode_captions
 from visar.training.autoencoder import encode
 from visar.training.data import SPLITS, PictureSet

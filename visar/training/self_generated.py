@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from visar.drafters import fingerprint
 from visar.errors import VisarError
 from visar.files import replacing
-from visar.models.drafters import fingerprint
 
 
 def draw_tokens(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.models.vq import VQConfig, VQModel
+from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.training.data import PictureSet, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 

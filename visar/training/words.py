@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.models.words import WordEncoder, words_of
+from visar.text_encoders.words import WordEncoder, words_of
 
 
 def _minilm_folder() -> Path:

@@ -1,0 +1,289 @@
+"""Every check that needs a GPU, in one command: `python -m visar.eval.benchmark.gpu_check [--json PATH]`. Prints a short table.
+
+Runs without network and without weights of its own beyond the embedded models, and ends in less than 8 minutes: what is
+not done by then is left out, and said to be. Timings of published sizes use random weights of the true shapes and are
+labelled so: they say what a pass costs, not what is accepted. `--dry-run` does all of it on the CPU, with tiny shapes
+and under Triton's interpreter, and says nothing about speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Before anything imports Triton: a dry run is under its interpreter.
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+
+from visar.engine.graphs import Graph
+from visar.errors import VisarError
+from visar.eval.benchmark import kernel_checks, shapes
+from visar.eval.benchmark.profiling import PassProfile, profile_pipeline, profile_text
+from visar.eval.benchmark.shapes import SHAPES, Shape, ShapeReport, ShapeRow, shapes_text
+from visar.eval.benchmark.speed import PROMPTS, bandwidth, compare, device_title
+from visar.families.specs import GPTShape
+from visar.files import replacing, writable_folder
+from visar.kernels.backend import triton
+from visar.kernels.philox import philox, philox_triton
+from visar.pipelines import TextToImagePipeline
+from visar.samplers import CONTINUOUS, SAMPLERS, get_sampler
+from visar.tables import table
+
+MEASURED = ("ar", "sjd", "scd", "speculative", "eagle", "lantern++", "zipar")
+SECONDS = 430  # what has not begun by then is left out
+TINY = (
+    Shape("tiny", GPTShape(2, 64, 2, 96, vocab=128, classes=5), "class", 6, 4.0, 10),
+    Shape("tiny-text", GPTShape(2, 64, 2, 96, 6, 128, 5, 8), "text", 4, 4.0, 10),
+)
+
+
+@dataclass
+class Run:
+    """What is run where, and the figures that come with the checks."""
+
+    device: torch.device
+    dry: bool
+    bandwidth: float = 0.0
+    kernels: list[kernel_checks.Outcome] = field(default_factory=list)
+    shapes: list[ShapeRow] = field(default_factory=list)
+    profiles: dict[str, PassProfile] = field(default_factory=dict)
+    pipelines: dict[Any, Any] = field(default_factory=dict)
+
+    def pipeline(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Any:
+        """An embedded model; in a dry run one whose pictures are of few tokens."""
+        key = name, dtype, device or self.device
+        if key not in self.pipelines:
+            pipe = TextToImagePipeline.from_pretrained(name).to(device or self.device, dtype)
+            pipe.set_progress_bar_config(disable=True)
+            if self.dry and name == "icons":
+                pipe.register_to_config(grid=4)
+            self.pipelines[key] = pipe
+        return self.pipelines[key]
+
+    def pictures(self, full: int) -> list[str]:
+        return list(PROMPTS[: 1 if self.dry else full])
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: `good` is None where a figure has no right or wrong."""
+
+    name: str
+    figure: str
+    good: bool | None = None
+
+
+def same_noise(run: Run) -> Iterator[Check]:
+    """The noise of the CPU, of torch on the GPU and of the Triton kernel, bit for bit."""
+    count = 300 if run.dry else 100_000
+    words = [torch.randint(0, 2**32, (count,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    a, b, c, d = words
+    key = torch.tensor([1, 2])
+    host = torch.stack(philox(key, (a, b, c, d)))
+    there = (a.to(run.device), b.to(run.device), c.to(run.device), d.to(run.device))
+    on_device = torch.stack(philox(key.to(run.device), there)).cpu()
+    yield Check("philox, torch on the device == CPU", "bits", bool((on_device == host).all()))
+    if triton is not None:
+        kernel = torch.stack(philox_triton(key.to(run.device), there)).cpu()
+        yield Check("philox, Triton == torch", "bits", bool((kernel == host).all()))
+
+
+def kernels(run: Run) -> Iterator[Check]:
+    """Each Triton kernel against its torch form, its time and the bandwidth that it reaches."""
+    if triton is None:
+        yield Check("kernels", "Triton is not installed: plain torch runs in their place")
+        return
+    run.bandwidth = bandwidth(run.device, 8 if run.dry else 256)
+    sizes = kernel_checks.TINY if run.dry else kernel_checks.XL
+    for dtype in (torch.float32,) if run.dry else (torch.float32, torch.bfloat16):
+        kind = "fp32" if dtype == torch.float32 else "bf16"
+        for case in kernel_checks.cases(sizes, run.device, dtype):
+            o = kernel_checks.run(case, sizes, run.device, 1 if run.dry else 20)
+            run.kernels.append(o)
+            figure = f"off by {o.difference:.1e}, {o.microseconds:.1f} us, torch {o.torch_microseconds:.1f} us"
+            share = f", {o.gb_per_second:.0f} GB/s, {o.gb_per_second / run.bandwidth:.0%} of a copy"
+            yield Check(f"{case.name}, {kind}", figure + share, o.same)
+
+
+def shape_rows(run: Run) -> Iterator[Check]:
+    """What a pass of published shapes costs; random weights."""
+    chosen = TINY if run.dry else tuple(SHAPES[n] for n in shapes.DEFAULTS["cuda"])
+    options: dict[str, Any] = {} if not run.dry else dict(windows=(1, 4), repeats=1, passes=2)
+    for shape in chosen:
+        for batch in (1, 2) if run.dry else shapes.BATCHES["cuda"]:
+            name = f"{shape.name}, random weights, batch {batch}"
+            try:
+                report = shapes.measure(
+                    [shape], batches=(batch,), dtypes=(torch.bfloat16,), device=run.device, **options
+                )
+            except VisarError as error:  # too little memory
+                yield Check(name, str(error))
+                continue
+            row, run.bandwidth = report.rows[0], report.bandwidth
+            run.shapes.append(row)
+            ms = " / ".join(f"{t:.2f}" for t in row.ms_per_pass.values())
+            windows = ", ".join(str(w) for w in row.ms_per_pass)
+            figure = f"{ms} ms/pass at W = {windows}, {row.of_bandwidth[1]:.0%} of bandwidth"
+            yield Check(name, f"{figure}, AR {row.seconds_per_image:.2f} s/image, eager {row.eager_ratio:.1f} x AR")
+
+
+def profiles(run: Run) -> Iterator[Check]:
+    """Where a pass of the embedded model goes, and whether the host waits within the loop."""
+    pipe = run.pipeline("icons", torch.float32 if run.dry else torch.bfloat16)
+    for mode in ("",) if run.dry else (", graph", ", no graph"):
+        for name in ("ar", "scd"):
+            sampler = get_sampler(name, window=4 if run.dry and name == "scd" else None)
+            count = dict(passes=2, warm=1) if run.dry else {}
+            p = profile_pipeline(pipe, sampler, graph=Graph() if mode == ", graph" else None, **count)
+            run.profiles[name + mode] = p
+            shares = ", ".join(f"{group} {share:.0%}" for group, share in p.shares.items())
+            # The host looks whether all rows are done at every fourth pass at most; more than that is a fault.
+            few = None if run.device.type == "cpu" else p.waits <= 0.26
+            figure = f"{p.ms_per_pass:.2f} ms/pass, {p.launches:.0f} launches, {p.waits:.2f} waits; {shares}"
+            yield Check(f"profile of icons, {name}{mode}", figure, few)
+
+
+def same_pictures(run: Run) -> Iterator[Check]:
+    """In fp32 the GPU must draw what the CPU draws; a near tie may flip a token and change what follows it."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    pipes = [run.pipeline("icons", device=d) for d in (torch.device("cpu"), run.device)]
+    prompts = run.pictures(8)
+    for name in ("ar", "scd", "eagle") if run.dry else SAMPLERS:
+        tokens = [pipe(prompts, sampler=name, output_type="tokens").tokens.cpu() for pipe in pipes]
+        same = (tokens[0] == tokens[1]).all(1).sum().item()
+        figure = f"{same} of {len(prompts)}"
+        yield Check(f"icons fp32, {name}: pictures equal to the CPU's", figure, same >= len(prompts) - 1)
+
+
+def continuous(run: Run, name: str) -> Any:
+    """A sampler of continuous tokens, in a dry run of few passes and steps."""
+    few = {"steps": 2, "head_steps": 4} if run.dry else {}
+    return get_sampler(name, **{k: v for k, v in few.items() if k in CONTINUOUS[name].parameters()})
+
+
+def same_continuous_pictures(run: Run) -> Iterator[Check]:
+    """The same of continuous tokens, which rounding moves a little and a flipped test by more."""
+    pipes = [run.pipeline("icons-mar", device=d) for d in (torch.device("cpu"), run.device)]
+    prompts = run.pictures(8)
+    for name in ("mar", "mar-headspec") if run.dry else CONTINUOUS:
+        sampler = continuous(run, name)
+        tokens = [pipe(prompts, sampler=sampler, output_type="tokens").tokens.cpu() for pipe in pipes]
+        same = int(((tokens[0] - tokens[1]).abs().amax((1, 2)) < 0.05).sum())
+        figure = f"{same} of {len(prompts)}"
+        yield Check(f"icons-mar fp32, {name}: pictures within 0.05 of the CPU's", figure, same >= len(prompts) - 2)
+
+
+def icons_speed(run: Run) -> Iterator[Check]:
+    """The embedded model, trained: real acceptance."""
+    pipe = run.pipeline("icons")
+    names = ("ar", "scd") if run.dry else MEASURED
+    for batch in (1,) if run.dry else (1, 8):
+        report = compare(
+            pipe, {n: get_sampler(n) for n in names}, batch=batch, images=1 if run.dry else max(batch, 4),
+            repeats=1,
+        )  # fmt: skip
+        for r in report.rows:
+            figure = f"{r.nfe:.0f} NFE, {r.ms_per_pass:.2f} ms/pass, {r.seconds_per_image:.3f} s/image"
+            yield Check(f"icons, batch {batch}, {r.sampler}", f"{figure}, {r.time_ratio:.2f} of AR's time")
+
+
+def continuous_speed(run: Run) -> Iterator[Check]:
+    """The embedded MAR: head rounds, and time against plain decoding."""
+    pipe = run.pipeline("icons-mar")
+    plain, spec = continuous(run, "mar"), continuous(run, "mar-headspec")
+    samplers = {"mar": plain} | {f"draft {n}": get_sampler(spec, draft=n) for n in ((2,) if run.dry else (4, 8, 16))}
+    for batch in (1,) if run.dry else (1, 8):
+        for r in compare(pipe, samplers, batch=batch, images=1 if run.dry else max(batch, 2), repeats=1).rows:
+            assert r.head is not None
+            figure = f"{r.head.rounds_per_pass:.1f} head rounds/pass, {r.seconds_per_image:.3f} s/image"
+            yield Check(f"icons-mar, batch {batch}, {r.sampler}", f"{figure}, {r.time_ratio:.2f} of mar's time")
+
+
+# In this order, so that what is left out where time is short is what matters least.
+SECTIONS: dict[str, Callable[[Run], Iterator[Check]]] = {
+    "noise": same_noise, "kernels": kernels, "shapes": shape_rows, "profiles": profiles, "speed of icons": icons_speed,
+    "pictures of icons": same_pictures, "speed of icons-mar": continuous_speed,
+    "pictures of icons-mar": same_continuous_pictures,
+}  # fmt: skip
+
+
+def carry_out(run: Run, seconds: float = SECONDS) -> dict[str, list[Check]]:
+    """The checks of each section; one that breaks is a failed line, and must not hide the others."""
+    rows: dict[str, list[Check]] = {}
+    start = time.perf_counter()
+    for name, section in SECTIONS.items():
+        rows[name] = []
+        try:
+            late = time.perf_counter() - start > seconds
+            for check in () if late else section(run):
+                rows[name].append(check)
+                if late := time.perf_counter() - start > seconds:
+                    break
+        except Exception as error:
+            rows[name].append(Check(name, f"{type(error).__name__}: {error}"[:200], False))
+        if late:
+            rows[name].append(Check(name, f"the rest was left out after {seconds:.0f} s"))
+    return rows
+
+
+def report_text(run: Run, rows: dict[str, list[Check]]) -> str:
+    """The checks, then the tables of shapes and profiles."""
+    verdict = {True: "ok", False: "FAILED", None: ""}
+    lines = [(s, r.name, r.figure, verdict[r.good]) for s, checks in rows.items() for r in checks]
+    title = f"{device_title(run.device)}, torch {torch.__version__}"
+    parts = [title + (", dry run: figures mean nothing" if run.dry else "")]
+    parts.append(table(("SECTION", "CHECK", "FIGURE", ""), lines))
+    if run.profiles:
+        parts.append(profile_text(list(run.profiles.items()), ("ICONS",)))
+    if run.shapes:
+        parts.append(shapes_text(_shape_report(run)))
+    bad = sum(r.good is False for checks in rows.values() for r in checks)
+    good = sum(r.good is True for checks in rows.values() for r in checks)
+    return "\n\n".join([*parts, f"{good} checks passed, {bad} FAILED."])
+
+
+def _shape_report(run: Run) -> ShapeReport:
+    return ShapeReport(
+        device_title(run.device), torch.__version__, torch.get_num_threads(), 1 if run.dry else 3, run.bandwidth,
+        run.shapes,
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--json", metavar="PATH")
+    options.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes: tests this script")
+    given = options.parse_args(arguments)
+    if given.json:
+        writable_folder(Path(given.json).parent)
+    if not given.dry_run and not torch.cuda.is_available():
+        print("visar: error: there is no CUDA device here; nothing was checked.", file=sys.stderr)
+        return 2
+    run = Run(torch.device("cpu" if given.dry_run else "cuda"), given.dry_run)
+    start = time.perf_counter()
+    rows = carry_out(run)
+    print(report_text(run, rows))
+    print(f"{time.perf_counter() - start:.0f} s.")
+    if given.json:
+        found = {
+            "device": device_title(run.device), "torch": torch.__version__, "dry_run": run.dry,
+            "checks": {s: [asdict(r) for r in checks] for s, checks in rows.items()},
+            "kernels": [asdict(o) for o in run.kernels], "shapes": asdict(_shape_report(run)),
+            "profiles": {n: asdict(p) for n, p in run.profiles.items()},
+        }  # fmt: skip
+        with replacing(given.json) as temporary:
+            temporary.write_text(json.dumps(found, indent=2) + "\n")
+    return 1 if any(r.good is False for checks in rows.values() for r in checks) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""The exactness proof: the joint law of a sampler's sequences on enumerable models, by a chi-square test.
+
+A sampler that is exact at each position can still be wrong about the sequence (a token that depends on a later one, a
+stale draft law), so the test is of the *joint* law over all V**N sequences. The expected probabilities come from
+`visar.eval.exactness.tabular.joint`, which shares no code with the samplers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visar.engine.drafter import SessionDrafter
+from visar.engine.guidance import Guidance
+from visar.engine.loop import Decoded, decode
+from visar.engine.rng import Noise
+from visar.errors import VisarError, unknown
+from visar.eval.exactness.mutants import MUTANTS
+from visar.eval.exactness.tabular import Law, TabularModel, TabularSession, joint
+from visar.samplers import SAMPLERS, BeamTree, Sampler, Target, get_sampler
+
+EXACT_LIMIT, MUTANT_LIMIT = 4.0, 10.0
+MUTANT_SEQUENCES = 131072  # with fewer, a small bias is not yet beyond doubt
+
+
+PLAIN = Law()
+CODEBOOK = torch.randn(8, 3, generator=torch.Generator().manual_seed(5))  # for rules that ask which tokens look alike
+
+
+@dataclass(frozen=True)
+class Case:
+    """A target law and the way to decode it. `init` and `window` are given to samplers that have them."""
+
+    name: str
+    law: Law = PLAIN
+    model: str = "markov"
+    vocab: int = 3
+    length: int = 5
+    window: int = 4
+    init: str = "uniform"
+    grid: int = 0
+
+    def build(self) -> TabularModel:
+        make = TabularModel.markov if self.model == "markov" else TabularModel.full_prefix
+        return make(self.vocab, self.length, seed=7)
+
+
+PLAIN_CASE = Case("plain")
+FORCED = (-1, -1, 2, -1, 1)
+CASES = (
+    PLAIN_CASE,
+    Case("full prefix", model="full", vocab=4, length=5),
+    Case("temperature 0.6", Law(temperature=0.6)),
+    Case("top-k 2, V 5", Law(top_k=2), vocab=5),
+    Case("top-p 0.7", Law(top_p=0.7), model="full", vocab=4),
+    Case("guidance 2.5", Law(scale=2.5)),
+    Case("guidance interval", Law(scale=2.5, interval=1), model="full"),
+    Case("forced positions", Law(forced=FORCED)),
+    Case("N 7, W 3", length=7, window=3),
+    Case("N 5, W 8 > N", window=8),
+    Case("init left", init="left", length=7, window=3),
+    Case("init above, grid 2", init="above", grid=2, length=8),
+    Case("init left-law", init="left-law", length=7, window=3),
+    Case("V 8, N 5, top-k 3", Law(top_k=3), vocab=8, model="full"),
+    Case(
+        "all at once",
+        Law(temperature=1.4, top_k=3, top_p=0.8, scale=1.8, interval=2, forced=(-1, 0, -1, -1, 3, -1, -1)),
+        model="full", vocab=4, length=7, window=5, init="left-law",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. `alone`: whether rows decoded alone and in eights gave the same tokens as in the batch.
+
+    `acceptance`: the share of tested drafts that were kept, and `distance`: what lies between the law of a relaxed
+    sampler and the one it approximates, where these are measured.
+    """
+
+    sampler: str
+    case: str
+    kind: str  # "exact", "mutant", or "relaxed", which is shown and not judged
+    sequences: int
+    z: float
+    tokens_per_pass: float
+    alone: bool
+    acceptance: float | None = None
+    distance: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        if self.kind == "relaxed":
+            return True
+        if self.kind == "exact":
+            return abs(self.z) < EXACT_LIMIT and self.alone
+        return abs(self.z) > MUTANT_LIMIT
+
+
+def configured(sampler: Sampler, case: Case) -> Sampler:
+    """The sampler with the window, init and grid of the case, where it has such fields, and a tree of a few nodes."""
+    wanted: dict[str, Any] = {
+        "window": case.window, "gamma": case.window - 1, "init": case.init, "grid": case.grid
+    }  # fmt: skip
+    has = {f.name for f in fields(sampler)}  # type: ignore[arg-type]
+    if isinstance(sampler, BeamTree):  # small enough that drafts are left out
+        wanted |= {"beam": min(sampler.beam, 3), "depth": min(sampler.depth, 3), "nodes": min(sampler.nodes, 12)}
+    return replace(sampler, **{k: v for k, v in wanted.items() if k in has})  # type: ignore[type-var]
+
+
+def run(model: TabularModel, case: Case, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
+    """Decode the given image indices as one batch."""
+    law, guidance = case.law, Guidance(case.law.scale, case.law.interval)
+    session = TabularSession(model, len(images), sampler.window, guidance)
+    session.codebook = CODEBOOK[: model.vocab]
+    if hasattr(sampler, "drafter"):
+        # The root of the drafter's own session is one node before that of the tree.
+        draft = model.disturbed(seed=99)
+        session.drafter = SessionDrafter(TabularSession(draft, len(images), sampler.window + 1, guidance))
+    target = Target(law.temperature, law.top_k, law.top_p, torch.tensor(law.forced) if law.forced else None)
+    return decode(session, sampler, target, Noise(seed, images))
+
+
+def values(tokens: Tensor, vocab: int) -> np.ndarray:
+    """Sequences [B, N] as numbers base V, the order of `joint`."""
+    return (tokens * vocab ** torch.arange(tokens.shape[1] - 1, -1, -1)).sum(1).numpy()
+
+
+def chi_square_z(counts: np.ndarray, probabilities: np.ndarray, least: float = 5.0) -> float:
+    """(chi2 - df) / sqrt(2 df) of counts against probabilities; rare cells are pooled, impossible ones stay empty."""
+    total = counts.sum()
+    if counts[probabilities == 0].any():
+        return float("inf")
+    order = np.argsort(-probabilities, kind="stable")
+    expected, observed = probabilities[order] * total, counts[order]
+    common = int((expected >= least).sum())
+    if common < 2:
+        return 0.0
+    # The rare cells together, and the smallest common one with them if they are still too few.
+    last = common if expected[common:].sum() >= least else common - 1
+    expected = np.append(expected[:last], expected[last:].sum())
+    observed = np.append(observed[:last], observed[last:].sum())
+    df = len(expected) - 1
+    return float((((observed - expected) ** 2 / expected).sum() - df) / np.sqrt(2 * df))
+
+
+Decode = Callable[[Tensor], Decoded]  # decodes these image indices as one batch
+
+
+def drawn(decoding: Decode, sequences: int, batch: int = 16384) -> tuple[Tensor, float]:
+    """The tokens [sequences, N] of the images 0.., and the mean tokens per pass of a row."""
+    parts, tokens_per_pass = [], []
+    for images in torch.arange(sequences).split(batch):
+        out = decoding(images)
+        parts.append(out.tokens.cpu())
+        tokens_per_pass.append(out.tokens.shape[1] / (out.commit_pass[:, -1] + 1).double().mean().item())
+    return torch.cat(parts), float(np.mean(tokens_per_pass))
+
+
+def joint_z(tokens: Tensor, vocab: int, probabilities: np.ndarray) -> float:
+    """The chi-square z of sequences [B, N] against the probability of each, [V**N]."""
+    return chi_square_z(np.bincount(values(tokens, vocab), minlength=len(probabilities)), probabilities)
+
+
+def alike(decoding: Decode, tokens: Tensor, images: int = 64) -> bool:
+    """Whether image i has the same tokens alone, in a batch of 8, and in the large batch that gave `tokens`.
+
+    With this, the joint law measured on the large batch is the joint law of batch 1 and of batch 8, bit for bit.
+    """
+    singles = [decoding(torch.tensor([i])).tokens.cpu() for i in range(images // 2)]
+    eights = [decoding(part).tokens.cpu() for part in torch.arange(images).split(8)]
+    return bool((torch.cat(singles) == tokens[: images // 2]).all() and (torch.cat(eights) == tokens[:images]).all())
+
+
+def measure(sampler: Sampler, case: Case, sequences: int, seed: int, batch: int = 16384) -> tuple[float, float, Tensor]:
+    """The chi-square z of the joint law, the mean tokens per pass of a row, and the tokens [sequences, N]."""
+    model = case.build()
+    tokens, speed = drawn(lambda images: run(model, case, sampler, images, seed), sequences, batch)
+    return joint_z(tokens, case.vocab, joint(model, case.law)), speed, tokens
+
+
+def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
+    """`alike`, for a sampler on the model of a case."""
+    model = case.build()
+    return alike(lambda images: run(model, case, sampler, images, seed), tokens)
+
+
+def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
+    """A greedy sampler is exact when every sequence is the argmax sequence, found by brute force."""
+    model = case.build()
+    sampler = configured(sampler, case)
+    out = run(model, case, sampler, torch.arange(64), seed)
+    best = int(joint(model, replace(case.law, top_k=1, top_p=1.0)).argmax())
+    right = bool((values(out.tokens, case.vocab) == best).all())
+    alone = same_alone(sampler, case, out.tokens, seed)
+    return Row(sampler.name, case.name, "exact", 64, 0.0 if right else float("inf"), case.length / out.passes, alone)
+
+
+def distinct() -> list[str]:
+    """The samplers that are not relaxed; here all draft alike, so of those with the same rules only the first."""
+    out: dict[Sampler, str] = {}
+    for name, spec in SAMPLERS.items():
+        if spec.law != "relaxed":
+            same: dict[str, Any] = {"drafter": "model"} if spec.drafter else {}
+            out.setdefault(configured(get_sampler(name, **same), PLAIN_CASE), name)
+    return list(out.values())
+
+
+def exact_names(names: Iterable[str]) -> None:
+    """A `VisarError` for a name that is not of an exact sampler of discrete tokens."""
+    everything = [name for name, spec in SAMPLERS.items() if spec.law != "relaxed"]
+    for name in names:
+        if name not in SAMPLERS:
+            raise unknown("sampler", name, SAMPLERS)
+        if name not in everything:
+            raise VisarError(f"{name!r} is relaxed: there is nothing to prove. Exact ones: {', '.join(everything)}.")
+
+
+def verify(
+    names: list[str] | None = None,
+    sequences: int = 131072,
+    seed: int = 0,
+    mutants: bool = True,
+    cases: tuple[Case, ...] = CASES,
+    report: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """Test samplers on every case, then show that planted mistakes are caught; `report` sees each row as it comes."""
+    exact_names(names or ())
+
+    def rows() -> Iterator[Row]:
+        for name in names or distinct():
+            for case in cases:
+                made = get_sampler(name)
+                if case.init != "uniform" and not hasattr(made, "init") and name != "jacobi":
+                    continue  # it has no window to fill
+                if name == "jacobi":
+                    if case.init == "uniform":
+                        yield greedy_row(made, case, seed)
+                    continue
+                sampler = configured(made, case)
+                z, speed, tokens = measure(sampler, case, sequences, seed)
+                yield Row(name, case.name, "exact", sequences, z, speed, same_alone(sampler, case, tokens, seed))
+        if mutants:
+            for mutant in MUTANTS:
+                case = next(c for c in CASES if c.name == mutant.case)
+                enough = max(sequences, MUTANT_SEQUENCES)
+                z, speed, _ = measure(configured(mutant.sampler, case), case, enough, seed)
+                yield Row(mutant.name, case.name, "mutant", enough, z, speed, True)
+
+    out = []
+    for row in rows():
+        report(row)
+        out.append(row)
+    return out

@@ -1,0 +1,211 @@
+"""Mistakes that published samplers make, planted on purpose: `visar verify` must catch every one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from visar.engine.drafter import Drafter
+from visar.engine.session import Session
+from visar.engine.tree import Tree
+from visar.samplers.base import Sampler, State
+from visar.samplers.beam_tree import BeamTree, Drafted
+from visar.samplers.dynamic import DynamicSpeculative
+from visar.samplers.jacobi import SpeculativeJacobi
+from visar.samplers.speculative import Children, Speculative, TreeSpeculative
+from visar.samplers.tree_verification import ChildRule, Drawn, Independent
+from visar.samplers.verification import Coins, Verdict, draw, keeps, leading, race, residual
+
+
+@dataclass(frozen=True)
+class StaleLaw(SpeculativeJacobi):
+    """A draft that stood behind the first rejection keeps the law it was drawn from a pass earlier."""
+
+    def next_laws(self, p: Tensor, q: Tensor, verdict: Verdict, inputs: Tensor) -> Tensor:
+        kept = (verdict.tokens[:, :-1] == inputs[:, 1:])[..., None]
+        return torch.cat([torch.where(kept, q, p[:, :-1]), p[:, -1:]], dim=1)
+
+
+@dataclass(frozen=True)
+class RewarpedResidual(SpeculativeJacobi):
+    """The residual goes through temperature, top-k and top-p a second time."""
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+        kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
+        r = residual(p[:, :-1], q)
+        positions = torch.zeros(r.shape[:2], dtype=torch.long)
+        again = replace(state.target, forced=None).probs(r.log(), positions)
+        fresh = draw(torch.cat([again, p[:, -1:]], dim=1), coins.draw)
+        return Verdict(torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(kept))
+
+
+@dataclass(frozen=True)
+class NoResidual(SpeculativeJacobi):
+    """A rejected draft is replaced by a draw from p."""
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+        kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
+        fresh = draw(p, coins.draw)
+        return Verdict(torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(kept))
+
+
+@dataclass(frozen=True)
+class ReusedGumbel(SpeculativeJacobi):
+    """The residual is drawn with the very noise that drew the rejected draft."""
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+        assert coins.race is not None
+        verdict = super().verify(p, q, drafts, coins, state)
+        column = torch.arange(drafts.shape[1])
+        rejected = column == verdict.accepted[:, None]
+        again = race(residual(p[:, :-1], q), coins.race[:, :-1])
+        tokens = verdict.tokens.clone()
+        tokens[:, :-1] = torch.where(rejected, again, tokens[:, :-1])
+        return Verdict(tokens, verdict.accepted)
+
+
+@dataclass(frozen=True)
+class LongestPath(SpeculativeJacobi):
+    """The chain is tested twice with independent coins, and the longer outcome is taken."""
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+        one = super().verify(p, q, drafts, coins, state)
+        other = super().verify(p, q, drafts, coins._replace(accept=1 - coins.accept, draw=1 - coins.draw), state)
+        longer = other.accepted > one.accepted
+        return Verdict(
+            torch.where(longer[:, None], other.tokens, one.tokens), torch.where(longer, other.accepted, one.accepted)
+        )
+
+
+@dataclass(frozen=True)
+class OutOfOrder(TreeSpeculative):
+    """Children that were drawn one after the other are tested in the opposite order."""
+
+    @cached_property
+    def tables(self) -> tuple[Tree, Tensor]:
+        tree, children = super().tables
+        return tree, children.flip(-1)
+
+
+@dataclass(frozen=True)
+class Pruned(TreeSpeculative):
+    """Of the drawn children of a node, those with less than the mean of the draft law are dropped."""
+
+    def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, laws = super().draft(drafter, tree, session, state, u)
+        return torch.cat([tokens[:, :1], without_small(tokens[:, 1:], laws, tree)], dim=1), laws
+
+
+def without_small(drafts: Tensor, laws: Tensor, tree: Tree) -> Tensor:
+    """-1 for the drafts [B, T - 1] of a tree that their own law, of [B, T, V], gives less than the mean."""
+    parents = tree.parents[:, 1:].expand(len(drafts), -1)
+    own = laws[torch.arange(len(drafts))[:, None], parents, drafts.clamp_min(0)]
+    return torch.where(own < 1 / laws.shape[-1], -1, drafts)
+
+
+@dataclass(frozen=True)
+class PrunedBeam(BeamTree):
+    """The same in a tree that stochastic beam search gave, as EAGLE-2 would prune it."""
+
+    children: Children = "drawn"
+    nodes: int = 0
+
+    def draft(self, drafter: Drafter, session: Session, state: State) -> Drafted:
+        drafted = super().draft(drafter, session, state)
+        return drafted._replace(tokens=without_small(drafted.tokens, drafted.q, drafted.tree))
+
+
+@dataclass(frozen=True)
+class ChosenBeamAsDrawn(BeamTree):
+    """EAGLE-2's tree, tested as if its drafts had been drawn."""
+
+    def rule(self, session: Session) -> ChildRule:
+        return Drawn()
+
+
+@dataclass(frozen=True)
+class PaddedWithZero(TreeSpeculative):
+    """Where the law could give no more children, token 0 stands, and is tested."""
+
+    def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, laws = super().draft(drafter, tree, session, state, u)
+        return tokens.clamp_min(0), laws
+
+
+@dataclass(frozen=True)
+class ChosenAsDrawn(TreeSpeculative):
+    """The most likely tokens of the draft law are tested as if they had been drawn from it."""
+
+    children: Children = "chosen"
+
+    def rule(self, session: Session) -> ChildRule:
+        return Drawn()
+
+
+class Undivided(Independent):
+    """Every child may take min(p, q), as if it were the only one."""
+
+    def at_node(self, p: Tensor, q: Tensor, children: Tensor) -> Self:
+        return super().at_node(p, q, torch.ones_like(children))
+
+
+@dataclass(frozen=True)
+class UndividedShare(TreeSpeculative):
+    """Children drawn independently, each tested with min(1, p/q)."""
+
+    children: Children = "independent"
+
+    def rule(self, session: Session) -> ChildRule:
+        return Undivided()
+
+
+@dataclass(frozen=True)
+class DroppedDraft(DynamicSpeculative):
+    """A chain ends before a draft that its own law gives less than the mean, although it was drawn."""
+
+    def draft(self, drafter: Drafter, session: Session, state: State, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        drafts, laws = super().draft(drafter, session, state, at, u)
+        own = laws.gather(-1, drafts.clamp_min(0)[..., None]).squeeze(-1)
+        gone = (own < 1 / session.vocab).cummax(1).values
+        return torch.where(gone, -1, drafts), torch.where(gone[..., None], 0, laws)
+
+
+@dataclass(frozen=True)
+class RawBonus(Speculative):
+    """The token behind a chain that stood is drawn from the law before temperature, which is 0.6 in its case."""
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+        raw = p[:, -1:] ** 0.6
+        return super().verify(torch.cat([p[:, :-1], raw / raw.sum(-1, keepdim=True)], dim=1), q, drafts, coins)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong sampler and the case of `visar.eval.exactness.joint` in which it shows."""
+
+    name: str
+    sampler: Sampler
+    case: str
+
+
+MUTANTS = (
+    Mutant("stale draft law", StaleLaw(coupling="maximal"), "plain"),
+    Mutant("residual re-warped (T)", RewarpedResidual(coupling="maximal"), "temperature 0.6"),
+    Mutant("residual re-warped (top-p)", RewarpedResidual(), "top-p 0.7"),
+    Mutant("residual replaced by p", NoResidual(), "plain"),
+    Mutant("Gumbel noise reused", ReusedGumbel(coupling="gumbel"), "top-p 0.7"),
+    Mutant("longest path", LongestPath(), "plain"),
+    Mutant("children out of order", OutOfOrder(tree="2x2", drafter="model"), "full prefix"),
+    Mutant("children pruned by q", Pruned(tree="2x2", drafter="model"), "plain"),
+    Mutant("beam pruned by q", PrunedBeam(beam=2, depth=2, drafter="model"), "plain"),
+    Mutant("chosen beam as drawn", ChosenBeamAsDrawn(beam=2, depth=2, nodes=4, drafter="model"), "plain"),
+    Mutant("padding with token 0", PaddedWithZero(tree="3x2", drafter="model"), "top-p 0.7"),
+    Mutant("chosen tested as drawn", ChosenAsDrawn(tree="2x2", drafter="model"), "plain"),
+    Mutant("k-SEQ undivided", UndividedShare(tree="3x2", drafter="model"), "plain"),
+    Mutant("small drafts dropped", DroppedDraft(), "plain"),
+    Mutant("bonus from raw logits", RawBonus(gamma=1), "temperature 0.6"),
+)

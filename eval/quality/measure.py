@@ -1,0 +1,280 @@
+"""Figures of pictures by a named protocol, and moments of reference pictures to take them against."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import PIL
+import torch
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.eval.quality.clip_score import ImageAndText, clip_scores
+from visar.eval.quality.extractors import Extractor, get_extractor
+from visar.eval.quality.extractors.resize import PREPARE
+from visar.eval.quality.image_folder import PictureFolder, has_pictures
+from visar.eval.quality.metrics.frechet import (
+    Moments,
+    StoredMoments,
+    frechet_distance,
+    has_moments,
+    load_moments,
+    save_moments,
+)
+from visar.eval.quality.metrics.inception_score import inception_score
+from visar.eval.quality.metrics.manifold import precision
+from visar.eval.quality.metrics.mmd import cmmd, kid
+from visar.eval.quality.protocols import COMPARING, Protocol, get_protocol
+from visar.eval.quality.result import Result
+
+Source = str | Path | PictureFolder
+
+_NEEDS = {  # features of every picture, where moments do not do
+    "inception_score": "logits", "precision": "pool", "recall": "pool", "kid": "pool", "cmmd": "pool",
+}  # fmt: skip
+
+
+@dataclass
+class _Seen:
+    """What was taken of a set of pictures, by the name of the features: moments, and those of every picture [n, D]."""
+
+    moments: dict[str, Moments]
+    features: dict[str, Tensor]
+
+
+class _Reference:
+    """Moments, pictures or both (as ADM's files hold them)."""
+
+    def __init__(self, source: Source, protocol: Protocol) -> None:
+        self.stored: StoredMoments | None = None
+        self.pictures: PictureFolder | None = None
+        if isinstance(source, PictureFolder):
+            self.pictures = source
+            return
+        path = Path(source)
+        if has_moments(path):
+            self.stored = load_moments(path)
+        if self.stored is None or has_pictures(path):
+            self.pictures = PictureFolder.open(path, jpeg_allowed=True, mixed_allowed=protocol.pixels is None)
+
+    def cannot(self, metric: Mapping[str, Any]) -> str:
+        """Why this metric cannot be taken against it, or nothing."""
+        if metric["kind"] == "frechet" and self.stored is not None:
+            known = metric["features"] in self.stored.moments
+            return "" if known else f"the reference has no moments of {metric['features']} features"
+        return "the reference has moments and no pictures" if self.pictures is None else ""
+
+    def must_fit(self, protocol: Protocol, extractor: Extractor) -> None:
+        """Moments that say of which features they are must be of these."""
+        own = {"extractor": extractor.name, "weights": extractor.weights, "resize": extractor.resize,
+               "prepare": protocol.prepare}  # fmt: skip
+        provenance = self.stored.provenance if self.stored else {}
+        for name, value in own.items():
+            if provenance.get(name, value) != value:
+                raise VisarError(
+                    f"The reference's moments are of {name} {provenance[name]!r}, and here it is {value!r}."
+                )
+
+
+def measure(
+    protocol: str | Protocol,
+    folder: Source,
+    reference: Source | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 32,
+    seed: int = 0,
+    weights: str | None = None,
+    extractor: Extractor | None = None,
+) -> Result:
+    """Measure the pictures as the protocol says; every picture is looked at once.
+
+    `reference`: pictures, moments of `reference_stats`, or published mu and sigma; metrics that it cannot serve are
+    left out and named. `seed` draws KID's subsets. `weights`: a file of the extractor's. `extractor`: one that is
+    loaded. Errors: too few pictures, another size or format, captions that are missing, features that are no numbers.
+    """
+    protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    pictures = folder if isinstance(folder, PictureFolder) else PictureFolder.open(folder)
+    size = _allowed(protocol, pictures)
+    _enough(protocol, len(pictures), "Protocol")
+    comparing = any(metric["kind"] in COMPARING for metric in protocol.metrics.values())
+    if comparing and reference is None:
+        raise VisarError(f"Protocol {protocol.label} needs a reference: {protocol.reference}")
+    if not comparing and reference is not None:
+        raise VisarError(f"Protocol {protocol.label} compares with nothing, and a reference was given.")
+    against = None if reference is None else _Reference(reference, protocol)
+    left_out = {
+        name: reason for name, metric in protocol.metrics.items()
+        if against is not None and metric["kind"] in COMPARING and (reason := against.cannot(metric))
+    }  # fmt: skip
+    metrics = {name: metric for name, metric in protocol.metrics.items() if name not in left_out}
+    if not metrics:
+        raise VisarError(f"The reference serves no metric of {protocol.label}: {next(iter(left_out.values()))}.")
+    if any(metric["kind"] == "clip_score" for metric in metrics.values()):
+        pictures.require_captions(f"Protocol {protocol.label}")
+    extract = _extractor(protocol, extractor, device, weights)
+
+    other, hashes = _Seen({}, {}), {}
+    if against is not None:
+        against.must_fit(protocol, extract)
+        asked = [m for m in metrics.values() if m["kind"] in COMPARING]
+        if against.stored is not None:
+            hashes["moments"] = against.stored.fingerprint
+            asked = [m for m in asked if m["kind"] != "frechet"]
+        if asked and against.pictures is not None:
+            _enough(protocol, len(against.pictures), "The reference of protocol")
+            hashes["pictures"] = against.pictures.fingerprint()
+            other = _look(against.pictures, extract, protocol, asked, batch)
+        if against.stored is not None:
+            other.moments.update(against.stored.moments)
+    own = _look(pictures, extract, protocol, list(metrics.values()), batch)
+
+    values: dict[str, float] = {}
+    spread: dict[str, tuple[float, float]] = {}
+    for name, metric in metrics.items():
+        if metric["kind"] == "clip_score":
+            found = clip_scores(
+                pictures, cast(ImageAndText, extract), prefix=metric["prefix"], scale=metric["scale"],
+                prepare=PREPARE[protocol.prepare], batch=batch,
+            ).mean  # fmt: skip
+            values[name], spread[name] = found.mean, (found.low, found.high)
+        elif metric["kind"] == "kid":
+            mean, std = kid(
+                own.features["pool"], other.features["pool"], metric["subsets"], metric["subset_size"], seed
+            )  # fmt: skip
+            values[name], spread[name] = mean, (mean - std, mean + std)
+        else:
+            values[name] = _value(metric, own, other, device)
+    return Result(
+        protocol.label, values, spread, left_out, len(pictures), extract.name, extract.weights, extract.resize,
+        protocol.prepare, size, pictures.format, pictures.fingerprint(), hashes, _versions(extract), seed,
+    )  # fmt: skip
+
+
+def reference_stats(
+    protocol: str | Protocol,
+    sources: Source | Sequence[Source],
+    out: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    batch: int = 32,
+    weights: str | None = None,
+    extractor: Extractor | None = None,
+) -> StoredMoments:
+    """Moments of reference pictures, and an .npz of them that says of which pictures and features they are.
+
+    Several sources are parts of one reference: pictures, or files of this function, so that parts may be made apart.
+    """
+    protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    asked = [metric for metric in protocol.metrics.values() if metric["kind"] == "frechet"]
+    if not asked:
+        raise VisarError(f"Protocol {protocol.label} has no Frechet distance, so no moments: give it the pictures.")
+    parts = [_Reference(part, protocol) for part in ([sources] if isinstance(sources, Source) else sources)]
+    extract = _extractor(protocol, extractor, device, weights)
+    total = {metric["features"]: Moments() for metric in asked}
+    pictures: list[str] = []
+    for part in parts:
+        if part.stored is not None:
+            part.must_fit(protocol, extract)
+            pictures += part.stored.provenance.get("pictures", [])
+            found = part.stored.moments
+        else:
+            assert part.pictures is not None
+            pictures.append(part.pictures.fingerprint())
+            found = _look(part.pictures, extract, protocol, asked, batch).moments
+        if missing := sorted(set(total) - set(found)):
+            raise VisarError(f"A part of the reference has no moments of {missing[0]} features.")
+        for name, moments in total.items():
+            moments.merge(found[name])
+    if len(set(pictures)) < len(pictures):
+        raise VisarError("The same pictures are in two parts of the reference.")
+    _enough(protocol, min(moments.n or 0 for moments in total.values()), "The reference of protocol")
+    provenance = {
+        "protocol": protocol.label, "extractor": extract.name, "weights": extract.weights, "resize": extract.resize,
+        "prepare": protocol.prepare, "pictures": pictures, "versions": _versions(extract),
+    }  # fmt: skip
+    save_moments(out, total, provenance)
+    return StoredMoments(total, provenance)
+
+
+def _look(
+    pictures: PictureFolder, extract: Extractor, protocol: Protocol, metrics: list[dict[str, Any]], batch: int
+) -> _Seen:
+    """Run the pictures through the extractor once, and take what the metrics need."""
+    moments = {metric["features"]: Moments() for metric in metrics if metric["kind"] == "frechet"}
+    kept: dict[str, list[Tensor]] = {_NEEDS[m["kind"]]: [] for m in metrics if m["kind"] in _NEEDS}
+    if not moments and not kept:
+        return _Seen({}, {})
+    for part in pictures.batches(size=batch):
+        found = extract(PREPARE[protocol.prepare](part))
+        for name in {*moments, *kept}:
+            if not bool(found[name].isfinite().all()):
+                raise VisarError(f"Pictures of {pictures.path} have {extract.name} features that are NaN or infinite.")
+        for name, of in moments.items():
+            of.add(found[name])
+        for name, features in kept.items():
+            features.append(found[name])
+    return _Seen(moments, {name: torch.cat(features) for name, features in kept.items()})
+
+
+def _value(metric: Mapping[str, Any], own: _Seen, other: _Seen, device: torch.device | str) -> float:
+    """A metric that is one number. Distances between all pictures are taken on a GPU where there is one."""
+    if metric["kind"] == "frechet":
+        return frechet_distance(own.moments[metric["features"]], other.moments[metric["features"]])
+    if metric["kind"] == "inception_score":
+        return inception_score(own.features["logits"], metric["split"])
+    place = device if torch.device(device).type == "cuda" else "cpu"  # others lack float64
+    x, y = own.features["pool"].to(place), other.features["pool"].to(place)
+    if metric["kind"] == "cmmd":
+        return cmmd(x, y)
+    # recall is precision with the sets changed over
+    return (
+        precision(x, y, metric["neighbours"])
+        if metric["kind"] == "precision"
+        else precision(y, x, metric["neighbours"])
+    )
+
+
+def _versions(extract: Extractor) -> dict[str, str]:
+    return {"torch": torch.__version__, "pillow": PIL.__version__, **extract.versions}
+
+
+def _extractor(
+    protocol: Protocol, extractor: Extractor | None, device: torch.device | str, weights: str | None
+) -> Extractor:
+    if extractor is None:
+        return get_extractor(protocol.extractor, device, weights)
+    if extractor.name != protocol.extractor:
+        raise VisarError(f"Protocol {protocol.label} is of {protocol.extractor} features, not of {extractor.name}.")
+    return extractor
+
+
+def _allowed(protocol: Protocol, pictures: PictureFolder) -> tuple[int, int]:
+    """The size of the measured pictures, which must be one, in formats and of the pixels that the protocol allows."""
+    if wrong := sorted(set(pictures.format.split("+")) - set(protocol.formats)):
+        allowed = ", ".join(protocol.formats)
+        raise VisarError(f"Protocol {protocol.label} measures {allowed} files, and {pictures.path} has {wrong[0]}.")
+    if pictures.size is None:
+        raise VisarError(f"Protocol {protocol.label} measures pictures of one size; those of {pictures.path} differ.")
+    if protocol.pixels is not None and pictures.size != (protocol.pixels, protocol.pixels):
+        height, width = pictures.size
+        raise VisarError(
+            f"Protocol {protocol.label} measures pictures of {protocol.pixels}x{protocol.pixels} pixels, not "
+            f"{width}x{height}; resize a decoder's output before it is rounded to 8 bits."
+        )
+    return pictures.size
+
+
+def _enough(protocol: Protocol, n: int, who: str) -> None:
+    if n < protocol.least:
+        raise VisarError(f"{who} {protocol.label} needs {protocol.least} or more pictures, and there are {n}.")
+    if n < protocol.warn_below:
+        warnings.warn(
+            f"{who} {protocol.label} has {n} of the {protocol.wanted} pictures wanted: figures of under "
+            f"{protocol.warn_below} are biased or uncertain, and compare with those of equal counts only.",
+            stacklevel=3,
+        )  # fmt: skip

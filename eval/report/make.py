@@ -1,0 +1,147 @@
+"""What a list of samplers does to one model: their speed, their pictures, and whether these changed.
+
+Every sampler draws the same prompts under the same seed into a folder of its own, and is compared with the first, which
+is drawn once more under another seed: that is what chance does. The page is made by `visar.eval.report.page`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visar.bulk import Condition, sample_pictures
+from visar.errors import VisarError
+from visar.eval.benchmark.speed import SpeedReport
+from visar.eval.benchmark.speed import compare as compare_speed
+from visar.eval.quality.compare import Comparison, compare
+from visar.eval.quality.extractors import Extractor
+from visar.eval.quality.image_folder import PictureFolder
+from visar.pipelines.base import ImagePipeline
+from visar.samplers import AnySampler
+
+PICTURES = "pictures"  # the folder of the samplers' folders
+OTHER_SEED = " (another seed)"
+
+Scores = Callable[[PictureFolder, Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A pair of pictures of one prompt, and how much worse that of B is."""
+
+    id: str
+    prompt: str
+    drop: float
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sampler's folder and what became of its pictures; the first sampler is compared with its own other seed."""
+
+    label: str
+    exact: bool
+    folder: Path
+    comparison: Comparison
+    worst: tuple[Worst, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """`entries`: the first sampler first. `ranked_by` says what `Worst.drop` is."""
+
+    model: str
+    seed: int
+    settings: dict[str, Any]
+    speed: SpeedReport
+    entries: tuple[Entry, ...]
+    ranked_by: str
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [
+            {"label": e.label, "exact": e.exact, **e.comparison.to_dict(), "worst": [asdict(w) for w in e.worst]}
+            for e in self.entries
+        ]
+        facts = {"model": self.model, "seed": self.seed, "settings": self.settings, "ranked_by": self.ranked_by}
+        return facts | {"speed": asdict(self.speed), "rows": rows}
+
+
+def make_report(
+    pipe: ImagePipeline,
+    samplers: Mapping[str, AnySampler],
+    conditions: Sequence[Condition | str | int],
+    out: Path,
+    extract: Extractor,
+    *,
+    model: str,
+    count: int,
+    batch: int = 16,
+    seed: int = 0,
+    reference: PictureFolder | None = None,
+    clip: Scores | None = None,
+    speed_images: int = 8,
+    worst: int = 4,
+    progress: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+    **settings: Any,
+) -> Report:
+    """Draw `count` pictures with each sampler into folders in `out`, measure speed at batch 1, and compare.
+
+    A report that was cut short goes on: pictures that are there are not drawn again. `tell` gets a line for each
+    sampler. `settings` go to the pipeline. Raises `VisarError` for fewer than two samplers, and as `sample_pictures`
+    and `compare` do.
+    """
+    if len(samplers) < 2:
+        raise VisarError("A report compares 2 or more samplers; the first is what the others are compared with.")
+    labels = list(samplers)
+
+    def drawn(label: str, folder: str, at: int) -> PictureFolder:
+        told = sample_pictures(
+            pipe, conditions, out / PICTURES / folder, count=count, sampler=samplers[label], batch=batch, seed=at,
+            model=model, progress=progress, **settings,
+        )  # fmt: skip
+        tell(str(told))
+        return PictureFolder.open(out / PICTURES / folder)
+
+    names = {label: _slug(label) for label in labels}
+    first = drawn(labels[0], names[labels[0]], seed)
+    again = drawn(labels[0], f"{names[labels[0]]}-seed-{seed + 1}", seed + 1)
+    entries = [_entry(labels[0], samplers[labels[0]], first, again, extract, reference, clip, worst)]
+    for label in labels[1:]:
+        pictures = drawn(label, names[label], seed)
+        entries.append(_entry(label, samplers[label], first, pictures, extract, reference, clip, worst))
+    for entry in entries:
+        tell(f"{entry.label}{OTHER_SEED if entry is entries[0] else ''}: {entry.comparison.verdict}")
+    speed = compare_speed(pipe, samplers, images=speed_images, repeats=1, seed=seed, **settings)
+    by = "score against its prompt" if clip else "distance of its features from those of its pair"
+    return Report(model, seed, settings, speed, tuple(entries), by)
+
+
+def _entry(
+    label: str,
+    sampler: AnySampler,
+    a: PictureFolder,
+    b: PictureFolder,
+    extract: Extractor,
+    reference: PictureFolder | None,
+    clip: Scores | None,
+    worst: int,
+) -> Entry:
+    found = compare(a, b, extract, reference=reference, clip=clip)
+    if clip is not None:
+        drops = clip(a, a.ids) - clip(b, a.ids)
+    else:
+        one, other = (torch.cat([extract(part)["pool"] for part in f.batches()]) for f in (a, b))
+        drops = (one - other).norm(dim=1)
+    rows = drops.topk(min(worst, len(drops))).indices.tolist()
+    prompts = [a.captions.get(i) or f"class {a.records[i]['class']}" for i in a.ids]
+    return Entry(label, sampler.exact, b.path, found, tuple(Worst(a.ids[i], prompts[i], float(drops[i])) for i in rows))
+
+
+def _slug(label: str) -> str:
+    return re.sub(r"[^a-z0-9+.]+", "-", label.lower()).strip("-")

@@ -1,0 +1,161 @@
+"""The figures and contact sheets of a trained model's card.
+
+`python -m visar.eval.report.model_card --data pictures --styles 3d,noto,flat --out FOLDER` measures reconstruction PSNR and
+next-token cross-entropy (of a MAR the loss of its head) on the training set and on both hold-outs, beside a bigram
+baseline, and draws prompts of each kind that a fixed seed chooses, not a hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from visar.errors import VisarError
+from visar.files import replacing, writable_folder
+from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
+from visar.training.ar import bigram_cross_entropy, cross_entropy, tokenize
+from visar.training.autoencoder import psnr as latent_psnr
+from visar.training.data import SPLITS, PictureSet, to_unit
+from visar.training.mar import LatentSamples, MARLoss, mean_loss
+from visar.training.tokenizer import psnr
+
+TITLES = {
+    "train": "prompts of training pictures",
+    "unseen-style": "known concept, drawing never seen",
+    "unseen-concept": "concept never seen",
+}
+
+
+def masked_figures(
+    pipe: MaskedTextToImagePipeline, data: PictureSet, size: int, most: int = 256
+) -> dict[str, dict[str, float]]:
+    """Per split: the number of pictures, PSNR in dB, and the head's loss with half to all of the tokens hidden."""
+    pixels = data.pixels(size)
+    samples = LatentSamples(pipe.vae, pipe.text_encoder, data, size)
+    out = {}
+    for split in SPLITS:
+        rows = data.indices(split)
+        if rows:
+            out[split] = {
+                "pictures": len(rows),
+                "psnr_db": round(latent_psnr(pipe.vae, pixels[rows[:most]]), 2),
+                "loss": round(mean_loss(MARLoss(pipe.mar), samples, rows[:most]), 4),
+            }
+    return out
+
+
+def figures(pipe: TextToImagePipeline, data: PictureSet, size: int, most: int = 400) -> dict[str, dict[str, float]]:
+    """Per split: the number of pictures, PSNR in dB, cross-entropy and that of a bigram in nats per token."""
+    if isinstance(pipe, MaskedTextToImagePipeline):
+        return masked_figures(pipe, data, size)
+    pixels = data.pixels(size)
+    tokens = tokenize(pipe.vq, pixels)
+    train = tokens[data.indices("train")]
+    out = {}
+    for split in SPLITS:
+        rows = data.indices(split)[:most]
+        if not rows:
+            continue
+        out[split] = {
+            "pictures": len(data.indices(split)),
+            "psnr_db": round(psnr(pipe.vq, pixels[rows]), 2),
+            "cross_entropy": round(
+                cross_entropy(pipe.gpt, pipe.text_encoder, [data.records[i] for i in rows], tokens[rows]), 3
+            ),
+            "bigram_cross_entropy": round(bigram_cross_entropy(train, tokens[rows], pipe.vq.sizes.codebook_size), 3),
+        }
+    return out
+
+
+def recognition(
+    pipe: TextToImagePipeline, data: PictureSet, size: int, count: int = 96, seed: int = 0
+) -> dict[str, float]:
+    """How often the training picture nearest to what a training prompt gives shows the concept that was asked for.
+
+    Near is by the pixels in 16x16 cells. `chance` is what a training picture taken at random would reach.
+    """
+
+    def cells(unit: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(unit, 16).flatten(1)
+
+    train = data.indices("train")
+    records = [data.records[i] for i in train]
+    known = cells(to_unit(data.pixels(size)[train]))
+    rows = random.Random(seed).sample(range(len(train)), min(count, len(train)))
+    first = among_five = chance = 0.0
+    for start in range(0, len(rows), 16):
+        part = rows[start : start + 16]
+        images = pipe([records[i].prompt() for i in part], seed=seed, output_type="pt").images
+        assert isinstance(images, torch.Tensor)
+        near = torch.cdist(cells(images.cpu() * 2 - 1), known).topk(5, largest=False).indices.tolist()
+        for row, nearest in zip(part, near, strict=True):
+            same = [records[i].concept == records[row].concept for i in nearest]
+            first, among_five = first + same[0], among_five + any(same)
+            chance += sum(r.concept == records[row].concept for r in records) / len(records)
+    shares = {"nearest": first, "among_five_nearest": among_five, "chance": chance}
+    return {"prompts": len(rows), **{name: round(n / len(rows), 3) for name, n in shares.items()}}
+
+
+def chosen(data: PictureSet, split: str, count: int, seed: int) -> list[str]:
+    """Prompts of different concepts of a split, drawn by a seed."""
+    prompts = sorted({data.records[i].concept: data.records[i].prompt() for i in data.indices(split)}.values())
+    return random.Random(seed).sample(prompts, min(count, len(prompts)))
+
+
+def sheet(
+    pipe: TextToImagePipeline, prompts: list[str], columns: int = 8, scale: int = 2, seed: int = 0
+) -> Image.Image:
+    """The pictures of the prompts, one each, with the prompt under each."""
+    images = [im for i in range(0, len(prompts), 16) for im in pipe(prompts[i : i + 16], seed=seed).images or ()]
+    side, text = images[0].width * scale, 14
+    canvas = Image.new("RGB", (columns * side, -(-len(images) // columns) * (side + text)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        x, y = i % columns * side, i // columns * (side + text)
+        canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
+        draw.text(
+            (x + 2, y + side), prompt if len(prompt) <= side // 6 else prompt[: side // 6 - 1] + "…", fill="black"
+        )
+    return canvas
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--data", required=True)
+    options.add_argument("--model", default="icons")
+    options.add_argument("--styles", default="")
+    options.add_argument("--without-groups", default="")
+    options.add_argument("--size", type=int, default=64)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--out", required=True)
+    given = options.parse_args()
+    try:
+        folder = writable_folder(given.out)
+        styles, without = (tuple(filter(None, x.split(","))) for x in (given.styles, given.without_groups))
+        data = PictureSet(given.data, styles, without)
+        pipe = TextToImagePipeline.from_pretrained(given.model).to(torch.float32)
+    except VisarError as error:
+        print(f"visar: error: {error}", file=sys.stderr)
+        return 2
+    pipe.set_progress_bar_config(disable=True)
+    report = {**figures(pipe, data, given.size), "recognition": recognition(pipe, data, given.size, seed=given.seed)}
+    with replacing(folder / "figures.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+    for split, title in TITLES.items():
+        prompts = chosen(data, split, 32 if split == "train" else 16, given.seed)
+        if prompts:
+            with replacing(folder / f"{split}.png") as temporary:
+                sheet(pipe, prompts, seed=given.seed).save(temporary)
+            print(f"{folder / split}.png: {title}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,345 @@
+"""The command line on tiny models: what it prints and writes, its exit codes, and that errors are one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from visar import __version__
+from visar.cli import main
+from visar.eval.exactness import joint as exactness
+from visar.families.specs import MAR_MODELS, MODELS
+from visar.samplers import CONTINUOUS, SAMPLERS, jacobi
+
+WEIGHTS = Path("gpt/diffusion_pytorch_model.safetensors")
+Capture = pytest.CaptureFixture[str]
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+# Tables
+
+
+def test_models(capsys: Capture) -> None:
+    assert run("models") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["NAME", "CONDITION", "PIXELS", "WEIGHTS"]
+    assert [line.split()[0] for line in lines[1:]] == [*MODELS, *MAR_MODELS]
+    assert run("models", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["icons"]["weights"] == "embedded" and rows["icons"]["condition"] == "text"
+    assert rows["llamagen-b"]["pixels"] == [256, 384] and "c2i_B_384.pt" in rows["llamagen-b"]["weights"]
+
+
+def test_samplers(capsys: Capture) -> None:
+    assert run("samplers") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == [*SAMPLERS, *CONTINUOUS]
+    assert lines[-1].startswith("`visar samplers NAME`")
+    assert [line.split()[:4] for line in lines if "(default)" in line] == [
+        ["scd", "(default)", "discrete", "exact"], ["mar-headspec", "(default)", "continuous", "exact"]
+    ]  # fmt: skip
+    assert run("samplers", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows.keys() == SAMPLERS.keys() | CONTINUOUS.keys()
+    assert [n for n, row in rows.items() if row["default"]] == ["scd", "mar-headspec"]
+    assert rows["sjd"]["parameters"] == {"window": 16, "coupling": "independent", "init": "uniform", "grid": 0}
+
+
+# Generate
+
+
+def test_one_prompt_to_a_file(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    target = tmp_path / "new" / "heart.png"
+    assert run("generate", "red heart", "--model", text_folder, "-o", target) == 0
+    out, err = capsys.readouterr()
+    assert Image.open(target).size == (10, 10) and names(tmp_path) == ["new", "new/heart.png"]
+    assert out.splitlines()[0] == str(target) and out.splitlines()[1].startswith("scd (exact): ") and err == ""
+
+
+def test_names_of_many_pictures(text_folder: Path, tmp_path: Path) -> None:
+    tail = ("--model", text_folder, "-o")
+    assert run("generate", "Red heart, 3D!", "cat", "cat", "cat 1", "-n", 2, *tail, tmp_path / "a") == 0
+    cats = [f"cat{end}.png" for end in ("", "-1", "-1-1", "-1-2", "-2", "-3")]
+    assert names(tmp_path / "a") == sorted([*cats, "red-heart-3d.png", "red-heart-3d-1.png"])
+    assert run("generate", "cat", "-n", 3, *tail, tmp_path / "b" / "x.png") == 0
+    assert names(tmp_path / "b") == ["x-0.png", "x-1.png", "x-2.png"]
+    (tmp_path / "c.png").mkdir()
+    assert run("generate", "cat", *tail, tmp_path / "c.png") == 0
+    assert names(tmp_path / "c.png") == ["cat.png"]
+
+
+def test_json(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run("generate", "red heart", "-n", 2, "--json", "--seed", 4, "--sampler", "sjd", "--window", 6,
+               "--top-k", 9, "--top-p", 0.9, "--temperature", 0.8, "--guidance-scale", 1.5, "--model", text_folder,
+               "-o", tmp_path) == 0  # fmt: skip
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["sampler"], found["exact"], found["seed"], found["tokens"]) == ("sjd", True, 4, 25)
+    assert found["parameters"]["window"] == 6 and 5 <= found["nfe"] <= 26
+    assert found["seconds"] > 0 and found["ms_per_pass"] > 0 and err == ""
+    assert found["images"] == [str(tmp_path / "red-heart.png"), str(tmp_path / "red-heart-1.png")]
+    assert names(tmp_path) == ["red-heart-1.png", "red-heart.png"]
+
+
+def test_parameters_of_a_sampler(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run("generate", "cat", "--json", "--sampler", "scd", "--set", "window=6", "--set", "init=left",
+               "--model", text_folder, "-o", tmp_path) == 0  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parameters"]["window"], found["parameters"]["init"]) == (6, "left")
+
+
+def test_the_seed_makes_the_picture(text_folder: Path, tmp_path: Path) -> None:
+    def picture(name: str, seed: int) -> bytes:
+        assert run("generate", "cat", "--model", text_folder, "--seed", seed, "-o", tmp_path / name) == 0
+        return Image.open(tmp_path / name).tobytes()
+
+    assert picture("a.png", 1) == picture("b.png", 1) != picture("c.png", 2)
+
+
+def test_classes(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run("generate", "--class", 3, "--class", 5, "--model", class_folder, "-o", tmp_path, "--json") == 0
+    assert names(tmp_path) == ["class-3.png", "class-5.png"]
+    assert json.loads(capsys.readouterr().out)["images"] == [str(tmp_path / f"class-{c}.png") for c in (3, 5)]
+
+
+def test_unknown_words_are_a_note(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run("generate", "zebra cat", "--model", text_folder, "-o", tmp_path) == 0
+    assert capsys.readouterr().err == "visar: note: Words not known to this model were left out: zebra.\n"
+
+
+# Errors
+
+
+@pytest.fixture
+def broken(text_folder: Path, tmp_path: Path) -> Path:
+    """A folder with damaged copies of the pipeline, a regular file, and a picture folder nothing may appear in."""
+    for name in ("cut", "nan"):
+        shutil.copytree(text_folder, tmp_path / name)
+    weights = tmp_path / "cut" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:500])
+    state = load_file(tmp_path / "nan" / WEIGHTS)
+    state["norm.weight"][3] = torch.nan
+    save_file(state, tmp_path / "nan" / WEIGHTS)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "bad.pt").write_text("no weights")
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("cat --model icon", "Unknown model 'icon'. Did you mean 'icons'?"),
+        ("cat --model llamagen-b", "The weights of 'llamagen-b' are not shipped with visar"),
+        ("cat --model ./none", "There is no model folder ./none."),
+        ("cat --model TMP/cut", "Could not load 'gpt' from"),
+        ("cat --model TMP/nan", "The weights of 'gpt' are not finite: norm.weight holds NaN"),
+        ("cat --model TMP/bad.pt", "A published GPT file needs its tokenizer too"),
+        ("cat --model TMP/bad.pt --vq TMP/bad.pt", "bad.pt: it is truncated"),
+        ("cat --model TMP/none.pt --vq TMP/none.pt", "There is no weights file"),
+        ("cat --class 1", "Give either prompts or --class IDs."),
+        ("", "Give either prompts or --class IDs."),
+        ("  EMPTY", "The prompt is empty"),
+        ("zebra", "No word of the prompt 'zebra' is known"),
+        ("zebra -o TMP/new/folder", "No word of the prompt 'zebra' is known"),
+        ("cat --num-heads 4", "--num-heads go with a published .pt file"),
+        ("--class 1", "not a ClassToImagePipeline"),
+        ("cat --sampler scd-gumbl", "Unknown sampler 'scd-gumbl'. Did you mean 'scd-gumbel'?"),
+        ("cat --sampler SCD", "Unknown sampler 'SCD'. Did you mean 'scd'?"),
+        ("cat --window 1", "window must be 2 or more tokens, not 1"),
+        ("cat --sampler ar --window 4", "Sampler 'ar' has no parameter 'window'"),
+        ("cat --temperature 0", "Temperature must be a number above 0"),
+        ("cat --temperature -0.5", "Temperature must be a number above 0"),
+        ("cat --top-p 0", "top_p must be above 0 and at most 1"),
+        ("cat --top-p 1.5", "top_p must be above 0 and at most 1"),
+        ("cat --top-k -2", "top_k must be 0 (all tokens) or above"),
+        ("cat --guidance-scale nan", "guidance_scale must be a finite number"),
+        ("cat -n 0", "-n must be 1 or more"),
+        ("cat --device cuda:99", "Device 'cuda:99' is not there"),
+        ("cat --device tpu9", "Unknown device 'tpu9'"),
+        ("cat --device meta", "Device 'meta' is not supported"),
+        ("cat -o TMP/out/cat.jpg", "Pictures are written as .png, not .jpg"),
+        ("cat -o TMP/file/pictures", "Cannot write to folder"),
+        ("cat -o TMP/file/cat.png", "Cannot write to folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    broken: Path, text_folder: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    monkeypatch.chdir(broken / "out")
+    words = [" " if a == "EMPTY" else a.replace("TMP", str(broken)) for a in arguments.split()]
+    before = names(broken)
+    assert run("generate", *([] if "--model" in words else ["--model", text_folder]), *words) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("visar: error: ") and message in err
+    assert err.count("\n") == 1 and err.endswith("\n")
+    assert names(broken) == before
+
+
+def test_a_prompt_without_quotes(text_folder: Path, tmp_path: Path, capfd: Capture) -> None:
+    assert run("generate", "cat", "zebra", "--model", text_folder, "-o", tmp_path) == 2
+    note, error = capfd.readouterr().err.splitlines()
+    assert note == "visar: note: These are 2 prompts of one word each; put quotes around several words."
+    assert "'zebra' is known" in error
+
+
+def test_an_interrupted_picture_leaves_nothing(
+    text_folder: Path, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(image: Image.Image, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    assert run("generate", "cat", "--model", text_folder, "-o", tmp_path) == 130
+    assert capfd.readouterr().err == "visar: interrupted\n" and names(tmp_path) == []
+
+
+# Verify
+
+
+def test_verify_passes(capsys: Capture) -> None:
+    assert run("verify", "--sequences", 16384, "--sampler", "ar,jacobi", "--no-mutants") == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == ["SAMPLER", "CASE", "z", "TOKENS/PASS", "VERDICT"]
+    assert out.endswith("All rows pass.\n") and "FAILED" not in out and "mutant" not in out
+
+
+def test_verify_fails(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visar.eval.exactness.joint.EXACT_LIMIT", 0.0)
+    assert run("verify", "--sequences", 16384, "--sampler", "jacobi", "--no-mutants", "--json") == 1
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["sampler"] for row in rows} == {"jacobi"} and not any(row["passed"] for row in rows)
+
+
+def test_verify_notices_an_inexact_sampler(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler that keeps every draft."""
+
+    def keep_all(p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor, coins: object) -> object:
+        verdict = jacobi.verify_independent(p, q, drafts, coins)
+        return verdict._replace(tokens=torch.cat([drafts, verdict.tokens[:, -1:]], dim=1))
+
+    monkeypatch.setitem(jacobi.RULES, "independent", keep_all)
+    monkeypatch.setattr(exactness, "verify", partial(exactness.verify, cases=exactness.CASES[:2]))
+    assert run("verify", "--sequences", 16384, "--sampler", "sjd", "--no-mutants") == 1
+    out = capsys.readouterr().out
+    assert "FAILED" in out and out.endswith("SOME ROWS FAIL.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [("--sequences 10", "--sequences must be 16384 or more"), ("--sampler sjdd", "Unknown sampler 'sjdd'")],
+)
+def test_verify_bad_input(capsys: Capture, arguments: str, message: str) -> None:
+    assert run("verify", *arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+# Bench
+
+
+def test_bench(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    report = tmp_path / "new" / "report.json"
+    assert run("bench", "--model", text_folder, "--samplers", "ar,scd", "--images", 3, "--batch", 2, "--repeats", 3,
+               "--window", 8, "--json", report) == 0  # fmt: skip
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split()[:5] == ["SAMPLER", "LAW", "W", "NFE", "TOKENS/PASS"] and "TIME/ar" in out[0]
+    assert [line.split()[:3] for line in out[1:3]] == [["ar", "exact", "1"], ["scd", "exact", "8"]]
+    found = json.loads(report.read_text())
+    ar, scd = found["rows"]
+    assert (found["images"], found["batch"], found["repeats"]) == (3, 2, 3) and found["bandwidth"] > 0
+    assert (ar["nfe"], ar["commits_per_pass"], ar["nfe_ratio"], ar["time_ratio"]) == (26, 1, 1, 1)
+    assert scd["nfe"] < 26 and scd["nfe_ratio"] == scd["nfe"] / 26 and scd["commits_per_pass"] > 1
+    assert scd["images_per_second"] == pytest.approx(1 / scd["seconds_per_image"])
+    assert names(tmp_path) == ["new", "new/report.json"]
+    assert run("bench", "--model", text_folder, "--samplers", "ar,scd", "--images", 1, "--set", "window=5") == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[:3] == ["scd", "exact", "5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--batch 0", "--batch must be 1 or more"),
+        ("--repeats 0", "--repeats must be 1 or more"),
+        ("--samplers ar,scdd", "Unknown sampler 'scdd'"),
+        ("--samplers ,", "No sampler was given"),
+        ("--set delta=1", "None of these samplers has a parameter 'delta'"),
+        ("--set window", "A parameter is given as name=value, not 'window'"),
+        ("--set window=many", "Parameter 'window' of 'sjd' must be a whole number, not 'many'"),
+        ("--temperature 0", "Temperature must be a number above 0"),
+        ("--json TMP/file/report.json", "Cannot write to folder"),
+    ],
+)
+def test_bench_bad_input(text_folder: Path, tmp_path: Path, capsys: Capture, arguments: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    assert run("bench", "--model", text_folder, *arguments.replace("TMP", str(tmp_path)).split()) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and out == "" and names(tmp_path) == ["file"]
+
+
+# The command itself
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, runpy\nsys.argv = ['visar', '--help']\n"
+        "try: runpy.run_module('visar', run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'diffusers', 'transformers', 'gradio', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "visar", "--help"], capture_output=True, text=True)
+        times.append(time.monotonic() - start)
+    assert done.returncode == 0 and done.stderr == "" and min(times) < 1.0
+    for command in ("generate", "models", "samplers", "verify", "bench", "train"):
+        assert f"\n    {command} " in done.stdout
+
+
+def test_version_and_unknown_commands(capsys: Capture) -> None:
+    for arguments, code in ((["--version"], 0), (["paint"], 2), ([], 2), (["generate", "cat", "--dtype", "int8"], 2)):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == code
+    assert capsys.readouterr().out == f"visar {__version__}\n"
+
+
+def test_the_exit_code_reaches_the_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "visar", "generate", " "]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "visar: error: The prompt is empty; give at least one word.\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_no_error(unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "visar", "models"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

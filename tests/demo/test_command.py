@@ -1,0 +1,334 @@
+"""`visar demo` without a browser: its answers to bad input, its server on the machine, and its end."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import visar
+from tests.helpers.stepped import hears_interrupts
+from visar.cli import main
+
+Capture = pytest.CaptureFixture[str]
+REPOSITORY = Path(visar.__file__).parent.parent
+PLAIN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxies the machine has
+
+
+def refusal(capsys: Capture, *arguments: object) -> str:
+    """What `visar demo` says to input that it does not take: one sentence, exit code 2, nothing served."""
+    assert main(["demo", *map(str, arguments)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("visar: error: ") and said.err.count("\n") == 1
+    return said.err.removeprefix("visar: error: ").strip()
+
+
+def get(url: str, **options: Any) -> tuple[int, bytes]:
+    """Status and body."""
+    try:
+        with PLAIN.open(urllib.request.Request(url, **options), timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+# Bad input
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom visar.cli import main\ntry:\n    main(['demo', '--help'])\nexcept SystemExit as e:\n"
+        "    assert e.code == 0\nheavy = {'gradio', 'torch', 'matplotlib', 'diffusers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for option in ("--model", "--host", "--port", "--share", "--max-images", "--max-waiting", "--drafter", "--vq"):
+        assert option in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["gradio", "matplotlib"])
+def test_without_the_extra(capsys: Capture, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    what = "pip install gradio matplotlib, or visar with its extra, 'visar[demo]'"
+    assert refusal(capsys) == f"The demo needs Gradio and matplotlib: {what}."
+
+
+@pytest.fixture
+def launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradio
+
+    def launch(*_: Any, **__: Any) -> None:
+        raise AssertionError("It was served all the same.")
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+
+
+@pytest.fixture
+def loads_nothing(monkeypatch: pytest.MonkeyPatch, launches_nothing: None) -> None:
+    def load(*_: Any) -> None:
+        raise AssertionError("A model was loaded before the rest was looked at.")
+
+    monkeypatch.setattr("visar.cli.demo.load_pipeline", load)
+
+
+@pytest.mark.usefixtures("loads_nothing")
+def test_bad_addresses(capsys: Capture) -> None:
+    for port in (-1, 65536, 10**9):
+        assert refusal(capsys, "--port", port) == f"--port must be from 0 (any that is free) to 65535, not {port}."
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refusal(capsys, "--port", port)
+        assert said == f"Cannot listen on 127.0.0.1:{port} (Address already in use); use another --port."
+    for host in ("no.such.host.invalid", "a..b", "x" * 70):
+        assert refusal(capsys, "--host", host) == (
+            f"There is no address {host!r} to listen on; --host takes one of this machine."
+        )
+    assert refusal(capsys, "--host", "203.0.113.7") == (  # kept for documentation: nobody has it
+        "203.0.113.7 is no address of this machine; --host takes one that is."
+    )
+    for option in ("--max-images", "--max-waiting"):
+        assert refusal(capsys, option, 0) == f"{option} must be 1 or more, not 0."
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--port", "http"])
+    assert stopped.value.code == 2 and "invalid int value: 'http'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("launches_nothing")
+def test_bad_models(
+    capsys: Capture, text_folder: Path, class_folder: Path, drafters: list[Path], tmp_path: Path
+) -> None:
+    def says(*arguments: object) -> str:
+        return refusal(capsys, "--port", 0, *arguments)
+
+    assert "icons" in says("--model", "ikons") and "ikons" in says("--model", "ikons")
+    assert "is not a saved pipeline" in says("--model", tmp_path)
+    (tmp_path / "c2i_B_384.pt").write_bytes(b"")
+    assert str(tmp_path) in says("--model", tmp_path / "c2i_B_384.pt")
+    assert "is served alone" in says("--vq", "vq.pt")  # of the two that are served by default
+    assert "is served alone" in says("--model", text_folder, "--model", tmp_path / "c2i_B_384.pt", "--vq", "vq.pt")
+    assert says("--drafter", drafters[0]) == "A drafter is for one model; give one --model."
+    assert "drafter" in says("--model", class_folder, "--drafter", drafters[-1]).lower()
+    assert str(tmp_path / "none") in says("--model", text_folder, "--drafter", tmp_path / "none")
+    assert "go with a published .pt file" in says("--model", text_folder, "--image-size", 256)
+    assert "Unknown device" in says("--model", text_folder, "--device", "warp")
+
+
+def test_published_files_without_their_tokenizer(
+    capsys: Capture, launches_nothing: None, text_folder: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(text_folder / "gpt" / "diffusion_pytorch_model.safetensors")
+    torch.save({"model": weights}, tmp_path / "t2i.pt")
+    assert "give it with --vq FILE" in refusal(capsys, "--port", 0, "--model", tmp_path / "t2i.pt")
+
+
+# The server
+
+
+@pytest.fixture(scope="module")
+def served(text_folder: Path) -> Iterator[str]:
+    """The address of a page with a tiny model, launched as the command does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        launched: list[Any] = []
+
+        def block(page: Any) -> None:
+            launched.append(page)
+
+        import gradio
+
+        patch.setattr(gradio.Blocks, "block_thread", block)
+        assert main(["demo", "--port", "0", "--dtype", "float32", "--model", str(text_folder)]) == 0
+        (page,) = launched
+        yield str(page.local_url).rstrip("/")
+        page.close(verbose=False)
+
+
+def test_it_answers(served: str) -> None:
+    status, page = get(served)
+    assert status == 200 and b"<html" in page
+    status, config = get(f"{served}/config")
+    assert status == 200 and json.loads(config)["title"] == "visar"
+    assert json.loads(get(f"{served}/gradio_api/info")[1]) == {"named_endpoints": {}, "unnamed_endpoints": {}}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd", "%2Fetc%2Fpasswd", "file:///etc/passwd", "/proc/self/environ", "http://127.0.0.1:1/",
+        str(REPOSITORY / "pyproject.toml"), "pyproject.toml", "../pyproject.toml", str(Path(visar.__file__)),
+    ],
+)  # fmt: skip
+def test_no_file_is_handed_out(served: str, path: str) -> None:
+    for route in ("gradio_api/file=", "file=", "gradio_api/static/", "static/", "assets/", "gradio_api/proxy="):
+        status, body = get(f"{served}/{route}{path}")
+        assert status in (400, 403, 404), (route, status)
+        assert b"root:" not in body and b"[build-system]" not in body
+
+
+def test_nothing_is_uploaded(served: str, tmp_path: Path) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nleft here\r\n--x--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    status, said = get(f"{served}/gradio_api/upload", data=body, headers=headers)
+    assert status == 413 and b"exceeded" in said
+
+
+class Visitor:
+    """What a browser sends and is sent, without one."""
+
+    def __init__(self, address: str, session: str):
+        self.api, self.session = f"{address}/gradio_api", session
+        self.config = json.loads(get(f"{address}/config")[1])
+        self.components = {c["id"]: c for c in self.config["components"]}
+
+    def press(self, button: str, **values: Any) -> Any:
+        """Press a button by its id; boxes are as the page has them, but for `values` by their labels."""
+        (own,) = (c["id"] for c in self.components.values() if c["props"].get("elem_id") == button)
+        (event,) = (d for d in self.config["dependencies"] if [own, "click"] in d["targets"])
+        boxes = [self.components[number]["props"] for number in event["inputs"]]
+        answer = self._send("run/predict", event, [values.get(b.get("label"), b.get("value")) for b in boxes])
+        self.then = next((d for d in self.config["dependencies"] if d.get("trigger_after") == event["id"]), None)
+        return answer["data"]
+
+    def wait(self) -> None:
+        """Stand in the queue with what was asked for."""
+        assert self.then is not None
+        self._send("queue/join", self.then, [None] * len(self.then["inputs"]))
+
+    def messages(self, kind: str) -> Iterator[list[Any]]:
+        """What the page is sent of one kind, as it comes."""
+        with PLAIN.open(f"{self.api}/queue/data?session_hash={self.session}", timeout=60) as stream:
+            for line in stream:
+                if line.startswith(b"data:") and (said := json.loads(line[5:]))["msg"] == kind:
+                    assert said["success"], said
+                    yield said["output"]["data"]
+
+    def results(self, count: int = 1) -> list[list[Any]]:
+        """What the next requests of this visitor end with."""
+        return list(islice(self.messages("process_completed"), count))
+
+    def _send(self, route: str, event: Any, data: list[Any]) -> Any:
+        body = {"data": data, "fn_index": event["id"], "session_hash": self.session}
+        headers = {"Content-Type": "application/json"}
+        status, answer = get(f"{self.api}/{route}", data=json.dumps(body).encode(), headers=headers)
+        assert status == 200, answer
+        return json.loads(answer)
+
+
+def picture_in(page: str) -> bytes:
+    """The pixels of the first PNG."""
+    found = re.search(r"data:image/png;base64,([^\"]+)", page)
+    assert found, page[:200]
+    return Image.open(io.BytesIO(base64.b64decode(found[1]))).tobytes()
+
+
+def test_two_visitors(served: str, text_pipe: Any) -> None:
+    one, two = Visitor(served, "one"), Visitor(served, "two")
+    for visitor, prompt, seed in ((one, "red heart", 1), (two, "blue cat", 2)):
+        visitor.press("generate", Prompt=prompt, Seed=seed)
+        visitor.wait()
+    for visitor, prompt, seed in ((two, "blue cat", 2), (one, "red heart", 1)):
+        ((status, pictures, *_),) = visitor.results()
+        assert "done, " in status and f"{prompt}, seed {seed}" in pictures
+        wanted = text_pipe(prompt, seed=seed)
+        assert picture_in(pictures) == wanted.images[0].tobytes()
+
+
+def asked_twice(served: str, monkeypatch: pytest.MonkeyPatch, count: int) -> list[list[Any]]:
+    """What a visitor's turns end with who asks for a red heart and then for a blue cat while another is served."""
+    hold = threading.Event()
+    monkeypatch.setattr("visar.demo.jobs.warm_up", lambda *_: hold.wait(60))
+    first, me = Visitor(served, f"first{count}"), Visitor(served, f"me{count}")
+    first.press("generate")
+    first.wait()
+    for prompt, seed in (("red heart", 1), ("blue cat", 2)):
+        me.press("generate", Prompt=prompt, Seed=seed)
+        me.wait()
+    hold.set()
+    found = me.results(count)
+    assert "done, " in first.results()[0][0]
+    return found
+
+
+def test_asked_again_while_it_waits(served: str, text_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((status, pictures, *_),) = asked_twice(served, monkeypatch, 1)
+    assert "done, " in status and "blue cat, seed 2" in pictures
+    assert picture_in(pictures) == text_pipe("blue cat", seed=2).images[0].tobytes()
+
+
+def test_the_turn_that_is_left_over_changes_nothing(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, later = asked_twice(served, monkeypatch, 2)
+    assert [(shown or {}).get("__type__") for shown in later] == ["update"] * 4
+
+
+# From start to end
+
+
+WATCH = """
+import socket, sys
+real = socket.socket.connect, socket.getaddrinfo
+def own(host):
+    return host in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0") or str(host).startswith(("127.", "/"))
+def connect(self, address):
+    host = address[0] if isinstance(address, tuple) else address
+    if not own(host):
+        print("ELSEWHERE", host, flush=True)
+    return real[0](self, address)
+def getaddrinfo(host, *rest, **named):
+    host = host.decode() if isinstance(host, bytes) else host
+    if not own(host):
+        print("ELSEWHERE", host, flush=True)
+    return real[1](host, *rest, **named)
+socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
+from visar.cli import main
+sys.exit(main(["demo", "--port", "0", "--model", "icons"]))
+"""
+
+
+@pytest.mark.slow
+def test_the_command_from_start_to_interrupt(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    environment |= {"GRADIO_ANALYTICS_ENABLED": "True", "GRADIO_TEMP_DIR": str(tmp_path / "temporary")}
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    server = subprocess.Popen(
+        [sys.executable, "-c", WATCH], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, preexec_fn=hears_interrupts,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        said = server.stdout.readline()
+        found = re.fullmatch(r"visar demo: icons on (http://127\.0\.0\.1:\d+)/?\n", said)
+        assert found, said
+        assert get(found[1])[0] == 200 and get(f"{found[1]}/config")[0] == 200
+        visitor = Visitor(found[1], "visitor")
+        visitor.press("generate", Sampler="ar", Pictures=4)
+        visitor.wait()
+        next(visitor.messages("process_generating"))  # it ends in the middle of a decoding
+        server.send_signal(signal.SIGINT)
+        rest, _ = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode in (0, 130) and "Traceback" not in rest and "ELSEWHERE" not in rest, rest
+    assert list(folder.iterdir()) == []  # nothing is left where it was started

@@ -1,0 +1,221 @@
+"""The core claim: exact samplers have the joint law of sequential sampling, and planted mistakes do not pass."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.eval.exactness.joint import (
+    CASES,
+    EXACT_LIMIT,
+    MUTANT_LIMIT,
+    Case,
+    chi_square_z,
+    configured,
+    distinct,
+    measure,
+    same_alone,
+    values,
+    verify,
+)
+from visar.eval.exactness.mutants import MUTANTS
+from visar.eval.exactness.tabular import Law, TabularModel, TabularSession, joint, reference_law
+from visar.samplers import SAMPLERS, SpeculativeJacobi, State, get_sampler
+from visar.samplers.verification import Coins, Verdict
+
+SEQUENCES = 32_768
+PLAIN = CASES[0]
+
+
+def case_of(name: str) -> Case:
+    return next(c for c in CASES if c.name == name)
+
+
+EXACT = distinct()
+
+
+# The full proof, which is slow itself, has all of them again.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("eagle-top", "speculative-tree") else []) for n in EXACT]
+)
+def test_exact_samplers_have_the_joint_law(name: str) -> None:
+    rows = verify([name], SEQUENCES, seed=0, mutants=False)
+    has_init = hasattr(get_sampler(name), "init")
+    assert len(rows) == sum(has_init or c.init == "uniform" for c in CASES)
+    assert not [r for r in rows if not r.passed]
+    if name == "ar":
+        assert all(r.tokens_per_pass == 1 for r in rows)
+    elif name != "jacobi":
+        assert all(r.tokens_per_pass > 1.3 for r in rows)  # exact, and not by decoding token by token
+
+
+def test_every_exact_sampler_is_proven_or_has_the_rules_of_one_that_is() -> None:
+    exact = {name for name, spec in SAMPLERS.items() if spec.law != "relaxed"}
+    assert exact - set(EXACT) == {"eagle-chain", "hydra", "kangaroo", "medusa", "swift"}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_planted_mistakes_are_caught(mutant) -> None:
+    case = case_of(mutant.case)
+    z, _, _ = measure(configured(mutant.sampler, case), case, SEQUENCES, seed=0)
+    assert z > MUTANT_LIMIT
+
+
+@pytest.mark.slow
+def test_full_proof() -> None:
+    """What `visar verify` runs by default."""
+    rows = verify()
+    assert {r.sampler for r in rows} == {*EXACT, *(m.name for m in MUTANTS)}
+    assert all(r.sequences == 131_072 for r in rows if r.sampler != "jacobi")
+    assert not [r for r in rows if not r.passed]
+
+
+def test_every_mutant_has_a_case_and_is_no_registered_sampler() -> None:
+    registered = {type(spec.make()) for spec in SAMPLERS.values()}
+    for mutant in MUTANTS:
+        assert mutant.case in {c.name for c in CASES} and type(mutant.sampler) not in registered
+
+
+def test_unknown_samplers_are_errors_of_the_user() -> None:
+    with pytest.raises(VisarError, match=r"Unknown sampler 'sdj'\. Did you mean 'sjd'\?"):
+        verify(["sdj"], 1024)
+    with pytest.raises(VisarError, match=r"'gsd' is relaxed: there is nothing to prove\. Exact ones: ar, jacobi, sjd"):
+        verify(["gsd"], 1024)
+
+
+@dataclass(frozen=True)
+class NeighbourCoins(SpeculativeJacobi):
+    """Exact in law, but a row uses its neighbour's coins: its tokens depend on the batch."""
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+        return super().verify(p, q, drafts, coins._replace(accept=coins.accept.roll(1, 0)), state)
+
+
+@dataclass(frozen=True)
+class LockStep(SpeculativeJacobi):
+    """Commits only what all rows accept: exact in law, but a row's passes depend on the batch."""
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+        verdict = super().verify(p, q, drafts, coins, state)
+        return Verdict(verdict.tokens, verdict.accepted.min().expand_as(verdict.accepted))
+
+
+@pytest.mark.parametrize("kind", [NeighbourCoins, LockStep])
+def test_same_alone_sees_rows_that_lean_on_each_other(kind: type[SpeculativeJacobi]) -> None:
+    for sampler, expected in ((SpeculativeJacobi(coupling="maximal"), True), (kind(coupling="maximal"), False)):
+        sampler = configured(sampler, PLAIN)
+        _, _, tokens = measure(sampler, PLAIN, 512, seed=3)
+        assert same_alone(sampler, PLAIN, tokens, seed=3) is expected
+
+
+def test_batch_size_does_not_change_a_token() -> None:
+    sampler = configured(get_sampler("scd"), PLAIN)
+    one, two = (measure(sampler, PLAIN, 1000, seed=1, batch=b)[2] for b in (1000, 96))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, measure(sampler, PLAIN, 1000, seed=2)[2])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_the_joint_law_is_a_law(case: Case) -> None:
+    p = joint(case.build(), case.law)
+    assert p.shape == (case.vocab**case.length,) and (p >= 0).all()
+    assert p.sum() == pytest.approx(1, abs=1e-12)
+    assert (p > 0).sum() > 10 and p.max() < 0.5  # not one sequence that anything would find
+
+
+def row(vocab: int, prefix: tuple[int, ...]) -> int:
+    """The table row of a prefix: all shorter ones come first, and those of its length in the order of product()."""
+    shorter = sum(vocab**n for n in range(len(prefix)))
+    return shorter + list(itertools.product(range(vocab), repeat=len(prefix))).index(prefix)
+
+
+def test_joint_is_the_product_of_conditionals() -> None:
+    model = TabularModel.full_prefix(3, 3, seed=1)
+    law = Law(scale=1.7, top_p=0.9)
+    p = joint(model, law)
+    for sequence in itertools.product(range(3), repeat=3):
+        expected = 1.0
+        for n, token in enumerate(sequence):
+            at = row(3, sequence[:n])
+            expected *= reference_law(model.cond[at].numpy(), model.uncond[at].numpy(), n, law)[token]
+        assert p[values(torch.tensor([sequence]), 3)[0]] == pytest.approx(expected, abs=1e-7)
+
+
+def test_reference_law_by_hand() -> None:
+    cond, uncond = np.log([0.1, 0.2, 0.3, 0.4]), np.log([0.25] * 4)
+    assert reference_law(cond, uncond, 0, Law()) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert reference_law(cond, uncond, 0, Law(temperature=0.5)) == pytest.approx(np.array([1, 4, 9, 16]) / 30)
+    assert reference_law(cond, uncond, 0, Law(top_k=2)) == pytest.approx([0, 0, 3 / 7, 4 / 7])
+    assert reference_law(cond, uncond, 0, Law(top_p=0.6)) == pytest.approx([0, 0, 3 / 7, 4 / 7])
+    assert reference_law(cond, uncond, 0, Law(top_p=0.8)) == pytest.approx([0, 2 / 9, 3 / 9, 4 / 9])
+    assert reference_law(cond, uncond, 2, Law(scale=2.0)) == pytest.approx(np.array([1, 4, 9, 16]) / 30)
+    assert reference_law(cond, uncond, 2, Law(scale=2.0, interval=1)) == pytest.approx(np.array([1, 4, 9, 16]) / 30)
+    assert reference_law(cond, uncond, 3, Law(scale=2.0, interval=1)) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert reference_law(cond, uncond, 1, Law(forced=(-1, 2))).tolist() == [0, 0, 1, 0]
+
+
+def test_the_session_gives_the_row_of_the_prefix_and_forgets_rejected_drafts() -> None:
+    model = TabularModel.full_prefix(3, 4, seed=2)
+    session = TabularSession(model, 2, window=3)
+    session.forward(torch.tensor([[0, 2, 2], [0, 1, 1]]))
+    session.commit(torch.tensor([1, 2]))  # row 0: token 1 in place of the draft 2; row 1: tokens 1, 0
+    got = session.forward(torch.tensor([[1, 0, 2], [0, 2, 1]]))
+    for b, prefix in enumerate(((1, 0, 2), (1, 0, 2, 1))):
+        first = int(session.lengths[b])
+        for k in range(min(3, 4 - first)):
+            assert torch.equal(got[b, k], model.cond[row(3, prefix[: first + k])])
+
+
+def test_markov_tables_see_two_tokens() -> None:
+    model = TabularModel.markov(3, 5, seed=3)
+    assert torch.equal(model.cond[row(3, (0, 1, 2))], model.cond[row(3, (2, 1, 2))])
+    assert torch.equal(model.cond[row(3, (0, 1, 2))], model.cond[row(3, (1, 0, 1, 2))])
+    for other in ((0, 0, 2), (0, 1, 1), (1,), (2,)):
+        assert not torch.equal(model.cond[row(3, (0, 1, 2))], model.cond[row(3, other)])
+
+
+def zs(truth: np.ndarray, tested: np.ndarray, sequences: int, repeats: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.array([chi_square_z(rng.multinomial(sequences, truth), tested) for _ in range(repeats)])
+
+
+@pytest.mark.parametrize("name", ["plain", "top-k 2, V 5", "forced positions", "V 8, N 5, top-k 3"])
+def test_chi_square_z_of_the_right_law_is_standard_normal(name: str) -> None:
+    case = case_of(name)
+    p = joint(case.build(), case.law)
+    z = zs(p, p, SEQUENCES, 400)
+    assert abs(z.mean()) < 0.2 and 0.85 < z.std() < 1.2
+    assert (abs(z) < EXACT_LIMIT).mean() > 0.99
+
+
+def test_chi_square_z_detects_three_percent() -> None:
+    p = joint(PLAIN.build(), PLAIN.law)
+    q = p * np.where(np.random.default_rng(1).permutation(len(p)) % 2, 1.03, 0.97)
+    z = zs(q / q.sum(), p, 131_072, 50)
+    assert z.mean() > EXACT_LIMIT and z.min() > 2
+    assert zs(q / q.sum(), p, 4 * 131_072, 50).min() > MUTANT_LIMIT
+
+
+def test_chi_square_z_by_hand() -> None:
+    p = np.array([0.5, 0.25, 0.25, 0.0])
+    assert chi_square_z(np.array([50, 25, 25, 0]), p) == pytest.approx(-1.0)
+    assert chi_square_z(np.array([60, 20, 20, 0]), p) == pytest.approx((4 - 2) / 2)
+    assert chi_square_z(np.array([50, 25, 24, 1]), p) == float("inf")
+    assert chi_square_z(np.array([7, 0]), np.array([1.0, 0.0])) == 0.0
+    rare = np.array([0.5, 0.44, 0.03, 0.03])  # the cells of three expected sequences are counted together
+    assert chi_square_z(np.array([50, 44, 0, 6]), rare) == pytest.approx(-1.0)
+    rare = np.array([0.5, 0.46, 0.03, 0.01])  # four are still too few, so the smallest common cell joins them
+    assert chi_square_z(np.array([50, 48, 0, 2]), rare) == pytest.approx(-1 / np.sqrt(2))
+
+
+def test_a_row_passes_by_its_kind() -> None:
+    made = verify(["ar"], 1024, mutants=False, cases=(PLAIN,))[0]
+    assert replace(made, z=3.9).passed and not replace(made, z=-4.1).passed
+    assert not replace(made, z=0.0, alone=False).passed
+    assert not replace(made, kind="mutant", z=9.0).passed and replace(made, kind="mutant", z=11.0).passed

@@ -1,0 +1,104 @@
+"""Tiny random LlamaGens with drafters of every kind, and sessions over them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from visar.drafters import DraftModel, SkippedLayers
+from visar.drafters.loading import attach
+from visar.engine.guidance import Guidance
+from visar.engine.loop import Decoded, decode
+from visar.engine.rng import Noise
+from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.session import ModelSession
+from visar.samplers import BeamTree, Sampler, Target, TreeSpeculative, get_sampler
+from visar.training.drafter import new_drafter
+
+SEED = 6
+SCALE = 2.0  # of guidance
+HEAD = 0.08  # the deviation of the output head's weights
+TEXT = dict(condition="text", condition_length=4, caption_features=8)
+CLASS = dict(condition="class", classes=5)
+LARGE = dict(vocab=64, grid=4, conditions=8)
+
+
+def made(name: str, window: int | None = None) -> Sampler:
+    """A sampler by name, its tree no larger than pictures of four tokens are worth."""
+    sampler = get_sampler(name, window=window)
+    if isinstance(sampler, TreeSpeculative):
+        return replace(sampler, tree="3x2x1")
+    if isinstance(sampler, BeamTree):
+        return replace(sampler, beam=3, depth=3, nodes=min(sampler.nodes, 8))
+    return sampler
+
+
+@dataclass(frozen=True)
+class World:
+    """A random model, drafters that know little, and two conditions, captions of 3 and 1 valid slots at the end."""
+
+    model: LlamaGen
+    drafters: dict[str, DraftModel]
+    condition: Tensor
+    mask: Tensor | None
+
+
+@functools.cache
+def world(kind: str, vocab: int = 4, grid: int = 2, conditions: int = 2) -> World:
+    """Weights that are large enough for every token to matter to those behind it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        sizes = dict(vocab_size=vocab, grid=grid, dim=32, num_layers=2, num_heads=2, ffn=48)
+        model = LlamaGen(**sizes, **(TEXT if kind == "text" else CLASS)).eval().requires_grad_(False)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=1.5 * p.shape[-1] ** -0.5) if p.ndim == 2 else p.fill_(1.0)
+        torch.nn.init.normal_(model.output.weight, std=HEAD)
+        captions = torch.randn(conditions, 4, 8)
+        smaller = LlamaGen(**sizes | dict(num_layers=1), **(TEXT if kind == "text" else CLASS)).eval()
+        torch.nn.init.normal_(smaller.output.weight, std=HEAD)
+        drafters: dict[str, DraftModel] = {"model": smaller, "skip": SkippedLayers([1])}
+        for kind_of_drafter in ("eagle", "medusa", "hydra", "exit"):
+            drafters[kind_of_drafter] = new_drafter(kind_of_drafter, model, depth=5, layers=1).eval()
+        if kind == "class":
+            return World(model, drafters, torch.arange(conditions) % 5, None)
+        mask = torch.arange(4) >= torch.tensor([1, 3, 0, 2] * 2)[:conditions, None]
+        return World(model, drafters, captions * mask[..., None], mask)
+
+
+def conditions_of(w: World, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The condition and mask of each image: i modulo their number."""
+    row = images % len(w.condition)
+    return w.condition[row], None if w.mask is None else w.mask[row]
+
+
+def session_of(
+    w: World,
+    sampler: Sampler,
+    images: Tensor,
+    session: type[ModelSession] = ModelSession,
+    guidance: Guidance = Guidance(SCALE),
+) -> ModelSession:
+    """A session with the drafter that the sampler needs."""
+    (condition, mask), grid = conditions_of(w, images), w.model.config.grid
+    made = session(
+        w.model, condition, mask, length=grid**2, window=sampler.window, guidance=guidance, taps=(0,)
+    )  # fmt: skip
+    made.codebook = torch.eye(w.model.config.vocab_size)
+    if kind := getattr(sampler, "drafter", None):
+        made.drafter = attach(made, w.drafters[kind], sampler.depth, sampler.window, condition, mask, grid)
+    return made
+
+
+def run(
+    w: World,
+    sampler: Sampler,
+    images: Tensor,
+    target: Target,
+    session: type[ModelSession] = ModelSession,
+    seed: int = 0,
+) -> Decoded:
+    """Decode image i from condition i modulo their number."""
+    return decode(session_of(w, sampler, images, session), sampler, target, Noise(seed, images))

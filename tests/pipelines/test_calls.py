@@ -1,0 +1,301 @@
+"""Both pipelines on tiny random models: calls and outputs, what a picture depends on, files, and errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from tests.helpers.tiny import GRID, VQ, class_gpt, text_gpt
+from visar.errors import VisarError
+from visar.families.llamagen.vq import VQModel
+from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
+from visar.text_encoders.t5 import T5CaptionEncoder
+
+TOKENS, SIDE = GRID**2, 2 * GRID
+Pipe = Any  # either pipeline
+
+
+def tokens(pipe: Pipe, condition: Any, **settings: Any) -> torch.Tensor:
+    return pipe(condition, output_type="tokens", **settings).tokens
+
+
+# Files
+
+
+def test_text_round_trip(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    text_pipe.save_pretrained(tmp_path / "new" / "pipe")
+    again = TextToImagePipeline.from_pretrained(tmp_path / "new" / "pipe")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(tokens(again, "red heart", seed=5), tokens(text_pipe, "red heart", seed=5))
+    assert again.config.guidance_scale == 2.0 and again.config.top_k == 0 and again.grid == GRID
+    assert {p.name for p in (tmp_path / "new" / "pipe").iterdir()} == {"model_index.json", "gpt", "vq", "text_encoder"}
+
+
+def test_class_round_trip(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
+    class_pipe.save_pretrained(tmp_path)
+    again = ClassToImagePipeline.from_pretrained(str(tmp_path))
+    again.set_progress_bar_config(disable=True)
+    a, b = (pipe([3, 0], seed=5, output_type="pt") for pipe in (again, class_pipe))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.images, b.images)
+
+
+def test_a_saved_folder_does_not_say_where_it_came_from(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    text_pipe.save_pretrained(tmp_path)
+    for file in tmp_path.rglob("*.json"):
+        assert "_name_or_path" not in json.loads(file.read_text()), file
+
+
+def test_conversion(
+    text_pipe: TextToImagePipeline,
+    text_folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    assert text_pipe.to(torch.bfloat16) is text_pipe
+    assert {p.dtype for m in (text_pipe.gpt, text_pipe.vq) for p in m.parameters()} == {torch.bfloat16}
+    images = text_pipe("red heart", output_type="pt").images
+    assert images.dtype == torch.float32 and images.isfinite().all()
+    assert not caplog.records
+    assert text_pipe.to("cpu", torch.float32).gpt.dtype == torch.float32
+    half = TextToImagePipeline.from_pretrained(text_folder, torch_dtype=torch.bfloat16)
+    assert half.gpt.dtype == half.vq.dtype == torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5")
+    vocabulary = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "red", "heart", "car"])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    T5EncoderModel(
+        T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def published(folder: Path, gpt: torch.nn.Module) -> dict[str, Any]:
+    """Write the files nested as they are published; the arguments of `from_single_file`."""
+    torch.manual_seed(3)
+    torch.save({"model": gpt.state_dict(), "optimizer": {}, "steps": 7}, folder / "gpt.pt")
+    torch.save({"ema": {}, "model": VQModel(**VQ).state_dict()}, folder / "vq.pt")
+    return {"gpt": folder / "gpt.pt", "vq": folder / "vq.pt", "image_size": SIDE, "num_heads": 2}
+
+
+def test_published_class_files(tmp_path: Path) -> None:
+    gpt = class_gpt()
+    pipe = ClassToImagePipeline.from_single_file(**published(tmp_path, gpt))
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe([1, 6], guidance_scale=1.5)
+    assert [im.size for im in out.images] == [(SIDE, SIDE)] * 2 and out.tokens.shape == (2, TOKENS)
+    same = ClassToImagePipeline(gpt, pipe.vq)
+    same.set_progress_bar_config(disable=True)
+    assert torch.equal(tokens(same, [1, 6], guidance_scale=1.5), out.tokens)
+    assert (pipe.config.guidance_scale, pipe.config.top_k) == (4.0, 2000)
+    with pytest.raises(VisarError, match=r"gpt\.pt is a class-conditional model; load it with ClassToImage"):
+        TextToImagePipeline.from_single_file(tmp_path / "gpt.pt", vq=tmp_path / "vq.pt", num_heads=2)
+    with pytest.raises(VisarError, match="multiple of 2 pixels, not 9"):
+        ClassToImagePipeline.from_single_file(tmp_path / "gpt.pt", vq=tmp_path / "vq.pt", image_size=9)
+
+
+def test_published_text_files(t5_folder: Path, tmp_path: Path) -> None:
+    files = published(tmp_path, text_gpt(length=6, features=16))
+    pipe = TextToImagePipeline.from_single_file(**files, text_encoder=t5_folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe.text_encoder, T5CaptionEncoder) and pipe.text_encoder.length == 6
+    together = tokens(pipe, ["red heart", "car"])
+    assert torch.equal(tokens(pipe, "car"), together[1:])
+    pipe.save_pretrained(tmp_path / "saved")
+    again = TextToImagePipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(tokens(again, ["red heart", "car"]), together)
+    with pytest.raises(VisarError, match=r"gpt\.pt is a text-conditional model; load it with TextToImage"):
+        ClassToImagePipeline.from_single_file(**files)
+    other = published(tmp_path, text_gpt(length=6, features=12))
+    with pytest.raises(VisarError, match=r"has features of 16, but .* was trained on features of 12"):
+        TextToImagePipeline.from_single_file(**other, text_encoder=t5_folder)
+
+
+# Outputs
+
+
+def test_output_types(text_pipe: TextToImagePipeline) -> None:
+    pil, pt, none = (text_pipe(["red heart", "cat"], output_type=t) for t in ("pil", "pt", "tokens"))
+    assert [type(im) for im in pil.images] == [Image.Image] * 2 and pil.images[0].size == (SIDE, SIDE)
+    assert pil.images[0].mode == "RGB" and none.images is None
+    assert pt.images.shape == (2, 3, SIDE, SIDE) and pt.images.min() >= 0 and pt.images.max() <= 1
+    array = np.stack([np.asarray(im) for im in pil.images]).transpose(0, 3, 1, 2)
+    assert np.array_equal(array, (pt.images * 255).round().numpy())
+    assert torch.equal(pil.tokens, pt.tokens) and torch.equal(pil.tokens, none.tokens)
+    assert pil.tokens.shape == (2, TOKENS) and pil.tokens.dtype == torch.long
+
+
+def test_images_of_one_prompt(text_pipe: TextToImagePipeline) -> None:
+    many = tokens(text_pipe, ["red heart", "cat"], num_images_per_prompt=3)
+    assert len({tuple(row) for row in many.tolist()}) == 6
+    assert torch.equal(tokens(text_pipe, "cat", num_images_per_prompt=2), many[3:5])
+
+
+@pytest.mark.parametrize("sampler", ["ar", "sjd", "scd", "scd-gumbel"])
+def test_a_picture_depends_on_its_prompt_and_the_seed_alone(text_pipe: TextToImagePipeline, sampler: str) -> None:
+    alone = tokens(text_pipe, "red heart", sampler=sampler, seed=2**40 + 1)
+    among = tokens(text_pipe, ["cat", "red heart", "star", "red heart"], sampler=sampler, seed=2**40 + 1)
+    assert torch.equal(among[1:2], alone)
+    assert not torch.equal(among[3], among[1])  # the second picture of this prompt
+    assert not torch.equal(tokens(text_pipe, "red heart", sampler=sampler, seed=1), alone)
+
+
+def test_classes_as_numbers_arrays_and_tensors(class_pipe: ClassToImagePipeline) -> None:
+    wanted = tokens(class_pipe, [2, 2, 5])
+    assert not torch.equal(wanted[0], wanted[1])
+    for labels in (torch.tensor([2, 2, 5]), np.array([2, 2, 5]), (2, 2, 5)):
+        assert torch.equal(tokens(class_pipe, labels), wanted)
+    assert torch.equal(tokens(class_pipe, 5), wanted[2:])
+    assert torch.equal(tokens(class_pipe, 2, num_images_per_prompt=2), wanted[:2])
+
+
+def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
+    greedy = tokens(text_pipe, "cat", sampler="ar", top_k=1)
+    for same in (dict(sampler="jacobi", top_k=1), dict(sampler="ar", top_p=1e-6), dict(sampler="ar", temperature=1e-5)):
+        assert torch.equal(tokens(text_pipe, "cat", **same), greedy), same
+    base = tokens(text_pipe, "cat", sampler="ar")
+    assert torch.equal(tokens(text_pipe, "cat", sampler="ar", guidance_scale=2.0), base)  # the model's own
+    guided = tokens(text_pipe, "cat", sampler="ar", guidance_scale=50.0)
+    part = tokens(text_pipe, "cat", sampler="ar", guidance_scale=50.0, guidance_interval=4)
+    assert not torch.equal(guided, base) and not torch.equal(part, guided) and torch.equal(part[0, :6], guided[0, :6])
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("", {}, "The prompt is empty"),
+        ("  ", {}, "The prompt is empty"),
+        ([], {}, "The prompt is empty"),
+        (["cat", ""], {}, "The prompt is empty"),
+        ("zebra", {}, "No word of the prompt 'zebra' is known"),
+        (
+            "cat",
+            {"sampler": "sdj"},
+            r"Unknown sampler 'sdj'\. Did you mean 'sjd'\? Known: ar, cool-sd, cspd, cspd-exact, eagle,",
+        ),
+        ("cat", {"window": 1}, "window must be 2 or more tokens, not 1"),
+        ("cat", {"sampler": "ar", "window": 8}, "'ar' has no parameter 'window'"),
+        ("cat", {"temperature": 0.0}, r"Temperature must be .* above 0 .*not 0\.0"),
+        ("cat", {"temperature": -1}, r"Temperature .*not -1"),
+        ("cat", {"temperature": float("nan")}, r"Temperature .*not nan"),
+        ("cat", {"top_p": 0.0}, r"top_p must be above 0 and at most 1, not 0\.0"),
+        ("cat", {"top_p": 1.01}, r"top_p .* not 1\.01"),
+        ("cat", {"top_k": -1}, "top_k must be 0 .* not -1"),
+        ("cat", {"guidance_scale": float("inf")}, "guidance_scale must be a finite number, not inf"),
+        ("cat", {"output_type": "png"}, "output_type must be one of pil, pt, tokens, not 'png'"),
+        ("cat", {"num_images_per_prompt": 0}, "num_images_per_prompt must be 1 or more, not 0"),
+    ],
+)
+def test_bad_calls(text_pipe: TextToImagePipeline, prompt: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(VisarError, match=message):
+        text_pipe(prompt, **settings)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [(7, "Class 7 does not exist; this model knows 0 to 6"), ([0, -1], "Class -1 does not"), ([], "No class was")],
+)
+def test_bad_classes(class_pipe: ClassToImagePipeline, labels: Any, message: str) -> None:
+    with pytest.raises(VisarError, match=message):
+        class_pipe(labels)
+    with pytest.raises(VisarError, match="num_images_per_prompt"):
+        class_pipe(1, num_images_per_prompt=0)
+
+
+WEIGHTS = "gpt/diffusion_pytorch_model.safetensors"
+
+
+def cut(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+
+
+def edit(folder: Path, file: str = WEIGHTS, **tensors: torch.Tensor | None) -> None:
+    """Replace tensors of a weights file; None takes one out."""
+    state = load_file(folder / file) | tensors
+    save_file({k: t for k, t in state.items() if t is not None}, folder / file)
+
+
+def index(folder: Path, **entries: Any) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({k: v for k, v in (json.loads(path.read_text()) | entries).items() if v is not None}))
+
+
+NAN = {"norm.weight": torch.full((32,), torch.nan)}
+DAMAGE = {
+    "no index": (lambda f: (f / "model_index.json").unlink(), "is not a saved pipeline: it has no readable model_"),
+    "index cut": (lambda f: (f / "model_index.json").write_text("{"), "no readable model_index"),
+    "index a list": (lambda f: (f / "model_index.json").write_text("[]"), "holds no pipeline, not a TextToImage"),
+    "another pipeline": (lambda f: index(f, _class_name="Other"), "holds a Other, not a TextToImagePipeline"),
+    "unknown encoder": (lambda f: index(f, text_encoder=["x", "Clip"]), "Could not load 'text_encoder'.*Clip"),
+    "no encoder": (lambda f: index(f, text_encoder=None), "Could not load 'text_encoder'"),
+    "unknown setting": (lambda f: index(f, colour=3), "has settings that a TextToImagePipeline does not.*colour"),
+    "weights cut": (cut, "Could not load 'gpt' from"),
+    "weights gone": (lambda f: (f / WEIGHTS).unlink(), "Could not load 'gpt' from"),
+    "encoder gone": (lambda f: shutil.rmtree(f / "text_encoder"), "Could not load 'text_encoder' from"),
+    "tensor gone": (lambda f: edit(f, **{"norm.weight": None}), r"gpt lacks the tensor 'norm\.weight'; 1 in all"),
+    "tensor more": (lambda f: edit(f, more=torch.ones(1)), "gpt has an unknown tensor 'more'"),
+    "tensor shape": (lambda f: edit(f, **{"norm.weight": torch.ones(31)}), "Could not load 'gpt' from"),
+    "NaN": (lambda f: edit(f, **NAN), r"weights of 'gpt' are not finite: norm\.weight"),
+    "infinity": (
+        lambda f: edit(f, "text_encoder/model.safetensors", scale=torch.full((10,), torch.inf)),
+        "weights of 'text_encoder' are not finite: scale",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folders(text_folder: Path, tmp_path: Path, damage: str) -> None:
+    spoil, message = DAMAGE[damage]
+    shutil.copytree(text_folder, tmp_path / "pipe")
+    spoil(tmp_path / "pipe")
+    with pytest.raises(VisarError, match=message) as caught:
+        TextToImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_lead_nowhere(class_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    for function in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{function}", offline)
+    for name, message in {
+        "icon": "Unknown model 'icon'. Did you mean 'icons'",
+        tmp_path / "none": "There is no model folder",
+        class_folder: "holds a ClassToImagePipeline, not a TextToImagePipeline",
+        "owner/name": "Could not download 'owner/name' from the hub: ConnectionError",
+    }.items():
+        with pytest.raises(VisarError, match=message):
+            TextToImagePipeline.from_pretrained(name)
+
+
+def test_image_indices_one_by_one(text_pipe: TextToImagePipeline) -> None:
+    """Pictures of any indices in one call are those of calls of their own."""
+    together = text_pipe(["cat", "dog", "cat"], first_image=[5, 0, 2], output_type="tokens").tokens
+    for row, (prompt, index) in enumerate((("cat", 5), ("dog", 0), ("cat", 2))):
+        assert torch.equal(text_pipe(prompt, first_image=index, output_type="tokens").tokens[0], together[row])
+    with pytest.raises(VisarError, match="one for each of the 2 pictures, not 1"):
+        text_pipe(["cat", "dog"], first_image=[1])
+    with pytest.raises(VisarError, match="Image indices of one prompt go from 0"):
+        text_pipe(["cat", "dog"], first_image=[1, -1])

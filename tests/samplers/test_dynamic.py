@@ -1,0 +1,97 @@
+"""Chains of drafts that end when a rejection is likely."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from visar.engine.drafter import SessionDrafter
+from visar.engine.rng import Noise
+from visar.engine.session import Session
+from visar.engine.tree import Tree
+from visar.errors import VisarError
+from visar.eval.exactness.tabular import TabularModel, TabularSession
+from visar.samplers import DynamicSpeculative, Speculative, State, Target
+from visar.samplers.dynamic import LEVELS, level
+
+MODEL = TabularModel.markov(4, 12, seed=3)
+
+
+class Counted(TabularSession):
+    """Counts the inputs of its passes."""
+
+    inputs = 0
+
+    def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
+        self.inputs += tokens.shape[1]
+        return super().forward(tokens, tree, first)
+
+
+def begun(sampler: DynamicSpeculative, draft: TabularModel, batch: int = 6) -> tuple[Counted, State]:
+    session = Counted(MODEL, batch, sampler.window)
+    session.drafter = SessionDrafter(TabularSession(draft, batch, sampler.window + 1))
+    return session, sampler.begin(session, Target(), Noise(5, torch.arange(batch)))
+
+
+def test_what_was_never_tried_is_drafted_to_the_end() -> None:
+    session, state = begun(DynamicSpeculative(gamma=5), MODEL)
+    DynamicSpeculative(gamma=5).step(session, state)
+    assert session.inputs == 6 and bool((session.lengths == 6).all())  # the drafter is the target: all stands
+    assert state.seen is not None
+    assert torch.equal(state.seen[0], state.seen[1]) and bool((state.seen[0].sum(-1) == 5).all())
+
+
+def test_a_drafter_that_fails_is_asked_for_less() -> None:
+    sampler = DynamicSpeculative(gamma=5, stop=0.3)
+    session, state = begun(sampler, MODEL)
+    assert state.seen is not None
+    state.seen[0].fill_(9.0)  # of nine drafts at every level none stood
+    sampler.step(session, state)
+    assert session.inputs == 2
+    state.seen[:, 0].fill_(9.0)  # but in the first row all did: it is asked for a chain, and the others for one draft
+    sampler.step(session, state)
+    assert session.inputs == 2 + 6
+
+
+def test_drafts_behind_the_end_of_a_chain_are_never_committed() -> None:
+    """Rows with chains of 1 and of 5 in one pass: the short ones commit two tokens at most."""
+    sampler = DynamicSpeculative(gamma=5, stop=0.3)
+    session, state = begun(sampler, MODEL)
+    assert state.seen is not None
+    state.seen[0, 1:].fill_(9.0)
+    sampler.step(session, state)
+    assert session.lengths[0] == 6 and bool((session.lengths[1:] == 2).all())
+
+
+def test_only_what_was_tested_is_counted() -> None:
+    sampler = DynamicSpeculative(gamma=4)
+    session, state = begun(sampler, TabularModel.markov(4, 12, seed=8), batch=64)
+    sampler.step(session, state)
+    assert state.seen is not None
+    tested, stood = state.seen.sum(-1)
+    assert torch.equal(stood.long(), session.lengths - 1)
+    assert torch.equal(tested.long(), session.lengths.clamp_max(4)) and bool((tested > stood).any())
+
+
+def test_entropy_levels() -> None:
+    laws = torch.stack([torch.eye(16)[0], torch.full((16,), 1 / 16)])
+    assert level(laws).tolist() == [0, 5]  # 2.77 nats, half a nat each
+    assert level(torch.full((1, 200_000), 5e-6)).item() == LEVELS - 1  # 12.2 nats and more
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"stop": 0.0}, "stop must lie between 0 and 1"), ({"stop": 1.0}, "stop must lie between 0 and 1"),
+     ({"gamma": 0}, "gamma must be 1 or more"), ({"verification": "block"}, 'must be "token"')],
+)  # fmt: skip
+def test_bad_input(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(VisarError, match=message):
+        DynamicSpeculative(**fields)  # type: ignore[arg-type]
+
+
+def test_a_chain_of_fixed_length_learns_nothing() -> None:
+    session = TabularSession(MODEL, 2, 4)
+    session.drafter = SessionDrafter(TabularSession(MODEL, 2, 5))
+    state = Speculative(gamma=3).begin(session, Target(), Noise(0, torch.arange(2)))
+    assert state.seen is None and isinstance(session, Session)

@@ -1,0 +1,65 @@
+"""The embedded model: it draws, through the command line, and speculation saves the passes that it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from visar.cli import main
+from visar.drafters import KINDS
+from visar.families.specs import MODELS, resolve_model
+from visar.pipelines import TextToImagePipeline
+
+PROMPTS = (
+    "a red heart, 3d", "a green apple, flat", "a lion, noto", "a pizza, 3d", "the sun, flat", "a dog face, noto",
+    "a blue car, 3d", "a yellow star, flat",
+)  # fmt: skip
+SHARE = 0.5  # of the passes of sequential decoding
+
+
+def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", PROMPTS[0], "--json", "-o", str(tmp_path / "heart.png")]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["sampler"], found["exact"], found["tokens"], found["images"]) == (
+        "scd", True, 256, [str(tmp_path / "heart.png")]
+    )  # fmt: skip
+    picture = Image.open(tmp_path / "heart.png")
+    assert (picture.size, picture.mode, picture.format) == ((64, 64), "RGB", "PNG") and err == ""
+    assert len(picture.getcolors(4096) or range(4096)) > 16  # not a blank square
+
+
+def test_speculation_saves_passes_at_batch_one() -> None:
+    pipe = TextToImagePipeline.from_pretrained("icons")
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.config.guidance_scale, pipe.config.top_k) == (MODELS["icons"].guidance, MODELS["icons"].top_k)
+    sequential = pipe(PROMPTS[0], sampler="ar", output_type="tokens").stats.nfe
+    assert sequential == 257  # 256 tokens and the caption; the same for every prompt
+    passes = [pipe(p, sampler="scd", output_type="tokens").stats.nfe for p in PROMPTS]
+    assert sum(passes) / len(passes) <= SHARE * sequential, passes
+
+
+def test_eagle_saves_passes() -> None:
+    pipe = TextToImagePipeline.from_pretrained("icons")
+    pipe.set_progress_bar_config(disable=True)
+    stats = pipe(list(PROMPTS), sampler="eagle", output_type="tokens").stats
+    passes = [n + 1 for n in stats.passes_per_image]  # and the caption's
+    assert stats.exact and sum(passes) / len(passes) <= 0.55 * 257, passes
+
+
+@pytest.mark.parametrize("name", ["speculative", "medusa", "hydra", "kangaroo", "swift"])
+def test_a_drafter_of_every_kind_comes_with_it(name: str) -> None:
+    pipe = TextToImagePipeline.from_pretrained("icons")
+    pipe.set_progress_bar_config(disable=True)
+    stats = pipe(list(PROMPTS[:2]), sampler=name, output_type="tokens").stats
+    assert stats.exact and stats.sampler == name and max(stats.passes_per_image) < 256 and stats.draft_seconds > 0
+
+
+def test_drafters_are_small() -> None:
+    folder = resolve_model("icons")
+    assert isinstance(folder, Path)
+    files = [f for kind in KINDS for f in (folder / kind).iterdir()]
+    assert sum(f.stat().st_size for f in files) < 4 * 2**20 and len(files) == 2 * len(KINDS) - 1  # skip has no weights

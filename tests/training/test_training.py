@@ -1,0 +1,296 @@
+"""Training on a few tiny pictures: the loop and its resumption, both trainers, the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tests.helpers.tiny import picture_folder, text_gpt
+from visar.cli import main
+from visar.errors import VisarError
+from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.vq import VQConfig, VQModel
+from visar.text_encoders.words import WordEncoder
+from visar.training.ar import ARLoss, bigram_cross_entropy, corrupt, cross_entropy, initialise, train_ar
+from visar.training.data import PictureSet, Record, to_unit
+from visar.training.loop import TrainConfig, fit, make_optimizers
+from visar.training.tokenizer import TokenizerLoss, psnr, train_tokenizer
+
+SIZES = VQConfig(16, 4, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=16)
+STYLES = ("flat", "glossy", "3d", "noto")
+
+
+# The loop
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
+        self.head = nn.Linear(4, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return (self.head(self.body["layers"][0](x).tanh()).float() - y).square().mean()
+
+
+def toy_batch(step: int, rank: int) -> tuple[Tensor, ...]:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+    return x, x.sum(1, keepdim=True)
+
+
+def no_figures(ema: nn.Module) -> dict[str, float]:
+    return {}
+
+
+def config(out: Path, **changes: object) -> TrainConfig:
+    plain = TrainConfig(out=out, minutes=1e9, steps=4, lr=1e-2, warmup=2, compile=False)
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
+    def interrupted(step: int, rank: int) -> tuple[Tensor, ...]:
+        if step == 2:
+            raise KeyboardInterrupt
+        return toy_batch(step, rank)
+
+    whole, part = config(tmp_path / "a", optimizer=optimizer), config(tmp_path / "b", optimizer=optimizer)
+    wanted = fit(Toy(), toy_batch, whole, no_figures)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Toy(), interrupted, replace(part, save_minutes=0), no_figures)
+    torch.manual_seed(1)
+    got = fit(Toy(), toy_batch, part, no_figures)
+    a, b = (torch.load(tmp_path / name / "state.pt") for name in "ab")
+    assert a["step"] == b["step"] == 4
+    for x, y in ((wanted.state_dict(), got.state_dict()), (a["model"], b["model"]), (a["ema"], b["ema"])):
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    assert [r["step"] for r in log_of(tmp_path / "b")] == [1, 2, 4]
+    assert b["model"]["calls"] == 4
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
+    first = fit(Toy(), toy_batch, config(tmp_path), no_figures)
+    again = fit(Toy(), toy_batch, config(tmp_path), no_figures)
+    assert all(torch.equal(first.state_dict()[k], v) for k, v in again.state_dict().items())
+    start = Toy().state_dict()
+    assert not torch.equal(start["head.weight"], again.state_dict()["head.weight"])
+
+
+def test_the_average_of_the_weights(tmp_path: Path) -> None:
+    """EMA by hand: the decay grows as (1 + n) / (10 + n) up to the limit given."""
+    seen: list[Tensor] = []
+    ema = fit(
+        Toy(), toy_batch, config(tmp_path, ema=0.2), no_figures, lambda m, step: seen.append(m.head.weight.clone())
+    )
+    expected = Toy().head.weight.detach()
+    for decay, weight in zip((2 / 11, 0.2, 0.2, 0.2), seen, strict=True):
+        expected = decay * expected + (1 - decay) * weight.detach()
+    torch.testing.assert_close(ema.head.weight, expected)
+    assert not ema.training and not any(p.requires_grad for p in ema.parameters()) and ema.calls == 4
+
+
+def test_the_loss_falls_and_is_logged(tmp_path: Path) -> None:
+    fit(Toy(), toy_batch, config(tmp_path, steps=60, lr=5e-2, save_minutes=0), lambda ema: {"figure": 7})
+    *rows, end = log_of(tmp_path)
+    assert end["step"] == 60 and end["loss"] is None  # no step since the last save
+    assert [r["step"] for r in rows] == list(range(1, 61)) and {r["figure"] for r in rows} == {7}
+    first, last = (sum(r["loss"] for r in part) for part in (rows[:10], rows[-10:]))
+    assert last < 0.5 * first and all(r["samples_per_second"] > 0 for r in rows)
+
+
+def test_a_failed_save_keeps_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(Toy(), toy_batch, config(tmp_path, steps=2), no_figures)
+    before = (tmp_path / "state.pt").read_bytes()
+
+    def full(state: object, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        fit(Toy(), toy_batch, config(tmp_path), no_figures)
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "state.pt"]
+
+
+def test_a_state_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    message = r"state\.pt is damaged or of a run with other sizes; give an empty folder"
+    fit(Toy(), toy_batch, config(tmp_path, steps=1), no_figures)
+    state = torch.load(tmp_path / "state.pt")
+    del state["model"]["head.weight"]
+    torch.save(state, tmp_path / "state.pt")
+    for _ in range(2):
+        with pytest.raises(VisarError, match=message):
+            fit(Toy(), toy_batch, config(tmp_path), no_figures)
+        (tmp_path / "state.pt").write_bytes(b"half")
+
+
+def test_muon_takes_the_matrices_of_the_blocks_only() -> None:
+    model = Toy()
+    adamw, muon = make_optimizers(model, config(Path(), optimizer="muon"))
+    assert [p.shape for g in muon.param_groups for p in g["params"]] == [(4, 4)]
+    decayed, plain = adamw.param_groups
+    assert [tuple(p.shape) for p in decayed["params"]] == [(1, 4)] and plain["weight_decay"] == 0
+    assert len(plain["params"]) == 2 and len(make_optimizers(model, config(Path()))) == 1
+
+
+# The tokenizer
+
+
+def test_train_tokenizer(tmp_path: Path) -> None:
+    data = PictureSet(picture_folder(tmp_path / "set", 12))
+    torch.manual_seed(0)
+    untrained = psnr(VQModel(16, 4, 32, (1, 2), 1, 16), data.pixels(8))
+    run = config(tmp_path / "run", steps=40, batch=4, lr=3e-3, ema=0.9)
+    vq = train_tokenizer(data, 8, run, SIZES)
+    loaded = VQModel.from_pretrained(tmp_path / "run" / "vq", low_cpu_mem_usage=False)
+    assert loaded.sizes == SIZES
+    assert all(torch.equal(loaded.state_dict()[k], v) for k, v in vq.state_dict().items())
+    row = log_of(tmp_path / "run")[-1]
+    assert math.isfinite(row["loss"]) and row["step"] == 40 and 1 <= row["codes_used"] <= 16
+    assert psnr(loaded.eval(), data.pixels(8)) > untrained + 2
+    with pytest.raises(VisarError, match="multiple of 2 pixels, not 9"):
+        train_tokenizer(data, 9, run, SIZES)
+
+
+def test_unused_codes_move_onto_features() -> None:
+    torch.manual_seed(0)
+    loss = TokenizerLoss(VQModel(16, 4, 32, (1, 2), 1, 16))
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    for _ in range(3):
+        loss(pixels)
+    used = loss.last_used == 3
+    assert 0 < used.sum() < 16
+    before = loss.vq.quantize.embedding.weight.detach().clone()
+    loss.revive(pixels, idle=3)
+    assert torch.equal(loss.vq.quantize.embedding.weight, before)  # none is idle for longer than that
+    loss.revive(pixels, idle=2)
+    after = loss.vq.quantize.embedding.weight
+    assert torch.equal(after[used], before[used]) and not (after[~used] == before[~used]).any()
+    features = loss.vq.features(to_unit(pixels)).flatten(0, 2)
+    assert (torch.cdist(after[~used], features).amin(1) < 1e-3).all()
+    assert (loss.last_used == 3).all()
+
+
+# The GPT
+
+
+def test_corruption() -> None:
+    tokens = torch.arange(40).expand(2000, -1)
+    pool = torch.stack([tokens[0] + 100, tokens[0] + 200])
+    out = corrupt(tokens, pool, torch.Generator().manual_seed(0), most=0.5, clean=0.3)
+    changed = out != tokens
+    assert ((out - tokens)[changed] % 100 == 0).all() and set((out - tokens).unique().tolist()) == {0, 100, 200}
+    rate = changed.float().mean(1)
+    assert 0.27 < (rate == 0).float().mean() < 0.40  # the clean ones, and those of a rate near 0
+    assert abs(rate.mean() - 0.7 * 0.25) < 0.02 and rate.max() < 0.8
+    assert torch.equal(corrupt(tokens, pool, torch.Generator(), clean=1.0), tokens)
+    assert tokens[:, 0].eq(0).all()
+
+
+def test_bigram_baseline_by_hand() -> None:
+    train, held = torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 1, 1]])
+    expected = -(math.log(2.1 / 2.2) + math.log(0.1 / 1.2)) / 2  # 0 -> 1 twice, 1 -> 0 once, 1 -> 1 never
+    assert bigram_cross_entropy(train, held, 2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_dropped_caption_does_not_matter(words: WordEncoder) -> None:
+    torch.manual_seed(0)
+    loss = ARLoss(initialise(text_gpt()))
+    ids, ones = torch.randint(0, 24, (1, 25)), torch.ones(1, 4, dtype=torch.bool)
+    cat, dog = (words.encode([w])[0] for w in ("cat", "dog"))
+
+    def value(features: Tensor, drop: bool) -> float:
+        return loss(features, ones, torch.tensor([drop]), ids, ids).item()
+
+    assert value(cat, True) == value(dog, True)
+    assert len({value(cat, True), value(cat, False), value(dog, False)}) == 3
+    assert value(cat, False) == pytest.approx(math.log(24), abs=0.1)
+
+
+def test_cross_entropy_does_not_depend_on_the_batch(words: WordEncoder) -> None:
+    torch.manual_seed(0)
+    gpt, ids = text_gpt(), torch.randint(0, 24, (5, 25))
+    records = [Record("", w) for w in ("red", "blue", "cat", "dog", "red cat")]
+    whole = cross_entropy(gpt, words, records, ids)
+    assert cross_entropy(gpt, words, records, ids, batch=2) == pytest.approx(whole, rel=1e-5)
+    assert cross_entropy(gpt, words, records, ids.flip(0)) != pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Words not known")
+def test_train_ar_learns_two_pictures(words: WordEncoder, tmp_path: Path) -> None:
+    data = PictureSet(picture_folder(tmp_path / "set", 2))
+    torch.manual_seed(0)
+    vq = VQModel(16, 4, 32, (1, 2), 1, 16).eval()
+    run = config(tmp_path / "run", steps=60, batch=8, lr=1e-2, ema=0.9, optimizer="muon")
+    gpt = train_ar(data, 8, run, vq, words, dim=32, layers=1, heads=2, ffn=32)
+    loaded = LlamaGen.from_pretrained(tmp_path / "run" / "gpt", low_cpu_mem_usage=False)
+    assert all(torch.equal(loaded.state_dict()[k], v) for k, v in gpt.state_dict().items())
+    assert (loaded.config.grid, loaded.config.vocab_size, loaded.config.condition_length) == (4, 16, 4)
+    row = log_of(tmp_path / "run")[-1]
+    assert math.isfinite(row["loss"]) and row["train"] < 0.5 * math.log(16)
+    with pytest.raises(VisarError, match="multiple of 2 pixels, not 9"):
+        train_ar(data, 9, run, vq, words)
+
+
+# The command line
+
+
+@pytest.mark.filterwarnings("ignore:Words not known")
+def test_from_pictures_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def train(*arguments: object) -> int:
+        return main(["train", *(str(a) for a in arguments)])
+
+    data = picture_folder(tmp_path / "set", 30, ("flat", "noto"))
+    words.save_pretrained(tmp_path / "words")
+    common = ("--data", data, "--size", 16, "--batch", 2, "--minutes", 0.02, "--no-compile", "--device", "cpu")
+    assert train("tokenizer", *common, "--out", tmp_path / "vq") == 0
+    parts = ("--tokenizer", tmp_path / "vq" / "vq", "--words", tmp_path / "words")
+    sizes = ("--dim", 32, "--layers", 1, "--heads", 2, "--ffn", 32)
+    assert train("ar", *common, *parts, *sizes, "--styles", "noto", "--out", tmp_path / "ar") == 0
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert len(rows) == 2 and all(math.isfinite(r["loss"]) and r["step"] > 0 for r in rows)
+    assert "60 pictures" in err and "30 pictures" in err
+    assert train("assemble", "--gpt", tmp_path / "ar" / "gpt", *parts, "--out", tmp_path / "pipe") == 0
+    assert capsys.readouterr() == (f"{tmp_path / 'pipe'}\n", "")
+    assert "/" not in (tmp_path / "pipe" / "vq" / "config.json").read_text()  # no path of this machine
+    assert main(["generate", "red cat", "--model", str(tmp_path / "pipe"), "-o", str(tmp_path / "cat.png")]) == 0
+    assert Image.open(tmp_path / "cat.png").size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("tokenizer --data TMP/none --out TMP/out", "No picture folder at"),
+        ("tokenizer --data TMP/set --out TMP/file/out", "Cannot write to folder"),
+        ("tokenizer --data TMP/set --out TMP/out --minutes 0", "--minutes and --lr must be above 0"),
+        ("tokenizer --data TMP/set --out TMP/out --size 18", "multiple of 4 pixels, not 18"),
+        ("tokenizer --data TMP/set --out TMP/out --styles oil", "No picture has style 'oil'"),
+        ("tokenizer --data TMP/set --out TMP/out --device cuda:99", "Device 'cuda:99' is not there"),
+        ("ar --data TMP/set --out TMP/out --tokenizer TMP/set --words TMP/set", "it has no config.json"),
+        ("ar --data TMP/set --out TMP/out --tokenizer x --words x --dim 30", "--dim must be a multiple of --heads"),
+        ("assemble --gpt TMP/set --tokenizer x --words x --out TMP/out", "set is not a saved component"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
+    picture_folder(tmp_path / "set", 3)
+    (tmp_path / "file").touch()
+    assert main(["train", *arguments.replace("TMP", str(tmp_path)).split()]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "pictures, " not in line]
+    assert len(lines) == 1 and lines[0].startswith("visar: error: ") and message in lines[0]

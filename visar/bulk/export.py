@@ -1,0 +1,147 @@
+"""A finished run in the layouts that evaluators read.
+
+- ADM's evaluator (github.com/openai/guided-diffusion, evaluations/): an .npz file with `arr_0`, uint8 [N, H, W, 3], and
+  for classes `arr_1`, int64 [N].
+- GenEval (github.com/djghosh13/geneval): a folder for each prompt, 00000/ and so on, with the prompt's line of
+  evaluation_metadata.jsonl as metadata.jsonl, and its pictures as samples/0000.png and so on.
+- DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/): for each prompt ITEM_ID.png, a 2 x 2 grid of its pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from visar.bulk.folder import Line, RunFolder
+from visar.errors import VisarError, unknown
+from visar.files import output_folder, replacing
+
+DPG_PICTURES = 4
+
+
+def export(folder: str | Path, layout: str, out: str | Path) -> int:
+    """Write the finished run in `folder` to `out` in one of `LAYOUTS`; returns the number of pictures.
+
+    Raises `VisarError` for an unfinished run, a run that does not fit the layout, and an output that is in the way.
+    """
+    if layout not in LAYOUTS:
+        raise unknown("layout", layout, LAYOUTS)
+    return LAYOUTS[layout](folder, out)
+
+
+def export_npz(folder: str | Path, out: str | Path) -> int:
+    """The file of ADM's evaluator, pictures in the order of their ids; they are streamed, never all in memory."""
+    run = RunFolder(folder)
+    lines = run.finished()
+    size = np.asarray(Image.open(run.picture(0)).convert("RGB")).shape
+    path = Path(out)
+    if path.is_dir():
+        raise VisarError(f"{out} is a folder; give a .npz file.")
+    with (
+        output_folder(path.parent), replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive
+    ):  # fmt: skip
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            _header(file, (len(lines), *size), np.dtype(np.uint8))
+            for line in lines:
+                picture = np.asarray(Image.open(run.path / line["file"]).convert("RGB"))
+                if picture.shape != size:
+                    raise VisarError(f"{line['file']} is of another size than the first picture.")
+                file.write(picture.tobytes())
+        if "class" in lines[0]:
+            with archive.open("arr_1.npy", "w") as file:
+                _header(file, (len(lines),), np.dtype(np.int64))
+                file.write(np.array([line["class"] for line in lines], np.int64).tobytes())
+    return len(lines)
+
+
+def export_geneval(folder: str | Path, out: str | Path) -> int:
+    """GenEval's folder, of a run by the prompts of its evaluation_metadata.jsonl."""
+    run = RunFolder(folder)
+    prompts = _by_prompt(run, "geneval")
+    if any("tag" not in lines[0].get("metadata", {}) for lines in prompts):
+        raise VisarError(
+            "GenEval's evaluator reads a 'tag' of each prompt; sample by its evaluation_metadata.jsonl as --prompts."
+        )
+    with _new_folder(out) as made:
+        for number, lines in enumerate(prompts):
+            samples = made / f"{number:05d}" / "samples"
+            samples.mkdir(parents=True)
+            entry = lines[0]["metadata"] | {"prompt": lines[0]["prompt"]}
+            if "prompt_id" in lines[0]:
+                entry["id"] = lines[0]["prompt_id"]
+            (samples.parent / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
+            for i, line in enumerate(lines):
+                shutil.copyfile(run.path / line["file"], samples / f"{i:04d}.png")
+    return sum(map(len, prompts))
+
+
+def export_dpg(folder: str | Path, out: str | Path) -> int:
+    """DPG-Bench's folder, of a run with four pictures of each prompt, named by the id of the prompt."""
+    run = RunFolder(folder)
+    prompts = _by_prompt(run, "dpg")
+    for lines in prompts:
+        if len(lines) != DPG_PICTURES:
+            raise VisarError(
+                f"DPG-Bench takes {DPG_PICTURES} pictures of each prompt; sample with -n {DPG_PICTURES * len(prompts)}."
+            )
+        name = str(lines[0].get("prompt_id", ""))
+        if not name or any(c in name for c in "/\\."):  # its evaluator cuts names at a dot
+            raise VisarError(
+                f"DPG-Bench names pictures by the item_id; give each prompt an id without . / and \\, not {name!r}."
+            )
+    with _new_folder(out) as made:
+        for lines in prompts:
+            pictures = [Image.open(run.path / line["file"]).convert("RGB") for line in lines]
+            width, height = pictures[0].size
+            grid = Image.new("RGB", (2 * width, 2 * height))
+            for i, picture in enumerate(pictures):
+                grid.paste(picture, (i % 2 * width, i // 2 * height))
+            grid.save(made / f"{lines[0]['prompt_id']}.png")
+    return sum(map(len, prompts))
+
+
+LAYOUTS: dict[str, Callable[[str | Path, str | Path], int]] = {
+    "npz": export_npz,
+    "geneval": export_geneval,
+    "dpg": export_dpg,
+}
+
+
+def _by_prompt(run: RunFolder, layout: str) -> list[list[Line]]:
+    """The lines of each prompt in the order of the prompts file."""
+    lines = run.finished()
+    if "prompt" not in lines[0]:
+        raise VisarError(f"The layout {layout!r} is for prompts, and this run is of classes.")
+    about: Any = run.about()
+    number = min(about["conditions"]["conditions"], len(lines))
+    return [lines[p::number] for p in range(number)]
+
+
+def _header(file: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, description)
+
+
+@contextmanager
+def _new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that becomes `path` when it is filled; `path` must not be there, or be empty."""
+    out = Path(path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise VisarError(f"{out} is in the way: give a folder that is new or empty.")
+    with output_folder(out.parent):
+        made = out.with_name(f".{out.name}.{os.getpid()}.partial")
+        made.mkdir()
+        try:
+            yield made
+            os.replace(made, out)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)

@@ -1,0 +1,58 @@
+"""LANTERN's released drafters (Jang et al. 2024, arXiv:2410.03355) for LlamaGen, by a table of their keys.
+
+They are EAGLE-1's: a layer without a norm before its attention, and features that go into the target's head as they
+are. The token embedding that lies in the file is kept, because it is not that of the target's input. No caption reaches
+them but through the features: its slots hold code 0, and all but the first are seen, padding too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from visar.drafters.eagle import EagleHead
+from visar.errors import VisarError
+from visar.families.llamagen.loading import fill
+
+PARTS = ("q_proj", "k_proj", "v_proj")  # joined in one matrix here
+KEYS = {
+    "embed_tokens.weight": "embedding.weight",
+    "fc.weight": "fc.weight",
+    "fc.bias": "fc.bias",
+    "layers.0.self_attn.o_proj.weight": "block.attention.wo.weight",
+    "layers.0.mlp.gate_proj.weight": "block.feed_forward.w1.weight",
+    "layers.0.mlp.up_proj.weight": "block.feed_forward.w3.weight",
+    "layers.0.mlp.down_proj.weight": "block.feed_forward.w2.weight",
+    "layers.0.post_attention_layernorm.weight": "block.ffn_norm.weight",
+}
+
+
+def is_published(state: Mapping[str, Tensor]) -> bool:
+    return "fc.weight" in state and "embed_tokens.weight" in state
+
+
+def published_eagle(state: Mapping[str, Tensor], head_dim: int, path: str) -> EagleHead:
+    """The drafter of a released file's tensors, for a target with heads of `head_dim`.
+
+    Raises `VisarError` for a tensor that is missing, superfluous or of another shape.
+    """
+    attention = [f"layers.0.self_attn.{part}.weight" for part in PARTS]
+    for key in (*KEYS, *attention):
+        if key not in state:
+            raise VisarError(f"Tensor {key!r} is missing from {path}.")
+    matrices = [*attention, *(key for key in KEYS if not key.endswith(("bias", "layernorm.weight")))]
+    for key in matrices:
+        if state[key].ndim != 2 or (state[key].shape[1] != state[attention[0]].shape[1] and key in attention):
+            raise VisarError(
+                f"Tensor {key!r} of {path} has shape {list(state[key].shape)}, which is none of a drafter."
+            )
+    codes, dim = state["embed_tokens.weight"].shape
+    own = {KEYS.get(key, key): tensor for key, tensor in state.items() if key not in attention}
+    own["block.attention.wqkv.weight"] = torch.cat([state[key] for key in attention])
+    if dim % head_dim:
+        raise VisarError(f"The drafter {path} is {dim} wide, which are no heads of {head_dim}, the target's.")
+    with torch.device("meta"):
+        made = EagleHead(dim, dim // head_dim, len(state["layers.0.mlp.gate_proj.weight"]), codes=codes)
+    return fill(made, own, path)

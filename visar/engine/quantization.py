@@ -1,0 +1,163 @@
+"""Weights in 8 bits: half or a quarter of the bytes that a pass reads, for a model that is very nearly the same.
+
+The linear layers of the blocks are rounded to int8 or float8 e4m3, with one symmetric scale for each output channel.
+Activations are not rounded to 8 bits; norms, embeddings and the output head stay native. What comes out is another
+model: samplers are exact for that one. `docs/quantization.md` has what it costs, and why it is not torchao's.
+
+On a CPU with VNNI a row x becomes two planes of bytes, x = a (128 hi + lo), and the product one of integers, whose sums
+are exact: 15 bits of the activations are kept, where bfloat16 keeps 8. Elsewhere the weights are written out.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visar.errors import VisarError, unknown
+from visar.families.llamagen.gpt import LlamaGen
+from visar.kernels.backend import say_once
+from visar.kernels.linear import epilogue
+
+WEIGHTS = ("native", "int8", "fp8")
+NOT_SAVED = "A model with 8-bit weights is not saved; save the native one, which is quantised when loaded."
+ROWS = 16  # a hint for oneDNN's layout; any number may follow
+STORED = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+
+
+def rounded(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """`weight` [out, in] in 8 bits and its scales [out], fp32, so that weight is about stored * scale[:, None].
+
+    int8 is off by half a scale at most, float8 by 1/16 of the value (half a scale / 512 below its normal numbers).
+    """
+    dtype, most = STORED[weights]
+    w = weight.detach().float()
+    scale = w.abs().amax(1) / most
+    scale = torch.where(scale > 0, scale, 1.0)
+    w = w / scale[:, None]
+    return (w.round() if dtype == torch.int8 else w).clamp(-most, most).to(dtype), scale
+
+
+def planes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x [M, K] as bytes [2M, K], hi above lo, and scales [M, 1]: x is about scale * (128 hi + lo).
+
+    Bytes are those numbers plus 128. Off by half a scale at most, which is 1 / 32,512 of the row's largest value. A row
+    that is not finite has a scale that is not.
+    """
+    x = x.float()
+    scale = x.abs().amax(1, keepdim=True) / (127 * 128)
+    q = (x / torch.where(scale == 0, 1.0, scale)).round_()
+    hi = (q / 128).round_()
+    return torch.cat([hi, q.sub_(hi, alpha=128)]).add_(128).to(torch.uint8), scale
+
+
+def integer_product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """x [M, K] times packed weights [N, K] with scales [N], fp32 [M, N]; `zeros` [N] are int32."""
+    rows, own = planes(x)
+    out = torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )  # fmt: skip
+    hi, lo = out.chunk(2)
+    return torch.add(lo, hi, alpha=128).mul_(own)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer without bias whose weight [out, in] is int8 or float8; scales [out] stay fp32 in every dtype."""
+
+    weight: nn.Parameter
+    scale: Tensor
+    weights: str
+
+    def __init__(self, linear: nn.Linear, weights: str):
+        super().__init__()
+        if linear.bias is not None:
+            raise VisarError("Layers with a bias are not quantised.")
+        stored, scale = rounded(linear.weight, weights)
+        self.weight = nn.Parameter(stored, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.weights = weights
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        weight, scale = self.weight.data, self.scale
+        super()._apply(fn, recurse)
+        device = self.scale.device  # a conversion may move both, and rounds neither
+        self.weight.data, self.scale = weight.to(device), scale.to(device)
+        _packed.pop(self, None)
+        return self
+
+    def forward(
+        self, x: Tensor, *, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None
+    ) -> Tensor:
+        """[..., in] -> [..., out], in the dtype of x; what may follow is that of `visar.engine.layers.Linear`."""
+        if x.requires_grad:
+            raise VisarError("A model with 8-bit weights cannot be trained; run it under torch.inference_mode().")
+        y = self._product(x.flatten(0, -2)).unflatten(0, x.shape[:-1]).to(x.dtype)
+        return epilogue(y, silu, times, plus)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.weights == "fp8" or x.device.type != "cpu" or not multiplies_bytes():
+            return F.linear(x, self.weight.to(x.dtype)) * self.scale
+        if self not in _packed:
+            packed = torch.ops.onednn.qlinear_prepack(self.weight.detach(), [ROWS, self.weight.shape[1]])
+            _packed[self] = packed, torch.zeros(len(packed), dtype=torch.int32)
+        packed, zeros = _packed[self]
+        return integer_product(x, packed, self.scale, zeros)
+
+    def extra_repr(self) -> str:
+        out, width = self.weight.shape
+        return f"in_features={width}, out_features={out}, weights={self.weights}"
+
+
+# The weights of layers once more, as oneDNN wants them; a copy of a layer makes its own.
+_packed: weakref.WeakKeyDictionary[QuantizedLinear, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def multiplies_bytes() -> bool:
+    """Whether this CPU sums products of bytes in 32 bits (AVX512-VNNI); those before it may overflow on the way."""
+    ours = hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
+    return ours and torch.cpu._is_vnni_supported()
+
+
+def check(weights: str, device: torch.device) -> None:
+    """Raise `VisarError` for weights that there are not, or that the device cannot have."""
+    if weights not in WEIGHTS:
+        raise unknown("kind of weights", weights, WEIGHTS)
+    if weights != "fp8":
+        return
+    if device.type != "cuda":
+        raise VisarError(f"fp8 weights need a GPU of compute capability 8.9 or more, not a {device.type}; use int8.")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        raise VisarError(f"fp8 weights need compute capability 8.9 or more; this GPU has {major}.{minor}. Use int8.")
+
+
+def quantize(gpt: LlamaGen, weights: str, head: bool = False) -> None:
+    """Round the linear layers of the blocks in place, and the output head if asked; once, and there is no way back.
+
+    With `head` no drafter is recognised any more: the signs of the head say whose it is.
+    """
+    modules: list[nn.Module] = list(gpt.layers.modules())
+    if head:
+        modules.append(gpt)
+    for module in modules:
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, QuantizedLinear(child, weights))
+    gpt.save_pretrained = _not_saved  # type: ignore[method-assign, assignment]
+    if gpt.device.type != "cpu":
+        say_once(f"{weights} weights save memory here and cost time: each pass writes them out in its own type.")
+    elif not multiplies_bytes():
+        say_once("This CPU has no AVX512-VNNI: int8 weights save memory, and cost time.")
+
+
+def weights_of(gpt: nn.Module) -> str:
+    """What the layers are: one of `WEIGHTS`."""
+    return next((m.weights for m in gpt.modules() if isinstance(m, QuantizedLinear)), "native")
+
+
+def _not_saved(*_: Any, **__: Any) -> None:
+    raise VisarError(NOT_SAVED)

@@ -1,0 +1,186 @@
+"""The GPT of LlamaGen (Sun et al. 2024, arXiv:2406.06525), class- and text-conditional, with its published keys.
+
+The module holds weights and the arithmetic of one pass. Caches, guidance and positions in progress belong to the
+engine, which calls `run`; training and scoring call `forward` on whole sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from visar.engine.layers import Linear, RMSNorm
+from visar.families.llamagen.rotary import rotary_table, turned
+
+# (layer, qkv [B, W, 3 * heads, head_dim], table) -> attention output [B, W, heads, head_dim]. It turns q and k by the
+# rotary rows `table`, so that what keeps a cache can turn and write them at once.
+Attend = Callable[[int, Tensor, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.wqkv = Linear(dim, 3 * dim, bias=False)
+        self.wo = Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int, residual: Tensor) -> Tensor:
+        """`residual` plus what x attends to."""
+        qkv = self.wqkv(x).unflatten(-1, (3 * self.heads, -1))
+        return self.wo(attend(layer, qkv, table).flatten(-2), plus=residual)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU; w1 is the gate, w3 the value, w2 the way back."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w1 = Linear(dim, hidden, bias=False)
+        self.w3 = Linear(dim, hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual` plus what the layer makes of x."""
+        return self.w2(self.w3(x, times=self.w1(x, silu=True)), plus=residual)
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, hidden: int):
+        super().__init__()
+        self.attention = Attention(dim, heads)
+        self.feed_forward = FeedForward(dim, hidden)
+        self.attention_norm = RMSNorm(dim)
+        self.ffn_norm = RMSNorm(dim)
+
+    def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int) -> Tensor:
+        x = self.attention(self.attention_norm(x), table, attend, layer, x)
+        return self.feed_forward(self.ffn_norm(x), x)
+
+
+class ClassEmbedding(nn.Module):
+    """One slot per class; the last row of the table is the null class of the unconditional half."""
+
+    def __init__(self, classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B] -> [B, 1, dim]."""
+        return self.embedding_table(ids).unsqueeze(1)
+
+    def null_like(self, ids: Tensor) -> Tensor:
+        return torch.full_like(ids, self.embedding_table.num_embeddings - 1)
+
+
+class CaptionProjection(nn.Module):
+    def __init__(self, features: int, dim: int):
+        super().__init__()
+        self.fc1 = Linear(features, dim, bias=False)
+        self.fc2 = Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """Left-padded caption features through a projector; the unconditional features are a fixed random buffer."""
+
+    uncond_embedding: Tensor
+
+    def __init__(self, length: int, features: int, dim: int):
+        super().__init__()
+        self.cap_proj = CaptionProjection(features, dim)
+        self.register_buffer("uncond_embedding", torch.randn(length, features) / features**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, T, features] -> [B, T, dim]."""
+        return self.cap_proj(features.to(self.cap_proj.fc1.weight.dtype))
+
+    def null_like(self, features: Tensor) -> Tensor:
+        return self.uncond_embedding.expand_as(features)
+
+
+class LlamaGen(ModelMixin, ConfigMixin):
+    """LlamaGen's GPT.
+
+    `condition` is "class" or "text"; `condition_length` T is the number of condition slots before the image tokens (1
+    for classes, 120 for the published text model); `grid` is the default number of cells along one side.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        dim: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        ffn: int = 2048,
+        condition: str = "class",
+        condition_length: int = 1,
+        classes: int = 1000,
+        caption_features: int = 2048,
+        grid: int = 16,
+    ):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(vocab_size, dim)
+        self.cls_embedding = (
+            ClassEmbedding(classes, dim)
+            if condition == "class"
+            else CaptionEmbedding(condition_length, caption_features, dim)
+        )
+        self.layers = nn.ModuleList(Block(dim, num_heads, ffn) for _ in range(num_layers))
+        self.norm = RMSNorm(dim)
+        self.output = Linear(dim, vocab_size, bias=False)
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.dim // self.config.num_heads
+
+    def rotary(self, grid: int | None = None) -> Tensor:
+        """The position table for a grid of cells, [T + grid**2, head_dim / 2, 2] fp32, on this model's device."""
+        table = rotary_table(self.config.condition_length, grid or self.config.grid, self.head_dim)
+        return table.to(self.output.weight.device)
+
+    def run(self, x: Tensor, table: Tensor, attend: Attend, taps: Collection[int] = ()) -> Tensor:
+        """Normed features [B, W, dim] for embeddings x [B, W, dim] at the rotary rows `table`; `logits` reads them.
+
+        Behind them stand the outputs of the layers `taps`, if any are asked for: [B, W, dim * (1 + taps)].
+        """
+        tapped = []
+        for i, block in enumerate(self.layers):
+            x = block(x, table, attend, i)
+            if i in taps:
+                tapped.append(x)
+        return torch.cat([self.norm(x), *tapped], dim=-1) if tapped else self.norm(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits [B, W, vocab_size], fp32, of features [B, W, dim]; what was tapped behind them is left aside."""
+        return self.output(features[..., : self.config.dim]).float()
+
+    def forward(self, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, n + 1, vocab_size] of the tokens 0..n at full length, without a cache.
+
+        `condition`: class ids [B] or caption features [B, T, features]; `tokens`: image ids [B, n] with n at most
+        grid**2 - 1 for a next token to exist; `condition_mask`: valid caption slots [B, T], bool.
+        """
+        x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
+        length, prefix = x.shape[1], self.config.condition_length
+        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril().expand(len(x), 1, -1, -1)
+        if condition_mask is not None:
+            valid = F.pad(condition_mask.bool(), (0, length - prefix), value=True)
+            own = torch.eye(length, dtype=torch.bool, device=x.device)  # padded rows attend to themselves
+            mask = mask & (valid[:, None, None, :] | own)
+
+        def attend(_: int, qkv: Tensor, turns: Tensor) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in turned(qkv, turns))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+        table = self.rotary()[:length].expand(len(x), -1, -1, -1)
+        return self.logits(self.run(x, table, attend)[:, prefix - 1 :])

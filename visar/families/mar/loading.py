@@ -1,0 +1,146 @@
+"""Load the published MAR files (Li et al. 2024, arXiv:2406.11838) and the KL-16 autoencoder of its tokens, unchanged.
+
+Every size is read from the shapes of the tensors, so files of other sizes with the same keys load as well. The
+autoencoder's file has the keys of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), which compute the same as
+diffusers' under other names.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.families.llamagen.loading import NESTINGS, fill, load_state, shape_of
+from visar.families.mar.autoencoder import KLSizes, build
+from visar.families.mar.transformer import MAR
+from visar.families.specs import match_mar_heads
+
+# What diffusers' keys are called in latent diffusion, one after the other; levels of the decoder are counted apart.
+RENAMES = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "down_blocks": "down",
+    "resnets": "block",
+    "attentions": "attn",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+
+
+def load_mar(path: str | Path, *, ema: bool = True, num_heads: int | None = None) -> MAR:
+    """The MAR of a published file, in fp32, in evaluation mode and without gradients, on the CPU.
+
+    A checkpoint has the weights twice; `ema` takes the averaged ones, which the published results are of. A file that
+    is nothing but weights is taken as it is. `num_heads` is needed only for sizes that were never published.
+
+    Raises `VisarError` for a checkpoint without averaged weights, as `load_state` does, and for a tensor that is
+    missing, superfluous or of another shape.
+    """
+    state = load_state(path, names=("model_ema",) if ema else NESTINGS)
+    arguments = mar_config(state, path, num_heads=num_heads)
+    with torch.device("meta"):
+        mar = MAR(**arguments)
+    return fill(mar, state, path)
+
+
+def mar_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
+    """The `MAR(...)` arguments that the shapes of a state dict tell; `path` is for messages.
+
+    The number of heads is in no shape: it is that of the published model of the same size unless it is given.
+    """
+    dim, token_dim = shape_of(state, "z_proj.weight", path)
+    _, n, _ = shape_of(state, "diffusion_pos_embed_learned", path, 3)
+    _, slots, _ = shape_of(state, "encoder_pos_embed_learned", path, 3)
+    classes, _ = shape_of(state, "class_emb.weight", path)
+    head_width, _ = shape_of(state, "diffloss.net.input_proj.weight", path)
+    if math.isqrt(n) ** 2 != n:
+        raise VisarError(f"{path} has places for {n} tokens, which is not a square.")
+    if slots <= n:
+        raise VisarError(f"{path} has {slots} places in its encoder, too few for {n} tokens and a class.")
+    encoder, decoder = _count(state, "encoder_blocks."), _count(state, "decoder_blocks.")
+    heads = match_mar_heads(encoder, decoder, dim) if num_heads is None else num_heads
+    if heads is None:
+        raise VisarError(
+            f"{path} has {encoder} and {decoder} layers of width {dim}, a size that was never published: "
+            "give its number of heads (num_heads)."
+        )
+    if heads < 1 or dim % heads:
+        raise VisarError(f"A width of {dim} cannot be split into {heads} heads.")
+    return {
+        "token_dim": token_dim,
+        "grid": math.isqrt(n),
+        "dim": dim,
+        "encoder_layers": encoder,
+        "decoder_layers": decoder,
+        "num_heads": heads,
+        "head_width": head_width,
+        "head_layers": _count(state, "diffloss.net.res_blocks."),
+        "condition": "class",
+        "classes": classes,
+        "buffer": slots - n,
+    }
+
+
+def load_kl16(path: str | Path) -> AutoencoderKL:
+    """The autoencoder of a published file (`kl16.ckpt`), in fp32, in evaluation mode and without gradients, on the CPU.
+
+    Raises `VisarError` as `load_mar` does.
+    """
+    state = load_state(path)
+    sizes = kl_sizes(state, path)
+    with torch.device("meta"):
+        vae = build(sizes)
+    names = {key: ldm_name(key, len(sizes.channels)) for key in vae.state_dict()}
+    linear = {name for key, name in names.items() if ".attentions." in key and key.endswith(".weight")}
+    for name in linear & state.keys():
+        if state[name].shape[2:] == (1, 1):  # a convolution of one pixel there, a matrix here
+            state[name] = state[name][:, :, 0, 0]
+    return fill(vae, state, path, names)
+
+
+def kl_sizes(state: Mapping[str, Tensor], path: str | Path) -> KLSizes:
+    """The sizes that the shapes of an autoencoder's state dict in the published layout tell; `path` is for messages.
+
+    The number of groups is in no shape: it is 32, or the largest power of two that divides all widths if that is less.
+    """
+    shape_of(state, "encoder.down.0.block.0.conv1.weight", path, 4)
+    levels = _count(state, "encoder.down.")
+    channels = [shape_of(state, f"encoder.down.{i}.block.0.conv1.weight", path, 4)[0] for i in range(levels)]
+    latent_channels, *_ = shape_of(state, "post_quant_conv.weight", path, 4)
+    common = math.gcd(*channels)
+    return KLSizes(
+        channels=tuple(channels),
+        blocks=_count(state, "encoder.down.0.block."),
+        latent_channels=latent_channels,
+        groups=min(32, common & -common),
+        attention=any(key.startswith(f"encoder.down.{levels - 1}.attn.") for key in state),
+    )
+
+
+def ldm_name(key: str, levels: int) -> str:
+    """The published name of a tensor that diffusers' `AutoencoderKL` of so many levels calls `key`."""
+    for ours, theirs in RENAMES.items():
+        key = re.sub(rf"(?<=\.){re.escape(ours)}(?=\.)", theirs, key)
+    # Published levels are counted from the largest picture in both halves, diffusers' from the input of each.
+    return re.sub(r"(?<=\.)up_blocks\.(\d+)(?=\.)", lambda m: f"up.{levels - 1 - int(m[1])}", key)
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered modules have keys that begin so."""
+    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})

@@ -1,0 +1,171 @@
+"""MAR, the masked autoregressive model over continuous tokens (Li et al. 2024, arXiv:2406.11838), published keys.
+
+The module holds weights and the arithmetic of a pass: an encoder over the tokens that are known, a decoder over all
+places, and the diffusion head that turns a place's vector into a token. Which tokens are known, guidance and the
+denoising itself belong to the engine. Attention is bidirectional, so nothing of a pass can be kept for the next.
+
+Classes stand in the first `buffer` slots, one vector repeated. A caption's features stand there one by one instead.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from visar.engine.layers import Linear
+from visar.families.mar.diffusion import TRAINING_STEPS, DiffusionHead
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.training and x.device.type == "cpu" and seen is None:  # where the fused backward takes twice as long
+            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
+            return self.proj((weights @ v).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """timm's vision transformer block, key for key; `seen` masks keys."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), seen)
+        return x + self.mlp(self.norm2(x))
+
+
+class MAR(ModelMixin, ConfigMixin):
+    """Sizes are those of MAR-B by default; `condition` is "class" or "text", `buffer` the slots that it fills.
+
+    `vae` is the fingerprint of the autoencoder whose latents it was trained on, if that is known; `latest` the noisiest
+    training step that its head should be used at.
+    """
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        token_dim: int = 16,
+        grid: int = 16,
+        dim: int = 768,
+        encoder_layers: int = 12,
+        decoder_layers: int = 12,
+        num_heads: int = 12,
+        head_width: int = 1024,
+        head_layers: int = 6,
+        condition: str = "class",
+        classes: int = 1000,
+        buffer: int = 64,
+        caption_features: int = 128,
+        vae: str = "",
+        latest: int = TRAINING_STEPS - 1,
+    ):
+        super().__init__()
+        n = grid * grid
+        if condition == "class":
+            self.class_emb = nn.Embedding(classes, dim)
+        else:
+            self.caption_proj = Linear(caption_features, dim)
+        self.fake_latent = nn.Parameter(torch.zeros(1, dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n + buffer, dim))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n + buffer, dim))
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, n, dim))
+        self.z_proj = Linear(token_dim, dim)
+        self.z_proj_ln = nn.LayerNorm(dim, eps=1e-6)
+        self.encoder_blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(encoder_layers))
+        self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_embed = Linear(dim, dim)
+        self.decoder_blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(decoder_layers))
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.diffloss = DiffusionHead(token_dim, dim, head_width, head_layers)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a picture."""
+        return self.config.grid**2
+
+    def to(self, *args: object, **kwargs: object) -> Self:
+        """Move or convert; the diffusion head stays as exact as it is: its first steps multiply rounding by hundreds.
+
+        It is only moved. Converted to fewer bits and back, it would be fp32 and rounded all the same.
+        """
+        head = self._modules.pop("diffloss")
+        try:
+            super().to(*args, **kwargs)  # type: ignore[arg-type]
+        finally:
+            self._modules["diffloss"] = head
+        self.diffloss.to(self.device)
+        return self
+
+    def slots(self, condition: Tensor) -> Tensor:
+        """The first slots [B, buffer, dim] for classes [B], or for caption features [B, buffer, features]."""
+        if self.config.condition == "class":
+            return self.class_emb(condition)[:, None].expand(-1, self.config.buffer, -1)
+        return self.caption_proj(condition.to(self.dtype))
+
+    def null_slots(self, batch: int) -> Tensor:
+        """The first slots [B, buffer, dim] without a condition."""
+        return self.fake_latent[:, None].expand(batch, self.config.buffer, -1)
+
+    def encode(self, tokens: Tensor, known: Tensor, slots: Tensor, valid: Tensor | None = None) -> Tensor:
+        """What the encoder makes of the slots and the known tokens, [B, buffer + n, dim].
+
+        `tokens` [B, N, d]; `known` [B, n], long, are the places of the known ones; where rows have fewer, `valid`
+        [B, n] says which count.
+        """
+        b, m = len(tokens), self.config.buffer
+        given = self.z_proj(tokens.gather(1, known[..., None].expand(-1, -1, tokens.shape[-1])).to(self.dtype))
+        places = self.encoder_pos_embed_learned[0]
+        h = torch.cat([slots + places[:m], given + places[m:][known]], dim=1)
+        h = self.z_proj_ln(h)
+        seen = None
+        if valid is not None:
+            seen = torch.cat([valid.new_ones(b, m), valid], dim=1)[:, None, None]
+        for block in self.encoder_blocks:
+            h = block(h, seen)
+        return self.encoder_norm(h)
+
+    def decode(self, encoded: Tensor, known: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The vector of every place, [B, N, dim], that the head reads; of use at unknown places alone."""
+        b, m, n = len(encoded), self.config.buffer, self.length
+        h = self.decoder_embed(encoded)
+        at = known if valid is None else torch.where(valid, known, n)  # what does not count goes to a place too many
+        full = self.mask_token.to(h.dtype).expand(b, n + 1, -1)
+        full = full.scatter(1, at[..., None].expand(-1, -1, h.shape[-1]), h[:, m:])[:, :n]
+        h = torch.cat([h[:, :m], full], dim=1) + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks:
+            h = block(h)
+        return self.decoder_norm(h[:, m:]) + self.diffusion_pos_embed_learned
+
+    def forward(self, tokens: Tensor, known: Tensor, slots: Tensor, valid: Tensor | None = None) -> Tensor:
+        """`decode` of `encode`."""
+        return self.decode(self.encode(tokens, known, slots, valid), known, valid)

@@ -1,1 +1,0 @@
-"""Model families: weights and arithmetic, nothing of samplers, caches or guidance."""
