@@ -1,7 +1,7 @@
 """Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011): torch, numpy for the CPU, and a Triton kernel.
 
 Counter-based means that a random word is a pure function of (key, counter). All versions give the same bits, so noise
-made inside a fused kernel equals noise made by the library, and no call order can change a picture.
+made inside a fused kernel equals noise made by the library, and no call order can change an image.
 """
 
 from __future__ import annotations

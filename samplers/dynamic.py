@@ -26,7 +26,7 @@ class DynamicSpeculative(Speculative):
     """A chain of 1 to `gamma` drafts that ends as soon as a rejection in it is more likely than `stop`.
 
     The threshold on 1 - prod(a_i) is that of SpecDec++ (Huang et al. 2024, arXiv:2405.19715). Where the paper trains a
-    head to predict the acceptance a_i of a draft, here each picture counts it as it goes, by the entropy of the draft
+    head to predict the acceptance a_i of a draft, here each image counts it as it goes, by the entropy of the draft
     law, so any drafter will do; what was never tried is expected to stand. Exact: what was drawn is always tested, and
     whether one more draft is drawn depends on what came before it. The host waits for the device after every draft.
     """

@@ -42,13 +42,13 @@ class SpeculativeJacobi:
     `window` is W, the inputs of a pass, of which W - 1 are drafts. `coupling` says how a draft behind a rejection
     follows its predecessor: "independent" draws it anew (SJD), "maximal" and "gumbel" make the two coincide as often
     as they can. `init` is the law of a position that enters the window (see `visar.samplers.windows`); "above"
-    needs `grid`, the cells in a row of the picture, which the pipelines fill in. All of them are exact.
+    needs `grid`, the cells in a row of the image, which the pipelines fill in. All of them are exact.
     """
 
     window: int = option(16, "inputs of a pass, of which all but one are drafts", 2, 64)
     coupling: Coupling = option("independent", "how drafts behind a rejection follow what they were", fixed=True)
     init: Init = option("uniform", "what is drafted for a position that enters the window")
-    grid: int = option(0, "cells in a row of the picture; the pipeline knows it", 0, fixed=True)
+    grid: int = option(0, "cells in a row of the image; the pipeline knows it", 0, fixed=True)
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class SpeculativeJacobi:
 
     def begin(self, session: Session, target: Target, noise: Noise) -> State:
         if self.init == "above" and self.grid < 1:
-            raise VisarError('init="above" needs grid, the number of cells in a row of the picture.')
+            raise VisarError('init="above" needs grid, the number of cells in a row of the image.')
         state = State.empty(session, target, noise, self.window)
         at = session.positions(self.window - 1)
         drafts, state.laws = initial_drafts(
@@ -127,7 +127,7 @@ class SpeculativeJacobi:
 class Jacobi:
     """Greedy Jacobi decoding (Song et al. 2021, arXiv:2002.03629): the fixed point of argmax on a window.
 
-    It gives the picture that greedy AR decoding gives, whatever the temperature; it does not sample.
+    It gives the image that greedy AR decoding gives, whatever the temperature; it does not sample.
     """
 
     window: int = option(16, "inputs of a pass, of which all but one are drafts", 2, 64)

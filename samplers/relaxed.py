@@ -1,4 +1,4 @@
-"""Relaxed acceptance: faster than exact verification, and the pictures have another law. Each says so, by name.
+"""Relaxed acceptance: faster than exact verification, and the images have another law. Each says so, by name.
 
 What each parameter does to the law is measured in `docs/relaxed.md`. At its neutral value, every rule here makes the
 same decisions as the exact rule that it relaxes.
@@ -81,7 +81,7 @@ class Lantern(BeamTree):
     """LANTERN (Jang et al. 2024, arXiv:2410.03355): the `k` nearest codes are pooled while their mass is below `delta`.
 
     The tree is EAGLE-2's. `delta` bounds how far one test moves the law of one child; it does not bound what becomes of
-    the picture.
+    the image.
     """
 
     k: int = option(1000, "codes nearest to a draft that are pooled with it", 1, 16384)

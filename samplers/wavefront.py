@@ -1,4 +1,4 @@
-"""Rows of a picture decoded side by side, each a few tokens behind the one above."""
+"""Rows of an image decoded side by side, each a few tokens behind the one above."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ZipAR:
     """
 
     ahead: int = option(8, "tokens that the row above is ahead", 1, 64)
-    grid: int = option(0, "cells in a row of the picture; the pipeline knows it", 0, fixed=True)
+    grid: int = option(0, "cells in a row of the image; the pipeline knows it", 0, fixed=True)
     name: ClassVar[str] = "zipar"
     exact: ClassVar[bool] = False
     capturable: ClassVar[bool] = False  # the host keeps its schedule
@@ -56,7 +56,7 @@ class ZipAR:
 
     @cached_property
     def turns(self) -> list[Turn]:
-        """The passes of a picture of grid x grid tokens; they are the same for every picture."""
+        """The passes of an image of grid x grid tokens; they are the same for every image."""
         size, lag = self.grid, self.lag
         turns = []
         for now in range(size + (size - 1) * lag):
@@ -80,7 +80,7 @@ class ZipAR:
 
     def begin(self, session: Session, target: Target, noise: Noise) -> State:
         if self.grid < 1 or self.grid**2 != session.length:
-            raise VisarError(f"zipar needs grid, the cells in a row of the picture; {self.grid} is not.")
+            raise VisarError(f"zipar needs grid, the cells in a row of the image; {self.grid} is not.")
         return State.empty(session, target, noise, self.window)
 
     def step(self, session: Session, state: State) -> None:

@@ -36,7 +36,7 @@ def counted(commit_pass: torch.Tensor) -> list[list[int]]:
 
 
 def the_map(figure: Figure) -> Any:
-    """The picture that has the colour bar."""
+    """The image that has the colour bar."""
     (image,) = [i for axes in figure.axes for i in axes.images if i.colorbar is not None]
     return image
 
@@ -85,7 +85,7 @@ def test_map_of_a_masked_model_with_given_cells() -> None:
     assert [t.get_text() for t in the_map(named).axes.get_legend().get_texts()] == ["not yet"]
 
 
-def test_picture_beside_and_beneath(text_pipe: TextToImagePipeline) -> None:
+def test_image_beside_and_beneath(text_pipe: TextToImagePipeline) -> None:
     out = text_pipe(["red heart", "cat"], window=4)
     beside = heat_map(out, 1)
     assert len(beside.axes) == 3
@@ -177,7 +177,7 @@ def test_curves_that_cannot_be_drawn() -> None:
         Curve("a", [0, 1], [0])
     with pytest.raises(VisarError, match="series of curve 'a' must be of one length"):
         Curve("a", [0, 1], [0, 1], [0.0])
-    with pytest.raises(VisarError, match="Curve 'a' has 9 tokens of a picture of 8"):
+    with pytest.raises(VisarError, match="Curve 'a' has 9 tokens of an image of 8"):
         commit_curve([Curve("a", [0, 1], [0, 9])], 8)
     with pytest.raises(VisarError, match=r"commit_pass must be \[N\], not \[2, 3\]"):
         Curve.of("a", torch.zeros(2, 3))

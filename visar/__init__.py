@@ -1,4 +1,4 @@
-"""visar: fast decoding of image autoregressive models, with proof of what each speed-up does to the picture."""
+"""visar: fast decoding of image autoregressive models, with proof of what each speed-up does to the image."""
 
 from __future__ import annotations
 

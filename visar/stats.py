@@ -14,7 +14,7 @@ class DecodeStats:
 
     `nfe`: passes of the target model over the batch, the prefill of a caption included; `passes_per_image`: decoding
     passes after which each image was complete; `commits_per_pass`: tokens of an image over its passes, mean over the
-    batch; `seconds`: decoding without prefill, text encoder and picture decoder, the device waited for;
+    batch; `seconds`: decoding without prefill, text encoder and image decoder, the device waited for;
     `draft_seconds`: the part of them that the passes of a drafter took, None where CUDA graphs hide it; `ms_per_pass`:
     milliseconds, drafting included; `gigabytes`: weights and cache read, by count and not by measurement;
     `graph_passes`: those that a CUDA graph took, and `capture_seconds`: the part of `seconds` that went into making it,
@@ -49,9 +49,9 @@ class DecodeStats:
 
     def __str__(self) -> str:
         kind = self.law if not self.exact else "exact"
-        pictures = f"{self.images} image{'' if self.images == 1 else 's'}"
+        images = f"{self.images} image{'' if self.images == 1 else 's'}"
         return (
-            f"{self.sampler} ({kind}): {self.nfe} NFE for {self.tokens} tokens x {pictures}, "
+            f"{self.sampler} ({kind}): {self.nfe} NFE for {self.tokens} tokens x {images}, "
             f"{self.commits_per_pass:.2f} tokens/pass, {self.ms_per_pass:.2f} ms/pass, {self.seconds:.2f} s"
         )
 
@@ -61,9 +61,9 @@ class DecodeStats:
     def _rows(self) -> list[tuple[str, str]]:
         """What a notebook's table says: names and values."""
         if self.exact:
-            law = "exact: pictures have the law of the model's own"
+            law = "exact: images have the law of the model's own"
         else:
-            law = "relaxed: pictures have another law than the model's own" if self.law == "relaxed" else self.law
+            law = "relaxed: images have another law than the model's own" if self.law == "relaxed" else self.law
         return [
             ("sampler", f"{self.sampler} {_listed(self.parameters)}".strip()),
             ("law", law),

@@ -31,9 +31,9 @@ FEW = 16  # so many integers have a colour of their own
 
 @dataclass(frozen=True)
 class Curve:
-    """One run: after `passes[i]` passes, `seconds[i]` after the start, `tokens[i]` of a picture were committed.
+    """One run: after `passes[i]` passes, `seconds[i]` after the start, `tokens[i]` of an image were committed.
 
-    A run that is not over has shorter series; tokens may be a mean over several pictures. Raises `VisarError` where
+    A run that is not over has shorter series; tokens may be a mean over several images. Raises `VisarError` where
     lengths differ.
     """
 
@@ -49,13 +49,13 @@ class Curve:
 
     @classmethod
     def of(cls, label: str, commit_pass: Any, seconds: float | None = None) -> Self:
-        """The curve of a picture from its row of `commit_pass` [N], every pass taking the same part of `seconds`.
+        """The curve of an image from its row of `commit_pass` [N], every pass taking the same part of `seconds`.
 
-        `seconds` is what the picture's own passes took. Tokens that were given are there before the first pass.
+        `seconds` is what the image's own passes took. Tokens that were given are there before the first pass.
         """
         row = _array(commit_pass)
         if row.ndim != 1:
-            raise VisarError(f"A curve is of one picture: commit_pass must be [N], not {list(row.shape)}.")
+            raise VisarError(f"A curve is of one image: commit_pass must be [N], not {list(row.shape)}.")
         passes = int(row.max(initial=-1)) + 1
         tokens = np.cumsum(np.bincount(row + 1, minlength=passes + 1))
         times = None if seconds is None else np.linspace(0, seconds, passes + 1).tolist()
@@ -63,28 +63,28 @@ class Curve:
 
 
 def heat_map(
-    commit_pass: Any, image: int = 0, *, picture: Any = None, over: bool = False, most: int | None = None,
+    commit_pass: Any, row: int = 0, *, image: Any = None, over: bool = False, most: int | None = None,
     missing: str = "given",
 ) -> Figure:  # fmt: skip
-    """For every cell of a picture, how many tokens were committed by the pass that committed it.
+    """For every cell of an image, how many tokens were committed by the pass that committed it.
 
-    `commit_pass` [B, N] or [N] is that of an `ImageOutput`, or the output itself, whose picture is then drawn beside
-    the map. `picture` (PIL or [H, W, 3]) is drawn beside it, or with `over` beneath it in grey. Colours go up to `most`
+    `commit_pass` [B, N] or [N] is that of an `ImageOutput`, or the output itself, whose image is then drawn beside
+    the map. `image` (PIL or [H, W, 3]) is drawn beside it, or with `over` beneath it in grey. Colours go up to `most`
     tokens, by default the most there are; give it to compare maps. Cells of -1 are hatched, and called `missing`.
     Raises `VisarError` for an image that is not there, if N is not a square, or if `most` is too few.
     """
     images = getattr(commit_pass, "images", None)
-    row = _row(getattr(commit_pass, "commit_pass", commit_pass), image)
-    if picture is None and images is not None:
-        picture = images[image]
-    if picture is not None and hasattr(picture, "detach"):  # [3, H, W] in [0, 1], as output_type="pt" has it
-        picture = picture.detach().cpu().float().permute(1, 2, 0).numpy()
-    counts = tokens_per_pass(row)
+    passes = _row(getattr(commit_pass, "commit_pass", commit_pass), row)
+    if image is None and images is not None:
+        image = images[row]
+    if image is not None and hasattr(image, "detach"):  # [3, H, W] in [0, 1], as output_type="pt" has it
+        image = image.detach().cpu().float().permute(1, 2, 0).numpy()
+    counts = tokens_per_pass(passes)
     least = max(1, int(counts.max()))
     if most is not None and most < least:
         raise VisarError(f"A pass kept {least} tokens: colours must go up to so many or more, not {most}.")
     side = 2.6  # inches
-    beside = picture is not None and not over
+    beside = image is not None and not over
     figure = new_figure((side + 0.15) * (2 if beside else 1) + 0.75, side + 0.2, "Tokens kept by each pass, as a map")
     width, height = figure.get_size_inches()
 
@@ -97,13 +97,13 @@ def heat_map(
 
     left = 0.1
     if beside:
-        square(left).imshow(np.asarray(picture), aspect="auto")
+        square(left).imshow(np.asarray(image), aspect="auto")
         left += side + 0.15
     axes = square(left)
     edge = counts.shape[0]
     extent = (0.0, float(edge), float(edge), 0.0)
-    if picture is not None and over:
-        grey = np.asarray(picture)[..., :3].mean(-1)  # colours are those of the map alone
+    if image is not None and over:
+        grey = np.asarray(image)[..., :3].mean(-1)  # colours are those of the map alone
         axes.imshow(grey, cmap="gray", extent=extent, aspect="auto")
     cmap, norm, ticks = _scale(least if most is None else most)
     shown = np.ma.masked_less(counts, 0)
@@ -129,20 +129,20 @@ def tokens_per_pass(commit_pass: Any) -> np.ndarray:
     row = _row(commit_pass, 0)
     side = math.isqrt(row.size)
     if side == 0 or side * side != row.size:
-        raise VisarError(f"A map is of a square picture: commit_pass must hold side x side cells, not {row.size}.")
+        raise VisarError(f"A map is of a square image: commit_pass must hold side x side cells, not {row.size}.")
     counts = np.bincount(row + 1)[row + 1]
     return np.where(row < 0, -1, counts).reshape(side, side)
 
 
 def commit_curve(curves: Sequence[Curve], length: int, *, stacked: bool = False) -> Figure:
-    """Committed tokens of a picture of `length` tokens against passes, and against seconds where any curve has times.
+    """Committed tokens of an image of `length` tokens against passes, and against seconds where any curve has times.
 
     The dotted line is plain AR, one token per pass. Panels are side by side, or `stacked` for a narrow page. Raises
     `VisarError` if a curve has more tokens than `length`.
     """
     for curve in curves:
         if max(curve.tokens, default=0) > length:
-            raise VisarError(f"Curve {curve.label!r} has {max(curve.tokens)} tokens of a picture of {length}.")
+            raise VisarError(f"Curve {curve.label!r} has {max(curve.tokens)} tokens of an image of {length}.")
     timed = any(curve.seconds is not None for curve in curves)
     rows, columns = (1 + timed, 1) if stacked else (1, 1 + timed)
     width, height = 4.0 if columns == 1 else 7.2, 2.9 * rows
@@ -218,7 +218,7 @@ def _array(values: Any) -> np.ndarray:
 
 
 def _row(commit_pass: Any, image: int) -> np.ndarray:
-    """The passes of one picture, [N]."""
+    """The passes of one image, [N]."""
     passes = np.atleast_2d(_array(commit_pass))
     if passes.ndim > 2:
         raise VisarError(f"commit_pass must be [B, N] or [N], not {list(passes.shape)}.")

@@ -1,6 +1,7 @@
 """Trees from measured acceptance: which drafts are worth a place in the pass (as Sequoia, Chen et al. 2024, asks).
 
-Run as `python -m visar.eval.benchmark.calibrate`; the paths that it prints are a `tree` for samplers that draft a static one.
+Run as `python -m visar.eval.benchmark.calibrate`; the paths that it prints are a `tree` for samplers that draft a
+static one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from visar.tables import table
 class Watched(TreeSpeculative):
     """A tree sampler that counts, per depth, the passes that got there and the rank of the child that was accepted.
 
-    For pictures one at a time: rows that are done go on drafting until the last one is.
+    For images one at a time: rows that are done go on drafting until the last one is.
     """
 
     reached: list[int] = field(default_factory=list, compare=False)
@@ -64,20 +65,20 @@ def main() -> int:
     parser.add_argument("--children", type=int, default=5, help="of each node that is watched")
     parser.add_argument("--levels", type=int, default=2, help="that are watched; deeper ones count as the last")
     parser.add_argument("--depth", type=int, default=6, help="of the trees at most")
-    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--nodes", type=int, nargs="+", default=[4, 8, 16, 25, 40])
     options = parser.parse_args()
     try:
         if min(options.nodes) < 1 or max(options.nodes) >= MOST_NODES:
             raise VisarError(f"--nodes must be 1 to {MOST_NODES - 1} drafts.")
-        if not 1 <= options.levels <= options.depth or not 1 <= options.pictures <= len(PROMPTS):
-            raise VisarError(f"--levels must be 1 to --depth, and --pictures 1 to {len(PROMPTS)}.")
+        if not 1 <= options.levels <= options.depth or not 1 <= options.images <= len(PROMPTS):
+            raise VisarError(f"--levels must be 1 to --depth, and --images 1 to {len(PROMPTS)}.")
         watched = Watched(tree="x".join([str(options.children)] * options.levels), drafter=options.kind)
         pipe = TextToImagePipeline.from_pretrained(options.model)
         pipe.set_progress_bar_config(disable=True)
         if options.drafter:
             pipe.load_drafter(options.drafter)
-        for prompt in PROMPTS[: options.pictures]:
+        for prompt in PROMPTS[: options.images]:
             pipe(prompt, sampler=watched, output_type="tokens")
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""Every check that needs a GPU, in one command: `python -m visar.eval.benchmark.gpu_check [--json PATH]`. Prints a short table.
+"""Every check that needs a GPU, in one command: `python -m visar.eval.benchmark.gpu_check [--json PATH]`. Prints a
+short table.
 
 Runs without network and without weights of its own beyond the embedded models, and ends in less than 8 minutes: what is
 not done by then is left out, and said to be. Timings of published sizes use random weights of the true shapes and are
@@ -59,7 +60,7 @@ class Run:
     pipelines: dict[Any, Any] = field(default_factory=dict)
 
     def pipeline(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Any:
-        """An embedded model; in a dry run one whose pictures are of few tokens."""
+        """An embedded model; in a dry run one whose images are of few tokens."""
         key = name, dtype, device or self.device
         if key not in self.pipelines:
             pipe = TextToImagePipeline.from_pretrained(name).to(device or self.device, dtype)
@@ -69,7 +70,7 @@ class Run:
             self.pipelines[key] = pipe
         return self.pipelines[key]
 
-    def pictures(self, full: int) -> list[str]:
+    def images(self, full: int) -> list[str]:
         return list(PROMPTS[: 1 if self.dry else full])
 
 
@@ -152,16 +153,16 @@ def profiles(run: Run) -> Iterator[Check]:
             yield Check(f"profile of icons, {name}{mode}", figure, few)
 
 
-def same_pictures(run: Run) -> Iterator[Check]:
+def same_images(run: Run) -> Iterator[Check]:
     """In fp32 the GPU must draw what the CPU draws; a near tie may flip a token and change what follows it."""
     torch.backends.cuda.matmul.allow_tf32 = False
     pipes = [run.pipeline("icons", device=d) for d in (torch.device("cpu"), run.device)]
-    prompts = run.pictures(8)
+    prompts = run.images(8)
     for name in ("ar", "scd", "eagle") if run.dry else SAMPLERS:
         tokens = [pipe(prompts, sampler=name, output_type="tokens").tokens.cpu() for pipe in pipes]
         same = (tokens[0] == tokens[1]).all(1).sum().item()
         figure = f"{same} of {len(prompts)}"
-        yield Check(f"icons fp32, {name}: pictures equal to the CPU's", figure, same >= len(prompts) - 1)
+        yield Check(f"icons fp32, {name}: images equal to the CPU's", figure, same >= len(prompts) - 1)
 
 
 def continuous(run: Run, name: str) -> Any:
@@ -170,16 +171,16 @@ def continuous(run: Run, name: str) -> Any:
     return get_sampler(name, **{k: v for k, v in few.items() if k in CONTINUOUS[name].parameters()})
 
 
-def same_continuous_pictures(run: Run) -> Iterator[Check]:
+def same_continuous_images(run: Run) -> Iterator[Check]:
     """The same of continuous tokens, which rounding moves a little and a flipped test by more."""
     pipes = [run.pipeline("icons-mar", device=d) for d in (torch.device("cpu"), run.device)]
-    prompts = run.pictures(8)
+    prompts = run.images(8)
     for name in ("mar", "mar-headspec") if run.dry else CONTINUOUS:
         sampler = continuous(run, name)
         tokens = [pipe(prompts, sampler=sampler, output_type="tokens").tokens.cpu() for pipe in pipes]
         same = int(((tokens[0] - tokens[1]).abs().amax((1, 2)) < 0.05).sum())
         figure = f"{same} of {len(prompts)}"
-        yield Check(f"icons-mar fp32, {name}: pictures within 0.05 of the CPU's", figure, same >= len(prompts) - 2)
+        yield Check(f"icons-mar fp32, {name}: images within 0.05 of the CPU's", figure, same >= len(prompts) - 2)
 
 
 def icons_speed(run: Run) -> Iterator[Check]:
@@ -211,8 +212,8 @@ def continuous_speed(run: Run) -> Iterator[Check]:
 # In this order, so that what is left out where time is short is what matters least.
 SECTIONS: dict[str, Callable[[Run], Iterator[Check]]] = {
     "noise": same_noise, "kernels": kernels, "shapes": shape_rows, "profiles": profiles, "speed of icons": icons_speed,
-    "pictures of icons": same_pictures, "speed of icons-mar": continuous_speed,
-    "pictures of icons-mar": same_continuous_pictures,
+    "images of icons": same_images, "speed of icons-mar": continuous_speed,
+    "images of icons-mar": same_continuous_images,
 }  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def profile_passes(
     warm: int = 8,
     graph: Graph | None = None,
 ) -> PassProfile:
-    """Profile `passes` passes of `sampler` in the middle of a fresh session's picture."""
+    """Profile `passes` passes of `sampler` in the middle of a fresh session's image."""
     if (schedule := getattr(sampler, "turns", None)) is not None:  # a fixed one, behind which passes do nothing
         passes = min(passes, (len(schedule) - warm) // 2)
     cuda = session.device.type == "cuda"
@@ -126,7 +126,7 @@ def profile_passes(
 def profile_pipeline(
     pipe: Any, sampler: Any, *, passes: int = 24, warm: int = 8, graph: Graph | None = None, **call: Any
 ) -> PassProfile:
-    """The same of one picture of a pipeline, with whatever drafter its sampler needs; `call` goes to its call."""
+    """The same of one image of a pipeline, with whatever drafter its sampler needs; `call` goes to its call."""
     from visar.eval.benchmark.speed import conditions
 
     if not hasattr(pipe, "gpt"):

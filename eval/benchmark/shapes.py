@@ -1,7 +1,7 @@
 """What a pass of a published shape costs: `visar bench --shapes`. Weights are random, and every result says so.
 
-A pass is timed in the middle of a picture, where the cache has its mean length, so that its time by the number of
-passes is that of a picture. It is held against the bytes that it cannot but read (weights without embedding tables,
+A pass is timed in the middle of an image, where the cache has its mean length, so that its time by the number of
+passes is that of an image. It is held against the bytes that it cannot but read (weights without embedding tables,
 keys and values of what is committed) and against the eager loop that is published, at the same shape.
 """
 
@@ -38,7 +38,7 @@ WINDOWS = (1, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT, the side of its pictures in tokens, and the settings that the authors recommend."""
+    """A GPT, the side of its images in tokens, and the settings that the authors recommend."""
 
     name: str
     gpt: GPTShape
@@ -67,7 +67,7 @@ class Shape:
         return 2 * self.gpt.layers * self.gpt.dim * rows * slots
 
     def streamed(self, batch: int, dtype: torch.dtype) -> int:
-        """Bytes that a pass cannot but read: weights, and both halves of half a picture behind one condition slot.
+        """Bytes that a pass cannot but read: weights, and both halves of half an image behind one condition slot.
 
         A caption's slots have keys that are all zero, and so count as one, which is exact.
         """
@@ -258,7 +258,7 @@ def sampler_of(window: int) -> Sampler:
 
 
 def eager_ms(model: LlamaGen, shape: Shape, batch: int, passes: int) -> float:
-    """Milliseconds per token of the published eager loop in the middle of a picture, drawing included."""
+    """Milliseconds per token of the published eager loop in the middle of an image, drawing included."""
     condition, mask = condition_of(shape, batch)
     loop = EagerLoop(model, condition, mask, length=shape.grid**2, grid=shape.grid, guidance=Guidance(shape.guidance))
     loop.skip_to(shape.grid**2 // 2)
@@ -344,8 +344,8 @@ def shapes_text(report: ShapeReport) -> str:
         parts += ["", profile_text(profiles, ("SHAPE", "DTYPE", "BATCH"))]
     return "\n".join([
         *parts,
-        f"Random weights of the published shapes, guidance on: what a pass costs, nothing of acceptance or pictures. "
-        f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of a picture; copy "
+        f"Random weights of the published shapes, guidance on: what a pass costs, nothing of acceptance or images. "
+        f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of an image; copy "
         f"bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
     ])  # fmt: skip
 

@@ -42,7 +42,7 @@ class HeadFigures:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """Medians over repeats. `nfe`: passes per picture at this batch; ratios are against the first sampler.
+    """Medians over repeats. `nfe`: passes per image at this batch; ratios are against the first sampler.
 
     `ms_per_pass` includes drafting; the drafter's own passes take the share `draft_share` of it.
     """
@@ -113,9 +113,9 @@ def compare(
     seed: int = 0,
     **settings: Any,
 ) -> SpeedReport:
-    """Decode the same `images` pictures with each sampler, `repeats` times, samplers in turn, after one warm-up each.
+    """Decode the same `images` images with each sampler, `repeats` times, samplers in turn, after one warm-up each.
 
-    Times are those of decoding: the text encoder and the picture decoder cost the same for all and are left out.
+    Times are those of decoding: the text encoder and the image decoder cost the same for all and are left out.
     """
     if not samplers:
         raise VisarError("No sampler was given.")

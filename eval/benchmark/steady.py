@@ -1,6 +1,6 @@
-"""The time of a pass in the middle of a picture, through the same loop that decodes pictures.
+"""The time of a pass in the middle of an image, through the same loop that decodes images.
 
-The cache that a pass reads grows with the picture; in the middle it has its mean length. So the rows are moved there
+The cache that a pass reads grows with the image; in the middle it has its mean length. So the rows are moved there
 without decoding what comes before, and put back whenever they come near the end: any number of passes can be timed, and
 all of them cost what the mean pass costs. What the tokens are does not matter for that.
 """
@@ -25,7 +25,7 @@ from visar.samplers import Target
 
 
 class _Enough(Exception):
-    """Ends a decoding whose picture nobody wants."""
+    """Ends a decoding whose image nobody wants."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def steady(
     graph: Graph | None = None,
     traced: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Steady:
-    """Time `passes` passes of `sampler` behind `warm` others, on a fresh session moved to the middle of its picture.
+    """Time `passes` passes of `sampler` behind `warm` others, on a fresh session moved to the middle of its image.
 
     `every`: after how many passes the host takes part, and rows are put back; by default each on a CPU and every
     fourth on a GPU, and both counts are rounded up to multiples of it. A `graph` is captured before the first pass that

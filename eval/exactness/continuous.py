@@ -1,7 +1,8 @@
-"""The exactness proof for continuous tokens: the joint law of whole pictures on models where it is Gaussian and known.
+"""The exactness proof for continuous tokens: the joint law of whole images on models where it is Gaussian and known.
 
-The law comes from `visar.eval.exactness.linear_gaussian`, which shares no code with the engine; its test is `normality_z` of the
-whitened pictures. A law of each token alone would not do: a sampler that never looks at the tokens before passes that.
+The law comes from `visar.eval.exactness.linear_gaussian`, which shares no code with the engine; its test is
+`normality_z` of the whitened images. A law of each token alone would not do: a sampler that never looks at the tokens
+before passes that.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from visar.eval.exactness.linear_gaussian import NARROW, WIDE, GaussianLaw, Sett
 from visar.eval.exactness.normality import divergence, normality_z
 from visar.samplers import CONTINUOUS, ContinuousSpeculative, ContinuousTarget, HeadSpeculation, get_sampler
 
-MUTANT_PICTURES = 16384
+MUTANT_IMAGES = 16384
 SAME = 0.02  # standard deviations by which other matrix shapes may move a token; another decision moves it by about one
 
 
@@ -113,7 +114,7 @@ RELAXED_CASES = ("plain", "guidance 2.5, linear")
 
 
 class Kind(NamedTuple):
-    """What the pictures of a case take turns in: the order of the places [N] and the condition."""
+    """What the images of a case take turns in: the order of the places [N] and the condition."""
 
     order: np.ndarray[Any, np.dtype[np.int64]]
     condition: int
@@ -176,7 +177,7 @@ def run(case: Case, sampler: Any, images: Tensor, seed: int) -> Run:
     session = model.world.session(setting, condition, order, given)
     if isinstance(sampler, ContinuousSpeculative):
         session.draft = model.draft.session(setting, condition, order, given)
-    seed += zlib.crc32(case.name.encode())  # with one noise for all cases, their whitened pictures would be the same
+    seed += zlib.crc32(case.name.encode())  # with one noise for all cases, their whitened images would be the same
     out = decode(session, sampler, ContinuousTarget(case.temperature), Noise(seed, images))
     free = order[:, case.given :]
     x = out.tokens.gather(1, free[..., None].expand(-1, -1, model.world.dim)).flatten(1).double()
@@ -193,7 +194,7 @@ def law(case: Case, kind: int, setting: Setting, model: Model) -> GaussianLaw:
 
 
 class Measured(NamedTuple):
-    """z of the joint law, tokens per pass of a picture, the share of tested drafts kept, and what they came from."""
+    """z of the joint law, tokens per pass of an image, the share of tested drafts kept, and what they came from."""
 
     z: float
     tokens_per_pass: float
@@ -202,8 +203,8 @@ class Measured(NamedTuple):
     commit_pass: Tensor
 
 
-def measure(sampler: Any, case: Case, pictures: int, seed: int, batch: int = 8192) -> Measured:
-    runs = [run(case, sampler, images, seed) for images in torch.arange(pictures).split(batch)]
+def measure(sampler: Any, case: Case, images: int, seed: int, batch: int = 8192) -> Measured:
+    runs = [run(case, sampler, part, seed) for part in torch.arange(images).split(batch)]
     white, commit = (torch.cat(parts) for parts in zip(*((r.white, r.decoded.commit_pass) for r in runs), strict=True))
     tested, accepted = (sum(getattr(r.session, name) for r in runs) for name in ("tested", "accepted"))
     speed = (case.tokens - case.given) / (commit.amax(1) + 1).double().mean().item()
@@ -212,7 +213,7 @@ def measure(sampler: Any, case: Case, pictures: int, seed: int, batch: int = 819
 
 
 def same_alone(sampler: Any, case: Case, measured: Measured, seed: int, images: int = 16) -> bool:
-    """Whether picture i is the same alone, in a batch of 8, and in the large batch that was measured.
+    """Whether image i is the same alone, in a batch of 8, and in the large batch that was measured.
 
     The same up to rounding (`SAME`), as matrix shapes differ, and with every token decided in the same pass.
     """
@@ -233,13 +234,13 @@ def distinct() -> list[str]:
     return list(out.values())
 
 
-def row_of(name: str, sampler: Any, case: Case, kind: str, pictures: int, seed: int) -> Row:
+def row_of(name: str, sampler: Any, case: Case, kind: str, images: int, seed: int) -> Row:
     sampler = configured(sampler, case)
-    found = measure(sampler, case, pictures, seed)
+    found = measure(sampler, case, images, seed)
     alone = kind != "exact" or same_alone(sampler, case, found, seed)
     distance = divergence(found.white) if kind == "relaxed" else None
     return Row(
-        name, case.name, kind, pictures, found.z, found.tokens_per_pass, alone, acceptance=found.acceptance,
+        name, case.name, kind, images, found.z, found.tokens_per_pass, alone, acceptance=found.acceptance,
         distance=distance,
     )  # fmt: skip
 
@@ -255,13 +256,13 @@ def verify_continuous(
     """Test samplers of continuous tokens on every case, then planted mistakes; `report` sees each row as it comes.
 
     Relaxed samplers are not judged: their rows say how far their law is from the one that they approximate, as the
-    divergence of the fitted Gaussian in nats per picture.
+    divergence of the fitted Gaussian in nats per image.
     """
     for name in names or ():
         if name not in CONTINUOUS:
             raise unknown("sampler", name, CONTINUOUS)
     if sequences < 1024:
-        raise VisarError(f"The test of a law needs 1024 pictures or more, not {sequences}.")
+        raise VisarError(f"The test of a law needs 1024 images or more, not {sequences}.")
 
     def rows() -> Iterator[Row]:
         for name in names or distinct():
@@ -274,7 +275,7 @@ def verify_continuous(
         if mutants:
             for mutant in MUTANTS:
                 case = next(c for c in CASES if c.name == mutant.case)
-                yield row_of(mutant.name, mutant.sampler, case, "mutant", max(sequences, MUTANT_PICTURES), seed)
+                yield row_of(mutant.name, mutant.sampler, case, "mutant", max(sequences, MUTANT_IMAGES), seed)
 
     out = []
     for row in rows():

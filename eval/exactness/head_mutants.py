@@ -39,7 +39,7 @@ class StaleGuidance(MaskedAutoregressive):
 
 @dataclass(frozen=True)
 class OneBank(MaskedAutoregressive):
-    """The noise of a picture's tokens is that of its first place."""
+    """The noise of an image's tokens is that of its first place."""
 
     def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
         rows = torch.arange(len(bank.start))

@@ -2,7 +2,7 @@
 
 Its head is the best denoiser of a Gaussian: told m, it guesses the clean token m + k (x - root m). So every head step
 is affine in x with a variance of its own, and a token given m is Gaussian. What the model says of a place is an affine
-function of the known tokens. So whole pictures are Gaussian as well, for any order, plan, guidance and temperature.
+function of the known tokens. So whole images are Gaussian as well, for any order, plan, guidance and temperature.
 
 `World.session` gives the session, in which `MARSession`, `DiffusionChain` and `FlowChain` are real. `World.law` gives
 mean and covariance by linear algebra in float64, from formulas of its own: it shares no code with the engine.

@@ -1,8 +1,9 @@
 """`visar verify --session`: is somebody's model wrapped as a Session in the right way? docs/own-model.md is its page.
 
-First the plain checks of `visar.eval.exactness.session_checks`, each of which names a mistake; where they pass, the joint law of
-every exact sampler on this session, as in `visar.eval.exactness.joint`. The probabilities come from a reference that knows
-nothing of sessions, a function over whole sequences, or without one from the session's passes of one token.
+First the plain checks of `visar.eval.exactness.session_checks`, each of which names a mistake; where they pass, the
+joint law of every exact sampler on this session, as in `visar.eval.exactness.joint`. The probabilities come from a
+reference that knows nothing of sessions, a function over whole sequences, or without one from the session's passes of
+one token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A test of samplers of continuous tokens where no law is known, as on trained weights.
 
 The rank test is simulation-based calibration (Talts et al. 2018, arXiv:1804.06788). A token is set among others that
-plain denoising draws given what its picture had before it; if it has their law, its rank is uniform, and independent of
+plain denoising draws given what its image had before it; if it has their law, its rank is uniform, and independent of
 the other tokens' ranks. It needs no second sampler, and asks for the law given the prefix, which marginals do not show.
 """
 
@@ -42,7 +42,7 @@ def rank_test(
 
     A token and the others are compared along a random direction of its own. z is that of the worst of the chi-square
     tests of each token's ranks and of the correlations of each with the next, corrected for their number. With 4,000
-    pictures it sees a mean that is off by a tenth of a token's standard deviation.
+    images it sees a mean that is off by a tenth of a token's standard deviation.
     """
     target = target or ContinuousTarget()
     tokens = decode(make(images), sampler, target, Noise(seed, images)).tokens

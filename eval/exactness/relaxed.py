@@ -1,7 +1,8 @@
 """How far relaxed samplers move the law: total variation of the *joint* law, on models small enough to enumerate.
 
-Run as `python -m visar.eval.exactness.relaxed`; it prints the table of `docs/relaxed.md`. The toy models are small and their
-drafts good, so the figures say how a parameter acts and what it does not bound, not what it costs on a large model.
+Run as `python -m visar.eval.exactness.relaxed`; it prints the table of `docs/relaxed.md`. The toy models are small and
+their drafts good, so the figures say how a parameter acts and what it does not bound, not what it costs on a large
+model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Plain checks of a Session against a law that is known for every prefix: each names one mistake of wrapping a model.
 
-They come before the joint law of `visar.eval.exactness.own_model`, which would notice the same mistakes and could not name them.
+They come before the joint law of `visar.eval.exactness.own_model`, which would notice the same mistakes and could not
+name them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ Make = Callable[[int, int], Session]  # of a batch size and a window
 class Subject:
     """Sessions to be checked, made by `make`, and `table` [prefixes, V]: the law after every prefix, in float64.
 
-    The prefix (x_0..x_{L-1}) is row V**0 + .. + V**(L-1) + its value base V, as in `visar.eval.exactness.tabular.TabularModel`.
+    The prefix (x_0..x_{L-1}) is row V**0 + .. + V**(L-1) + its value base V, as in
+    `visar.eval.exactness.tabular.TabularModel`.
     """
 
     make: Make

@@ -1,6 +1,6 @@
-"""CLIP score: the cosine between features of a picture and of its caption (Hessel et al. 2021, arXiv:2104.08718).
+"""CLIP score: the cosine between features of an image and of its caption (Hessel et al. 2021, arXiv:2104.08718).
 
-Published figures differ in network, prefix, factor and resizing, which the protocol decides. Pictures and captions are
+Published figures differ in network, prefix, factor and resizing, which the protocol decides. Images and captions are
 paired by id.
 """
 
@@ -14,47 +14,47 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.eval.quality.image_folder import PictureFolder
+from visar.eval.quality.image_folder import ImageFolder
 from visar.eval.quality.metrics.interval import Interval, mean_interval
 
 
 class ImageAndText(Protocol):
     """What `visar.eval.quality.extractors.clip.Clip` is to this file."""
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]: ...
+    def __call__(self, images: Tensor) -> dict[str, Tensor]: ...
 
     def texts(self, captions: list[str]) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class ClipScores:
-    """The score of every picture by id, their mean and its 95% interval, all times the protocol's factor."""
+    """The score of every image by id, their mean and its 95% interval, all times the protocol's factor."""
 
     scores: dict[str, float]
     mean: Interval
 
 
 def clip_scores(
-    folder: PictureFolder,
+    folder: ImageFolder,
     extract: ImageAndText,
     *,
     prefix: str = "A photo depicts ",
     scale: float = 1.0,
-    prepare: Callable[[Tensor], Tensor] = lambda pictures: pictures,
+    prepare: Callable[[Tensor], Tensor] = lambda images: images,
     batch: int = 32,
 ) -> ClipScores:
-    """`scale` times the cosine of every picture with `prefix` + its caption; `prepare` resizes pictures first.
+    """`scale` times the cosine of every image with `prefix` + its caption; `prepare` resizes images first.
 
     Negative cosines stay negative.
     """
     folder.require_captions("The CLIP score")
     scores: dict[str, float] = {}
     ids = list(folder.ids)
-    for pictures in folder.batches(size=batch):
-        part, ids = ids[: len(pictures)], ids[len(pictures) :]
-        images = extract(prepare(pictures))["pool"]
+    for images in folder.batches(size=batch):
+        part, ids = ids[: len(images)], ids[len(images) :]
+        features = extract(prepare(images))["pool"]
         texts = extract.texts([prefix + folder.captions[name] for name in part])
-        cosines = scale * torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1)
+        cosines = scale * torch.nn.functional.cosine_similarity(features.double(), texts.double(), dim=1)
         if not bool(cosines.isfinite().all()):
             raise VisarError(f"The CLIP score of {part[int((~cosines.isfinite()).nonzero()[0])]!r} is not a number.")
         scores |= dict(zip(part, cosines.tolist(), strict=True))

@@ -1,6 +1,6 @@
-"""Did the faster sampler change the pictures? Two folders made from the same prompts, compared picture by picture.
+"""Did the faster sampler change the images? Two folders made from the same prompts, compared image by image.
 
-One question has three sides: are the pictures of one law (all together, and prompt by prompt), do they follow their
+One question has three sides: are the images of one law (all together, and prompt by prompt), do they follow their
 prompts as well as before, and how many are the very same. What chance does is shown beside it: by relabelling within
 pairs, and by further folders of the first sampler under other seeds.
 """
@@ -22,7 +22,7 @@ from visar.errors import VisarError
 from visar.eval.quality.clip_score import clip_scores
 from visar.eval.quality.extractors import Extractor
 from visar.eval.quality.extractors.resize import PREPARE
-from visar.eval.quality.image_folder import PictureFolder
+from visar.eval.quality.image_folder import ImageFolder
 from visar.eval.quality.metrics.energy import PairedEnergy, paired_energy_test
 from visar.eval.quality.protocols import Protocol
 
@@ -46,16 +46,16 @@ class Shift:
 class Comparison:
     """What `compare` found.
 
-    `same`: the share of pictures that are equal in every pixel; `elsewhere`: of those of B, the share that A has of
+    `same`: the share of images that are equal in every pixel; `elsewhere`: of those of B, the share that A has of
     another prompt alone, as when ids were mixed up; `levels`: the mean difference of a pixel, of 255;
-    `tokens`: the share of equal tokens where both folders have them. `overall` compares all pictures, `per_prompt`
+    `tokens`: the share of equal tokens where both folders have them. `overall` compares all images, `per_prompt`
     those of one prompt, where prompts have several. `seeds`: A against other seeds of its own. `reference`: energy
-    distances of A and B to reference pictures. `clip`: scores against their prompts.
+    distances of A and B to reference images. `clip`: scores against their prompts.
     """
 
     a: str
     b: str
-    pictures: int
+    images: int
     prompts: int
     features: str
     weights: str
@@ -73,8 +73,8 @@ class Comparison:
     def found(self) -> dict[str, float]:
         """p of every test of B against A, times their number."""
         tests: dict[str, PairedEnergy | Shift | None] = {
-            "the pictures as a whole": self.overall,
-            "pictures of one prompt": self.per_prompt,
+            "the images as a whole": self.overall,
+            "images of one prompt": self.per_prompt,
             "how well they follow their prompts": self.clip,
         }
         made = {name: test.p for name, test in tests.items() if test is not None}
@@ -95,13 +95,13 @@ class Comparison:
         """A sentence."""
         t = self.overall
         if self.same == 1:
-            return f"The same: all {self.pictures} pictures are equal in every pixel."
-        if n := round(self.elsewhere * self.pictures):
-            return f"Mixed up: {n} of {self.pictures} pictures are those of another prompt; pair them first."
+            return f"The same: all {self.images} images are equal in every pixel."
+        if n := round(self.elsewhere * self.images):
+            return f"Mixed up: {n} of {self.images} images are those of another prompt; pair them first."
         far = f"energy distance {t.distance:.3g}, {100 * max(t.share, 0):.2g}% of what it could be; p {self.p:.2g}"
         if self.changed:
             return f"Changed: {self.what} ({far})."
-        return f"No change seen in {self.pictures} pairs ({far}; seen from {max(t.least, 0):.2g} on)."
+        return f"No change seen in {self.images} pairs ({far}; seen from {max(t.least, 0):.2g} on)."
 
     @property
     def what(self) -> str:
@@ -113,30 +113,30 @@ class Comparison:
 
 
 class Remembering(Extractor):
-    """An extractor that looks at equal pictures once, as one folder is compared with many; `prepare` comes first."""
+    """An extractor that looks at equal images once, as one folder is compared with many; `prepare` comes first."""
 
     def __init__(self, extract: Extractor, prepare: str = "none"):
         self.inner, self.name, self.weights, self.resize = extract, extract.name, extract.weights, extract.resize
         self.versions, self.prepare = extract.versions, PREPARE[prepare]
         self.seen: dict[bytes, Tensor] = {}
 
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        keys = [_digest(picture) for picture in pictures]
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        keys = [_digest(image) for image in images]
         new = {key: i for i, key in enumerate(keys) if key not in self.seen}
         if new:
-            found = self.inner(self.prepare(pictures[list(new.values())]))["pool"]
+            found = self.inner(self.prepare(images[list(new.values())]))["pool"]
             self.seen.update(zip(new, found, strict=True))
         return {"pool": torch.stack([self.seen[key] for key in keys])}
 
 
-def scores_by(protocol: Protocol, extract: Any) -> Callable[[PictureFolder, Sequence[str]], Tensor]:
+def scores_by(protocol: Protocol, extract: Any) -> Callable[[ImageFolder, Sequence[str]], Tensor]:
     """What `compare` takes as `clip`: scores by a protocol such as `clip-vit-b32`, and its extractor."""
     metric = next((m for m in protocol.metrics.values() if m["kind"] == "clip_score"), None)
     if metric is None:
         raise VisarError(f"Protocol {protocol.label} has no CLIP score.")
     known: dict[Path, dict[str, float]] = {}
 
-    def scores(folder: PictureFolder, ids: Sequence[str]) -> Tensor:
+    def scores(folder: ImageFolder, ids: Sequence[str]) -> Tensor:
         if folder.path not in known:
             known[folder.path] = clip_scores(
                 folder, extract, prefix=metric["prefix"], scale=metric["scale"], prepare=PREPARE[protocol.prepare]
@@ -146,42 +146,42 @@ def scores_by(protocol: Protocol, extract: Any) -> Callable[[PictureFolder, Sequ
     return scores
 
 
-def features_of(folder: PictureFolder, ids: Sequence[str], extract: Extractor, batch: int = 32) -> Tensor:
-    """Features [n, D] of the pictures of these ids, in their order; a `VisarError` for any that is not finite."""
+def features_of(folder: ImageFolder, ids: Sequence[str], extract: Extractor, batch: int = 32) -> Tensor:
+    """Features [n, D] of the images of these ids, in their order; a `VisarError` for any that is not finite."""
     found = torch.cat([extract(part)["pool"].float().cpu() for part in folder.batches(ids, batch)])
     if not bool(found.isfinite().all()):
         bad = ids[int((~found.isfinite().all(1)).nonzero()[0])]
-        raise VisarError(f"Features of picture {bad} of {folder.path} are not finite.")
+        raise VisarError(f"Features of image {bad} of {folder.path} are not finite.")
     return found
 
 
-def paired_ids(a: PictureFolder, *others: PictureFolder) -> list[str]:
+def paired_ids(a: ImageFolder, *others: ImageFolder) -> list[str]:
     """The ids of all folders, which must be the same ones, with the same prompts and of one size."""
     for b in others:
         for one, other in ((a, b), (b, a)):
             if missing := sorted(set(one.ids) - set(other.ids)):
                 raise VisarError(
-                    f"{other.path} lacks {len(missing)} pictures that {one.path} has, the first being {missing[0]}; "
+                    f"{other.path} lacks {len(missing)} images that {one.path} has, the first being {missing[0]}; "
                     "compare folders of the same ids."
                 )
         for i in a.ids:
             if a.captions.get(i) != b.captions.get(i) and i in a.captions and i in b.captions:
                 raise VisarError(
-                    f"Picture {i} is of {a.captions[i]!r} in {a.path} and of {b.captions[i]!r} in {b.path}; "
+                    f"Image {i} is of {a.captions[i]!r} in {a.path} and of {b.captions[i]!r} in {b.path}; "
                     "compare folders made from the same prompts."
                 )
         if a.size != b.size:
-            raise VisarError(f"Pictures of {a.path} are of {a.size} pixels and those of {b.path} of {b.size}.")
+            raise VisarError(f"Images of {a.path} are of {a.size} pixels and those of {b.path} of {b.size}.")
     return list(a.ids)
 
 
-def prompt_of(folder: PictureFolder, i: str) -> Hashable:
-    """What a picture was made from: a caption, a class, or no more than its own id."""
+def prompt_of(folder: ImageFolder, i: str) -> Hashable:
+    """What an image was made from: a caption, a class, or no more than its own id."""
     return folder.captions.get(i, folder.records.get(i, {}).get("class", i))
 
 
 def mean_shift(a: Tensor, b: Tensor) -> Shift:
-    """Figures [n] of the pictures of A and of B, in pairs, and their mean difference (a normal interval and test)."""
+    """Figures [n] of the images of A and of B, in pairs, and their mean difference (a normal interval and test)."""
     gap = (b - a).double()
     mean, error = float(gap.mean()), float(gap.std() / math.sqrt(len(gap)))
     p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
@@ -202,7 +202,7 @@ def reference_shift(a: Tensor, b: Tensor, reference: Tensor, resamples: int = 99
     w = torch.stack(draws).double()
 
     def distance(to: Tensor, inside: Tensor) -> Tensor:
-        # A picture drawn twice is no pair of two.
+        # An image drawn twice is no pair of two.
         pairs = ((w @ inside) * w).sum(1) / (n * n - w.square().sum(1))
         return (w @ to) / n - pairs - own
 
@@ -213,7 +213,7 @@ def reference_shift(a: Tensor, b: Tensor, reference: Tensor, resamples: int = 99
     return Shift(float(far_a[0]), float(far_b[0]), float(gap[0]), low, high, min(1.0, max(p, 1 / resamples)))
 
 
-def _pixels(a: PictureFolder, b: PictureFolder, ids: Sequence[str]) -> tuple[float, float, float]:
+def _pixels(a: ImageFolder, b: ImageFolder, ids: Sequence[str]) -> tuple[float, float, float]:
     """`same`, `elsewhere` and `levels` of a `Comparison`."""
     own: dict[bytes, set[Hashable]] = {}
     moved: list[tuple[bytes, Hashable]] = []
@@ -226,16 +226,16 @@ def _pixels(a: PictureFolder, b: PictureFolder, ids: Sequence[str]) -> tuple[flo
             own.setdefault(_digest(x), set()).add(prompt)
             moved.append((_digest(y), prompt))
     gap = torch.cat(gaps)
-    elsewhere = sum(picture in own and prompt not in own[picture] for picture, prompt in moved)
+    elsewhere = sum(image in own and prompt not in own[image] for image, prompt in moved)
     return float((gap == 0).double().mean()), elsewhere / len(ids), float(gap.mean())
 
 
-def _digest(picture: Tensor) -> bytes:
-    return sha256(picture.contiguous().numpy().tobytes()).digest()
+def _digest(image: Tensor) -> bytes:
+    return sha256(image.contiguous().numpy().tobytes()).digest()
 
 
-def _tokens(a: PictureFolder, b: PictureFolder, ids: Sequence[str]) -> float | None:
-    """The share of equal tokens; None if a picture's tokens are not in both manifests."""
+def _tokens(a: ImageFolder, b: ImageFolder, ids: Sequence[str]) -> float | None:
+    """The share of equal tokens; None if an image's tokens are not in both manifests."""
     equal = total = 0
     for i in ids:
         one, other = (folder.records.get(i, {}).get("tokens", []) for folder in (a, b))
@@ -247,25 +247,25 @@ def _tokens(a: PictureFolder, b: PictureFolder, ids: Sequence[str]) -> float | N
 
 
 def compare(
-    a: PictureFolder,
-    b: PictureFolder,
+    a: ImageFolder,
+    b: ImageFolder,
     extract: Extractor,
     *,
-    seeds: Sequence[PictureFolder] = (),
-    reference: PictureFolder | None = None,
-    clip: Callable[[PictureFolder, Sequence[str]], Tensor] | None = None,
+    seeds: Sequence[ImageFolder] = (),
+    reference: ImageFolder | None = None,
+    clip: Callable[[ImageFolder, Sequence[str]], Tensor] | None = None,
     relabellings: int = 1999,
     seed: int = 0,
 ) -> Comparison:
     """Compare folders `a` (plain decoding, say) and `b`, of the same ids and prompts.
 
-    `seeds`: folders as `a` under other seeds; `reference`: pictures that no model made, of any ids; `clip`: gives the
-    score [n] of the pictures of these ids, called with (folder, ids). Of more than 4,096 pairs, so many are chosen by
+    `seeds`: folders as `a` under other seeds; `reference`: images that no model made, of any ids; `clip`: gives the
+    score [n] of the images of these ids, called with (folder, ids). Of more than 4,096 pairs, so many are chosen by
     `seed`. Raises `VisarError` for folders that do not belong together.
     """
     ids = paired_ids(a, b, *seeds)
     if len(ids) < 2:
-        raise VisarError(f"{a.path} holds {len(ids)} pictures; a comparison needs 2 or more.")
+        raise VisarError(f"{a.path} holds {len(ids)} images; a comparison needs 2 or more.")
     if len(ids) > MOST:
         ids = sorted(random.Random(seed).sample(ids, MOST))
     prompts = [prompt_of(a, i) for i in ids]
@@ -285,7 +285,7 @@ def compare(
             known = sorted(random.Random(seed).sample(known, MOST))
         far = reference_shift(features, others, features_of(reference, known, extract))
     return Comparison(
-        a=str(a.path), b=str(b.path), pictures=len(ids), prompts=len(set(prompts)), features=extract.name,
+        a=str(a.path), b=str(b.path), images=len(ids), prompts=len(set(prompts)), features=extract.name,
         weights=extract.weights, same=same, elsewhere=elsewhere, levels=levels,
         tokens=_tokens(a, b, ids), overall=test(others), per_prompt=test(others, prompts) if several else None,
         seeds=tuple(test(features_of(s, ids, extract)) for s in seeds), reference=far,

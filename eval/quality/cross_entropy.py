@@ -1,9 +1,9 @@
-"""What rounding weights does to a model: the change of its cross-entropy, picture by picture, and of its tokens.
+"""What rounding weights does to a model: the change of its cross-entropy, image by image, and of its tokens.
 
-`python -m visar.eval.quality.cross_entropy --data pictures --styles 3d,noto,flat` gives the tokens of real pictures to the
-model (teacher forcing) in float32, and again in bfloat16, with int8 and with float8 weights. The same pictures are
+`python -m visar.eval.quality.cross_entropy --data images --styles 3d,noto,flat` gives the tokens of real images to the
+model (teacher forcing) in float32, and again in bfloat16, with int8 and with float8 weights. The same images are
 given to all, so that the error of a change is that of paired differences, far below that of either mean. Without
-`--data` the pictures are the model's own, drawn in float32 for the prompts or classes given. Weights of any kind are
+`--data` the images are the model's own, drawn in float32 for the prompts or classes given. Weights of any kind are
 measured on any device; what a device decodes with is another matter.
 """
 
@@ -27,7 +27,7 @@ from visar.families.llamagen.gpt import LlamaGen
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.pipelines.base import ImagePipeline
 from visar.training.ar import encode_captions, tokenize
-from visar.training.data import SPLITS, PictureSet
+from visar.training.data import SPLITS, ImageSet
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ VARIANTS: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """Pictures as tokens [n, N] with their conditions: class ids [n], or features [n, T, C] and mask [n, T]."""
+    """Images as tokens [n, N] with their conditions: class ids [n], or features [n, T, C] and mask [n, T]."""
 
     condition: Tensor
     mask: Tensor | None
@@ -69,7 +69,7 @@ class Sample:
 class Change:
     """Nats per token: `cross_entropy` of the variant, its `change` from float32 and the standard error of that."""
 
-    pictures: int
+    images: int
     cross_entropy: float
     change: float
     error: float
@@ -77,7 +77,7 @@ class Change:
 
 @torch.inference_mode()
 def nats(gpt: LlamaGen, sample: Sample, batch: int = 32) -> Tensor:
-    """Cross-entropy of each picture, nats per token, [n] float64."""
+    """Cross-entropy of each image, nats per token, [n] float64."""
     out = []
     for start in range(0, len(sample.tokens), batch):
         part = slice(start, start + batch)
@@ -90,7 +90,7 @@ def nats(gpt: LlamaGen, sample: Sample, batch: int = 32) -> Tensor:
 
 
 def change(before: Tensor, after: Tensor) -> Change:
-    """The paired difference of two runs over the same pictures, [n] each; n is 2 or more."""
+    """The paired difference of two runs over the same images, [n] each; n is 2 or more."""
     difference = after - before
     error = difference.std().item() / len(difference) ** 0.5
     return Change(len(after), after.mean().item(), difference.mean().item(), error)
@@ -109,13 +109,13 @@ def agreement(pipe: ImagePipeline, gpt: LlamaGen, conditions: Sequence[Any], see
     finally:
         pipe.gpt = known
     same = (tokens[0] == tokens[1]).double()
-    return {"pictures": len(same), "equal": same.mean().item(), "until": same.cumprod(1).sum(1).mean().item()}
+    return {"images": len(same), "equal": same.mean().item(), "until": same.cumprod(1).sum(1).mean().item()}
 
 
-def real(pipe: ImagePipeline, data: PictureSet, most: int) -> dict[str, Sample]:
-    """Up to `most` pictures of each split of a picture set, by split. Raises `VisarError` for a class model."""
+def real(pipe: ImagePipeline, data: ImageSet, most: int) -> dict[str, Sample]:
+    """Up to `most` images of each split of an image set, by split. Raises `VisarError` for a class model."""
     if not isinstance(pipe, TextToImagePipeline):
-        raise VisarError("Pictures with captions are for text models; leave --data out and give --class.")
+        raise VisarError("Images with captions are for text models; leave --data out and give --class.")
     out = {}
     pixels = data.pixels(pipe.pixels)
     for split in SPLITS:
@@ -127,7 +127,7 @@ def real(pipe: ImagePipeline, data: PictureSet, most: int) -> dict[str, Sample]:
 
 
 def own(pipe: ImagePipeline, conditions: Sequence[Any], each: int, seed: int) -> Sample:
-    """`each` pictures of every prompt or class, drawn by the model itself as it is used."""
+    """`each` images of every prompt or class, drawn by the model itself as it is used."""
     tokens = [
         pipe([c], num_images_per_prompt=each, seed=seed, output_type="tokens", sampler="ar").tokens for c in conditions
     ]
@@ -150,7 +150,7 @@ def measure(
     out: dict[str, Any] = {
         "float32": {
             "bytes": _bytes(pipe.gpt),
-            "samples": {name: {"pictures": len(x), "cross_entropy": x.mean().item()} for name, x in before.items()},
+            "samples": {name: {"images": len(x), "cross_entropy": x.mean().item()} for name, x in before.items()},
         }
     }
     for label, variant in variants.items():
@@ -173,7 +173,7 @@ def table(report: Mapping[str, Any]) -> str:
     for label, row in report.items():
         lines.append(f"{label}: {row['bytes'] / 1e6:.2f} MB")
         for name, s in row["samples"].items():
-            text = f"  {name} ({s['pictures']}): {s['cross_entropy']:.4f} nats per token"
+            text = f"  {name} ({s['images']}): {s['cross_entropy']:.4f} nats per token"
             lines.append(text + (f", {s['change']:+.5f} +- {s['error']:.5f}" if "change" in s else ""))
         if "tokens" in row:
             t = row["tokens"]
@@ -186,10 +186,10 @@ def table(report: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--model", default="icons")
-    options.add_argument("--data", help="a picture set; default: the model's own pictures")
+    options.add_argument("--data", help="an image set; default: the model's own images")
     options.add_argument("--styles", default="")
     options.add_argument("--without-groups", default="")
-    options.add_argument("--pictures", type=int, default=400, help="of each split, or of each prompt (default: 400)")
+    options.add_argument("--images", type=int, default=400, help="of each split, or of each prompt (default: 400)")
     options.add_argument("--prompt", action="append", default=[], help="repeatable; default: a few that icons knows")
     options.add_argument("--class", dest="classes", type=int, action="append", default=[], help="repeatable")
     options.add_argument("--weights", default=";".join(VARIANTS), help='separated by ";"; default: all')
@@ -201,8 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = [label.strip() for label in given.weights.split(";")]
         if unknown := [label for label in wanted if label not in VARIANTS]:
             raise VisarError(f"There are no weights {unknown[0]!r}; there are {'; '.join(VARIANTS)}.")
-        if given.pictures < 2:
-            raise VisarError(f"--pictures must be 2 or more, not {given.pictures}.")
+        if given.images < 2:
+            raise VisarError(f"--images must be 2 or more, not {given.images}.")
         kind = ClassToImagePipeline if given.classes else TextToImagePipeline
         pipe = kind.from_pretrained(given.model).to(given.device, torch.float32)
         if not isinstance(pipe.model, LlamaGen):
@@ -211,9 +211,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         conditions = given.classes or given.prompt or ["a red heart, 3d", "a lion, noto", "a green apple, flat"]
         if given.data:
             styles, without = (tuple(filter(None, x.split(","))) for x in (given.styles, given.without_groups))
-            samples = real(pipe, PictureSet(given.data, styles, without), given.pictures)
+            samples = real(pipe, ImageSet(given.data, styles, without), given.images)
         else:
-            samples = {"own": own(pipe, conditions, given.pictures, given.seed)}
+            samples = {"own": own(pipe, conditions, given.images, given.seed)}
         report = measure(pipe, samples, conditions, {label: VARIANTS[label] for label in wanted}, given.seed)
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)

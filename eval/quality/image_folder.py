@@ -1,7 +1,7 @@
-"""Pictures on disk as evaluation reads them: a folder of files or an ADM batch, with ids, captions and a fingerprint.
+"""Images on disk as evaluation reads them: a folder of files or an ADM batch, with ids, captions and a fingerprint.
 
 Everything is paired by id and never by order. JPEG is refused by default because it changes FID (Parmar et al. 2022,
-arXiv:2104.11222); lossy WebP is JPEG by another name. A picture with transparent pixels is refused: what it looks like
+arXiv:2104.11222); lossy WebP is JPEG by another name. An image with transparent pixels is refused: what it looks like
 depends on what lies behind it.
 """
 
@@ -29,7 +29,7 @@ _MODES = {"RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"}
 
 
 @dataclass(frozen=True)
-class PictureFolder:
+class ImageFolder:
     """`ids` are sorted, numbers in them by value. `captions` and `records` (lines of the manifest) are by id, and lack
     an id that has none.
 
@@ -48,21 +48,21 @@ class PictureFolder:
     @staticmethod
     def open(
         path: str | Path, jpeg_allowed: bool = False, mixed_allowed: bool = False, captions: str | Path | None = None
-    ) -> PictureFolder:
+    ) -> ImageFolder:
         """Look at every file's header, and read none in full.
 
         `jpeg_allowed` and `mixed_allowed` (sizes) are for sets of photographs, as COCO is. `captions` is a JSON file
-        {id: caption}, for pictures without a manifest and without `<stem>.txt` beside each.
+        {id: caption}, for images without a manifest and without `<stem>.txt` beside each.
         """
         path = Path(path)
         if not path.exists():
-            raise VisarError(f"There are no pictures at {path}.")
+            raise VisarError(f"There are no images at {path}.")
         if path.is_dir():
             found = _open_folder(path, jpeg_allowed, mixed_allowed)
         elif path.suffix == ".npz":
             found = _open_npz(path)
         else:
-            raise VisarError(f"{path} is neither a folder of pictures nor an .npz batch.")
+            raise VisarError(f"{path} is neither a folder of images nor an .npz batch.")
         if captions is not None:
             found.captions.update(_captions_of(Path(captions), found.ids))
         return found
@@ -73,20 +73,20 @@ class PictureFolder:
     def batches(self, ids: Sequence[str] | None = None, size: int = 32) -> Iterator[Tensor]:
         """uint8 tensors [B, 3, H, W], B at most `size`, of the given ids (default: all) in their order.
 
-        Where sizes differ, a batch ends before a picture of another size. Rows of an npz come in their own order only,
+        Where sizes differ, a batch ends before an image of another size. Rows of an npz come in their own order only,
         so that the file is read once, from front to end.
         """
         if size < 1:
-            raise VisarError(f"A batch must hold 1 or more pictures, not {size}.")
+            raise VisarError(f"A batch must hold 1 or more images, not {size}.")
         wanted = self.ids if ids is None else tuple(ids)
         if strange := sorted(set(wanted) - set(self.ids)):
-            raise VisarError(f"{self.path} has no picture of id {strange[0]!r}.")
+            raise VisarError(f"{self.path} has no image of id {strange[0]!r}.")
         pending: list[Tensor] = []
-        for picture in self._rows(wanted) if self.format == "npz" else map(self._read, wanted):
-            if pending and (len(pending) == size or picture.shape != pending[0].shape):
+        for image in self._rows(wanted) if self.format == "npz" else map(self._read, wanted):
+            if pending and (len(pending) == size or image.shape != pending[0].shape):
                 yield torch.stack(pending)
                 pending = []
-            pending.append(picture)
+            pending.append(image)
         if pending:
             yield torch.stack(pending)
 
@@ -94,7 +94,7 @@ class PictureFolder:
         """sha256 (hex) of ids and contents; captions and where the files lie do not matter."""
         total = hashlib.sha256()
         if self.format == "npz":
-            contents = (picture.numpy().tobytes() for picture in self._rows(self.ids))
+            contents = (image.numpy().tobytes() for image in self._rows(self.ids))
         else:
             contents = (self.files[name].read_bytes() for name in self.ids)
         for name, content in zip(self.ids, contents, strict=True):
@@ -102,31 +102,31 @@ class PictureFolder:
         return total.hexdigest()
 
     def require_captions(self, what: str) -> None:
-        """`VisarError` unless every picture has a caption."""
+        """`VisarError` unless every image has a caption."""
         if without := [name for name in self.ids if name not in self.captions]:
             raise VisarError(
-                f"{what} needs a caption for every picture, and {len(without)} of {self.path} have none, as "
-                f"{without[0]!r}: give a manifest, <stem>.txt beside each picture, or a JSON file of captions."
+                f"{what} needs a caption for every image, and {len(without)} of {self.path} have none, as "
+                f"{without[0]!r}: give a manifest, <stem>.txt beside each image, or a JSON file of captions."
             )
 
     def _read(self, name: str) -> Tensor:
-        """One picture [3, H, W], uint8."""
+        """One image [3, H, W], uint8."""
         file = self.files[name]
         try:
             with Image.open(file) as image:
                 clear = image.mode in ("RGBA", "LA") or "transparency" in image.info
                 pixels = np.array(image.convert("RGBA" if clear else "RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise VisarError(f"{file} is not a picture that can be read: {error}.") from error
+            raise VisarError(f"{file} is not an image that can be read: {error}.") from error
         if clear and pixels[:, :, 3].min() < 255:
             raise VisarError(f"{file} has transparent pixels; save it as RGB on a background.")
         pixels = np.ascontiguousarray(pixels[:, :, :3])
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _rows(self, wanted: Sequence[str]) -> Iterator[Tensor]:
-        """Rows [3, H, W] of the npz, one at a time: 50,000 pictures of 256 pixels would take 10 GB."""
+        """Rows [3, H, W] of the npz, one at a time: 50,000 images of 256 pixels would take 10 GB."""
         if list(wanted) != sorted(wanted):  # numbers of one width
-            raise VisarError(f"Pictures of {self.path} can be read in the order of their rows only.")
+            raise VisarError(f"Images of {self.path} can be read in the order of their rows only.")
         assert self.size is not None
         chosen, shape = set(wanted), (*self.size, 3)
         with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as data:
@@ -134,35 +134,33 @@ class PictureFolder:
             for name in self.ids:
                 content = data.read(shape[0] * shape[1] * 3)
                 if len(content) != shape[0] * shape[1] * 3:
-                    raise VisarError(f"{self.path} ends before its last picture.")
+                    raise VisarError(f"{self.path} ends before its last image.")
                 if name in chosen:
                     yield torch.from_numpy(np.frombuffer(content, np.uint8).reshape(shape).copy()).permute(2, 0, 1)
 
 
-def has_pictures(path: Path) -> bool:
-    """Whether this is a folder, or an .npz with pictures in it, perhaps beside moments, as ADM's references are."""
+def has_images(path: Path) -> bool:
+    """Whether this is a folder, or an .npz with images in it, perhaps beside moments, as ADM's references are."""
     if path.is_dir() or not path.is_file() or not zipfile.is_zipfile(path):
         return path.is_dir()
     with zipfile.ZipFile(path) as archive:
         return "arr_0.npy" in archive.namelist()
 
 
-def _open_folder(path: Path, jpeg_allowed: bool, mixed_allowed: bool) -> PictureFolder:
+def _open_folder(path: Path, jpeg_allowed: bool, mixed_allowed: bool) -> ImageFolder:
     records = _manifest(path / MANIFEST) if (path / MANIFEST).exists() else {}
     if records:
         files = {name: path / str(record["file"]) for name, record in records.items()}
         if missing := [file for file in files.values() if not file.is_file()]:
-            raise VisarError(f"{len(missing)} pictures of {path / MANIFEST} are missing, as {missing[0]}.")
+            raise VisarError(f"{len(missing)} images of {path / MANIFEST} are missing, as {missing[0]}.")
         named = set(files.values())
-        extra = [
-            file for at in sorted({path, *(f.parent for f in named)}) for file in _pictures(at) if file not in named
-        ]
+        extra = [file for at in sorted({path, *(f.parent for f in named)}) for file in _images(at) if file not in named]
         if extra:
-            raise VisarError(f"{len(extra)} pictures are not in {path / MANIFEST}, as {extra[0]}.")
+            raise VisarError(f"{len(extra)} images are not in {path / MANIFEST}, as {extra[0]}.")
         captions = {name: str(record["prompt"]) for name, record in records.items() if "prompt" in record}
     else:
         files = {}
-        for file in _pictures(path):
+        for file in _images(path):
             if file.stem in files:
                 raise VisarError(f"{files[file.stem]} and {file} have one name, so one id; rename one.")
             files[file.stem] = file
@@ -172,26 +170,26 @@ def _open_folder(path: Path, jpeg_allowed: bool, mixed_allowed: bool) -> Picture
             if file.with_suffix(".txt").is_file()
         }
     if not files:
-        raise VisarError(f"There are no pictures in {path}; .png and lossless .webp files are read.")
+        raise VisarError(f"There are no images in {path}; .png and lossless .webp files are read.")
     looks = {name: _look(file, jpeg_allowed) for name, file in files.items()}
     sizes = {size for _, size in looks.values()}
     if len(sizes) > 1 and not mixed_allowed:
         (one, (_, a)), *others = looks.items()
         two, b = next((name, size) for name, (_, size) in others if size != a)
         differ = f"{files[one].name} is {a[1]}x{a[0]}, {files[two].name} {b[1]}x{b[0]}"
-        raise VisarError(f"Pictures of {path} must have one size: {differ}.")
+        raise VisarError(f"Images of {path} must have one size: {differ}.")
     formats = "+".join(sorted({form for form, _ in looks.values()}))
     size = sizes.pop() if len(sizes) == 1 else None
-    return PictureFolder(path, tuple(sorted(files, key=_number_order)), files, size, formats, captions, records)
+    return ImageFolder(path, tuple(sorted(files, key=_number_order)), files, size, formats, captions, records)
 
 
 def _number_order(name: str) -> tuple[list[str | int], str]:
-    """Sorts "2" before "10": the Inception score of splits needs the order that a batch of the same pictures has."""
+    """Sorts "2" before "10": the Inception score of splits needs the order that a batch of the same images has."""
     parts = re.split("([0-9]+)", name)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
 
 
@@ -201,15 +199,15 @@ def _look(file: Path, jpeg_allowed: bool) -> tuple[str, tuple[int, int]]:
         with Image.open(file) as image:
             form, mode, size = (image.format or "").lower(), image.mode, (image.height, image.width)
     except (OSError, SyntaxError, ValueError) as error:
-        raise VisarError(f"{file} is not a picture that can be read.") from error
+        raise VisarError(f"{file} is not an image that can be read.") from error
     if mode not in _MODES:
-        raise VisarError(f"{file} has pixels of kind {mode}; pictures must have 8 bits per channel.")
+        raise VisarError(f"{file} has pixels of kind {mode}; images must have 8 bits per channel.")
     lossy = form == "webp" and not _lossless_webp(file)
     if form not in ("png", "webp", "jpeg"):
-        raise VisarError(f"{file} is a {form} file; pictures must be PNG or lossless WebP.")
+        raise VisarError(f"{file} is a {form} file; images must be PNG or lossless WebP.")
     if (form == "jpeg" or lossy) and not jpeg_allowed:
         name = "lossy WebP" if lossy else "JPEG"
-        raise VisarError(f"{file} is {name}, which changes the figures; pictures must be PNG or lossless WebP.")
+        raise VisarError(f"{file} is {name}, which changes the figures; images must be PNG or lossless WebP.")
     return form, size
 
 
@@ -233,15 +231,15 @@ def _manifest(file: Path) -> dict[str, dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-            name, picture = str(record["id"]), str(record["file"])
+            name, image = str(record["id"]), str(record["file"])
         except (ValueError, KeyError, TypeError) as error:
             raise VisarError(f'Line {number} of {file} is not a JSON object with "id" and "file".') from error
-        if name in out or picture in files:
+        if name in out or image in files:
             raise VisarError(f"Line {number} of {file} repeats an id or a file of a line before, {name!r}.")
         out[name] = record
-        files.add(picture)
+        files.add(image)
     if not out:
-        raise VisarError(f"{file} names no pictures.")
+        raise VisarError(f"{file} names no images.")
     return out
 
 
@@ -262,14 +260,14 @@ def _read_header(data: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     return read(data)
 
 
-def _open_npz(path: Path) -> PictureFolder:
+def _open_npz(path: Path) -> ImageFolder:
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as data:
             shape, fortran, kind = _read_header(data)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise VisarError(f"{path} holds no pictures: an .npz batch has them in `arr_0`.") from error
+        raise VisarError(f"{path} holds no images: an .npz batch has them in `arr_0`.") from error
     if len(shape) != 4 or shape[3] != 3 or kind != np.uint8 or fortran or not shape[0]:
         raise VisarError(f"`arr_0` of {path} must be uint8 [N, H, W, 3], not {kind} {[*shape]}.")
     digits = len(str(shape[0] - 1))
     ids = tuple(f"{i:0{digits}d}" for i in range(shape[0]))
-    return PictureFolder(path, ids, {}, (shape[1], shape[2]), "npz")
+    return ImageFolder(path, ids, {}, (shape[1], shape[2]), "npz")

@@ -1,4 +1,4 @@
-"""Figures of pictures by a named protocol, and moments of reference pictures to take them against."""
+"""Figures of images by a named protocol, and moments of reference images to take them against."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visar.errors import VisarError
 from visar.eval.quality.clip_score import ImageAndText, clip_scores
 from visar.eval.quality.extractors import Extractor, get_extractor
 from visar.eval.quality.extractors.resize import PREPARE
-from visar.eval.quality.image_folder import PictureFolder, has_pictures
+from visar.eval.quality.image_folder import ImageFolder, has_images
 from visar.eval.quality.metrics.frechet import (
     Moments,
     StoredMoments,
@@ -31,42 +31,42 @@ from visar.eval.quality.metrics.mmd import cmmd, kid
 from visar.eval.quality.protocols import COMPARING, Protocol, get_protocol
 from visar.eval.quality.result import Result
 
-Source = str | Path | PictureFolder
+Source = str | Path | ImageFolder
 
-_NEEDS = {  # features of every picture, where moments do not do
+_NEEDS = {  # features of every image, where moments do not do
     "inception_score": "logits", "precision": "pool", "recall": "pool", "kid": "pool", "cmmd": "pool",
 }  # fmt: skip
 
 
 @dataclass
 class _Seen:
-    """What was taken of a set of pictures, by the name of the features: moments, and those of every picture [n, D]."""
+    """What was taken of a set of images, by the name of the features: moments, and those of every image [n, D]."""
 
     moments: dict[str, Moments]
     features: dict[str, Tensor]
 
 
 class _Reference:
-    """Moments, pictures or both (as ADM's files hold them)."""
+    """Moments, images or both (as ADM's files hold them)."""
 
     def __init__(self, source: Source, protocol: Protocol) -> None:
         self.stored: StoredMoments | None = None
-        self.pictures: PictureFolder | None = None
-        if isinstance(source, PictureFolder):
-            self.pictures = source
+        self.images: ImageFolder | None = None
+        if isinstance(source, ImageFolder):
+            self.images = source
             return
         path = Path(source)
         if has_moments(path):
             self.stored = load_moments(path)
-        if self.stored is None or has_pictures(path):
-            self.pictures = PictureFolder.open(path, jpeg_allowed=True, mixed_allowed=protocol.pixels is None)
+        if self.stored is None or has_images(path):
+            self.images = ImageFolder.open(path, jpeg_allowed=True, mixed_allowed=protocol.pixels is None)
 
     def cannot(self, metric: Mapping[str, Any]) -> str:
         """Why this metric cannot be taken against it, or nothing."""
         if metric["kind"] == "frechet" and self.stored is not None:
             known = metric["features"] in self.stored.moments
             return "" if known else f"the reference has no moments of {metric['features']} features"
-        return "the reference has moments and no pictures" if self.pictures is None else ""
+        return "the reference has moments and no images" if self.images is None else ""
 
     def must_fit(self, protocol: Protocol, extractor: Extractor) -> None:
         """Moments that say of which features they are must be of these."""
@@ -91,16 +91,16 @@ def measure(
     weights: str | None = None,
     extractor: Extractor | None = None,
 ) -> Result:
-    """Measure the pictures as the protocol says; every picture is looked at once.
+    """Measure the images as the protocol says; every image is looked at once.
 
-    `reference`: pictures, moments of `reference_stats`, or published mu and sigma; metrics that it cannot serve are
+    `reference`: images, moments of `reference_stats`, or published mu and sigma; metrics that it cannot serve are
     left out and named. `seed` draws KID's subsets. `weights`: a file of the extractor's. `extractor`: one that is
-    loaded. Errors: too few pictures, another size or format, captions that are missing, features that are no numbers.
+    loaded. Errors: too few images, another size or format, captions that are missing, features that are no numbers.
     """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
-    pictures = folder if isinstance(folder, PictureFolder) else PictureFolder.open(folder)
-    size = _allowed(protocol, pictures)
-    _enough(protocol, len(pictures), "Protocol")
+    images = folder if isinstance(folder, ImageFolder) else ImageFolder.open(folder)
+    size = _allowed(protocol, images)
+    _enough(protocol, len(images), "Protocol")
     comparing = any(metric["kind"] in COMPARING for metric in protocol.metrics.values())
     if comparing and reference is None:
         raise VisarError(f"Protocol {protocol.label} needs a reference: {protocol.reference}")
@@ -115,7 +115,7 @@ def measure(
     if not metrics:
         raise VisarError(f"The reference serves no metric of {protocol.label}: {next(iter(left_out.values()))}.")
     if any(metric["kind"] == "clip_score" for metric in metrics.values()):
-        pictures.require_captions(f"Protocol {protocol.label}")
+        images.require_captions(f"Protocol {protocol.label}")
     extract = _extractor(protocol, extractor, device, weights)
 
     other, hashes = _Seen({}, {}), {}
@@ -125,20 +125,20 @@ def measure(
         if against.stored is not None:
             hashes["moments"] = against.stored.fingerprint
             asked = [m for m in asked if m["kind"] != "frechet"]
-        if asked and against.pictures is not None:
-            _enough(protocol, len(against.pictures), "The reference of protocol")
-            hashes["pictures"] = against.pictures.fingerprint()
-            other = _look(against.pictures, extract, protocol, asked, batch)
+        if asked and against.images is not None:
+            _enough(protocol, len(against.images), "The reference of protocol")
+            hashes["images"] = against.images.fingerprint()
+            other = _look(against.images, extract, protocol, asked, batch)
         if against.stored is not None:
             other.moments.update(against.stored.moments)
-    own = _look(pictures, extract, protocol, list(metrics.values()), batch)
+    own = _look(images, extract, protocol, list(metrics.values()), batch)
 
     values: dict[str, float] = {}
     spread: dict[str, tuple[float, float]] = {}
     for name, metric in metrics.items():
         if metric["kind"] == "clip_score":
             found = clip_scores(
-                pictures, cast(ImageAndText, extract), prefix=metric["prefix"], scale=metric["scale"],
+                images, cast(ImageAndText, extract), prefix=metric["prefix"], scale=metric["scale"],
                 prepare=PREPARE[protocol.prepare], batch=batch,
             ).mean  # fmt: skip
             values[name], spread[name] = found.mean, (found.low, found.high)
@@ -150,8 +150,8 @@ def measure(
         else:
             values[name] = _value(metric, own, other, device)
     return Result(
-        protocol.label, values, spread, left_out, len(pictures), extract.name, extract.weights, extract.resize,
-        protocol.prepare, size, pictures.format, pictures.fingerprint(), hashes, _versions(extract), seed,
+        protocol.label, values, spread, left_out, len(images), extract.name, extract.weights, extract.resize,
+        protocol.prepare, size, images.format, images.fingerprint(), hashes, _versions(extract), seed,
     )  # fmt: skip
 
 
@@ -165,55 +165,55 @@ def reference_stats(
     weights: str | None = None,
     extractor: Extractor | None = None,
 ) -> StoredMoments:
-    """Moments of reference pictures, and an .npz of them that says of which pictures and features they are.
+    """Moments of reference images, and an .npz of them that says of which images and features they are.
 
-    Several sources are parts of one reference: pictures, or files of this function, so that parts may be made apart.
+    Several sources are parts of one reference: images, or files of this function, so that parts may be made apart.
     """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     asked = [metric for metric in protocol.metrics.values() if metric["kind"] == "frechet"]
     if not asked:
-        raise VisarError(f"Protocol {protocol.label} has no Frechet distance, so no moments: give it the pictures.")
+        raise VisarError(f"Protocol {protocol.label} has no Frechet distance, so no moments: give it the images.")
     parts = [_Reference(part, protocol) for part in ([sources] if isinstance(sources, Source) else sources)]
     extract = _extractor(protocol, extractor, device, weights)
     total = {metric["features"]: Moments() for metric in asked}
-    pictures: list[str] = []
+    images: list[str] = []
     for part in parts:
         if part.stored is not None:
             part.must_fit(protocol, extract)
-            pictures += part.stored.provenance.get("pictures", [])
+            images += part.stored.provenance.get("images", [])
             found = part.stored.moments
         else:
-            assert part.pictures is not None
-            pictures.append(part.pictures.fingerprint())
-            found = _look(part.pictures, extract, protocol, asked, batch).moments
+            assert part.images is not None
+            images.append(part.images.fingerprint())
+            found = _look(part.images, extract, protocol, asked, batch).moments
         if missing := sorted(set(total) - set(found)):
             raise VisarError(f"A part of the reference has no moments of {missing[0]} features.")
         for name, moments in total.items():
             moments.merge(found[name])
-    if len(set(pictures)) < len(pictures):
-        raise VisarError("The same pictures are in two parts of the reference.")
+    if len(set(images)) < len(images):
+        raise VisarError("The same images are in two parts of the reference.")
     _enough(protocol, min(moments.n or 0 for moments in total.values()), "The reference of protocol")
     provenance = {
         "protocol": protocol.label, "extractor": extract.name, "weights": extract.weights, "resize": extract.resize,
-        "prepare": protocol.prepare, "pictures": pictures, "versions": _versions(extract),
+        "prepare": protocol.prepare, "images": images, "versions": _versions(extract),
     }  # fmt: skip
     save_moments(out, total, provenance)
     return StoredMoments(total, provenance)
 
 
 def _look(
-    pictures: PictureFolder, extract: Extractor, protocol: Protocol, metrics: list[dict[str, Any]], batch: int
+    images: ImageFolder, extract: Extractor, protocol: Protocol, metrics: list[dict[str, Any]], batch: int
 ) -> _Seen:
-    """Run the pictures through the extractor once, and take what the metrics need."""
+    """Run the images through the extractor once, and take what the metrics need."""
     moments = {metric["features"]: Moments() for metric in metrics if metric["kind"] == "frechet"}
     kept: dict[str, list[Tensor]] = {_NEEDS[m["kind"]]: [] for m in metrics if m["kind"] in _NEEDS}
     if not moments and not kept:
         return _Seen({}, {})
-    for part in pictures.batches(size=batch):
+    for part in images.batches(size=batch):
         found = extract(PREPARE[protocol.prepare](part))
         for name in {*moments, *kept}:
             if not bool(found[name].isfinite().all()):
-                raise VisarError(f"Pictures of {pictures.path} have {extract.name} features that are NaN or infinite.")
+                raise VisarError(f"Images of {images.path} have {extract.name} features that are NaN or infinite.")
         for name, of in moments.items():
             of.add(found[name])
         for name, features in kept.items():
@@ -222,7 +222,7 @@ def _look(
 
 
 def _value(metric: Mapping[str, Any], own: _Seen, other: _Seen, device: torch.device | str) -> float:
-    """A metric that is one number. Distances between all pictures are taken on a GPU where there is one."""
+    """A metric that is one number. Distances between all images are taken on a GPU where there is one."""
     if metric["kind"] == "frechet":
         return frechet_distance(own.moments[metric["features"]], other.moments[metric["features"]])
     if metric["kind"] == "inception_score":
@@ -253,28 +253,28 @@ def _extractor(
     return extractor
 
 
-def _allowed(protocol: Protocol, pictures: PictureFolder) -> tuple[int, int]:
-    """The size of the measured pictures, which must be one, in formats and of the pixels that the protocol allows."""
-    if wrong := sorted(set(pictures.format.split("+")) - set(protocol.formats)):
+def _allowed(protocol: Protocol, images: ImageFolder) -> tuple[int, int]:
+    """The size of the measured images, which must be one, in formats and of the pixels that the protocol allows."""
+    if wrong := sorted(set(images.format.split("+")) - set(protocol.formats)):
         allowed = ", ".join(protocol.formats)
-        raise VisarError(f"Protocol {protocol.label} measures {allowed} files, and {pictures.path} has {wrong[0]}.")
-    if pictures.size is None:
-        raise VisarError(f"Protocol {protocol.label} measures pictures of one size; those of {pictures.path} differ.")
-    if protocol.pixels is not None and pictures.size != (protocol.pixels, protocol.pixels):
-        height, width = pictures.size
+        raise VisarError(f"Protocol {protocol.label} measures {allowed} files, and {images.path} has {wrong[0]}.")
+    if images.size is None:
+        raise VisarError(f"Protocol {protocol.label} measures images of one size; those of {images.path} differ.")
+    if protocol.pixels is not None and images.size != (protocol.pixels, protocol.pixels):
+        height, width = images.size
         raise VisarError(
-            f"Protocol {protocol.label} measures pictures of {protocol.pixels}x{protocol.pixels} pixels, not "
+            f"Protocol {protocol.label} measures images of {protocol.pixels}x{protocol.pixels} pixels, not "
             f"{width}x{height}; resize a decoder's output before it is rounded to 8 bits."
         )
-    return pictures.size
+    return images.size
 
 
 def _enough(protocol: Protocol, n: int, who: str) -> None:
     if n < protocol.least:
-        raise VisarError(f"{who} {protocol.label} needs {protocol.least} or more pictures, and there are {n}.")
+        raise VisarError(f"{who} {protocol.label} needs {protocol.least} or more images, and there are {n}.")
     if n < protocol.warn_below:
         warnings.warn(
-            f"{who} {protocol.label} has {n} of the {protocol.wanted} pictures wanted: figures of under "
+            f"{who} {protocol.label} has {n} of the {protocol.wanted} images wanted: figures of under "
             f"{protocol.warn_below} are biased or uncertain, and compare with those of equal counts only.",
             stacklevel=3,
         )  # fmt: skip

@@ -27,8 +27,8 @@ class Result:
     prepare: str
     pixels: tuple[int, int]  # height, width
     format: str
-    pictures: str
-    reference: dict[str, str]  # of its moments, its pictures, or both; empty where there is none
+    images: str
+    reference: dict[str, str]  # of its moments, its images, or both; empty where there is none
     versions: dict[str, str]
     seed: int
 

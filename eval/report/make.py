@@ -1,4 +1,4 @@
-"""What a list of samplers does to one model: their speed, their pictures, and whether these changed.
+"""What a list of samplers does to one model: their speed, their images, and whether these changed.
 
 Every sampler draws the same prompts under the same seed into a folder of its own, and is compared with the first, which
 is drawn once more under another seed: that is what chance does. The page is made by `visar.eval.report.page`.
@@ -15,25 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.bulk import Condition, sample_pictures
+from visar.bulk import Condition, sample_images
 from visar.errors import VisarError
 from visar.eval.benchmark.speed import SpeedReport
 from visar.eval.benchmark.speed import compare as compare_speed
 from visar.eval.quality.compare import Comparison, compare
 from visar.eval.quality.extractors import Extractor
-from visar.eval.quality.image_folder import PictureFolder
+from visar.eval.quality.image_folder import ImageFolder
 from visar.pipelines.base import ImagePipeline
 from visar.samplers import AnySampler
 
-PICTURES = "pictures"  # the folder of the samplers' folders
+IMAGES = "images"  # the folder of the samplers' folders
 OTHER_SEED = " (another seed)"
 
-Scores = Callable[[PictureFolder, Sequence[str]], Tensor]
+Scores = Callable[[ImageFolder, Sequence[str]], Tensor]
 
 
 @dataclass(frozen=True)
 class Worst:
-    """A pair of pictures of one prompt, and how much worse that of B is."""
+    """A pair of images of one prompt, and how much worse that of B is."""
 
     id: str
     prompt: str
@@ -42,7 +42,7 @@ class Worst:
 
 @dataclass(frozen=True)
 class Entry:
-    """A sampler's folder and what became of its pictures; the first sampler is compared with its own other seed."""
+    """A sampler's folder and what became of its images; the first sampler is compared with its own other seed."""
 
     label: str
     exact: bool
@@ -82,7 +82,7 @@ def make_report(
     count: int,
     batch: int = 16,
     seed: int = 0,
-    reference: PictureFolder | None = None,
+    reference: ImageFolder | None = None,
     clip: Scores | None = None,
     speed_images: int = 8,
     worst: int = 4,
@@ -90,31 +90,31 @@ def make_report(
     tell: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> Report:
-    """Draw `count` pictures with each sampler into folders in `out`, measure speed at batch 1, and compare.
+    """Draw `count` images with each sampler into folders in `out`, measure speed at batch 1, and compare.
 
-    A report that was cut short goes on: pictures that are there are not drawn again. `tell` gets a line for each
-    sampler. `settings` go to the pipeline. Raises `VisarError` for fewer than two samplers, and as `sample_pictures`
+    A report that was cut short goes on: images that are there are not drawn again. `tell` gets a line for each
+    sampler. `settings` go to the pipeline. Raises `VisarError` for fewer than two samplers, and as `sample_images`
     and `compare` do.
     """
     if len(samplers) < 2:
         raise VisarError("A report compares 2 or more samplers; the first is what the others are compared with.")
     labels = list(samplers)
 
-    def drawn(label: str, folder: str, at: int) -> PictureFolder:
-        told = sample_pictures(
-            pipe, conditions, out / PICTURES / folder, count=count, sampler=samplers[label], batch=batch, seed=at,
+    def drawn(label: str, folder: str, at: int) -> ImageFolder:
+        told = sample_images(
+            pipe, conditions, out / IMAGES / folder, count=count, sampler=samplers[label], batch=batch, seed=at,
             model=model, progress=progress, **settings,
         )  # fmt: skip
         tell(str(told))
-        return PictureFolder.open(out / PICTURES / folder)
+        return ImageFolder.open(out / IMAGES / folder)
 
     names = {label: _slug(label) for label in labels}
     first = drawn(labels[0], names[labels[0]], seed)
     again = drawn(labels[0], f"{names[labels[0]]}-seed-{seed + 1}", seed + 1)
     entries = [_entry(labels[0], samplers[labels[0]], first, again, extract, reference, clip, worst)]
     for label in labels[1:]:
-        pictures = drawn(label, names[label], seed)
-        entries.append(_entry(label, samplers[label], first, pictures, extract, reference, clip, worst))
+        images = drawn(label, names[label], seed)
+        entries.append(_entry(label, samplers[label], first, images, extract, reference, clip, worst))
     for entry in entries:
         tell(f"{entry.label}{OTHER_SEED if entry is entries[0] else ''}: {entry.comparison.verdict}")
     speed = compare_speed(pipe, samplers, images=speed_images, repeats=1, seed=seed, **settings)
@@ -125,10 +125,10 @@ def make_report(
 def _entry(
     label: str,
     sampler: AnySampler,
-    a: PictureFolder,
-    b: PictureFolder,
+    a: ImageFolder,
+    b: ImageFolder,
     extract: Extractor,
-    reference: PictureFolder | None,
+    reference: ImageFolder | None,
     clip: Scores | None,
     worst: int,
 ) -> Entry:

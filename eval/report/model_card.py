@@ -1,7 +1,7 @@
 """The figures and contact sheets of a trained model's card.
 
-`python -m visar.eval.report.model_card --data pictures --styles 3d,noto,flat --out FOLDER` measures reconstruction PSNR and
-next-token cross-entropy (of a MAR the loss of its head) on the training set and on both hold-outs, beside a bigram
+`python -m visar.eval.report.model_card --data images --styles 3d,noto,flat --out FOLDER` measures reconstruction PSNR
+and next-token cross-entropy (of a MAR the loss of its head) on the training set and on both hold-outs, beside a bigram
 baseline, and draws prompts of each kind that a fixed seed chooses, not a hand.
 """
 
@@ -21,21 +21,21 @@ from visar.files import replacing, writable_folder
 from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
 from visar.training.ar import bigram_cross_entropy, cross_entropy, tokenize
 from visar.training.autoencoder import psnr as latent_psnr
-from visar.training.data import SPLITS, PictureSet, to_unit
+from visar.training.data import SPLITS, ImageSet, to_unit
 from visar.training.mar import LatentSamples, MARLoss, mean_loss
 from visar.training.tokenizer import psnr
 
 TITLES = {
-    "train": "prompts of training pictures",
+    "train": "prompts of training images",
     "unseen-style": "known concept, drawing never seen",
     "unseen-concept": "concept never seen",
 }
 
 
 def masked_figures(
-    pipe: MaskedTextToImagePipeline, data: PictureSet, size: int, most: int = 256
+    pipe: MaskedTextToImagePipeline, data: ImageSet, size: int, most: int = 256
 ) -> dict[str, dict[str, float]]:
-    """Per split: the number of pictures, PSNR in dB, and the head's loss with half to all of the tokens hidden."""
+    """Per split: the number of images, PSNR in dB, and the head's loss with half to all of the tokens hidden."""
     pixels = data.pixels(size)
     samples = LatentSamples(pipe.vae, pipe.text_encoder, data, size)
     out = {}
@@ -43,15 +43,15 @@ def masked_figures(
         rows = data.indices(split)
         if rows:
             out[split] = {
-                "pictures": len(rows),
+                "images": len(rows),
                 "psnr_db": round(latent_psnr(pipe.vae, pixels[rows[:most]]), 2),
                 "loss": round(mean_loss(MARLoss(pipe.mar), samples, rows[:most]), 4),
             }
     return out
 
 
-def figures(pipe: TextToImagePipeline, data: PictureSet, size: int, most: int = 400) -> dict[str, dict[str, float]]:
-    """Per split: the number of pictures, PSNR in dB, cross-entropy and that of a bigram in nats per token."""
+def figures(pipe: TextToImagePipeline, data: ImageSet, size: int, most: int = 400) -> dict[str, dict[str, float]]:
+    """Per split: the number of images, PSNR in dB, cross-entropy and that of a bigram in nats per token."""
     if isinstance(pipe, MaskedTextToImagePipeline):
         return masked_figures(pipe, data, size)
     pixels = data.pixels(size)
@@ -63,7 +63,7 @@ def figures(pipe: TextToImagePipeline, data: PictureSet, size: int, most: int = 
         if not rows:
             continue
         out[split] = {
-            "pictures": len(data.indices(split)),
+            "images": len(data.indices(split)),
             "psnr_db": round(psnr(pipe.vq, pixels[rows]), 2),
             "cross_entropy": round(
                 cross_entropy(pipe.gpt, pipe.text_encoder, [data.records[i] for i in rows], tokens[rows]), 3
@@ -74,11 +74,11 @@ def figures(pipe: TextToImagePipeline, data: PictureSet, size: int, most: int = 
 
 
 def recognition(
-    pipe: TextToImagePipeline, data: PictureSet, size: int, count: int = 96, seed: int = 0
+    pipe: TextToImagePipeline, data: ImageSet, size: int, count: int = 96, seed: int = 0
 ) -> dict[str, float]:
-    """How often the training picture nearest to what a training prompt gives shows the concept that was asked for.
+    """How often the training image nearest to what a training prompt gives shows the concept that was asked for.
 
-    Near is by the pixels in 16x16 cells. `chance` is what a training picture taken at random would reach.
+    Near is by the pixels in 16x16 cells. `chance` is what a training image taken at random would reach.
     """
 
     def cells(unit: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def recognition(
     return {"prompts": len(rows), **{name: round(n / len(rows), 3) for name, n in shares.items()}}
 
 
-def chosen(data: PictureSet, split: str, count: int, seed: int) -> list[str]:
+def chosen(data: ImageSet, split: str, count: int, seed: int) -> list[str]:
     """Prompts of different concepts of a split, drawn by a seed."""
     prompts = sorted({data.records[i].concept: data.records[i].prompt() for i in data.indices(split)}.values())
     return random.Random(seed).sample(prompts, min(count, len(prompts)))
@@ -111,7 +111,7 @@ def chosen(data: PictureSet, split: str, count: int, seed: int) -> list[str]:
 def sheet(
     pipe: TextToImagePipeline, prompts: list[str], columns: int = 8, scale: int = 2, seed: int = 0
 ) -> Image.Image:
-    """The pictures of the prompts, one each, with the prompt under each."""
+    """The images of the prompts, one each, with the prompt under each."""
     images = [im for i in range(0, len(prompts), 16) for im in pipe(prompts[i : i + 16], seed=seed).images or ()]
     side, text = images[0].width * scale, 14
     canvas = Image.new("RGB", (columns * side, -(-len(images) // columns) * (side + text)), "white")
@@ -138,7 +138,7 @@ def main() -> int:
     try:
         folder = writable_folder(given.out)
         styles, without = (tuple(filter(None, x.split(","))) for x in (given.styles, given.without_groups))
-        data = PictureSet(given.data, styles, without)
+        data = ImageSet(given.data, styles, without)
         pipe = TextToImagePipeline.from_pretrained(given.model).to(torch.float32)
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs no other, and the same in Markdown with its pictures beside it."""
+"""The page of a report: one HTML file that needs no other, and the same in Markdown with its images beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visar.eval.report.plots import Point, draw
 from visar.files import replacing, writable_folder
 
 ROWS = 8  # prompts in the grid
-SIDE = 96  # pixels of a picture on the page, at least
+SIDE = 96  # pixels of an image on the page, at least
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
@@ -29,8 +29,8 @@ figcaption { font-size: 13px; color: #555; max-width: 14rem; }
 .changed { color: #a40000; } .same { color: #2d6a2d; }
 """
 HEADER = (
-    "sampler", "law", "NFE", "tokens per pass", "ms per pass", "s per picture", "NFE ratio", "time ratio",
-    "same pictures", "same tokens", "energy distance", "seen from", "p", "from the reference", "change of score",
+    "sampler", "law", "NFE", "tokens per pass", "ms per pass", "s per image", "NFE ratio", "time ratio",
+    "same images", "same tokens", "energy distance", "seen from", "p", "from the reference", "change of score",
     "verdict",
 )  # fmt: skip
 
@@ -41,9 +41,7 @@ def write_page(report: Report, out: str | Path) -> list[Path]:
     files = [folder / name for name in ("report.html", "report.md", "report.json", "plot.svg", "grid.webp")]
     page, text, figures, plot, grid = files
     first = report.entries[0].label
-    draw(
-        _points(report), plot, x=f"NFE, as a share of {first}'s", y=f"energy distance from {first}'s pictures", floor=0
-    )
+    draw(_points(report), plot, x=f"NFE, as a share of {first}'s", y=f"energy distance from {first}'s images", floor=0)
     with replacing(grid) as temporary:
         _grid(report).save(temporary, quality=85)
     with replacing(figures) as temporary:
@@ -100,13 +98,13 @@ def _facts(report: Report) -> list[str]:
     first = report.entries[0].label
     settings = ", ".join(f"{name} {value}" for name, value in report.settings.items() if value is not None)
     return [
-        f"{c.pictures} pictures of {c.prompts} prompts by {report.model}, seed {report.seed}"
+        f"{c.images} images of {c.prompts} prompts by {report.model}, seed {report.seed}"
         + (f", {settings}." if settings else "."),
-        f"Compared with {first} under the same seed, picture by picture; {first} itself with its own seed "
+        f"Compared with {first} under the same seed, image by image; {first} itself with its own seed "
         f"{report.seed + 1}, which is what chance does.",
         f"Energy distances of {c.features} features (weights {c.weights[:12]}): 0 on average where the law is one, so "
         "below 0 as often as above. p: of relabelling within pairs, and of scores, times the number of tests.",
-        f"Speed: {s.device}, {s.dtype}, {s.threads} threads, batch {s.batch}, {s.images} pictures, in one run; ratios "
+        f"Speed: {s.device}, {s.dtype}, {s.threads} threads, batch {s.batch}, {s.images} images, in one run; ratios "
         f"are against {first}. Intervals are of 95%.",
     ]
 
@@ -118,7 +116,7 @@ def _thumbnail(file: Path) -> Image.Image:
 
 
 def _prompts(report: Report) -> list[tuple[str, str]]:
-    """The first pictures' files and prompts, of different prompts."""
+    """The first images' files and prompts, of different prompts."""
     manifest = (report.entries[0].folder / "manifest.jsonl").read_text().splitlines()
     out: dict[str, str] = {}
     for line in map(json.loads, manifest):
@@ -136,16 +134,16 @@ def _columns(report: Report) -> list[tuple[str, Path]]:
 def _grid(report: Report) -> Image.Image:
     """A column for each sampler, a row for each prompt."""
     columns, prompts = _columns(report), _prompts(report)
-    pictures = [[_thumbnail(folder / file) for _, folder in columns] for file, _ in prompts]
-    side, margin, head = pictures[0][0].width, 150, 16
-    canvas = Image.new("RGB", (margin + side * len(columns), head + pictures[0][0].height * len(prompts)), "white")
+    images = [[_thumbnail(folder / file) for _, folder in columns] for file, _ in prompts]
+    side, margin, head = images[0][0].width, 150, 16
+    canvas = Image.new("RGB", (margin + side * len(columns), head + images[0][0].height * len(prompts)), "white")
     pen = ImageDraw.Draw(canvas)
     for x, (title, _) in enumerate(columns):
         pen.text((margin + x * side + 2, 2), title[: side // 6], fill="black")
-    for y, (row, (_, prompt)) in enumerate(zip(pictures, prompts, strict=True)):
+    for y, (row, (_, prompt)) in enumerate(zip(images, prompts, strict=True)):
         pen.text((2, head + y * row[0].height + 4), prompt[:24], fill="black")
-        for x, picture in enumerate(row):
-            canvas.paste(picture, (margin + x * side, head + y * picture.height))
+        for x, image in enumerate(row):
+            canvas.paste(image, (margin + x * side, head + y * image.height))
     return canvas
 
 
@@ -157,7 +155,7 @@ def _markdown(report: Report) -> str:
         *(f"| {' | '.join(row)} |" for row in rows), "",
         "![passes against energy distance](plot.svg)", "", "## The same prompts and seeds", "",
         "![a column for each sampler](grid.webp)", "", "## What changed most", "",
-        f"Per sampler, the pictures that lost most by {report.ranked_by}:", "",
+        f"Per sampler, the images that lost most by {report.ranked_by}:", "",
         *(f"- {_title(e, report)}: " + "; ".join(f"{w.prompt} ({w.drop:.3g})" for w in e.worst)
           for e in report.entries), "",
     ]  # fmt: skip
@@ -198,8 +196,8 @@ def _worst(entry: Entry, report: Report) -> str:
     for w in entry.worst:
         pair = [_thumbnail(folder / f"{w.id}.png") for folder in (Path(entry.comparison.a), entry.folder)]
         both = Image.new("RGB", (2 * pair[0].width + 4, pair[0].height), "white")
-        for x, picture in enumerate(pair):
-            both.paste(picture, (x * (picture.width + 4), 0))
+        for x, image in enumerate(pair):
+            both.paste(image, (x * (image.width + 4), 0))
         buffer = BytesIO()
         both.save(buffer, "webp", lossless=True)
         caption = html.escape(f"{w.prompt} ({w.drop:.3g})")

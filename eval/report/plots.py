@@ -1,4 +1,4 @@
-"""What speed costs, as a picture: samplers by their speed and by how far they move the law or the pictures."""
+"""What speed costs, as an image: samplers by their speed and by how far they move the law or the images."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.bulk.test_run import manifest, names, pictures
+from tests.bulk.test_run import images, manifest, names
 from visar.bulk import export, export_npz
 from visar.cli import main
 from visar.text_encoders.words import WordEncoder
@@ -36,7 +36,7 @@ def read(file: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def geneval_run(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures of GenEval's two prompts."""
+    """Eight images of GenEval's two prompts."""
     folder = tmp_path_factory.mktemp("geneval")
     (folder / "metadata.jsonl").write_text("\n".join(GENEVAL) + "\n")
     assert run("sample", "--model", text_folder, "--prompts", folder / "metadata.jsonl", "-n", 8, "--out",
@@ -70,7 +70,7 @@ def test_sample(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
              "--temperature", 0.8, "--guidance-scale", 1.5, "--out", tmp_path / "a"]  # fmt: skip
     assert run(*given) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(f"sjd (exact): 5 pictures in {tmp_path / 'a'}, 5 of them drawn now, ")
+    assert out.startswith(f"sjd (exact): 5 images in {tmp_path / 'a'}, 5 of them drawn now, ")
     assert err == "visar: note: Words not known to this model were left out: zebra.\n"  # and no bar: this is no tty
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (about["model"], about["batch"], about["count"], about["seed"]) == (str(text_folder), 3, 5, 4)
@@ -79,10 +79,10 @@ def test_sample(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
                                  "temperature": 0.8, "top_k": 9, "top_p": 0.9}  # fmt: skip
     assert run(*given, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["pictures"], found["drawn"], found["exact"], found["folder"]) == (5, 0, True, str(tmp_path / "a"))
+    assert (found["images"], found["drawn"], found["exact"], found["folder"]) == (5, 0, True, str(tmp_path / "a"))
 
 
-def test_its_pictures_are_those_of_generate(text_folder: Path, tmp_path: Path) -> None:
+def test_its_images_are_those_of_generate(text_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("cat\n")
     assert run("sample", "--model", text_folder, "--prompts", tmp_path / "p.txt", "-n", 3, "--out", tmp_path / "a") == 0
     assert run("generate", "cat", "-n", 3, "--model", text_folder, "-o", tmp_path / "b") == 0
@@ -96,10 +96,10 @@ def test_the_bar_counts_what_is_there(text_folder: Path, tmp_path: Path, capsys:
 
     pipe = TextToImagePipeline.from_pretrained(text_folder)
     pipe.set_progress_bar_config(disable=True)
-    visar.bulk.sample_pictures(pipe, ["cat", "dog"], tmp_path, count=4, batch=2)
-    visar.bulk.sample_pictures(pipe, ["cat", "dog"], tmp_path, count=8, batch=2, progress=True)
+    visar.bulk.sample_images(pipe, ["cat", "dog"], tmp_path, count=4, batch=2)
+    visar.bulk.sample_images(pipe, ["cat", "dog"], tmp_path, count=8, batch=2, progress=True)
     shown = capsys.readouterr().err.replace("\r", "\n").split("\n")
-    bars = [line for line in shown if "picture" in line]
+    bars = [line for line in shown if "image" in line]
     assert " 4/8 [" in bars[0] and " 8/8 [" in bars[-1] and "<" in bars[-1]
 
 
@@ -114,12 +114,12 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
     assert run(*given) == 0
     lines = manifest(tmp_path / "a")
     assert [line["index"] for line in lines] == [0, 0, 1, 1] and lines[0]["stats"]["head_rounds"] == 16  # 4 of 6 steps
-    assert len(set(pictures(tmp_path / "a").values())) == 4
+    assert len(set(images(tmp_path / "a").values())) == 4
     (tmp_path / "a" / "000002.png").unlink()
-    before = pictures(tmp_path / "a")
+    before = images(tmp_path / "a")
     capsys.readouterr()
     assert run(*given) == 0 and "1 of them drawn now" in capsys.readouterr().out
-    assert before.items() < pictures(tmp_path / "a").items()
+    assert before.items() < images(tmp_path / "a").items()
     assert run(*given, "--tokens") == 2
     assert "--tokens is for models of discrete tokens; this one's are vectors." in capsys.readouterr().err
     assert run(*given[:7], "--out", tmp_path / "b") == 0  # its default sampler, with no more passes than tokens
@@ -223,12 +223,12 @@ def test_npz_of_classes(class_run: Path) -> None:
 
 def test_npz_of_prompts(geneval_run: Path, tmp_path: Path, capsys: Capture) -> None:
     assert run("export", geneval_run, "--layout", "npz", tmp_path / "a.npz") == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'a.npz'}: 8 pictures of {geneval_run}\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'a.npz'}: 8 images of {geneval_run}\n"
     assert sorted(np.load(tmp_path / "a.npz")) == ["arr_0"] and names(tmp_path) == ["a.npz"]
 
 
 def test_geneval(geneval_run: Path, tmp_path: Path) -> None:
-    """Each prompt's line as it was, and its pictures in the order of their indices."""
+    """Each prompt's line as it was, and its images in the order of their indices."""
     (tmp_path / "out").mkdir()
     assert run("export", geneval_run, "--layout", "geneval", tmp_path / "out") == 0
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["00000", "00001"]
@@ -243,7 +243,7 @@ def test_geneval(geneval_run: Path, tmp_path: Path) -> None:
 
 
 def test_dpg(dpg_run: Path, tmp_path: Path) -> None:
-    """The crops that its evaluator takes are the prompt's four pictures, in the order of their indices."""
+    """The crops that its evaluator takes are the prompt's four images, in the order of their indices."""
     assert run("export", dpg_run, "--layout", "dpg", tmp_path / "new" / "out") == 0
     assert names(tmp_path / "new" / "out") == ["31.png", "COCO_7.png"]
     for prompt, name in enumerate(("COCO_7", "31")):
@@ -255,7 +255,7 @@ def test_dpg(dpg_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["npz", "geneval", "dpg"])
-@pytest.mark.parametrize("damage", ["no manifest", "no picture", "half a picture", "longer", "no run"])
+@pytest.mark.parametrize("damage", ["no manifest", "no image", "half an image", "longer", "no run"])
 def test_an_unfinished_run_is_not_exported(
     dpg_run: Path, tmp_path: Path, capsys: Capture, layout: str, damage: str
 ) -> None:
@@ -263,9 +263,9 @@ def test_an_unfinished_run_is_not_exported(
     shutil.copytree(dpg_run, folder)
     if damage == "no manifest":
         (folder / "manifest.jsonl").unlink()
-    elif damage == "no picture":
+    elif damage == "no image":
         (folder / "000003.png").unlink()
-    elif damage == "half a picture":
+    elif damage == "half an image":
         (folder / "000003.png").write_bytes((folder / "000003.png").read_bytes()[:60])
     elif damage == "longer":
         about = json.loads((folder / "run.json").read_text())
@@ -293,9 +293,9 @@ def test_what_does_not_fit_a_layout(
         (class_run, "geneval", "new", "The layout 'geneval' is for prompts, and this run is of classes."),
         (class_run, "dpg", "new", "The layout 'dpg' is for prompts, and this run is of classes."),
         (dpg_run, "geneval", "new", "GenEval's evaluator reads a 'tag' of each prompt"),
-        (geneval_run, "dpg", "new", "DPG-Bench names pictures by the item_id"),
+        (geneval_run, "dpg", "new", "DPG-Bench names images by the item_id"),
         (tmp_path / "dot", "dpg", "new", "give each prompt an id without . / and \\, not 'a.b'."),
-        (tmp_path / "two", "dpg", "new", "DPG-Bench takes 4 pictures of each prompt; sample with -n 4."),
+        (tmp_path / "two", "dpg", "new", "DPG-Bench takes 4 images of each prompt; sample with -n 4."),
         (dpg_run, "dpg", "full", "is in the way: give a folder that is new or empty."),
         (geneval_run, "geneval", "two.jsonl", "is in the way: give a folder that is new or empty."),
         (dpg_run, "npz", "full", "is a folder; give a .npz file."),
@@ -308,7 +308,7 @@ def test_what_does_not_fit_a_layout(
         export(dpg_run, "npy", tmp_path / "a")
 
 
-def test_a_picture_of_another_size_is_no_npz(dpg_run: Path, tmp_path: Path) -> None:
+def test_a_image_of_another_size_is_no_npz(dpg_run: Path, tmp_path: Path) -> None:
     shutil.copytree(dpg_run, tmp_path / "run")
     Image.new("RGB", (4, 4)).save(tmp_path / "run" / "000005.png")
     with pytest.raises(ValueError, match=r"000005\.png is of another size"):

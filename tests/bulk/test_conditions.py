@@ -1,4 +1,4 @@
-"""Bulk sampling: which picture has which condition, the files that conditions are read from, and bad input."""
+"""Bulk sampling: which image has which condition, the files that conditions are read from, and bad input."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from tests.bulk.test_run import manifest, names
-from visar.bulk import Condition, read_classes, read_prompts, sample_pictures
+from visar.bulk import Condition, read_classes, read_prompts, sample_images
 from visar.bulk.conditions import Interleaved
 from visar.errors import VisarError
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 
 
 def test_classes_are_balanced_and_interleaved(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="11 pictures are no multiple of 4 classes: the first 3 get one more"):
-        sample_pictures(class_pipe, [6, 0, 3, 1], tmp_path, count=11, batch=5, seed=2, tokens=True)
+    with pytest.warns(UserWarning, match="11 images are no multiple of 4 classes: the first 3 get one more"):
+        sample_images(class_pipe, [6, 0, 3, 1], tmp_path, count=11, batch=5, seed=2, tokens=True)
     lines = manifest(tmp_path)
     assert [line["class"] for line in lines] == [6, 0, 3, 1, 6, 0, 3, 1, 6, 0, 3]
     assert [line["index"] for line in lines] == [0] * 4 + [1] * 4 + [2] * 3
@@ -27,21 +27,21 @@ def test_classes_are_balanced_and_interleaved(class_pipe: ClassToImagePipeline, 
         assert lines[i]["tokens"] == alone.tokens[0].tolist()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sample_pictures(class_pipe, [6, 0, 3, 1], tmp_path / "even", count=8)
+        sample_images(class_pipe, [6, 0, 3, 1], tmp_path / "even", count=8)
 
 
 def test_a_round_larger_than_a_batch(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
     """Batches that hold the end of a round and the beginning of the next."""
     prompts = ["red", "blue", "cat", "dog", "city"]
-    sample_pictures(text_pipe, prompts, tmp_path, count=10, batch=3, seed=1, tokens=True)
+    sample_images(text_pipe, prompts, tmp_path, count=10, batch=3, seed=1, tokens=True)
     for i, line in enumerate(manifest(tmp_path)):
         alone = text_pipe(prompts[i % 5], seed=1, first_image=i // 5, output_type="tokens")
         assert line["tokens"] == alone.tokens[0].tolist()
 
 
-def test_a_prompt_that_is_given_twice_has_other_pictures(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
-    """Each of its pictures is the next one of the prompt, whatever batch it is in."""
-    sample_pictures(text_pipe, ["red", "cat", "red"], tmp_path, count=8, batch=2, tokens=True)
+def test_a_prompt_that_is_given_twice_has_other_images(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
+    """Each of its images is the next one of the prompt, whatever batch it is in."""
+    sample_images(text_pipe, ["red", "cat", "red"], tmp_path, count=8, batch=2, tokens=True)
     lines = manifest(tmp_path)
     assert [line["index"] for line in lines] == [0, 0, 1, 2, 1, 3, 4, 2]
     for line in lines:
@@ -51,7 +51,7 @@ def test_a_prompt_that_is_given_twice_has_other_pictures(text_pipe: TextToImageP
 
 
 @pytest.mark.parametrize("values", [[1, 2, 3], [1, 2, 1], [4], [1, 1, 2, 3, 2, 5, 7]])
-def test_an_index_counts_the_pictures_of_a_value(values: list[int]) -> None:
+def test_an_index_counts_the_images_of_a_value(values: list[int]) -> None:
     order = Interleaved([Condition(v) for v in values])
     seen: Counter[int] = Counter()
     for i in range(40):
@@ -81,9 +81,9 @@ def test_class_lists(tmp_path: Path) -> None:
         ([1], {}, "This model draws from a prompt, and it was given a class"),
         (["cat", " "], {}, "The prompt is empty"),
         (["cat", "zebra"], {}, "No word of the prompt 'zebra' is known"),
-        (["cat"], {"count": 0}, "number of pictures must be 1 or more, not 0"),
-        (["cat"], {"count": 2**24 + 1}, "at most 16777216 pictures of one condition"),
-        (["cat"], {"batch": 0}, "batch must be 1 or more pictures, not 0"),
+        (["cat"], {"count": 0}, "number of images must be 1 or more, not 0"),
+        (["cat"], {"count": 2**24 + 1}, "at most 16777216 images of one condition"),
+        (["cat"], {"batch": 0}, "batch must be 1 or more images, not 0"),
         (["cat"], {"sampler": "mar"}, "Sampler 'mar' does not decode this model"),
         (["cat"], {"sampler": "speculative"}, "Sampler 'speculative' needs a smaller model"),
         (["cat"], {"warmth": 2}, "There is no setting 'warmth'"),
@@ -94,13 +94,13 @@ def test_bad_input_leaves_nothing(
     text_pipe: TextToImagePipeline, tmp_path: Path, conditions: list[Any], other: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(VisarError, match=message):
-        sample_pictures(text_pipe, conditions, tmp_path / "new" / "own", **other)
+        sample_images(text_pipe, conditions, tmp_path / "new" / "own", **other)
     assert names(tmp_path) == []
 
 
 def test_bad_classes(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
     with pytest.raises(VisarError, match="Class 7 does not exist; this model knows 0 to 6"):
-        sample_pictures(class_pipe, [0, 7], tmp_path / "own")
+        sample_images(class_pipe, [0, 7], tmp_path / "own")
     with pytest.raises(VisarError, match="This model draws from a class, and it was given a prompt"):
-        sample_pictures(class_pipe, ["cat"], tmp_path / "own")
+        sample_images(class_pipe, ["cat"], tmp_path / "own")
     assert names(tmp_path) == []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bulk.test_run import PROMPTS, manifest, names, pictures, told
+from tests.bulk.test_run import PROMPTS, images, manifest, names, told
 from visar.bulk import RunFolder
 from visar.cli import main
 
@@ -25,7 +25,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from visar.pipelines import TextToImagePipeline
-from visar.bulk import sample_pictures
+from visar.bulk import sample_images
 
 torch.set_num_threads(1)  # a process with threads cannot be forked
 model, out, prompts = sys.argv[1], Path(sys.argv[2]), sys.argv[3].split("|")
@@ -33,7 +33,7 @@ pipe = TextToImagePipeline.from_pretrained(model)
 pipe.set_progress_bar_config(disable=True)
 
 def run(folder):
-    return sample_pictures(pipe, prompts, folder, count=3, batch=2, tokens=True)
+    return sample_images(pipe, prompts, folder, count=3, batch=2, tokens=True)
 
 def killed(folder, at):
     left = at
@@ -66,7 +66,7 @@ while killed(out / str(at), at):
     killed(out / str(at), 4)
     saved = len(list((out / str(at)).glob("[!.]*.png")))
     drawn = run(out / str(at)).drawn
-    assert drawn <= 3 - saved + 1, at  # at most one picture was saved and had no line yet
+    assert drawn <= 3 - saved + 1, at  # at most one image was saved and had no line yet
     at += 1
 print(at)
 """
@@ -77,12 +77,12 @@ def test_a_kill_at_any_moment_loses_nothing(text_folder: Path, tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kills = int(done.stdout)
-    assert kills > 20  # description, 3 pictures with their lines, manifest, and what is taken away
+    assert kills > 20  # description, 3 images with their lines, manifest, and what is taken away
     whole = tmp_path / "whole"
     for at in range(1, kills):
         folder = tmp_path / str(at)
         assert names(folder) == names(whole), at
-        assert pictures(folder) == pictures(whole) and told(folder) == told(whole), at
+        assert images(folder) == images(whole) and told(folder) == told(whole), at
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def alone(text_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def test_a_killed_command_goes_on(text_folder: Path, prompts: Path, alone: Path, tmp_path: Path) -> None:
-    """A real command, killed when its third picture appears."""
+    """A real command, killed when its third image appears."""
     out = tmp_path / "out"
     given = arguments(text_folder, prompts, out)
     process = subprocess.Popen([sys.executable, "-m", "visar", *given], env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -125,12 +125,12 @@ def test_a_killed_command_goes_on(text_folder: Path, prompts: Path, alone: Path,
     process.kill()
     process.wait()
     assert in_one_thread(given) == 0
-    assert pictures(out) == pictures(alone) and names(out) == names(alone)
+    assert images(out) == images(alone) and names(out) == names(alone)
     assert [line["id"] for line in manifest(out)] == [f"{i:06d}" for i in range(COUNT)]
 
 
 # Jobs as torchrun starts them, but forked from one process, which has the imports already. Of each: its ranks, the
-# pictures after which rank 1 is killed (0: never; what is left is copied), a rank whose lock another run has (0: none),
+# images after which rank 1 is killed (0: never; what is left is copied), a rank whose lock another run has (0: none),
 # and the arguments. Prints the ranks' exit codes.
 JOBS = """
 import json, os, shutil, signal, socket, sys
@@ -203,11 +203,11 @@ def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alo
     *printed, codes = done.stdout.splitlines()
     assert json.loads(codes) == [[0] * 2, [0] * 5, [-signal.SIGKILL], [0] * 3, [2] * 2, [2] * 2], done.stderr
     for out in (two, many, killed):
-        assert pictures(out) == pictures(alone) and told(out) == told(alone) and names(out) == names(alone)
+        assert images(out) == images(alone) and told(out) == told(alone) and names(out) == names(alone)
 
     folder = RunFolder(tmp_path / "killed-left")
-    left = pictures(folder.path)
-    assert len(left) < COUNT and all(pictures(alone)[name] == data for name, data in left.items())
+    left = images(folder.path)
+    assert len(left) < COUNT and all(images(alone)[name] == data for name, data in left.items())
     assert "000002.png" in left and "000003.png" not in left  # of the first batch of rank 1
     for rank, own in ((0, {"000000", "000001", "000004", "000005"}), (1, {"000002"})):
         journal = folder.path / f".journal.{rank}"
@@ -216,7 +216,7 @@ def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alo
     assert "manifest.jsonl" not in names(folder.path) and [n for n in names(folder.path) if ".partial." in n]
     drawn = (COUNT, COUNT, COUNT - len(folder.done()))
     for line, out, number in zip(printed, (two, many, killed), drawn, strict=True):  # rank 0 alone prints
-        assert line.startswith(f"scd (exact): {COUNT} pictures in {out}, {number} of them drawn now, ")
+        assert line.startswith(f"scd (exact): {COUNT} images in {out}, {number} of them drawn now, ")
 
     ours = [line for line in done.stderr.splitlines() if line.startswith("visar:")]
     assert not new.exists() and len(ours) == 2
@@ -230,7 +230,7 @@ def torchrun(*command: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*start, *command], capture_output=True, text=True, env=environment)
 
 
-# Rank 1 is killed while it has a picture under a temporary name; rank 0 goes on until torchrun ends it.
+# Rank 1 is killed while it has an image under a temporary name; rank 0 goes on until torchrun ends it.
 ONE_DIES = """
 import os, signal, sys
 from visar.cli import main
@@ -249,16 +249,16 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_torchrun_goes_on_after_a_kill(text_folder: Path, prompts: Path, alone: Path, tmp_path: Path) -> None:
-    """The killed job leaves whole pictures only; the next one, of three ranks, makes the set of one process."""
+    """The killed job leaves whole images only; the next one, of three ranks, makes the set of one process."""
     out = tmp_path / "out"
     script = tmp_path / "one_dies.py"
     script.write_text(ONE_DIES)
     killed = torchrun(str(script), *arguments(text_folder, prompts, out))
     assert killed.returncode != 0 and f"Signal {signal.SIGKILL.value} (SIGKILL)" in killed.stderr, killed.stderr
     assert "manifest.jsonl" not in names(out) and [n for n in names(out) if ".partial." in n]
-    left = pictures(out)
-    assert len(left) < COUNT and all(pictures(alone)[name] == data for name, data in left.items())
+    left = images(out)
+    assert len(left) < COUNT and all(images(alone)[name] == data for name, data in left.items())
     again = torchrun("-m", "visar", *arguments(text_folder, prompts, out), ranks=3)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("scd (exact): 7 pictures in") == 1  # rank 0 alone prints
-    assert pictures(out) == pictures(alone) and told(out) == told(alone) and names(out) == names(alone)
+    assert again.stdout.count("scd (exact): 7 images in") == 1  # rank 0 alone prints
+    assert images(out) == images(alone) and told(out) == told(alone) and names(out) == names(alone)

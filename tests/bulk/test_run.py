@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visar.bulk import Condition, RunFolder, sample_pictures
+from visar.bulk import Condition, RunFolder, sample_images
 from visar.errors import VisarError
 from visar.pipelines import TextToImagePipeline
 from visar.samplers import SpeculativeJacobi
@@ -20,7 +20,7 @@ from visar.samplers import SpeculativeJacobi
 PROMPTS = ("red cat", "blue dog", "city, flat")
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def images(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.glob("[!.]*.png"))}
 
 
@@ -40,11 +40,11 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unbroken run of seven pictures in batches of three."""
+    """An unbroken run of seven images in batches of three."""
     pipe = TextToImagePipeline.from_pretrained(text_folder)
     pipe.set_progress_bar_config(disable=True)
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    sample_pictures(pipe, PROMPTS, folder, count=7, batch=3, seed=5, tokens=True)
+    sample_images(pipe, PROMPTS, folder, count=7, batch=3, seed=5, tokens=True)
     return folder
 
 
@@ -54,7 +54,7 @@ def go(text_pipe: TextToImagePipeline, tmp_path: Path) -> Callable[..., Any]:
 
     def run(folder: str = "own", **other: Any) -> Any:
         given: dict[str, Any] = {"count": 7, "batch": 3, "seed": 5, "tokens": True}
-        return sample_pictures(text_pipe, PROMPTS, tmp_path / folder, **given | other)
+        return sample_images(text_pipe, PROMPTS, tmp_path / folder, **given | other)
 
     return run
 
@@ -62,8 +62,8 @@ def go(text_pipe: TextToImagePipeline, tmp_path: Path) -> Callable[..., Any]:
 # What is drawn
 
 
-def test_pictures_are_those_of_the_pipeline(whole: Path, text_pipe: TextToImagePipeline) -> None:
-    """Picture i is the picture of its prompt and index, of which `generate` makes the same."""
+def test_images_are_those_of_the_pipeline(whole: Path, text_pipe: TextToImagePipeline) -> None:
+    """Image i is the image of its prompt and index, of which `generate` makes the same."""
     assert names(whole) == [*(f"{i:06d}.png" for i in range(7)), "manifest.jsonl", "run.json"]
     for i, line in enumerate(manifest(whole)):
         alone = text_pipe(PROMPTS[i % 3], seed=5, first_image=i // 3)
@@ -116,14 +116,14 @@ def test_the_run_is_described_first(go: Callable[..., Any], tmp_path: Path, monk
 def test_what_comes_back(go: Callable[..., Any], tmp_path: Path) -> None:
     done = go()
     lines = manifest(tmp_path / "own")
-    assert (done.pictures, done.drawn, done.sampler, done.exact) == (7, 7, "scd", True)
+    assert (done.images, done.drawn, done.sampler, done.exact) == (7, 7, "scd", True)
     assert done.passes == pytest.approx(sum(line["stats"]["passes"] for line in lines) / 7)
-    assert str(done).startswith(f"scd (exact): 7 pictures in {tmp_path / 'own'}, 7 of them drawn now, ")
+    assert str(done).startswith(f"scd (exact): 7 images in {tmp_path / 'own'}, 7 of them drawn now, ")
     assert go().drawn == 0
 
 
 def test_defaults(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
-    sample_pictures(text_pipe, PROMPTS, tmp_path)
+    sample_images(text_pipe, PROMPTS, tmp_path)
     assert names(tmp_path) == [*(f"{i:06d}.png" for i in range(3)), "manifest.jsonl", "run.json"]
     assert "tokens" not in manifest(tmp_path)[0]
 
@@ -139,7 +139,7 @@ class Stop(BaseException):
 def test_a_run_goes_on(
     go: Callable[..., Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    """Stopped when so many pictures are saved, mostly within a batch: the rest alone is drawn, the bytes are equal."""
+    """Stopped when so many images are saved, mostly within a batch: the rest alone is drawn, the bytes are equal."""
     saved = 0
 
     def save(self: Image.Image, *args: Any, **kwargs: Any) -> None:
@@ -161,7 +161,7 @@ def test_a_run_goes_on(
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "own").glob("[!.]*.png")}
     assert go().drawn == 7 - after
     assert len(before) == after and all(p.stat().st_mtime_ns == time for p, time in before.items())
-    assert pictures(tmp_path / "own") == pictures(whole) and told(tmp_path / "own") == told(whole)
+    assert images(tmp_path / "own") == images(whole) and told(tmp_path / "own") == told(whole)
     assert names(tmp_path / "own") == names(whole)
 
 
@@ -177,7 +177,7 @@ def unfinished(whole: Path, folder: Path, lines: int) -> bytes:
 
 @pytest.mark.parametrize("part", [1, 30, -1])
 def test_a_line_cut_short(go: Callable[..., Any], whole: Path, tmp_path: Path, part: int) -> None:
-    """Its picture is drawn again, and the next line begins a line of its own, so that a second stop loses nothing."""
+    """Its image is drawn again, and the next line begins a line of its own, so that a second stop loses nothing."""
     folder = tmp_path / "own"
     cut = unfinished(whole, folder, 3)
     with open(folder / ".journal.0", "ab") as journal:
@@ -195,7 +195,7 @@ def test_a_line_cut_short(go: Callable[..., Any], whole: Path, tmp_path: Path, p
         patch.setattr(RunFolder, "finish", stop)
         assert go().drawn == 4
     assert seen == [list(range(7))]
-    assert pictures(folder) == pictures(whole) and told(folder) == told(whole) and names(folder) == names(whole)
+    assert images(folder) == images(whole) and told(folder) == told(whole) and names(folder) == names(whole)
 
 
 def test_a_cut_line_of_another_rank(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
@@ -208,27 +208,27 @@ def test_a_cut_line_of_another_rank(go: Callable[..., Any], whole: Path, tmp_pat
 
 
 def test_damaged_lines_are_left_out(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
-    """As a power cut may leave them; their pictures are drawn again."""
+    """As a power cut may leave them; their images are drawn again."""
     folder = tmp_path / "own"
     unfinished(whole, folder, 3)
     lines = (folder / ".journal.0").read_bytes().splitlines(keepends=True)
     (folder / ".journal.0").write_bytes(lines[0] + bytes(40) + b'\n{"id": \n[1]\n{"file": "000002.png"}\n' + lines[1])
     assert go().drawn == 5
-    assert pictures(folder) == pictures(whole) and told(folder) == told(whole)
+    assert images(folder) == images(whole) and told(folder) == told(whole)
 
 
 @pytest.mark.parametrize("damage", ["gone", "half", "empty"])
-def test_a_picture_that_is_not_whole_is_drawn_again(
+def test_a_image_that_is_not_whole_is_drawn_again(
     go: Callable[..., Any], whole: Path, tmp_path: Path, damage: str
 ) -> None:
     """Of an unfinished run, and of a finished one."""
     unfinished(whole, tmp_path / "own", 5)
     for drawn in (3, 1):
-        picture = tmp_path / "own" / "000004.png"
-        data = picture.read_bytes()
-        picture.unlink() if damage == "gone" else picture.write_bytes(data[: len(data) // 2 if damage == "half" else 0])
+        image = tmp_path / "own" / "000004.png"
+        data = image.read_bytes()
+        image.unlink() if damage == "gone" else image.write_bytes(data[: len(data) // 2 if damage == "half" else 0])
         assert go().drawn == drawn
-        assert pictures(tmp_path / "own") == pictures(whole) and told(tmp_path / "own") == told(whole)
+        assert images(tmp_path / "own") == images(whole) and told(tmp_path / "own") == told(whole)
 
 
 def test_leftovers_of_killed_runs_go(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
@@ -241,22 +241,22 @@ def test_leftovers_of_killed_runs_go(go: Callable[..., Any], whole: Path, tmp_pa
     assert names(folder) == names(whole)
 
 
-def test_more_pictures_later(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
+def test_more_images_later(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
     """Those that are there stay; the new ones are those of a run of this length."""
     go(count=3)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "own").glob("*.png")}
     assert go(count=7).drawn == 4
-    assert pictures(tmp_path / "own") == pictures(whole) and told(tmp_path / "own") == told(whole)
+    assert images(tmp_path / "own") == images(whole) and told(tmp_path / "own") == told(whole)
     assert all(p.stat().st_mtime_ns == time for p, time in before.items())
-    with pytest.raises(VisarError, match=r"holds a run of 7 pictures; give -n 7 or more\.$"):
+    with pytest.raises(VisarError, match=r"holds a run of 7 images; give -n 7 or more\.$"):
         go(count=6)
 
 
-def test_more_pictures_of_a_batch_that_was_begun(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
+def test_more_images_of_a_batch_that_was_begun(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
     go(count=5)
     assert go(count=7).drawn == 2
     assert [line["tokens"] for line in manifest(tmp_path / "own")] == [line["tokens"] for line in manifest(whole)]
-    assert pictures(tmp_path / "own")["000005.png"] == pictures(whole)["000005.png"]
+    assert images(tmp_path / "own")["000005.png"] == images(whole)["000005.png"]
 
 
 def test_an_unfinished_longer_run_is_not_finished(go: Callable[..., Any], tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_other_prompts_and_weights_are_refused(
     unfinished(whole, tmp_path / "own", 3)
     for conditions in (PROMPTS[::-1], [Condition(p, i) for i, p in enumerate(PROMPTS)]):
         with pytest.raises(VisarError, match="other settings: sha256 was "):
-            sample_pictures(text_pipe, conditions, tmp_path / "own", count=7, batch=3, seed=5, tokens=True)
+            sample_images(text_pipe, conditions, tmp_path / "own", count=7, batch=3, seed=5, tokens=True)
     with torch.no_grad():
         text_pipe.vq.post_quant_conv.weight[0, 0] += 1e-3  # of the decoder: no token would tell
     with pytest.raises(VisarError, match="other settings: weights was "):
@@ -325,12 +325,12 @@ def test_another_machine_is_a_note(
         go()
 
 
-def test_pictures_of_something_else_are_safe(go: Callable[..., Any], tmp_path: Path) -> None:
+def test_images_of_something_else_are_safe(go: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "000000.png").write_bytes(b"mine")
-    with pytest.raises(VisarError, match="holds pictures of something else; give another folder"):
+    with pytest.raises(VisarError, match="holds images of something else; give another folder"):
         go()
-    assert pictures(tmp_path / "own") == {"000000.png": b"mine"} and names(tmp_path / "own") == ["000000.png"]
+    assert images(tmp_path / "own") == {"000000.png": b"mine"} and names(tmp_path / "own") == ["000000.png"]
 
 
 def test_two_live_runs(go: Callable[..., Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

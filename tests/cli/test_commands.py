@@ -74,7 +74,7 @@ def test_one_prompt_to_a_file(text_folder: Path, tmp_path: Path, capsys: Capture
     assert out.splitlines()[0] == str(target) and out.splitlines()[1].startswith("scd (exact): ") and err == ""
 
 
-def test_names_of_many_pictures(text_folder: Path, tmp_path: Path) -> None:
+def test_names_of_many_images(text_folder: Path, tmp_path: Path) -> None:
     tail = ("--model", text_folder, "-o")
     assert run("generate", "Red heart, 3D!", "cat", "cat", "cat 1", "-n", 2, *tail, tmp_path / "a") == 0
     cats = [f"cat{end}.png" for end in ("", "-1", "-1-1", "-1-2", "-2", "-3")]
@@ -106,12 +106,12 @@ def test_parameters_of_a_sampler(text_folder: Path, tmp_path: Path, capsys: Capt
     assert (found["parameters"]["window"], found["parameters"]["init"]) == (6, "left")
 
 
-def test_the_seed_makes_the_picture(text_folder: Path, tmp_path: Path) -> None:
-    def picture(name: str, seed: int) -> bytes:
+def test_the_seed_makes_the_image(text_folder: Path, tmp_path: Path) -> None:
+    def image(name: str, seed: int) -> bytes:
         assert run("generate", "cat", "--model", text_folder, "--seed", seed, "-o", tmp_path / name) == 0
         return Image.open(tmp_path / name).tobytes()
 
-    assert picture("a.png", 1) == picture("b.png", 1) != picture("c.png", 2)
+    assert image("a.png", 1) == image("b.png", 1) != image("c.png", 2)
 
 
 def test_classes(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -130,7 +130,7 @@ def test_unknown_words_are_a_note(text_folder: Path, tmp_path: Path, capsys: Cap
 
 @pytest.fixture
 def broken(text_folder: Path, tmp_path: Path) -> Path:
-    """A folder with damaged copies of the pipeline, a regular file, and a picture folder nothing may appear in."""
+    """A folder with damaged copies of the pipeline, a regular file, and an image folder nothing may appear in."""
     for name in ("cut", "nan"):
         shutil.copytree(text_folder, tmp_path / name)
     weights = tmp_path / "cut" / WEIGHTS
@@ -176,8 +176,8 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("cat --device cuda:99", "Device 'cuda:99' is not there"),
         ("cat --device tpu9", "Unknown device 'tpu9'"),
         ("cat --device meta", "Device 'meta' is not supported"),
-        ("cat -o TMP/out/cat.jpg", "Pictures are written as .png, not .jpg"),
-        ("cat -o TMP/file/pictures", "Cannot write to folder"),
+        ("cat -o TMP/out/cat.jpg", "Images are written as .png, not .jpg"),
+        ("cat -o TMP/file/images", "Cannot write to folder"),
         ("cat -o TMP/file/cat.png", "Cannot write to folder"),
     ],
 )
@@ -201,7 +201,7 @@ def test_a_prompt_without_quotes(text_folder: Path, tmp_path: Path, capfd: Captu
     assert "'zebra' is known" in error
 
 
-def test_an_interrupted_picture_leaves_nothing(
+def test_an_interrupted_image_leaves_nothing(
     text_folder: Path, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def half(image: Image.Image, path: Path) -> None:

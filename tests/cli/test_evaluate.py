@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.helpers.tiny import Cells
 from visar.cli import main
-from visar.eval.quality.image_folder import PictureFolder
+from visar.eval.quality.image_folder import ImageFolder
 from visar.eval.quality.protocols import protocol_names
 
 Capture = pytest.CaptureFixture[str]
@@ -38,14 +38,14 @@ def run(*arguments: Any) -> int:
     return main(["eval", *map(str, arguments)])
 
 
-def test_figures_against_pictures_and_against_their_statistics(tmp_path: Path, capsys: Capture) -> None:
+def test_figures_against_images_and_against_their_statistics(tmp_path: Path, capsys: Capture) -> None:
     a, b, out = folder(tmp_path / "a", 1), folder(tmp_path / "b", 2), tmp_path / "b.npz"
     named = ("--protocol", "icons-efflite0")
     assert run("fid", a, *named, "--reference", b, "--json", tmp_path / "one.json") == 0
     told = capsys.readouterr().out
-    assert told.startswith("fd-efflite0,") and "icons-efflite0@1 n=260" in told and "ref-pictures=sha256:" in told
+    assert told.startswith("fd-efflite0,") and "icons-efflite0@1 n=260" in told and "ref-images=sha256:" in told
     assert run("stats", b, *named, "--out", out) == 0
-    assert "260 pictures, sha256:" in capsys.readouterr().out
+    assert "260 images, sha256:" in capsys.readouterr().out
     assert run("fid", a, *named, "--reference", out, "--json", tmp_path / "two.json") == 0
     assert "kid-efflite0 was left out" in capsys.readouterr().err
     one, two = (json.loads((tmp_path / f"{name}.json").read_text())["values"] for name in ("one", "two"))
@@ -65,7 +65,7 @@ def test_statistics_of_parts_are_those_of_the_whole(tmp_path: Path, capsys: Capt
         assert run("stats", part, *named, "--out", parts[-1]) == 0
     assert run("stats", whole, *named, "--out", tmp_path / "whole.npz") == 0
     assert run("stats", *parts, *named, "--out", tmp_path / "merged.npz") == 0
-    assert "600 pictures" in capsys.readouterr().out.splitlines()[-1]
+    assert "600 images" in capsys.readouterr().out.splitlines()[-1]
     one, two = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "merged"))
     for key in ("mu", "sigma", "n"):
         np.testing.assert_allclose(one[key], two[key], rtol=1e-9, atol=1e-12)
@@ -80,7 +80,7 @@ def test_compare(tmp_path: Path, capsys: Capture) -> None:
                  "A against another", "Energy distance to the reference: A "):  # fmt: skip
         assert line in told
     assert run("compare", a, c, "--json", tmp_path / "out.json") == 0
-    assert capsys.readouterr().out.startswith("Changed: the pictures as a whole, pictures of one prompt (energy")
+    assert capsys.readouterr().out.startswith("Changed: the images as a whole, images of one prompt (energy")
     assert json.loads((tmp_path / "out.json").read_text())["changed"] is True
 
 
@@ -95,8 +95,8 @@ def test_protocols(capsys: Capture) -> None:
 def test_captions_in_a_file(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 
-    def measure(protocol: str, pictures: PictureFolder, **_: Any) -> Any:
-        given.append((protocol, pictures.captions["001"]))
+    def measure(protocol: str, images: ImageFolder, **_: Any) -> Any:
+        given.append((protocol, images.captions["001"]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("visar.eval.quality.measure.measure", measure)
@@ -110,13 +110,13 @@ def test_captions_in_a_file(tmp_path: Path, capsys: Capture, monkeypatch: pytest
     [
         ("fid A --protocol icons-efflite0", "needs a reference"),
         ("fid A --protocol fid --reference A", "Unknown protocol 'fid'"),
-        ("fid A --protocol imagenet256-adm --reference A", "measures pictures of 256x256 pixels, not 6x6"),
-        ("fid NONE --protocol icons-efflite0", "There are no pictures at"),
+        ("fid A --protocol imagenet256-adm --reference A", "measures images of 256x256 pixels, not 6x6"),
+        ("fid NONE --protocol icons-efflite0", "There are no images at"),
         ("fid A --protocol icons-efflite0 --reference A --batch 0", "--batch must be 1 or more"),
-        ("fid FEW --protocol icons-efflite0 --reference A", "needs 256 or more pictures, and"),
+        ("fid FEW --protocol icons-efflite0 --reference A", "needs 256 or more images, and"),
         ("clip A --protocol icons-efflite0", "needs a reference"),
         ("stats A --protocol icons-efflite0 --out a.txt", "Statistics are written as .npz, not a.txt"),
-        ("compare A FEW", "lacks 257 pictures"),
+        ("compare A FEW", "lacks 257 images"),
         ("compare A A --clip icons-efflite0", "has no CLIP score"),
         ("compare A A --json NONE/x/y.json", ""),
     ],

@@ -1,7 +1,7 @@
-"""The demo as a visitor uses it: a real server, a real headless Chromium, and the pictures that come out.
+"""The demo as a visitor uses it: a real server, a real headless Chromium, and the images that come out.
 
 What the page shows is held against the pipeline itself, at the same prompts and seeds. With VISAR_SCREENSHOTS=FOLDER
-the pictures of the documentation are written there.
+the images of the documentation are written there.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Visitor:
         text = self.page.inner_text(f'{where} [data-figure="{name}"]')
         return float(text.replace(",", ""))
 
-    def pictures(self, where: str = "#pictures") -> list[Image.Image]:
+    def images(self, where: str = "#images") -> list[Image.Image]:
         sources = self.page.eval_on_selector_all(f"{where} img", "found => found.map(image => image.src)")
         return [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))).convert("RGB") for s in sources]
 
@@ -152,9 +152,9 @@ class Visitor:
         assert len(shot) > 10_000
         if folder := os.environ.get("VISAR_SCREENSHOTS"):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            picture = Image.open(io.BytesIO(shot)).convert("RGB")
-            picture.thumbnail((1000, 2000))
-            picture.save(Path(folder) / f"demo-{name}.webp", quality=75, method=6)
+            image = Image.open(io.BytesIO(shot)).convert("RGB")
+            image.thumbnail((1000, 2000))
+            image.save(Path(folder) / f"demo-{name}.webp", quality=75, method=6)
 
     def close(self) -> None:
         self.context.close()
@@ -178,16 +178,16 @@ def expected(pipe: TextToImagePipeline, prompt: str, **settings: Any) -> tuple[l
 def test_two_samplers_give_what_the_pipeline_gives(visitor: Visitor, pipe: TextToImagePipeline) -> None:
     visitor.fill("Seed", 7)
     visitor.generate()
-    pictures, nfe = expected(pipe, "a red heart, 3d", sampler="scd", seed=7)
-    assert [p.tobytes() for p in visitor.pictures()] == pictures
+    images, nfe = expected(pipe, "a red heart, 3d", sampler="scd", seed=7)
+    assert [p.tobytes() for p in visitor.images()] == images
     assert visitor.figure("NFE") == nfe < 200
     assert "Exact" in visitor.page.inner_text("#figures")
     visitor.keep("generate")
 
     visitor.sampler("ar")
     visitor.generate()
-    pictures, nfe = expected(pipe, "a red heart, 3d", sampler="ar", seed=7)
-    assert [p.tobytes() for p in visitor.pictures()] == pictures
+    images, nfe = expected(pipe, "a red heart, 3d", sampler="ar", seed=7)
+    assert [p.tobytes() for p in visitor.images()] == images
     assert visitor.figure("NFE") == nfe == 257
     assert abs(visitor.figure("tokens per pass") - 1) < 0.01
 
@@ -197,24 +197,24 @@ def test_a_samplers_own_parameters_are_shown_and_used(visitor: Visitor, pipe: Te
     visitor.set("group", 3)
     visitor.set("window", 8)
     visitor.generate()
-    pictures, nfe = expected(pipe, "a red heart, 3d", sampler=get_sampler("gsd", group=3, window=8), seed=0)
-    assert [p.tobytes() for p in visitor.pictures()] == pictures and visitor.figure("NFE") == nfe
+    images, nfe = expected(pipe, "a red heart, 3d", sampler=get_sampler("gsd", group=3, window=8), seed=0)
+    assert [p.tobytes() for p in visitor.images()] == images and visitor.figure("NFE") == nfe
     assert "Relaxed" in visitor.page.inner_text("#figures")
 
 
-def test_the_picture_comes_while_it_is_decoded_and_stops_when_asked(visitor: Visitor) -> None:
+def test_the_image_comes_while_it_is_decoded_and_stops_when_asked(visitor: Visitor) -> None:
     visitor.sampler("eagle")
-    visitor.page.locator('input[aria-label="number input for Pictures"] >> visible=true').fill("2")
+    visitor.page.locator('input[aria-label="number input for Images"] >> visible=true').fill("2")
     visitor.page.keyboard.press("Tab")
     visitor.page.click("#generate")
     visitor.wait(r"[4-9]\d passes")
-    half = visitor.pictures()
+    half = visitor.images()
     assert len(half) == 2
-    for picture in half:
-        assert picture.size == (64, 64)
-        last = picture.crop((0, 60, 64, 64)).getcolors()
+    for image in half:
+        assert image.size == (64, 64)
+        last = image.crop((0, 60, 64, 64)).getcolors()
         assert last and all(abs(c - 128) < 4 for _, colour in last for c in colour)  # type: ignore[union-attr]
-        assert len(picture.crop((0, 0, 64, 4)).getcolors() or range(999)) > 1 or picture.getpixel((0, 0)) != (128,) * 3
+        assert len(image.crop((0, 0, 64, 4)).getcolors() or range(999)) > 1 or image.getpixel((0, 0)) != (128,) * 3
     visitor.keep("decoding")
     visitor.page.click("#stop")
     text = visitor.wait("Stopped after")
@@ -243,7 +243,7 @@ def test_bad_input_is_a_sentence(visitor: Visitor, prompt: str, sentence: str) -
     assert visitor.page.locator('#status [role="alert"]').count() == 1
     if not prompt:
         visitor.keep("refused")
-    assert not visitor.pictures()
+    assert not visitor.images()
 
 
 def test_a_bad_parameter_is_a_sentence(visitor: Visitor) -> None:
@@ -265,8 +265,8 @@ def test_compare(visitor: Visitor, pipe: TextToImagePipeline) -> None:
     visitor.page.wait_for_selector('#compare-ratio [data-figure="NFE ratio"]')
     nfes = []
     for side, sampler in (("left", "ar"), ("right", "scd")):
-        pictures, nfe = expected(pipe, "a red heart, 3d", sampler=sampler, seed=0)
-        assert [p.tobytes() for p in visitor.pictures(f"#compare-pictures-{side}")] == pictures
+        images, nfe = expected(pipe, "a red heart, 3d", sampler=sampler, seed=0)
+        assert [p.tobytes() for p in visitor.images(f"#compare-images-{side}")] == images
         assert visitor.figure("NFE", f"#compare-figures-{side}") == nfe
         nfes.append(nfe)
     assert visitor.figure("NFE ratio", "#compare-ratio") == pytest.approx(nfes[1] / nfes[0], abs=0.006)
@@ -285,7 +285,7 @@ def test_visitors_are_not_mixed(browser: Any, address: str, pipe: TextToImagePip
         visitor.page.click("#generate")
     for visitor, (prompt, seed) in zip(visitors, wanted, strict=True):
         visitor.wait("done, ")
-        assert [p.tobytes() for p in visitor.pictures()] == expected(pipe, prompt, sampler="scd", seed=seed)[0]
+        assert [p.tobytes() for p in visitor.images()] == expected(pipe, prompt, sampler="scd", seed=seed)[0]
         visitor.close()
 
 

@@ -236,7 +236,7 @@ class Visitor:
         return json.loads(answer)
 
 
-def picture_in(page: str) -> bytes:
+def image_in(page: str) -> bytes:
     """The pixels of the first PNG."""
     found = re.search(r"data:image/png;base64,([^\"]+)", page)
     assert found, page[:200]
@@ -249,10 +249,10 @@ def test_two_visitors(served: str, text_pipe: Any) -> None:
         visitor.press("generate", Prompt=prompt, Seed=seed)
         visitor.wait()
     for visitor, prompt, seed in ((two, "blue cat", 2), (one, "red heart", 1)):
-        ((status, pictures, *_),) = visitor.results()
-        assert "done, " in status and f"{prompt}, seed {seed}" in pictures
+        ((status, images, *_),) = visitor.results()
+        assert "done, " in status and f"{prompt}, seed {seed}" in images
         wanted = text_pipe(prompt, seed=seed)
-        assert picture_in(pictures) == wanted.images[0].tobytes()
+        assert image_in(images) == wanted.images[0].tobytes()
 
 
 def asked_twice(served: str, monkeypatch: pytest.MonkeyPatch, count: int) -> list[list[Any]]:
@@ -272,9 +272,9 @@ def asked_twice(served: str, monkeypatch: pytest.MonkeyPatch, count: int) -> lis
 
 
 def test_asked_again_while_it_waits(served: str, text_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ((status, pictures, *_),) = asked_twice(served, monkeypatch, 1)
-    assert "done, " in status and "blue cat, seed 2" in pictures
-    assert picture_in(pictures) == text_pipe("blue cat", seed=2).images[0].tobytes()
+    ((status, images, *_),) = asked_twice(served, monkeypatch, 1)
+    assert "done, " in status and "blue cat, seed 2" in images
+    assert image_in(images) == text_pipe("blue cat", seed=2).images[0].tobytes()
 
 
 def test_the_turn_that_is_left_over_changes_nothing(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,7 +323,7 @@ def test_the_command_from_start_to_interrupt(tmp_path: Path) -> None:
         assert found, said
         assert get(found[1])[0] == 200 and get(f"{found[1]}/config")[0] == 200
         visitor = Visitor(found[1], "visitor")
-        visitor.press("generate", Sampler="ar", Pictures=4)
+        visitor.press("generate", Sampler="ar", Images=4)
         visitor.wait()
         next(visitor.messages("process_generating"))  # it ends in the middle of a decoding
         server.send_signal(signal.SIGINT)

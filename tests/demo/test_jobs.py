@@ -34,7 +34,7 @@ def stepped(text_pipe: Any) -> Stepped:
 
 
 @pytest.mark.parametrize("sampler", ["ar", "scd", "zipar", "mar"])
-def test_frames_show_what_is_committed_and_the_last_one_the_pictures(
+def test_frames_show_what_is_committed_and_the_last_one_the_images(
     text_pipe: Any, masked_pipe: Any, sampler: str
 ) -> None:
     pipe = masked_pipe if sampler == "mar" else text_pipe
@@ -54,8 +54,8 @@ def test_frames_show_what_is_committed_and_the_last_one_the_pictures(
         assert torch.equal(frame.commit_pass[decided], out.commit_pass[decided])
         if sampler != "zipar":  # which counts what has no gap before it
             assert frame.tokens[-1] == decided.sum(1).float().mean()
-        for picture, row in zip(frame.pictures, decided, strict=True):
-            shown = np.asarray(picture)[::cell, ::cell].reshape(-1, 3)
+        for image, row in zip(frame.images, decided, strict=True):
+            shown = np.asarray(image)[::cell, ::cell].reshape(-1, 3)
             assert (shown[~row.numpy()] == 128).all() and len(np.unique(shown[row.numpy()])) > 1
     assert last.tokens[0] == 0 and last.tokens[-1] == pipe.grid**2
     assert last.most == max(int((row == k).sum()) for row in out.commit_pass for k in range(passes))
@@ -141,7 +141,7 @@ def test_a_stop_while_a_frame_is_drawn(text_pipe: Any) -> None:
         next(frames)
 
 
-def test_a_stop_after_the_last_pass_leaves_the_pictures(stepped: Stepped, text_pipe: Any) -> None:
+def test_a_stop_after_the_last_pass_leaves_the_images(stepped: Stepped, text_pipe: Any) -> None:
     job = job_of(stepped, every=LONG)
     stepped.finish = job.stop
     stepped.free()

@@ -68,7 +68,7 @@ def sentence(*wanted: Any, **named: Any) -> str:
 @pytest.mark.parametrize(
     ("what", "low", "high", "said"),
     [
-        ("images", 1, LIMITS.images, "The number of pictures must be from 1 to 4"),
+        ("images", 1, LIMITS.images, "The number of images must be from 1 to 4"),
         ("seed", 0, SEEDS - 1, "The seed must be from 0 to 2147483647"),
         ("guidance", 0, GUIDANCE, "Guidance must be from 0 to 20"),
         ("temperature", COLDEST, TEMPERATURE, "The temperature must be from 0.05 to 5"),
@@ -85,7 +85,7 @@ def test_bounds(models: Any, what: str, low: float, high: float, said: str) -> N
 
 def test_what_must_be_whole(models: Any) -> None:
     assert type(ask(models["text"], images=2.0).images) is int
-    assert sentence(models["text"], images=1.5) == "The number of pictures must be a whole number, not 1.5."
+    assert sentence(models["text"], images=1.5) == "The number of images must be a whole number, not 1.5."
     assert sentence(models["text"], seed=0.1) == "The seed must be a whole number, not 0.1."
     assert ask(models["text"], guidance=1.5).settings["guidance_scale"] == 1.5
     assert sentence(models["text"], guidance=20.0000001) == "Guidance must be from 0 to 20, not 20.0000001."
@@ -208,7 +208,7 @@ def test_what_passes_the_check_is_drawn_or_refused_in_a_sentence(models: Any, na
             assert str(error).endswith(".")
         else:
             drawn += 1
-            assert frame.stats is not None and is_one(request.samplers[0], name) and len(frame.pictures) == 1
+            assert frame.stats is not None and is_one(request.samplers[0], name) and len(frame.images) == 1
     assert drawn
 
 

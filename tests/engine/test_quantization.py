@@ -14,12 +14,12 @@ from torch import nn
 from tests.helpers.tiny import text_gpt
 from visar.bulk.about import weights_mark
 from visar.cli import main
+from visar.engine import quantization
 from visar.engine.layers import Linear
 from visar.engine.quantization import QuantizedLinear, check, multiplies_bytes, planes, quantize, rounded, weights_of
 from visar.errors import VisarError
 from visar.eval.quality import cross_entropy
 from visar.eval.quality.cross_entropy import Sample, Variant, change, nats
-from visar.engine import quantization
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 
 CPU = torch.device("cpu")
@@ -191,7 +191,7 @@ def test_change_is_paired() -> None:
     )
 
 
-def test_nats_are_those_of_each_picture(text_pipe: TextToImagePipeline) -> None:
+def test_nats_are_those_of_each_image(text_pipe: TextToImagePipeline) -> None:
     features, mask = text_pipe.text_encoder.encode(["cat", "red heart", "dog"])
     tokens = torch.randint(0, 24, (3, 25))
     found = nats(text_pipe.gpt, Sample(features, mask, tokens), batch=2)
@@ -203,18 +203,18 @@ def test_nats_are_those_of_each_picture(text_pipe: TextToImagePipeline) -> None:
     assert isinstance(head.output, QuantizedLinear)
 
 
-def test_module_on_its_own_pictures(class_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", str(class_folder), "--class", "1", "--class", "3", "--pictures", "2"]
+def test_module_on_its_own_images(class_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(class_folder), "--class", "1", "--class", "3", "--images", "2"]
     assert cross_entropy.main([*arguments, "--weights", "int8; fp8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["float32", "int8", "fp8"] and found["int8"]["bytes"] < found["float32"]["bytes"]
-    assert found["int8"]["samples"]["own"]["pictures"] == 4
+    assert found["int8"]["samples"]["own"]["images"] == 4
     assert abs(found["int8"]["samples"]["own"]["change"]) < abs(found["fp8"]["samples"]["own"]["change"]) + 0.01
     assert cross_entropy.main([*arguments, "--weights", "int8"]) == 0 and "int8: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "words", ["--weights int3", "--pictures 1", "--model nowhere", "--model icons-mar", "--class 1 --data TMP"]
+    "words", ["--weights int3", "--images 1", "--model nowhere", "--model icons-mar", "--class 1 --data TMP"]
 )
 def test_module_refuses(words: str, class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("a cat")

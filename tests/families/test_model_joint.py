@@ -1,7 +1,7 @@
 """The real engine: the joint law of tiny LlamaGens decoded through the cache, and the same image in every batch.
 
-Four tokens of four values make 256 pictures, whose probabilities come from whole sequences without a cache. With
-captions of unequal length, guidance, temperature and top-p, everything that a picture passes through is inside.
+Four tokens of four values make 256 images, whose probabilities come from whole sequences without a cache. With
+captions of unequal length, guidance, temperature and top-p, everything that an image passes through is inside.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def windows(names: list[str], *sizes: int) -> list[tuple[str, int | None]]:
 
 @functools.cache
 def expected(kind: str) -> np.ndarray:
-    """The probability of every picture, [conditions, V**N], from whole sequences and the reference law."""
+    """The probability of every image, [conditions, V**N], from whole sequences and the reference law."""
     w = world(kind)
     vocab, length = w.model.config.vocab_size, w.model.config.grid**2
-    pictures = torch.cartesian_prod(*[torch.arange(vocab)] * length)
-    out = np.ones((len(w.condition), len(pictures)))
+    images = torch.cartesian_prod(*[torch.arange(vocab)] * length)
+    out = np.ones((len(w.condition), len(images)))
     for c in range(len(w.condition)):
-        condition = w.condition[c : c + 1].repeat_interleave(len(pictures), 0)
-        mask = None if w.mask is None else w.mask[c : c + 1].expand(len(pictures), -1)
+        condition = w.condition[c : c + 1].repeat_interleave(len(images), 0)
+        mask = None if w.mask is None else w.mask[c : c + 1].expand(len(images), -1)
         null = w.model.cls_embedding.null_like(condition)
-        cond, uncond = (w.model(x, pictures[:, :-1], mask).double().numpy() for x in (condition, null))
-        for i, picture in enumerate(pictures.tolist()):
-            for n, token in enumerate(picture):
+        cond, uncond = (w.model(x, images[:, :-1], mask).double().numpy() for x in (condition, null))
+        for i, image in enumerate(images.tolist()):
+            for n, token in enumerate(image):
                 out[c, i] *= reference_law(cond[i, n], uncond[i, n], n, LAW)[token]
     return out
 
@@ -58,7 +58,7 @@ def expected(kind: str) -> np.ndarray:
 def joint_z(
     kind: str, sampler: Sampler, session: type[ModelSession] = ModelSession, images: int = IMAGES
 ) -> list[float]:
-    """The chi-square z of the pictures of either condition."""
+    """The chi-square z of the images of either condition."""
     w = world(kind)
     target = Target(LAW.temperature, LAW.top_k, LAW.top_p)
     parts = [run(w, sampler, part, target, session).tokens for part in torch.arange(images).split(BATCH)]
@@ -71,8 +71,8 @@ def joint_z(
 def test_the_tiny_models_are_worth_testing(kind: str) -> None:
     p = expected(kind)
     assert p.sum(1) == pytest.approx([1, 1], abs=1e-9)
-    assert p.max() < 0.2 and ((p > 1e-3).sum(1) > 60).all()  # neither one picture nor
-    assert (p.max(1) > 10 / p.shape[1]).all()  # all pictures alike
+    assert p.max() < 0.2 and ((p > 1e-3).sum(1) > 60).all()  # neither one image nor
+    assert (p.max(1) > 10 / p.shape[1]).all()  # all images alike
     assert abs(p[0] - p[1]).sum() / 2 > 0.2  # and the condition matters
 
 
@@ -93,7 +93,7 @@ def unless(quick: bool, kind: str, pair: tuple[str, int | None]) -> Any:
         *(unless(pair[0] in ON_CLASSES, "class", pair) for pair in windows(SAMPLING, 2, 6)),
     ],
 )
-def test_joint_law_of_pictures(kind: str, name: str, window: int | None) -> None:
+def test_joint_law_of_images(kind: str, name: str, window: int | None) -> None:
     assert all(abs(z) < 4 for z in joint_z(kind, made(name, window)))
 
 
@@ -208,13 +208,13 @@ def test_jacobi_is_greedy_decoding(kind: str, window: int) -> None:
 @pytest.mark.parametrize("name", SAMPLING)
 def test_greedy_laws_leave_nothing_to_chance(name: str) -> None:
     w, images = world("text", **LARGE), torch.arange(8)
-    pictures = [run(w, get_sampler(name), images, Target(top_k=1), seed=s).tokens for s in (0, 1)]
-    assert torch.equal(*pictures)
-    assert torch.equal(pictures[0], run(w, get_sampler("ar"), images, Target(top_k=1)).tokens)
+    found = [run(w, get_sampler(name), images, Target(top_k=1), seed=s).tokens for s in (0, 1)]
+    assert torch.equal(*found)
+    assert torch.equal(found[0], run(w, get_sampler("ar"), images, Target(top_k=1)).tokens)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_forced_tokens_stand_in_the_picture(name: str) -> None:
+def test_forced_tokens_stand_in_the_image(name: str) -> None:
     forced = torch.full((16,), -1)
     forced[[0, 3, 4, 15]] = torch.tensor([9, 63, 0, 7])
     grid = {"grid": 4} if name == "zipar" else {}

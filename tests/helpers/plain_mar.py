@@ -64,7 +64,7 @@ def plain_block(x: Tensor, w: Weights, name: str, heads: int) -> Tensor:
 
 
 def plain_pass(w: Weights, tokens: Tensor, hidden: Tensor, slots: Tensor) -> Tensor:
-    """The vectors [N, C] of one picture: tokens [N, d], a mask of the hidden ones [N], what its slots hold [M, C]."""
+    """The vectors [N, C] of one image: tokens [N, d], a mask of the hidden ones [N], what its slots hold [M, C]."""
     m, heads = len(slots), TINY["num_heads"]
     h = torch.cat([slots, linear(tokens, w, "z_proj")]) + w["encoder_pos_embed_learned"][0]
     kept = torch.cat([torch.ones(m, dtype=torch.bool), ~hidden])

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tests.drafters.test_published import released
 from tests.families.mar.test_loading import CHANNELS, checkpoint, kl_shapes, random_state
-from tests.helpers.tiny import GPT, VQ, WORDS, picture_folder
+from tests.helpers.tiny import GPT, VQ, WORDS, image_folder
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.vq import VQModel
 from visar.families.mar.transformer import MAR
@@ -32,7 +32,7 @@ def lay_down(folder: Path) -> None:
     (folder / "dpg_bench" / "prompts").mkdir(parents=True)
     for i, prompt in enumerate(PROMPTS):
         (folder / "dpg_bench" / "prompts" / f"{i}.txt").write_text(prompt)
-    picture_folder(folder / "pictures", 60, ("3d", "noto", "flat"), size=16)
+    image_folder(folder / "images", 60, ("3d", "noto", "flat"), size=16)
     known = sorted({*WORDS, *(word for prompt in PROMPTS for word in prompt.replace(",", "").split())})
     WordEncoder.compress(known, torch.randn(len(known), 12), features=6, length=4).save_pretrained(folder / "words")
 

@@ -24,7 +24,7 @@ class Stepped:
     def __init__(self, pipe: Any):
         self.pipe, self.seen, self.go = pipe, queue.Queue[int](), threading.Semaphore(0)
         self.calls = self.inside = self.most_inside = 0
-        self.finish: Callable[[], object] = lambda: None  # done before the pictures are handed over
+        self.finish: Callable[[], object] = lambda: None  # done before the images are handed over
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)
@@ -82,13 +82,13 @@ class Watched(threading.Thread):
         return str(self.error)
 
 
-def pixels(pictures: Any) -> list[bytes]:
-    return [p.tobytes() for p in pictures]
+def pixels(images: Any) -> list[bytes]:
+    return [p.tobytes() for p in images]
 
 
 def assert_same(frame: Frame, out: Any) -> None:
-    """A last frame has the pictures of the pipeline alone."""
-    assert frame.stats is not None and pixels(frame.pictures) == pixels(out.images)
+    """A last frame has the images of the pipeline alone."""
+    assert frame.stats is not None and pixels(frame.images) == pixels(out.images)
     assert torch.equal(frame.commit_pass, out.commit_pass) and frame.stats.nfe == out.stats.nfe
     assert (frame.stats.seed, frame.stats.sampler) == (out.stats.seed, out.stats.sampler)
 

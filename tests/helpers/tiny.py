@@ -35,11 +35,11 @@ class Cells(Extractor):
     def __init__(self) -> None:
         self.name, self.weights, self.resize, self.versions = "cells", "none", "none", {}
 
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        return {"pool": torch.nn.functional.adaptive_avg_pool2d(pictures.float() / 255, 3).flatten(1)}
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        return {"pool": torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 3).flatten(1)}
 
 
-def picture_folder(folder: Path, concepts: int, styles: tuple[str, ...] = ("",), size: int = 8) -> Path:
+def image_folder(folder: Path, concepts: int, styles: tuple[str, ...] = ("",), size: int = 8) -> Path:
     """A `pictures.json` folder: every concept in every style, captioned with words of the tiny encoder."""
     folder.mkdir(parents=True)
     entries = []

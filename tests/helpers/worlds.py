@@ -27,7 +27,7 @@ LARGE = dict(vocab=64, grid=4, conditions=8)
 
 
 def made(name: str, window: int | None = None) -> Sampler:
-    """A sampler by name, its tree no larger than pictures of four tokens are worth."""
+    """A sampler by name, its tree no larger than images of four tokens are worth."""
     sampler = get_sampler(name, window=window)
     if isinstance(sampler, TreeSpeculative):
         return replace(sampler, tree="3x2x1")

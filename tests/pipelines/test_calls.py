@@ -1,4 +1,4 @@
-"""Both pipelines on tiny random models: calls and outputs, what a picture depends on, files, and errors."""
+"""Both pipelines on tiny random models: calls and outputs, what an image depends on, files, and errors."""
 
 from __future__ import annotations
 
@@ -150,11 +150,11 @@ def test_images_of_one_prompt(text_pipe: TextToImagePipeline) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["ar", "sjd", "scd", "scd-gumbel"])
-def test_a_picture_depends_on_its_prompt_and_the_seed_alone(text_pipe: TextToImagePipeline, sampler: str) -> None:
+def test_a_image_depends_on_its_prompt_and_the_seed_alone(text_pipe: TextToImagePipeline, sampler: str) -> None:
     alone = tokens(text_pipe, "red heart", sampler=sampler, seed=2**40 + 1)
     among = tokens(text_pipe, ["cat", "red heart", "star", "red heart"], sampler=sampler, seed=2**40 + 1)
     assert torch.equal(among[1:2], alone)
-    assert not torch.equal(among[3], among[1])  # the second picture of this prompt
+    assert not torch.equal(among[3], among[1])  # the second image of this prompt
     assert not torch.equal(tokens(text_pipe, "red heart", sampler=sampler, seed=1), alone)
 
 
@@ -291,11 +291,11 @@ def test_names_that_lead_nowhere(class_folder: Path, tmp_path: Path, monkeypatch
 
 
 def test_image_indices_one_by_one(text_pipe: TextToImagePipeline) -> None:
-    """Pictures of any indices in one call are those of calls of their own."""
+    """Images of any indices in one call are those of calls of their own."""
     together = text_pipe(["cat", "dog", "cat"], first_image=[5, 0, 2], output_type="tokens").tokens
     for row, (prompt, index) in enumerate((("cat", 5), ("dog", 0), ("cat", 2))):
         assert torch.equal(text_pipe(prompt, first_image=index, output_type="tokens").tokens[0], together[row])
-    with pytest.raises(VisarError, match="one for each of the 2 pictures, not 1"):
+    with pytest.raises(VisarError, match="one for each of the 2 images, not 1"):
         text_pipe(["cat", "dog"], first_image=[1])
     with pytest.raises(VisarError, match="Image indices of one prompt go from 0"):
         text_pipe(["cat", "dog"], first_image=[1, -1])

@@ -84,7 +84,7 @@ def test_too_little_memory_is_said_before(text_pipe: TextToImagePipeline, monkey
     assert each == 2 * 2 * 2 * 32 * (2 + length + 16) * 4 + 12 * 16 * 24 * 4
     monkeypatch.setattr(memory, "free_memory", lambda device: 3 * each)
     text_pipe(["cat"] * 3, sampler="sjd", guidance_scale=2.0, output_type="tokens")
-    with pytest.raises(VisarError, match=r"^4 pictures at once need about 0\.0 GiB .*; 3 would fit\.$"):
+    with pytest.raises(VisarError, match=r"^4 images at once need about 0\.0 GiB .*; 3 would fit\.$"):
         text_pipe(["cat"] * 4, sampler="sjd", guidance_scale=2.0, output_type="tokens")
     text_pipe(["cat"] * 4, sampler="sjd", guidance_scale=1.0, output_type="tokens")  # one half
 

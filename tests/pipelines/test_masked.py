@@ -106,7 +106,7 @@ def test_plain_decoding_counts_all_head_steps_and_speculation_fewer(pipe: Any) -
     assert fewer.rounds_per_pass < 21 < fewer.evaluations_per_token and 0 < fewer.acceptance < 1
 
 
-def test_a_picture_depends_on_seed_and_prompt_alone(pipe: Any) -> None:
+def test_a_image_depends_on_seed_and_prompt_alone(pipe: Any) -> None:
     sampler = HeadSpeculation(**FAST)
     together = pipe(["red heart", "blue cat"], sampler=sampler, num_images_per_prompt=2, output_type="tokens").tokens
     alone = pipe("blue cat", sampler=sampler, first_image=1, output_type="tokens").tokens

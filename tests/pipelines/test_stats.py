@@ -1,4 +1,4 @@
-"""What a notebook shows: one line or a quiet table of figures, pictures inline, and nothing that a page could run."""
+"""What a notebook shows: one line or a quiet table of figures, images inline, and nothing that a page could run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_table() -> None:
     rows = dict(Table(stats_of()._repr_html_()).rows)
     assert rows == {
         "sampler": "sjd window 16, init uniform",
-        "law": "exact: pictures have the law of the model's own",
+        "law": "exact: images have the law of the model's own",
         "passes (NFE)": "83 for 2 x 256 tokens",
         "tokens per pass": "3.16",
         "a pass": "8.60 ms",
@@ -90,7 +90,7 @@ def test_table() -> None:
 
 def test_law_in_words() -> None:
     relaxed = stats_of(exact=False, law="relaxed")
-    assert dict(Table(relaxed._repr_html_()).rows)["law"] == "relaxed: pictures have another law than the model's own"
+    assert dict(Table(relaxed._repr_html_()).rows)["law"] == "relaxed: images have another law than the model's own"
     greedy = stats_of(exact=False, law="exact for greedy decoding; does not sample")
     assert dict(Table(greedy._repr_html_()).rows)["law"] == greedy.law
 
@@ -103,32 +103,32 @@ def test_everything_is_escaped() -> None:
     assert unescape(stats._repr_html_()).count(evil) == 6
 
 
-def pictures_in(html: str) -> list[Image.Image]:
+def images_in(html: str) -> list[Image.Image]:
     return [
         Image.open(io.BytesIO(base64.b64decode(data)))
         for data in re.findall(r'<img src="data:image/png;base64,([^"]+)"', html)
     ]
 
 
-def test_pictures_inline(text_pipe: TextToImagePipeline) -> None:
+def test_images_inline(text_pipe: TextToImagePipeline) -> None:
     out = text_pipe("red heart", num_images_per_prompt=2)
     html = out._repr_html_()
-    for shown, image in zip(pictures_in(html), out.images, strict=True):
+    for shown, image in zip(images_in(html), out.images, strict=True):
         assert np.array_equal(np.asarray(shown), np.asarray(image))
     assert html.endswith(out.stats._repr_html_()) and "more" not in html
     assert not re.search(r"(src|href)=\"(?!data:)|url\(", html)
     as_tensor = text_pipe("red heart", num_images_per_prompt=2, output_type="pt")
     assert as_tensor.images.shape[0] == 2
-    assert [np.asarray(p).tolist() for p in pictures_in(as_tensor._repr_html_())] == [
+    assert [np.asarray(p).tolist() for p in images_in(as_tensor._repr_html_())] == [
         np.asarray(p).tolist() for p in out.images
     ]
-    assert pictures_in(text_pipe("red heart", output_type="tokens")._repr_html_()) == []
+    assert images_in(text_pipe("red heart", output_type="tokens")._repr_html_()) == []
 
 
-def test_pictures_are_bounded(text_pipe: TextToImagePipeline) -> None:
+def test_images_are_bounded(text_pipe: TextToImagePipeline) -> None:
     out = text_pipe("red heart", output_type="tokens")
     many = ImageOutput([Image.new("RGB", (600, 300), "red")] * (MOST + 3), out.tokens, out.commit_pass, out.stats)
-    shown = pictures_in(many._repr_html_())
+    shown = images_in(many._repr_html_())
     assert [p.size for p in shown] == [(SIDE, SIDE // 2)] * MOST
     assert "<div>and 3 more</div>" in many._repr_html_()
     assert many.images[0].size == (600, 300)  # what was shown is not what was shrunk

@@ -141,22 +141,22 @@ def test_callback(text_pipe: TextToImagePipeline) -> None:
     assert seen[0].seconds > 0 and seen[-1].seconds <= out.stats.seconds
 
 
-def test_pictures_on_the_way(text_pipe: TextToImagePipeline) -> None:
-    """In full size: grey where nothing is decided, the picture itself at the end, and nothing of the drafts."""
+def test_images_on_the_way(text_pipe: TextToImagePipeline) -> None:
+    """In full size: grey where nothing is decided, the image itself at the end, and nothing of the drafts."""
     seen: list[Progress] = []
     out = text_pipe(["red heart", "cat"], window=4, callback=seen.append)
     assert isinstance(out.images, list)
     half = seen[len(seen) // 2]
-    for row, picture in enumerate(half.pictures()):
-        assert picture.size == out.images[row].size
-        cells = torch.from_numpy(np.array(picture)).unfold(0, 2, 2).unfold(1, 2, 2).flatten(0, 1)
+    for row, image in enumerate(half.images()):
+        assert image.size == out.images[row].size
+        cells = torch.from_numpy(np.array(image)).unfold(0, 2, 2).unfold(1, 2, 2).flatten(0, 1)
         grey = (cells == 128).flatten(1).all(1)
         assert torch.equal(grey, ~half.decided[row])
     drafts = torch.where(half.decided, half.tokens, (half.tokens + 1) % 24)
-    others = replace(half, tokens=drafts).pictures()
-    for a, b in zip(half.pictures(), others, strict=True):
+    others = replace(half, tokens=drafts).images()
+    for a, b in zip(half.images(), others, strict=True):
         assert a.tobytes() == b.tobytes()
-    for a, b in zip(seen[-1].pictures(), out.images, strict=True):
+    for a, b in zip(seen[-1].images(), out.images, strict=True):
         assert a.tobytes() == b.tobytes()
 
 
@@ -202,8 +202,8 @@ def test_a_callback_may_stop_the_decoding(text_pipe: TextToImagePipeline) -> Non
     assert torch.equal(text_pipe("cat", sampler="ar", output_type="tokens").tokens, before.tokens)
 
 
-def test_preview_colours_are_near_the_picture(text_pipe: TextToImagePipeline) -> None:
-    """A picture of one code only, against its colour in the preview."""
+def test_preview_colours_are_near_the_image(text_pipe: TextToImagePipeline) -> None:
+    """An image of one code only, against its colour in the preview."""
     ids = torch.arange(24)[:, None].expand(-1, TOKENS)
     colours = text_pipe.glimpse(ids)[:, :, 0, 0]
     mean = text_pipe.decode_tokens(ids).mean((2, 3))

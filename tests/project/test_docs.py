@@ -55,9 +55,9 @@ SOONER = {
     "visar train ar": "--minutes 0.005 --batch 2 --no-compile",
     "visar train mar": "--minutes 0.005 --batch 2 --no-compile",
     "visar train clip": "--minutes 0.005 --batch 2",
-    "visar train drafter": "--pictures 4 --batch 2 --steps 2 --no-compile",
-    "python -m visar.eval.benchmark.calibrate": "--pictures 1 --depth 2 --nodes 4",
-    "python -m visar.eval.quality.cross_entropy": "--pictures 2",
+    "visar train drafter": "--images 4 --batch 2 --steps 2 --no-compile",
+    "python -m visar.eval.benchmark.calibrate": "--images 1 --depth 2 --nodes 4",
+    "python -m visar.eval.quality.cross_entropy": "--images 2",
     "python -m visar.eval.benchmark.gpu_check": "--dry-run",
 }
 # What begins so is only parsed, by the real parser where it is a command of visar.
@@ -65,11 +65,11 @@ PARSED = {
     "torchrun ": "several processes and GPUs; tests/bulk/test_kill.py runs two",
     "visar demo": "a server that ends when it is stopped",
     "visar bench --shapes": "models of published size; tests/eval/benchmark/test_shapes.py runs small ones",
-    "visar train pictures": "downloads the packages of ten picture sets",
+    "visar train images": "downloads the packages of ten image sets",
     "visar train words": "needs the extra `train`",
     "visar eval stats": "downloads the weights of Inception",
-    "visar eval fid": "needs 2,048 pictures, and weights as above",
-    "visar eval clip pictures": "downloads the weights of a CLIP",
+    "visar eval fid": "needs 2,048 images, and weights as above",
+    "visar eval clip images": "downloads the weights of a CLIP",
 }
 # No commands of visar, and not run: each as it stands.
 FOREIGN = {

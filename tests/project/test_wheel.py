@@ -177,12 +177,12 @@ def test_the_changelog_begins_with_this_version() -> None:
 def test_it_draws_from_another_folder(alone: Run, tmp_path: Path) -> None:
     where = alone("python", "-c", "import visar; print(visar.__file__)").stdout
     assert "alone" in where and str(ROOT) not in where
-    picture = tmp_path / "heart.png"
-    done = alone("visar", "generate", "a red heart, 3d", "--sampler", "scd", "--json", "-o", picture)
+    image = tmp_path / "heart.png"
+    done = alone("visar", "generate", "a red heart, 3d", "--sampler", "scd", "--json", "-o", image)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["sampler"], told["tokens"]) == ("scd", 256) and 16 <= told["nfe"] < 257
-    image = Image.open(picture).convert("RGB")
+    image = Image.open(image).convert("RGB")
     assert image.size == (64, 64) and image.getpixel((0, 0)) > (230, 230, 230)  # type: ignore[operator]
     red, green, _ = image.getpixel((32, 28))  # type: ignore[misc]
     assert red > 150 and green < 120  # a red heart on white

@@ -27,9 +27,9 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["sampler"], found["exact"], found["tokens"], found["images"]) == (
         "scd", True, 256, [str(tmp_path / "heart.png")]
     )  # fmt: skip
-    picture = Image.open(tmp_path / "heart.png")
-    assert (picture.size, picture.mode, picture.format) == ((64, 64), "RGB", "PNG") and err == ""
-    assert len(picture.getcolors(4096) or range(4096)) > 16  # not a blank square
+    image = Image.open(tmp_path / "heart.png")
+    assert (image.size, image.mode, image.format) == ((64, 64), "RGB", "PNG") and err == ""
+    assert len(image.getcolors(4096) or range(4096)) > 16  # not a blank square
 
 
 def test_speculation_saves_passes_at_batch_one() -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.helpers.tiny import WORDS, picture_folder
+from tests.helpers.tiny import WORDS, image_folder
 from visar.cli import main
 from visar.errors import VisarError
 from visar.eval.quality.extractors import get_extractor
@@ -34,7 +34,7 @@ from visar.training.clip import (
     start_words,
     train_clip,
 )
-from visar.training.data import PictureSet, Record
+from visar.training.data import ImageSet, Record
 from visar.training.loop import TrainConfig
 
 pytest.importorskip("open_clip")
@@ -57,13 +57,13 @@ def random_clip(words: CaptionWords, size: int = 16) -> tuple[IconsClip, dict[st
     return IconsClip(model, words, "cpu", {}), sizes
 
 
-def pictures(count: int, height: int = 16, width: int = 16) -> Tensor:
+def images(count: int, height: int = 16, width: int = 16) -> Tensor:
     return torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
-    """Two pictures of each of seven plainly coloured things; every one is for training."""
+def data(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    """Two images of each of seven plainly coloured things; every one is for training."""
     folder = tmp_path_factory.mktemp("colours") / "set"
     folder.mkdir()
     entries = []
@@ -73,7 +73,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
             entry = {"file": f"{name}-{style}.png", "caption": name, "concept": name, "style": style}
             entries.append(entry | {"tags": ["3d"]})
     (folder / "pictures.json").write_text(json.dumps(entries))
-    return PictureSet(folder)
+    return ImageSet(folder)
 
 
 def test_ids_are_words_and_the_end_is_the_highest() -> None:
@@ -93,7 +93,7 @@ def test_hidden_words_are_never_the_end_or_padding() -> None:
     assert (found[:, :3] == 1).double().mean().item() == pytest.approx(0.3, abs=0.04)
 
 
-def test_moved_pictures_are_shifted_not_flipped() -> None:
+def test_moved_images_are_shifted_not_flipped() -> None:
     x = torch.full((64, 3, 32, 32), -1.0)
     x[..., 4:12] = 1.0  # a bar on the left
     found = moved(x, torch.Generator().manual_seed(0))
@@ -128,7 +128,7 @@ def test_the_loss_is_the_papers(words: WordEncoder) -> None:
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_a_run_learns_its_pictures_and_loads_as_it_was(data: PictureSet, words: WordEncoder, tmp_path: Path) -> None:
+def test_a_run_learns_its_images_and_loads_as_it_was(data: ImageSet, words: WordEncoder, tmp_path: Path) -> None:
     clip, own = train_clip(data, 16, config(tmp_path, 120), words, 32, 1, 1, 2, torch.float32)
     log = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert log["train_chance"] == round(1 / 7, 4) and log["train_top1"] > 0.8
@@ -146,7 +146,7 @@ def test_a_run_learns_its_pictures_and_loads_as_it_was(data: PictureSet, words: 
 
 @pytest.mark.parametrize(("rank", "top1", "top5"), [(0, 1.0, 1.0), (4, 0.0, 1.0), (5, 0.0, 0.0)])
 def test_retrieval_counts_what_is_first_and_among_five(rank: int, top1: float, top5: float) -> None:
-    """Features are planted so that `rank` captions are nearer to every picture than its own."""
+    """Features are planted so that `rank` captions are nearer to every image than its own."""
     names = list(WORDS[:7])
 
     class Planted:
@@ -157,7 +157,7 @@ def test_retrieval_counts_what_is_first_and_among_five(rank: int, top1: float, t
             return -((torch.arange(7) - number + rank) % 7).float()
 
         def encode_text(self, ids: Tensor, normalize: bool) -> Tensor:
-            assert (ids[:, 1] == 9).all()  # every caption in the picture's own style
+            assert (ids[:, 1] == 9).all()  # every caption in the image's own style
             return torch.eye(7)[ids[:, 0] - 2]
 
     pixels = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1).expand(7, 3, 8, 8)
@@ -183,9 +183,9 @@ def test_stored_matrices_are_near(dtype: str, error: float, tmp_path: Path) -> N
         assert (tmp_path / "model.safetensors").stat().st_size < 1.6 * numbers
 
 
-def test_a_score_is_of_its_picture_and_caption_alone() -> None:
+def test_a_score_is_of_its_image_and_caption_alone() -> None:
     clip, _ = random_clip(CaptionWords(WORDS))
-    drawn, prompts = pictures(70), [f"{WORDS[i % 7]} {WORDS[i % 10]}" for i in range(70)]
+    drawn, prompts = images(70), [f"{WORDS[i % 7]} {WORDS[i % 10]}" for i in range(70)]
     together = clip.scores(drawn, prompts)
     assert together.std() > 0.01 and together.abs().max() <= 1
     order = torch.randperm(70, generator=torch.Generator().manual_seed(0))
@@ -203,12 +203,12 @@ def test_any_size_is_made_the_models_with_antialiasing() -> None:
     found = clip._resized(stripes)
     assert found.shape == (1, 3, 16, 16) and (found[..., 1:-1, :].float() - 127.5).abs().max() < 20
     assert torch.equal(clip(stripes)["pool"], clip(found)["pool"])
-    exact = pictures(2)
+    exact = images(2)
     assert torch.equal(clip._resized(exact), exact)
 
 
 def test_the_command_line_trains_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = picture_folder(tmp_path / "set", 40, styles=("3d", "noto"))
+    data = image_folder(tmp_path / "set", 40, styles=("3d", "noto"))
     common = ["train", "clip", "--data", str(data), "--size", "8", "--batch", "4", "--no-compile", "--dim", "32"]
     small = ["--layers", "1", "--text-layers", "1", "--heads", "2", "--stored-as", "float8_e4m3fn"]
     out = ["--out", str(tmp_path / "run")]
@@ -232,10 +232,10 @@ def test_bad_input_is_said_in_a_sentence(tmp_path: Path) -> None:
     clip, sizes = random_clip(own)
     with pytest.raises(VisarError, match="No word of the caption 'zzz qqq' is known"):
         clip.texts(["red heart", "zzz qqq"])
-    with pytest.raises(VisarError, match="2 pictures have 1 captions"):
-        clip.scores(pictures(2), ["red"])
-    with pytest.raises(VisarError, match="uint8 pictures"):
-        clip(pictures(2).float())
+    with pytest.raises(VisarError, match="2 images have 1 captions"):
+        clip.scores(images(2), ["red"])
+    with pytest.raises(VisarError, match="uint8 images"):
+        clip(images(2).float())
     with pytest.raises(VisarError, match="There is no folder"):
         icons_clip(weights=tmp_path / "none")
     with pytest.raises(VisarError, match="holds no whole CLIP"):
@@ -259,7 +259,7 @@ def test_bad_input_is_said_in_a_sentence(tmp_path: Path) -> None:
         load_clip(whole)
 
 
-# The shipped model, on the pictures of the card of `icons`: eight things in three styles, drawn by that model
+# The shipped model, on the images of the card of `icons`: eight things in three styles, drawn by that model
 
 
 THINGS = ("red heart", "blue heart", "green apple", "grinning face", "cat face", "crying face", "pig face", "banana")
@@ -275,10 +275,10 @@ def shipped() -> IconsClip:
 
 @pytest.fixture(scope="module")
 def drawn() -> Tensor:
-    """uint8 pictures [3, 8, 3, 128, 128]: of every style, every thing."""
+    """uint8 images [3, 8, 3, 128, 128]: of every style, every thing."""
     with Image.open(Path(str(resources.files("visar.assets"))) / "icons" / "samples.webp") as sheet:
         pixels = torch.from_numpy(np.array(sheet.convert("RGB")))
-    rows = pixels.view(3, 142, 8, 128, 3)[:, :128]  # the prompt stands below each picture
+    rows = pixels.view(3, 142, 8, 128, 3)[:, :128]  # the prompt stands below each image
     return rows.permute(0, 2, 4, 1, 3).contiguous()
 
 
@@ -294,7 +294,7 @@ def test_the_shipped_model_knows_what_icons_draws(shipped: IconsClip, drawn: Ten
     assert higher > 0.9
 
 
-def test_the_shipped_model_sees_pictures_that_changed_places(shipped: IconsClip, drawn: Tensor) -> None:
+def test_the_shipped_model_sees_images_that_changed_places(shipped: IconsClip, drawn: Tensor) -> None:
     prompts = [f"{thing}, 3d" for thing in THINGS]
     kept = shipped.scores(drawn[0], prompts)
     assert (kept > shipped.scores(drawn[0].roll(1, 0), prompts)).sum() >= 7
@@ -316,8 +316,8 @@ def test_the_shipped_model_is_small_and_its_figures_are_those_of_its_card(shippe
 def test_the_protocol_measures_a_folder(shipped: IconsClip, drawn: Tensor, tmp_path: Path) -> None:
     pixels = torch.cat([drawn.flatten(0, 1), drawn[0]])
     prompts = [f"{thing}, {style}" for style in (*STYLES, "3d") for thing in THINGS]
-    for i, (picture, prompt) in enumerate(zip(pixels, prompts, strict=True)):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    for i, (image, prompt) in enumerate(zip(pixels, prompts, strict=True)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(prompt)
     with pytest.warns(UserWarning, match="256"):
         found = measure("icons-clip", tmp_path)

@@ -37,8 +37,8 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert (found["sampler"], found["exact"], found["nfe"], found["tokens"]) == ("mar-headspec", True, 64, 256)
     assert found["rounds_per_pass"] <= SHARE * found["head_steps"]
-    picture = Image.open(out)
-    assert (picture.size, picture.mode) == ((64, 64), "RGB") and len(picture.getcolors(4096) or range(4096)) > 16
+    image = Image.open(out)
+    assert (image.size, image.mode) == ((64, 64), "RGB") and len(image.getcolors(4096) or range(4096)) > 16
 
 
 def test_a_red_heart_is_red() -> None:
@@ -51,7 +51,7 @@ def test_a_red_heart_is_red() -> None:
 
 @cache
 def mostly_given() -> torch.Tensor:
-    """A picture's tokens, of which 16 in its middle are to be drawn again."""
+    """An image's tokens, of which 16 in its middle are to be drawn again."""
     forced = embedded()(PROMPTS[1], sampler=MaskedAutoregressive(steps=16, head_steps=12), output_type="tokens").tokens[
         0
     ]
@@ -76,8 +76,8 @@ def test_it_is_small() -> None:
     assert sum(f.stat().st_size for f in parts) < 9 * 2**20 and len(parts) == 6
 
 
-def ranked(sampler: Any, pictures: int) -> float:
-    """z of the ranks of 16 tokens, which are drawn anew around the others of a picture, in many pictures at once."""
+def ranked(sampler: Any, images: int) -> float:
+    """z of the ranks of 16 tokens, which are drawn anew around the others of an image, in many images at once."""
     pipe: MaskedTextToImagePipeline = embedded()
     forced = mostly_given()
     free = forced.isnan().any(-1)
@@ -90,7 +90,7 @@ def ranked(sampler: Any, pictures: int) -> float:
         given = forced[order[:240]].expand(len(images), -1, -1)
         return MARSession(pipe.mar, features.expand(len(images), -1, -1), rows, 2.0, given=given)
 
-    return rank_test(session, sampler, torch.arange(pictures)).z
+    return rank_test(session, sampler, torch.arange(images)).z
 
 
 @pytest.mark.slow

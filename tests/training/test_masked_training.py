@@ -1,4 +1,4 @@
-"""Training of continuous tokens: the autoencoder's and the MAR's losses, and runs on a few tiny pictures."""
+"""Training of continuous tokens: the autoencoder's and the MAR's losses, and runs on a few tiny images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.tiny import picture_folder
+from tests.helpers.tiny import image_folder
 from visar.cli import main
 from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLSizes, build, fingerprint, to_latents, to_tokens
@@ -19,7 +19,7 @@ from visar.families.mar.transformer import MAR
 from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
 from visar.text_encoders.words import WordEncoder
 from visar.training.autoencoder import AutoencoderLoss, train_autoencoder
-from visar.training.data import PictureSet
+from visar.training.data import ImageSet
 from visar.training.loop import TrainConfig, make_optimizers
 from visar.training.mar import LatentSamples, MARLoss, initialise, masked_share, mean_loss, train_mar
 
@@ -33,8 +33,8 @@ def config(out: Path, steps: int) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
-    return PictureSet(picture_folder(tmp_path_factory.mktemp("pictures") / "set", 40))
+def data(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    return ImageSet(image_folder(tmp_path_factory.mktemp("images") / "set", 40))
 
 
 def test_tokens_are_latents_in_raster_order() -> None:
@@ -55,10 +55,10 @@ def test_the_autoencoder_loss_is_its_parts() -> None:
     assert loss(pixels, noise).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_a_trained_autoencoder_draws_better_and_knows_its_scale(data: PictureSet, tmp_path: Path) -> None:
+def test_a_trained_autoencoder_draws_better_and_knows_its_scale(data: ImageSet, tmp_path: Path) -> None:
     vae = train_autoencoder(data, 8, config(tmp_path, 60), SIZES)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["psnr_held_out"] > 8 and log[-1]["nats_per_picture"] > 0
+    assert log[-1]["psnr_held_out"] > 8 and log[-1]["nats_per_image"] > 0
     from visar.training.autoencoder import encode
 
     mean, std = encode(vae, data.pixels(8)[data.indices("train")])
@@ -165,7 +165,7 @@ def test_muon_takes_the_blocks_matrices(tmp_path: Path) -> None:
     }
 
 
-def test_a_run_learns_and_leaves_a_model_that_draws(data: PictureSet, words: WordEncoder, tmp_path: Path) -> None:
+def test_a_run_learns_and_leaves_a_model_that_draws(data: ImageSet, words: WordEncoder, tmp_path: Path) -> None:
     vae = build(SIZES, 8).eval()
     samples = LatentSamples(vae, words, data, 8)
     rows = data.indices("train")
@@ -183,7 +183,7 @@ def test_a_run_learns_and_leaves_a_model_that_draws(data: PictureSet, words: Wor
 
 
 def test_the_command_line_trains_and_assembles(
-    data: PictureSet, words: WordEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: ImageSet, words: WordEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words.save_pretrained(tmp_path / "words")
     common = ["--data", str(data.path), "--size", "8", "--minutes", "0.0001", "--batch", "2", "--no-compile"]

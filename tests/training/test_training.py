@@ -1,4 +1,4 @@
-"""Training on a few tiny pictures: the loop and its resumption, both trainers, the command line."""
+"""Training on a few tiny images: the loop and its resumption, both trainers, the command line."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.helpers.tiny import picture_folder, text_gpt
+from tests.helpers.tiny import image_folder, text_gpt
 from visar.cli import main
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.text_encoders.words import WordEncoder
 from visar.training.ar import ARLoss, bigram_cross_entropy, corrupt, cross_entropy, initialise, train_ar
-from visar.training.data import PictureSet, Record, to_unit
+from visar.training.data import ImageSet, Record, to_unit
 from visar.training.loop import TrainConfig, fit, make_optimizers
 from visar.training.tokenizer import TokenizerLoss, psnr, train_tokenizer
 
@@ -153,7 +153,7 @@ def test_muon_takes_the_matrices_of_the_blocks_only() -> None:
 
 
 def test_train_tokenizer(tmp_path: Path) -> None:
-    data = PictureSet(picture_folder(tmp_path / "set", 12))
+    data = ImageSet(image_folder(tmp_path / "set", 12))
     torch.manual_seed(0)
     untrained = psnr(VQModel(16, 4, 32, (1, 2), 1, 16), data.pixels(8))
     run = config(tmp_path / "run", steps=40, batch=4, lr=3e-3, ema=0.9)
@@ -233,8 +233,8 @@ def test_cross_entropy_does_not_depend_on_the_batch(words: WordEncoder) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Words not known")
-def test_train_ar_learns_two_pictures(words: WordEncoder, tmp_path: Path) -> None:
-    data = PictureSet(picture_folder(tmp_path / "set", 2))
+def test_train_ar_learns_two_images(words: WordEncoder, tmp_path: Path) -> None:
+    data = ImageSet(image_folder(tmp_path / "set", 2))
     torch.manual_seed(0)
     vq = VQModel(16, 4, 32, (1, 2), 1, 16).eval()
     run = config(tmp_path / "run", steps=60, batch=8, lr=1e-2, ema=0.9, optimizer="muon")
@@ -252,11 +252,11 @@ def test_train_ar_learns_two_pictures(words: WordEncoder, tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:Words not known")
-def test_from_pictures_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def train(*arguments: object) -> int:
         return main(["train", *(str(a) for a in arguments)])
 
-    data = picture_folder(tmp_path / "set", 30, ("flat", "noto"))
+    data = image_folder(tmp_path / "set", 30, ("flat", "noto"))
     words.save_pretrained(tmp_path / "words")
     common = ("--data", data, "--size", 16, "--batch", 2, "--minutes", 0.02, "--no-compile", "--device", "cpu")
     assert train("tokenizer", *common, "--out", tmp_path / "vq") == 0
@@ -266,7 +266,7 @@ def test_from_pictures_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys:
     out, err = capsys.readouterr()
     rows = [json.loads(line) for line in out.splitlines()]
     assert len(rows) == 2 and all(math.isfinite(r["loss"]) and r["step"] > 0 for r in rows)
-    assert "60 pictures" in err and "30 pictures" in err
+    assert "60 images" in err and "30 images" in err
     assert train("assemble", "--gpt", tmp_path / "ar" / "gpt", *parts, "--out", tmp_path / "pipe") == 0
     assert capsys.readouterr() == (f"{tmp_path / 'pipe'}\n", "")
     assert "/" not in (tmp_path / "pipe" / "vq" / "config.json").read_text()  # no path of this machine
@@ -277,11 +277,11 @@ def test_from_pictures_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("tokenizer --data TMP/none --out TMP/out", "No picture folder at"),
+        ("tokenizer --data TMP/none --out TMP/out", "No image folder at"),
         ("tokenizer --data TMP/set --out TMP/file/out", "Cannot write to folder"),
         ("tokenizer --data TMP/set --out TMP/out --minutes 0", "--minutes and --lr must be above 0"),
         ("tokenizer --data TMP/set --out TMP/out --size 18", "multiple of 4 pixels, not 18"),
-        ("tokenizer --data TMP/set --out TMP/out --styles oil", "No picture has style 'oil'"),
+        ("tokenizer --data TMP/set --out TMP/out --styles oil", "No image has style 'oil'"),
         ("tokenizer --data TMP/set --out TMP/out --device cuda:99", "Device 'cuda:99' is not there"),
         ("ar --data TMP/set --out TMP/out --tokenizer TMP/set --words TMP/set", "it has no config.json"),
         ("ar --data TMP/set --out TMP/out --tokenizer x --words x --dim 30", "--dim must be a multiple of --heads"),
@@ -289,8 +289,8 @@ def test_from_pictures_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys:
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
-    picture_folder(tmp_path / "set", 3)
+    image_folder(tmp_path / "set", 3)
     (tmp_path / "file").touch()
     assert main(["train", *arguments.replace("TMP", str(tmp_path)).split()]) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if "pictures, " not in line]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "images, " not in line]
     assert len(lines) == 1 and lines[0].startswith("visar: error: ") and message in lines[0]

@@ -1,10 +1,10 @@
-"""Bulk sampling: many pictures into a folder, resumable, on any number of processes, and out of it for evaluators."""
+"""Bulk sampling: many images into a folder, resumable, on any number of processes, and out of it for evaluators."""
 
 from visar.bulk.conditions import Condition, read_classes, read_prompts
 from visar.bulk.export import LAYOUTS, export, export_dpg, export_geneval, export_npz
 from visar.bulk.folder import RunFolder
 from visar.bulk.ranks import Ranks, ToldElsewhere, join_ranks
-from visar.bulk.run import Sampled, sample_pictures
+from visar.bulk.run import Sampled, sample_images
 
 __all__ = [
     "LAYOUTS",
@@ -20,5 +20,5 @@ __all__ = [
     "join_ranks",
     "read_classes",
     "read_prompts",
-    "sample_pictures",
+    "sample_images",
 ]

@@ -1,4 +1,4 @@
-"""What run it is: all that decides its pictures, and the machine and versions that made them."""
+"""What run it is: all that decides its images, and the machine and versions that made them."""
 
 from __future__ import annotations
 

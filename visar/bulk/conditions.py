@@ -1,4 +1,4 @@
-"""What is drawn: prompts or classes from a file, and which of them each picture of a run has."""
+"""What is drawn: prompts or classes from a file, and which of them each image of a run has."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def read_classes(text: str) -> list[Condition]:
         classes += numbers
     twice = [c for c, times in Counter(classes).items() if times > 1]
     if twice:
-        raise VisarError(f"Class {twice[0]} is given twice; name each class once, and -n says how many pictures.")
+        raise VisarError(f"Class {twice[0]} is given twice; name each class once, and -n says how many images.")
     return [Condition(c) for c in classes]
 
 
 class Interleaved:
-    """Pictures by id: picture i has condition i % P, and its image index counts earlier pictures of the same value.
+    """Images by id: image i has condition i % P, and its image index counts earlier images of the same value.
 
-    The image index is i // P, unless conditions repeat. So nothing depends on how many pictures there are.
+    The image index is i // P, unless conditions repeat. So nothing depends on how many images there are.
     """
 
     def __init__(self, conditions: Sequence[Condition]):

@@ -3,8 +3,8 @@
 - ADM's evaluator (github.com/openai/guided-diffusion, evaluations/): an .npz file with `arr_0`, uint8 [N, H, W, 3], and
   for classes `arr_1`, int64 [N].
 - GenEval (github.com/djghosh13/geneval): a folder for each prompt, 00000/ and so on, with the prompt's line of
-  evaluation_metadata.jsonl as metadata.jsonl, and its pictures as samples/0000.png and so on.
-- DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/): for each prompt ITEM_ID.png, a 2 x 2 grid of its pictures.
+  evaluation_metadata.jsonl as metadata.jsonl, and its images as samples/0000.png and so on.
+- DPG-Bench (github.com/TencentQQGYLab/ELLA, dpg_bench/): for each prompt ITEM_ID.png, a 2 x 2 grid of its images.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from visar.bulk.folder import Line, RunFolder
 from visar.errors import VisarError, unknown
 from visar.files import output_folder, replacing
 
-DPG_PICTURES = 4
+DPG_IMAGES = 4
 
 
 def export(folder: str | Path, layout: str, out: str | Path) -> int:
-    """Write the finished run in `folder` to `out` in one of `LAYOUTS`; returns the number of pictures.
+    """Write the finished run in `folder` to `out` in one of `LAYOUTS`; returns the number of images.
 
     Raises `VisarError` for an unfinished run, a run that does not fit the layout, and an output that is in the way.
     """
@@ -39,10 +39,10 @@ def export(folder: str | Path, layout: str, out: str | Path) -> int:
 
 
 def export_npz(folder: str | Path, out: str | Path) -> int:
-    """The file of ADM's evaluator, pictures in the order of their ids; they are streamed, never all in memory."""
+    """The file of ADM's evaluator, images in the order of their ids; they are streamed, never all in memory."""
     run = RunFolder(folder)
     lines = run.finished()
-    size = np.asarray(Image.open(run.picture(0)).convert("RGB")).shape
+    size = np.asarray(Image.open(run.image(0)).convert("RGB")).shape
     path = Path(out)
     if path.is_dir():
         raise VisarError(f"{out} is a folder; give a .npz file.")
@@ -52,10 +52,10 @@ def export_npz(folder: str | Path, out: str | Path) -> int:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             _header(file, (len(lines), *size), np.dtype(np.uint8))
             for line in lines:
-                picture = np.asarray(Image.open(run.path / line["file"]).convert("RGB"))
-                if picture.shape != size:
-                    raise VisarError(f"{line['file']} is of another size than the first picture.")
-                file.write(picture.tobytes())
+                image = np.asarray(Image.open(run.path / line["file"]).convert("RGB"))
+                if image.shape != size:
+                    raise VisarError(f"{line['file']} is of another size than the first image.")
+                file.write(image.tobytes())
         if "class" in lines[0]:
             with archive.open("arr_1.npy", "w") as file:
                 _header(file, (len(lines),), np.dtype(np.int64))
@@ -85,26 +85,26 @@ def export_geneval(folder: str | Path, out: str | Path) -> int:
 
 
 def export_dpg(folder: str | Path, out: str | Path) -> int:
-    """DPG-Bench's folder, of a run with four pictures of each prompt, named by the id of the prompt."""
+    """DPG-Bench's folder, of a run with four images of each prompt, named by the id of the prompt."""
     run = RunFolder(folder)
     prompts = _by_prompt(run, "dpg")
     for lines in prompts:
-        if len(lines) != DPG_PICTURES:
+        if len(lines) != DPG_IMAGES:
             raise VisarError(
-                f"DPG-Bench takes {DPG_PICTURES} pictures of each prompt; sample with -n {DPG_PICTURES * len(prompts)}."
+                f"DPG-Bench takes {DPG_IMAGES} images of each prompt; sample with -n {DPG_IMAGES * len(prompts)}."
             )
         name = str(lines[0].get("prompt_id", ""))
         if not name or any(c in name for c in "/\\."):  # its evaluator cuts names at a dot
             raise VisarError(
-                f"DPG-Bench names pictures by the item_id; give each prompt an id without . / and \\, not {name!r}."
+                f"DPG-Bench names images by the item_id; give each prompt an id without . / and \\, not {name!r}."
             )
     with _new_folder(out) as made:
         for lines in prompts:
-            pictures = [Image.open(run.path / line["file"]).convert("RGB") for line in lines]
-            width, height = pictures[0].size
+            images = [Image.open(run.path / line["file"]).convert("RGB") for line in lines]
+            width, height = images[0].size
             grid = Image.new("RGB", (2 * width, 2 * height))
-            for i, picture in enumerate(pictures):
-                grid.paste(picture, (i % 2 * width, i // 2 * height))
+            for i, image in enumerate(images):
+                grid.paste(image, (i % 2 * width, i // 2 * height))
             grid.save(made / f"{lines[0]['prompt_id']}.png")
     return sum(map(len, prompts))
 

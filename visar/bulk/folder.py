@@ -1,7 +1,7 @@
-"""The folder of a run: pictures, what is known of each, and that no kill leaves anything half-written in it.
+"""The folder of a run: images, what is known of each, and that no kill leaves anything half-written in it.
 
-A picture is written under a temporary name and renamed; then its line goes to the journal of its rank. So a line means
-a whole picture, and a picture without a line is drawn again. A finished run has its lines in `manifest.jsonl`.
+An image is written under a temporary name and renamed; then its line goes to the journal of its rank. So a line means
+a whole image, and an image without a line is drawn again. A finished run has its lines in `manifest.jsonl`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from visar.errors import VisarError
 from visar.files import replacing
 
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every whole PNG file
-# What makes a picture; anything else in run.json is told, and may change when a run goes on.
+# What makes an image; anything else in run.json is told, and may change when a run goes on.
 IDENTITY = (
     "format", "weights", "drafters", "sampler", "parameters", "settings", "seed", "conditions", "batch", "dtype",
     "tokens",
@@ -28,18 +28,18 @@ Line = dict[str, Any]
 
 
 class RunFolder:
-    """A folder with `run.json`, pictures, and `manifest.jsonl` or the journals of an unfinished run."""
+    """A folder with `run.json`, images, and `manifest.jsonl` or the journals of an unfinished run."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.manifest = self.path / "manifest.jsonl"
         self._run = self.path / "run.json"
 
-    def picture(self, i: int) -> Path:
+    def image(self, i: int) -> Path:
         return self.path / f"{i:06d}.png"
 
     def drawn(self) -> int:
-        """How many pictures are there, whole or not."""
+        """How many images are there, whole or not."""
         with os.scandir(self.path) as entries:
             return sum(entry.name.endswith(".png") and not entry.name.startswith(".") for entry in entries)
 
@@ -58,20 +58,20 @@ class RunFolder:
     def check(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
         """The run that is there, None if there is none.
 
-        Raises `VisarError` if it differs from `about`, of which parts may be missing, if it has more pictures, or if
-        there are pictures of something else.
+        Raises `VisarError` if it differs from `about`, of which parts may be missing, if it has more images, or if
+        there are images of something else.
         """
         found = self.about()
         if found is None:
             if self.path.is_dir() and self.drawn():
-                raise VisarError(f"{self.path} holds pictures of something else; give another folder.")
+                raise VisarError(f"{self.path} holds images of something else; give another folder.")
             return None
         pairs = [pair for key in IDENTITY if key in about for pair in _pairs(key, found.get(key), about[key])]
         differing = [f"{name} was {old}, now {new}" for name, old, new in pairs if old != new]
         if differing:
             raise VisarError(f"{self.path} holds a run with other settings: {'; '.join(differing)}.")
         if "count" in about and about["count"] < found["count"]:
-            raise VisarError(f"{self.path} holds a run of {found['count']} pictures; give -n {found['count']} or more.")
+            raise VisarError(f"{self.path} holds a run of {found['count']} images; give -n {found['count']} or more.")
         return found
 
     def describe(self, about: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ class RunFolder:
             _to_disk(file)
 
     def forget_if_empty(self) -> None:
-        """Take run.json away again if no picture was drawn."""
+        """Take run.json away again if no image was drawn."""
         if not self.drawn():
             self._run.unlink(missing_ok=True)
 
@@ -92,19 +92,19 @@ class RunFolder:
                 file.unlink(missing_ok=True)
 
     def done(self) -> dict[int, Line]:
-        """The lines of all pictures that are there, by id."""
+        """The lines of all images that are there, by id."""
         found: dict[int, Line] = {}
         for file in (self.manifest, *sorted(self.path.glob(".journal.*"))):
             if file.exists():
                 found.update((int(line["id"]), line) for line in _whole_lines(file))
-        return {i: line for i, line in sorted(found.items()) if is_whole(self.picture(i))}
+        return {i: line for i, line in sorted(found.items()) if is_whole(self.image(i))}
 
     def finish(self, count: int) -> None:
-        """Merge the journals into the manifest; a `VisarError` if pictures are missing."""
+        """Merge the journals into the manifest; a `VisarError` if images are missing."""
         lines = self.done()
         missing = sum(i not in lines for i in range(count))
         if missing:
-            raise VisarError(f"{missing} pictures of {self.path} are gone; start the run again to have them drawn.")
+            raise VisarError(f"{missing} images of {self.path} are gone; start the run again to have them drawn.")
         with replacing(self.manifest) as temporary, open(temporary, "w") as file:
             file.writelines(json.dumps(lines[i]) + "\n" for i in range(count))
             _to_disk(file)
@@ -117,10 +117,10 @@ class RunFolder:
         if about is None:
             raise VisarError(f"{self.path} holds no run of `visar sample`.")
         lines = list(_whole_lines(self.manifest)) if self.manifest.exists() else []
-        there = [i for i, line in enumerate(lines) if int(line["id"]) == i and is_whole(self.picture(i))]
+        there = [i for i, line in enumerate(lines) if int(line["id"]) == i and is_whole(self.image(i))]
         if len(there) != about["count"] or len(lines) != about["count"]:
             raise VisarError(
-                f"The run in {self.path} is not finished, or pictures are gone; the same `visar sample` makes them."
+                f"The run in {self.path} is not finished, or images are gone; the same `visar sample` makes them."
             )
         return lines
 
@@ -164,7 +164,7 @@ class RunFolder:
 
 
 class Journal:
-    """Writes pictures and then their lines, in that order, each on the disk before the next."""
+    """Writes images and then their lines, in that order, each on the disk before the next."""
 
     def __init__(self, folder: RunFolder, rank: int):
         self._folder = folder
@@ -172,11 +172,11 @@ class Journal:
         self._mended = False
 
     def write(self, image: Image.Image, line: Line) -> None:
-        """Write a picture as its line's "file", then the line. Raises `VisarError` where the disk is full, say."""
+        """Write an image as its line's "file", then the line. Raises `VisarError` where the disk is full, say."""
         try:
-            with replacing(self._folder.path / line["file"]) as temporary, open(temporary, "wb") as picture:
-                image.save(picture, format="PNG")
-                _to_disk(picture)
+            with replacing(self._folder.path / line["file"]) as temporary, open(temporary, "wb") as file:
+                image.save(file, format="PNG")
+                _to_disk(file)
             with open(self._path, "ab") as file:
                 if not self._mended:  # a kill may have cut the last line short
                     file.truncate(self._path.read_bytes().rfind(b"\n") + 1)
@@ -187,10 +187,10 @@ class Journal:
             raise VisarError(f"Cannot write to {self._folder.path}: {error.strerror or error}.") from error
 
 
-def is_whole(picture: Path) -> bool:
+def is_whole(image: Path) -> bool:
     """Whether a PNG file is there to its end."""
     try:
-        with open(picture, "rb") as file:
+        with open(image, "rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
     except OSError:
@@ -203,7 +203,7 @@ def _to_disk(file: Any) -> None:
 
 
 def _whole_lines(file: Path) -> Iterator[Line]:
-    """The lines of pictures; what is cut short or damaged is left out, so that its picture is drawn again."""
+    """The lines of images; what is cut short or damaged is left out, so that its image is drawn again."""
     for text in file.read_bytes().split(b"\n")[:-1]:
         try:
             line = json.loads(text)

@@ -1,4 +1,4 @@
-"""Bulk sampling: pictures by id into a folder, by any number of processes, going on after a kill."""
+"""Bulk sampling: images by id into a folder, by any number of processes, going on after a kill."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from visar.text_encoders.words import WordEncoder
 
 @dataclass(frozen=True)
 class Sampled:
-    """A finished run, `drawn` of whose `pictures` this call drew, on all ranks.
+    """A finished run, `drawn` of whose `images` this call drew, on all ranks.
 
-    `passes` and `seconds` are means over all pictures; a picture's seconds are its even share of its batch's.
+    `passes` and `seconds` are means over all images; an image's seconds are its even share of its batch's.
     """
 
     folder: Path
-    pictures: int
+    images: int
     drawn: int
     sampler: str
     exact: bool
@@ -46,12 +46,12 @@ class Sampled:
     def __str__(self) -> str:
         kind = "exact" if self.exact else "relaxed"
         return (
-            f"{self.sampler} ({kind}): {self.pictures} pictures in {self.folder}, {self.drawn} of them drawn now, "
-            f"{self.passes:.1f} passes and {self.seconds:.2f} s per picture"
+            f"{self.sampler} ({kind}): {self.images} images in {self.folder}, {self.drawn} of them drawn now, "
+            f"{self.passes:.1f} passes and {self.seconds:.2f} s per image"
         )
 
 
-def sample_pictures(
+def sample_images(
     pipe: ImagePipeline,
     conditions: Sequence[Condition | str | int],
     out: str | Path,
@@ -67,10 +67,10 @@ def sample_pictures(
     progress: bool = False,
     **settings: Any,
 ) -> Sampled:
-    """Draw `count` pictures, by default one of each condition, into the folder `out`; a run that is there goes on.
+    """Draw `count` images, by default one of each condition, into the folder `out`; a run that is there goes on.
 
-    `conditions`: prompts, or class ids for a class model; picture i has condition i % P. `batch`: pictures decoded at
-    once. `tokens` puts each picture's tokens in the manifest. `settings`: guidance_scale, guidance_interval,
+    `conditions`: prompts, or class ids for a class model; image i has condition i % P. `batch`: images decoded at
+    once. `tokens` puts each image's tokens in the manifest. `settings`: guidance_scale, guidance_interval,
     guidance_schedule, temperature, top_k and top_p, as the pipeline takes them. `model` and `drafters` are names for
     run.json. With several `ranks` all of them call this with the same arguments, on one shared folder. `progress` shows
     a bar on rank 0; bars of the pipeline's own are the caller's to disable.
@@ -101,13 +101,13 @@ def sample_pictures(
         missing = set(ranks.first(lambda: _begin(folder, about, machine(pipe))))
         if not ranks.rank and order.kind == "class" and (extra := count % len(order.conditions)):
             warnings.warn(
-                f"{count} pictures are no multiple of {len(order.conditions)} classes: the first {extra} get one more.",
+                f"{count} images are no multiple of {len(order.conditions)} classes: the first {extra} get one more.",
                 stacklevel=2,
             )
         batches = [range(b, min(b + batch, count)) for b in range(0, count, batch)]
         own = [ids for ids in batches if not missing.isdisjoint(ids)][ranks.rank :: ranks.world]
         bar = tqdm(
-            total=count, initial=count - len(missing), unit="picture", smoothing=0, file=sys.stderr,
+            total=count, initial=count - len(missing), unit="image", smoothing=0, file=sys.stderr,
             disable=bool(ranks.rank) or not progress,
         )  # fmt: skip
         try:
@@ -130,15 +130,15 @@ def sample_pictures(
 def _checked(
     pipe: ImagePipeline, conditions: Sequence[Condition | str | int], count: int | None, batch: int, tokens: bool
 ) -> tuple[Interleaved, int]:
-    """The order of the pictures, and how many there are; `VisarError` for what the model cannot draw."""
+    """The order of the images, and how many there are; `VisarError` for what the model cannot draw."""
     order = Interleaved([c if isinstance(c, Condition) else Condition(c) for c in conditions])
     count = len(order.conditions) if count is None else count
     if count < 1:
-        raise VisarError(f"The number of pictures must be 1 or more, not {count}.")
+        raise VisarError(f"The number of images must be 1 or more, not {count}.")
     if batch < 1:
-        raise VisarError(f"The batch must be 1 or more pictures, not {batch}.")
+        raise VisarError(f"The batch must be 1 or more images, not {batch}.")
     if max(order.index(i) for i in range(max(0, count - len(order.conditions)), count)) >= IMAGES:
-        raise VisarError(f"There are at most {IMAGES} pictures of one condition.")
+        raise VisarError(f"There are at most {IMAGES} images of one condition.")
     if tokens and isinstance(pipe, MaskedPipeline):
         raise VisarError("Tokens are saved of models of discrete tokens; this one's are vectors.")
     wanted = "class" if isinstance(pipe, ClassToImagePipeline) else "prompt"
@@ -182,7 +182,7 @@ def _draw(
     tokens: bool,
     settings: Mapping[str, Any],
 ) -> None:
-    """One call of the pipeline; only the `wanted` ones of its pictures are written."""
+    """One call of the pipeline; only the `wanted` ones of its images are written."""
     values = [order.condition(i).value for i in ids]
     indices = [order.index(i) for i in ids]
     out = pipe(values, sampler=method, seed=seed, first_image=indices, **settings)
@@ -193,7 +193,7 @@ def _draw(
 
 
 def _line(order: Interleaved, i: int, row: int, stats: DecodeStats) -> Line:
-    """What the manifest says of picture i, which was one row of a call."""
+    """What the manifest says of image i, which was one row of a call."""
     condition = order.condition(i)
     figures: dict[str, Any] = {
         "passes": stats.passes_per_image[row],
@@ -221,7 +221,7 @@ def _summary(folder: RunFolder, drawn: int) -> Sampled:
     lines = folder.finished()
     return Sampled(
         folder=folder.path,
-        pictures=len(lines),
+        images=len(lines),
         drawn=drawn,
         sampler=lines[0]["sampler"],
         exact=lines[0]["exact"],

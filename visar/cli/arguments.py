@@ -60,13 +60,13 @@ def _decoding_options(p: argparse.ArgumentParser) -> None:
 
 
 def generate(commands: Commands) -> None:
-    p = commands.add_parser("generate", help="make pictures from prompts or classes")
-    p.add_argument("prompt", nargs="*", help='in quotes: "a red heart, 3d"; each makes a picture')
+    p = commands.add_parser("generate", help="make images from prompts or classes")
+    p.add_argument("prompt", nargs="*", help='in quotes: "a red heart, 3d"; each makes an image')
     p.add_argument(
         "--class", dest="classes", type=int, action="append", metavar="ID", help="ImageNet class; repeatable"
     )
     p.add_argument("--sampler", metavar="S", help="a name of `visar samplers`")
-    p.add_argument("-n", "--num-images", type=int, default=1, metavar="N", help="pictures per prompt")
+    p.add_argument("-n", "--num-images", type=int, default=1, metavar="N", help="images per prompt")
     p.add_argument("-o", "--output", metavar="PATH", help="a .png file, or a folder (default: the current one)")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     _model_options(p)
@@ -76,19 +76,19 @@ def generate(commands: Commands) -> None:
 
 
 def sample(commands: Commands) -> None:
-    p = commands.add_parser("sample", help="draw thousands of pictures into a folder; goes on where it was stopped")
+    p = commands.add_parser("sample", help="draw thousands of images into a folder; goes on where it was stopped")
     p.add_argument(
         "--prompts", metavar="FILE", help='.txt, a prompt in each line, or .jsonl, {"prompt": ..., "id": ...}'
     )
     p.add_argument("--classes", metavar="LIST|FILE", help="of a class model, such as 0-999 or 1,5,7-9")
     p.add_argument(
-        "-n", "--num-pictures", type=int, metavar="N", help="in all; picture i has prompt i %% P (default: one of each)"
+        "-n", "--num-images", type=int, metavar="N", help="in all; image i has prompt i %% P (default: one of each)"
     )
     p.add_argument("--out", required=True, metavar="FOLDER", help="a run started again there goes on")
-    p.add_argument("--batch", type=int, default=16, help="pictures decoded at once, at most (default: 16)")
+    p.add_argument("--batch", type=int, default=16, help="images decoded at once, at most (default: 16)")
     p.add_argument("--sampler", metavar="S", help="a name of `visar samplers`")
-    p.add_argument("--tokens", action="store_true", help="put the tokens of each picture into the manifest")
-    p.add_argument("--npz", metavar="FILE", help="also write the pictures as ADM's evaluator reads them")
+    p.add_argument("--tokens", action="store_true", help="put the tokens of each image into the manifest")
+    p.add_argument("--npz", metavar="FILE", help="also write the images as ADM's evaluator reads them")
     p.add_argument("--json", action="store_true", help="print one JSON object")
     _model_options(p)
     _sampling_options(p)
@@ -105,7 +105,7 @@ def export(commands: Commands) -> None:
 
 
 def demo(commands: Commands) -> None:
-    p = commands.add_parser("demo", help="serve a page where pictures can be watched while they are decoded")
+    p = commands.add_parser("demo", help="serve a page where images can be watched while they are decoded")
     _model_options(p, several=True)
     p.add_argument(
         "--drafter", action="append", default=[], metavar="PATH", help="as of generate, for a model given alone"
@@ -113,7 +113,7 @@ def demo(commands: Commands) -> None:
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (default: 127.0.0.1)")
     p.add_argument("--port", type=int, default=7860, help="0 for any that is free (default: 7860)")
     p.add_argument("--share", action="store_true", help="also serve it through a public address of Gradio's")
-    p.add_argument("--max-images", type=int, default=4, metavar="N", help="pictures of a request, at most (default: 4)")
+    p.add_argument("--max-images", type=int, default=4, metavar="N", help="images of a request, at most (default: 4)")
     p.add_argument("--max-waiting", type=int, default=16, metavar="N", help="requests that may wait (default: 16)")
     p.set_defaults(run=_runner("demo", "demo"))
 
@@ -161,8 +161,8 @@ def bench(commands: Commands) -> None:
         "--samplers", type=_names, metavar="NAMES",
         help="separated by commas, each a name or name:NAME=VALUE (default: ar,sjd,scd; of a MAR mar,mar-headspec)",
     )  # fmt: skip
-    p.add_argument("--batch", type=int, help="pictures decoded at once (default: 1; of --shapes on a GPU 1 and 8)")
-    p.add_argument("--images", type=int, default=16, help="pictures per sampler and repeat (default: 16)")
+    p.add_argument("--batch", type=int, help="images decoded at once (default: 1; of --shapes on a GPU 1 and 8)")
+    p.add_argument("--images", type=int, default=16, help="images per sampler and repeat (default: 16)")
     p.add_argument("--repeats", type=int, default=3, help="medians are over these (default: 3)")
     p.add_argument("--json", metavar="PATH", help="also write the figures to this file")
     _model_options(p)

@@ -77,7 +77,7 @@ def _profile(options: argparse.Namespace, pipe: Any, samplers: Mapping[str, Any]
     from visar.eval.benchmark.profiling import profile_pipeline, profile_text
 
     if options.batch not in (None, 1):
-        raise VisarError("--profile is of one picture: it takes no --batch.")
+        raise VisarError("--profile is of one image: it takes no --batch.")
     rows = {label: profile_pipeline(pipe, sampler, **settings) for label, sampler in samplers.items()}
     print(profile_text([(label, p) for label, p in rows.items()], ("SAMPLER",)))
     _write_report(options, ProfileReport(options.model, str(pipe.model.device), str(pipe.model.dtype), rows))
@@ -135,6 +135,6 @@ def _print_speed(report: SpeedReport, model: str) -> None:
     passes = ("NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE")
     print(table(("SAMPLER", "LAW", *shape, *passes, *more, f"NFE/{first}", f"TIME/{first}"), rows))
     print(
-        f"{model}, {report.device}, {report.dtype}, batch {report.batch}, {report.images} pictures, medians "
+        f"{model}, {report.device}, {report.dtype}, batch {report.batch}, {report.images} images, medians "
         f"of {report.repeats} repeats after a warm-up; bandwidth measured in this run: {report.bandwidth:.1f} GB/s."
     )

@@ -1,4 +1,4 @@
-"""`visar eval`: figures by named protocols, and whether a sampler changed the pictures."""
+"""`visar eval`: figures by named protocols, and whether a sampler changed the images."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SETTINGS = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_
 
 
 def fid(options: argparse.Namespace) -> int:
-    from visar.eval.quality.image_folder import PictureFolder
+    from visar.eval.quality.image_folder import ImageFolder
     from visar.eval.quality.measure import measure
 
     _ready(options)
     found = measure(
-        options.protocol, PictureFolder.open(options.folder), options.reference, device=device_of(options.device),
+        options.protocol, ImageFolder.open(options.folder), options.reference, device=device_of(options.device),
         batch=options.batch, seed=options.seed, weights=options.weights,
     )  # fmt: skip
     for name, reason in found.left_out.items():
@@ -35,13 +35,13 @@ def fid(options: argparse.Namespace) -> int:
 
 
 def clip(options: argparse.Namespace) -> int:
-    from visar.eval.quality.image_folder import PictureFolder
+    from visar.eval.quality.image_folder import ImageFolder
     from visar.eval.quality.measure import measure
 
     _ready(options)
-    pictures = PictureFolder.open(options.folder, captions=options.captions)
+    images = ImageFolder.open(options.folder, captions=options.captions)
     found = measure(
-        options.protocol, pictures, device=device_of(options.device), batch=options.batch, weights=options.weights
+        options.protocol, images, device=device_of(options.device), batch=options.batch, weights=options.weights
     )
     _say(str(found), found.to_dict(), options.json)
     return 0
@@ -59,16 +59,16 @@ def stats(options: argparse.Namespace) -> int:
         weights=options.weights,
     )  # fmt: skip
     count = next(iter(found.moments.values())).n
-    _say(f"{options.out}: {count} pictures, sha256:{found.fingerprint[:12]}", found.provenance, options.json)
+    _say(f"{options.out}: {count} images, sha256:{found.fingerprint[:12]}", found.provenance, options.json)
     return 0
 
 
 def compare(options: argparse.Namespace) -> int:
     from visar.eval.quality.compare import compare as compared
-    from visar.eval.quality.image_folder import PictureFolder
+    from visar.eval.quality.image_folder import ImageFolder
 
     _ready(options)
-    a, b, *seeds = (PictureFolder.open(path) for path in (options.a, options.b, *options.seeds))
+    a, b, *seeds = (ImageFolder.open(path) for path in (options.a, options.b, *options.seeds))
     reference = _photographs(options.reference)
     scores = _scores(options)
     found = compared(
@@ -84,7 +84,7 @@ def report(options: argparse.Namespace) -> int:
     from visar.eval.report.plots import check
 
     samplers = samplers_of(options)
-    for name in ("num_pictures", "batch", "speed_images"):
+    for name in ("num_images", "batch", "speed_images"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise VisarError(f"--{name.replace('_', '-')} must be 1 or more, not {value}.")
     given = _conditions(options)
@@ -96,7 +96,7 @@ def report(options: argparse.Namespace) -> int:
         conditions = given or _usual(pipe)
         found = make_report(
             pipe, samplers, conditions, Path(options.out), extract, model=options.model,
-            count=options.num_pictures or len(conditions), batch=options.batch, seed=options.seed, reference=reference,
+            count=options.num_images or len(conditions), batch=options.batch, seed=options.seed, reference=reference,
             clip=scores, speed_images=options.speed_images, progress=sys.stderr.isatty(), tell=print,
             **{name: getattr(options, name) for name in SETTINGS},
         )  # fmt: skip
@@ -113,7 +113,7 @@ def protocols(options: argparse.Namespace) -> int:
         print(json.dumps([vars(p) for p in found], indent=2))
     else:
         print(table(
-            ("NAME", "VERSION", "METRICS", "PICTURES", "FEATURES", "ABOUT"),
+            ("NAME", "VERSION", "METRICS", "IMAGES", "FEATURES", "ABOUT"),
             [(p.name, p.version, ", ".join(p.metrics), p.wanted, p.extractor, p.about) for p in found],
         ))  # fmt: skip
     return 0
@@ -151,9 +151,9 @@ def _scores(options: argparse.Namespace) -> Any:
 
 
 def _photographs(path: str | None) -> Any:
-    from visar.eval.quality.image_folder import PictureFolder
+    from visar.eval.quality.image_folder import ImageFolder
 
-    return None if path is None else PictureFolder.open(path, jpeg_allowed=True, mixed_allowed=True)
+    return None if path is None else ImageFolder.open(path, jpeg_allowed=True, mixed_allowed=True)
 
 
 def _conditions(options: argparse.Namespace) -> list[Any]:
@@ -183,7 +183,7 @@ def _described(found: Comparison) -> str:
     t = found.overall
     lines = [
         found.verdict,
-        f"{found.pictures} pairs of {found.prompts} prompts: {100 * found.same:.1f}% of the pictures are the same, "
+        f"{found.images} pairs of {found.prompts} prompts: {100 * found.same:.1f}% of the images are the same, "
         f"pixels differ by {found.levels:.2f} of 255"
         + ("" if found.tokens is None else f", {100 * found.tokens:.1f}% of the tokens are the same")
         + ".",

@@ -1,4 +1,4 @@
-"""`visar generate`: pictures from prompts or classes."""
+"""`visar generate`: images from prompts or classes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def output_paths(output: str | None, names: list[str]) -> list[Path]:
-    """Where the pictures go: the given .png file (numbered if there are several), or files named after the prompts."""
+    """Where the images go: the given .png file (numbered if there are several), or files named after the prompts."""
     path = Path(output or ".")
     if path.suffix and not path.is_dir():
         if path.suffix.lower() != ".png":
-            raise VisarError(f"Pictures are written as .png, not {path.suffix}; give a .png file or a folder.")
+            raise VisarError(f"Images are written as .png, not {path.suffix}; give a .png file or a folder.")
         return [path if len(names) == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(len(names))]
-    stems = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "picture" for name in names]
+    stems = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "image" for name in names]
     out: list[Path] = []
     for stem in stems:
         numbered = (path / f"{stem}{f'-{i}' if i else ''}.png" for i in itertools.count())

@@ -1,4 +1,4 @@
-"""`visar sample`: many pictures into a folder; `visar export`: a finished folder in an evaluator's layout."""
+"""`visar sample`: many images into a folder; `visar export`: a finished folder in an evaluator's layout."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sample(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace, ranks: Ranks) -> int:
-    from visar.bulk import export_npz, sample_pictures
+    from visar.bulk import export_npz, sample_images
 
     folders = [options.out, *([Path(options.npz).parent] if options.npz else [])]
     with ExitStack() as stack:
@@ -46,8 +46,8 @@ def _sample(options: argparse.Namespace, ranks: Ranks) -> int:
         ranks.agree(lambda: [stack.enter_context(output_folder(folder)) for folder in folders])
         pipe = ranks.agree(lambda: load_pipeline(options, classes=bool(options.classes)))
         pipe.set_progress_bar_config(disable=True)
-        done = sample_pictures(
-            pipe, conditions, options.out, count=options.num_pictures, sampler=sampler, batch=options.batch,
+        done = sample_images(
+            pipe, conditions, options.out, count=options.num_images, sampler=sampler, batch=options.batch,
             seed=options.seed, tokens=options.tokens, ranks=ranks, model=options.model, drafters=options.drafter,
             progress=sys.stderr.isatty() and not options.json,
             **{name: getattr(options, name) for name in SETTINGS},
@@ -77,7 +77,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[Condition], AnySampler |
 
     if bool(options.prompts) == bool(options.classes):
         raise VisarError("Give either --prompts FILE or --classes LIST.")
-    for name, value in (("-n", options.num_pictures), ("--batch", options.batch)):
+    for name, value in (("-n", options.num_images), ("--batch", options.batch)):
         if value is not None and value < 1:
             raise VisarError(f"{name} must be 1 or more, not {value}.")
     if options.npz and Path(options.npz).suffix != ".npz":
@@ -98,7 +98,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[Condition], AnySampler |
         "settings": {name: value for name in SETTINGS if (value := getattr(options, name)) is not None},
         "seed": options.seed,
         "conditions": {"kind": order.kind, "sha256": order.mark()},
-        "count": len(conditions) if options.num_pictures is None else options.num_pictures,
+        "count": len(conditions) if options.num_images is None else options.num_images,
         "batch": options.batch,
         "tokens": options.tokens,
     }
@@ -110,5 +110,5 @@ def export(options: argparse.Namespace) -> int:
     from visar.bulk.export import export as write
 
     number = write(options.folder, options.layout, options.out)
-    print(f"{options.out}: {number} pictures of {options.folder}")
+    print(f"{options.out}: {number} images of {options.folder}")
     return 0

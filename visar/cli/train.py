@@ -1,4 +1,4 @@
-"""`visar train pictures | words | tokenizer | autoencoder | ar | mar | clip | drafter | assemble`."""
+"""`visar train images | words | tokenizer | autoencoder | ar | mar | clip | drafter | assemble`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from visar.errors import VisarError
 from visar.files import writable_folder
 
 
-def pictures(options: argparse.Namespace) -> int:
-    from visar.training.pictures import build_pictures
+def images(options: argparse.Namespace) -> int:
+    from visar.training.images import build_images
 
-    count = build_pictures(
+    count = build_images(
         Path(options.out), options.size, tuple(options.styles), tones=options.tones, flags=options.flags
     )
-    print(f"{count} pictures in {options.out}")
+    print(f"{count} images in {options.out}")
     return 0
 
 
 def words(options: argparse.Namespace) -> int:
-    from visar.training.data import PictureSet
+    from visar.training.data import ImageSet
     from visar.training.words import build_word_encoder
 
-    data = PictureSet(options.data)
+    data = ImageSet(options.data)
     texts = [t for r in data.records for t in (r.caption, " ".join(r.tags), r.style)]
     encoder = build_word_encoder(texts)
     encoder.save_pretrained(options.out)
@@ -36,20 +36,20 @@ def words(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
-    """The picture set and the training configuration that the options ask for."""
-    from visar.training.data import PictureSet
+    """The image set and the training configuration that the options ask for."""
+    from visar.training.data import ImageSet
     from visar.training.loop import TrainConfig
 
     if options.minutes <= 0 or options.batch < 1 or options.size < 8 or options.lr <= 0:
         raise VisarError("--minutes and --lr must be above 0, --batch 1 or more, and --size 8 or more.")
-    data = PictureSet(options.data, tuple(options.styles), tuple(options.without_groups))
+    data = ImageSet(options.data, tuple(options.styles), tuple(options.without_groups))
     if not data.indices("train"):
-        raise VisarError(f"{options.data} has no pictures for training: all are held out.")
+        raise VisarError(f"{options.data} has no images for training: all are held out.")
     config = TrainConfig(
         out=writable_folder(options.out), minutes=options.minutes, batch=options.batch, lr=options.lr,
         seed=options.seed, compile=not options.no_compile, device=str(device_of(options.device)), **extra,
     )  # fmt: skip
-    print(f"{len(data.records)} pictures, {len(data.indices('train'))} for training", file=sys.stderr)
+    print(f"{len(data.records)} images, {len(data.indices('train'))} for training", file=sys.stderr)
     return data, config
 
 
@@ -117,23 +117,23 @@ def ar(options: argparse.Namespace) -> int:
 
 
 def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
-    """The captions or class ids to draw, `classes` being 0 for text: lines of a file, or prompts of a picture set."""
-    pictures = (
+    """The captions or class ids to draw, `classes` being 0 for text: lines of a file, or prompts of an image set."""
+    images = (
         not classes
         and options.captions
         and (Path(options.captions).is_dir() or Path(options.captions).suffix == ".zip")
     )
-    if (options.styles or options.without_groups) and not pictures:
-        raise VisarError("--styles and --without-groups choose from a picture set, and --captions is none.")
+    if (options.styles or options.without_groups) and not images:
+        raise VisarError("--styles and --without-groups choose from an image set, and --captions is none.")
     if not options.captions:
         if classes:
             return list(range(classes))
-        raise VisarError("A text model needs --captions: a file with a caption in each line, or a picture set.")
+        raise VisarError("A text model needs --captions: a file with a caption in each line, or an image set.")
     path = Path(options.captions)
-    if pictures:
-        from visar.training.data import PictureSet
+    if images:
+        from visar.training.data import ImageSet
 
-        data = PictureSet(path, tuple(options.styles), tuple(options.without_groups))
+        data = ImageSet(path, tuple(options.styles), tuple(options.without_groups))
         return list(dict.fromkeys(data.records[i].prompt() for i in data.indices("train")))
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
@@ -147,7 +147,7 @@ def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
             if not line.isdecimal() or int(line) >= classes:
                 raise VisarError(f"{path} must hold a class id from 0 to {classes - 1} in each line, not {line!r}.")
         found = [int(line) for line in found]
-    return list(dict.fromkeys(found))  # drawn in turns: a caption that stood twice would give one picture twice
+    return list(dict.fromkeys(found))  # drawn in turns: a caption that stood twice would give one image twice
 
 
 def drafter(options: argparse.Namespace) -> int:
@@ -167,9 +167,9 @@ def drafter(options: argparse.Namespace) -> int:
         raise VisarError("A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`.")
     minutes = 25.0 if options.minutes is None else options.minutes
     steps = 10**9 if options.steps is None else options.steps
-    if minutes <= 0 or options.lr <= 0 or options.pictures < 2 or min(options.batch, options.depth, steps) < 1:
+    if minutes <= 0 or options.lr <= 0 or options.images < 2 or min(options.batch, options.depth, steps) < 1:
         raise VisarError(
-            "--minutes and --lr must be above 0, --batch, --depth and --steps 1 or more, --pictures 2 or more."
+            "--minutes and --lr must be above 0, --batch, --depth and --steps 1 or more, --images 2 or more."
         )
     temperature = 1.0 if options.temperature is None else options.temperature
     Target(temperature, options.top_k or 0, options.top_p)  # before the weights are read
@@ -187,8 +187,8 @@ def drafter(options: argparse.Namespace) -> int:
     law = Target(temperature, pipe.config.top_k if options.top_k is None else options.top_k, options.top_p)
     out = writable_folder(options.out)
     tokens = draw_tokens(
-        pipe, conditions, options.pictures, out / "pictures.safetensors", options.batch,
-        lambda done: print(f"{done} of {options.pictures} pictures drawn", file=sys.stderr),
+        pipe, conditions, options.images, out / "images.safetensors", options.batch,
+        lambda done: print(f"{done} of {options.images} images drawn", file=sys.stderr),
         draws=rank == 0, sampler="ar", seed=options.seed, guidance_scale=scale, temperature=law.temperature,
         top_k=law.top_k, top_p=law.top_p,
     )  # fmt: skip  # "ar", because a large batch is bound by arithmetic, of which drafts waste some
@@ -228,11 +228,17 @@ def assemble(options: argparse.Namespace) -> int:
     home = Path(resolve_model(options.words)) / "text_encoder" if shared else options.words
     pipe: Any
     if options.gpt:
-        parts = (_component("families.llamagen.gpt.LlamaGen", options.gpt), _component("families.llamagen.vq.VQModel", options.tokenizer))
+        parts = (
+            _component("families.llamagen.gpt.LlamaGen", options.gpt),
+            _component("families.llamagen.vq.VQModel", options.tokenizer),
+        )
         encoder = _component("text_encoders.words.WordEncoder", home)
         pipe = TextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale, top_k=options.top_k)
     else:
-        parts = (_component("families.mar.transformer.MAR", options.mar), _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder))
+        parts = (
+            _component("families.mar.transformer.MAR", options.mar),
+            _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder),
+        )
         encoder = _component("text_encoders.words.WordEncoder", home)
         pipe = MaskedTextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale)
         if options.draft:

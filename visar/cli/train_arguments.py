@@ -8,16 +8,16 @@ from visar.cli.arguments import Commands, _model_options, _names, _runner, _samp
 
 
 def train(commands: Commands) -> None:
-    p = commands.add_parser("train", help="train a tokenizer or a model on a folder of captioned pictures")
+    p = commands.add_parser("train", help="train a tokenizer or a model on a folder of captioned images")
     kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND")
 
-    pictures = kinds.add_parser("pictures", help="rebuild the picture set of `icons` from licensed packages")
-    pictures.add_argument("--out", required=True)
-    pictures.add_argument("--size", type=int, default=128)
-    pictures.add_argument("--styles", type=_names, default=[])
-    pictures.add_argument("--tones", action="store_true", help="with skin tones")
-    pictures.add_argument("--flags", action="store_true", help="with flags")
-    pictures.set_defaults(run=_runner("train", "pictures"))
+    images = kinds.add_parser("images", help="rebuild the image set of `icons` from licensed packages")
+    images.add_argument("--out", required=True)
+    images.add_argument("--size", type=int, default=128)
+    images.add_argument("--styles", type=_names, default=[])
+    images.add_argument("--tones", action="store_true", help="with skin tones")
+    images.add_argument("--flags", action="store_true", help="with flags")
+    images.set_defaults(run=_runner("train", "images"))
 
     words = kinds.add_parser("words", help="make the word table of the text encoder")
     words.add_argument("--data", required=True)
@@ -43,14 +43,14 @@ def train(commands: Commands) -> None:
     mar.add_argument("--head-layers", type=int, default=3)
     mar.set_defaults(run=_runner("train", "mar"))
 
-    clip = kinds.add_parser("clip", help="train a small CLIP, which says whether pictures follow their prompts")
+    clip = kinds.add_parser("clip", help="train a small CLIP, which says whether images follow their prompts")
     _training_options(clip, minutes=27, batch=128, lr=3e-3)
     clip.add_argument(
         "--words", default="icons", metavar="FOLDER|NAME",
         help="of `visar train words`, or an embedded model: where vectors of words come from (default: icons)",
     )  # fmt: skip
     clip.add_argument("--dim", type=int, default=96, help="width of both towers (default: 96)")
-    clip.add_argument("--layers", type=int, default=4, help="for pictures (default: 4)")
+    clip.add_argument("--layers", type=int, default=4, help="for images (default: 4)")
     clip.add_argument("--text-layers", type=int, default=2)
     clip.add_argument("--heads", type=int, default=3)
     clip.add_argument("--stored-as", choices=("float32", "float16", "float8_e4m3fn"), default="float16")
@@ -79,9 +79,9 @@ def train(commands: Commands) -> None:
     _model_options(drafter, "--target")
     _sampling_options(drafter)
     drafter.add_argument("--out", required=True, help="run folder; a run started again there goes on")
-    drafter.add_argument("--captions", metavar="FILE", help="a caption or class id in each line; or a picture set")
-    _picture_options(drafter)
-    drafter.add_argument("--pictures", type=int, default=2048, help="how many to draw (default: 2048)")
+    drafter.add_argument("--captions", metavar="FILE", help="a caption or class id in each line; or an image set")
+    _image_options(drafter)
+    drafter.add_argument("--images", type=int, default=2048, help="how many to draw (default: 2048)")
     drafter.add_argument("--depth", type=int, default=3, help="tokens that it learns to draft (default: 3)")
     drafter.add_argument("--minutes", type=float, help="of training (default: 25)")
     drafter.add_argument("--steps", type=int, help="end after so many steps instead, whatever the time")
@@ -113,16 +113,16 @@ def train(commands: Commands) -> None:
     assemble.set_defaults(run=_runner("train", "assemble"))
 
 
-def _picture_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--styles", type=_names, default=[], help="of a picture set, only these styles, separated by commas")
-    p.add_argument("--without-groups", type=_names, default=[], help="of a picture set, leave out these groups")
+def _image_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--styles", type=_names, default=[], help="of an image set, only these styles, separated by commas")
+    p.add_argument("--without-groups", type=_names, default=[], help="of an image set, leave out these groups")
 
 
 def _training_options(p: argparse.ArgumentParser, minutes: float, batch: int, lr: float) -> None:
-    p.add_argument("--data", required=True, help="folder or zip of captioned pictures")
+    p.add_argument("--data", required=True, help="folder or zip of captioned images")
     p.add_argument("--out", required=True, help="run folder; a run started again there goes on")
     p.add_argument("--size", type=int, default=64, help="pixels (default: 64)")
-    _picture_options(p)
+    _image_options(p)
     p.add_argument("--minutes", type=float, default=minutes)
     p.add_argument("--batch", type=int, default=batch)
     p.add_argument("--lr", type=float, default=lr)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from visar.eval.exactness.joint import Row
     from visar.eval.exactness.own_model import Check
 
-PICTURES = 4  # a picture of continuous tokens says more of its law than a sequence: one for so many
+IMAGES = 4  # an image of continuous tokens says more of its law than a sequence: one for so many
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -45,14 +45,14 @@ def verify(options: argparse.Namespace) -> int:
     if discrete or not names:
         rows += prove(discrete or None, options.sequences, options.seed, mutants, report=line)
     if continuous or not names:
-        rows += verify_continuous(continuous or None, options.sequences // PICTURES, options.seed, mutants, report=line)
+        rows += verify_continuous(continuous or None, options.sequences // IMAGES, options.seed, mutants, report=line)
     good = all(row.passed for row in rows)
     if options.json:
         print(json.dumps([_said(row) for row in rows], indent=2))
     else:
         tests = [
             *(["Joint law over all sequences, chi-square z."] if discrete or not names else []),
-            *(["Joint law of continuous tokens, z of the whitened pictures."] if continuous or not names else []),
+            *(["Joint law of continuous tokens, z of the whitened images."] if continuous or not names else []),
         ]
         print(
             f"{' '.join(tests)} Exact: |z| < {EXACT_LIMIT:g}, and the same tokens in batches of 1, 8 and all"

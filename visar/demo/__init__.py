@@ -1,1 +1,1 @@
-"""The demo in a browser: pictures while they are decoded, what each pass kept, and two samplers side by side."""
+"""The demo in a browser: images while they are decoded, what each pass kept, and two samplers side by side."""

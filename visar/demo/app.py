@@ -21,7 +21,7 @@ from visar.errors import VisarError
 
 INTRO = (
     "# visar\nImage autoregressive models, decoded in fewer passes of the network. Grey is what is not decided yet. "
-    "An **exact** sampler draws every picture as probably as plain decoding does (the same *law*); a **relaxed** one "
+    "An **exact** sampler draws every image as probably as plain decoding does (the same *law*); a **relaxed** one "
     "does not."
 )
 
@@ -71,7 +71,7 @@ def _generate_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) -
             conditions.chances(limits)
         with gr.Column(scale=3, min_width=320, elem_classes="visar-results"):
             status = gr.HTML(view.status("Ready."), elem_id="status")
-            pictures = gr.HTML(view.pictures(None, None), elem_id="pictures")
+            images = gr.HTML(view.images(None, None), elem_id="images")
             figures = gr.HTML(elem_id="figures")
             curves = gr.HTML(elem_id="curves")
 
@@ -79,11 +79,11 @@ def _generate_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) -
         (label,) = request.labels
         for _, frame in frames:
             yield [
-                view.progress(label, frame), view.pictures(request, frame), view.figures(frame.stats),
+                view.progress(label, frame), view.images(request, frame), view.figures(frame.stats),
                 view.curves({label: frame}, request.tokens),
             ]  # fmt: skip
 
-    _wire(desk, limits, conditions, [controls], go, stop, [status, pictures, figures, curves], draw)
+    _wire(desk, limits, conditions, [controls], go, stop, [status, images, figures, curves], draw)
     _follow(conditions, [(controls, lambda model: model.default_sampler)])
 
 
@@ -108,7 +108,7 @@ def _compare_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) ->
             with gr.Row():
                 for side in ("left", "right"):
                     with gr.Column(min_width=280):
-                        panes += [gr.HTML(elem_id=f"compare-{what}-{side}") for what in ("pictures", "figures")]
+                        panes += [gr.HTML(elem_id=f"compare-{what}-{side}") for what in ("images", "figures")]
 
     def draw(request: Request, frames: Frames) -> Iterator[list[Any]]:
         last: dict[str, Frame] = {}
@@ -119,7 +119,7 @@ def _compare_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) ->
             shown: list[Any] = [view.progress(label, frame, last), view.ratio(last), view.curves(last, request.tokens)]
             for name in request.labels:
                 now = last.get(name)
-                shown += [view.pictures(request, now, name, most), view.figures(now.stats if now else None)]
+                shown += [view.images(request, now, name, most), view.figures(now.stats if now else None)]
             yield shown
 
     _wire(desk, limits, conditions, [left, right], go, stop, [status, ratio, curves, *panes], draw)
@@ -161,9 +161,7 @@ def _wire(
         except VisarError as error:
             yield only_status(view.status(str(error), "error"))
         except torch.OutOfMemoryError:
-            yield only_status(
-                view.status("The device has too little memory for this; ask for fewer pictures.", "error")
-            )
+            yield only_status(view.status("The device has too little memory for this; ask for fewer images.", "error"))
         except Exception as error:
             logging.getLogger("visar").exception("A request failed")
             what = f"This failed on the server ({type(error).__name__}); its log says why."

@@ -1,4 +1,4 @@
-"""The boxes that say what is drawn: model, prompt or class, pictures, seed, guidance, temperature."""
+"""The boxes that say what is drawn: model, prompt or class, images, seed, guidance, temperature."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Conditions:
         self.label = gr.Number(0, label=_class_label(first), visible=bool(first.classes))
 
     def chances(self, limits: Limits) -> None:
-        """The boxes for pictures, seed, guidance and temperature."""
+        """The boxes for images, seed, guidance and temperature."""
         first = next(iter(self.models.values()))
         with gr.Row():
-            self.images = gr.Slider(1, limits.images, value=1, step=1, label="Pictures", visible=limits.images > 1)
+            self.images = gr.Slider(1, limits.images, value=1, step=1, label="Images", visible=limits.images > 1)
             with gr.Column(min_width=140):
                 self.seed = gr.Number(0, label="Seed", elem_classes="visar-seed")
                 dice = gr.Button("Another seed", size="sm")

@@ -50,7 +50,7 @@ class Desk:
         with self._lock:
             for ticket in self._of(visitor):
                 if ticket.at_work:
-                    raise VisarError("Your last request is still at work; stop it first, or wait for its pictures.")
+                    raise VisarError("Your last request is still at work; stop it first, or wait for its images.")
                 ticket.revoked = True  # so it is not served when its turn comes
             name = secrets.token_hex(16)
             self._tickets[name] = Ticket(visitor, request)
@@ -109,7 +109,7 @@ class Desk:
 
 
 def _decoding(request: Request, sampler: Any) -> Decode:
-    """What makes the pictures of a request with one of its samplers."""
+    """What makes the images of a request with one of its samplers."""
 
     def decode(callback: StepCallback) -> ImageOutput:
         pipe: Any = request.model.pipe

@@ -30,18 +30,18 @@ _at_work: set[Job] = set()
 
 
 class Stopped(Exception):
-    """The job was stopped before its pictures were done."""
+    """The job was stopped before its images were done."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What there is to see of B pictures: the pictures, `commit_pass` [B, N], and how the tokens came.
+    """What there is to see of B images: the images, `commit_pass` [B, N], and how the tokens came.
 
-    After `passes[i]` passes and `seconds[i]`, `tokens[i]` tokens of a picture were committed, the mean over the batch.
+    After `passes[i]` passes and `seconds[i]`, `tokens[i]` tokens of an image were committed, the mean over the batch.
     `stats` is there when it is done; `notes` are sentences for the visitor.
     """
 
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     commit_pass: Tensor
     passes: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -51,12 +51,12 @@ class Frame:
 
     @property
     def most(self) -> int:
-        """The most tokens of one picture that one pass kept; 1 before the first."""
+        """The most tokens of one image that one pass kept; 1 before the first."""
         return max((int(row[row >= 0].bincount().max()) for row in self.commit_pass if (row >= 0).any()), default=1)
 
 
 class Job:
-    """`decode` makes the pictures and calls back after every pass; a frame is made every `every` seconds.
+    """`decode` makes the images and calls back after every pass; a frame is made every `every` seconds.
 
     The decoding rests while a frame is made and looked at, so drawing takes nothing from its time. It is stopped by
     `stop`, by leaving the loop over `frames`, when a frame is not looked at for `PATIENCE` seconds, and after `limit`
@@ -136,7 +136,7 @@ class Job:
         self._tokens.append(float(progress.lengths.float().mean()))
         if time.monotonic() - self._shown >= self.every:
             self._drawn.clear()
-            self._frames.put(Frame(progress.pictures(), progress.commit_pass.cpu(), *self._series()))
+            self._frames.put(Frame(progress.images(), progress.commit_pass.cpu(), *self._series()))
             patience = time.monotonic() + PATIENCE
             while not self._drawn.wait(0.05):
                 self._go_on(progress)

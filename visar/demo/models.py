@@ -14,7 +14,7 @@ from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, spec_of
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A loaded model, by the name that the page shows; its pictures are of classes or of prompts."""
+    """A loaded model, by the name that the page shows; its images are of classes or of prompts."""
 
     name: str
     pipe: ImagePipeline

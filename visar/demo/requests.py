@@ -18,7 +18,7 @@ TEXT = 400  # characters of a sampler's parameter
 
 @dataclass(frozen=True)
 class Limits:
-    """What is allowed: pictures and characters of a request, seconds of a decoding, requests that wait."""
+    """What is allowed: images and characters of a request, seconds of a decoding, requests that wait."""
 
     images: int = 4
     prompt: int = 300
@@ -28,7 +28,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures that were asked for, one decoding for each of `samplers`; made by `checked` alone."""
+    """Images that were asked for, one decoding for each of `samplers`; made by `checked` alone."""
 
     model: DemoModel
     condition: str | int
@@ -48,7 +48,7 @@ class Request:
 
     @property
     def tokens(self) -> int:
-        """Those of one picture."""
+        """Those of one image."""
         return self.model.pipe.grid**2
 
     @property
@@ -64,7 +64,7 @@ class Request:
 
     @property
     def title(self) -> str:
-        """What the pictures are of, in words."""
+        """What the images are of, in words."""
         return f"class {self.condition}" if isinstance(self.condition, int) else self.condition
 
 
@@ -87,7 +87,7 @@ def checked(
     condition = _whole("The class", label, 0, model.classes - 1) if model.classes else _text(prompt, limits)
     return Request(
         model, condition, tuple(_sampler(model, name, values) for name, values in samplers),
-        _whole("The number of pictures", images, 1, limits.images), _whole("The seed", seed, 0, SEEDS - 1),
+        _whole("The number of images", images, 1, limits.images), _whole("The seed", seed, 0, SEEDS - 1),
         _number("Guidance", guidance, 0, GUIDANCE), _number("The temperature", temperature, COLDEST, TEMPERATURE),
     )  # fmt: skip
 

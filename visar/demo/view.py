@@ -1,4 +1,4 @@
-"""What a visitor sees of a frame, as HTML that loads nothing: pictures, maps, curves, figures and sentences."""
+"""What a visitor sees of a frame, as HTML that loads nothing: images, maps, curves, figures and sentences."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from visar.stats import DecodeStats, MaskedStats
 from visar.viz import Curve, commit_curve, heat_map, to_svg
 
 LAWS = {
-    "exact": "Exact: pictures have the law of plain sampling.",
-    "relaxed": "Relaxed: pictures have another law than plain sampling gives.",
+    "exact": "Exact: images have the law of plain sampling.",
+    "relaxed": "Relaxed: images have another law than plain sampling gives.",
 }
 
 
-def pictures(request: Request | None, frame: Frame | None, label: str = "", most: int | None = None) -> str:
-    """Every picture beside the map of tokens kept by each pass; grey is what is not decided yet.
+def images(request: Request | None, frame: Frame | None, label: str = "", most: int | None = None) -> str:
+    """Every image beside the map of tokens kept by each pass; grey is what is not decided yet.
 
     Headed by `label`; the colours of the map end at `most` tokens.
     """
     if frame is None or request is None:
-        what = f"{label}: waits for the other" if label else "Pictures appear here while they are decoded"
+        what = f"{label}: waits for the other" if label else "Images appear here while they are decoded"
         return f'<div class="visar-empty">{html.escape(what)}.</div>'
     cells = []
     most = most or frame.most
-    for i, picture in enumerate(frame.pictures):
-        title = html.escape(f"{request.title}, seed {request.seed}, picture {i + 1}")
+    for i, image in enumerate(frame.images):
+        title = html.escape(f"{request.title}, seed {request.seed}, image {i + 1}")
         name = html.escape(f"visar-seed{request.seed}-{i + 1}.png")
         done = frame.stats is not None
-        source = _data_uri(picture, "PNG" if done else "WEBP")
-        shown = f'<img class="visar-picture" src="{source}" alt="{title}">'
+        source = _data_uri(image, "PNG" if done else "WEBP")
+        shown = f'<img class="visar-image" src="{source}" alt="{title}">'
         if done:
             shown = f'<a href="{source}" download="{name}" title="Save as PNG">{shown}</a>'
-        caption = f"picture {i + 1}" if len(frame.pictures) > 1 else ("click to save it" if done else "being decoded")
+        caption = f"image {i + 1}" if len(frame.images) > 1 else ("click to save it" if done else "being decoded")
         drawn = to_svg(heat_map(frame.commit_pass, i, most=most, missing="given" if done else "not yet"))
         cells.append(
             f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
@@ -59,7 +59,7 @@ def curves(frames: Mapping[str, Frame], length: int) -> str:
 
 
 def figures(stats: DecodeStats | None) -> str:
-    """The figures of a decoding, each with its unit, and in words what law its pictures have; None before its end."""
+    """The figures of a decoding, each with its unit, and in words what law its images have; None before its end."""
     if stats is None:
         return ""
     tiles = [
@@ -78,7 +78,7 @@ def figures(stats: DecodeStats | None) -> str:
 
 
 def law(name: str, law: str) -> str:
-    """A sampler and what its pictures' law is, in words."""
+    """A sampler and what its images' law is, in words."""
     said = LAWS.get(law, f"{law[:1].upper()}{law[1:]}.")
     mark = "relaxed" if law == "relaxed" else "exact"
     return f'<b>{html.escape(name)}</b> <span class="visar-{mark}">{html.escape(said)}</span>'
@@ -99,7 +99,7 @@ def ratio(frames: Mapping[str, Frame]) -> str:
     )
     if base.exact and other.exact:
         text += (
-            "<p>Both are exact. Equal seeds need not give equal pictures: exact means that the pictures of all seeds "
+            "<p>Both are exact. Equal seeds need not give equal images: exact means that the images of all seeds "
             "together have one law, not that two samplers draw the same one.</p>"
         )
     return text
@@ -129,7 +129,7 @@ def _capture(stats: DecodeStats) -> str:
     return f", {stats.capture_seconds:.2f} of them to make a CUDA graph, once" if stats.capture_seconds else ""
 
 
-def _data_uri(picture: Image.Image, form: str) -> str:
+def _data_uri(image: Image.Image, form: str) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **({"quality": 85} if form == "WEBP" else {}))
+    image.save(buffer, form, **({"quality": 85} if form == "WEBP" else {}))
     return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,6 +1,6 @@
 """What drafters learn from: how far their guided laws are from the target's, after one step and after several.
 
-Guidance, temperature and the pictures are those of use, and the loss is the divergence of the guided laws, which is
+Guidance, temperature and the images are those of use, and the loss is the divergence of the guided laws, which is
 what acceptance depends on.
 """
 

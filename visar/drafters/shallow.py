@@ -29,7 +29,7 @@ def with_layers(target: LlamaGen, layers: Sequence[nn.Module], norm: nn.Module) 
 class SkippedLayers(ConfigMixin, nn.Module):
     """The target with only its `layers`, and no weights of its own (SWIFT, Xia et al. 2024, arXiv:2410.06916).
 
-    SWIFT chooses what to skip while it decodes, for each text anew. Pictures of one model are alike enough to choose
+    SWIFT chooses what to skip while it decodes, for each text anew. Images of one model are alike enough to choose
     once (`visar train drafter --kind skip`), and by whole layers.
     """
 

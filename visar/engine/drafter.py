@@ -34,7 +34,7 @@ class Drafter(ABC):
         """Raise `VisarError` if what was drafted last is no law at all; called once, when all rows are done."""
 
     def start(self, condition: Tensor, mask: Tensor | None) -> None:
-        """The session has begun other pictures, of this condition; nothing is allocated anew."""
+        """The session has begun other images, of this condition; nothing is allocated anew."""
         self.bytes_read, self.seconds = 0, 0.0
 
     def narrow(self) -> None:  # noqa: B027 (what has no rows of its own has nothing to leave)

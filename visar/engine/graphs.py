@@ -2,7 +2,7 @@
 
 A pass of a small model is hundreds of kernels of a few microseconds, and a host that launches them one by one is slower
 than the GPU. A captured step is launched at once. It reads and writes the very tensors that it was captured with, so
-everything that a picture depends on lies in tensors that are refilled: the session's buffers and the sampler's state.
+everything that an image depends on lies in tensors that are refilled: the session's buffers and the sampler's state.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The session of a masked model: pictures whose continuous tokens are decided in an order of their own."""
+"""The session of a masked model: images whose continuous tokens are decided in an order of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visar.host import synchronize
 
 
 class MaskedSession(ABC):
-    """A batch of B pictures of `length` tokens of `dim` numbers; row b has decided the first `lengths[b]` of its order.
+    """A batch of B images of `length` tokens of `dim` numbers; row b has decided the first `lengths[b]` of its order.
 
     `order` [B, N] lists the places of each row as they are decided; the tokens `given` [B, m, d] of the first m of them
     are there from the start. `start` [B, N, d] holds them, and 0 elsewhere.

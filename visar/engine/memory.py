@@ -21,7 +21,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def decoding_bytes(model: LlamaGen, halves: int, length: int, window: int) -> int:
-    """Bytes that one picture takes beside the weights, estimated: keys and values, and what is made of the logits."""
+    """Bytes that one image takes beside the weights, estimated: keys and values, and what is made of the logits."""
     c = model.config
     number = 4 if model.device.type == "cpu" else model.dtype.itemsize
     slots = min(c.condition_length, 2) + length + window
@@ -29,10 +29,10 @@ def decoding_bytes(model: LlamaGen, halves: int, length: int, window: int) -> in
 
 
 def check_memory(each: int, batch: int, device: torch.device) -> None:
-    """Raise `VisarError` where `batch` pictures of `each` bytes do not fit; it says how many would."""
+    """Raise `VisarError` where `batch` images of `each` bytes do not fit; it says how many would."""
     free = free_memory(device)
     if each * batch > free:
         raise VisarError(
-            f"{batch} pictures at once need about {each * batch / GIB:.1f} GiB beside the weights, and "
+            f"{batch} images at once need about {each * batch / GIB:.1f} GiB beside the weights, and "
             f"{free / GIB:.1f} GiB are free on {device}; {free // each} would fit."
         )

@@ -73,7 +73,7 @@ class Session(ABC):
         raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts chains.")
 
     def start(self, condition: Tensor, condition_mask: Tensor | None = None) -> None:
-        """Begin other pictures, of conditions of the same shape, in the same buffers."""
+        """Begin other images, of conditions of the same shape, in the same buffers."""
         raise VisarError(f"{type(self).__name__} cannot be started again.")
 
     def narrow(self) -> None:  # noqa: B027 (a session may have one half only)

@@ -72,7 +72,7 @@ class MARSpec:
 
     @property
     def grid(self) -> int:
-        """Tokens along one side of a picture."""
+        """Tokens along one side of an image."""
         return self.pixels // self.downsample
 
 
@@ -91,8 +91,8 @@ class TokenizerSpec:
 class ModelSpec:
     """One model.
 
-    `condition` is "class" or "text"; `pixels` are the picture sizes it was trained at; `guidance` and `top_k` are what
-    the authors recommend for good-looking pictures (FID asks for others). `folder` is set for weights that are shipped
+    `condition` is "class" or "text"; `pixels` are the image sizes it was trained at; `guidance` and `top_k` are what
+    the authors recommend for good-looking images (FID asks for others). `folder` is set for weights that are shipped
     inside `visar.assets`, whose sizes stand in that folder; `shape` for published ones.
     """
 
@@ -110,7 +110,7 @@ class ModelSpec:
 
     @property
     def grid(self) -> int:
-        """Tokens along one side of a picture of the smallest size."""
+        """Tokens along one side of an image of the smallest size."""
         return self.pixels[0] // self.downsample
 
 

@@ -1,4 +1,4 @@
-"""Pipelines in the manner of diffusers: from a prompt or a class to pictures."""
+"""Pipelines in the manner of diffusers: from a prompt or a class to images."""
 
 from visar.pipelines.base import ImageOutput
 from visar.pipelines.class_to_image import ClassToImagePipeline

@@ -1,4 +1,4 @@
-"""What both pipelines share: loading and saving, one decoding call, pictures out of tokens."""
+"""What both pipelines share: loading and saving, one decoding call, images out of tokens."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ OUTPUT_TYPES = ("pil", "pt", "tokens")
 
 @dataclass
 class ImageOutput(BaseOutput):
-    """`images`: PIL pictures, a tensor [B, 3, H, W] in [0, 1], or None, after `output_type`; `tokens` [B, N].
+    """`images`: PIL images, a tensor [B, 3, H, W] in [0, 1], or None, after `output_type`; `tokens` [B, N].
 
     Tokens of a masked model are [B, N, d]. `commit_pass` [B, N] is the pass that committed each token, -1 for those
     that were given to a masked model; `stats` says what the decoding cost.
@@ -165,17 +165,17 @@ class ImagePipeline(DiffusionPipeline):
 
     @property
     def grid(self) -> int:
-        """Cells along one side of a picture."""
+        """Cells along one side of an image."""
         return self.config.grid or self.gpt.config.grid
 
     @property
     def pixels(self) -> int:
-        """Pixels along one side of a picture."""
+        """Pixels along one side of an image."""
         return self.grid * self.vq.sizes.downsample
 
     @torch.inference_mode()
     def decode_tokens(self, tokens: Tensor, batch: int = 16) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1], fp32, for ids [B, grid**2]."""
+        """Images [B, 3, H, W] in [0, 1], fp32, for ids [B, grid**2]."""
         parts = [self.vq.decode(part.to(self.vq.device), self.grid).float() for part in tokens.split(batch)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
@@ -200,7 +200,7 @@ class ImagePipeline(DiffusionPipeline):
         output_type: str,
         callback: StepCallback | None,
     ) -> ImageOutput:
-        """Decode one row per key. Equal keys get successive image indices: a picture depends on key and index alone."""
+        """Decode one row per key. Equal keys get successive image indices: an image depends on key and index alone."""
         checked_output(output_type)
         if guidance_schedule not in (None, "constant"):
             raise VisarError("guidance_schedule is for masked models; guidance of this one is constant.")
@@ -223,7 +223,7 @@ class ImagePipeline(DiffusionPipeline):
                 session, method, target, noise, callback, None, every, graph
             ),
         )  # fmt: skip
-        images = self._pictures(result.tokens, output_type)
+        images = self._images(result.tokens, output_type)
         done = (result.commit_pass.amax(1) + 1).tolist()
         weights = sum(p.numel() * p.element_size() for p in self.gpt.parameters())
         weights -= self.gpt.tok_embeddings.weight.numel() * self.gpt.tok_embeddings.weight.element_size()
@@ -284,7 +284,7 @@ class ImagePipeline(DiffusionPipeline):
             bar.update(bar.total - bar.n)  # the last passes may be told to nobody
             return done
 
-    def _pictures(self, tokens: Tensor, output_type: str) -> list[Image.Image] | Tensor | None:
+    def _images(self, tokens: Tensor, output_type: str) -> list[Image.Image] | Tensor | None:
         """What `output_type` asks for."""
         if output_type == "tokens":
             return None
@@ -301,7 +301,7 @@ class ImagePipeline(DiffusionPipeline):
         return method
 
     def fitted(self, sampler: Any) -> Any:
-        """The sampler with the cells in a row of this model's pictures, where it asks for them."""
+        """The sampler with the cells in a row of this model's images, where it asks for them."""
         if "grid" in {f.name for f in fields(sampler)} and not sampler.grid:
             return get_sampler(sampler, grid=self.grid)
         return sampler
@@ -365,7 +365,7 @@ class ImagePipeline(DiffusionPipeline):
         return self._kept_sessions
 
     def glimpse(self, tokens: Tensor) -> Tensor:
-        """One colour per token, [B, 3, grid, grid] in [0, 1], for tokens [B, grid**2]; cheaper than the pictures."""
+        """One colour per token, [B, 3, grid, grid] in [0, 1], for tokens [B, grid**2]; cheaper than the images."""
         if not hasattr(self, "_code_preview"):
             self._code_preview = CodePreview.fit(self.vq)
         return self._code_preview(tokens, self.grid)

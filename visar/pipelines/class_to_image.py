@@ -1,4 +1,4 @@
-"""From an ImageNet class to pictures."""
+"""From an ImageNet class to images."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ClassToImagePipeline(ImagePipeline):
         output_type: str = "pil",
         callback: StepCallback | None = None,
     ) -> ImageOutput:
-        """Decode `num_images_per_prompt` pictures for each class id; the rest as in `TextToImagePipeline`."""
+        """Decode `num_images_per_prompt` images for each class id; the rest as in `TextToImagePipeline`."""
         labels = [class_labels] if isinstance(class_labels, int) else [index(label) for label in class_labels]
         classes = self.model.config.classes
         if not labels:

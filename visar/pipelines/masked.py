@@ -65,7 +65,7 @@ def _default_sampler(free: int) -> MaskedSampler:
 
 
 def decision_orders(noise: Noise, length: int, given: Tensor | None) -> Tensor:
-    """The order [B, N] in which each picture's places are decided: at random, those marked in `given` [N] first."""
+    """The order [B, N] in which each image's places are decided: at random, those marked in `given` [N] first."""
     places = torch.arange(length, device=noise.images.device)
     chances = noise.uniforms(Purpose.ORDER, places.expand(len(noise.images), -1), 0)[0]
     return (chances if given is None else chances - given.double()).argsort(1)
@@ -132,7 +132,7 @@ class MaskedPipeline(ImagePipeline):
 
     @torch.inference_mode()
     def decode_tokens(self, tokens: Tensor, batch: int = 16) -> Tensor:
-        """Pictures [B, 3, H, W] in [0, 1], fp32, for tokens [B, grid**2, d]."""
+        """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, grid**2, d]."""
         latents = to_latents(tokens, self.grid) / self.vae.config.scaling_factor
         latents = latents.to(self.vae.device, self.vae.dtype)
         parts = [self.vae.decode(part).sample.float() for part in latents.split(batch)]
@@ -239,7 +239,7 @@ class MaskedPipeline(ImagePipeline):
         result = self._decoded(session, method, target, noise, callback, given, every=1)
         if not bool(result.tokens.isfinite().all()):
             raise VisarError("Tokens are not finite; use another guidance scale or temperature.")
-        images = self._pictures(result.tokens, output_type)
+        images = self._images(result.tokens, output_type)
         drawn = length - session.given
         done = (result.commit_pass.amax(1) + 1).tolist()
         rounds, evaluations = (sum(getattr(c, n) for c in session.chains) for n in ("rounds", "evaluations"))

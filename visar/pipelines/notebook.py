@@ -1,4 +1,4 @@
-"""What a notebook shows of a pipeline's output: its pictures inline, and the figures below."""
+"""What a notebook shows of a pipeline's output: its images inline, and the figures below."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from PIL import Image
 
 from visar.stats import DecodeStats
 
-MOST = 16  # pictures
-SIDE = 160  # pixels: larger pictures are made smaller, so that a notebook stays small
+MOST = 16  # images
+SIDE = 160  # pixels: larger images are made smaller, so that a notebook stays small
 
 
 def output_html(images: Sequence[Image.Image], stats: DecodeStats) -> str:
-    """The first `MOST` pictures as PNG within the page, how many are left out, and the table of `stats`."""
+    """The first `MOST` images as PNG within the page, how many are left out, and the table of `stats`."""
     shown = "".join(f'<img src="{_data_uri(image)}" alt="" style="width:{SIDE}px">' for image in images[:MOST])
     rest = len(images) - MOST
     more = f"<div>and {rest} more</div>" if rest > 0 else ""

@@ -1,4 +1,4 @@
-"""A cheap look at tokens: one colour per code, without the picture decoder."""
+"""A cheap look at tokens: one colour per code, without the image decoder."""
 
 from __future__ import annotations
 

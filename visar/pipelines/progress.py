@@ -1,4 +1,4 @@
-"""What a step callback is told, and the pictures it can make of it."""
+"""What a step callback is told, and the images it can make of it."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ class Progress:
         )  # fmt: skip
 
     def preview(self) -> Tensor:
-        """Small RGB pictures, uint8 [B, grid, grid, 3], one pixel per token, undecided cells grey. Cheap."""
+        """Small RGB images, uint8 [B, grid, grid, 3], one pixel per token, undecided cells grey. Cheap."""
         return to_uint8(self._greyed(self.glimpse(self.tokens)))
 
     @torch.inference_mode()
-    def pictures(self) -> list[Image.Image]:
-        """The pictures in their full size, undecided cells grey; costs a run of the picture decoder."""
+    def images(self) -> list[Image.Image]:
+        """The images in their full size, undecided cells grey; costs a run of the image decoder."""
         # A draft under grey must not shine through: what a decoder makes of one cell reaches into its neighbours.
         tokens = self.tokens.where(self.decided.view(*self.decided.shape, *[1] * (self.tokens.ndim - 2)), 0)
         return to_pil(self._greyed(self.decode_tokens(tokens)))
 
     def _greyed(self, pixels: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] with every undecided cell grey."""
+        """Images [B, 3, H, W] with every undecided cell grey."""
         grid = round(self.decided.shape[1] ** 0.5)
         cells = rearrange(self.decided, "b (h w) -> b 1 h w", h=grid)
         size = pixels.shape[-1] // grid
@@ -77,5 +77,5 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
-    """PIL pictures of [B, 3, H, W] in [0, 1]."""
+    """PIL images of [B, 3, H, W] in [0, 1]."""
     return [Image.fromarray(a) for a in to_uint8(pixels).cpu().numpy()]

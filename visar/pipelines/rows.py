@@ -1,4 +1,4 @@
-"""The rows of a call: which picture of its prompt each is, and the noise that follows from that alone."""
+"""The rows of a call: which image of its prompt each is, and the noise that follows from that alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def image_indices(keys: Sequence[Hashable], first: int | Sequence[int]) -> list[
     else:
         out = list(first)
         if len(out) != len(keys):
-            raise VisarError(f"first_image is one number, or one for each of the {len(keys)} pictures, not {len(out)}.")
+            raise VisarError(f"first_image is one number, or one for each of the {len(keys)} images, not {len(out)}.")
     if min(out) < 0 or max(out) >= IMAGES:
         raise VisarError(f"Image indices of one prompt go from 0 to {IMAGES - 1}.")
     return out

@@ -1,4 +1,4 @@
-"""From a prompt to pictures."""
+"""From a prompt to images."""
 
 from __future__ import annotations
 
@@ -101,16 +101,16 @@ class TextToImagePipeline(ImagePipeline):
         output_type: str = "pil",
         callback: StepCallback | None = None,
     ) -> ImageOutput:
-        """Decode `num_images_per_prompt` pictures for each prompt, prompt by prompt.
+        """Decode `num_images_per_prompt` images for each prompt, prompt by prompt.
 
         `sampler`: a name of `visar.samplers.SAMPLERS`, or of `CONTINUOUS` for a masked model, or a configured object;
         `window` replaces its W. `guidance_scale`, `top_k` and `temperature` default to the model's own;
         `guidance_interval` >= 0 ends guidance after that position, `guidance_schedule` is "linear" or "constant" over
         a masked model's decisions. `callback` gets a `Progress` after every pass. One seed and prompt give the same
-        picture whatever else is in the call. `forced_tokens` [grid**2], long, keeps its non-negative entries in place
+        image whatever else is in the call. `forced_tokens` [grid**2], long, keeps its non-negative entries in place
         and has the rest decoded around them; for a masked model it is [grid**2, d] with NaN for the rest.
-        A prompt's pictures have the indices `first_image`, `first_image` + 1, ..., or those that it gives for each
-        picture: a large set can be made in parts.
+        A prompt's images have the indices `first_image`, `first_image` + 1, ..., or those that it gives for each
+        image: a large set can be made in parts.
         Raises `VisarError` for an empty prompt or a value out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)

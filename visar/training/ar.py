@@ -1,4 +1,4 @@
-"""Training the text-conditional GPT of LlamaGen on the tokens of captioned pictures."""
+"""Training the text-conditional GPT of LlamaGen on the tokens of captioned images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.vq import VQModel
 from visar.text_encoders.words import WordEncoder
-from visar.training.data import SPLITS, PictureSet, Record, to_unit
+from visar.training.data import SPLITS, ImageSet, Record, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 
@@ -59,7 +59,7 @@ def initialise(gpt: LlamaGen) -> LlamaGen:
     """Normal(0, 0.02) weights, the ways back into the residual stream scaled down with depth.
 
     The caption projector starts at a gain of about 1: caption features that enter much smaller than what the blocks add
-    are learnt too late, when pictures are already known by heart from their first tokens.
+    are learnt too late, when images are already known by heart from their first tokens.
     """
     for name, p in gpt.named_parameters():
         if p.ndim == 2:
@@ -72,10 +72,10 @@ def initialise(gpt: LlamaGen) -> LlamaGen:
 
 
 def corrupt(tokens: Tensor, pool: Tensor, g: torch.Generator, most: float = 1.0, clean: float = 0.15) -> Tensor:
-    """A copy of tokens [B, n] with some replaced by what other pictures of `pool` [m, n] have at that position.
+    """A copy of tokens [B, n] with some replaced by what other images of `pool` [m, n] have at that position.
 
     The rate is uniform in [0, `most`] per row, and 0 for a share `clean` of rows. A small set is otherwise learnt by
-    heart from the first tokens of each picture, and the caption ignored; it also teaches to go on from a wrong token.
+    heart from the first tokens of each image, and the caption ignored; it also teaches to go on from a wrong token.
     """
     rate = torch.rand(len(tokens), 1, generator=g) * most
     rate[torch.rand(len(tokens), generator=g) < clean] = 0
@@ -118,7 +118,7 @@ def bigram_cross_entropy(train: Tensor, held: Tensor, vocab: int) -> float:
 
 
 def train_ar(
-    data: PictureSet,
+    data: ImageSet,
     size: int,
     config: TrainConfig,
     vq: VQModel,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLSizes, build, downsample
-from visar.training.data import PictureSet, to_unit
+from visar.training.data import ImageSet, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 # 4x downsampling: 64 px to 16x16 tokens of 16 numbers.
@@ -22,7 +22,7 @@ SMALL_KL = KLSizes(channels=(32, 48, 64), blocks=1, groups=16, attention=False, 
 
 
 class AutoencoderLoss(nn.Module):
-    """The autoencoder with its training loss; `divergence` is the weight of nats per number of a picture."""
+    """The autoencoder with its training loss; `divergence` is the weight of nats per number of an image."""
 
     def __init__(self, vae: AutoencoderKL, divergence: float = 0.03):
         super().__init__()
@@ -38,14 +38,14 @@ class AutoencoderLoss(nn.Module):
         return F.l1_loss(y, x) + 2.0 * F.mse_loss(y, x) + self.divergence * nats
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, both [B, d, h, w] in fp32, of the posterior for pictures in [-1, 1]."""
+        """Mean and log variance, both [B, d, h, w] in fp32, of the posterior for images in [-1, 1]."""
         found = self.vae.encode(x).latent_dist
         return found.mean.float(), found.logvar.float()
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, pixels: Tensor, batch: int = 64) -> float:
-    """Mean over pictures of the PSNR in dB of reconstructions from posterior samples, for uint8 pixels [n, 3, H, W]."""
+    """Mean over images of the PSNR in dB of reconstructions from posterior samples, for uint8 pixels [n, 3, H, W]."""
     g = torch.Generator().manual_seed(0)
     values = []
     for part in pixels.split(batch):
@@ -63,10 +63,10 @@ def encode(vae: AutoencoderKL, pixels: Tensor, batch: int = 64) -> tuple[Tensor,
     return torch.cat([f.mean.cpu() for f in found]), torch.cat([f.std.cpu() for f in found])
 
 
-def train_autoencoder(data: PictureSet, size: int, config: TrainConfig, sizes: KLSizes = SMALL_KL) -> AutoencoderKL:
+def train_autoencoder(data: ImageSet, size: int, config: TrainConfig, sizes: KLSizes = SMALL_KL) -> AutoencoderKL:
     """Train on the `train` split at `size` pixels; saves `vae/` in diffusers layout in `config.out`; returns the EMA.
 
-    Its `scaling_factor` is set so that latents of the training pictures have unit variance.
+    Its `scaling_factor` is set so that latents of the training images have unit variance.
     """
     vae = build(sizes, size)
     if size % downsample(vae):
@@ -87,7 +87,7 @@ def train_autoencoder(data: PictureSet, size: int, config: TrainConfig, sizes: K
     def evaluate(ema: AutoencoderLoss) -> dict[str, float]:
         mean, std = encode(ema.vae, held)
         nats = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum((1, 2, 3)).mean()
-        return {"psnr_held_out": round(psnr(ema.vae, held), 2), "nats_per_picture": round(nats.item(), 1)}
+        return {"psnr_held_out": round(psnr(ema.vae, held), 2), "nats_per_image": round(nats.item(), 1)}
 
     ema = fit(AutoencoderLoss(vae), batch_at, config, evaluate)
     if distributed()[0] == 0:

@@ -1,6 +1,6 @@
-"""A small CLIP of captioned pictures (Radford et al. 2021, arXiv:2103.00020), built of open_clip's own classes.
+"""A small CLIP of captioned images (Radford et al. 2021, arXiv:2103.00020), built of open_clip's own classes.
 
-What it is for: saying offline whether a picture of a small drawn set shows what its prompt says. Its words are those of
+What it is for: saying offline whether an image of a small drawn set shows what its prompt says. Its words are those of
 the set, so that a caption is a handful of ids; their vectors start as those of a word encoder, so that words that only
 hold-outs have lie where words of like meaning lie.
 """
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.text_encoders.words import WordEncoder, words_of
-from visar.training.data import SPLITS, PictureSet, Record, to_unit
+from visar.training.data import SPLITS, ImageSet, Record, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 PADDING, UNKNOWN = 0, 1
@@ -71,14 +71,14 @@ def build_clip(sizes: dict[str, Any]) -> Any:
 
 
 def clip_sizes(words: CaptionWords, size: int, dim: int, layers: int, text_layers: int, heads: int) -> dict[str, Any]:
-    """Sizes of a CLIP for pictures of `size` pixels in 8 x 8 patches; both towers are `dim` wide."""
+    """Sizes of a CLIP for images of `size` pixels in 8 x 8 patches; both towers are `dim` wide."""
     if size % 8:
         raise VisarError(f"The size must be a multiple of 8 pixels, not {size}.")
     if dim % heads:
         raise VisarError(f"The width of {dim} must be a multiple of the {heads} heads.")
     vision = {"image_size": size, "patch_size": 8, "width": dim, "layers": layers, "head_width": dim // heads}
     text = {"context_length": words.length, "vocab_size": words.end + 1, "width": dim, "heads": heads}
-    # Half of the patches are left out in training (Li et al. 2022, arXiv:2212.00794): twice the pictures in the time.
+    # Half of the patches are left out in training (Li et al. 2022, arXiv:2212.00794): twice the images in the time.
     return {"embed_dim": 64, "vision": vision | {"patch_dropout": 0.5}, "text": text | {"layers": text_layers}}
 
 
@@ -132,7 +132,7 @@ def load_clip(folder: str | Path) -> tuple[Any, CaptionWords]:
 
 
 class ClipObjective(nn.Module):
-    """A CLIP with its training loss, open_clip's `ClipLoss`: each picture finds its caption in the batch, and back."""
+    """A CLIP with its training loss, open_clip's `ClipLoss`: each image finds its caption in the batch, and back."""
 
     def __init__(self, clip: Any):
         super().__init__()
@@ -142,7 +142,7 @@ class ClipObjective(nn.Module):
         self.contrast = ClipLoss()
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Scalar loss for pictures [B, 3, H, W] in [-1, 1] and caption ids [B, length]."""
+        """Scalar loss for images [B, 3, H, W] in [-1, 1] and caption ids [B, length]."""
         with sdpa_kernel(SDPBackend.MATH):  # over so few tokens a CPU is half as fast again as with the fused kernel
             images, texts, scale = self.clip(x, ids)
         return self.contrast(images.float(), texts.float(), scale)
@@ -166,7 +166,7 @@ def start_words(clip: Any, words: CaptionWords, encoder: WordEncoder) -> None:
 
 
 def moved(x: Tensor, g: torch.Generator, shift: float = 0.12, zoom: float = 0.15) -> Tensor:
-    """Pictures [B, 3, H, W] shifted by up to `shift` of half their side and zoomed by up to `zoom`, each its own way.
+    """Images [B, 3, H, W] shifted by up to `shift` of half their side and zoomed by up to `zoom`, each its own way.
 
     Nothing is flipped: letters, arrows and "left" would be something else.
     """
@@ -203,7 +203,7 @@ def text_features(clip: Any, ids: Tensor, batch: int = 512) -> Tensor:
 def retrieval(
     clip: Any, words: CaptionWords, pixels: Tensor, records: Sequence[Record], captions: Sequence[str]
 ) -> dict[str, float]:
-    """How often the right caption is first, or among five, of all `captions`, each given the picture's own style.
+    """How often the right caption is first, or among five, of all `captions`, each given the image's own style.
 
     `pixels` [n, 3, H, W] are of the `records`. `chance` is what a guess would reach as first.
     """
@@ -222,12 +222,12 @@ def retrieval(
 
 
 def train_clip(
-    data: PictureSet, size: int, config: TrainConfig, encoder: WordEncoder, dim: int = 96, layers: int = 4,
+    data: ImageSet, size: int, config: TrainConfig, encoder: WordEncoder, dim: int = 96, layers: int = 4,
     text_layers: int = 2, heads: int = 3, dtype: torch.dtype = torch.float16,
 ) -> tuple[Any, CaptionWords]:  # fmt: skip
     """Train on the `train` split at `size` pixels; saves `clip/` in `config.out`, matrices in `dtype`.
 
-    Returns the EMA and its words. Under several processes each contrasts the pictures of its own batch.
+    Returns the EMA and its words. Under several processes each contrasts the images of its own batch.
     """
     words = CaptionWords.of(text for r in data.records for text in (r.caption, r.style, *r.tags))
     sizes = clip_sizes(words, size, dim, layers, text_layers, heads)

@@ -1,7 +1,7 @@
-"""Captioned pictures from any folder, held in memory, split by concept.
+"""Captioned images from any folder, held in memory, split by concept.
 
 A folder (or zip) holds either `pictures.json`, a list of objects with `file`, `caption` and optionally `style`, `tags`,
-`concept` and `group`; or pictures with a text file of the same name beside each.
+`concept` and `group`; or images with a text file of the same name beside each.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPLITS = ("train", "unseen-concept", "unseen-style")
 
 @dataclass(frozen=True)
 class Record:
-    """One captioned picture; `concept` is what hold-outs are made by."""
+    """One captioned image; `concept` is what hold-outs are made by."""
 
     file: str
     caption: str
@@ -68,27 +68,27 @@ def split_of(record: Record, drawings: dict[str, set[str]]) -> str:
     return "train"
 
 
-class PictureSet:
-    """Records of a folder or zip, and their pictures as one uint8 tensor."""
+class ImageSet:
+    """Records of a folder or zip, and their images as one uint8 tensor."""
 
     def __init__(self, path: str | Path, styles: tuple[str, ...] = (), without_groups: tuple[str, ...] = ()):
         self.path = Path(path)
         if not self.path.exists():
-            raise VisarError(f"No picture folder at {self.path}; give a folder or a zip of captioned pictures.")
+            raise VisarError(f"No image folder at {self.path}; give a folder or a zip of captioned images.")
         try:
             self._zip = zipfile.ZipFile(self.path) if self.path.is_file() else None
             records = self._listing()
         except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
-            raise VisarError(f"{self.path} is no picture set: {error}.") from error
+            raise VisarError(f"{self.path} is no image set: {error}.") from error
         known = {r.style for r in records}
         for style in styles:
             if style not in known:
-                raise VisarError(f"No picture has style {style!r}; the styles are {', '.join(sorted(known))}.")
+                raise VisarError(f"No image has style {style!r}; the styles are {', '.join(sorted(known))}.")
         self.records = [
             r for r in records if (not styles or r.style in styles) and not (r.group and r.group in without_groups)
         ]
         if not self.records:
-            raise VisarError(f"{self.path} holds no captioned pictures; it needs pictures.json or a .txt per picture.")
+            raise VisarError(f"{self.path} holds no captioned images; it needs pictures.json or a .txt per image.")
         drawings: dict[str, set[str]] = {}
         for r in self.records:
             drawings.setdefault(r.concept, set()).add(r.drawing)
@@ -128,18 +128,18 @@ class PictureSet:
         return [i for i, s in enumerate(self.splits) if s == split]
 
     def pixels(self, size: int) -> Tensor:
-        """All pictures as uint8 [n, 3, size, size], composited on white, Lanczos-resized."""
+        """All images as uint8 [n, 3, size, size], composited on white, Lanczos-resized."""
         out = torch.empty(len(self.records), 3, size, size, dtype=torch.uint8)
         for i, r in enumerate(self.records):
             try:
-                picture = Image.open(BytesIO(self._read(r.file))).convert("RGBA")
+                image = Image.open(BytesIO(self._read(r.file))).convert("RGBA")
             except (OSError, KeyError) as error:
-                raise VisarError(f"Cannot read picture {r.file} of {self.path}.") from error
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-            if picture.size != (size, size):
-                picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+                raise VisarError(f"Cannot read image {r.file} of {self.path}.") from error
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            if image.size != (size, size):
+                image = image.resize((size, size), Image.Resampling.LANCZOS)
             out[i] = (
-                torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+                torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
             )
         return out
 

@@ -40,7 +40,7 @@ LOSSES: dict[str, type[DraftLoss[Any]]] = {
     "skip": ShallowLoss,
     "model": ModelLoss,
 }
-# The condition and the mask, [b, ...] each, of the pictures with these numbers
+# The condition and the mask, [b, ...] each, of the images with these numbers
 Conditions = Callable[[list[int]], tuple[Tensor, Tensor]]
 
 
@@ -118,16 +118,16 @@ def train_drafter(
     held: float = 0.05,
     stored_as: torch.dtype = torch.float32,
 ) -> DraftModel:
-    """Train on pictures [n, N] that the target drew, and save a folder named after the kind in `config.out`.
+    """Train on images [n, N] that the target drew, and save a folder named after the kind in `config.out`.
 
-    `depth` is that of the kinds that `layers` is not for (see `checked_layers`). The last `held` of the pictures are
+    `depth` is that of the kinds that `layers` is not for (see `checked_layers`). The last `held` of the images are
     held out; their acceptance per depth goes to the log, which lies with the state of the run in "KIND-run". Returns
     the EMA, of which `stored_as` is the dtype in the folder; in 8 bits acceptance hardly notices.
     """
     layers = checked_layers(kind, layers, target.config.num_layers)
     count = max(1, int(held * len(tokens)))
     if len(tokens) <= count:
-        raise VisarError(f"A drafter needs 2 or more pictures to learn from, not {len(tokens)}.")
+        raise VisarError(f"A drafter needs 2 or more images to learn from, not {len(tokens)}.")
     torch.manual_seed(config.seed)
     rank, _, device = distributed(config.device)
     target.to(device)

@@ -17,7 +17,7 @@ from visar.families.mar.transformer import MAR
 from visar.text_encoders.words import WordEncoder
 from visar.training.ar import encode_captions
 from visar.training.autoencoder import encode
-from visar.training.data import SPLITS, PictureSet
+from visar.training.data import SPLITS, ImageSet
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 
@@ -91,9 +91,9 @@ def masked_share(g: torch.Generator, least: float) -> float:
 
 
 class LatentSamples:
-    """What `MARLoss` is given: tokens of pictures, drawn anew from their posteriors, with a share hidden."""
+    """What `MARLoss` is given: tokens of images, drawn anew from their posteriors, with a share hidden."""
 
-    def __init__(self, vae: AutoencoderKL, encoder: WordEncoder, data: PictureSet, size: int, least: float = 0.5):
+    def __init__(self, vae: AutoencoderKL, encoder: WordEncoder, data: ImageSet, size: int, least: float = 0.5):
         if size % downsample(vae):
             raise VisarError(f"The size must be a multiple of {downsample(vae)} pixels, not {size}.")
         self.mean, self.std = (to_tokens(x) * vae.config.scaling_factor for x in encode(vae, data.pixels(size)))
@@ -124,7 +124,7 @@ def mean_loss(loss: MARLoss, samples: LatentSamples, rows: list[int], batch: int
 
 
 def train_mar(
-    data: PictureSet,
+    data: ImageSet,
     size: int,
     config: TrainConfig,
     vae: AutoencoderKL,

@@ -1,4 +1,4 @@
-"""Pictures that a model draws itself, as tokens: what its drafter learns from. An interrupted run goes on."""
+"""Images that a model draws itself, as tokens: what its drafter learns from. An interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def draw_tokens(
     draws: bool = True,
     **settings: Any,
 ) -> Tensor:
-    """Tokens [count, N] of pictures of the conditions, in turn: all of them once, then once more with other noise.
+    """Tokens [count, N] of images of the conditions, in turn: all of them once, then once more with other noise.
 
     What is drawn is kept in `file`, and `settings` go to the pipeline. Of several processes only one `draws`, and the
     others wait for it. Raises `VisarError` where the file is damaged, or was made otherwise.
@@ -43,9 +43,9 @@ def draw_tokens(
             with safe_open(file, "pt") as saved:
                 done, found = saved.get_tensor("tokens").long()[:count], saved.metadata()["of"]
         except Exception as error:
-            raise VisarError(f"{file} is damaged; delete it to have the pictures drawn anew.") from error
+            raise VisarError(f"{file} is damaged; delete it to have the images drawn anew.") from error
         if found != mark:
-            raise VisarError(f"{file} holds pictures of another model or other settings; give another folder.")
+            raise VisarError(f"{file} holds images of another model or other settings; give another folder.")
         return done
 
     done = drawn_before()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from visar.errors import VisarError
 from visar.families.llamagen.vq import VQConfig, VQModel
-from visar.training.data import PictureSet, to_unit
+from visar.training.data import ImageSet, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 # 4x downsampling: 64 px to 16x16 tokens.
@@ -47,7 +47,7 @@ class TokenizerLoss(nn.Module):
 
     @torch.no_grad()
     def revive(self, pixels: Tensor, idle: int) -> None:
-        """Move codes unused for `idle` steps onto features of these pictures."""
+        """Move codes unused for `idle` steps onto features of these images."""
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         weight = self.vq.quantize.embedding.weight
         dead = (self.clock - self.last_used > idle).nonzero().flatten()
@@ -55,14 +55,14 @@ class TokenizerLoss(nn.Module):
             z = self.vq.features(to_unit(pixels)).float().flatten(0, 2)
             weight[dead] = z[torch.randint(len(z), (len(dead),), device=z.device)].to(weight.dtype)
             self.last_used[dead] = self.clock
-        if together:  # ranks saw different pictures and so other dead codes: rank 0's choice is everyone's
+        if together:  # ranks saw different images and so other dead codes: rank 0's choice is everyone's
             torch.distributed.broadcast(weight.data, 0)
             torch.distributed.broadcast(self.last_used, 0)
 
 
 @torch.no_grad()
 def psnr(vq: VQModel, pixels: Tensor, batch: int = 64) -> float:
-    """Mean over pictures of the PSNR in dB of reconstructions, for uint8 pixels [n, 3, H, W]."""
+    """Mean over images of the PSNR in dB of reconstructions, for uint8 pixels [n, 3, H, W]."""
     device = next(vq.parameters()).device
     values = []
     for part in pixels.split(batch):
@@ -72,7 +72,7 @@ def psnr(vq: VQModel, pixels: Tensor, batch: int = 64) -> float:
     return torch.cat(values).mean().item()
 
 
-def train_tokenizer(data: PictureSet, size: int, config: TrainConfig, sizes: VQConfig = SMALL_VQ) -> VQModel:
+def train_tokenizer(data: ImageSet, size: int, config: TrainConfig, sizes: VQConfig = SMALL_VQ) -> VQModel:
     """Train on the `train` split at `size` pixels; saves `vq/` in diffusers layout in `config.out`; returns the EMA."""
     if size % sizes.downsample:
         raise VisarError(f"The size must be a multiple of {sizes.downsample} pixels, not {size}.")

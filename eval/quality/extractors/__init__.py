@@ -1,4 +1,4 @@
-"""Feature extractors of picture evaluation, each with the resizing that its protocol prescribes."""
+"""Feature extractors of image evaluation, each with the resizing that its protocol prescribes."""
 
 from __future__ import annotations
 

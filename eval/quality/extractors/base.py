@@ -1,4 +1,4 @@
-"""What every feature extractor is: uint8 pictures in, named features out, and the facts that a figure must carry."""
+"""What every feature extractor is: uint8 images in, named features out, and the facts that a figure must carry."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from visar.errors import VisarError
 
-# uint8 pictures [B, 3, H, W] -> features by name, each [B, D]; every `Extractor` is one
+# uint8 images [B, 3, H, W] -> features by name, each [B, D]; every `Extractor` is one
 Features = Callable[[Tensor], dict[str, Tensor]]
 
 
 class Extractor(ABC):
-    """Turns uint8 pictures [B, 3, H, W] of any size into float32 features on the CPU.
+    """Turns uint8 images [B, 3, H, W] of any size into float32 features on the CPU.
 
     `name` is how figures call it, `weights` the sha256 (hex) of its weights, `resize` its resizing in words, and
-    `versions` the libraries that its features depend on. Every picture's features are its own: the rest of a batch
+    `versions` the libraries that its features depend on. Every image's features are its own: the rest of a batch
     does not matter.
     """
 
@@ -29,24 +29,24 @@ class Extractor(ABC):
     resize: str
     versions: dict[str, str]
 
-    def __call__(self, pictures: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Features by name: always "pool" [B, D]; some also have "spatial" [B, S] and "logits" [B, C]."""
-        if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise VisarError(
-                f"Features are of uint8 pictures [B, 3, H, W], not of {pictures.dtype} {[*pictures.shape]}."
+                f"Features are of uint8 images [B, 3, H, W], not of {images.dtype} {[*images.shape]}."
             )  # fmt: skip
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is off by a thousandth
         with torch.inference_mode(), exact:
-            return {name: found.float().cpu() for name, found in self.extract(pictures).items()}
+            return {name: found.float().cpu() for name, found in self.extract(images).items()}
 
     @abstractmethod
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        """The same, for pictures that were looked at, without gradients."""
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        """The same, for images that were looked at, without gradients."""
 
 
-def as_uint8(pictures: Tensor) -> Tensor:
-    """Pictures in [0, 1], rounded and clipped once: what a PNG of them would hold."""
-    return pictures.mul(255).round().clamp(0, 255).to(torch.uint8)
+def as_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1], rounded and clipped once: what a PNG of them would hold."""
+    return images.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
 def frozen(model: Any, device: torch.device | str) -> Any:

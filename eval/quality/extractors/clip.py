@@ -1,4 +1,4 @@
-"""CLIP features of pictures and captions (Radford et al. 2021, arXiv:2103.00020), through open_clip."""
+"""CLIP features of images and captions (Radford et al. 2021, arXiv:2103.00020), through open_clip."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODELS = {
 class Clip(Extractor):
     """ "pool" [B, D]: image features of length 1. `texts` gives those of captions, so their product is the cosine.
 
-    `preprocess` (of a Pillow picture) and `tokenizer` are the model's own.
+    `preprocess` (of a Pillow image) and `tokenizer` are the model's own.
     """
 
     def __init__(
@@ -36,9 +36,9 @@ class Clip(Extractor):
         self.weights = weights_hash(model)
         self.versions = versions
 
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        images = [Image.fromarray(p.permute(1, 2, 0).contiguous().numpy()) for p in pictures.cpu()]
-        x = torch.stack([torch.as_tensor(self.preprocess(image)) for image in images]).to(self.device)
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        each = (Image.fromarray(p.permute(1, 2, 0).contiguous().numpy()) for p in images.cpu())
+        x = torch.stack([torch.as_tensor(self.preprocess(image)) for image in each]).to(self.device)
         return {"pool": torch.nn.functional.normalize(self.model.encode_image(x), dim=1)}
 
     def texts(self, captions: Sequence[str]) -> Tensor:

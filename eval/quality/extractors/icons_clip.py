@@ -2,7 +2,7 @@
 
 It knows drawings of the styles and words it was trained on and nothing else, so its scores are reported under its own
 name and compare with those of no published CLIP (Radford et al. 2021, arXiv:2103.00020).
-`python -m visar.eval.quality.extractors.icons_clip --data pictures` prints the figures of its card.
+`python -m visar.eval.quality.extractors.icons_clip --data images` prints the figures of its card.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.eval.quality.extractors.base import Extractor, frozen, weights_hash
 from visar.training.clip import CaptionWords, image_features, load_clip, retrieval, text_features
-from visar.training.data import SPLITS, PictureSet, Record
+from visar.training.data import SPLITS, ImageSet, Record
 
 NAME = "icons-clip"
 _AT_ONCE = 64
@@ -41,15 +41,15 @@ class IconsClip(Extractor):
         self.words, self.device, self.versions = words, device, versions
         self.weights = weights_hash(model)
 
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        parts = [self._resized(part.to(self.device)) for part in pictures.split(_AT_ONCE)]
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        parts = [self._resized(part.to(self.device)) for part in images.split(_AT_ONCE)]
         return {"pool": torch.cat([image_features(self.model, part) for part in parts])}
 
-    def _resized(self, pictures: Tensor) -> Tensor:
-        """uint8 pictures of the model's size; those that have it stay as they are."""
-        if pictures.shape[2:] == (self.size, self.size):
-            return pictures
-        x = F.interpolate(pictures.float(), size=(self.size, self.size), mode="bicubic", antialias=True)
+    def _resized(self, images: Tensor) -> Tensor:
+        """uint8 images of the model's size; those that have it stay as they are."""
+        if images.shape[2:] == (self.size, self.size):
+            return images
+        x = F.interpolate(images.float(), size=(self.size, self.size), mode="bicubic", antialias=True)
         return x.round().clamp(0, 255).to(torch.uint8)
 
     def texts(self, captions: Sequence[str]) -> Tensor:
@@ -62,11 +62,11 @@ class IconsClip(Extractor):
                 raise VisarError(f"No word of the caption {caption!r} is known to {NAME}; it knows names of drawings.")
         return text_features(self.model, self.words(captions))
 
-    def scores(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosines [B] of uint8 pictures [B, 3, H, W] with their captions, in [-1, 1]."""
-        if len(pictures) != len(captions):
-            raise VisarError(f"{len(pictures)} pictures have {len(captions)} captions; give one for each.")
-        return (self(pictures)["pool"] * self.texts(captions)).sum(1)
+    def scores(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosines [B] of uint8 images [B, 3, H, W] with their captions, in [-1, 1]."""
+        if len(images) != len(captions):
+            raise VisarError(f"{len(images)} images have {len(captions)} captions; give one for each.")
+        return (self(images)["pool"] * self.texts(captions)).sum(1)
 
 
 def icons_clip(device: torch.device | str = "cpu", weights: str | Path | None = None) -> IconsClip:
@@ -80,11 +80,11 @@ def icons_clip(device: torch.device | str = "cpu", weights: str | Path | None = 
     return IconsClip(model, words, device, {"open_clip": open_clip.__version__})
 
 
-def figures(clip: IconsClip, data: PictureSet, most: int = 1024, seed: int = 0) -> dict[str, dict[str, float]]:
+def figures(clip: IconsClip, data: ImageSet, most: int = 1024, seed: int = 0) -> dict[str, dict[str, float]]:
     """Per split: retrieval among the captions of the split and among all, and right captions beside wrong ones.
 
     `higher` is how often the right caption scores above the wrong one, which is another concept's in the same style,
-    of the same picture; `auc` the same over any two pictures, as a threshold would see it.
+    of the same image; `auc` the same over any two images, as a threshold would see it.
     """
     rng, out = random.Random(seed), {}
     pixels = data.pixels(clip.size)
@@ -99,7 +99,7 @@ def figures(clip: IconsClip, data: PictureSet, most: int = 1024, seed: int = 0) 
         of_all = retrieval(clip.model, clip.words, pixels[rows], records, [r.caption for r in data.records])
         right, wrong = pair_scores(clip, pixels[rows], records, captions, rng)
         values = {
-            "pictures": len(rows), "captions": len(set(captions)), **near,
+            "images": len(rows), "captions": len(set(captions)), **near,
             **{f"{name}_of_all": share for name, share in of_all.items()},
             "right": right.mean().item(), "wrong": wrong.mean().item(),
             "higher": (right > wrong).double().mean().item(),
@@ -113,7 +113,7 @@ def figures(clip: IconsClip, data: PictureSet, most: int = 1024, seed: int = 0) 
 def pair_scores(
     clip: IconsClip, pixels: Tensor, records: Sequence[Record], captions: Sequence[str], rng: random.Random
 ) -> tuple[Tensor, Tensor]:
-    """Cosines [n] of pictures with their own prompts, and with another one of `captions` in the same style."""
+    """Cosines [n] of images with their own prompts, and with another one of `captions` in the same style."""
     names = list(dict.fromkeys(captions))
     wrong = []
     for r in records:
@@ -125,11 +125,11 @@ def pair_scores(
 
 def main() -> int:
     options = argparse.ArgumentParser(description="The figures of the card of icons-clip.")
-    options.add_argument("--data", required=True, help="folder or zip of captioned pictures")
+    options.add_argument("--data", required=True, help="folder or zip of captioned images")
     options.add_argument("--model", help="folder of `visar train clip` (default: the shipped model)")
     given = options.parse_args()
     try:
-        print(json.dumps(figures(icons_clip(weights=given.model), PictureSet(given.data)), indent=2))
+        print(json.dumps(figures(icons_clip(weights=given.model), ImageSet(given.data)), indent=2))
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2

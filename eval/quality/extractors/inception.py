@@ -50,8 +50,8 @@ class Inception(Extractor):
         self.weights = weights_hash(model)
         self.versions = versions
 
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        x = network_input(self.kind, pictures, SIZE).to(self.device)
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        x = network_input(self.kind, images, SIZE).to(self.device)
         x = 2 * (x / 255) - 1 if self.kind == "pytorch" else (x - 128) / 128  # white is 1 there, and 127/128 elsewhere
         spatial = x
         for layer in _LAYERS:

@@ -22,7 +22,7 @@ _INSIDE = {  # of a block, without and with an expansion
     True: {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
            "_project_conv": "conv_pwl", "_bn2": "bn3"},
 }  # fmt: skip
-_AT_ONCE = 32  # pictures of 224 pixels
+_AT_ONCE = 32  # images of 224 pixels
 
 
 class Lite0(Extractor):
@@ -37,9 +37,9 @@ class Lite0(Extractor):
         self.weights = weights_hash(model)
         self.versions = versions
 
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
         parts = []
-        for part in pictures.split(_AT_ONCE):
+        for part in images.split(_AT_ONCE):
             x = part.to(self.device).float() / 255
             x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1)
             parts.append(self.model(x * 2 - 1))

@@ -18,7 +18,7 @@ _HUB_OFFSET = 0.1  # DINOv2's own code adds it to the grid before it scales, and
 
 
 class TimmBackbone(Extractor):
-    """ "pool" [B, D]: what the model gives to its classifier. Pictures are resized as dgm-eval does it."""
+    """ "pool" [B, D]: what the model gives to its classifier. Images are resized as dgm-eval does it."""
 
     def __init__(self, name: str, model: Any, size: int, device: torch.device | str, versions: dict[str, str]) -> None:
         self.name, self.size, self.device, self.versions = name, size, device, versions
@@ -29,8 +29,8 @@ class TimmBackbone(Extractor):
             torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1).to(device) for key in ("mean", "std")
         )  # fmt: skip
 
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        x = pil_bicubic(pictures, self.size, clip=True).to(self.device) / 255
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        x = pil_bicubic(images, self.size, clip=True).to(self.device) / 255
         return {"pool": self.model((x - self.mean) / self.std)}
 
 

@@ -1,1 +1,1 @@
-"""Metrics over features: distances between sets of pictures, and scores of one set. No metric knows a network."""
+"""Metrics over features: distances between sets of images, and scores of one set. No metric knows a network."""

@@ -1,4 +1,4 @@
-"""Energy distances between pictures' features, and tests of whether two samples have one law.
+"""Energy distances between images' features, and tests of whether two samples have one law.
 
 The energy distance (Szekely and Rizzo 2013) is 2 E|x - y| - E|x - x'| - E|y - y'|: 0 where the laws are one, and above
 0 where they are not. Without its diagonal it has no bias, so it comes out below 0 as often as above.
@@ -54,7 +54,7 @@ def energy_test(x: Tensor, y: Tensor, permutations: int = 400, seed: int = 0) ->
 class PairedEnergy:
     """The distance between two samples whose rows come in pairs, and what relabelling within pairs makes of it.
 
-    `distance`: the energy distance without bias; `share`: the same over twice the mean distance of a picture to one of
+    `distance`: the energy distance without bias; `share`: the same over twice the mean distance of an image to one of
     another pair, from 0 (one law) to 1 (nothing in common). `p`: the share of relabellings that give as much; `least`:
     what the share `level` of them exceed, so the smallest distance that would have been seen. `pairs`: how many.
     """
@@ -77,12 +77,12 @@ def paired_energy_test(
 ) -> PairedEnergy:
     """Whether x [n, D] and y [n, D], row i of both made for one prompt, have the same laws.
 
-    With `groups`, of n labels, only pictures of one group are compared with one another: so it is the mean over prompts
-    of the distance within a prompt, which also sees pictures that stand at the wrong prompt.
+    With `groups`, of n labels, only images of one group are compared with one another: so it is the mean over prompts
+    of the distance within a prompt, which also sees images that stand at the wrong prompt.
 
-    The two pictures of a pair may change places at random if nothing has changed; they need not be independent of one
+    The two images of a pair may change places at random if nothing has changed; they need not be independent of one
     another, nor pairs of one law (a Rademacher bootstrap of a degenerate U-statistic; Dehling and Mikosch 1994). Two
-    pictures of a pair that are the same say nothing, so runs under one seed are compared most sharply.
+    images of a pair that are the same say nothing, so runs under one seed are compared most sharply.
     """
     if x.shape != y.shape or x.ndim != 2 or len(x) < 2:
         raise VisarError(f"Pairs need two samples of one shape and 2 or more rows, not {[*x.shape]} and {[*y.shape]}.")
@@ -96,7 +96,7 @@ def paired_energy_test(
         kept &= codes[:, None] == codes
     count = int(kept.sum())
     if not count:
-        raise VisarError("No prompt has 2 or more pictures, so pictures of one prompt cannot be compared.")
+        raise VisarError("No prompt has 2 or more images, so images of one prompt cannot be compared.")
     says = torch.where(kept, says, 0.0) / count
     signs = torch.randint(2, (relabellings, len(x)), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
     others = ((signs @ says) * signs).sum(1)

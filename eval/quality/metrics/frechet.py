@@ -28,7 +28,7 @@ _SUFFIX = {"pool": "", "spatial": "_s"}  # of `mu` and `sigma` in a file, as in 
 class Moments:
     """Count n, mean [D] and scatter [D, D] (the sum of outer products around the mean) of features, in float64.
 
-    `n` is None for published moments that do not say of how many pictures they are; nothing can be added to those.
+    `n` is None for published moments that do not say of how many images they are; nothing can be added to those.
     """
 
     def __init__(self, mu: Tensor | None = None, scatter: Tensor | None = None, n: int | None = 0) -> None:
@@ -43,7 +43,7 @@ class Moments:
 
     @staticmethod
     def published(mu: Tensor, sigma: Tensor) -> Moments:
-        """Moments that are known, of an unknown number of pictures."""
+        """Moments that are known, of an unknown number of images."""
         return Moments(mu, sigma, None)
 
     @property
@@ -65,7 +65,7 @@ class Moments:
         if self.n is None:
             return self._scatter
         if self.n < 2:
-            raise VisarError(f"A covariance needs 2 or more pictures, not {self.n}.")
+            raise VisarError(f"A covariance needs 2 or more images, not {self.n}.")
         return self._scatter / (self.n - 1)
 
     def add(self, features: Tensor) -> None:
@@ -77,7 +77,7 @@ class Moments:
         x = features.double().cpu()
         if not bool(x.isfinite().all()):
             bad = int((~x.isfinite()).any(1).sum())
-            raise VisarError(f"{bad} of {len(x)} pictures have features that are NaN or infinite.")
+            raise VisarError(f"{bad} of {len(x)} images have features that are NaN or infinite.")
         mu = x.mean(0)
         x = x - mu
         self.merge(Moments(mu, x.T @ x, len(x)))
@@ -85,7 +85,7 @@ class Moments:
     def merge(self, other: Moments) -> None:
         """Take in what other moments have seen (Chan, Golub and LeVeque 1983)."""
         if self.n is None or other.n is None:
-            raise VisarError("Moments of an unknown number of pictures cannot be merged.")
+            raise VisarError("Moments of an unknown number of images cannot be merged.")
         if not other.n:
             return
         if self._mu is None or self._scatter is None:

@@ -1,4 +1,4 @@
-"""How sure the mean of per-picture scores is."""
+"""How sure the mean of per-image scores is."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Interval(NamedTuple):
 def mean_interval(scores: Tensor, level: float = 0.95, resamples: int = 0, seed: int = 0) -> Interval:
     """The mean of independent scores [n] with its interval.
 
-    Normal by default, which the central limit theorem allows from some dozens of pictures on. With `resamples`, the
+    Normal by default, which the central limit theorem allows from some dozens of images on. With `resamples`, the
     percentiles of so many bootstrapped means (Efron 1979). No such interval is given for Frechet distances: they are
-    biased in n, and a bootstrap repeats pictures, which adds to the bias.
+    biased in n, and a bootstrap repeats images, which adds to the bias.
     """
     x = scores.double().flatten()
     if len(x) < 2:

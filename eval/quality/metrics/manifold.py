@@ -11,20 +11,20 @@ from torch import Tensor
 from visar.errors import VisarError
 
 NEIGHBOURS = 3
-_ROWS = 512  # of distances at once: 200 MB against 50,000 pictures
+_ROWS = 512  # of distances at once: 200 MB against 50,000 images
 
 
-def precision(pictures: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> float:
+def precision(images: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> float:
     """The share of features [n, D] that lie within the manifold of the reference's [m, D].
 
     The manifold is the union of balls around its points that reach the k-th nearest other point. Recall is the same
     with the sets changed over.
     """
-    if pictures.ndim != 2 or reference.ndim != 2 or pictures.shape[1] != reference.shape[1]:
-        raise VisarError(f"Precision compares [n, D] with [m, D], not {[*pictures.shape]} with {[*reference.shape]}.")
-    if not len(pictures) or len(reference) <= k:
-        raise VisarError(f"Precision and recall need more than {k} pictures on both sides.")
-    x, centres = pictures.double(), reference.double()
+    if images.ndim != 2 or reference.ndim != 2 or images.shape[1] != reference.shape[1]:
+        raise VisarError(f"Precision compares [n, D] with [m, D], not {[*images.shape]} with {[*reference.shape]}.")
+    if not len(images) or len(reference) <= k:
+        raise VisarError(f"Precision and recall need more than {k} images on both sides.")
+    x, centres = images.double(), reference.double()
     # the nearest of all is the point itself
     radii = torch.cat([torch.cdist(rows, centres).kthvalue(k + 1).values for rows in centres.split(_ROWS)])
     inside = torch.cat([(torch.cdist(rows, centres) <= radii).any(1) for rows in x.split(_ROWS)])

@@ -30,7 +30,7 @@ def kid(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed:
     _check(x, y)
     if min(len(x), len(y)) < subset_size or subset_size < 2:
         raise VisarError(
-            f"KID's subsets of {subset_size} need as many pictures on both sides, and there are {len(x)} and {len(y)}."
+            f"KID's subsets of {subset_size} need as many images on both sides, and there are {len(x)} and {len(y)}."
         )
     rng = np.random.RandomState(seed)
     found = []
@@ -50,7 +50,7 @@ def _cubic(x: Tensor, y: Tensor) -> Tensor:
 def cmmd(x: Tensor, y: Tensor) -> float:
     """CLIP-MMD (Jayasumana et al. 2024, arXiv:2401.09603) of unit features [n, D] and [m, D].
 
-    1000 MMD^2 of the kernel exp(-|x - y|^2 / (2 10^2)) with every pair counted, a picture with itself too: that is the
+    1000 MMD^2 of the kernel exp(-|x - y|^2 / (2 10^2)) with every pair counted, an image with itself too: that is the
     published estimator, whose bias is about 1000 (1 - E k) (1/n + 1/m).
     """
     _check(x, y)

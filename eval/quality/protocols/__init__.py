@@ -1,4 +1,4 @@
-"""Named protocols of picture evaluation: small versioned files, so that a figure says all of how it was taken.
+"""Named protocols of image evaluation: small versioned files, so that a figure says all of how it was taken.
 
 A file is never edited in a way that moves its figures without a new version.
 """
@@ -21,8 +21,8 @@ COMPARING = {"frechet", "precision", "recall", "kid", "cmmd"}  # these need a re
 class Protocol:
     """How figures of that name are taken.
 
-    `extractor` is a name of `get_extractor`, `prepare` of `visar.eval.quality.extractors.resize.PREPARE`. `pixels`: the side
-    that pictures must have, or None. `formats` of the files. `wanted` pictures is what papers use; under `least` is an
+    `extractor` is a name of `get_extractor`, `prepare` of `visar.eval.quality.extractors.resize.PREPARE`. `pixels`: the
+    side that images must have, or None. `formats` of the files. `wanted` images is what papers use; under `least` is an
     error, under `warn_below` a warning. `metrics`: the name to print, and its kind with what it needs. `reference`: in
     words, or None where there is none. `rules`: what the files themselves do not show. `used_by`: papers, arXiv ids.
     """

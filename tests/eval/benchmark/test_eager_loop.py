@@ -1,4 +1,4 @@
-"""The eager baseline computes what the engine computes: the same logits, the same greedy pictures, the same law."""
+"""The eager baseline computes what the engine computes: the same logits, the same greedy images, the same law."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_greedy_tokens_are_those_of_ar(kind: str) -> None:
 
 
 @torch.inference_mode()
-def test_going_on_in_the_middle_of_a_picture() -> None:
-    """What is timed in the middle is the step that a picture takes there."""
+def test_going_on_in_the_middle_of_a_image() -> None:
+    """What is timed in the middle is the step that an image takes there."""
     model, condition, mask = case("text")
     whole, middle = (EagerLoop(model, condition, mask, length=LENGTH, guidance=Guidance(2.0)) for _ in range(2))
     tokens = torch.randint(0, VOCAB, (10, 2))

@@ -1,4 +1,4 @@
-"""Passes timed and profiled in the middle of a picture: where they run, how often, and what each operator counts as."""
+"""Passes timed and profiled in the middle of an image: where they run, how often, and what each operator counts as."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def test_profile_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> 
         ("--shapes --device cuda:99", "Device 'cuda:99' is not there"),
         ("--shapes --json FILE/report.json", "Cannot write to folder"),
         ("--profile --samplers arr", "Unknown sampler 'arr'"),
-        ("--profile --batch 2", "--profile is of one picture"),
+        ("--profile --batch 2", "--profile is of one image"),
         ("--profile --samplers ,", "No sampler was given"),
     ],
 )

@@ -20,7 +20,7 @@ from visar.errors import VisarError
 from visar.eval.exactness import continuous as continuous_exactness
 from visar.eval.exactness.continuous import (
     CASES,
-    MUTANT_PICTURES,
+    MUTANT_IMAGES,
     PLAIN,
     Case,
     configured,
@@ -63,7 +63,7 @@ def test_exact_samplers_have_the_joint_law(name: str) -> None:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_planted_mistakes_are_caught(mutant: Any) -> None:
     case = case_of(mutant.case)
-    assert measure(configured(mutant.sampler, case), case, MUTANT_PICTURES // 4, seed=0).z > MUTANT_LIMIT
+    assert measure(configured(mutant.sampler, case), case, MUTANT_IMAGES // 4, seed=0).z > MUTANT_LIMIT
 
 
 def test_no_mutant_is_a_registered_sampler() -> None:
@@ -90,7 +90,7 @@ def test_full_proof() -> None:
 def test_bad_input() -> None:
     with pytest.raises(VisarError, match=r"Unknown sampler 'mra'\. Did you mean 'mar'\?"):
         verify_continuous(["mra"])
-    with pytest.raises(VisarError, match="needs 1024 pictures or more, not 10"):
+    with pytest.raises(VisarError, match="needs 1024 images or more, not 10"):
         verify_continuous(["mar"], 10)
 
 
@@ -122,7 +122,7 @@ def test_verify_of_both_families(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 def test_the_law_is_that_of_a_direct_simulation() -> None:
-    """A picture of two passes, written out."""
+    """An image of two passes, written out."""
     world = World.random(3, unit=WIDE, seed=2)
     setting = Setting(passes=2, head_steps=6, scale=1.5, temperature=0.9)
     order, rng, n = np.array([2, 0, 1]), np.random.default_rng(1), 200_000
@@ -165,7 +165,7 @@ class ConstantSession(MARSession):
         return ConstantChain(self.mar.diffloss.net, Schedule(steps), self.dim, temperature, last_noise)
 
 
-def pictures(session: MaskedSession, sampler: Any, temperature: float = 1.0, seed: int = 0) -> Tensor:
+def images(session: MaskedSession, sampler: Any, temperature: float = 1.0, seed: int = 0) -> Tensor:
     return decode(session, sampler, ContinuousTarget(temperature), Noise(seed, torch.arange(session.batch))).tokens
 
 
@@ -178,9 +178,9 @@ def test_a_constant_guess_is_never_rejected_and_gives_the_tokens_of_plain_decodi
 
     plain, speculative = session(), session()
     # Without noise in the last step every token would be the constant guess, whatever had led there.
-    expected = pictures(plain, MaskedAutoregressive(3, 12, last_noise=True))
+    expected = images(plain, MaskedAutoregressive(3, 12, last_noise=True))
     sampler = HeadSpeculation(3, 12, draft=16, adaptive=False, last_noise=True)
-    found = pictures(speculative, sampler)
+    found = images(speculative, sampler)
     assert expected.std(0).min() > 0 and torch.allclose(found, expected, atol=1e-5)
     assert speculative.tested == speculative.accepted == 64 * 6 * 10  # the first step and the last one are not drafts
     assert speculative.chains[0].rounds < plain.chains[0].rounds / 4
@@ -197,7 +197,7 @@ def test_at_temperature_0_head_speculation_is_plain_decoding() -> None:
 
     def tokens(sampler: Any) -> Tensor:
         classes = torch.zeros(16, dtype=torch.long)
-        return pictures(world.session(Setting(3), classes, torch.arange(6).expand(16, -1)), sampler, temperature=0)
+        return images(world.session(Setting(3), classes, torch.arange(6).expand(16, -1)), sampler, temperature=0)
 
     found = tokens(HeadSpeculation(3, 12))
     assert bool(found.isfinite().all()) and torch.equal(found, tokens(MaskedAutoregressive(3, 12)))

@@ -28,7 +28,7 @@ from visar.families.mar.transformer import MAR
 from visar.samplers import ContinuousSpeculative, ContinuousTarget, HeadSpeculation, MaskedAutoregressive
 
 
-def pictures(session: MaskedSession, sampler: Any, seed: int = 0) -> Tensor:
+def sampled(session: MaskedSession, sampler: Any, seed: int = 0) -> Tensor:
     return decode(session, sampler, ContinuousTarget(), Noise(seed, torch.arange(session.batch))).tokens
 
 
@@ -104,11 +104,11 @@ def test_rank_z() -> None:
     assert rank_z((uniform * 0.95).long(), 20) > MUTANT_LIMIT
 
 
-def test_pictures_of_real_weights_by_energy_distance() -> None:
+def test_images_of_real_weights_by_energy_distance() -> None:
     """Plain decoding against itself is the control, untested drafts show that there is something to see."""
 
     def sample(sampler: Any, seed: int) -> Tensor:
-        return pictures(sessions(IMAGES), sampler, seed=seed).flatten(1)
+        return sampled(sessions(IMAGES), sampler, seed=seed).flatten(1)
 
     plain = sample(MaskedAutoregressive(**REAL), 1)
     control = energy_test(plain, sample(MaskedAutoregressive(**REAL), 2))
@@ -123,6 +123,6 @@ def test_pictures_of_real_weights_by_energy_distance() -> None:
 def test_head_speculation_on_real_weights_drafts() -> None:
     for images in (IMAGES, IMAGES[:2]):
         session = sessions(images)
-        pictures(session, HeadSpeculation(**REAL, draft=4))
+        sampled(session, HeadSpeculation(**REAL, draft=4))
         assert 0.2 < session.accepted / session.tested < 0.9
     assert session.chains[0].rounds < 3 * 8  # in a large batch some token takes a round for each step

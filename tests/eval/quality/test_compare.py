@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.helpers.tiny import Cells
 from visar.errors import VisarError
 from visar.eval.quality.compare import compare, mean_shift, reference_shift
-from visar.eval.quality.image_folder import PictureFolder
+from visar.eval.quality.image_folder import ImageFolder
 from visar.eval.quality.metrics.energy import energy
 
 CLASSES = 40
@@ -23,7 +23,7 @@ SIZE = 6
 
 
 def drawn(count: int, seed: int, shared: int | None = None) -> np.ndarray:
-    """Pictures [count, SIZE, SIZE, 3]: a colour per class, and noise, half of which may be shared with another seed."""
+    """Images [count, SIZE, SIZE, 3]: a colour per class, and noise, half of which may be shared with another seed."""
     rng = np.random.default_rng(seed)
     colours = np.random.default_rng(0).uniform(60, 200, (CLASSES, 1, 1, 3))
     noise = rng.normal(0, 25, (count, SIZE, SIZE, 3))
@@ -33,54 +33,54 @@ def drawn(count: int, seed: int, shared: int | None = None) -> np.ndarray:
     return np.clip(np.round(colours[np.arange(count) % CLASSES] + noise), 0, 255).astype(np.uint8)
 
 
-def folder(path: Path, pictures: np.ndarray, tokens: Any = None, prompt: str = "class {}") -> PictureFolder:
+def folder(path: Path, images: np.ndarray, tokens: Any = None, prompt: str = "class {}") -> ImageFolder:
     path.mkdir()
     lines = []
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(path / f"{i:06d}.png")
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{i:06d}.png")
         line: dict[str, Any] = {"id": f"{i:06d}", "file": f"{i:06d}.png", "prompt": prompt.format(i % CLASSES)}
         lines.append(line | ({} if tokens is None else {"tokens": tokens[i]}))
     (path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return PictureFolder.open(path)
+    return ImageFolder.open(path)
 
 
 COUNT = 1200
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> PictureFolder:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
     return folder(tmp_path_factory.mktemp("compare") / "a", drawn(COUNT, 1))
 
 
-def one_in_a_hundred(pictures: np.ndarray) -> np.ndarray:
-    pictures[::100] = 255 - pictures[::100]
-    return pictures
+def one_in_a_hundred(images: np.ndarray) -> np.ndarray:
+    images[::100] = 255 - images[::100]
+    return images
 
 
-def colour(pictures: np.ndarray) -> np.ndarray:
-    return np.clip(pictures + np.array([6, 0, 0]), 0, 255).astype(np.uint8)
+def colour(images: np.ndarray) -> np.ndarray:
+    return np.clip(images + np.array([6, 0, 0]), 0, 255).astype(np.uint8)
 
 
-def dropped_class(pictures: np.ndarray) -> np.ndarray:
-    pictures[3::CLASSES] = pictures[4::CLASSES]
-    return pictures
+def dropped_class(images: np.ndarray) -> np.ndarray:
+    images[3::CLASSES] = images[4::CLASSES]
+    return images
 
 
 @pytest.mark.parametrize(
     ("change", "shared"),
     [(one_in_a_hundred, True), (colour, True), (colour, False), (dropped_class, True), (dropped_class, False)],
 )
-def test_planted_changes_are_seen(plain: PictureFolder, tmp_path: Path, change: Any, shared: bool) -> None:
-    """Under one seed and under two, whose noise hides what happens to a hundredth of the pictures."""
+def test_planted_changes_are_seen(plain: ImageFolder, tmp_path: Path, change: Any, shared: bool) -> None:
+    """Under one seed and under two, whose noise hides what happens to a hundredth of the images."""
     b = folder(tmp_path / "b", change(drawn(COUNT, 1) if shared else drawn(COUNT, 2)))
     found = compare(plain, b, Cells())
     if change is dropped_class and shared:
-        assert found.verdict.startswith("Mixed up: 30 of 1200 pictures are those of another prompt")
+        assert found.verdict.startswith("Mixed up: 30 of 1200 images are those of another prompt")
     else:
         assert found.changed and found.verdict.startswith("Changed: "), found.verdict
 
 
-def test_seed_noise_is_no_change(plain: PictureFolder, tmp_path: Path) -> None:
+def test_seed_noise_is_no_change(plain: ImageFolder, tmp_path: Path) -> None:
     a2, a3 = (folder(tmp_path / f"a{seed}", drawn(COUNT, seed)) for seed in (5, 6))
     independent = compare(plain, a2, Cells(), seeds=[a3])
     assert not independent.changed and independent.same == 0 and independent.seeds[0].p > 0.01
@@ -90,23 +90,23 @@ def test_seed_noise_is_no_change(plain: PictureFolder, tmp_path: Path) -> None:
     assert not coupled.changed and coupled.same == 0.5 and coupled.overall.least < independent.overall.least
 
 
-def test_the_same_folder_is_the_same(plain: PictureFolder) -> None:
+def test_the_same_folder_is_the_same(plain: ImageFolder) -> None:
     found = compare(plain, plain, Cells())
     assert (found.same, found.levels, found.p, found.changed) == (1, 0, 1, False)
-    assert found.verdict == "The same: all 1200 pictures are equal in every pixel."
+    assert found.verdict == "The same: all 1200 images are equal in every pixel."
 
 
 def test_what_is_counted(tmp_path: Path) -> None:
-    pictures = drawn(8, 1)
-    a = folder(tmp_path / "a", pictures, tokens=[[1, 2, 3, 4]] * 8)
-    other = pictures.copy()
+    images = drawn(8, 1)
+    a = folder(tmp_path / "a", images, tokens=[[1, 2, 3, 4]] * 8)
+    other = images.copy()
     other[2, 0, 0, 0] = 255 - other[2, 0, 0, 0]
     b = folder(tmp_path / "b", other, tokens=[[1, 2, 3, 4]] * 7 + [[1, 2, 0, 0]])
     reference = folder(tmp_path / "r", drawn(5, 3), prompt="another {}")
     scores = {str(a.path): torch.arange(8.0), str(b.path): torch.arange(8.0) + torch.tensor([1.0, 3] * 4)}
     found = compare(a, b, Cells(), reference=reference, clip=lambda f, ids: scores[str(f.path)])
     assert found.same == 7 / 8 and found.tokens == 30 / 32 and found.elsewhere == 0
-    gap = abs(int(other[2, 0, 0, 0]) - int(pictures[2, 0, 0, 0]))
+    gap = abs(int(other[2, 0, 0, 0]) - int(images[2, 0, 0, 0]))
     assert found.levels == pytest.approx(gap / (8 * SIZE * SIZE * 3))
     assert found.clip is not None and (found.clip.a, found.clip.b, found.clip.difference) == (3.5, 5.5, 2.0)
     assert found.clip.low == pytest.approx(2 - 1.96 * (8 / 7 / 8) ** 0.5)
@@ -133,32 +133,32 @@ def test_shifts_of_means() -> None:
     assert far.p < 0.01 and 0 < far.low < far.difference < far.high
 
 
-def test_folders_that_do_not_belong_together(plain: PictureFolder, tmp_path: Path) -> None:
+def test_folders_that_do_not_belong_together(plain: ImageFolder, tmp_path: Path) -> None:
     fewer = folder(tmp_path / "fewer", drawn(30, 1))
-    with pytest.raises(VisarError, match=r"lacks 1170 pictures that .* has, the first being 000030"):
+    with pytest.raises(VisarError, match=r"lacks 1170 images that .* has, the first being 000030"):
         compare(plain, fewer, Cells())
-    with pytest.raises(VisarError, match=r"Picture 000000 is of 'class 0' in .* and of 'thing 0' in"):
+    with pytest.raises(VisarError, match=r"Image 000000 is of 'class 0' in .* and of 'thing 0' in"):
         compare(fewer, folder(tmp_path / "things", drawn(30, 1), prompt="thing {}"), Cells())
     with pytest.raises(VisarError, match=r"of \(6, 6\) pixels .* of \(5, 5\)"):
         compare(fewer, folder(tmp_path / "small", drawn(30, 1)[:, :5, :5]), Cells())
-    with pytest.raises(VisarError, match="holds 1 pictures; a comparison needs 2"):
+    with pytest.raises(VisarError, match="holds 1 images; a comparison needs 2"):
         one = folder(tmp_path / "one", drawn(1, 1))
         compare(one, one, Cells())
 
 
 def test_features_that_are_not_finite(tmp_path: Path) -> None:
     class Broken(Cells):
-        def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-            found = super().extract(pictures)["pool"]
+        def extract(self, images: Tensor) -> dict[str, Tensor]:
+            found = super().extract(images)["pool"]
             found[1:2] = float("nan")
             return {"pool": found}
 
     a, b = (folder(tmp_path / name, drawn(4, seed)) for seed, name in enumerate("ab"))
-    with pytest.raises(VisarError, match=r"Features of picture 000001 of .* are not finite"):
+    with pytest.raises(VisarError, match=r"Features of image 000001 of .* are not finite"):
         compare(a, b, Broken())
 
 
-def test_what_would_have_been_seen_is_of_all_tests_together(plain: PictureFolder, tmp_path: Path) -> None:
+def test_what_would_have_been_seen_is_of_all_tests_together(plain: ImageFolder, tmp_path: Path) -> None:
     """The verdict cannot say that a distance beyond its own limit was not seen, for want of the correction."""
     b = folder(tmp_path / "b", drawn(COUNT, 2))
     alone, both = compare(plain, b, Cells()), compare(plain, b, Cells(), clip=lambda f, ids: torch.rand(len(ids)))
@@ -166,8 +166,8 @@ def test_what_would_have_been_seen_is_of_all_tests_together(plain: PictureFolder
     assert both.overall.least > alone.overall.least
 
 
-def test_pictures_of_one_prompt_are_compared_with_one_another(plain: PictureFolder, tmp_path: Path) -> None:
+def test_images_of_one_prompt_are_compared_with_one_another(plain: ImageFolder, tmp_path: Path) -> None:
     """Classes that change places in turn look alike as a whole."""
-    pictures = drawn(COUNT, 2)
-    found = compare(plain, folder(tmp_path / "b", np.roll(pictures, CLASSES + 1, axis=0)), Cells())
+    images = drawn(COUNT, 2)
+    found = compare(plain, folder(tmp_path / "b", np.roll(images, CLASSES + 1, axis=0)), Cells())
     assert found.per_prompt is not None and found.overall.p > 0.01 > found.per_prompt.p and found.changed

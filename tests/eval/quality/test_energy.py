@@ -54,7 +54,7 @@ PROMPTS = torch.arange(24).repeat_interleave(4)
 
 
 def pair_of_samples(seed: int, shared: bool) -> tuple[Tensor, Tensor]:
-    """Pictures of one law per prompt, four of each; with `shared` as under one seed: half of the pairs the same."""
+    """Images of one law per prompt, four of each; with `shared` as under one seed: half of the pairs the same."""
     middle = 2 * normal(24, 6, seed=99)[PROMPTS]
     common, own, other = (normal(96, 6, seed=10 * seed + k) for k in range(3))
     if not shared:
@@ -85,7 +85,7 @@ def test_changes_are_seen() -> None:
     assert paired_energy_test(x, swapped).p > 0.05 and paired_energy_test(x, swapped, PROMPTS.tolist()).p < 0.001
 
 
-def test_the_same_pictures_are_no_change() -> None:
+def test_the_same_images_are_no_change() -> None:
     found = paired_energy_test(*(pair_of_samples(1, True)[0],) * 2)
     assert found.p == 1 and found.distance == pytest.approx(0, abs=1e-9) and found.least == pytest.approx(0, abs=1e-9)
 
@@ -93,5 +93,5 @@ def test_the_same_pictures_are_no_change() -> None:
 def test_samples_that_are_no_pairs() -> None:
     with pytest.raises(VisarError, match=r"one shape and 2 or more rows, not \[3, 2\] and \[4, 2\]"):
         paired_energy_test(normal(3, 2), normal(4, 2))
-    with pytest.raises(VisarError, match="No prompt has 2 or more pictures"):
+    with pytest.raises(VisarError, match="No prompt has 2 or more images"):
         paired_energy_test(normal(3, 2), normal(3, 2, seed=1), ["a", "b", "c"])

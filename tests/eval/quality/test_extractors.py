@@ -25,7 +25,7 @@ from visar.eval.quality.extractors.base import weights_hash
 from visar.eval.quality.extractors.clip import MODELS, Clip
 from visar.eval.quality.extractors.inception import RESIZES, inception
 from visar.eval.quality.extractors.timm_backbone import hub_positions, timm_backbone
-from visar.eval.quality.image_folder import PictureFolder
+from visar.eval.quality.image_folder import ImageFolder
 
 PUBLISHED_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -37,19 +37,19 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 class Cells(Extractor):
     name, weights, resize, versions = "cells", "0" * 64, "none", {}
 
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        return {"pool": torch.nn.functional.adaptive_avg_pool2d(pictures.double(), 2).flatten(1)}
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        return {"pool": torch.nn.functional.adaptive_avg_pool2d(images.double(), 2).flatten(1)}
 
 
 def test_the_interface() -> None:
     found = Cells()(noise(2, 3, 8, 8))
     assert found["pool"].shape == (2, 12) and found["pool"].dtype == torch.float32
     for wrong in (torch.rand(2, 3, 8, 8), noise(3, 8, 8), noise(2, 1, 8, 8)):
-        with pytest.raises(VisarError, match=r"Features are of uint8 pictures \[B, 3, H, W\]"):
+        with pytest.raises(VisarError, match=r"Features are of uint8 images \[B, 3, H, W\]"):
             Cells()(wrong)
 
 
-def test_pictures_are_rounded_and_clipped_once() -> None:
+def test_images_are_rounded_and_clipped_once() -> None:
     values = torch.tensor([-0.1, 0.0, 0.499 / 255, 0.501 / 255, 1.0, 1.2])
     assert as_uint8(values).tolist() == [0, 0, 0, 1, 255, 255]
     assert torch.equal(as_uint8(torch.arange(256) / 255), torch.arange(256, dtype=torch.uint8))
@@ -95,7 +95,7 @@ def test_a_missing_extra_is_said(module: str, name: str, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of random weights in torch-fidelity's layout, spread so that features differ between pictures."""
+    """A file of random weights in torch-fidelity's layout, spread so that features differ between images."""
     source = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
@@ -112,22 +112,22 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def torch_fidelitys(file: Path, pictures: Tensor) -> tuple[Tensor, Tensor]:
+def torch_fidelitys(file: Path, images: Tensor) -> tuple[Tensor, Tensor]:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     model = FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(file))
-    return model(pictures)
+    return model(images)
 
 
 def test_inception_is_torch_fidelitys(inception_file: Path) -> None:
-    pictures = noise(2, 3, 40, 40)
+    images = noise(2, 3, 40, 40)
     extract = inception("tf1", weights=str(inception_file))
-    found = extract(pictures)
-    pool, logits = torch_fidelitys(inception_file, pictures)
+    found = extract(images)
+    pool, logits = torch_fidelitys(inception_file, images)
     assert (pool[0] - pool[1]).abs().max() > 0.01  # else the rest says nothing
     assert torch.allclose(found["pool"], pool, rtol=1e-5, atol=1e-6)
     assert torch.allclose(found["logits"], logits, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(extract(pictures[1:])["pool"], found["pool"][1:], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(extract(images[1:])["pool"], found["pool"][1:], rtol=1e-4, atol=1e-5)
     assert extract.name == "inception-tf1" and len(extract.weights) == 64 and "torch-fidelity" in extract.versions
 
 
@@ -143,19 +143,19 @@ def test_inceptions_spatial_features(inception_file: Path) -> None:
 
 
 def test_inceptions_resizings_differ(inception_file: Path) -> None:
-    pictures = noise(1, 3, 40, 40)
+    images = noise(1, 3, 40, 40)
     scaled: dict[str, Tensor] = {}
     for kind in RESIZES:
         extract = inception(kind, weights=str(inception_file))
         hook = extract.model.Conv2d_1a_3x3.register_forward_pre_hook(
             lambda module, inputs, kind=kind: scaled.__setitem__(kind, inputs[0])
         )
-        extract(pictures)
+        extract(images)
         hook.remove()
     interpolate = torch.nn.functional.interpolate
-    expected = 2 * interpolate(pictures / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
+    expected = 2 * interpolate(images / 255, size=(299, 299), mode="bilinear", align_corners=False) - 1
     assert torch.allclose(scaled["pytorch"], expected, atol=1e-5)
-    plane = Image.fromarray(pictures[0, 1].numpy().astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
+    plane = Image.fromarray(images[0, 1].numpy().astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
     assert torch.allclose(scaled["clean"][0, 1], (torch.from_numpy(np.array(plane)) - 128) / 128, atol=1e-6)
     assert (scaled["tf1"] - scaled["pytorch"]).abs().max() > 0.1
     with pytest.raises(VisarError, match="Unknown resizing 'tf2'"):
@@ -213,20 +213,20 @@ def small_clip() -> Clip:
 
 
 def test_clip_score_by_hand(small_clip: Clip, tmp_path: Path) -> None:
-    """Ids whose order is not that of captions or files; and every step once more, one picture at a time."""
+    """Ids whose order is not that of captions or files; and every step once more, one image at a time."""
     import open_clip
 
     captions = {"9": "a red heart", "10": "two dogs", "1": "a star"}
     for i, name in enumerate(captions):
         Image.fromarray(noise(40, 50, 3, seed=i).numpy()).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(captions[name])
-    folder = PictureFolder.open(tmp_path)
+    folder = ImageFolder.open(tmp_path)
     found = clip_scores(folder, small_clip, prefix="A photo depicts ", scale=100.0, batch=2)
     tokens = open_clip.get_tokenizer("ViT-B-32")
     for name, caption in captions.items():
         with torch.inference_mode():
-            picture = open_clip.image_transform(32, is_train=False)(Image.open(tmp_path / f"{name}.png"))
-            image = small_clip.model.encode_image(picture[None])[0]
+            image = open_clip.image_transform(32, is_train=False)(Image.open(tmp_path / f"{name}.png"))
+            image = small_clip.model.encode_image(image[None])[0]
             text = small_clip.model.encode_text(tokens([f"A photo depicts {caption}"]))[0]
         cosine = float(image @ text / (image.norm() * text.norm()))
         assert found.scores[name] == pytest.approx(100 * cosine, rel=1e-4, abs=1e-4)
@@ -244,8 +244,8 @@ def test_clip_score_needs_every_caption(small_clip: Clip, tmp_path: Path) -> Non
     for name in ("a", "b"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(VisarError, match="The CLIP score needs a caption for every picture, and 1 of"):
-        clip_scores(PictureFolder.open(tmp_path), small_clip)
+    with pytest.raises(VisarError, match="The CLIP score needs a caption for every image, and 1 of"):
+        clip_scores(ImageFolder.open(tmp_path), small_clip)
 
 
 def test_the_prefix_is_llamagens(small_clip: Clip) -> None:
@@ -261,10 +261,10 @@ def test_the_prefix_is_llamagens(small_clip: Clip) -> None:
 
 
 def test_clip_features_have_length_one(small_clip: Clip) -> None:
-    pictures = noise(3, 3, 40, 40)
-    found = small_clip(pictures)["pool"]
+    images = noise(3, 3, 40, 40)
+    found = small_clip(images)["pool"]
     assert torch.allclose(found.norm(dim=1), torch.ones(3), atol=1e-5)
-    assert torch.allclose(small_clip(pictures[2:])["pool"], found[2:], atol=1e-5)
+    assert torch.allclose(small_clip(images[2:])["pool"], found[2:], atol=1e-5)
     assert torch.allclose(small_clip.texts(["a", "b"]).norm(dim=1), torch.ones(2), atol=1e-5)
 
 
@@ -292,15 +292,15 @@ def test_a_timm_model_from_a_file(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     extract = timm_backbone("test_vit", weights=str(tmp_path / "vit.pth"))
     assert extract.name == "timm:test_vit" and extract.size == model.pretrained_cfg["input_size"][-1]
-    pictures = noise(2, 3, 40, 40)
+    images = noise(2, 3, 40, 40)
     plane = [[Image.fromarray(c).resize((extract.size,) * 2, Image.Resampling.BICUBIC) for c in p]
-             for p in pictures.float().numpy()]  # fmt: skip
+             for p in images.float().numpy()]  # fmt: skip
     x = torch.from_numpy(np.array([[np.asarray(c) for c in p] for p in plane])).clamp(0, 255) / 255
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     with torch.inference_mode():
         model = model.eval()
         expected = model.forward_head(model.forward_features((x - mean) / std), pre_logits=True)
-    assert torch.allclose(extract(pictures)["pool"], expected, atol=1e-4)
+    assert torch.allclose(extract(images)["pool"], expected, atol=1e-4)
     assert expected.std(0).max() > 1e-3
     with pytest.raises(VisarError, match=r"The weights from .*none.pth could not be loaded"):
         timm_backbone("test_vit", weights=str(tmp_path / "none.pth"))

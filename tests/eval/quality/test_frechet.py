@@ -50,7 +50,7 @@ def test_against_torch_fidelity() -> None:
     assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_fewer_pictures_than_features() -> None:
+def test_fewer_images_than_features() -> None:
     """Of rank-deficient covariances; and of equal ones it is 0 to rounding, where roots of products are off by more."""
     x = normal(20, 100)
     assert abs(frechet_distance(Moments.of(x), Moments.of(x))) < 1e-10
@@ -114,7 +114,7 @@ def test_published_files(tmp_path: Path) -> None:
     assert plain.moments["pool"].n is None and plain.moments["pool"].width == 4
     assert frechet_distance(plain.moments["pool"], x) == pytest.approx(0, abs=1e-12)
     assert frechet_distance(adm.moments["spatial"], y) == pytest.approx(0, abs=1e-12)
-    with pytest.raises(VisarError, match="unknown number of pictures cannot be merged"):
+    with pytest.raises(VisarError, match="unknown number of images cannot be merged"):
         plain.moments["pool"].add(normal(3, 4))
     save_moments(tmp_path / "again.npz", plain.moments, {"told": 1})
     assert load_moments(tmp_path / "again.npz").fingerprint == plain.fingerprint != adm.fingerprint
@@ -122,7 +122,7 @@ def test_published_files(tmp_path: Path) -> None:
 
 def test_bad_input(tmp_path: Path) -> None:
     x = normal(5, 3)
-    with pytest.raises(VisarError, match="1 of 5 pictures have features that are NaN"):
+    with pytest.raises(VisarError, match="1 of 5 images have features that are NaN"):
         Moments.of(x.index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(float("nan")).double()))
     with pytest.raises(VisarError, match=r"must be \[n, D\], not \[5\]"):
         Moments.of(x[:, 0])
@@ -130,7 +130,7 @@ def test_bad_input(tmp_path: Path) -> None:
         frechet_distance(Moments.of(x), Moments.of(x[:, :2]))
     with pytest.raises(VisarError, match="different widths"):
         Moments.of(x).merge(Moments.of(x[:, :2]))
-    with pytest.raises(VisarError, match="needs 2 or more pictures, not 1"):
+    with pytest.raises(VisarError, match="needs 2 or more images, not 1"):
         frechet_distance(Moments.of(x[:1]), Moments.of(x))
     with pytest.raises(VisarError, match="no features"):
         frechet_distance(Moments(), Moments.of(x))

@@ -1,4 +1,4 @@
-"""Pictures on disk: pairing by id, what is refused, and the fingerprint."""
+"""Images on disk: pairing by id, what is refused, and the fingerprint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from visar.errors import VisarError
-from visar.eval.quality.image_folder import PictureFolder, has_pictures
+from visar.eval.quality.image_folder import ImageFolder, has_images
 
 
 def pixels(seed: int, height: int = 6, width: int = 8) -> np.ndarray:
@@ -41,7 +41,7 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("of a")
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / ".hidden.png").write_text("")
-    found = PictureFolder.open(tmp_path)
+    found = ImageFolder.open(tmp_path)
     assert found.ids == ("a", "b", "c") and len(found) == 3
     assert found.size == (6, 8) and found.format == "png" and not found.records
     assert found.captions == {"c": "of c", "a": "of a"}
@@ -52,19 +52,19 @@ def test_a_plain_folder(tmp_path: Path) -> None:
 
 def test_batches_of_chosen_ids(tmp_path: Path) -> None:
     with_manifest(tmp_path)
-    found = PictureFolder.open(tmp_path)
+    found = ImageFolder.open(tmp_path)
     assert [len(batch) for batch in found.batches(size=2)] == [2, 1]
     (batch,) = found.batches(["c", "a"])
     assert all(np.array_equal(batch[i].permute(1, 2, 0), pixels(ord(name))) for i, name in enumerate("ca"))
-    with pytest.raises(VisarError, match="no picture of id 'd'"):
+    with pytest.raises(VisarError, match="no image of id 'd'"):
         next(found.batches(["a", "d"]))
-    with pytest.raises(VisarError, match="1 or more pictures, not 0"):
+    with pytest.raises(VisarError, match="1 or more images, not 0"):
         next(found.batches(size=0))
 
 
 def test_a_manifest_pairs_by_id(tmp_path: Path) -> None:
     records = with_manifest(tmp_path)
-    found = PictureFolder.open(tmp_path)
+    found = ImageFolder.open(tmp_path)
     assert found.ids == ("a", "b", "c")
     assert found.captions == {"a": "a a", "b": "a b", "c": "a c"}
     assert found.records == {r["id"]: r for r in records}
@@ -76,42 +76,42 @@ def test_numbers_are_sorted_by_value(tmp_path: Path) -> None:
     names = ["10", "9", "a2", "a10", "a1b", "01", "1", "b", "²"]
     for name in names:
         save(tmp_path / f"{name}.png")
-    assert PictureFolder.open(tmp_path).ids == ("01", "1", "9", "10", "a1b", "a2", "a10", "b", "²")
+    assert ImageFolder.open(tmp_path).ids == ("01", "1", "9", "10", "a1b", "a2", "a10", "b", "²")
 
 
-def test_missing_and_extra_pictures(tmp_path: Path) -> None:
+def test_missing_and_extra_images(tmp_path: Path) -> None:
     with_manifest(tmp_path)
     save(tmp_path / "9.png")
-    with pytest.raises(VisarError, match=r"1 pictures are not in .*manifest.jsonl, as .*9.png"):
-        PictureFolder.open(tmp_path)
+    with pytest.raises(VisarError, match=r"1 images are not in .*manifest.jsonl, as .*9.png"):
+        ImageFolder.open(tmp_path)
     (tmp_path / "9.png").unlink()
     (tmp_path / "0.png").unlink()
-    with pytest.raises(VisarError, match=r"1 pictures of .*manifest.jsonl are missing, as .*0.png"):
-        PictureFolder.open(tmp_path)
+    with pytest.raises(VisarError, match=r"1 images of .*manifest.jsonl are missing, as .*0.png"):
+        ImageFolder.open(tmp_path)
 
 
-def test_pictures_in_folders_of_the_manifest(tmp_path: Path) -> None:
+def test_images_in_folders_of_the_manifest(tmp_path: Path) -> None:
     (tmp_path / "some").mkdir()
     save(tmp_path / "some" / "x.png")
     (tmp_path / "manifest.jsonl").write_text('{"id": 7, "file": "some/x.png", "class": 3}\n\n')
-    found = PictureFolder.open(tmp_path)
+    found = ImageFolder.open(tmp_path)
     assert found.ids == ("7",) and found.captions == {} and found.records["7"]["class"] == 3
     save(tmp_path / "some" / "y.png")
     with pytest.raises(VisarError, match=r"not in .*manifest.jsonl, as .*y.png"):
-        PictureFolder.open(tmp_path)
+        ImageFolder.open(tmp_path)
 
 
 @pytest.mark.parametrize("text, message", [
     ('{"id": "a", "file": "2.png"}\n{"id": "a", "file": "0.png"}', "Line 2 .* repeats an id or a file"),
     ('{"id": "a", "file": "2.png"}\n{"id": "b", "file": "2.png"}', "Line 2 .* repeats an id or a file"),
     ('{"id": "a"}', 'Line 1 .* is not a JSON object with "id" and "file"'),
-    ("no", "Line 1"), ("[]", "Line 1"), ("", "names no pictures"),
+    ("no", "Line 1"), ("[]", "Line 1"), ("", "names no images"),
 ])  # fmt: skip
 def test_bad_manifests(tmp_path: Path, text: str, message: str) -> None:
     with_manifest(tmp_path)
     (tmp_path / "manifest.jsonl").write_text(text)
     with pytest.raises(VisarError, match=message):
-        PictureFolder.open(tmp_path)
+        ImageFolder.open(tmp_path)
 
 
 def test_captions_from_a_file(tmp_path: Path) -> None:
@@ -119,20 +119,20 @@ def test_captions_from_a_file(tmp_path: Path) -> None:
         save(tmp_path / f"{name}.png")
     captions = tmp_path / "captions.json"
     captions.write_text(json.dumps({"2": "two", "1": "one", "3": "three"}))
-    found = PictureFolder.open(tmp_path, captions=captions)
+    found = ImageFolder.open(tmp_path, captions=captions)
     assert found.captions == {"1": "one", "2": "two"}
     found.require_captions("CLIP")
     for text, message in (("[1]", "not a JSON object"), ("{", "cannot be read"), ('{"1": 2}', "not a JSON object")):
         captions.write_text(text)
         with pytest.raises(VisarError, match=message):
-            PictureFolder.open(tmp_path, captions=captions)
-    with pytest.raises(VisarError, match=r"CLIP needs a caption for every picture, and 2 of .* have none, as '1'"):
-        PictureFolder.open(tmp_path).require_captions("CLIP")
+            ImageFolder.open(tmp_path, captions=captions)
+    with pytest.raises(VisarError, match=r"CLIP needs a caption for every image, and 2 of .* have none, as '1'"):
+        ImageFolder.open(tmp_path).require_captions("CLIP")
 
 
 def refused(path: Path, **options: bool) -> str:
     with pytest.raises(VisarError) as error:
-        for _ in PictureFolder.open(path, **options).batches():
+        for _ in ImageFolder.open(path, **options).batches():
             pass
     return str(error.value)
 
@@ -146,10 +146,10 @@ def refused(path: Path, **options: bool) -> str:
     (lambda p: Image.fromarray(np.zeros((4, 4), np.uint16)).save(p / "a.png"), "8 bits per channel"),
     (lambda p: Image.new("RGBA", (4, 4), (1, 2, 3, 254)).save(p / "a.png"), "transparent pixels"),
     (lambda p: Image.new("LA", (4, 4), (1, 0)).save(p / "a.png"), "transparent pixels"),
-    (lambda p: (p / "a.png").write_text("text"), "not a picture that can be read"),
+    (lambda p: (p / "a.png").write_text("text"), "not an image that can be read"),
     (lambda p: (save(p / "a.png"), (p / "a.png").write_bytes((p / "a.png").read_bytes()[:90])), "can be read"),
     (lambda p: (save(p / "a.png"), save(p / "a.webp", lossless=True)), "have one name"),
-    (lambda p: (p / "a.txt").write_text("text"), "no pictures in"),
+    (lambda p: (p / "a.txt").write_text("text"), "no images in"),
 ])  # fmt: skip
 def test_what_is_refused(tmp_path: Path, write: Callable[[Path], object], message: str) -> None:
     write(tmp_path)
@@ -164,7 +164,7 @@ def test_what_is_read(tmp_path: Path) -> None:
     image.convert("RGBA").save(tmp_path / "c.png")
     image.save(tmp_path / "d.webp", lossless=True)
     image.save(tmp_path / "e.webp", lossless=True, exif=b"Exif\0\0", icc_profile=b"x")
-    found = PictureFolder.open(tmp_path)
+    found = ImageFolder.open(tmp_path)
     assert found.format == "png+webp"
     (batch,) = found.batches()
     assert all(np.array_equal(batch[i].permute(1, 2, 0), pixels(5)) for i in (2, 3, 4))
@@ -176,7 +176,7 @@ def test_photographs(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg")
     for name, side in (("b", 4), ("c", 4), ("d", 7)):
         Image.new("RGB", (side, 5)).save(tmp_path / f"{name}.png")
-    found = PictureFolder.open(tmp_path, jpeg_allowed=True, mixed_allowed=True)
+    found = ImageFolder.open(tmp_path, jpeg_allowed=True, mixed_allowed=True)
     assert found.size is None and found.format == "jpeg+png"
     assert [tuple(batch.shape) for batch in found.batches()] == [(1, 3, 6, 8), (2, 3, 5, 4), (1, 3, 5, 7)]
     message = refused(tmp_path, jpeg_allowed=True)
@@ -187,7 +187,7 @@ def test_photographs(tmp_path: Path) -> None:
 def test_an_npz(tmp_path: Path, save_npz: Callable[..., None]) -> None:
     rows = np.stack([pixels(i) for i in range(12)])
     save_npz(tmp_path / "batch.npz", arr_0=rows, mu=np.zeros(3))
-    found = PictureFolder.open(tmp_path / "batch.npz")
+    found = ImageFolder.open(tmp_path / "batch.npz")
     assert found.ids[:2] == ("00", "01") and len(found) == 12
     assert found.size == (6, 8) and found.format == "npz"
     batches = list(found.batches(size=5))
@@ -197,12 +197,12 @@ def test_an_npz(tmp_path: Path, save_npz: Callable[..., None]) -> None:
     assert np.array_equal(some.permute(0, 2, 3, 1), rows[[3, 11]])
     with pytest.raises(VisarError, match="in the order of their rows only"):
         next(found.batches(["11", "03"]))
-    assert has_pictures(tmp_path / "batch.npz") and has_pictures(tmp_path)
+    assert has_images(tmp_path / "batch.npz") and has_images(tmp_path)
 
 
 def test_bad_npz(tmp_path: Path) -> None:
     for arrays, message in (
-        ({"arr_1": np.zeros(3)}, "holds no pictures"),
+        ({"arr_1": np.zeros(3)}, "holds no images"),
         ({"arr_0": np.zeros((2, 4, 4, 3))}, r"must be uint8 \[N, H, W, 3\], not float64 \[2, 4, 4, 3\]"),
         ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, "must be uint8"),
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, "must be uint8"),
@@ -210,13 +210,13 @@ def test_bad_npz(tmp_path: Path) -> None:
     ):
         np.savez(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
         with pytest.raises(VisarError, match=message):
-            PictureFolder.open(tmp_path / "a.npz")
+            ImageFolder.open(tmp_path / "a.npz")
     (tmp_path / "b.npz").write_text("text")
     (tmp_path / "c.zip").write_text("text")
-    for name, message in (("b.npz", "holds no pictures"), ("c.zip", "neither a folder"), ("d", "no pictures at")):
+    for name, message in (("b.npz", "holds no images"), ("c.zip", "neither a folder"), ("d", "no images at")):
         with pytest.raises(VisarError, match=message):
-            PictureFolder.open(tmp_path / name)
-    assert not has_pictures(tmp_path / "b.npz") and not has_pictures(tmp_path / "d")
+            ImageFolder.open(tmp_path / name)
+    assert not has_images(tmp_path / "b.npz") and not has_images(tmp_path / "d")
 
 
 def test_the_fingerprint_is_of_ids_and_contents(tmp_path: Path) -> None:
@@ -224,12 +224,12 @@ def test_the_fingerprint_is_of_ids_and_contents(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for file, seed in files.items():
             save(tmp_path / name / f"{file}.png", seed)
-        return PictureFolder.open(tmp_path / name).fingerprint()
+        return ImageFolder.open(tmp_path / name).fingerprint()
 
     first = made("1", {"a": 1, "b": 2})
     assert first == made("2", {"b": 2, "a": 1}) and len(first) == 64
     assert len({first, made("3", {"a": 2, "b": 1}), made("4", {"a": 1, "c": 2}), made("5", {"a": 1})}) == 4
     np.savez(tmp_path / "a.npz", arr_0=np.stack([pixels(0), pixels(1)]))
     np.savez_compressed(tmp_path / "b.npz", arr_0=np.stack([pixels(0), pixels(1)]))
-    one, two = (PictureFolder.open(tmp_path / f"{name}.npz").fingerprint() for name in "ab")
+    one, two = (ImageFolder.open(tmp_path / f"{name}.npz").fingerprint() for name in "ab")
     assert one == two != first

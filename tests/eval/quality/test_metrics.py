@@ -43,8 +43,8 @@ def test_inception_score_against_torch_fidelity() -> None:
 def test_precision_by_hand() -> None:
     """On a line with k = 3: the radii of 0, 1, 2, 3, 10 are 3, 2, 2, 3 and 9, so the manifold reaches from -3 to 19."""
     reference = torch.tensor([[0.0], [1.0], [2.0], [3.0], [10.0]])
-    pictures = torch.tensor([[-3.0], [-3.1], [18.9], [19.1]])
-    assert precision(pictures, reference) == 0.5
+    images = torch.tensor([[-3.0], [-3.1], [18.9], [19.1]])
+    assert precision(images, reference) == 0.5
     assert precision(reference, reference) == 1
 
 
@@ -74,7 +74,7 @@ def test_kid_against_torch_fidelity() -> None:
 
 
 def test_kid_has_no_bias() -> None:
-    """Of two samples of one law it is 0 on average; a picture paired with itself would add about 3 E k / n."""
+    """Of two samples of one law it is 0 on average; an image paired with itself would add about 3 E k / n."""
     found = [kid(normal(20, 3, seed=2 * i), normal(20, 3, seed=2 * i + 1), 1, 20).mean for i in range(400)]
     assert abs(np.mean(found)) < 4 * np.std(found) / 20
     assert min(found) < 0
@@ -122,12 +122,12 @@ def test_interval_by_hand() -> None:
 def test_bad_input() -> None:
     x = normal(5, 3)
     for call, message in (
-        (lambda: kid(x, x, 1, 6), "subsets of 6 need as many pictures on both sides, and there are 5 and 5"),
+        (lambda: kid(x, x, 1, 6), "subsets of 6 need as many images on both sides, and there are 5 and 5"),
         (lambda: kid(x, x[:, :2], 1, 2), "are compared"),
         (lambda: cmmd(x, x[:0]), "are compared"),
-        (lambda: precision(x, x[:3]), "more than 3 pictures"),
+        (lambda: precision(x, x[:3]), "more than 3 images"),
         (lambda: precision(x, x[:, :2]), "Precision compares"),
-        (lambda: inception_score(x[:1]), "2 or more pictures"),
+        (lambda: inception_score(x[:1]), "2 or more images"),
         (lambda: mean_interval(x[0, :1]), "2 or more scores"),
         (lambda: mean_interval(x[0], 1.0), "between 0 and 1"),
     ):

@@ -19,7 +19,7 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.eval.quality.extractors import EXTRACTORS, Extractor
 from visar.eval.quality.extractors.resize import PREPARE
-from visar.eval.quality.image_folder import PictureFolder
+from visar.eval.quality.image_folder import ImageFolder
 from visar.eval.quality.measure import Result, measure, reference_stats
 from visar.eval.quality.metrics.frechet import Moments, frechet_distance, load_moments
 from visar.eval.quality.metrics.inception_score import inception_score
@@ -84,25 +84,25 @@ class Means(Extractor):
         self.name = name
         self.batches: list[int] = []
 
-    def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-        self.batches.append(len(pictures))
-        cells = torch.nn.functional.adaptive_avg_pool2d(pictures.double() / 64, 2).flatten(1)
+    def extract(self, images: Tensor) -> dict[str, Tensor]:
+        self.batches.append(len(images))
+        cells = torch.nn.functional.adaptive_avg_pool2d(images.double() / 64, 2).flatten(1)
         return {"pool": cells, "spatial": cells[:, :5], "logits": cells[:, :4] * 3}
 
     def texts(self, captions: list[str]) -> Tensor:
-        """The features of a grey picture whose level is the number that ends the caption."""
+        """The features of a grey image whose level is the number that ends the caption."""
         return torch.stack([torch.linspace(0, 1, 12) + int(caption.rpartition(" ")[2]) / 9 for caption in captions])
 
 
 @pytest.fixture(autouse=True)
 def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*of the .* pictures wanted")
+        warnings.filterwarnings("ignore", message=".*of the .* images wanted")
         yield
 
 
 def small(name: str, **changes: Any) -> Protocol:
-    """The protocol for a few pictures of any size."""
+    """The protocol for a few images of any size."""
     return dataclasses.replace(get_protocol(name), least=8, warn_below=8, pixels=None, **changes)
 
 
@@ -113,14 +113,14 @@ def pixels(count: int, seed: int, height: int = 4, width: int = 6) -> np.ndarray
 
 def folder_of(path: Path, count: int, seed: int, suffix: str = ".png") -> Path:
     path.mkdir()
-    for i, picture in enumerate(pixels(count, seed)):
-        Image.fromarray(picture).save(path / f"{i:03d}{suffix}")
+    for i, image in enumerate(pixels(count, seed)):
+        Image.fromarray(image).save(path / f"{i:03d}{suffix}")
     return path
 
 
 def features(count: int, seed: int, name: str = "pool") -> Tensor:
-    pictures = torch.from_numpy(pixels(count, seed)).permute(0, 3, 1, 2)
-    return Means("x")(pictures)[name]
+    images = torch.from_numpy(pixels(count, seed)).permute(0, 3, 1, 2)
+    return Means("x")(images)[name]
 
 
 def test_every_figure_of_adm(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_every_figure_of_adm(tmp_path: Path) -> None:
     }, rel=1e-9)  # fmt: skip
     assert found.values["precision"] != found.values["recall"]
     assert not found.left_out and not found.spread
-    assert extract.batches == [7, 7, 7, 7, 2] + [7] * 5 + [5]  # every picture once
+    assert extract.batches == [7, 7, 7, 7, 2] + [7] * 5 + [5]  # every image once
     assert measure(protocol, one, two, batch=40, extractor=extract).values == pytest.approx(found.values, rel=1e-9)
 
 
@@ -144,15 +144,15 @@ def test_the_line_says_everything(tmp_path: Path) -> None:
     one, two = folder_of(tmp_path / "a", 12, 1), folder_of(tmp_path / "b", 12, 20)
     found = measure(small("coco-5k-pytorchfid"), one, two, extractor=Means("inception-pytorch"), seed=5)
     value = found.values["fid"]
-    reference = PictureFolder.open(two).fingerprint()
+    reference = ImageFolder.open(two).fingerprint()
     assert str(found) == (
-        f"fid[coco-5k-pytorchfid@1 n=12 inception-pytorch=sha256:{'ab' * 6} ref-pictures=sha256:{reference[:12]} "
+        f"fid[coco-5k-pytorchfid@1 n=12 inception-pytorch=sha256:{'ab' * 6} ref-images=sha256:{reference[:12]} "
         f'prepare=none resize="none at all" 6x4 png torch={torch.__version__} pillow={Image.__version__} means=1.0 '
         f"seed=5] = {value:.6g}"
     )
     told = json.loads(json.dumps(found.to_dict()))
-    assert told["weights"] == "ab" * 32 and told["reference"] == {"pictures": reference} and told["n"] == 12
-    assert told["pictures"] == PictureFolder.open(one).fingerprint() and told["pixels"] == [4, 6]
+    assert told["weights"] == "ab" * 32 and told["reference"] == {"images": reference} and told["n"] == 12
+    assert told["images"] == ImageFolder.open(one).fingerprint() and told["pixels"] == [4, 6]
     assert isinstance(found, Result) and "\n" not in str(found)
 
 
@@ -163,7 +163,7 @@ def test_saved_moments_give_the_same(tmp_path: Path) -> None:
     again = load_moments(tmp_path / "ref.npz")
     assert again.fingerprint == stored.fingerprint and again.moments["spatial"].n == 14
     assert again.provenance == stored.provenance
-    assert again.provenance["pictures"] == [PictureFolder.open(two).fingerprint()]
+    assert again.provenance["images"] == [ImageFolder.open(two).fingerprint()]
     assert again.provenance["protocol"] == "imagenet256-adm@1" and again.provenance["weights"] == extract.weights
     full = measure(protocol, one, two, extractor=extract)
     found = measure(protocol, one, tmp_path / "ref.npz", extractor=extract)
@@ -187,14 +187,14 @@ def test_moments_of_parts_are_those_of_the_whole(tmp_path: Path) -> None:
     found = reference_stats(protocol, [tmp_path / "0.npz", parts[1]], tmp_path / "ref.npz", extractor=extract)
     moments = load_moments(tmp_path / "ref.npz").moments["pool"]
     assert moments.n == 22 and torch.allclose(moments.sigma, whole.sigma, rtol=1e-9)
-    assert found.provenance["pictures"] == [PictureFolder.open(part).fingerprint() for part in parts]
+    assert found.provenance["images"] == [ImageFolder.open(part).fingerprint() for part in parts]
     np.savez(tmp_path / "plain.npz", mu=whole.mu.numpy(), sigma=whole.sigma.numpy())
     other = small("imagenet256-adm", metrics={"fid": {"kind": "frechet", "features": "pool"}})
     for using, sources, message in (
-        (protocol, [parts[0], tmp_path / "0.npz"], "The same pictures are in two parts"),
+        (protocol, [parts[0], tmp_path / "0.npz"], "The same images are in two parts"),
         (protocol, [tmp_path / "plain.npz"], "no moments of spatial features"),
-        (other, [tmp_path / "plain.npz"], "unknown number of pictures cannot be merged"),
-        (dataclasses.replace(protocol, least=23), parts, "needs 23 or more pictures, and there are 22"),
+        (other, [tmp_path / "plain.npz"], "unknown number of images cannot be merged"),
+        (dataclasses.replace(protocol, least=23), parts, "needs 23 or more images, and there are 22"),
     ):
         with pytest.raises(VisarError, match=message):
             reference_stats(using, sources, tmp_path / "none.npz", extractor=extract)
@@ -202,7 +202,7 @@ def test_moments_of_parts_are_those_of_the_whole(tmp_path: Path) -> None:
 
 
 def test_a_reference_of_adms_layout(tmp_path: Path) -> None:
-    """Moments of one set for FID, and pictures of another for precision; or moments alone."""
+    """Moments of one set for FID, and images of another for precision; or moments alone."""
     one, moments = folder_of(tmp_path / "a", 12, 1), Moments.of(features(90, 33))
     numbers = {"mu": moments.mu.numpy(), "sigma": moments.sigma.numpy()}
     np.savez(tmp_path / "plain.npz", **numbers)
@@ -212,10 +212,10 @@ def test_a_reference_of_adms_layout(tmp_path: Path) -> None:
     assert found.values["fid"] == pytest.approx(frechet_distance(Moments.of(features(12, 1)), moments), rel=1e-9)
     assert found.values["precision"] == precision(features(12, 1), features(15, 20))
     assert found.left_out == {"sfid": "the reference has no moments of spatial features"}
-    assert set(found.reference) == {"moments", "pictures"}
+    assert set(found.reference) == {"moments", "images"}
     plain = measure(protocol, one, tmp_path / "plain.npz", extractor=extract)
     assert plain.values["fid"] == found.values["fid"] and set(plain.left_out) == {"sfid", "precision", "recall"}
-    with pytest.raises(VisarError, match="serves no metric of cmmd@1: the reference has moments and no pictures"):
+    with pytest.raises(VisarError, match="serves no metric of cmmd@1: the reference has moments and no images"):
         measure(small("cmmd"), one, tmp_path / "plain.npz", extractor=Means("clip-vit-l14-336"))
 
 
@@ -226,7 +226,7 @@ def test_kernel_distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert found.values["kid-efflite0"] == pytest.approx(mean, rel=1e-9)
     assert found.spread["kid-efflite0"] == pytest.approx((mean - std, mean + std))
     assert "fid" not in str(found).split("[")[0] and f" ({mean - std:.6g} to {mean + std:.6g})" in str(found)
-    monkeypatch.setitem(PREPARE, "center-bicubic-336", lambda pictures: 255 - pictures)
+    monkeypatch.setitem(PREPARE, "center-bicubic-336", lambda images: 255 - images)
     found = measure(small("cmmd"), one, two, extractor=Means("clip-vit-l14-336"))
     x, y = (
         Means("x")(255 - torch.from_numpy(pixels(n, s)).permute(0, 3, 1, 2))["pool"] for n, s in ((120, 1), (110, 20))
@@ -235,7 +235,7 @@ def test_kernel_distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_clip_scores_are_paired_by_id(tmp_path: Path) -> None:
-    """Files in one order, ids in another: each picture's own caption gives another mean than any other pairing."""
+    """Files in one order, ids in another: each image's own caption gives another mean than any other pairing."""
     order = [3, 0, 7, 5, 1, 9, 2, 8]
     lines = []
     for i, level in enumerate(order):
@@ -247,8 +247,8 @@ def test_clip_scores_are_paired_by_id(tmp_path: Path) -> None:
     found = measure(protocol, tmp_path, extractor=extract, batch=3)
     cosines = []
     for i, level in enumerate(order):
-        picture = torch.from_numpy(np.array(Image.open(tmp_path / f"{i}.png"))).permute(2, 0, 1)[None]
-        x, y = extract(picture)["pool"][0].double(), extract.texts([f"level {level}"])[0].double()
+        image = torch.from_numpy(np.array(Image.open(tmp_path / f"{i}.png"))).permute(2, 0, 1)[None]
+        x, y = extract(image)["pool"][0].double(), extract.texts([f"level {level}"])[0].double()
         cosines.append(float(x @ y / (x.norm() * y.norm())))
     assert found.values["clip-score"] == pytest.approx(np.mean(cosines), rel=1e-6)
     half = 1.96 * np.std(cosines, ddof=1) / 8**0.5
@@ -259,7 +259,7 @@ def test_clip_scores_are_paired_by_id(tmp_path: Path) -> None:
     assert times == pytest.approx(100 * np.mean(cosines), rel=1e-6)
 
 
-def test_clip_scores_are_of_prepared_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_scores_are_of_prepared_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = folder_of(tmp_path / "a", 8, 1), tmp_path / "b"
     two.mkdir()
     for file in one.glob("*.png"):
@@ -267,7 +267,7 @@ def test_clip_scores_are_of_prepared_pictures(tmp_path: Path, monkeypatch: pytes
     for folder in (one, two):
         for file in list(folder.glob("*.png")):
             file.with_suffix(".txt").write_text("level 3")
-    monkeypatch.setitem(PREPARE, "center-lanczos-256", lambda pictures: 255 - pictures)
+    monkeypatch.setitem(PREPARE, "center-lanczos-256", lambda images: 255 - images)
     extract = Means("clip-vit-b32")
     found = measure(small("clip-vit-b32"), one, extractor=extract).values["clip-score"]
     same, other = (measure(small("clip-vit-b32", prepare="none"), of, extractor=extract) for of in (two, one))
@@ -285,22 +285,22 @@ def test_what_is_refused(tmp_path: Path) -> None:
         return str(error.value)
 
     adm = small("imagenet256-adm")
-    assert "imagenet256-adm@1 needs 13 or more pictures" in refused(dataclasses.replace(adm, least=13), one, two)
-    assert "needs 2048 or more pictures" in refused("coco-5k-pytorchfid", one, two)
-    assert "measures pictures of 256x256 pixels, not 6x4" in refused("imagenet256-adm", one, two)
+    assert "imagenet256-adm@1 needs 13 or more images" in refused(dataclasses.replace(adm, least=13), one, two)
+    assert "needs 2048 or more images" in refused("coco-5k-pytorchfid", one, two)
+    assert "measures images of 256x256 pixels, not 6x4" in refused("imagenet256-adm", one, two)
     assert "needs a reference: VIRTUAL_imagenet256_labeled.npz" in refused(adm, one)
     assert "of inception-tf1 features, not of other" in refused(adm, one, two, using=Means("other"))
     clip = small("clip-vit-b32")
     assert "compares with nothing" in refused(clip, one, two)
-    assert "clip-vit-b32@1 needs a caption for every picture" in refused(clip, one, using=Means("clip-vit-b32"))
+    assert "clip-vit-b32@1 needs a caption for every image" in refused(clip, one, using=Means("clip-vit-b32"))
     few = folder_of(tmp_path / "few", 7, 20)
     assert "The reference of protocol imagenet256-adm@1 needs 8 or more" in refused(adm, one, few)
     jpeg = folder_of(tmp_path / "jpeg", 12, 1, ".jpg")
     assert "is JPEG" in refused(adm, jpeg, two)
-    assert "measures png, webp, npz files, and" in refused(adm, PictureFolder.open(jpeg, jpeg_allowed=True), two)
+    assert "measures png, webp, npz files, and" in refused(adm, ImageFolder.open(jpeg, jpeg_allowed=True), two)
     Image.new("RGB", (9, 9)).save(one / "x.png")
     assert "must have one size" in refused(adm, one, two)
-    assert "those of" in refused(adm, PictureFolder.open(one, mixed_allowed=True), two)
+    assert "those of" in refused(adm, ImageFolder.open(one, mixed_allowed=True), two)
 
 
 def test_references_may_be_photographs(tmp_path: Path) -> None:
@@ -312,8 +312,8 @@ def test_references_may_be_photographs(tmp_path: Path) -> None:
 
 def test_features_that_are_no_numbers(tmp_path: Path) -> None:
     class Broken(Means):
-        def extract(self, pictures: Tensor) -> dict[str, Tensor]:
-            found = super().extract(pictures)
+        def extract(self, images: Tensor) -> dict[str, Tensor]:
+            found = super().extract(images)
             return found | {"logits": found["logits"].log().sub(torch.inf).mul(0)}
 
     one, two = folder_of(tmp_path / "a", 12, 1), folder_of(tmp_path / "b", 12, 20)
@@ -321,10 +321,10 @@ def test_features_that_are_no_numbers(tmp_path: Path) -> None:
         measure(small("imagenet256-adm"), one, two, extractor=Broken("inception-tf1"))
 
 
-def test_few_pictures_are_warned_of(tmp_path: Path) -> None:
+def test_few_images_are_warned_of(tmp_path: Path) -> None:
     one, two = folder_of(tmp_path / "a", 12, 1), folder_of(tmp_path / "b", 14, 20)
     protocol = dataclasses.replace(small("coco-5k-pytorchfid"), warn_below=13)
-    with pytest.warns(UserWarning, match="has 12 of the 5000 pictures wanted") as seen:
+    with pytest.warns(UserWarning, match="has 12 of the 5000 images wanted") as seen:
         measure(protocol, one, two, extractor=Means("inception-pytorch"))
     assert len(seen) == 1 and seen[0].filename == __file__
 

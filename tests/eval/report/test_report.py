@@ -14,7 +14,7 @@ from PIL import Image
 from tests.helpers.tiny import Cells
 from visar.cli import main
 from visar.errors import VisarError
-from visar.eval.quality.image_folder import PictureFolder
+from visar.eval.quality.image_folder import ImageFolder
 from visar.eval.report.make import Report, make_report
 from visar.eval.report.page import write_page
 from visar.pipelines import ClassToImagePipeline
@@ -34,7 +34,7 @@ def report(class_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     samplers = {"ar": get_sampler("ar"), "sjd": get_sampler("sjd"), "gsd": GroupedJacobi(group=23, gap=1.0)}
     given = [*range(7)]
 
-    def redder(folder: PictureFolder, ids: object) -> torch.Tensor:
+    def redder(folder: ImageFolder, ids: object) -> torch.Tensor:
         return Cells()(torch.cat(list(folder.batches())))["pool"][:, 0].double()
 
     made = make_report(pipe, samplers, given, out, Cells(), model="tiny & small", count=COUNT, batch=56,
@@ -42,12 +42,12 @@ def report(class_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return made, out
 
 
-def test_exact_samplers_do_not_change_pictures_and_others_do(report: tuple[Report, Path]) -> None:
+def test_exact_samplers_do_not_change_images_and_others_do(report: tuple[Report, Path]) -> None:
     ar, sjd, gsd = report[0].entries
     assert (ar.label, ar.exact, sjd.exact, gsd.exact) == ("ar", True, True, False)
     assert Path(ar.comparison.a).name == "ar" and ar.folder.name == "ar-seed-1" and sjd.folder.name == "sjd"
     assert not ar.comparison.changed and not sjd.comparison.changed and gsd.comparison.changed
-    assert ar.comparison.same < 0.5 and ar.comparison.pictures == COUNT and ar.comparison.prompts == 7
+    assert ar.comparison.same < 0.5 and ar.comparison.images == COUNT and ar.comparison.prompts == 7
     for entry in report[0].entries:
         assert len(entry.worst) == 4 and entry.worst[0].drop >= entry.worst[-1].drop
     assert [row.sampler for row in report[0].speed.rows] == ["ar", "sjd", "gsd"]
@@ -55,7 +55,7 @@ def test_exact_samplers_do_not_change_pictures_and_others_do(report: tuple[Repor
 
 def test_the_worst_are_those_that_lost_most(report: tuple[Report, Path]) -> None:
     gsd = report[0].entries[2]
-    folders = [PictureFolder.open(f) for f in (gsd.comparison.a, gsd.folder)]
+    folders = [ImageFolder.open(f) for f in (gsd.comparison.a, gsd.folder)]
     a, b = (Cells()(torch.cat(list(f.batches())))["pool"][:, 0] for f in folders)
     assert gsd.worst[0].drop == pytest.approx(float((a - b).max()))
     assert int(gsd.worst[0].id) == int((a - b).argmax()) and gsd.worst[0].prompt.startswith("class ")
@@ -96,7 +96,7 @@ def test_the_page_needs_no_other_file(report: tuple[Report, Path]) -> None:
 
 def test_a_report_goes_on_where_it_was(report: tuple[Report, Path], class_folder: Path) -> None:
     made, out = report
-    times = {f: f.stat().st_mtime_ns for f in (out / "pictures").glob("*/*.png")}
+    times = {f: f.stat().st_mtime_ns for f in (out / "images").glob("*/*.png")}
     assert len(times) == 4 * COUNT
     one = next(iter(times))
     pipe = ClassToImagePipeline.from_pretrained(class_folder)
@@ -117,13 +117,13 @@ def test_command(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     for arguments, message in (
         (["--samplers", "ar"], "A report compares 2 or more samplers"),
         (["--samplers", "ar,sdj"], "Did you mean 'sjd'?"),
-        (["-n", "0"], "--num-pictures must be 1 or more"),
+        (["-n", "0"], "--num-images must be 1 or more"),
         (["--protocol", "icons"], "Unknown protocol 'icons'"),
         (["--clip-weights", "x"], "--clip-weights needs --clip"),
         (["--clip", "icons-efflite0"], "has no CLIP score"),
         (["--classes", "0-1", "--prompts", "x"], "Give either --prompts FILE or --classes LIST"),
         (["--prompts", str(tmp_path / "none.txt")], "none.txt"),
-        (["--reference", str(tmp_path / "none")], "no pictures at"),
+        (["--reference", str(tmp_path / "none")], "no images at"),
     ):  # fmt: skip
         assert main([*command[:-4], "--out", str(tmp_path / "new"), *arguments]) == 2, arguments
         assert message in capsys.readouterr().err

@@ -280,8 +280,8 @@ def test_tokenizer_shapes_and_codebook_scale(multipliers: tuple[int, ...]) -> No
     pixels = torch.rand(2, 3, 2 * cell, 3 * cell) * 2 - 1
     ids = vq.encode(pixels)
     assert ids.shape == (2, 6) and int(ids.min()) >= 0 and int(ids.max()) < 24
-    picture = vq.decode(ids, height=2)
-    assert picture.shape == pixels.shape
+    image = vq.decode(ids, height=2)
+    assert image.shape == pixels.shape
     vq.quantize.embedding.weight.mul_(torch.rand(24, 1) * 5 + 0.1)
     assert torch.equal(vq.encode(pixels), ids)
-    torch.testing.assert_close(vq.decode(ids, height=2), picture, rtol=0, atol=1e-5)
+    torch.testing.assert_close(vq.decode(ids, height=2), image, rtol=0, atol=1e-5)

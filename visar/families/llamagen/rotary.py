@@ -11,7 +11,7 @@ def rotary_table(condition_length: int, grid: int, head_dim: int, base: float = 
 
     The first half of the pairs turns with the row, the second with the column. The condition rows are zero in *both*
     cos and sin, so the queries and keys of condition tokens vanish. That is how the published weights were trained; an
-    identity rotation there silently gives wrong pictures.
+    identity rotation there silently gives wrong images.
     """
     quarter = head_dim // 4
     frequencies = base ** (-torch.arange(quarter, dtype=torch.float32) * 2 / (head_dim // 2))

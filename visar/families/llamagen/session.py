@@ -61,7 +61,7 @@ class ModelSession(Session):
 
     @torch.inference_mode()
     def start(self, condition: Tensor, condition_mask: Tensor | None = None) -> None:
-        """Begin pictures of these conditions, of the same shapes as before, in the same buffers."""
+        """Begin images of these conditions, of the same shapes as before, in the same buffers."""
         condition, embed = condition.to(self.device), self.model.cls_embedding
         self.lengths.zero_()
         parts = [embed(condition)] + ([embed(embed.null_like(condition))] if self.halves == 2 else [])

@@ -190,7 +190,7 @@ class Codebook(nn.Module):
 
 
 class VQModel(ModelMixin, ConfigMixin):
-    """LlamaGen's VQ tokenizer: pictures in [-1, 1] to ids in raster order and back."""
+    """LlamaGen's VQ tokenizer: images in [-1, 1] to ids in raster order and back."""
 
     config_name = "config.json"
 

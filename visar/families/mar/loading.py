@@ -137,7 +137,7 @@ def ldm_name(key: str, levels: int) -> str:
     """The published name of a tensor that diffusers' `AutoencoderKL` of so many levels calls `key`."""
     for ours, theirs in RENAMES.items():
         key = re.sub(rf"(?<=\.){re.escape(ours)}(?=\.)", theirs, key)
-    # Published levels are counted from the largest picture in both halves, diffusers' from the input of each.
+    # Published levels are counted from the largest image in both halves, diffusers' from the input of each.
     return re.sub(r"(?<=\.)up_blocks\.(\d+)(?=\.)", lambda m: f"up.{levels - 1 - int(m[1])}", key)
 
 

@@ -110,7 +110,7 @@ class MAR(ModelMixin, ConfigMixin):
 
     @property
     def length(self) -> int:
-        """Tokens of a picture."""
+        """Tokens of an image."""
         return self.config.grid**2
 
     def to(self, *args: object, **kwargs: object) -> Self:

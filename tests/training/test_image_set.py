@@ -1,4 +1,4 @@
-"""Captioned pictures of any folder: reading them, prompts, and what is held out."""
+"""Captioned images of any folder: reading them, prompts, and what is held out."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.tiny import WORDS, picture_folder
+from tests.helpers.tiny import WORDS, image_folder
 from visar.errors import VisarError
 from visar.families.llamagen.vq import VQConfig
-from visar.training.data import PictureSet, Record, to_unit
+from visar.training.data import ImageSet, Record, to_unit
 
 SIZES = VQConfig(16, 4, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=16)
 STYLES = ("flat", "glossy", "3d", "noto")
 
 
-# The picture set
+# The image set
 
 
 def test_three_forms_of_a_set(tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "json", 3)
+    folder = image_folder(tmp_path / "json", 3)
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for file in folder.iterdir():
             archive.write(file, file.name)
@@ -33,7 +33,7 @@ def test_three_forms_of_a_set(tmp_path: Path) -> None:
         (folder / f"{i}.png").rename(tmp_path / "txt" / "deep" / f"{i}.png")
         (tmp_path / "txt" / "deep" / f"{i}.txt").write_text(f" {WORDS[i]} {i}\n")
     (tmp_path / "txt" / "no caption.png").touch()
-    zipped, texts = PictureSet(tmp_path / "set.zip"), PictureSet(tmp_path / "txt")
+    zipped, texts = ImageSet(tmp_path / "set.zip"), ImageSet(tmp_path / "txt")
     assert [r.caption for r in zipped.records] == [r.caption for r in texts.records] == ["red 0", "blue 1", "heart 2"]
     assert zipped.records[1] == Record("1.png", "blue 1", "", ("a", "b"), "thing 1", "odd")
     assert texts.records[1] == Record("deep/1.png", "blue 1", concept="blue 1")
@@ -43,28 +43,28 @@ def test_three_forms_of_a_set(tmp_path: Path) -> None:
 
 def test_pixels_are_resized_on_white(tmp_path: Path) -> None:
     clear, half = Image.new("RGBA", (4, 4), (0, 0, 0, 0)), Image.new("RGBA", (6, 6), (255, 0, 0, 128))
-    for name, picture in (("a", clear), ("b", half)):
-        picture.save(tmp_path / f"{name}.png")
+    for name, image in (("a", clear), ("b", half)):
+        image.save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
-    pixels = PictureSet(tmp_path).pixels(8)
+    pixels = ImageSet(tmp_path).pixels(8)
     assert pixels.shape == (2, 3, 8, 8) and pixels.dtype == torch.uint8 and (pixels[0] == 255).all()
     assert pixels[1, 0].eq(255).all() and (pixels[1, 1:].int() - 127).abs().max() <= 1
     assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1.0, 1.0]
 
 
 def test_filters(tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "set", 6, ("flat", "noto"))
-    assert len(PictureSet(folder).records) == 12
-    assert {r.style for r in PictureSet(folder, styles=("noto",)).records} == {"noto"}
-    assert {r.group for r in PictureSet(folder, without_groups=("odd",)).records} == {"even"}
+    folder = image_folder(tmp_path / "set", 6, ("flat", "noto"))
+    assert len(ImageSet(folder).records) == 12
+    assert {r.style for r in ImageSet(folder, styles=("noto",)).records} == {"noto"}
+    assert {r.group for r in ImageSet(folder, without_groups=("odd",)).records} == {"even"}
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> PictureSet:
-    return PictureSet(picture_folder(tmp_path_factory.mktemp("large") / "set", 300, STYLES, size=1))
+def large(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    return ImageSet(image_folder(tmp_path_factory.mktemp("large") / "set", 300, STYLES, size=1))
 
 
-def test_no_concept_and_no_drawing_leaks(large: PictureSet) -> None:
+def test_no_concept_and_no_drawing_leaks(large: ImageSet) -> None:
     splits: dict[str, set[str]] = {}
     drawings: dict[tuple[str, str], set[str]] = {}
     for record, split in zip(large.records, large.splits, strict=True):
@@ -80,8 +80,8 @@ def test_no_concept_and_no_drawing_leaks(large: PictureSet) -> None:
     assert sum(counts) == 1200 and min(counts) > 0
 
 
-def test_a_split_does_not_depend_on_the_other_pictures(large: PictureSet) -> None:
-    few = PictureSet(large.path, without_groups=("odd",))
+def test_a_split_does_not_depend_on_the_other_images(large: ImageSet) -> None:
+    few = ImageSet(large.path, without_groups=("odd",))
     before = {r.file: s for r, s in zip(large.records, large.splits, strict=True)}
     assert {r.file: s for r, s in zip(few.records, few.splits, strict=True)}.items() <= before.items()
 
@@ -98,21 +98,21 @@ def test_prompts() -> None:
 
 
 def test_bad_sets_are_named(tmp_path: Path) -> None:
-    folder = picture_folder(tmp_path / "set", 2, ("flat", "noto"))
+    folder = image_folder(tmp_path / "set", 2, ("flat", "noto"))
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.zip").write_text("no zip")
     for name, listing in (("cut", "["), ("keys", '[{"file": "a.png"}]'), ("gone", '[{"file": "a", "caption": "b"}]')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "pictures.json").write_text(listing)
     for name, message in {
-        "none": "No picture folder at", "empty": "holds no captioned pictures", "bad.zip": "bad.zip is no picture set",
-        "cut": "cut is no picture set", "keys": "keys is no picture set: 'caption'",
+        "none": "No image folder at", "empty": "holds no captioned images", "bad.zip": "bad.zip is no image set",
+        "cut": "cut is no image set", "keys": "keys is no image set: 'caption'",
     }.items():  # fmt: skip
         with pytest.raises(VisarError, match=message):
-            PictureSet(tmp_path / name)
-    with pytest.raises(VisarError, match=r"No picture has style 'oil'; the styles are flat, noto\."):
-        PictureSet(folder, styles=("oil",))
-    with pytest.raises(VisarError, match="holds no captioned pictures"):
-        PictureSet(folder, without_groups=("odd", "even"))
-    with pytest.raises(VisarError, match="Cannot read picture a of"):
-        PictureSet(tmp_path / "gone").pixels(8)
+            ImageSet(tmp_path / name)
+    with pytest.raises(VisarError, match=r"No image has style 'oil'; the styles are flat, noto\."):
+        ImageSet(folder, styles=("oil",))
+    with pytest.raises(VisarError, match="holds no captioned images"):
+        ImageSet(folder, without_groups=("odd", "even"))
+    with pytest.raises(VisarError, match="Cannot read image a of"):
+        ImageSet(tmp_path / "gone").pixels(8)

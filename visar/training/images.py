@@ -1,6 +1,6 @@
-"""Building the captioned picture set from emoji drawings and furniture renders in licensed packages.
+"""Building the captioned image set from emoji drawings and furniture renders in licensed packages.
 
-The set is a folder of lossless WebP pictures with a `pictures.json`, which `visar.training.data` reads. Emoji captions,
+The set is a folder of lossless WebP images with a `pictures.json`, which `visar.training.data` reads. Emoji captions,
 keywords and groups come from one table by code point, whatever the drawing style, so that styles share concepts.
 """
 
@@ -22,17 +22,17 @@ from PIL import Image, ImageOps
 
 from visar.errors import VisarError, unknown
 from visar.files import writable_folder
-from visar.training.picture_sources import CACHE, EMOJI_TEXT, STYLES, Package, Style, fetch, members
+from visar.training.image_sources import CACHE, EMOJI_TEXT, STYLES, Package, Style, fetch, members
 
 CATALOGUE = "PluginFurnitureCatalog.properties"
 SHORTCODES = ("github", "iamcal", "joypixels")  # where two disagree, the first is right most often
 NAME_TABLES = ("flat", "noto")  # styles whose icon names are known to stand for code points
-BLANK = 250  # a picture with no channel darker than this shows nothing on white
+BLANK = 250  # an image with no channel darker than this shows nothing on white
 
 
 @dataclass(frozen=True)
 class Text:
-    """What is said about a picture."""
+    """What is said about an image."""
 
     concept: str
     caption: str
@@ -41,7 +41,7 @@ class Text:
 
     @property
     def toned(self) -> bool:
-        """A skin-toned form of another picture (the bare skin tones are pictures of their own)."""
+        """A skin-toned form of another image (the bare skin tones are images of their own)."""
         if self.concept.startswith("name:"):
             return "skin tone" in self.caption
         return re.search(r"-1f3f[b-f]", self.concept) is not None
@@ -54,7 +54,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Art:
-    """One picture before it is drawn: SVG as text, or the bytes of a picture file."""
+    """One image before it is drawn: SVG as text, or the bytes of an image file."""
 
     key: str
     text: Text
@@ -77,7 +77,7 @@ def _code(hexcode: str) -> str:
 
 
 def named(name: str, tags: tuple[str, ...] = (), group: str = "other") -> Text:
-    """The text of a picture that is no emoji: its own name."""
+    """The text of an image that is no emoji: its own name."""
     return Text("name:" + _squash(name), name, tags, group)
 
 
@@ -137,7 +137,7 @@ def icon_art(icons: dict[str, Any], codes: dict[str, str] | None, style: Style, 
 
 
 def file_art(files: dict[str, bytes], style: Style, emoji: EmojiText) -> Iterator[Art]:
-    """Picture files that are named by code point."""
+    """Image files that are named by code point."""
     for path, content in files.items():
         key = PurePosixPath(path).stem
         if text := emoji.texts.get(_code(key)):
@@ -159,19 +159,19 @@ def furniture_art(files: dict[str, bytes], style: Style) -> Iterator[Art]:
 
 
 def draw(source: str | bytes, size: int) -> Image.Image:
-    """The picture at `size`, whole and in the middle, on white."""
+    """The image at `size`, whole and in the middle, on white."""
     if isinstance(source, str):
         try:
             import resvg_py
         except ImportError as error:
-            raise VisarError("Drawing SVG pictures needs the package resvg-py; install visar[train].") from error
-        # Without fonts of the machine, pictures come out alike everywhere.
+            raise VisarError("Drawing SVG images needs the package resvg-py; install visar[train].") from error
+        # Without fonts of the machine, images come out alike everywhere.
         source = resvg_py.svg_to_bytes(svg_string=source, width=size, height=size, skip_system_fonts=True)
-    picture = Image.open(BytesIO(source)).convert("RGBA")
-    if picture.size != (size, size):
-        picture = ImageOps.contain(picture, (size, size), Image.Resampling.LANCZOS)
+    image = Image.open(BytesIO(source)).convert("RGBA")
+    if image.size != (size, size):
+        image = ImageOps.contain(image, (size, size), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (size, size))
-    canvas.paste(picture, ((size - picture.width) // 2, (size - picture.height) // 2))
+    canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return Image.alpha_composite(Image.new("RGBA", (size, size), "white"), canvas).convert("RGB")
 
 
@@ -193,7 +193,7 @@ def emoji_text(cache: Path) -> EmojiText:
 
 
 def art_of(name: str, emoji: EmojiText, cache: Path) -> Iterator[Art]:
-    """All pictures of one style."""
+    """All images of one style."""
     style = STYLES[name]
     if style.kind == "furniture":
         yield from furniture_art(members(fetch(style.package, cache), "*.sh3f"), style)
@@ -221,7 +221,7 @@ def _fetchable(styles: tuple[str, ...], cache: Path) -> list[str]:
     return chosen
 
 
-def build_pictures(
+def build_images(
     out: Path,
     size: int = 128,
     styles: tuple[str, ...] = (),
@@ -229,12 +229,12 @@ def build_pictures(
     flags: bool = False,
     cache: Path = CACHE,
 ) -> int:
-    """Write the pictures of `styles` (none named: all that can be had) to the new folder `out`; give their number.
+    """Write the images of `styles` (none named: all that can be had) to the new folder `out`; give their number.
 
     Skin-toned people and flags are left out unless asked for: they are many, and nearly alike.
     """
     if size < 1:
-        raise VisarError(f"The picture size must be at least 1 pixel, not {size}.")
+        raise VisarError(f"The image size must be at least 1 pixel, not {size}.")
     out = out.expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VisarError(f"{out} exists already; give a new or an empty folder.")
@@ -250,13 +250,13 @@ def build_pictures(
             for art in art_of(name, emoji, cache):
                 if (art.text.toned and not tones) or (art.text.flag and not flags):
                     continue
-                picture = draw(art.source, size)
-                if min(picture.tobytes()) > BLANK:
+                image = draw(art.source, size)
+                if min(image.tobytes()) > BLANK:
                     continue
                 file = f"{len(entries):05d}.webp"
-                picture.save(partial / file, lossless=True)
+                image.save(partial / file, lossless=True)
                 entries.append({**art.entry(name), "file": file})
-            print(f"{name}: {len(entries) - before} pictures", file=sys.stderr)
+            print(f"{name}: {len(entries) - before} images", file=sys.stderr)
         (partial / "pictures.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf8")
         os.replace(partial, out)
     finally:

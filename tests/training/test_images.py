@@ -1,4 +1,4 @@
-"""The picture set builder, on tiny packages made here: joining names with emoji, filters, drawing, fetching, errors."""
+"""The image set builder, on tiny packages made here: joining names with emoji, filters, drawing, fetching, errors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from visar.errors import VisarError
-from visar.training import pictures
-from visar.training.data import PictureSet
-from visar.training.picture_sources import EMOJI_TEXT, STYLES, Package, fetch, members
-from visar.training.pictures import EmojiText, build_pictures, draw
+from visar.training import images
+from visar.training.data import ImageSet
+from visar.training.image_sources import EMOJI_TEXT, STYLES, Package, fetch, members
+from visar.training.images import EmojiText, build_images, draw
 
 RED = '<path fill="#f00" d="M0 0h8v8H0z"/>'
 WHITE = '<path fill="#fff" d="M0 0h8v8H0z"/>'
@@ -73,7 +73,7 @@ def npm(**files: object) -> bytes:
     return tar(packed, "w:gz")
 
 
-def picture(size: tuple[int, int], colour: tuple[int, ...], kind: str) -> bytes:
+def image(size: tuple[int, int], colour: tuple[int, ...], kind: str) -> bytes:
     out = io.BytesIO()
     Image.new("RGBA", size, colour).save(out, kind, **({"lossless": True} if kind == "webp" else {}))
     return out.getvalue()
@@ -98,7 +98,7 @@ def furniture() -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("PluginFurnitureCatalog.properties", catalogue)
-        archive.writestr("a/bill.png", picture((8, 4), (0, 0, 255, 255), "png"))
+        archive.writestr("a/bill.png", image((8, 4), (0, 0, 255, 255), "png"))
     return out.getvalue()
 
 
@@ -106,9 +106,9 @@ def furniture() -> bytes:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that holds a small package for each of six styles, with `STYLES` cut down to them."""
     three_d = {
-        "package/assets/1f43b.webp": picture((16, 16), (0, 255, 0, 255), "webp"),
-        "package/assets/1f3f4.webp": picture((16, 16), (0, 0, 0, 255), "webp"),
-        "package/assets/zz.webp": picture((16, 16), (0, 0, 0, 255), "webp"),
+        "package/assets/1f43b.webp": image((16, 16), (0, 255, 0, 255), "webp"),
+        "package/assets/1f3f4.webp": image((16, 16), (0, 0, 0, 255), "webp"),
+        "package/assets/zz.webp": image((16, 16), (0, 0, 0, 255), "webp"),
     }
     hands = icon_set(bear=RED, christmas_tree=RED, raised_hand=RED, raised_hand_dark=RED)
     hands["icons"]["bear"]["hidden"] = True  # type: ignore[index]
@@ -135,7 +135,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         else:
             monkeypatch.delitem(STYLES, name)
     texts = npm(**{f"en/{name}": content for name, content in TEXTS.items()})
-    monkeypatch.setattr(pictures, "EMOJI_TEXT", packed(EMOJI_TEXT, texts))
+    monkeypatch.setattr(images, "EMOJI_TEXT", packed(EMOJI_TEXT, texts))
     monkeypatch.setattr("shutil.which", lambda tool: None)  # nothing is fetched
     return folder
 
@@ -172,7 +172,7 @@ def test_names_join_with_emoji() -> None:
 def test_build_and_read_back(cache: Path, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     out = tmp_path / "out"
-    assert build_pictures(out, 16, cache=cache) == 11
+    assert build_images(out, 16, cache=cache) == 11
     by_style = {s: [e["caption"] for e in entries(out) if e["style"] == s] for s in STYLES}
     assert by_style == {
         "noto": ["bear", "pickle"],
@@ -196,17 +196,17 @@ def test_build_and_read_back(cache: Path, tmp_path: Path) -> None:
     }
     assert (last["key"], last["licence"], last["group"]) == ("Some.sh3f#1", "CC0-1.0", "office")
     assert last["tags"] == ["some maker", "money"]
-    pixels = PictureSet(out).pixels(16)
+    pixels = ImageSet(out).pixels(16)
     assert pixels[0, :, 8, 8].tolist() == [255, 0, 0]
     assert pixels[-1, :, 8, 8].tolist() == [0, 0, 255] and pixels[-1, :, 0, 0].tolist() == [255, 255, 255]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]  # nothing half-made stays behind
 
 
 def test_styles_tones_and_flags(cache: Path, tmp_path: Path) -> None:
-    build_pictures(tmp_path / "a", 8, styles=("3d",), flags=True, cache=cache)
+    build_images(tmp_path / "a", 8, styles=("3d",), flags=True, cache=cache)
     assert captions(tmp_path / "a") == ["black flag", "bear"]
     pytest.importorskip("resvg_py")
-    build_pictures(tmp_path / "b", 8, styles=("flat", "noto"), tones=True, flags=True, cache=cache)
+    build_images(tmp_path / "b", 8, styles=("flat", "noto"), tones=True, flags=True, cache=cache)
     assert captions(tmp_path / "b") == [
         "christmas tree",
         "raised hand",
@@ -217,8 +217,8 @@ def test_styles_tones_and_flags(cache: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_pictures_keep_their_shape() -> None:
-    drawn = draw(picture((8, 4), (0, 0, 0, 255), "png"), 16)
+def test_images_keep_their_shape() -> None:
+    drawn = draw(image((8, 4), (0, 0, 0, 255), "png"), 16)
     assert drawn.size == (16, 16) and drawn.mode == "RGB"
     assert [drawn.getpixel((8, y)) for y in (3, 4, 11, 12)] == [(255,) * 3, (0,) * 3, (0,) * 3, (255,) * 3]
 
@@ -229,24 +229,24 @@ def test_a_missing_tool_matters_only_if_needed(
     (cache / STYLES["rendered"].package.file).unlink()
     for name in ("noto", "flat", "blob", "streamline"):
         monkeypatch.setitem(STYLES, name, STYLES["3d"])  # no SVG, so no renderer is needed
-    monkeypatch.setattr(pictures, "NAME_TABLES", ())
-    assert build_pictures(tmp_path / "out", 8, cache=cache) == 5
+    monkeypatch.setattr(images, "NAME_TABLES", ())
+    assert build_images(tmp_path / "out", 8, cache=cache) == 5
     assert "needs apt-get" in capsys.readouterr().err
     with pytest.raises(VisarError, match="needs apt-get"):
-        build_pictures(tmp_path / "other", 8, styles=("rendered",), cache=cache)
+        build_images(tmp_path / "other", 8, styles=("rendered",), cache=cache)
     (cache / STYLES["3d"].package.file).unlink()
     with pytest.raises(VisarError, match="needs npm"):
-        build_pictures(tmp_path / "other", 8, cache=cache)
+        build_images(tmp_path / "other", 8, cache=cache)
     assert not (tmp_path / "other").exists()
 
 
 def test_bad_requests(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(VisarError, match="Did you mean 'noto'"):
-        build_pictures(tmp_path / "out", styles=("notto",), cache=cache)
+        build_images(tmp_path / "out", styles=("notto",), cache=cache)
     with pytest.raises(VisarError, match="at least 1 pixel"):
-        build_pictures(tmp_path / "out", 0, cache=cache)
+        build_images(tmp_path / "out", 0, cache=cache)
     with pytest.raises(VisarError, match="new or an empty folder"):
-        build_pictures(cache, cache=cache)
+        build_images(cache, cache=cache)
 
 
 def tool(folder: Path, name: str, script: str) -> None:
