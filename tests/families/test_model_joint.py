@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from tests.helpers.worlds import LARGE, SCALE, made, run, world
+from visar.engine.decoder import Attend
 from visar.engine.kv_cache import KVCache
 from visar.eval.exactness.joint import chi_square_z, values
 from visar.eval.exactness.tabular import Law, reference_law
-from visar.families.llamagen.gpt import Attend
 from visar.families.llamagen.rotary import turned
 from visar.families.llamagen.session import ModelSession
 from visar.kernels.attention import Sight, decode_attention

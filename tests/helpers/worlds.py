@@ -84,7 +84,7 @@ def session_of(
     """A session with the drafter that the sampler needs."""
     (condition, mask), grid = conditions_of(w, images), w.model.config.grid
     made = session(
-        w.model, condition, mask, length=grid**2, window=sampler.window, guidance=guidance, taps=(0,)
+        w.model, condition, mask, length=grid**2, window=sampler.window, guidance=guidance, aux_layers=(0,)
     )  # fmt: skip
     made.codebook = torch.eye(w.model.config.vocab_size)
     if kind := getattr(sampler, "drafter", None):

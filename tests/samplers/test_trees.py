@@ -93,7 +93,7 @@ def session(kind: str, window: int, grid: int = 5) -> ModelSession:
     model = text_gpt() if kind == "text" else class_gpt()
     torch.nn.init.normal_(model.output.weight)
     condition, mask = (CAPTIONS, MASK) if kind == "text" else (CLASSES, None)
-    return ModelSession(model, condition, mask, length=grid**2, window=window, guidance=GUIDANCE, taps=(0,))
+    return ModelSession(model, condition, mask, length=grid**2, window=window, guidance=GUIDANCE, aux_layers=(0,))
 
 
 def advance(s: ModelSession, tokens: Tensor, counts: list[int]) -> None:

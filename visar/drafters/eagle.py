@@ -1,7 +1,7 @@
 """The EAGLE drafter: one decoder layer that predicts the target's next feature (Li et al. 2024, arXiv:2401.15077).
 
 It reads a token's embedding beside the feature one step before it, and borrows the target's output head. The norms, the
-tapped layers and the training on its own predictions are those of EAGLE-3 (Li et al. 2025, arXiv:2503.01840).
+aux layers and the training on its own predictions are those of EAGLE-3 (Li et al. 2025, arXiv:2503.01840).
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from visar.engine.decoder import Attend
 from visar.engine.layers import Linear, RMSNorm
-from visar.families.llamagen.gpt import Attend, Block
+from visar.families.llamagen.gpt import Block
 
 
 class EagleHead(ModelMixin, ConfigMixin):
     """`fc` joins embedding and feature, both [B, W, dim]; one block of the target's kind follows.
 
-    `taps` are layers of the target whose outputs are fused with its last feature into the one that is read; `target`
-    is the fingerprint of the model that it was trained for (`visar.drafters.fingerprint`). With `codes` it is as
-    LANTERN's released ones are (`visar.drafters.published`): no norms but one, a token embedding of its own, and
+    `aux_layers` are layers of the target whose outputs are fused with its last feature into the one that is read;
+    `target` is the fingerprint of the model that it was trained for (`visar.drafters.fingerprint`). With `codes` it is
+    as LANTERN's released ones are (`visar.drafters.published`): no norms but one, a token embedding of its own, and
     code 0 in the place of a caption.
     """
 
@@ -35,12 +36,12 @@ class EagleHead(ModelMixin, ConfigMixin):
         dim: int = 1280,
         num_heads: int = 20,
         ffn: int = 3584,
-        taps: Sequence[int] = (),
+        aux_layers: Sequence[int] = (),
         target: str = "",
         codes: int = 0,
     ):
         super().__init__()
-        self.fusion = Linear(dim * (1 + len(taps)), dim, bias=False) if taps else None
+        self.fusion = Linear(dim * (1 + len(aux_layers)), dim, bias=False) if aux_layers else None
         self.embedding = nn.Embedding(codes, dim) if codes else None
         self.embedding_norm, self.feature_norm, self.norm = (nn.Identity() if codes else RMSNorm(dim) for _ in range(3))
         self.fc = Linear(2 * dim, dim)
@@ -54,7 +55,7 @@ class EagleHead(ModelMixin, ConfigMixin):
         return self.config.dim // self.config.num_heads
 
     def fuse(self, features: Tensor) -> Tensor:
-        """What is read of the target's features [B, W, dim * (1 + taps)]: [B, W, dim]."""
+        """What is read of the target's features [B, W, dim * (1 + aux_layers)]: [B, W, dim]."""
         return features if self.fusion is None else self.fusion(features.to(self.dtype))
 
     def forward(self, embeddings: Tensor, features: Tensor, table: Tensor, attend: Attend) -> Tensor:

@@ -24,7 +24,7 @@ class EagleDrafter(Drafter):
 
     def __init__(self, session: ModelSession, model: EagleHead, depth: int):
         if session.features is None:
-            raise VisarError("A session with an EAGLE drafter must be made with its taps.")
+            raise VisarError("A session with an EAGLE drafter must be made with its aux_layers.")
         self.session, self.model, self.depth = session, model, depth
         rows, slots = session.valid.shape
         c = model.config

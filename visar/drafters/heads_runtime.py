@@ -18,7 +18,7 @@ class HeadsDrafter(Drafter):
 
     def __init__(self, session: ModelSession, model: DraftHeads, depth: int):
         if session.features is None:
-            raise VisarError("A session with draft heads must be made with taps.")
+            raise VisarError("A session with draft heads must be made with aux_layers.")
         if depth > model.config.depth:
             raise VisarError(f"The drafter has {model.config.depth} heads and cannot draft {depth} tokens deep.")
         self.session, self.model = session, model

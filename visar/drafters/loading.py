@@ -75,7 +75,7 @@ def check(model: DraftModel, target: LlamaGen, name: str, grid: int) -> None:
         if "num_heads" in d and d.dim // d.num_heads != target.head_dim:
             own = d.dim // d.num_heads
             raise VisarError(f"The drafter {name} has heads of {own}, the target of {target.head_dim}.")
-        used = [d.layers - 1] if isinstance(d.get("layers"), int) else [*d.get("layers", ()), *d.get("taps", ())]
+        used = [d.layers - 1] if isinstance(d.get("layers"), int) else [*d.get("layers", ()), *d.get("aux_layers", ())]
         if not all(isinstance(i, int) and 0 <= i < t.num_layers for i in used) or ("layers" in d and not used):
             raise VisarError(f"The drafter {name} uses layers {used} of a target that has {t.num_layers}.")
         if d.target and d.target != fingerprint(target):
@@ -96,10 +96,10 @@ def kind_of(model: DraftModel) -> str:
     return "model" if isinstance(model, LlamaGen) else model.kind
 
 
-def taps_of(model: DraftModel | None) -> tuple[int, ...] | None:
+def aux_layers_of(model: DraftModel | None) -> tuple[int, ...] | None:
     """The layers whose outputs it reads beside the target's features; None if it reads no features at all."""
     if isinstance(model, EagleHead):
-        return tuple(model.config.taps)
+        return tuple(model.config.aux_layers)
     return () if isinstance(model, DraftHeads) else None
 
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.drafters import DraftHeads, EagleHead, ExitHead, SkippedLayers
+from visar.engine.decoder import Attend
 from visar.engine.guidance import Guidance
-from visar.families.llamagen.gpt import Attend, LlamaGen
+from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.rotary import turned
 from visar.samplers.distribution import Target
 
@@ -24,9 +25,9 @@ from visar.samplers.distribution import Target
 class TargetPass(NamedTuple):
     """The target over whole sequences of S slots: both guidance halves, the conditional one first.
 
-    `given`: condition, mask and tokens; `x` [rows, S, dim] embeddings; `features` [rows, S, dim * (1 + taps)]; `table`,
-    their positions; `valid` [rows, S], of no padding; `back` [S, S], how far slot j lies behind slot i; `at` [B, n],
-    the positions of the tokens; `p` [B, n, V], their laws.
+    `given`: condition, mask and tokens; `x` [rows, S, dim] embeddings; `features` [rows, S, dim * (1 + aux_layers)];
+    `table`, their positions; `valid` [rows, S], of no padding; `back` [S, S], how far slot j lies behind slot i; `at`
+    [B, n], the positions of the tokens; `p` [B, n, V], their laws.
     """
 
     given: tuple[Tensor, Tensor, Tensor]
@@ -55,7 +56,7 @@ class DraftLoss(nn.Module, Generic[D]):
         super().__init__()
         self.drafter = drafter
         self.depth, self.guidance, self.law, self.grid = depth, guidance, law, grid
-        self.taps = tuple(getattr(drafter.config, "taps", ()))
+        self.aux_layers = tuple(getattr(drafter.config, "aux_layers", ()))
         target.eval().requires_grad_(False)
         self._target = lambda: target  # no submodule: neither saved nor copied with the drafter
 
@@ -106,7 +107,7 @@ class DraftLoss(nn.Module, Generic[D]):
         table = target.rotary(self.grid)[: len(slot)].expand(len(x), -1, -1, -1)
         empty = x.new_zeros(())
         seen = TargetPass((condition, mask, tokens), x, empty, table, valid, slot[:, None] - slot, at, empty)
-        features = target.run(x, table, attention([seen.causal()], [], []), self.taps)
+        features = target.run(x, table, attention([seen.causal()], [], []), self.aux_layers)
         p = self.law.probs(self._guided(target.logits(features[:, prefix - 1 :]), at), at)
         return seen._replace(features=features, p=p)
 

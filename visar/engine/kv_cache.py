@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visar.families.llamagen.gpt import Attend
+from visar.engine.decoder import Attend
 from visar.kernels.attention import Sight, decode_attention
 from visar.kernels.rotary_append import rotary_append
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visar.drafters import DraftModel
-from visar.drafters.loading import attach, taps_of
+from visar.drafters.loading import attach, aux_layers_of
 from visar.engine.graphs import Capture, Graph, Kept, cuda_graph
 from visar.engine.guidance import Guidance
 from visar.engine.memory import check_memory, decoding_bytes
@@ -49,7 +49,7 @@ class Call(NamedTuple):
         check_memory(each, len(c.condition), c.gpt.device)
         made = ModelSession(
             c.gpt, c.condition, c.mask, length=length, window=c.method.window, grid=c.grid, guidance=c.guidance,
-            taps=taps_of(c.drafter),
+            aux_layers=aux_layers_of(c.drafter),
         )  # fmt: skip
         made.codebook = c.codebook
         if c.drafter is not None:

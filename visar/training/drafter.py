@@ -62,7 +62,7 @@ def checked_layers(kind: str, layers: int | None, of: int) -> int:
     return layers
 
 
-def default_taps(layers: int) -> tuple[int, ...]:
+def default_aux_layers(layers: int) -> tuple[int, ...]:
     """A low and a middle layer of a target, beside whose last feature an EAGLE drafter reads their outputs."""
     return tuple(sorted({layers // 4, layers // 2} - {layers - 1}))
 
@@ -81,7 +81,7 @@ def new_drafter(kind: str, target: LlamaGen, depth: int, layers: int, grid: int 
     if kind == "exit":
         made = ExitHead(c.dim, c.num_heads, c.ffn, layers, target=mark)
     else:
-        made = EagleHead(c.dim, c.num_heads, c.ffn, taps=default_taps(c.num_layers), target=mark)
+        made = EagleHead(c.dim, c.num_heads, c.ffn, aux_layers=default_aux_layers(c.num_layers), target=mark)
         nn.init.normal_(made.fc.weight, std=made.fc.in_features**-0.5)
         nn.init.zeros_(made.fc.bias)
         if made.fusion is not None:

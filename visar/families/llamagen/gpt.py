@@ -6,7 +6,7 @@ engine, which calls `run`; training and scoring call `forward` on whole sequence
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from visar.engine.decoder import Attend
 from visar.engine.layers import Linear, RMSNorm
 from visar.families.llamagen.rotary import rotary_table, turned
-
-# (layer, qkv [B, W, 3 * heads, head_dim], table) -> attention output [B, W, heads, head_dim]. It turns q and k by the
-# rotary rows `table`, so that what keeps a cache can turn and write them at once.
-Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Attention(nn.Module):
@@ -148,20 +145,20 @@ class LlamaGen(ModelMixin, ConfigMixin):
         table = rotary_table(self.config.condition_length, grid or self.config.grid, self.head_dim)
         return table.to(self.output.weight.device)
 
-    def run(self, x: Tensor, table: Tensor, attend: Attend, taps: Collection[int] = ()) -> Tensor:
+    def run(self, x: Tensor, table: Tensor, attend: Attend, aux_layers: Collection[int] = ()) -> Tensor:
         """Normed features [B, W, dim] for embeddings x [B, W, dim] at the rotary rows `table`; `logits` reads them.
 
-        Behind them stand the outputs of the layers `taps`, if any are asked for: [B, W, dim * (1 + taps)].
+        Behind them stand the outputs of the layers `aux_layers`, if any are asked for: [B, W, dim * (1 + aux_layers)].
         """
-        tapped = []
+        aux = []
         for i, block in enumerate(self.layers):
             x = block(x, table, attend, i)
-            if i in taps:
-                tapped.append(x)
-        return torch.cat([self.norm(x), *tapped], dim=-1) if tapped else self.norm(x)
+            if i in aux_layers:
+                aux.append(x)
+        return torch.cat([self.norm(x), *aux], dim=-1) if aux else self.norm(x)
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits [B, W, vocab_size], fp32, of features [B, W, dim]; what was tapped behind them is left aside."""
+        """Logits [B, W, vocab_size], fp32, of features [B, W, dim]; auxiliary hidden states are ignored."""
         return self.output(features[..., : self.config.dim]).float()
 
     def forward(self, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None = None) -> Tensor:

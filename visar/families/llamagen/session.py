@@ -7,11 +7,12 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from visar.engine.decoder import Attend
 from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
 from visar.engine.session import Session, require_finite
 from visar.engine.tree import Tree
-from visar.families.llamagen.gpt import Attend, LlamaGen
+from visar.families.llamagen.gpt import LlamaGen
 from visar.kernels.attention import Sight
 
 
@@ -20,9 +21,9 @@ class ModelSession(Session):
 
     `condition`: class ids [B] or caption features [B, T, C] with `condition_mask` [B, T]. With guidance the model runs
     on 2B rows, conditional half first; both halves see the same drafts and the same caption mask. The cache has room
-    for `window` - 1 tokens past the end, so the last window needs no special shape. Where `taps` are given the
+    for `window` - 1 tokens past the end, so the last window needs no special shape. Where `aux_layers` are given the
     features that the output head reads are kept for a drafter, and with them the outputs of those layers: `features`
-    [rows, 1 + slots, dim * (1 + taps)], one slot late.
+    [rows, 1 + slots, dim * (1 + aux_layers)], one slot late.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class ModelSession(Session):
         window: int,
         grid: int | None = None,
         guidance: Guidance = Guidance(),
-        taps: Collection[int] | None = None,
+        aux_layers: Collection[int] | None = None,
     ):
         super().__init__(len(condition), length, model.config.vocab_size, model.device)
         self.model, self.guidance = model, guidance
@@ -49,9 +50,9 @@ class ModelSession(Session):
         self.folded = max(self.prefix - 2, 0)
         head_dim, device = model.head_dim, self.device
         self.cache = KVCache(c.num_layers, rows, slots - self.folded, c.num_heads, head_dim, model.dtype, device)
-        self.taps = taps or ()
-        shape = (rows, 1 + slots, c.dim * (1 + len(self.taps)))
-        self.features = None if taps is None else torch.zeros(shape, dtype=model.dtype, device=device)
+        self.aux_layers = aux_layers or ()
+        shape = (rows, 1 + slots, c.dim * (1 + len(self.aux_layers)))
+        self.features = None if aux_layers is None else torch.zeros(shape, dtype=model.dtype, device=device)
         self.condition = torch.zeros(rows, self.prefix, c.dim, dtype=model.dtype, device=device)
         self.valid = torch.ones(rows, slots, dtype=torch.bool, device=device)
         self.bias = torch.zeros(rows, device=device) if self.prefix > 1 else None
@@ -157,7 +158,7 @@ class ModelSession(Session):
 
     def _run(self, x: Tensor, slots: Tensor, at: Tensor, attend: Attend) -> Tensor:
         """Features of embeddings x [rows, W, dim] at `slots`, turned to the slots `at`, both [rows, W]."""
-        h = self.model.run(x, self.turned(at), attend, self.taps)
+        h = self.model.run(x, self.turned(at), attend, self.aux_layers)
         if self.features is not None:
             self.features[self.cache.rows, slots + 1] = h
         return h
