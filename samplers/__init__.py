@@ -115,6 +115,21 @@ CONTINUOUS: dict[str, SamplerSpec] = {
 DEFAULT_CONTINUOUS = "mar-headspec"
 
 
+def samplers_for(tokens: str) -> dict[str, SamplerSpec]:
+    return SAMPLERS if tokens == "discrete" else CONTINUOUS
+
+
+def default_sampler(tokens: str) -> str:
+    return DEFAULT_SAMPLER if tokens == "discrete" else DEFAULT_CONTINUOUS
+
+
+def check_sampler(sampler: Any, tokens: str) -> None:
+    if not isinstance(sampler, tuple({type(spec.make()) for spec in samplers_for(tokens).values()})):
+        raise VisarError(
+            f"Sampler {sampler.name!r} does not decode this model; those that do: {', '.join(samplers_for(tokens))}."
+        )
+
+
 def spec_of(name: str) -> SamplerSpec:
     """The row of either table; a `VisarError` for a name in neither."""
     if name not in SAMPLERS and name not in CONTINUOUS:

@@ -14,7 +14,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import BeamTree, Sampler, Target, TreeSpeculative, get_sampler
 from visar.training.drafter import new_drafter
 
@@ -78,9 +78,9 @@ def session_of(
     w: World,
     sampler: Sampler,
     images: Tensor,
-    session: type[ModelSession] = ModelSession,
+    session: type[LlamaGenSession] = LlamaGenSession,
     guidance: Guidance = Guidance(SCALE),
-) -> ModelSession:
+) -> LlamaGenSession:
     """A session with the drafter that the sampler needs."""
     (condition, mask), grid = conditions_of(w, images), w.model.config.grid
     made = session(
@@ -97,7 +97,7 @@ def run(
     sampler: Sampler,
     images: Tensor,
     target: Target,
-    session: type[ModelSession] = ModelSession,
+    session: type[LlamaGenSession] = LlamaGenSession,
     seed: int = 0,
 ) -> Decoded:
     """Decode image i from condition i modulo their number."""

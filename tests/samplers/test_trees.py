@@ -17,7 +17,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import Speculative, Target, TreeSpeculative
 from visar.samplers.tree_verification import (
     ChildRule,
@@ -87,16 +87,16 @@ def test_bad_trees(name: str, message: str) -> None:
 # Passes
 
 
-def session(kind: str, window: int, grid: int = 5) -> ModelSession:
+def session(kind: str, window: int, grid: int = 5) -> LlamaGenSession:
     """Three rows of a random model."""
     torch.manual_seed(3)
     model = text_gpt() if kind == "text" else class_gpt()
     torch.nn.init.normal_(model.output.weight)
     condition, mask = (CAPTIONS, MASK) if kind == "text" else (CLASSES, None)
-    return ModelSession(model, condition, mask, length=grid**2, window=window, guidance=GUIDANCE, aux_layers=(0,))
+    return LlamaGenSession(model, condition, mask, length=grid**2, window=window, guidance=GUIDANCE, aux_layers=(0,))
 
 
-def advance(s: ModelSession, tokens: Tensor, counts: list[int]) -> None:
+def advance(s: LlamaGenSession, tokens: Tensor, counts: list[int]) -> None:
     """Commit the first `counts` tokens of each row, one at a time; rows that have theirs wait."""
     for n in range(max(counts)):
         s.forward(tokens.gather(1, (s.lengths[:, None] - 1).clamp_min(0)))

@@ -10,7 +10,8 @@ from PIL import Image
 
 from visar.cli import main
 from visar.drafters import KINDS
-from visar.families.specs import MODELS, resolve_model
+from visar.families.llamagen.specs import MODELS
+from visar.families.source import resolve
 from visar.pipelines import TextToImagePipeline
 
 PROMPTS = (
@@ -59,7 +60,7 @@ def test_a_drafter_of_every_kind_comes_with_it(name: str) -> None:
 
 
 def test_drafters_are_small() -> None:
-    folder = resolve_model("icons")
+    folder = resolve("icons")
     assert isinstance(folder, Path)
     files = [f for kind in KINDS for f in (folder / kind).iterdir()]
     assert sum(f.stat().st_size for f in files) < 4 * 2**20 and len(files) == 2 * len(KINDS) - 1  # skip has no weights

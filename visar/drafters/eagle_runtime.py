@@ -1,4 +1,4 @@
-"""The EAGLE drafter at work on a ModelSession: a cache of its own, fed with the target's true features."""
+"""The EAGLE drafter at work on a LlamaGenSession: a cache of its own, fed with the target's true features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from visar.engine.kv_cache import KVCache
 from visar.engine.session import require_finite
 from visar.engine.tree import Tree
 from visar.errors import VisarError
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 
 
 class EagleDrafter(Drafter):
@@ -22,7 +22,7 @@ class EagleDrafter(Drafter):
     features. What it drafts lies behind the root as in the target's cache, and is overwritten in the next round.
     """
 
-    def __init__(self, session: ModelSession, model: EagleHead, depth: int):
+    def __init__(self, session: LlamaGenSession, model: EagleHead, depth: int):
         if session.features is None:
             raise VisarError("A session with an EAGLE drafter must be made with its aux_layers.")
         self.session, self.model, self.depth = session, model, depth
@@ -48,8 +48,8 @@ class EagleDrafter(Drafter):
         self._run(condition, features, at, at, self._sees(at, before))
         self.bytes_read = 0
 
-    def start(self, condition: Tensor, mask: Tensor | None) -> None:
-        super().start(condition, mask)
+    def start(self, *condition: Tensor) -> None:
+        super().start(*condition)
         self._prefill()
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:

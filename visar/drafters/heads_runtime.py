@@ -1,4 +1,4 @@
-"""Draft heads at work on a ModelSession: no cache, only the feature before the root and the tokens on the way."""
+"""Draft heads at work on a LlamaGenSession: no cache, only the feature before the root and the tokens on the way."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from visar.engine.drafter import Drafter
 from visar.engine.session import require_finite
 from visar.engine.tree import Tree
 from visar.errors import VisarError
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 
 
 class HeadsDrafter(Drafter):
     """Drafts up to `depth` tokens deep. The session must keep its features."""
 
-    def __init__(self, session: ModelSession, model: DraftHeads, depth: int):
+    def __init__(self, session: LlamaGenSession, model: DraftHeads, depth: int):
         if session.features is None:
             raise VisarError("A session with draft heads must be made with aux_layers.")
         if depth > model.config.depth:

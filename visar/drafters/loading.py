@@ -18,8 +18,8 @@ from visar.engine.drafter import Drafter, SessionDrafter, Timed
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.loading import gpt_of, load_part, load_state, quiet_conversion
-from visar.families.llamagen.session import ModelSession
-from visar.families.specs import resolve_model
+from visar.families.llamagen.session import LlamaGenSession
+from visar.families.source import resolve
 
 
 def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
@@ -35,7 +35,7 @@ def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
         state = load_state(released)
         model = published_eagle(state, target.head_dim, str(path)) if is_published(state) else gpt_of(state, path, grid)
     else:
-        folder = resolve_model(path)
+        folder = resolve(path)
         if isinstance(folder, str):
             raise VisarError(f"There is no drafter folder {path}.")
         gpt = folder / "gpt" if (folder / "model_index.json").exists() else folder
@@ -104,7 +104,13 @@ def aux_layers_of(model: DraftModel | None) -> tuple[int, ...] | None:
 
 
 def attach(
-    session: ModelSession, model: DraftModel, depth: int, window: int, condition: Tensor, mask: Tensor | None, grid: int
+    session: LlamaGenSession,
+    model: DraftModel,
+    depth: int,
+    window: int,
+    condition: Tensor,
+    mask: Tensor | None,
+    grid: int,
 ) -> Drafter:
     """A drafter at work for a session, which has the condition and mask given; it drafts `depth` tokens deep."""
     with quiet_conversion():
@@ -120,11 +126,11 @@ def attach(
 
 
 def _own_session(
-    session: ModelSession, model: DraftModel, window: int, condition: Tensor, mask: Tensor | None, grid: int
+    session: LlamaGenSession, model: DraftModel, window: int, condition: Tensor, mask: Tensor | None, grid: int
 ) -> SessionDrafter:
     gpt = model if isinstance(model, LlamaGen) else with_layers(session.model, *model.blocks(session.model))
     # The root of the drafter's own session is one node before that of the tree.
-    inner = ModelSession(
+    inner = LlamaGenSession(
         gpt,
         condition,
         mask,

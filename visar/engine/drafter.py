@@ -33,7 +33,7 @@ class Drafter(ABC):
     def check(self) -> None:  # noqa: B027 (as in a Session)
         """Raise `VisarError` if what was drafted last is no law at all; called once, when all rows are done."""
 
-    def start(self, condition: Tensor, mask: Tensor | None) -> None:
+    def start(self, *condition: Tensor) -> None:
         """The session has begun other images, of this condition; nothing is allocated anew."""
         self.bytes_read, self.seconds = 0, 0.0
 
@@ -60,9 +60,9 @@ class Timed(Drafter):
     def keep(self, path: Tensor) -> None:
         self._timed(lambda: self.inner.keep(path))
 
-    def start(self, condition: Tensor, mask: Tensor | None) -> None:
-        super().start(condition, mask)
-        self.inner.start(condition, mask)
+    def start(self, *condition: Tensor) -> None:
+        super().start(*condition)
+        self.inner.start(*condition)
 
     def narrow(self) -> None:
         self.inner.narrow()
@@ -122,9 +122,9 @@ class SessionDrafter(Drafter):
     def check(self) -> None:
         self.session.check()
 
-    def start(self, condition: Tensor, mask: Tensor | None) -> None:
-        super().start(condition, mask)
-        self.session.start(condition, mask)
+    def start(self, *condition: Tensor) -> None:
+        super().start(*condition)
+        self.session.start(*condition)
         self._before = -1
 
     def narrow(self) -> None:

@@ -19,7 +19,7 @@ from visar.files import replacing
 
 
 def draw_tokens(
-    pipe: Any,
+    model: Any,
     conditions: Sequence[Any],
     count: int,
     file: Path,
@@ -30,15 +30,15 @@ def draw_tokens(
 ) -> Tensor:
     """Tokens [count, N] of images of the conditions, in turn: all of them once, then once more with other noise.
 
-    What is drawn is kept in `file`, and `settings` go to the pipeline. Of several processes only one `draws`, and the
+    What is drawn is kept in `file`; `settings` go to the model's call. Of several processes only one `draws`, and the
     others wait for it. Raises `VisarError` where the file is damaged, or was made otherwise.
     """
-    made_of = (fingerprint(pipe.gpt), pipe.grid, list(conditions), sorted(settings.items()))
+    made_of = (fingerprint(model.family.model), model.family.layout.rows, list(conditions), sorted(settings.items()))
     mark = hashlib.sha256(repr(made_of).encode()).hexdigest()
 
     def drawn_before() -> Tensor:
         if not file.exists():
-            return torch.empty(0, pipe.grid**2, dtype=torch.long)
+            return torch.empty(0, model.family.layout.length, dtype=torch.long)
         try:
             with safe_open(file, "pt") as saved:
                 done, found = saved.get_tensor("tokens").long()[:count], saved.metadata()["of"]
@@ -55,7 +55,7 @@ def draw_tokens(
     while len(done) < count:
         turn, start = divmod(len(done), len(conditions))
         part = list(conditions[start : start + min(batch, count - len(done))])
-        drawn = pipe(part, first_image=turn, output_type="tokens", **settings).tokens.cpu()
+        drawn = model.generate(part, first_image=turn, output_type="tokens", **settings).tokens.cpu()
         done = torch.cat([done, drawn])
         with replacing(file) as temporary:
             save_file({"tokens": done.int()}, temporary, {"of": mark})

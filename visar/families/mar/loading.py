@@ -20,8 +20,8 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.families.llamagen.loading import NESTINGS, fill, load_state, shape_of
 from visar.families.mar.autoencoder import KLSizes, build
+from visar.families.mar.specs import match_mar_heads
 from visar.families.mar.transformer import MAR
-from visar.families.specs import match_mar_heads
 
 # What diffusers' keys are called in latent diffusion, one after the other; levels of the decoder are counted apart.
 RENAMES = {

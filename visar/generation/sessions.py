@@ -7,67 +7,63 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from visar.drafters import DraftModel
 from visar.drafters.loading import attach, aux_layers_of
 from visar.engine.graphs import Capture, Graph, Kept, cuda_graph
 from visar.engine.guidance import Guidance
-from visar.engine.memory import check_memory, decoding_bytes
+from visar.engine.memory import check_memory
+from visar.engine.session import Session
 from visar.errors import VisarError
-from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.session import ModelSession
+from visar.families.base import DiscreteFamily, Encoded
 from visar.samplers import Sampler, Target
 
 
 class Call(NamedTuple):
-    """What a session is made for: a condition [B, ...] and its mask, a sampler, and what the sampler aims at."""
+    """What a session is made for: encoded conditions, a sampler, and the distribution that it aims at."""
 
-    gpt: LlamaGen
+    family: DiscreteFamily
     drafter: DraftModel | None
-    condition: Tensor
-    mask: Tensor | None
+    encoded: Encoded
     method: Sampler
     target: Target
     guidance: Guidance
-    grid: int
-    codebook: Tensor
 
     def key(self) -> Hashable:
         """Equal for calls that one captured step can serve."""
-        parts = [self.gpt] + ([] if self.drafter is None else [self.drafter])
+        parts = [self.family.model] + ([] if self.drafter is None else [self.drafter])
         weights = tuple(p.data_ptr() for part in parts for p in part.parameters())
         forced = self.target.forced is not None
-        shapes = (self.condition.shape, self.condition.dtype, self.mask is not None)
-        return weights, shapes, self.method, replace(self.target, forced=None), forced, self.guidance, self.grid
+        shapes = tuple((e.shape, e.dtype) for e in self.encoded)
+        target = replace(self.target, forced=None)
+        return weights, shapes, self.method, target, forced, self.guidance, self.family.layout
 
-    def session(self) -> ModelSession:
+    def session(self) -> Session:
         """A new session, with the drafter that the sampler needs; a `VisarError` where memory does not do."""
-        c = self
-        halves, length = 2 if c.guidance.active else 1, c.grid**2
-        each = decoding_bytes(c.gpt, halves, length, c.method.window)
-        check_memory(each, len(c.condition), c.gpt.device)
-        made = ModelSession(
-            c.gpt, c.condition, c.mask, length=length, window=c.method.window, grid=c.grid, guidance=c.guidance,
-            aux_layers=aux_layers_of(c.drafter),
-        )  # fmt: skip
-        made.codebook = c.codebook
+        c, rows = self, len(self.encoded[0])
+        check_memory(c.family.bytes_per_image(c.method.window, c.guidance.active), rows, c.family.device)
+        made = c.family.session(
+            c.encoded, window=c.method.window, guidance=c.guidance, aux_layers=aux_layers_of(c.drafter)
+        )
+        made.codebook = c.family.codebook
         if c.drafter is not None:
             depth: int = c.method.depth  # type: ignore[attr-defined]
-            made.drafter = attach(made, c.drafter, depth, c.method.window, c.condition, c.mask, c.grid)
+            mask = c.encoded[1] if len(c.encoded) > 1 else None
+            rows = c.family.layout.rows
+            made.drafter = attach(made, c.drafter, depth, c.method.window, c.encoded[0], mask, rows)  # type: ignore[arg-type]
         return made
 
 
 class Sessions:
-    """Of one pipeline. `capture` makes a step a graph; by default CUDA does, and elsewhere nothing is captured."""
+    """Of one model. `capture` makes a step a graph; by default CUDA does, and elsewhere nothing is captured."""
 
     def __init__(self, capture: Capture | None = None, limit: int = 4):
         self.capture, self.kept = capture, Kept(limit)
 
-    def run(self, call: Call, decode: Callable[[ModelSession, Graph | None], Any]) -> tuple[ModelSession, Any]:
+    def run(self, call: Call, decode: Callable[[Session, Graph | None], Any]) -> tuple[Session, Any]:
         """The session of a call, and what `decode` makes of it."""
-        capture = self.capture or (cuda_graph if call.gpt.device.type == "cuda" else None)
-        # A session that has left its unconditional half cannot have it back.
+        capture = self.capture or (cuda_graph if call.family.device.type == "cuda" else None)
+        # A session that has left its unconditional batch cannot have it back.
         if capture is None or not getattr(call.method, "capturable", True) or call.guidance.interval >= 0:
             session = self._made(call)
             graph = Graph(capture) if capture is not None and getattr(call.method, "capturable", True) else None
@@ -77,20 +73,20 @@ class Sessions:
             session, graph = self._made(call), Graph(capture)
         else:
             session, graph = kept
-            session.start(call.condition, call.mask)
+            session.start(*call.encoded)
             if session.drafter is not None:
-                session.drafter.start(call.condition, call.mask)
+                session.drafter.start(*call.encoded)
         result = decode(session, graph)
-        self.kept.give(key, session, graph)  # not where decoding failed: what it left behind is not known
+        self.kept.give(key, session, graph)  # not where decoding failed: what it left there is not known
         return session, result
 
-    def _made(self, call: Call) -> ModelSession:
+    def _made(self, call: Call) -> Session:
         try:
             return call.session()
         except (VisarError, torch.OutOfMemoryError):
             if not len(self.kept):
                 raise
         self.kept.clear()
-        if call.gpt.device.type == "cuda":
+        if call.family.device.type == "cuda":
             torch.cuda.empty_cache()
         return call.session()
