@@ -108,7 +108,7 @@ def test_what_is_stored_in_few_bits_drafts_nearly_the_same(
     stored = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
     assert {t.element_size() for t in stored.values()} == {size}
     class_pipe.load_drafter(tmp_path / "model")
-    loaded = class_pipe._drafters["model"].state_dict()
+    loaded = class_pipe.image_model.drafters.loaded["model"].state_dict()
     state = torch.load(tmp_path / "model-run" / "state.pt", weights_only=True)["ema"]
     for name, tensor in loaded.items():
         assert tensor.dtype == torch.float32

@@ -101,7 +101,7 @@ def test_published_class_files(tmp_path: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     out = pipe([1, 6], guidance_scale=1.5)
     assert [im.size for im in out.images] == [(SIDE, SIDE)] * 2 and out.tokens.shape == (2, TOKENS)
-    same = ClassToImagePipeline(gpt, pipe.vq)
+    same = ClassToImagePipeline(gpt=gpt, vq=pipe.vq)
     same.set_progress_bar_config(disable=True)
     assert torch.equal(tokens(same, [1, 6], guidance_scale=1.5), out.tokens)
     assert (pipe.config.guidance_scale, pipe.config.top_k) == (4.0, 2000)

@@ -78,6 +78,11 @@ class ImagePipeline(DiffusionPipeline):
         if model is not None and name in model.family.components and model.family.components[name] is not value:
             model.family.replace(name, value)
 
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """What tqdm is told, such as `disable=True`."""
+        super().set_progress_bar_config(**options)
+        self.image_model.bar = options
+
     # Loading and saving
 
     @classmethod
@@ -260,7 +265,6 @@ class ImagePipeline(DiffusionPipeline):
                 raise VisarError("Give callback or callback_on_step_end, not both.")
             callback = _step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         model = self.image_model
-        model.bar = dict(getattr(self, "_progress_bar_config", {}) or {})
         if "seed" in settings and settings["seed"] is None:
             settings.pop("seed")
             params = SamplingParams(**{**_as_dict(params), "seed": None})

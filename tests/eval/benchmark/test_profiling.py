@@ -28,7 +28,7 @@ from visar.eval.benchmark.profiling import (
     group_of_launch,
     group_of_operator,
     profile_passes,
-    profile_pipeline,
+    profile_model,
     ranges,
 )
 from visar.eval.benchmark.steady import steady
@@ -107,7 +107,7 @@ def test_a_decoding_that_ends_too_early() -> None:
 
 def test_a_fixed_schedule_is_not_run_past(text_pipe: TextToImagePipeline) -> None:
     turns = len(text_pipe.fitted(get_sampler("zipar", ahead=2)).turns)
-    assert profile_pipeline(text_pipe, get_sampler("zipar", ahead=2), warm=1).passes == (turns - 1) // 2
+    assert profile_model(text_pipe, get_sampler("zipar", ahead=2), warm=1).passes == (turns - 1) // 2
 
 
 @pytest.mark.parametrize("window", [1, 5])
@@ -151,14 +151,14 @@ def test_more_sampling_is_more_of_the_sampling_share() -> None:
 
 def test_profile_of_a_pipeline_with_a_drafter(text_pipe: TextToImagePipeline, drafters: list[Any]) -> None:
     text_pipe.load_drafter(drafters[0])
-    found = profile_pipeline(text_pipe, get_sampler("eagle"), passes=3, warm=1, seed=3)
+    found = profile_model(text_pipe, get_sampler("eagle"), passes=3, warm=1, seed=3)
     assert found.sampler == "eagle" and found.window > 5 and found.ms_per_pass > 0
     assert len(text_pipe("red heart", output_type="tokens").tokens) == 1  # the pipeline is as it was
 
 
 def test_continuous_models_are_not_profiled() -> None:
     with pytest.raises(VisarError, match="discrete"):
-        profile_pipeline(SimpleNamespace(), Autoregressive())
+        profile_model(SimpleNamespace(), Autoregressive())
 
 
 def test_ranges_leave_nothing_behind() -> None:
