@@ -154,12 +154,14 @@ def drafter(options: argparse.Namespace) -> int:
     import torch
 
     from visar.cli.common import is_masked, load_pipeline
+    from visar.drafters import drafter_kind
     from visar.engine.guidance import Guidance
+    from visar.families.llamagen.drafting import LlamaGenTarget
     from visar.pipelines import TextToImagePipeline
     from visar.samplers import Target
-    from visar.training.drafter import checked_layers, train_drafter
+    from visar.training.drafter import train_drafter
     from visar.training.loop import TrainConfig, distributed
-    from visar.training.self_generated import draw_tokens
+    from visar.training.self_generated import generate_tokens
 
     if options.minutes is not None and options.steps is not None:
         raise VisarError("Give --minutes or --steps, not both.")
@@ -173,23 +175,24 @@ def drafter(options: argparse.Namespace) -> int:
         )
     temperature = 1.0 if options.temperature is None else options.temperature
     Target(temperature, options.top_k or 0, options.top_p)  # before the weights are read
-    checked_layers(options.drafter_kind, options.layers, 10**9)
+    kind = drafter_kind(options.drafter_kind)
+    kind.checked_layers(options.layers, 10**9)
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
     if own.type == "cpu" and options.dtype is None:
         options.dtype = "float32"  # small updates are lost in bfloat16
     pipe: Any = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
-    checked_layers(options.drafter_kind, options.layers, pipe.gpt.config.num_layers)
+    kind.checked_layers(options.layers, pipe.gpt.config.num_layers)
     text = isinstance(pipe, TextToImagePipeline)
     conditions = _conditions(options, 0 if text else pipe.gpt.config.classes)
     scale = pipe.config.guidance_scale if options.guidance_scale is None else options.guidance_scale
     law = Target(temperature, pipe.config.top_k if options.top_k is None else options.top_k, options.top_p)
     out = writable_folder(options.out)
-    tokens = draw_tokens(
+    tokens = generate_tokens(
         pipe, conditions, options.images, out / "images.safetensors", options.batch,
         lambda done: print(f"{done} of {options.images} images drawn", file=sys.stderr),
-        draws=rank == 0, sampler="ar", seed=options.seed, guidance_scale=scale, temperature=law.temperature,
+        waits=rank != 0, sampler="ar", seed=options.seed, guidance_scale=scale, temperature=law.temperature,
         top_k=law.top_k, top_p=law.top_p,
     )  # fmt: skip  # "ar", because a large batch is bound by arithmetic, of which drafts waste some
 
@@ -203,10 +206,10 @@ def drafter(options: argparse.Namespace) -> int:
         device=str(pipe.gpt.device),
     )  # fmt: skip
     train_drafter(
-        options.drafter_kind, pipe.gpt, of, tokens, config, Guidance(scale), law, depth=options.depth,
-        layers=options.layers, grid=pipe.grid, stored_as=getattr(torch, options.stored_as),
+        kind.name, LlamaGenTarget(pipe.gpt, pipe.grid), of, tokens, config, Guidance(scale), law,
+        depth=options.depth, layers=options.layers, stored_as=getattr(torch, options.stored_as),
     )  # fmt: skip
-    print(out / options.drafter_kind)
+    print(out / kind.name)
     return 0
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from visar.drafters import KINDS, DraftModel
+from visar.drafters import DRAFTERS
 from visar.drafters.loading import kind_of, load_drafter
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
@@ -29,6 +29,7 @@ from visar.engine.quantization import check as check_weights
 from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.errors import VisarError
+from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.loading import load_part, quiet_conversion
 from visar.families.llamagen.vq import VQModel
@@ -82,7 +83,7 @@ class ImagePipeline(DiffusionPipeline):
     gpt: LlamaGen
     vq: VQModel
     _folder: Path | None = None  # where it was loaded from, and its drafters may lie
-    _drafters: Mapping[str, DraftModel] = MappingProxyType({})  # by kind
+    _drafters: Mapping[str, Any] = MappingProxyType({})  # by kind
     samplers: ClassVar[Mapping[str, SamplerSpec]] = SAMPLERS  # those that decode it
     component_classes: ClassVar[dict[str, Any]] = {}  # what a folder of this pipeline holds; filled in by subclasses
 
@@ -95,7 +96,7 @@ class ImagePipeline(DiffusionPipeline):
         folder = resolve_model(name)
         if isinstance(folder, str):
             parts_of_all = {part for k in (cls, *cls.__subclasses__()) for part in k.component_classes}
-            folder = _download(folder, [*sorted(parts_of_all), *KINDS, "draft"])
+            folder = _download(folder, [*sorted(parts_of_all), *DRAFTERS])
         try:
             index = json.loads((folder / "model_index.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
@@ -331,8 +332,9 @@ class ImagePipeline(DiffusionPipeline):
 
     def load_drafter(self, path: str | Path) -> None:
         """Give the model a drafter for the samplers that need one (see `visar.drafters.loading.load_drafter`)."""
-        model = load_drafter(path, self.gpt, self.grid)
-        self._drafters = {**self._drafters, kind_of(model): model}
+        target = LlamaGenTarget(self.gpt, self.grid)
+        model = load_drafter(path, target)
+        self._drafters = {**self._drafters, kind_of(model, target).name: model}
 
     def usable_samplers(self) -> list[str]:
         """Names of the samplers that decode it as it is: those that need no drafter, or one that is there."""
@@ -345,8 +347,8 @@ class ImagePipeline(DiffusionPipeline):
         """The folder of such a drafter within the model's own, if there is one."""
         return self._folder / kind if self._folder is not None and (self._folder / kind).is_dir() else None
 
-    def _drafter_for(self, method: Sampler) -> DraftModel | None:
-        """The drafter that a sampler needs: one that was loaded, or one that lies beside the model."""
+    def _drafter_for(self, method: Sampler) -> Any:
+        """The drafter that a sampler needs, if any: one that was loaded, or one in the model's folder."""
         kind = getattr(method, "drafter", None)
         if kind is None:
             return None

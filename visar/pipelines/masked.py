@@ -6,7 +6,6 @@ return one of these where a folder or a file holds one.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import fields
@@ -19,16 +18,16 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from typing_extensions import Self
 
+from visar.drafters.loading import load_drafter
 from visar.engine.graphs import RowGraphs
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
-from visar.families.llamagen.loading import load_part, quiet_conversion
+from visar.families.llamagen.loading import quiet_conversion
 from visar.families.mar.autoencoder import downsample, fingerprint, to_latents
-from visar.families.mar.loading import load_mar
+from visar.families.mar.drafting import MARTarget
 from visar.families.mar.session import MARSession
 from visar.families.mar.transformer import MAR
-from visar.families.specs import resolve_model
 from visar.pipelines.base import ImageOutput, ImagePipeline, checked_output
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.progress import StepCallback
@@ -38,24 +37,6 @@ from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, AnySampler, Continuou
 from visar.stats import MaskedStats
 from visar.text_encoders.t5 import T5CaptionEncoder
 from visar.text_encoders.words import WordEncoder
-
-
-def load_draft(path: str | Path) -> MAR:
-    """A MAR from a published checkpoint file, its own folder, or that of a pipeline. Raises `VisarError`."""
-    file = Path(path).expanduser()
-    if file.is_file():
-        return load_mar(file)
-    folder = resolve_model(path)
-    if isinstance(folder, str):
-        raise VisarError(f"There is no model folder {path}.")
-    folder = folder / "mar" if (folder / "mar").is_dir() else folder
-    try:
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise VisarError(f"{path} holds no MAR: it has no readable config.json.") from error
-    if kind != "MAR":
-        raise VisarError(f"{path} holds a {kind}, not a MAR.")
-    return load_part(MAR, folder, "the draft model")
 
 
 def _default_sampler(free: int) -> MaskedSampler:
@@ -140,22 +121,9 @@ class MaskedPipeline(ImagePipeline):
 
     def load_drafter(self, path: str | Path) -> None:
         """Give the model a smaller one that drafts for it. Raises `VisarError` where the two do not belong together."""
-        draft = load_draft(path)
-        own, its = self.mar.config, draft.config
-        for what, field in (("token grid", "grid"), ("token size", "token_dim"), ("kind of condition", "condition")):
-            if own[field] != its[field]:
-                raise VisarError(f"The draft model {path} has another {what}: {its[field]}, not {own[field]}.")
-        if own.vae and its.vae and own.vae != its.vae:
-            raise VisarError(f"The draft model {path} was trained on the latents of another autoencoder.")
-        for field in ("classes",) if own.condition == "class" else ("buffer", "caption_features"):
-            if own[field] != its[field]:
-                raise VisarError(
-                    f"The draft model {path} takes other conditions: {field} {its[field]}, not {own[field]}."
-                )
-        if own.latest != its.latest:
-            raise VisarError(f"The head of the draft model {path} begins at step {its.latest}, not at {own.latest}.")
+        draft = load_drafter(path, MARTarget(self.mar))
         with quiet_conversion():
-            self._draft = draft.to(self.mar.device, self.mar.dtype).eval()
+            self._draft = draft.to(self.mar.device, self.mar.dtype)
 
     @property
     def _row_graphs(self) -> RowGraphs | None:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from visar.drafters import DraftModel
-from visar.drafters.loading import attach, aux_layers_of
+from visar.drafters.loading import attach, kind_of
 from visar.engine.graphs import Capture, Graph, Kept, cuda_graph
 from visar.engine.guidance import Guidance
 from visar.engine.memory import check_memory, decoding_bytes
 from visar.errors import VisarError
+from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.session import ModelSession
 from visar.samplers import Sampler, Target
@@ -24,7 +24,7 @@ class Call(NamedTuple):
     """What a session is made for: a condition [B, ...] and its mask, a sampler, and what the sampler aims at."""
 
     gpt: LlamaGen
-    drafter: DraftModel | None
+    drafter: Any  # of one of `visar.drafters.DRAFTERS`, or None
     condition: Tensor
     mask: Tensor | None
     method: Sampler
@@ -47,14 +47,15 @@ class Call(NamedTuple):
         halves, length = 2 if c.guidance.active else 1, c.grid**2
         each = decoding_bytes(c.gpt, halves, length, c.method.window)
         check_memory(each, len(c.condition), c.gpt.device)
+        drafted = LlamaGenTarget(c.gpt, c.grid)
         made = ModelSession(
             c.gpt, c.condition, c.mask, length=length, window=c.method.window, grid=c.grid, guidance=c.guidance,
-            aux_layers=aux_layers_of(c.drafter),
+            aux_layers=None if c.drafter is None else kind_of(c.drafter, drafted).aux_layers(c.drafter),
         )  # fmt: skip
         made.codebook = c.codebook
         if c.drafter is not None:
             depth: int = c.method.depth  # type: ignore[attr-defined]
-            made.drafter = attach(made, c.drafter, depth, c.method.window, c.condition, c.mask, c.grid)
+            made.drafter = attach(made, c.drafter, drafted, depth, c.method.window, c.condition, c.mask)
         return made
 
 

@@ -148,7 +148,7 @@ class ModelSession(Session):
         if self.features is not None:
             self.features = self.features[: self.batch]
         if self.drafter is not None:
-            self.drafter.narrow()
+            self.drafter.drop_unconditional()
 
     def reached(self, least: int) -> bool:
         if self.halves == 1 or not self.guidance.over(least):
