@@ -154,11 +154,12 @@ def drafter(options: argparse.Namespace) -> int:
     import torch
 
     from visar.cli.common import load_model, tokens_of
+    from visar.drafters import drafter_kind
     from visar.engine.guidance import Guidance
     from visar.samplers import Target
-    from visar.training.drafter import checked_layers, train_drafter
+    from visar.training.drafter import train_drafter
     from visar.training.loop import TrainConfig, distributed
-    from visar.training.self_generated import draw_tokens
+    from visar.training.self_generated import generate_tokens
 
     if options.minutes is not None and options.steps is not None:
         raise VisarError("Give --minutes or --steps, not both.")
@@ -172,41 +173,43 @@ def drafter(options: argparse.Namespace) -> int:
         )
     temperature = 1.0 if options.temperature is None else options.temperature
     Target(temperature, options.top_k or 0, options.top_p)  # before the weights are read
-    checked_layers(options.drafter_kind, options.layers, 10**9)
+    kind = drafter_kind(options.drafter_kind)
+    kind.checked_layers(options.layers, 10**9)
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
     if own.type == "cpu" and options.dtype is None:
         options.dtype = "float32"  # small updates are lost in bfloat16
-    pipe: Any = load_model(options)
-    pipe.bar = {"disable": True}
-    gpt, defaults = pipe.family.model, pipe.family.defaults
-    checked_layers(options.drafter_kind, options.layers, gpt.config.num_layers)
-    conditions = _conditions(options, pipe.family.classes)
+    model = load_model(options)
+    model.bar = {"disable": True}
+    family = model.family
+    kind.checked_layers(options.layers, family.model.config.num_layers)
+    conditions = _conditions(options, family.classes)
+    defaults: Any = family.defaults
     scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
     law = Target(temperature, defaults.top_k if options.top_k is None else options.top_k, options.top_p)
     out = writable_folder(options.out)
-    tokens = draw_tokens(
-        pipe, conditions, options.images, out / "images.safetensors", options.batch,
+    tokens = generate_tokens(
+        model, conditions, options.images, out / "images.safetensors", options.batch,
         lambda done: print(f"{done} of {options.images} images drawn", file=sys.stderr),
-        draws=rank == 0, sampler="ar", seed=options.seed, guidance_scale=scale, temperature=law.temperature,
+        waits=rank != 0, sampler="ar", seed=options.seed, guidance_scale=scale, temperature=law.temperature,
         top_k=law.top_k, top_p=law.top_p,
     )  # fmt: skip  # "ar", because a large batch is bound by arithmetic, of which drafts waste some
 
     def of(rows: list[int]) -> tuple[Any, Any]:
         chosen = [conditions[i % len(conditions)] for i in rows]
-        encoded = pipe.family.encode(chosen)
+        encoded: Any = family.encode(chosen)
         return encoded if len(encoded) == 2 else (*encoded, torch.ones(len(chosen), 1))
 
     config = TrainConfig(
         out, minutes=math.inf if options.steps else minutes, steps=steps, batch=options.batch, lr=options.lr,
         seed=options.seed, warmup=50, ema=0.99, optimizer="muon", compile=not options.no_compile,
-        device=str(pipe.device),
+        device=str(model.device),
     )  # fmt: skip
     train_drafter(
-        options.drafter_kind, gpt, of, tokens, config, Guidance(scale), law, depth=options.depth,
-        layers=options.layers, grid=pipe.family.layout.rows, stored_as=getattr(torch, options.stored_as),
+        kind.name, family.drafting, of, tokens, config, Guidance(scale), law,
+        depth=options.depth, layers=options.layers, stored_as=getattr(torch, options.stored_as),
     )  # fmt: skip
-    print(out / options.drafter_kind)
+    print(out / kind.name)
     return 0
 
 

@@ -18,6 +18,7 @@ from visar.engine.quantization import check as check_weights
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
 from visar.families.layout import Layout
+from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.loading import load_gpt, load_part, load_vq
 from visar.families.llamagen.preview import CodePreview
@@ -142,6 +143,10 @@ class LlamaGenFamily(DiscreteFamily):
             self.gpt, *encoded, length=self.layout.length, window=window, grid=self.layout.rows, guidance=guidance,
             aux_layers=aux_layers,
         )  # fmt: skip
+
+    @property
+    def drafting(self) -> LlamaGenTarget:
+        return LlamaGenTarget(self.gpt, self.layout.rows)
 
     @property
     def codebook(self) -> Tensor:

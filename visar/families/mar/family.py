@@ -16,6 +16,7 @@ from visar.families.base import ContinuousFamily, Encoded
 from visar.families.layout import Layout
 from visar.families.llamagen.loading import load_part
 from visar.families.mar.autoencoder import AutoencoderKL, downsample, fingerprint, to_latents
+from visar.families.mar.drafting import MARTarget
 from visar.families.mar.loading import load_kl16, load_mar
 from visar.families.mar.session import MARSession
 from visar.families.mar.specs import MAR_MODELS, match_mar
@@ -136,6 +137,10 @@ class MARFamily(ContinuousFamily):
         if draft is not None:
             made.draft = MARSession(draft, encoded[0], order, scale, schedule, given, graphs)
         return made
+
+    @property
+    def drafting(self) -> MARTarget:
+        return MARTarget(self.mar)
 
     @property
     def pixels(self) -> tuple[int, int]:
