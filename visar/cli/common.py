@@ -99,7 +99,7 @@ def is_class_model(options: argparse.Namespace) -> bool:
     if options.vae:
         return True
     if is_file(options):
-        from visar.families.llamagen.loading import load_state
+        from visar.families.weights import load_state
 
         return any(key.startswith("cls_embedding.embedding_table") for key in load_state(options.model))
     return _class_of(options.model).endswith("ClassToImagePipeline")

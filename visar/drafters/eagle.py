@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from visar.engine.component import Component
 from visar.engine.decoder import Attend
 from visar.engine.layers import Linear, RMSNorm
 from visar.families.llamagen.gpt import Block
 
 
-class EagleHead(ModelMixin, ConfigMixin):
+class EagleHead(Component):
     """`fc` joins embedding and feature, both [B, W, dim]; one block of the target's kind follows.
 
     `aux_layers` are layers of the target whose outputs are fused with its last feature into the one that is read;
@@ -27,10 +26,8 @@ class EagleHead(ModelMixin, ConfigMixin):
     code 0 in the place of a caption.
     """
 
-    config_name = "config.json"
     kind = "eagle"
 
-    @register_to_config
     def __init__(
         self,
         dim: int = 1280,

@@ -7,22 +7,18 @@ al. 2024, arXiv:2402.05109) see the root and the drafts on the way as well.
 from __future__ import annotations
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from visar.engine.component import Component
 from visar.engine.layers import Linear, RMSNorm
 
 
-class DraftHeads(ModelMixin, ConfigMixin):
+class DraftHeads(Component):
     """`depth` residual blocks of two matrices; before training all give the target's own law of the root.
 
     `reads_tokens` makes them Hydra's; `target` is the fingerprint of the model that they were trained for.
     """
 
-    config_name = "config.json"
-
-    @register_to_config
     def __init__(self, dim: int = 1280, depth: int = 5, reads_tokens: bool = False, target: str = ""):
         super().__init__()
         self.embedding_norm = RMSNorm(dim) if reads_tokens else None

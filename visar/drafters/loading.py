@@ -13,13 +13,14 @@ from visar.drafters.eagle_runtime import EagleDrafter
 from visar.drafters.heads import DraftHeads
 from visar.drafters.heads_runtime import HeadsDrafter
 from visar.drafters.published import is_published, published_eagle
-from visar.drafters.shallow import with_layers
+from visar.drafters.shallow import ExitHead, SkippedLayers, with_layers
 from visar.engine.drafter import Drafter, SessionDrafter, Timed
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.loading import gpt_of, load_part, load_state, quiet_conversion
+from visar.families.llamagen.loading import gpt_of
 from visar.families.llamagen.session import ModelSession
 from visar.families.specs import resolve_model
+from visar.families.weights import load_part, load_state, quiet_conversion
 
 
 def load_drafter(path: str | Path, target: LlamaGen, grid: int) -> DraftModel:
@@ -120,7 +121,12 @@ def attach(
 
 
 def _own_session(
-    session: ModelSession, model: DraftModel, window: int, condition: Tensor, mask: Tensor | None, grid: int
+    session: ModelSession,
+    model: LlamaGen | ExitHead | SkippedLayers,
+    window: int,
+    condition: Tensor,
+    mask: Tensor | None,
+    grid: int,
 ) -> SessionDrafter:
     gpt = model if isinstance(model, LlamaGen) else with_layers(session.model, *model.blocks(session.model))
     # The root of the drafter's own session is one node before that of the tree.

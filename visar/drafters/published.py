@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from visar.drafters.eagle import EagleHead
+from visar.engine.component import fill
 from visar.errors import VisarError
-from visar.families.llamagen.loading import fill
 
 PARTS = ("q_proj", "k_proj", "v_proj")  # joined in one matrix here
 KEYS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -12,14 +11,15 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from visar.drafters import KINDS, DraftModel
 from visar.drafters.loading import kind_of, load_drafter
+from visar.engine.component import Component
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, Snapshot, decode
@@ -30,9 +30,9 @@ from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.loading import load_part, quiet_conversion
 from visar.families.llamagen.vq import VQModel
 from visar.families.specs import resolve_model
+from visar.families.weights import load_part, quiet_conversion
 from visar.files import replacing, writable_folder
 from visar.host import has_bfloat16
 from visar.pipelines.notebook import output_html
@@ -143,8 +143,9 @@ class ImagePipeline(DiffusionPipeline):
         for part, module in self.stored_parts().items():
             if part in parts_of:
                 continue
-            if part in dtypes and isinstance(module, ModelMixin):
-                module = nn.Module.to(copy.deepcopy(module), dtypes[part])
+            if isinstance(module, Component):
+                module.save_pretrained(folder / part, dtypes.get(part))
+                continue
             module.save_pretrained(folder / part)
             config = json.loads((folder / part / "config.json").read_text())
             if config.pop("_name_or_path", None):  # where it was loaded from means nothing elsewhere

@@ -23,12 +23,12 @@ from visar.engine.graphs import RowGraphs
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
-from visar.families.llamagen.loading import load_part, quiet_conversion
 from visar.families.mar.autoencoder import downsample, fingerprint, to_latents
 from visar.families.mar.loading import load_mar
 from visar.families.mar.session import MARSession
 from visar.families.mar.transformer import MAR
 from visar.families.specs import resolve_model
+from visar.families.weights import load_part, quiet_conversion
 from visar.pipelines.base import ImageOutput, ImagePipeline, checked_output
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.progress import StepCallback

@@ -26,7 +26,7 @@ from visar.drafters.losses import DraftLoss, EagleLoss, HeadsLoss, ModelLoss, Sh
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError, unknown
 from visar.families.llamagen.gpt import CaptionEmbedding, LlamaGen
-from visar.families.llamagen.loading import quiet_conversion
+from visar.families.weights import quiet_conversion
 from visar.files import replacing, writable_folder
 from visar.samplers.distribution import Target
 from visar.training.ar import initialise

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
+
+from visar.engine.component import Component
 
 
 @dataclass(frozen=True)
@@ -189,12 +189,9 @@ class Codebook(nn.Module):
         return (z @ self.codes.T).argmax(-1)
 
 
-class VQModel(ModelMixin, ConfigMixin):
+class VQModel(Component):
     """LlamaGen's VQ tokenizer: images in [-1, 1] to ids in raster order and back."""
 
-    config_name = "config.json"
-
-    @register_to_config
     def __init__(
         self,
         codebook_size: int = 16384,

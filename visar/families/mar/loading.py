@@ -17,11 +17,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from visar.engine.component import fill
 from visar.errors import VisarError
-from visar.families.llamagen.loading import NESTINGS, fill, load_state, shape_of
 from visar.families.mar.autoencoder import KLSizes, build
 from visar.families.mar.transformer import MAR
 from visar.families.specs import match_mar_heads
+from visar.families.weights import NESTINGS, load_state, shape_of
 
 # What diffusers' keys are called in latent diffusion, one after the other; levels of the decoder are counted apart.
 RENAMES = {
