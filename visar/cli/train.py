@@ -75,7 +75,7 @@ def mar(options: argparse.Namespace) -> int:
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
-    vae = _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder).eval()
+    vae = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder).eval()
     encoder = _component("text_encoders.words.WordEncoder", options.words)
     train_mar(
         data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
@@ -237,7 +237,7 @@ def assemble(options: argparse.Namespace) -> int:
     else:
         parts = (
             _component("families.mar.transformer.MAR", options.mar),
-            _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder),
+            _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder),
         )
         encoder = _component("text_encoders.words.WordEncoder", home)
         pipe = MaskedTextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor
 from typing_extensions import Self
 
@@ -23,7 +22,7 @@ from visar.engine.graphs import RowGraphs
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
-from visar.families.mar.autoencoder import downsample, fingerprint, to_latents
+from visar.families.mar.autoencoder import KLAutoencoder, downsample, fingerprint, to_latents
 from visar.families.mar.loading import load_mar
 from visar.families.mar.session import MARSession
 from visar.families.mar.transformer import MAR
@@ -82,7 +81,7 @@ class MaskedPipeline(ImagePipeline):
     """What the two share: `mar`, `vae`, and a smaller MAR for samplers that draft with one."""
 
     mar: MAR
-    vae: AutoencoderKL
+    vae: KLAutoencoder
     samplers = CONTINUOUS
     _draft: MAR | None = None
 
@@ -135,7 +134,7 @@ class MaskedPipeline(ImagePipeline):
         """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, grid**2, d]."""
         latents = to_latents(tokens, self.grid) / self.vae.config.scaling_factor
         latents = latents.to(self.vae.device, self.vae.dtype)
-        parts = [self.vae.decode(part).sample.float() for part in latents.split(batch)]
+        parts = [self.vae.decode(part).float() for part in latents.split(batch)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     def load_drafter(self, path: str | Path) -> None:
@@ -304,21 +303,21 @@ class MaskedTextToImagePipeline(MaskedPipeline, TextToImagePipeline):
 
     component_classes: ClassVar[dict[str, Any]] = {
         "mar": MAR,
-        "vae": AutoencoderKL,
+        "vae": KLAutoencoder,
         "text_encoder": {"WordEncoder": WordEncoder, "T5CaptionEncoder": T5CaptionEncoder},
     }
 
     def __init__(
         self,
         mar: MAR,
-        vae: AutoencoderKL,
+        vae: KLAutoencoder,
         text_encoder: WordEncoder | T5CaptionEncoder,
         guidance_scale: float = 3.0,
         guidance_schedule: str = "linear",
         temperature: float = 1.0,
     ):
         ImagePipeline.__init__(self)
-        self.register_modules(mar=mar, vae=vae, text_encoder=text_encoder)
+        self.register_modules(mar=mar, vae=KLAutoencoder.of(vae), text_encoder=text_encoder)
         self.register_to_config(
             guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, temperature=temperature
         )
@@ -328,18 +327,18 @@ class MaskedTextToImagePipeline(MaskedPipeline, TextToImagePipeline):
 class MaskedClassToImagePipeline(MaskedPipeline, ClassToImagePipeline):
     """MAR-B, MAR-L and MAR-H: Li et al. 2024, arXiv:2406.11838."""
 
-    component_classes: ClassVar[dict[str, Any]] = {"mar": MAR, "vae": AutoencoderKL}
+    component_classes: ClassVar[dict[str, Any]] = {"mar": MAR, "vae": KLAutoencoder}
 
     def __init__(
         self,
         mar: MAR,
-        vae: AutoencoderKL,
+        vae: KLAutoencoder,
         guidance_scale: float = 2.9,
         guidance_schedule: str = "linear",
         temperature: float = 1.0,
     ):
         ImagePipeline.__init__(self)
-        self.register_modules(mar=mar, vae=vae)
+        self.register_modules(mar=mar, vae=KLAutoencoder.of(vae))
         self.register_to_config(
             guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, temperature=temperature
         )
