@@ -34,9 +34,7 @@ class SamplerSpec:
     make: Callable[[], Any]
     paper: str
     law: str  # "exact", or in what sense it is not
-    drafter: str = (
-        ""  # the kind of drafter that it needs, one of `visar.drafters.KINDS`, "draft" (a smaller MAR), or none
-    )
+    drafter: str = ""  # the kind of drafter that it needs, one of `visar.drafters.DRAFTERS`, or none
 
     def parameters(self) -> dict[str, Any]:
         """The sampler's fields and their defaults."""

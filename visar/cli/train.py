@@ -75,7 +75,7 @@ def mar(options: argparse.Namespace) -> int:
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
-    vae = _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder).eval()
+    vae = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder).eval()
     encoder = _component("text_encoders.words.WordEncoder", options.words)
     train_mar(
         data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
@@ -110,7 +110,7 @@ def ar(options: argparse.Namespace) -> int:
     if options.dim % options.heads or options.dim // options.heads % 4:
         raise VisarError("--dim must be a multiple of --heads, and their ratio a multiple of 4.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
-    vq = VQModel.from_pretrained(_folder(options.tokenizer), low_cpu_mem_usage=False).eval()
+    vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
     train_ar(data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn)
     return 0
@@ -154,11 +154,12 @@ def drafter(options: argparse.Namespace) -> int:
     import torch
 
     from visar.cli.common import load_model, tokens_of
+    from visar.drafters import drafter_kind
     from visar.engine.guidance import Guidance
     from visar.samplers import Target
-    from visar.training.drafter import checked_layers, train_drafter
+    from visar.training.drafter import train_drafter
     from visar.training.loop import TrainConfig, distributed
-    from visar.training.self_generated import draw_tokens
+    from visar.training.self_generated import generate_tokens
 
     if options.minutes is not None and options.steps is not None:
         raise VisarError("Give --minutes or --steps, not both.")
@@ -172,41 +173,43 @@ def drafter(options: argparse.Namespace) -> int:
         )
     temperature = 1.0 if options.temperature is None else options.temperature
     Target(temperature, options.top_k or 0, options.top_p)  # before the weights are read
-    checked_layers(options.drafter_kind, options.layers, 10**9)
+    kind = drafter_kind(options.drafter_kind)
+    kind.checked_layers(options.layers, 10**9)
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
     if own.type == "cpu" and options.dtype is None:
         options.dtype = "float32"  # small updates are lost in bfloat16
-    pipe: Any = load_model(options)
-    pipe.bar = {"disable": True}
-    gpt, defaults = pipe.family.model, pipe.family.defaults
-    checked_layers(options.drafter_kind, options.layers, gpt.config.num_layers)
-    conditions = _conditions(options, pipe.family.classes)
+    model = load_model(options)
+    model.bar = {"disable": True}
+    family = model.family
+    kind.checked_layers(options.layers, family.model.config.num_layers)
+    conditions = _conditions(options, family.classes)
+    defaults: Any = family.defaults
     scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
     law = Target(temperature, defaults.top_k if options.top_k is None else options.top_k, options.top_p)
     out = writable_folder(options.out)
-    tokens = draw_tokens(
-        pipe, conditions, options.images, out / "images.safetensors", options.batch,
+    tokens = generate_tokens(
+        model, conditions, options.images, out / "images.safetensors", options.batch,
         lambda done: print(f"{done} of {options.images} images drawn", file=sys.stderr),
-        draws=rank == 0, sampler="ar", seed=options.seed, guidance_scale=scale, temperature=law.temperature,
+        waits=rank != 0, sampler="ar", seed=options.seed, guidance_scale=scale, temperature=law.temperature,
         top_k=law.top_k, top_p=law.top_p,
     )  # fmt: skip  # "ar", because a large batch is bound by arithmetic, of which drafts waste some
 
     def of(rows: list[int]) -> tuple[Any, Any]:
         chosen = [conditions[i % len(conditions)] for i in rows]
-        encoded = pipe.family.encode(chosen)
+        encoded: Any = family.encode(chosen)
         return encoded if len(encoded) == 2 else (*encoded, torch.ones(len(chosen), 1))
 
     config = TrainConfig(
         out, minutes=math.inf if options.steps else minutes, steps=steps, batch=options.batch, lr=options.lr,
         seed=options.seed, warmup=50, ema=0.99, optimizer="muon", compile=not options.no_compile,
-        device=str(pipe.device),
+        device=str(model.device),
     )  # fmt: skip
     train_drafter(
-        options.drafter_kind, gpt, of, tokens, config, Guidance(scale), law, depth=options.depth,
-        layers=options.layers, grid=pipe.family.layout.rows, stored_as=getattr(torch, options.stored_as),
+        kind.name, family.drafting, of, tokens, config, Guidance(scale), law,
+        depth=options.depth, layers=options.layers, stored_as=getattr(torch, options.stored_as),
     )  # fmt: skip
-    print(out / options.drafter_kind)
+    print(out / kind.name)
     return 0
 
 
@@ -234,7 +237,7 @@ def assemble(options: argparse.Namespace) -> int:
         settings["top_k"] = options.top_k
     else:
         parts["mar"] = _component("families.mar.transformer.MAR", options.mar)
-        parts["vae"] = _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder)
+        parts["vae"] = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder)
     model = ImageModel(family_of_components(parts).of(parts, settings))
     if options.draft:
         model.load_drafter(options.draft)
@@ -248,7 +251,7 @@ def _component(kind: str, path: str | Path) -> Any:
     """A component from a folder, by its module within visar and its class."""
     import importlib
 
-    from visar.families.llamagen.loading import load_part
+    from visar.families.weights import load_part
 
     module, _, name = kind.rpartition(".")
     return load_part(getattr(importlib.import_module(f"visar.{module}"), name), _folder(path), name)

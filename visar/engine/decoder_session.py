@@ -116,7 +116,7 @@ class DecoderSession(Session):
         cond, uncond = logits.chunk(2)
         return self.guidance.combine(cond, uncond, positions)
 
-    def narrow(self) -> None:
+    def drop_unconditional(self) -> None:
         """Leave the unconditional half, which is of no use once guidance is over in all rows."""
         if self.halves == 1:
             return
@@ -128,12 +128,12 @@ class DecoderSession(Session):
         if self.features is not None:
             self.features = self.features[: self.batch]
         if self.drafter is not None:
-            self.drafter.narrow()
+            self.drafter.drop_unconditional()
 
     def reached(self, least: int) -> bool:
         if self.halves == 1 or not self.guidance.over(least):
             return False
-        self.narrow()
+        self.drop_unconditional()
         return True
 
     def _run(self, x: Tensor, slots: Tensor, at: Tensor, attend: Attend) -> Tensor:

@@ -77,7 +77,7 @@ class Session(ABC):
         """Begin other images, of conditions of the same shape, in the same buffers."""
         raise VisarError(f"{type(self).__name__} cannot be started again.")
 
-    def narrow(self) -> None:  # noqa: B027 (a session may have one half only)
+    def drop_unconditional(self) -> None:  # noqa: B027 (a session may have one half only)
         """Leave the unconditional half of the batch: no token from here on is guided."""
 
     def reached(self, least: int) -> bool:

@@ -147,6 +147,11 @@ class Family(ABC):
                 part.to(*args, **kwargs)
         return self
 
+    @property
+    def drafting(self) -> Any:
+        """What drafters ask of their target: a `visar.drafters.base.DrafterTarget`; None where none can be attached."""
+        return None
+
     def quantize(self, weights: str) -> None:
         """Round the weights to 8 bits; "native" leaves them. Raises `VisarError` where a family cannot."""
         if weights != "native":
@@ -180,11 +185,6 @@ class DiscreteFamily(Family):
     @property
     def codebook(self) -> Tensor | None:
         """[V, D], for samplers that ask which tokens look alike."""
-        return None
-
-    @property
-    def drafting(self) -> Any:
-        """What drafters ask of their target (`visar.drafters`); None where none can be attached."""
         return None
 
 

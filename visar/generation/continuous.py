@@ -47,7 +47,7 @@ def run(
     method = model.fitted(model.sampler_of(sampler, window), default=sampler is None, free=free)
     order = sampling_orders(noise, length, given)
     fixed = None if forced is None else forced[order[:, : length - free]]
-    draft = model.drafters.draft(method) if getattr(method, "needs_draft", False) else None
+    draft = model.drafters.of(method)
     session = family.session(
         encoded, order, scale=params.guidance_scale, schedule=params.guidance_schedule or "linear", given=fixed,
         graphs=model.row_graphs, draft=draft,

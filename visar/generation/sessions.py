@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visar.drafters import DraftModel
-from visar.drafters.loading import attach, aux_layers_of
+from visar.drafters.loading import attach, kind_of
 from visar.engine.graphs import Capture, Graph, Kept, cuda_graph
 from visar.engine.guidance import Guidance
 from visar.engine.memory import check_memory
@@ -23,7 +22,7 @@ class Call(NamedTuple):
     """What a session is made for: encoded conditions, a sampler, and the distribution that it aims at."""
 
     family: DiscreteFamily
-    drafter: DraftModel | None
+    drafter: Any  # of one of `visar.drafters.DRAFTERS`, or None
     encoded: Encoded
     method: Sampler
     target: Target
@@ -42,15 +41,20 @@ class Call(NamedTuple):
         """A new session, with the drafter that the sampler needs; a `VisarError` where memory does not do."""
         c, rows = self, len(self.encoded[0])
         check_memory(c.family.bytes_per_image(c.method.window, c.guidance.active), rows, c.family.device)
+        target = c.family.drafting
+        kind = None if c.drafter is None else kind_of(c.drafter, target)
         made = c.family.session(
-            c.encoded, window=c.method.window, guidance=c.guidance, aux_layers=aux_layers_of(c.drafter)
-        )
+            c.encoded, window=c.method.window, guidance=c.guidance,
+            aux_layers=None if kind is None else kind.aux_layers(c.drafter),
+        )  # fmt: skip
         made.codebook = c.family.codebook
-        if c.drafter is not None:
+        if kind is not None:
             depth: int = c.method.depth  # type: ignore[attr-defined]
-            mask = c.encoded[1] if len(c.encoded) > 1 else None
-            rows = c.family.layout.rows
-            made.drafter = attach(made, c.drafter, depth, c.method.window, c.encoded[0], mask, rows)  # type: ignore[arg-type]
+            condition, *masks = c.encoded
+            session: Any = made
+            made.drafter = attach(
+                session, c.drafter, target, depth, c.method.window, condition, masks[0] if masks else None
+            )
         return made
 
 
