@@ -10,9 +10,9 @@ import torch
 from tests.helpers.recording import Recorder
 from visar.engine import memory
 from visar.errors import VisarError
-from visar.pipelines import TextToImagePipeline
 from visar.generation.progress import Progress
 from visar.generation.sessions import Sessions
+from visar.pipelines import TextToImagePipeline
 
 PROMPTS = ["red heart", "blue star"]
 

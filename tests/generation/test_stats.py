@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny import GRID
+from visar.generation.notebook import MOST, SIDE
+from visar.generation.output import ImageOutput
 from visar.generation.stats import DecodeStats, MaskedStats
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
-from visar.generation.output import ImageOutput
-from visar.generation.notebook import MOST, SIDE
 
 
 def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> DecodeStats:
@@ -90,7 +90,10 @@ def test_table() -> None:
 
 def test_law_in_words() -> None:
     relaxed = stats_of(exact=False, exactness="relaxed")
-    assert dict(Table(relaxed._repr_html_()).rows)["distribution"] == "relaxed: images have another distribution than the model's own"
+    assert (
+        dict(Table(relaxed._repr_html_()).rows)["distribution"]
+        == "relaxed: images have another distribution than the model's own"
+    )
     greedy = stats_of(exact=False, exactness="exact for greedy decoding; does not sample")
     assert dict(Table(greedy._repr_html_()).rows)["distribution"] == greedy.exactness
 

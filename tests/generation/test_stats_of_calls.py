@@ -15,8 +15,8 @@ import torch
 from tests.helpers.tiny import GRID
 from visar.engine.loop import decode
 from visar.errors import VisarError
-from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.generation.progress import Progress
+from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import (
     SAMPLERS,
     Autoregressive,

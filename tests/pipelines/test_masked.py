@@ -79,7 +79,9 @@ def fast(name: str) -> Any:
 
 def test_the_front_loads_the_masked_family(pipe: Any) -> None:
     assert type(pipe) is TextToImagePipeline and pipe.image_model.family.pixels == (6, 6)
-    with pytest.raises(VisarError, match="is called with a prompt; load it with visar.load, or TextToImagePipeline"):
+    with pytest.raises(
+        VisarError, match=r"is called with a prompt, not a class; load it with visar.load, or TextToImagePipeline"
+    ):
         ClassToImagePipeline.from_pretrained(pipe.image_model.folder)
 
 
@@ -168,9 +170,7 @@ def test_bfloat16_keeps_the_head_in_float32_and_float16_is_refused(pipe: Any) ->
 
 
 def test_files_may_be_of_half_precision(masked_folder: Path, words: WordEncoder, tmp_path: Path) -> None:
-    TextToImagePipeline.from_pretrained(masked_folder).save_pretrained(
-        tmp_path / "half", dtypes={"mar": torch.float16}
-    )
+    TextToImagePipeline.from_pretrained(masked_folder).save_pretrained(tmp_path / "half", dtypes={"mar": torch.float16})
     again = TextToImagePipeline.from_pretrained(tmp_path / "half").to(torch.float32)
     assert again.mar.diffloss.net.input_proj.weight.dtype == torch.float32
     size = (tmp_path / "half" / "mar" / "diffusion_pytorch_model.safetensors").stat().st_size

@@ -27,8 +27,8 @@ from visar.eval.benchmark.profiling import (
     group_of_kernel,
     group_of_launch,
     group_of_operator,
-    profile_passes,
     profile_model,
+    profile_passes,
     ranges,
 )
 from visar.eval.benchmark.steady import steady
