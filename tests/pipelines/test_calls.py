@@ -249,11 +249,23 @@ NAN = {"norm.weight": torch.full((32,), torch.nan)}
 DAMAGE = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "is not a saved pipeline: it has no readable model_"),
     "index cut": (lambda f: (f / "model_index.json").write_text("{"), "no readable model_index"),
-    "index a list": (lambda f: (f / "model_index.json").write_text("[]"), "is not a saved pipeline: model_index.json holds no object"),
-    "another model": (lambda f: index(f, _class_name="Other", gpt=None), "holds 'Other', which no family of visar loads"),
-    "unknown encoder": (lambda f: index(f, text_encoder=["x", "Clip"]), "text_encoder holds a Clip; text encoders are WordEncoder and T5"),
-    "no encoder": (lambda f: index(f, text_encoder=None), "takes captions: it needs a text_encoder"),
-    "unknown setting": (lambda f: index(f, colour=3), "has a setting 'colour'; known are grid, guidance_scale, top_k"),
+    "index a list": (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json holds no object"),
+    "another model": (
+        lambda f: index(f, _class_name="Other", gpt=None),
+        "holds 'Other', which no family of visar loads",
+    ),
+    "unknown encoder": (
+        lambda f: index(f, text_encoder=["x", "Clip"]),
+        "text_encoder holds a Clip; text encoders are WordEncoder and T5",
+    ),
+    "no encoder": (
+        lambda f: index(f, text_encoder=None),
+        "takes captions: it needs a text_encoder",
+    ),
+    "unknown setting": (
+        lambda f: index(f, colour=3),
+        "has a setting 'colour'; known are grid, guidance_scale, top_k",
+    ),
     "weights cut": (cut, "Cannot read .*gpt.*truncated"),
     "weights gone": (lambda f: (f / WEIGHTS).unlink(), "There is no diffusion_pytorch_model.safetensors in .*gpt"),
     "encoder gone": (lambda f: shutil.rmtree(f / "text_encoder"), "Could not load 'text_encoder' from"),

@@ -204,7 +204,7 @@ def test_a_draft_model_must_belong_to_the_target(pipe: Any, tmp_path: Path) -> N
 
 
 def test_a_model_and_its_autoencoder_belong_together(words: WordEncoder) -> None:
-    with pytest.raises(VisarError, match="tokens of 4 numbers, but the autoencoder's have 2"):
+    with pytest.raises(VisarError, match="tokens have 4 numbers, but the autoencoder's have 2"):
         TextToImagePipeline(mar=text_mar(), vae=small_vae(2), text_encoder=words)
     with pytest.raises(VisarError, match="another autoencoder"):
         TextToImagePipeline(mar=text_mar(vae="0" * 16), vae=small_vae(), text_encoder=words)
@@ -264,7 +264,7 @@ def test_samplers_of_the_other_family_are_refused(pipe: Any, text_pipe: TextToIm
         pipe("red heart", sampler="scd")
     with pytest.raises(VisarError, match="'mar' does not decode this model; those that do: ar,"):
         text_pipe("red heart", sampler="mar")
-    with pytest.raises(VisarError, match="guidance_schedule is for masked models"):
+    with pytest.raises(VisarError, match="guidance_schedule is for models of continuous tokens"):
         text_pipe("red heart", guidance_schedule="linear")
     for name, value in (("top_k", 5), ("top_p", 0.5), ("guidance_interval", 3)):
         with pytest.raises(VisarError, match=f"{name} is for models of discrete tokens"):
@@ -281,8 +281,9 @@ def test_samplers_of_the_other_family_are_refused(pipe: Any, text_pipe: TextToIm
         (dict(sampler=("cspd", dict(gamma=0))), "gamma must be 1 or more"),
         (dict(sampler=("cspd", dict(prefill=1.5))), "prefill must be a share"),
         (dict(sampler=("cspd", {}), temperature=0.0), "compares densities"),
-        (dict(sampler=("mar", {}), temperature=-1.0), "temperature must be 0, or 0.01 or more"),
-        (dict(sampler=("mar", FAST), guidance_schedule="cosine"), "must be linear or constant, not 'cosine'"),
+        (dict(sampler=("mar", {}), temperature=-1.0), "temperature must be 0 or more, not -1"),
+        (dict(sampler=("mar", FAST), temperature=0.001), "temperature must be 0, or 0.01 or more"),
+        (dict(sampler=("mar", FAST), guidance_schedule="cosine"), "must be constant or linear, not 'cosine'"),
         (dict(sampler=("mar", FAST), guidance_scale=float("nan")), "guidance_scale must be a finite number"),
     ],
 )

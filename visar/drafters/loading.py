@@ -12,7 +12,7 @@ from visar.drafters.base import DRAFTERS, DrafterLoading, DrafterTarget, DraftKi
 from visar.engine.drafter import Drafter, Timed
 from visar.errors import VisarError
 from visar.families.source import resolve
-from visar.families.weights import load_part, quiet_conversion
+from visar.families.weights import load_part
 
 
 def load_drafter(path: str | Path, target: Any) -> Any:
@@ -79,7 +79,6 @@ def attach(
     mask: Tensor | None,
 ) -> Drafter:
     """A drafter at work for a session that has the condition and mask given; it drafts `depth` tokens deep."""
-    with quiet_conversion():
-        model.to(session.device, session.model.dtype)
+    model.to(session.device, session.model.dtype)
     kind = kind_of(model, target)
     return Timed(kind.attach(session, model, target, depth, window, condition, mask), session.device)

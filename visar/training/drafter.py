@@ -19,7 +19,6 @@ from visar.drafters.loss import DraftLoss
 from visar.engine.decoder import Decoder
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
-from visar.families.weights import quiet_conversion
 from visar.files import replacing, writable_folder
 from visar.samplers.distribution import Target
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
@@ -92,8 +91,7 @@ def train_drafter(
                 temporary.write_text(row + "\n")
             print(row, flush=True)
     if rank == 0:
-        with quiet_conversion():
-            stored = copy.deepcopy(drafter).to(stored_as)
+        stored = copy.deepcopy(drafter).to(stored_as)
         stored.save_pretrained(config.out / kind)
     return drafter
 
