@@ -78,8 +78,8 @@ def test_a_schedule_of_the_host_is_not_captured(
 
 
 def test_too_little_memory_is_said_before(text_pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, length = text_pipe.gpt, text_pipe.image_model.family.layout.length
-    each = memory.decoding_bytes(model, 2, length, 16)
+    length = text_pipe.image_model.family.layout.length
+    each = text_pipe.image_model.family.bytes_per_image(16, guided=True)
     # Two halves of keys and values in fp32 over two layers, two condition slots, and the logits of a window.
     assert each == 2 * 2 * 2 * 32 * (2 + length + 16) * 4 + 12 * 16 * 24 * 4
     monkeypatch.setattr(memory, "free_memory", lambda device: 3 * each)

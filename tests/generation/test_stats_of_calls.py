@@ -106,7 +106,7 @@ def test_forced_tokens_stay(text_pipe: TextToImagePipeline) -> None:
     for sampler in ("ar", "scd"):
         kept = tokens(text_pipe, ["cat", "dog"], sampler=sampler, forced_tokens=forced)
         assert (kept[:, 3:9] == torch.arange(6)).all() and not torch.equal(kept[:, 9:], free[:, 9:])
-    with pytest.raises(VisarError, match="forced must hold 25 entries"):
+    with pytest.raises(VisarError, match="forced_tokens must hold 25 whole numbers"):
         text_pipe("cat", forced_tokens=forced[1:])
 
 
