@@ -19,7 +19,6 @@ from visar.errors import VisarError
 from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.rotary import rotate
-from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import Target
 
 CAPTIONS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(7))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from visar.cli import main
 from visar.drafters import drafter_kinds
-from visar.families.specs import MODELS, resolve_model
+from visar.families.specs import MODELS
 from visar.pipelines import TextToImagePipeline
 
 PROMPTS = (
