@@ -10,13 +10,12 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from visar.errors import VisarError
     from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
-    from visar.samplers import CONTINUOUS, SAMPLERS, Autoregressive, HeadSpeculation, Jacobi, SpeculativeJacobi
+    from visar.samplers import SAMPLERS, Autoregressive, HeadSpeculation, Jacobi, SpeculativeJacobi
 
 # Nothing heavy is imported before it is asked for.
 _HOMES = {
     "ClassToImagePipeline": "visar.pipelines",
     "TextToImagePipeline": "visar.pipelines",
-    "CONTINUOUS": "visar.samplers",
     "SAMPLERS": "visar.samplers",
     "Autoregressive": "visar.samplers",
     "HeadSpeculation": "visar.samplers",
@@ -26,7 +25,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "CONTINUOUS",
     "SAMPLERS",
     "Autoregressive",
     "ClassToImagePipeline",

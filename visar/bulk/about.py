@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import diffusers
@@ -17,7 +16,7 @@ from visar import __version__
 from visar.errors import VisarError
 from visar.pipelines.base import ImagePipeline
 from visar.pipelines.masked import MaskedPipeline
-from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, AnySampler, get_sampler
+from visar.samplers import DEFAULTS, AnySampler, get_sampler, values_of
 
 FORMAT = 1  # of the folder
 SAMPLE = 4096  # numbers of each tensor that the mark of the weights reads
@@ -33,9 +32,9 @@ def resolved_sampler(pipe: ImagePipeline, sampler: str | AnySampler | None) -> A
     if sampler is not None:
         return pipe.fitted(pipe.sampler_of(sampler))
     if isinstance(pipe, MaskedPipeline):
-        made = get_sampler(DEFAULT_CONTINUOUS)
+        made = get_sampler(DEFAULTS["continuous"])
         return get_sampler(made, steps=min(made.steps, pipe.model.length))
-    return pipe.fitted(get_sampler(DEFAULT_SAMPLER))
+    return pipe.fitted(get_sampler(DEFAULTS["discrete"]))
 
 
 def resolved_settings(pipe: ImagePipeline, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,9 +63,8 @@ def weights_mark(pipe: ImagePipeline) -> str:
 
 
 def method_of(sampler: Any) -> dict[str, Any]:
-    """Name, parameters and law of a sampler."""
-    parameters = {f.name: getattr(sampler, f.name) for f in fields(sampler)}
-    return {"sampler": sampler.name, "parameters": parameters, "exact": sampler.exact}
+    """Name and parameters of a sampler, and whether it is exact."""
+    return {"sampler": sampler.name, "parameters": values_of(sampler), "exact": sampler.exact}
 
 
 def machine(pipe: ImagePipeline) -> dict[str, Any]:

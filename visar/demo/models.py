@@ -9,7 +9,7 @@ from typing import Any
 
 from visar.pipelines import ClassToImagePipeline
 from visar.pipelines.base import ImagePipeline
-from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, spec_of
+from visar.samplers import DEFAULTS, spec_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DemoModel:
 
     @property
     def default_sampler(self) -> str:
-        return next(name for name in (DEFAULT_SAMPLER, DEFAULT_CONTINUOUS) if name in self.samplers)
+        return next(name for name in DEFAULTS.values() if name in self.samplers)
 
     @property
     def baseline(self) -> str:

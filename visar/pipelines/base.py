@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -41,14 +41,16 @@ from visar.pipelines.progress import Progress, StepCallback, to_pil
 from visar.pipelines.rows import noise_of
 from visar.pipelines.sessions import Call, Sessions
 from visar.samplers import (
-    DEFAULT_SAMPLER,
+    DEFAULTS,
     SAMPLERS,
     AnySampler,
     ContinuousTarget,
     Sampler,
-    SamplerSpec,
     Target,
+    check_sampler,
     get_sampler,
+    samplers_for,
+    values_of,
 )
 from visar.stats import DecodeStats
 
@@ -83,7 +85,7 @@ class ImagePipeline(DiffusionPipeline):
     vq: VQModel
     _folder: Path | None = None  # where it was loaded from, and its drafters may lie
     _drafters: Mapping[str, DraftModel] = MappingProxyType({})  # by kind
-    samplers: ClassVar[Mapping[str, SamplerSpec]] = SAMPLERS  # those that decode it
+    token_kind: ClassVar[str] = "discrete"  # of the samplers that decode it
     component_classes: ClassVar[dict[str, Any]] = {}  # what a folder of this pipeline holds; filled in by subclasses
 
     @classmethod
@@ -204,7 +206,7 @@ class ImagePipeline(DiffusionPipeline):
         checked_output(output_type)
         if guidance_schedule not in (None, "constant"):
             raise VisarError("guidance_schedule is for masked models; guidance of this one is constant.")
-        method = self.fitted(self.sampler_of(DEFAULT_SAMPLER if sampler is None else sampler, window))
+        method = self.fitted(self.sampler_of(DEFAULTS["discrete"] if sampler is None else sampler, window))
         scale = self.config.guidance_scale if guidance_scale is None else guidance_scale
         if not math.isfinite(scale):
             raise VisarError(f"guidance_scale must be a finite number, not {scale}.")
@@ -232,9 +234,9 @@ class ImagePipeline(DiffusionPipeline):
             draft_seconds = None  # what happens within a graph cannot be timed
         stats = DecodeStats(
             sampler=method.name,
-            parameters={f.name: getattr(method, f.name) for f in fields(method)},  # type: ignore[arg-type]
+            parameters=values_of(method),
             exact=method.exact,
-            law=SAMPLERS[method.name].law if method.name in SAMPLERS else ("exact" if method.exact else "relaxed"),
+            law=SAMPLERS[method.name].exactness if method.name in SAMPLERS else "exact" if method.exact else "relaxed",
             seed=seed,
             settings={
                 "guidance_scale": scale,
@@ -293,16 +295,12 @@ class ImagePipeline(DiffusionPipeline):
 
     def sampler_of(self, sampler: str | AnySampler, window: int | None = None) -> Any:
         """The sampler that is meant, with another window if one is given; a `VisarError` if it is of another family."""
-        method = get_sampler(sampler, window=window)
-        if not isinstance(method, tuple({type(spec.make()) for spec in self.samplers.values()})):
-            raise VisarError(
-                f"Sampler {method.name!r} does not decode this model; those that do: {', '.join(self.samplers)}."
-            )
-        return method
+        check_sampler(sampler if not isinstance(sampler, str) else get_sampler(sampler), self.token_kind)
+        return get_sampler(sampler, window=window)
 
     def fitted(self, sampler: Any) -> Any:
         """The sampler with the cells in a row of this model's images, where it asks for them."""
-        if "grid" in {f.name for f in fields(sampler)} and not sampler.grid:
+        if values_of(sampler).get("grid") == 0:
             return get_sampler(sampler, grid=self.grid)
         return sampler
 
@@ -336,7 +334,11 @@ class ImagePipeline(DiffusionPipeline):
 
     def usable_samplers(self) -> list[str]:
         """Names of the samplers that decode it as it is: those that need no drafter, or one that is there."""
-        return [name for name, spec in self.samplers.items() if not spec.drafter or self._has_drafter(spec.drafter)]
+        return [
+            name
+            for name, spec in samplers_for(self.token_kind).items()
+            if not spec.drafter or self._has_drafter(spec.drafter)
+        ]
 
     def _has_drafter(self, kind: str) -> bool:
         return kind in self._drafters or self._beside(kind) is not None

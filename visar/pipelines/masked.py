@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,7 +33,7 @@ from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.progress import StepCallback
 from visar.pipelines.rows import noise_of
 from visar.pipelines.text_to_image import TextToImagePipeline
-from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, AnySampler, ContinuousTarget, MaskedSampler, get_sampler
+from visar.samplers import DEFAULTS, AnySampler, ContinuousTarget, MaskedSampler, get_sampler, values_of
 from visar.stats import MaskedStats
 from visar.text_encoders.t5 import T5CaptionEncoder
 from visar.text_encoders.words import WordEncoder
@@ -60,7 +59,7 @@ def load_draft(path: str | Path) -> MAR:
 
 def _default_sampler(free: int) -> MaskedSampler:
     """The default of the table, with no more passes than there are tokens to draw."""
-    made = CONTINUOUS[DEFAULT_CONTINUOUS].make()
+    made = get_sampler(DEFAULTS["continuous"])
     return get_sampler(made, steps=min(made.steps, free))
 
 
@@ -83,7 +82,7 @@ class MaskedPipeline(ImagePipeline):
 
     mar: MAR
     vae: AutoencoderKL
-    samplers = CONTINUOUS
+    token_kind = "continuous"
     _draft: MAR | None = None
 
     @property
@@ -245,7 +244,7 @@ class MaskedPipeline(ImagePipeline):
         rounds, evaluations = (sum(getattr(c, n) for c in session.chains) for n in ("rounds", "evaluations"))
         stats = MaskedStats(
             sampler=method.name,
-            parameters={f.name: getattr(method, f.name) for f in fields(method)},
+            parameters=values_of(method),
             exact=method.exact,
             law="exact" if method.exact else "relaxed",
             seed=seed,
