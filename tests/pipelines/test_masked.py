@@ -262,9 +262,9 @@ def test_a_sampler_without_its_draft_model_says_so(words: WordEncoder) -> None:
 
 
 def test_samplers_of_the_other_family_are_refused(pipe: Any, text_pipe: TextToImagePipeline) -> None:
-    with pytest.raises(VisarError, match="'scd' is for discrete tokens. For continuous ones there are: mar"):
+    with pytest.raises(VisarError, match="'scd' is for discrete tokens"):
         pipe("red heart", sampler="scd")
-    with pytest.raises(VisarError, match="'mar' is for continuous tokens. For discrete ones there are: ar,"):
+    with pytest.raises(VisarError, match="'mar' is for continuous tokens"):
         text_pipe("red heart", sampler="mar")
     with pytest.raises(VisarError, match="guidance_schedule is for masked models"):
         text_pipe("red heart", guidance_schedule="linear")
@@ -315,7 +315,7 @@ def test_the_command_line_knows_the_family(
     found = json.loads(capsys.readouterr().out)
     assert found["sampler"] == "mar-headspec" and found["parameters"]["adaptive"] is False and found["head_rounds"]
     assert main(["generate", "red heart", *model, "--sampler", "scd", "-o", out]) == 2
-    assert "For continuous ones there are: mar" in capsys.readouterr().err
+    assert "For continuous ones there are" in capsys.readouterr().err
     assert main(["generate", "red heart", *model, "--set", "adaptive=maybe", "-o", out]) == 2
     assert "must be true or false" in capsys.readouterr().err
     assert main(["generate", "red heart", *model, "--dtype", "float16", "-o", str(tmp_path / "b.png")]) == 2
