@@ -19,7 +19,7 @@ from visar.pipelines import (
     MaskedTextToImagePipeline,
     TextToImagePipeline,
 )
-from visar.samplers import CONTINUOUS, ContinuousSpeculative, HeadSpeculation, MaskedAutoregressive
+from visar.samplers import ContinuousSpeculative, HeadSpeculation, MaskedAutoregressive, samplers_for, spec_of
 from visar.text_encoders.words import WordEncoder
 from visar.training.mar import initialise
 
@@ -72,7 +72,7 @@ def pipe(masked_folder: Path) -> Any:
 
 
 def fast(name: str) -> Any:
-    made: Any = CONTINUOUS[name].make()
+    made: Any = spec_of(name).make()
     if isinstance(made, ContinuousSpeculative):
         return ContinuousSpeculative(gamma=2, head_steps=6, factor=made.factor, nested=made.nested)
     kind = HeadSpeculation if isinstance(made, HeadSpeculation) else MaskedAutoregressive
@@ -85,12 +85,12 @@ def test_the_front_loads_the_masked_family(pipe: Any) -> None:
         ClassToImagePipeline.from_pretrained(pipe._folder)
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("name", samplers_for("continuous"))
 def test_every_sampler_draws_and_says_what_it_did(pipe: Any, name: str) -> None:
     out = pipe(["red heart", "blue cat"], sampler=fast(name), num_images_per_prompt=2)
     stats = out.stats
     assert [i.size for i in out.images] == [(6, 6)] * 4 and out.tokens.shape == (4, GRID**2, 4)
-    assert stats.exact == (CONTINUOUS[name].law == "exact") and stats.law == CONTINUOUS[name].law
+    assert stats.exact == spec_of(name).exact and stats.law == spec_of(name).exactness
     assert stats.nfe == max(stats.passes_per_image) == int(out.commit_pass.max()) + 1
     assert (out.commit_pass >= 0).all() and stats.head_rounds > 0
     assert json.loads(json.dumps(stats.to_dict()))["head_rounds"] == stats.head_rounds and name.split("-")[0] in str(
@@ -262,9 +262,9 @@ def test_a_sampler_without_its_draft_model_says_so(words: WordEncoder) -> None:
 
 
 def test_samplers_of_the_other_family_are_refused(pipe: Any, text_pipe: TextToImagePipeline) -> None:
-    with pytest.raises(VisarError, match="'scd' does not decode this model; those that do: mar,"):
+    with pytest.raises(VisarError, match="'scd' is for discrete tokens"):
         pipe("red heart", sampler="scd")
-    with pytest.raises(VisarError, match="'mar' does not decode this model; those that do: ar,"):
+    with pytest.raises(VisarError, match="'mar' is for continuous tokens"):
         text_pipe("red heart", sampler="mar")
     with pytest.raises(VisarError, match="guidance_schedule is for masked models"):
         text_pipe("red heart", guidance_schedule="linear")
@@ -315,7 +315,7 @@ def test_the_command_line_knows_the_family(
     found = json.loads(capsys.readouterr().out)
     assert found["sampler"] == "mar-headspec" and found["parameters"]["adaptive"] is False and found["head_rounds"]
     assert main(["generate", "red heart", *model, "--sampler", "scd", "-o", out]) == 2
-    assert "does not decode this model" in capsys.readouterr().err
+    assert "For continuous ones there are" in capsys.readouterr().err
     assert main(["generate", "red heart", *model, "--set", "adaptive=maybe", "-o", out]) == 2
     assert "must be true or false" in capsys.readouterr().err
     assert main(["generate", "red heart", *model, "--dtype", "float16", "-o", str(tmp_path / "b.png")]) == 2

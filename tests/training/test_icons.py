@@ -10,6 +10,7 @@ from PIL import Image
 
 from visar.cli import main
 from visar.drafters import drafter_kinds
+from visar.families.source import resolve
 from visar.families.specs import MODELS
 from visar.pipelines import TextToImagePipeline
 

@@ -13,7 +13,7 @@ import torch
 from visar import __version__
 from visar.errors import VisarError
 from visar.generation.model import ImageModel
-from visar.generation.stats import parameters_of
+from visar.samplers import values_of
 
 FORMAT = 1  # of the folder
 SAMPLE = 4096  # numbers of each tensor that the mark of the weights reads
@@ -45,8 +45,8 @@ def weights_mark(model: ImageModel) -> str:
 
 
 def method_of(sampler: Any) -> dict[str, Any]:
-    """Name, parameters and law of a sampler."""
-    return {"sampler": sampler.name, "parameters": parameters_of(sampler), "exact": sampler.exact}
+    """Name and parameters of a sampler, and whether it is exact."""
+    return {"sampler": sampler.name, "parameters": values_of(sampler), "exact": sampler.exact}
 
 
 def machine(model: ImageModel) -> dict[str, Any]:

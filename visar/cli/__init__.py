@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from visar import __version__
 from visar.cli import arguments, evaluate_arguments, train_arguments
 from visar.errors import VisarError
+from visar.user_code import blamed
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_, **__: print(f"visar: note: {message}", file=sys.stderr)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        code = options.run(options)
+        with blamed():
+            code = options.run(options)
         sys.stdout.flush()  # so that a closed pipe shows here
         return code
     except VisarError as error:

@@ -48,11 +48,11 @@ def generate(options: argparse.Namespace) -> int:
     if options.num_images < 1:
         raise VisarError(f"-n must be 1 or more, not {options.num_images}.")
     names = [n for n in (prompts or [f"class {c}" for c in classes]) for _ in range(options.num_images)]
-    from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, ContinuousTarget, Target
+    from visar.samplers import DEFAULTS, ContinuousTarget, Target
 
     # Everything that can be wrong is checked before the weights are read.
     masked = tokens_of(options) == "continuous"
-    default = DEFAULT_CONTINUOUS if masked else DEFAULT_SAMPLER
+    default = DEFAULTS["continuous" if masked else "discrete"]
     said = options.sampler or options.parameters or options.window is not None
     sampler = configured(options.sampler or default, options.parameters, options.window) if said else None
     temperature = 1.0 if options.temperature is None else options.temperature

@@ -73,7 +73,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[Condition], AnySampler |
     from visar.bulk import RunFolder, read_classes, read_prompts
     from visar.bulk.about import FORMAT, method_of
     from visar.bulk.conditions import Interleaved
-    from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, ContinuousTarget, Target
+    from visar.samplers import DEFAULTS, ContinuousTarget, Target
 
     if bool(options.prompts) == bool(options.classes):
         raise VisarError("Give either --prompts FILE or --classes LIST.")
@@ -86,7 +86,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[Condition], AnySampler |
     masked = tokens_of(options) == "continuous"
     if masked and options.tokens:
         raise VisarError("--tokens is for models of discrete tokens; this one's are vectors.")
-    default = DEFAULT_CONTINUOUS if masked else DEFAULT_SAMPLER
+    default = DEFAULTS["continuous" if masked else "discrete"]
     said = options.sampler or options.parameters or options.window is not None
     sampler = configured(options.sampler or default, options.parameters, options.window) if said else None
     temperature = 1.0 if options.temperature is None else options.temperature

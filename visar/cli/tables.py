@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from visar.errors import unknown
 from visar.tables import table
 
 
@@ -29,22 +30,23 @@ def models(options: argparse.Namespace) -> int:
 def samplers(options: argparse.Namespace) -> int:
     if options.name is not None:
         return _parameters(options)
-    from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, SAMPLERS
+    from visar.samplers import DEFAULTS
+    from visar.samplers.catalogue import catalogue
 
     rows: list[dict[str, Any]] = [
-        {"name": s.name, "default": s.name in (DEFAULT_SAMPLER, DEFAULT_CONTINUOUS), "law": s.law,
-         "tokens": "continuous" if s.name in CONTINUOUS else "discrete", "drafter": s.drafter or None,
-         "paper": s.paper, "parameters": s.parameters()}
-        for s in (*SAMPLERS.values(), *CONTINUOUS.values())
+        {"name": s.name, "default": s.name == DEFAULTS[s.tokens], "exact": s.exact, "note": s.note,
+         "exactness": s.exactness, "tokens": s.tokens, "drafter": s.drafter, "paper": s.paper,
+         "parameters": s.parameters()}
+        for s in catalogue().values()
     ]  # fmt: skip
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
         print(table(
-            ("NAME", "TOKENS", "LAW", "DRAFTER", "PAPER"),
+            ("NAME", "TOKENS", "EXACT?", "DRAFTER", "PAPER"),
             [
-                (f"{r['name']}{' (default)' if r['default'] else ''}", r["tokens"], r["law"], r["drafter"] or "none",
-                 r["paper"])
+                (f"{r['name']}{' (default)' if r['default'] else ''}", r["tokens"], r["exactness"],
+                 r["drafter"] or "none", r["paper"])
                 for r in rows
             ],
         ))  # fmt: skip
@@ -54,16 +56,19 @@ def samplers(options: argparse.Namespace) -> int:
 
 def _parameters(options: argparse.Namespace) -> int:
     """Those of one sampler that `--set` may give."""
-    from visar.samplers import spec_of
-    from visar.samplers.parameters import parameters_of
+    from visar.samplers.catalogue import catalogue
 
-    spec = spec_of(options.name)
-    found = [p for p in parameters_of(spec.make()).values() if not p.fixed]
+    known = catalogue()
+    if options.name not in known:
+        raise unknown("sampler", options.name, known)
+    spec = known[options.name]
+    found = list(spec.options.values())
     if options.json:
         each = [{"name": p.name, "default": p.default, "range": p.range, "help": p.help} for p in found]
-        print(json.dumps({"name": spec.name, "law": spec.law, "paper": spec.paper, "parameters": each}, indent=2))
+        about = {"name": spec.name, "exact": spec.exact, "note": spec.note, "paper": spec.paper}
+        print(json.dumps(about | {"parameters": each}, indent=2))
         return 0
-    print(f"{spec.name}: {spec.paper}; {spec.law}")
+    print(f"{spec.name}: {spec.paper}; {spec.exactness}")
     if found:
         print(
             table(("PARAMETER", "DEFAULT", "RANGE", "MEANING"), [(p.name, p.default, p.range, p.help) for p in found])

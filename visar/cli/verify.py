@@ -21,13 +21,12 @@ def verify(options: argparse.Namespace) -> int:
     from visar.eval.exactness.continuous import verify_continuous
     from visar.eval.exactness.joint import EXACT_LIMIT, MUTANT_LIMIT
     from visar.eval.exactness.joint import verify as prove
-    from visar.samplers import CONTINUOUS, spec_of
+    from visar.samplers import DEFAULTS, get_sampler
 
     if options.sequences < 16384:
         raise VisarError(f"--sequences must be 16384 or more for the test to mean something, not {options.sequences}.")
     names = None if options.sampler in (None, [], ["all"]) else options.sampler
-    for name in names or ():
-        spec_of(name)
+    kinds = {name: getattr(get_sampler(name), "tokens", "discrete") for name in names or ()}
     if options.session is not None:
         return verify_own(options, names)
     if options.reference is not None:
@@ -39,8 +38,7 @@ def verify(options: argparse.Namespace) -> int:
 
     if not options.json:
         print(_heads("SAMPLER"))
-    continuous = [name for name in names or () if name in CONTINUOUS]
-    discrete = [name for name in names or () if name not in CONTINUOUS]
+    discrete, continuous = ([name for name, kind in kinds.items() if kind == k] for k in DEFAULTS)
     rows, mutants = [], not options.no_mutants
     if discrete or not names:
         rows += prove(discrete or None, options.sequences, options.seed, mutants, report=line)
