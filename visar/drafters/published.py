@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from visar.drafters.eagle import EagleHead
-from visar.engine.component import fill
+from visar.engine.component import fill, unfilled
 from visar.errors import VisarError
 
 PARTS = ("q_proj", "k_proj", "v_proj")  # joined in one matrix here
@@ -53,6 +53,6 @@ def published_eagle(state: Mapping[str, Tensor], head_dim: int, path: str) -> Ea
     own["block.attention.wqkv.weight"] = torch.cat([state[key] for key in attention])
     if dim % head_dim:
         raise VisarError(f"The drafter {path} is {dim} wide, which are no heads of {head_dim}, the target's.")
-    with torch.device("meta"):
+    with unfilled():
         made = EagleHead(dim, dim // head_dim, len(state["layers.0.mlp.gate_proj.weight"]), codes=codes)
     return fill(made, own, path)

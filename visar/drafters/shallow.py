@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from visar.engine.component import Component
+from visar.engine.component import Component, unfilled
 from visar.engine.layers import RMSNorm
 from visar.families.llamagen.gpt import Block, LlamaGen
 
 
 def with_layers(target: LlamaGen, layers: Sequence[nn.Module], norm: nn.Module) -> LlamaGen:
     """A LlamaGen of these layers and this norm, which shares all else with the target."""
-    with torch.device("meta"):
+    with unfilled():
         view = LlamaGen(**target.config.replace(num_layers=0))
     view.config = target.config.replace(num_layers=len(layers))
     view.tok_embeddings, view.cls_embedding, view.output = target.tok_embeddings, target.cls_embedding, target.output

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from visar.engine.component import fill
+from visar.engine.component import fill, unfilled
 from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLAutoencoder, published_name
 from visar.families.mar.transformer import MAR
@@ -32,7 +31,7 @@ def load_mar(path: str | Path, *, ema: bool = True, num_heads: int | None = None
     """
     state = load_state(path, names=("model_ema",) if ema else NESTINGS)
     arguments = mar_config(state, path, num_heads=num_heads)
-    with torch.device("meta"):
+    with unfilled():
         mar = MAR(**arguments)
     return fill(mar, state, path)
 
@@ -82,7 +81,7 @@ def load_kl16(path: str | Path) -> KLAutoencoder:
     """
     state = load_state(path)
     arguments = kl_config(state, path)
-    with torch.device("meta"):
+    with unfilled():
         vae = KLAutoencoder(**arguments)
     levels = len(arguments["channels"])
     return fill(vae, state, path, {key: published_name(key, levels) for key in vae.state_dict()})
