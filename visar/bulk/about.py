@@ -6,12 +6,11 @@ import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Any
 
-import diffusers
 import PIL
 import torch
-import transformers
 
 from visar import __version__
 from visar.errors import VisarError
@@ -77,8 +76,7 @@ def machine(pipe: ImagePipeline) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "visar": __version__,
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "pillow": PIL.__version__,
         "python": platform.python_version(),
     }
