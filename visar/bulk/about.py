@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import PIL
@@ -57,6 +58,7 @@ def machine(model: ImageModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "visar": __version__,
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "pillow": PIL.__version__,
         "python": platform.python_version(),
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from visar.drafters import lantern
 from visar.drafters.base import DrafterTarget, DraftKind, TargetSession, check_fit, fingerprint, register_drafter
 from visar.drafters.loss import DraftLoss, TargetPass, attention, later
-from visar.engine.component import Component, fill
+from visar.engine.component import Component, fill, unfilled
 from visar.engine.decoder import Attend
 from visar.engine.drafter import Drafter
 from visar.engine.kv_cache import KVCache
@@ -198,7 +198,7 @@ class Eagle(DraftKind):
         if not lantern.is_published(state):
             return None
         own, sizes = lantern.converted(state, target.model.head_dim, path)
-        with torch.device("meta"):
+        with unfilled():
             made = EagleHead(**sizes)  # type: ignore[arg-type]
         return fill(made, own, path)
 

@@ -71,7 +71,7 @@ class LlamaGenTarget:
         return made
 
     def with_layers(self, layers: Sequence[nn.Module], norm: nn.Module) -> LlamaGen:
-        with torch.device("meta"):
+        with unfilled():
             view = LlamaGen(**self._arguments() | {"num_layers": 0})
         view.config = self.model.config.replace(num_layers=len(layers))
         for shared in ("tok_embeddings", "cls_embedding", "output"):
