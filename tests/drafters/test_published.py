@@ -67,8 +67,8 @@ def test_it_drafts_as_its_description_says(tmp_path: Path) -> None:
     model = load_drafter(tmp_path / "drafter.safetensors", LlamaGenTarget(gpt, gpt.config.grid))
     assert isinstance(model, EagleHead) and model.config.codes == gpt.config.vocab_size
     length = gpt.config.grid**2
-    s = ModelSession(gpt, CAPTIONS, MASK, length=length, window=4, guidance=GUIDANCE, aux_layers=())
-    drafter = attach(s, model, LlamaGenTarget(gpt, gpt.config.grid), 3, 4, CAPTIONS, MASK)
+    s = LlamaGenSession(gpt, CAPTIONS, MASK, length=length, window=4, guidance=GUIDANCE, aux_layers=())
+    drafter = attach(s, model, LlamaGenTarget(gpt, gpt.config.grid), 3, 4, (CAPTIONS, MASK))
     tokens = torch.randint(gpt.config.vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
     for count in (2, 3, 1, 4):
         n = int(s.lengths[0])

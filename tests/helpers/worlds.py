@@ -89,8 +89,8 @@ def session_of(
     )  # fmt: skip
     made.codebook = torch.eye(w.model.config.vocab_size)
     if kind := getattr(sampler, "drafter", None):
-        target = LlamaGenTarget(w.model, grid)
-        made.drafter = attach(made, w.drafters[kind], target, sampler.depth, sampler.window, condition, mask)
+        target, encoded = LlamaGenTarget(w.model, grid), (condition,) if mask is None else (condition, mask)
+        made.drafter = attach(made, w.drafters[kind], target, sampler.depth, sampler.window, encoded)
     return made
 
 

@@ -14,8 +14,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from visar.drafters.base import DrafterTarget, DraftKind, TargetSession, check_fit, fingerprint, register_drafter
+from visar.drafters.base import DrafterTarget, DraftKind, check_fit, fingerprint, register_drafter
 from visar.drafters.loss import DraftLoss, TargetPass, later
+from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter
 from visar.engine.layers import Linear, RMSNorm
 from visar.engine.session import require_finite
@@ -61,7 +62,7 @@ class DraftHeads(ModelMixin, ConfigMixin):
 class HeadsDrafter(Drafter):
     """Drafts up to `depth` tokens deep, without a cache. The session must keep its hidden states."""
 
-    def __init__(self, session: TargetSession, model: DraftHeads, depth: int):
+    def __init__(self, session: DecoderSession, model: DraftHeads, depth: int):
         if session.features is None:
             raise VisarError("A session with draft heads must be made with aux_layers.")
         if depth > model.config.depth:
@@ -126,5 +127,5 @@ class Heads(DraftKind):
     def aux_layers(self, model: DraftHeads) -> tuple[int, ...]:
         return ()
 
-    def attach(self, session: TargetSession, model: DraftHeads, target: Any, depth: int, *_: Any) -> HeadsDrafter:
+    def attach(self, session: DecoderSession, model: DraftHeads, target: Any, depth: int, *_: Any) -> HeadsDrafter:
         return HeadsDrafter(session, model, depth)

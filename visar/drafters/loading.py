@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from visar.drafters.base import DRAFTERS, DrafterLoading, DrafterTarget, DraftKind, TargetSession, drafter_kinds
+from visar.drafters.base import DRAFTERS, DrafterLoading, DrafterTarget, DraftKind, drafter_kinds
+from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter, Timed
 from visar.errors import VisarError
 from visar.families.llamagen.loading import load_part, quiet_conversion
@@ -70,16 +72,15 @@ def kind_of(model: Any, target: DrafterLoading) -> DraftKind:
 
 
 def attach(
-    session: TargetSession,
+    session: DecoderSession,
     model: Any,
     target: DrafterTarget,
     depth: int,
     window: int,
-    condition: Tensor,
-    mask: Tensor | None,
+    encoded: Sequence[Tensor],
 ) -> Drafter:
-    """A drafter at work for a session that has the condition and mask given; it drafts `depth` tokens deep."""
+    """A drafter at work for a session of the `encoded` conditions; it drafts `depth` tokens deep."""
     with quiet_conversion():
         model.to(session.device, session.model.dtype)
     kind = kind_of(model, target)
-    return Timed(kind.attach(session, model, target, depth, window, condition, mask), session.device)
+    return Timed(kind.attach(session, model, target, depth, window, encoded), session.device)

@@ -50,11 +50,8 @@ class Call(NamedTuple):
         made.codebook = c.family.codebook
         if kind is not None:
             depth: int = c.method.depth  # type: ignore[attr-defined]
-            condition, *masks = c.encoded
             session: Any = made
-            made.drafter = attach(
-                session, c.drafter, target, depth, c.method.window, condition, masks[0] if masks else None
-            )
+            made.drafter = attach(session, c.drafter, target, depth, c.method.window, c.encoded)
         return made
 
 

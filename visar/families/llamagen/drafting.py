@@ -78,11 +78,9 @@ class LlamaGenTarget:
         view.layers, view.norm = nn.ModuleList(layers), norm
         return view.eval()
 
-    def session(
-        self, model: LlamaGen, condition: Tensor, mask: Tensor | None, window: int, guidance: Guidance
-    ) -> LlamaGenSession:
+    def session(self, model: LlamaGen, encoded: Sequence[Tensor], window: int, guidance: Guidance) -> LlamaGenSession:
         side = self.grid
-        return LlamaGenSession(model, condition, mask, length=side**2, window=window, grid=side, guidance=guidance)
+        return LlamaGenSession(model, *encoded, length=side**2, window=window, grid=side, guidance=guidance)
 
     def _arguments(self) -> dict[str, Any]:
         return {k: v for k, v in self.model.config.items() if not k.startswith("_")}
