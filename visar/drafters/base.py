@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visar.engine.decoder import Decoder
 from visar.engine.decoder_session import DecoderSession
-from visar.engine.drafter import Drafter, SessionDrafter
+from visar.engine.drafter import Drafter, SessionDrafter, Timed
 from visar.engine.guidance import Guidance
 from visar.engine.session import Session
 from visar.errors import VisarError, unknown
@@ -127,8 +127,12 @@ class DraftKind:
         """The layers whose hidden states it reads next to the last ones; None where it reads no hidden states."""
         return None
 
-    def decoder(self, model: Any, target: DrafterTarget) -> Decoder:
-        """What drafts in a session of its own."""
+    def drafter(self, session: DecoderSession, model: Any, depth: int) -> Drafter | None:
+        """The drafter at work, `depth` tokens deep, on the session's hidden states; None for a `decoder`."""
+        return None
+
+    def decoder(self, model: Any, target: DrafterTarget) -> Any:
+        """The `Decoder` that drafts in a session of its own, where there is no other `drafter`."""
         return model
 
     def attach(
@@ -140,15 +144,18 @@ class DraftKind:
         window: int,
         encoded: Sequence[Tensor],
     ) -> Drafter:
-        """The drafter at work for a session of these conditions: by default a `decoder` with a session of its own.
+        """A drafter at work for a session of the `encoded` conditions, its passes timed.
 
         It drafts `depth` tokens deep; the target tests `window` tokens in a pass.
         """
-        decoder: Any = self.decoder(model, target)
-        # The root of the drafter's own session is one node before that of the tree.
-        inner = target.session(decoder, encoded, window + 1, session.guidance)
-        weights = sum(p.numel() * p.element_size() for n, p in decoder.named_parameters() if "embedding" not in n)
-        return SessionDrafter(inner, weights)
+        model.to(session.device, session.model.dtype)
+        if (drafter := self.drafter(session, model, depth)) is None:
+            decoder = self.decoder(model, target)
+            # The root of the drafter's own session is one node before that of the tree.
+            inner = target.session(decoder, encoded, window + 1, session.guidance)
+            weights = sum(p.numel() * p.element_size() for n, p in decoder.named_parameters() if "embedding" not in n)
+            drafter = SessionDrafter(inner, weights)
+        return Timed(drafter, session.device)
 
 
 DRAFTERS: dict[str, DraftKind] = {}

@@ -226,5 +226,5 @@ class Eagle(DraftKind):
     def aux_layers(self, model: EagleHead) -> tuple[int, ...]:
         return tuple(model.config.aux_layers)
 
-    def attach(self, session: DecoderSession, model: EagleHead, target: Any, depth: int, *_: Any) -> EagleDrafter:
+    def drafter(self, session: DecoderSession, model: EagleHead, depth: int) -> EagleDrafter:
         return EagleDrafter(session, model, depth)

@@ -7,7 +7,6 @@ et al. 2024, arXiv:2402.05109) see the root and the draft tokens on the way as w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,5 +122,5 @@ class Heads(DraftKind):
     def aux_layers(self, model: DraftHeads) -> tuple[int, ...]:
         return ()
 
-    def attach(self, session: DecoderSession, model: DraftHeads, target: Any, depth: int, *_: Any) -> HeadsDrafter:
+    def drafter(self, session: DecoderSession, model: DraftHeads, depth: int) -> HeadsDrafter:
         return HeadsDrafter(session, model, depth)
