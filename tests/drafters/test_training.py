@@ -1,4 +1,4 @@
-"""Training a drafter: what it draws to learn from, what it learns, and what it says about bad input."""
+"""Training a drafter: the images that it learns from, what it learns, and what it says about bad input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Capture = pytest.CaptureFixture[str]
 
 def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    torch.nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)  # laws with something to learn
+    torch.nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)  # distributions with something to learn
     classes = list(range(7))
     tokens = generate_tokens(class_pipe, classes, 64, tmp_path / "p.safetensors", seed=0)
     config = TrainConfig(tmp_path, minutes=1e3, steps=150, batch=8, lr=3e-3, warmup=10, ema=0.9, compile=False)

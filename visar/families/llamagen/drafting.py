@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visar.engine.component import unfilled
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import CaptionEmbedding, LlamaGen, initialise
@@ -79,11 +80,9 @@ class LlamaGenTarget:
         view.layers, view.norm = nn.ModuleList(layers), norm  # type: ignore[assignment]
         return view.eval()
 
-    def session(
-        self, model: LlamaGen, condition: Tensor, mask: Tensor | None, window: int, guidance: Guidance
-    ) -> LlamaGenSession:
+    def session(self, model: LlamaGen, encoded: Sequence[Tensor], window: int, guidance: Guidance) -> LlamaGenSession:
         side = self.grid
-        return LlamaGenSession(model, condition, mask, length=side**2, window=window, grid=side, guidance=guidance)
+        return LlamaGenSession(model, *encoded, length=side**2, window=window, grid=side, guidance=guidance)
 
     def _arguments(self) -> dict[str, Any]:
         return dict(self.model.config)
