@@ -268,8 +268,8 @@ def test_bench(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     found = json.loads(report.read_text())
     ar, scd = found["rows"]
     assert (found["images"], found["batch"], found["repeats"]) == (3, 2, 3) and found["bandwidth"] > 0
-    assert (ar["nfe"], ar["commits_per_pass"], ar["nfe_ratio"], ar["time_ratio"]) == (26, 1, 1, 1)
-    assert scd["nfe"] < 26 and scd["nfe_ratio"] == scd["nfe"] / 26 and scd["commits_per_pass"] > 1
+    assert (ar["nfe"], ar["tokens_per_pass"], ar["nfe_ratio"], ar["time_ratio"]) == (26, 1, 1, 1)
+    assert scd["nfe"] < 26 and scd["nfe_ratio"] == scd["nfe"] / 26 and scd["tokens_per_pass"] > 1
     assert scd["images_per_second"] == pytest.approx(1 / scd["seconds_per_image"])
     assert names(tmp_path) == ["new", "new/report.json"]
     assert run("bench", "--model", text_folder, "--samplers", "ar,scd", "--images", 1, "--set", "window=5") == 0

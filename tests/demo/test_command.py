@@ -85,7 +85,7 @@ def loads_nothing(monkeypatch: pytest.MonkeyPatch, launches_nothing: None) -> No
     def load(*_: Any) -> None:
         raise AssertionError("A model was loaded before the rest was looked at.")
 
-    monkeypatch.setattr("visar.cli.demo.load_pipeline", load)
+    monkeypatch.setattr("visar.cli.demo.load_model", load)
 
 
 @pytest.mark.usefixtures("loads_nothing")

@@ -159,7 +159,9 @@ class ImageModel:
         """
         checked_output(output_type)
         params = self.params_of(params, **settings)
-        single = isinstance(conditions, str) or not isinstance(conditions, Sequence | Tensor)
+        single = (
+            isinstance(conditions, str) or not hasattr(conditions, "__len__") or getattr(conditions, "ndim", 1) == 0
+        )
         values = self._checked([conditions] if single else list(conditions))
         if (num_images := _count(num_images)) < 1:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
