@@ -3,79 +3,100 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
+from visar.cli.output import check_json, show
 from visar.tables import table
 
 
 def models(options: argparse.Namespace) -> int:
-    from visar.families.specs import MAR_MODELS, MODELS
-
-    rows = [
-        {
-            "name": m.name,
-            "condition": m.condition,
-            "pixels": list(m.pixels),
-            "weights": "embedded" if m.folder else f"{m.files[0].hub}: {', '.join(f.name for f in m.files)}",
-            "title": m.title,
-        }
-        for m in MODELS.values()
-    ] + [
-        {"name": m.name, "condition": "class", "pixels": [m.pixels], "weights": f"published: {m.file}, kl16.ckpt",
-         "title": m.title}
-        for m in MAR_MODELS.values()
-    ]  # fmt: skip
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print(table(
-            ("NAME", "CONDITION", "PIXELS", "WEIGHTS"),
-            [(r["name"], r["condition"], "/".join(map(str, r["pixels"])), r["weights"]) for r in rows],
-        ))  # fmt: skip
+    check_json(options)
+    rows = model_rows()
+    if options.name is not None:
+        row = _named("model", options.name, rows)
+        told = [(name.replace("_", " "), _told(value)) for name, value in row.items() if value not in (None, "")]
+        show(options, table((row["name"], ""), told[1:]), row)
+        return 0
+    columns = ("name", "condition", "pixels", "weights")
+    lines = [[_told(row[column]) for column in columns] for row in rows]
+    show(options, table([column.upper() for column in columns], lines), rows)
     return 0
 
 
+def model_rows() -> list[dict[str, Any]]:
+    """What is known of each model without its weights."""
+    from visar.families.specs import MAR_MODELS, MODELS, TOKENIZERS
+
+    rows: list[dict[str, Any]] = []
+    for m in MODELS.values():
+        files = [*m.files, *(TOKENIZERS[m.tokenizer].files if m.tokenizer else ())]
+        rows.append({
+            "name": m.name, "title": m.title, "condition": m.condition, "pixels": list(m.pixels),
+            "tokens_per_side": [pixels // m.downsample for pixels in m.pixels], "guidance_scale": m.guidance,
+            "guidance_schedule": None, "top_k": m.top_k,
+            "weights": "embedded" if m.folder else f"{m.files[0].hub}: {', '.join(f.name for f in files)}",
+        })  # fmt: skip
+    for mar in MAR_MODELS.values():
+        rows.append({
+            "name": mar.name, "title": mar.title, "condition": "class", "pixels": [mar.pixels],
+            "tokens_per_side": [mar.grid], "guidance_scale": mar.guidance,
+            "guidance_schedule": mar.guidance_schedule, "top_k": None,
+            "weights": f"published: {mar.file}, kl16.ckpt",
+        })  # fmt: skip
+    return rows
+
+
 def samplers(options: argparse.Namespace) -> int:
+    check_json(options)
+    rows = sampler_rows()
     if options.name is not None:
-        return _parameters(options)
+        return _parameters(options, _named("sampler", options.name, rows))
+    lines = [
+        (f"{r['name']}{' (default)' if r['default'] else ''}", r["tokens"], "yes" if r["exact"] else "no",
+         r["drafter"] or "none", "; ".join(filter(None, (r["paper"], r["note"]))))
+        for r in rows
+    ]  # fmt: skip
+    text = table(("NAME", "TOKENS", "EXACT", "DRAFTER", "PAPER"), lines)
+    show(options, f"{text}\n`visar samplers NAME` shows the parameters of one.", rows)
+    return 0
+
+
+def sampler_rows() -> list[dict[str, Any]]:
+    """The table of samplers."""
     from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, SAMPLERS
 
-    rows: list[dict[str, Any]] = [
-        {"name": s.name, "default": s.name in (DEFAULT_SAMPLER, DEFAULT_CONTINUOUS), "law": s.law,
+    return [
+        {"name": s.name, "default": s.name in (DEFAULT_SAMPLER, DEFAULT_CONTINUOUS), "exact": s.law == "exact",
+         "note": s.law if s.law not in ("exact", "relaxed") else None,
          "tokens": "continuous" if s.name in CONTINUOUS else "discrete", "drafter": s.drafter or None,
          "paper": s.paper, "parameters": s.parameters()}
         for s in (*SAMPLERS.values(), *CONTINUOUS.values())
     ]  # fmt: skip
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print(table(
-            ("NAME", "TOKENS", "LAW", "DRAFTER", "PAPER"),
-            [
-                (f"{r['name']}{' (default)' if r['default'] else ''}", r["tokens"], r["law"], r["drafter"] or "none",
-                 r["paper"])
-                for r in rows
-            ],
-        ))  # fmt: skip
-        print("`visar samplers NAME` says what may be set of one.")
-    return 0
 
 
-def _parameters(options: argparse.Namespace) -> int:
+def _parameters(options: argparse.Namespace, row: dict[str, Any]) -> int:
     """Those of one sampler that `--set` may give."""
     from visar.samplers import spec_of
     from visar.samplers.parameters import parameters_of
 
-    spec = spec_of(options.name)
-    found = [p for p in parameters_of(spec.make()).values() if not p.fixed]
-    if options.json:
-        each = [{"name": p.name, "default": p.default, "range": p.range, "help": p.help} for p in found]
-        print(json.dumps({"name": spec.name, "law": spec.law, "paper": spec.paper, "parameters": each}, indent=2))
-        return 0
-    print(f"{spec.name}: {spec.paper}; {spec.law}")
+    found = [p for p in parameters_of(spec_of(row["name"]).make()).values() if not p.fixed]
+    each = [{"name": p.name, "default": p.default, "range": p.range, "help": p.help} for p in found]
+    text = f"{row['name']}: {row['paper']}; {row['note'] or ('exact' if row['exact'] else 'relaxed')}"
     if found:
-        print(
-            table(("PARAMETER", "DEFAULT", "RANGE", "MEANING"), [(p.name, p.default, p.range, p.help) for p in found])
-        )
+        lines = [(p.name, p.default, p.range, p.help) for p in found]
+        text += "\n" + table(("PARAMETER", "DEFAULT", "RANGE", "MEANING"), lines)
+    show(options, text, {**row, "parameters": each})
     return 0
+
+
+def _named(kind: str, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from visar.errors import unknown
+
+    for row in rows:
+        if row["name"] == name:
+            return row
+    raise unknown(kind, name, [row["name"] for row in rows])
+
+
+def _told(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
