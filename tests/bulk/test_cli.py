@@ -155,7 +155,7 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
         ("--prompts TMP/p.txt --sampler mar", "Sampler 'mar' does not decode this model"),
         ("--prompts TMP/p.txt --sampler eagle", "Sampler 'eagle' needs a drafter of the kind 'eagle'"),
         ("--prompts TMP/p.txt --set gamma=2", "Sampler 'scd' has no parameter 'gamma'"),
-        ("--prompts TMP/p.txt --temperature 0", "--temperature must be above 0"),
+        ("--prompts TMP/p.txt --temperature 0", "temperature must be above 0"),
         ("--prompts TMP/p.txt --guidance-scale nan", "--guidance-scale must be a finite number"),
         ("--prompts TMP/p.txt --device cuda:99", "Device 'cuda:99' is not there"),
         ("--prompts TMP/p.txt --model icns", "Unknown model 'icns'. Did you mean 'icons'?"),

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from visar.cli import main
 from visar.eval.exactness import joint as exactness
-from visar.families.specs import MAR_MODELS, MODELS
+from visar.families.llamagen.specs import MODELS
+from visar.families.mar.specs import MAR_MODELS
 from visar.samplers import CONTINUOUS, SAMPLERS, jacobi
 
 WEIGHTS = Path("gpt/diffusion_pytorch_model.safetensors")
@@ -203,8 +204,8 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("cat --sampler SCD", "Unknown sampler 'SCD'. Did you mean 'scd'?"),
         ("cat --window 1", "window must be 2 or more tokens, not 1"),
         ("cat --sampler ar --window 4", "Sampler 'ar' has no parameter 'window'"),
-        ("cat --temperature 0", "--temperature must be above 0"),
-        ("cat --temperature -0.5", "--temperature must be above 0"),
+        ("cat --temperature 0", "temperature must be above 0"),
+        ("cat --temperature -0.5", "temperature must be above 0"),
         ("cat --top-p 0", "--top-p must be above 0 and at most 1"),
         ("cat --top-p 1.5", "--top-p must be above 0 and at most 1"),
         ("cat --top-k -2", "--top-k must be 0 or more, not -2"),
@@ -327,7 +328,7 @@ def test_bench(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
         ("--set delta=1", "None of these samplers has a parameter 'delta'"),
         ("--set window", "A parameter is given as name=value, not 'window'"),
         ("--set window=many", "Parameter 'window' of 'sjd' must be a whole number, not 'many'"),
-        ("--temperature 0", "--temperature must be above 0"),
+        ("--temperature 0", "temperature must be above 0"),
         ("--json TMP/file/report.json", "Cannot write to folder"),
     ],
 )

@@ -17,7 +17,7 @@ from visar import __version__
 from visar.cli import main, parser
 from visar.cli.parsers import GROUPS, options
 from visar.cli.parsers.base import CommandParser, UsageError
-from visar.generation.params import SamplingParams, setting
+from visar.params import SamplingParams, setting
 
 Capture = pytest.CaptureFixture[str]
 SAMPLING = ("generate", "sample", "bench", "eval report", "train drafter")

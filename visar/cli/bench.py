@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import load_pipeline, samplers_of
+from visar.cli.common import load_model, samplers_of
 from visar.cli.output import check_json, show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
@@ -26,14 +26,14 @@ def bench(options: argparse.Namespace) -> int:
         raise VisarError("No sampler was given.")
     check_json(options)
     settings = settings_of(params_of(options))
-    pipe = load_pipeline(options)
-    pipe.set_progress_bar_config(disable=True)
+    model = load_model(options)
+    model.bar = {"disable": True}
     if options.profile:
-        return _profile(options, pipe, samplers, settings)
+        return _profile(options, model, samplers, settings)
     from visar.eval.benchmark.speed import compare
 
     batch = options.batch or 1
-    report = compare(pipe, samplers, batch=batch, images=options.num_images, repeats=options.repeats, **settings)
+    report = compare(model, samplers, batch=batch, images=options.num_images, repeats=options.repeats, **settings)
     show(options, _speed_text(report, options.model), asdict(report))
     return 0
 
@@ -63,14 +63,14 @@ def _shapes(options: argparse.Namespace) -> int:
     return 0
 
 
-def _profile(options: argparse.Namespace, pipe: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
+def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
     """`visar bench --profile`."""
-    from visar.eval.benchmark.profiling import profile_pipeline, profile_text
+    from visar.eval.benchmark.profiling import profile_model, profile_text
 
     if options.batch not in (None, 1):
         raise VisarError("--profile is of one image: it takes no --batch.")
-    rows = {label: profile_pipeline(pipe, sampler, **settings) for label, sampler in samplers.items()}
-    report = ProfileReport(options.model, str(pipe.model.device), str(pipe.model.dtype), rows)
+    rows = {label: profile_model(model, sampler, **settings) for label, sampler in samplers.items()}
+    report = ProfileReport(options.model, str(model.device), str(model.dtype), rows)
     show(options, profile_text(list(rows.items()), ("SAMPLER",)), asdict(report))
     return 0
 
@@ -108,7 +108,7 @@ def _speed_text(report: SpeedReport, model: str) -> str:
         sizes, rest = special(r)
         drafting = "-" if r.draft_share is None else f"{100 * r.draft_share:.0f}%"
         rows.append((
-            r.sampler, "yes" if r.exact else "no", *sizes, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
+            r.sampler, "yes" if r.exact else "no", *sizes, f"{r.nfe:.1f}", f"{r.tokens_per_pass:.2f}",
             f"{r.ms_per_pass:.2f}", drafting, f"{r.seconds_per_image:.3f}", *rest,
             f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}",
         ))  # fmt: skip

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import device_of, load_pipeline, samplers_of
+from visar.cli.common import device_of, load_model, samplers_of
 from visar.cli.output import check_json, show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
@@ -88,11 +88,11 @@ def report(options: argparse.Namespace) -> int:
     reference, extract, scores = _photographs(options.reference), _features(options), _scores(options)
     with output_folder(options.out):
         check(Path(options.out) / "plot.svg")
-        pipe = load_pipeline(options, classes=bool(options.classes) or None)
-        pipe.set_progress_bar_config(disable=True)
-        conditions = given or _usual(pipe)
+        model = load_model(options, "class" if options.classes else None)
+        model.bar = {"disable": True}
+        conditions = given or _usual(model)
         found = make_report(
-            pipe, samplers, conditions, Path(options.out), extract, model=options.model,
+            model, samplers, conditions, Path(options.out), extract, name=options.model,
             count=options.num_images or len(conditions), batch=options.batch, reference=reference, clip=scores,
             speed_images=options.speed_images, progress=sys.stderr.isatty(), tell=print, **settings,
         )  # fmt: skip
@@ -150,12 +150,11 @@ def _conditions(options: argparse.Namespace) -> list[Any]:
     return list(read_classes(options.classes)) if options.classes else []
 
 
-def _usual(pipe: Any) -> list[Any]:
+def _usual(model: Any) -> list[Any]:
     """Common prompts, or all classes."""
     from visar.eval.benchmark.speed import conditions
-    from visar.pipelines import TextToImagePipeline
 
-    return conditions(pipe, 48) if isinstance(pipe, TextToImagePipeline) else list(range(pipe.model.config.classes))
+    return conditions(model, 48 if model.family.condition == "prompt" else model.family.classes)
 
 
 def _shift(name: str, s: Shift) -> str:

@@ -10,16 +10,16 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visar.cli.common import configured, is_masked, load_pipeline
+from visar.cli.common import configured, load_model, tokens_of
 from visar.cli.output import check_json, show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import output_folder, replacing
-from visar.generation.params import CONTINUOUS, DISCRETE, SamplingParams
+from visar.params import CONTINUOUS, SamplingParams
 
 if TYPE_CHECKING:
+    from visar.generation.stats import DecodeStats
     from visar.samplers import AnySampler
-    from visar.stats import DecodeStats
 
 
 def output_paths(out: str | None, names: list[str], force: bool = False) -> list[Path]:
@@ -70,23 +70,23 @@ def chosen_sampler(options: argparse.Namespace, params: SamplingParams) -> AnySa
     """The sampler, or None if the options say nothing of it. Raises `VisarError` for settings the model has not."""
     from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER
 
-    masked = is_masked(options)
-    params.check(CONTINUOUS if masked else DISCRETE)
+    tokens = tokens_of(options)
+    params.check(tokens)
     if not options.sampler and not options.parameters and options.window is None:
         return None
-    default = DEFAULT_CONTINUOUS if masked else DEFAULT_SAMPLER
+    default = DEFAULT_CONTINUOUS if tokens == CONTINUOUS else DEFAULT_SAMPLER
     return configured(options.sampler or default, options.parameters, options.window)
 
 
 def _write(
     options: argparse.Namespace, params: SamplingParams, sampler: AnySampler | None, paths: list[Path]
 ) -> DecodeStats:
-    pipe = load_pipeline(options, classes=bool(options.classes))
-    pipe.set_progress_bar_config(disable=not sys.stderr.isatty() or options.json is not None)
-    out = pipe(
+    model = load_model(options, "class" if options.classes else "prompt")
+    model.bar = {"disable": not sys.stderr.isatty() or options.json is not None}
+    out = model.generate(
         options.classes or options.prompt,
         sampler=sampler,
-        num_images_per_prompt=options.num_images,
+        num_images=options.num_images,
         **settings_of(params),
     )
     for image, path in zip(out.images, paths, strict=True):

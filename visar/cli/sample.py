@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import device_of, is_masked, load_pipeline
+from visar.cli.common import device_of, load_model, tokens_of
 from visar.cli.generate import chosen_sampler
 from visar.cli.output import check_json, show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import output_folder
-from visar.generation.params import SamplingParams
+from visar.params import CONTINUOUS, SamplingParams
 
 if TYPE_CHECKING:
     from visar.bulk import Condition, Ranks
@@ -46,11 +46,11 @@ def _sample(options: argparse.Namespace, ranks: Ranks) -> int:
         conditions, sampler = ranks.agree(lambda: _checked(options, params))
         ranks.agree(lambda: _own_device(options, ranks))
         ranks.agree(lambda: [stack.enter_context(output_folder(folder)) for folder in folders])
-        pipe = ranks.agree(lambda: load_pipeline(options, classes=bool(options.classes)))
-        pipe.set_progress_bar_config(disable=True)
+        model = ranks.agree(lambda: load_model(options, "class" if options.classes else "prompt"))
+        model.bar = {"disable": True}
         done = sample_images(
-            pipe, conditions, options.out, count=options.num_images, sampler=sampler, batch=options.batch,
-            tokens=options.tokens, ranks=ranks, model=options.model, drafters=options.drafter,
+            model, conditions, options.out, count=options.num_images, sampler=sampler, batch=options.batch,
+            tokens=options.tokens, ranks=ranks, name=options.model, drafters=options.drafter,
             progress=sys.stderr.isatty() and options.json is None, **settings_of(params),
         )  # fmt: skip
         if ranks.rank == 0 and options.npz:
@@ -81,12 +81,12 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
     if options.npz and Path(options.npz).suffix != ".npz":
         raise VisarError(f"--npz writes a .npz file, not {options.npz}.")
     conditions = read_prompts(options.prompts) if options.prompts else read_classes(options.classes)
-    masked = is_masked(options)
-    if masked and options.tokens:
+    continuous = tokens_of(options) == CONTINUOUS
+    if continuous and options.tokens:
         raise VisarError("--tokens is for models of discrete tokens; this one's are vectors.")
     sampler = chosen_sampler(options, params)
     check_json(options)
-    default = DEFAULT_CONTINUOUS if masked else DEFAULT_SAMPLER
+    default = DEFAULT_CONTINUOUS if continuous else DEFAULT_SAMPLER
     order = Interleaved(conditions)
     settings = settings_of(params)
     about: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from visar.cli.output import check_json, show
@@ -14,8 +15,8 @@ def models(options: argparse.Namespace) -> int:
     rows = model_rows()
     if options.name is not None:
         row = _named("model", options.name, rows)
-        told = [(name.replace("_", " "), _told(value)) for name, value in row.items() if value not in (None, "")]
-        show(options, table((row["name"], ""), told[1:]), row)
+        told = [(name, _told(value)) for name, value in row.items() if value]
+        show(options, table(told[0], told[1:]), row)
         return 0
     columns = ("name", "condition", "pixels", "weights")
     lines = [[_told(row[column]) for column in columns] for row in rows]
@@ -24,26 +25,10 @@ def models(options: argparse.Namespace) -> int:
 
 
 def model_rows() -> list[dict[str, Any]]:
-    """What is known of each model without its weights."""
-    from visar.families.specs import MAR_MODELS, MODELS, TOKENIZERS
+    """The table of models."""
+    from visar.families.catalogue import catalogue
 
-    rows: list[dict[str, Any]] = []
-    for m in MODELS.values():
-        files = [*m.files, *(TOKENIZERS[m.tokenizer].files if m.tokenizer else ())]
-        rows.append({
-            "name": m.name, "title": m.title, "condition": m.condition, "pixels": list(m.pixels),
-            "tokens_per_side": [pixels // m.downsample for pixels in m.pixels], "guidance_scale": m.guidance,
-            "guidance_schedule": None, "top_k": m.top_k,
-            "weights": "embedded" if m.folder else f"{m.files[0].hub}: {', '.join(f.name for f in files)}",
-        })  # fmt: skip
-    for mar in MAR_MODELS.values():
-        rows.append({
-            "name": mar.name, "title": mar.title, "condition": "class", "pixels": [mar.pixels],
-            "tokens_per_side": [mar.grid], "guidance_scale": mar.guidance,
-            "guidance_schedule": mar.guidance_schedule, "top_k": None,
-            "weights": f"published: {mar.file}, kl16.ckpt",
-        })  # fmt: skip
-    return rows
+    return [asdict(listing) for listing in catalogue().values()]
 
 
 def samplers(options: argparse.Namespace) -> int:
@@ -99,4 +84,4 @@ def _named(kind: str, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _told(value: Any) -> str:
-    return "/".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -19,8 +19,8 @@ from visar.errors import VisarError
 from visar.families.llamagen.loading import load_state
 from visar.families.mar.autoencoder import KLSizes, build
 from visar.families.mar.loading import kl_sizes, ldm_name, load_kl16, load_mar, mar_config
+from visar.families.mar.specs import MAR_MODELS, mar_arguments, match_mar_heads
 from visar.families.mar.transformer import MAR
-from visar.families.specs import MAR_MODELS, mar_arguments, match_mar_heads
 
 TINY: dict[str, Any] = dict(
     token_dim=3, grid=3, dim=16, encoder_layers=2, decoder_layers=3, num_heads=2, head_width=24, head_layers=2,

@@ -10,7 +10,7 @@ from typing import Any
 
 from visar.cli.parsers.base import STDOUT, CommandParser, Group, json_target, names, whole
 from visar.errors import VisarError
-from visar.generation.params import SamplingParams
+from visar.params import SamplingParams
 
 RANDOM = "random"  # as a seed
 KINDS: dict[str, tuple[Callable[[str], Any], str, str]] = {

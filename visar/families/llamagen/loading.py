@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.specs import match_heads, published_grid
 from visar.families.llamagen.vq import VQConfig, VQModel
-from visar.families.specs import match_heads, published_grid
 
 NESTINGS = ("model", "module", "state_dict")
 PREFIXES = ("module.", "_orig_mod.")
