@@ -11,7 +11,7 @@ import torch
 
 from visar.cli import main
 from visar.errors import VisarError
-from visar.families.mar.autoencoder import KLSizes, build, fingerprint
+from visar.families.mar.autoencoder import KLAutoencoder, fingerprint
 from visar.families.mar.transformer import MAR
 from visar.pipelines import (
     ClassToImagePipeline,
@@ -50,7 +50,7 @@ def tame(mar: MAR) -> MAR:
 
 def small_vae(latents: int = 4) -> Any:
     torch.manual_seed(2)
-    return build(KLSizes((8, 8), 1, latents, 4, attention=False, scale=0.5), 8).eval()
+    return KLAutoencoder((8, 8), 1, latents, 4, attention=False, scaling_factor=0.5).eval()
 
 
 @pytest.fixture(scope="module")

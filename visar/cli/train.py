@@ -75,7 +75,7 @@ def mar(options: argparse.Namespace) -> int:
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
-    vae = _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder).eval()
+    vae = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder).eval()
     encoder = _component("text_encoders.words.WordEncoder", options.words)
     train_mar(
         data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
@@ -110,7 +110,7 @@ def ar(options: argparse.Namespace) -> int:
     if options.dim % options.heads or options.dim // options.heads % 4:
         raise VisarError("--dim must be a multiple of --heads, and their ratio a multiple of 4.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
-    vq = VQModel.from_pretrained(_folder(options.tokenizer), low_cpu_mem_usage=False).eval()
+    vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
     train_ar(data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn)
     return 0
@@ -227,7 +227,7 @@ def assemble(options: argparse.Namespace) -> int:
         settings["top_k"] = options.top_k
     else:
         parts["mar"] = _component("families.mar.transformer.MAR", options.mar)
-        parts["vae"] = _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder)
+        parts["vae"] = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder)
     model = ImageModel(family_of_components(parts).of(parts, settings))
     if options.draft:
         model.load_drafter(options.draft)
@@ -241,7 +241,7 @@ def _component(kind: str, path: str | Path) -> Any:
     """A component from a folder, by its module within visar and its class."""
     import importlib
 
-    from visar.families.llamagen.loading import load_part
+    from visar.families.weights import load_part
 
     module, _, name = kind.rpartition(".")
     return load_part(getattr(importlib.import_module(f"visar.{module}"), name), _folder(path), name)

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from visar.drafters import lantern
 from visar.drafters.base import DrafterTarget, DraftKind, TargetSession, check_fit, fingerprint, register_drafter
 from visar.drafters.loss import DraftLoss, TargetPass, attention, later
+from visar.engine.component import Component, fill
 from visar.engine.decoder import Attend
 from visar.engine.drafter import Drafter
 from visar.engine.kv_cache import KVCache
@@ -27,10 +26,9 @@ from visar.engine.session import require_finite
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import Block
-from visar.families.llamagen.loading import fill
 
 
-class EagleHead(ModelMixin, ConfigMixin):
+class EagleHead(Component):
     """`fc` joins embedding and hidden state, both [B, W, dim]; one block follows.
 
     `aux_layers` are layers of the target whose outputs are fused with its last hidden state into the one that is read;
@@ -38,10 +36,8 @@ class EagleHead(ModelMixin, ConfigMixin):
     (`visar.drafters.lantern`): no norms but one, a token embedding of its own, and code 0 in the place of a caption.
     """
 
-    config_name = "config.json"
     kind = "eagle"
 
-    @register_to_config
     def __init__(
         self,
         dim: int = 1280,
@@ -201,6 +197,7 @@ class Eagle(DraftKind):
     def published(self, state: Mapping[str, Tensor], target: DrafterTarget, path: str | Path) -> EagleHead | None:
         if not lantern.is_published(state):
             return None
+        sizes: dict[str, Any]
         own, sizes = lantern.converted(state, target.model.head_dim, path)
         with torch.device("meta"):
             made = EagleHead(**sizes)

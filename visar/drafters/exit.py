@@ -5,23 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from visar.drafters.base import DrafterTarget, check_fit, fingerprint, register_drafter
 from visar.drafters.target_layers import TargetLayers
+from visar.engine.component import Component
 from visar.engine.layers import RMSNorm
 from visar.families.llamagen.gpt import Block
 
 
-class ExitHead(ModelMixin, ConfigMixin):
+class ExitHead(Component):
     """A block after the target's first `layers`; `target` is the fingerprint of the model that it was trained for."""
 
-    config_name = "config.json"
     kind = "exit"
 
-    @register_to_config
     def __init__(self, dim: int = 1280, num_heads: int = 20, ffn: int = 3584, layers: int = 2, target: str = ""):
         super().__init__()
         self.block = Block(dim, num_heads, ffn)

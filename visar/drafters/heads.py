@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from visar.drafters.base import DrafterTarget, DraftKind, TargetSession, check_fit, fingerprint, register_drafter
 from visar.drafters.loss import DraftLoss, TargetPass, later
+from visar.engine.component import Component
 from visar.engine.drafter import Drafter
 from visar.engine.layers import Linear, RMSNorm
 from visar.engine.session import require_finite
@@ -23,15 +22,12 @@ from visar.engine.tree import Tree
 from visar.errors import VisarError
 
 
-class DraftHeads(ModelMixin, ConfigMixin):
+class DraftHeads(Component):
     """`depth` residual blocks of two matrices; before training all give the target's own distribution of the root.
 
     `reads_tokens` makes them Hydra's; `target` is the fingerprint of the model that they were trained for.
     """
 
-    config_name = "config.json"
-
-    @register_to_config
     def __init__(self, dim: int = 1280, depth: int = 5, reads_tokens: bool = False, target: str = ""):
         super().__init__()
         self.embedding_norm = RMSNorm(dim) if reads_tokens else None

@@ -11,8 +11,8 @@ from torch import Tensor
 from visar.drafters.base import DRAFTERS, DrafterLoading, DrafterTarget, DraftKind, TargetSession, drafter_kinds
 from visar.engine.drafter import Drafter, Timed
 from visar.errors import VisarError
-from visar.families.llamagen.loading import load_part, quiet_conversion
 from visar.families.source import resolve
+from visar.families.weights import load_part, quiet_conversion
 
 
 def load_drafter(path: str | Path, target: Any) -> Any:

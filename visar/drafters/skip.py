@@ -10,32 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from visar.drafters.base import DrafterTarget, check_fit, fingerprint, register_drafter
 from visar.drafters.loss import DraftLoss
 from visar.drafters.target_layers import TargetLayers
+from visar.engine.component import Component
 
 
-class SkippedLayers(ConfigMixin, nn.Module):
+class SkippedLayers(Component):
     """The target with only its `layers`, and no weights of its own; `target` is that model's fingerprint."""
 
-    config: Any
-    config_name = "config.json"
     kind = "skip"
 
-    @register_to_config
     def __init__(self, layers: Sequence[int] = (), target: str = ""):
         super().__init__()
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        ConfigMixin.save_config(self, folder)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        return cls.from_config(cls.load_config(folder))
 
     def blocks(self, target: Any) -> tuple[list[nn.Module], nn.Module]:
         """What it runs, and the norm after it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
 
+from visar.engine.component import Component
 from visar.families.base import Family
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
@@ -43,14 +42,20 @@ def save(
             index[part] = [type(module).__module__, type(module).__name__]
         if part in parts_of:
             continue
-        if part in dtypes and hasattr(module, "config"):
-            module = nn.Module.to(copy.deepcopy(module), dtypes[part])
-        module.save_pretrained(folder / part)
-        config = json.loads((folder / part / "config.json").read_text())
-        if config.pop("_name_or_path", None):  # where it was loaded from means nothing elsewhere
-            with replacing(folder / part / "config.json") as temporary:
-                temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if isinstance(module, Component):
+            module.save_pretrained(folder / part, dtypes.get(part))
+        else:
+            module.save_pretrained(folder / part)
+            _forget_origin(folder / part / "config.json")
     if parts_of:
         index["_parts_of"] = dict(parts_of)
     with replacing(folder / "model_index.json") as temporary:
         temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _forget_origin(file: Path) -> None:
+    """Where a component of another library was loaded from means nothing elsewhere."""
+    config = json.loads(file.read_text()) if file.exists() else {}
+    if config.pop("_name_or_path", None):
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -19,7 +19,7 @@ from visar.drafters.loss import DraftLoss
 from visar.engine.decoder import Decoder
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
-from visar.families.llamagen.loading import quiet_conversion
+from visar.families.weights import quiet_conversion
 from visar.files import replacing, writable_folder
 from visar.samplers.distribution import Target
 from visar.training.loop import TrainConfig, distributed, fit, step_seed

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import CaptionEmbedding, LlamaGen, initialise
-from visar.families.llamagen.loading import gpt_of, load_state
+from visar.families.llamagen.loading import gpt_of
 from visar.families.llamagen.session import LlamaGenSession
+from visar.families.weights import load_state
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ class LlamaGenTarget:
     def with_layers(self, layers: Sequence[nn.Module], norm: nn.Module) -> LlamaGen:
         with torch.device("meta"):
             view = LlamaGen(**self._arguments() | {"num_layers": 0})
-        view.register_to_config(num_layers=len(layers))
+        view.config = self.model.config.replace(num_layers=len(layers))
         for shared in ("tok_embeddings", "cls_embedding", "output"):
             setattr(view, shared, getattr(self.model, shared))
-        view.layers, view.norm = nn.ModuleList(layers), norm
+        view.layers, view.norm = nn.ModuleList(layers), norm  # type: ignore[assignment]
         return view.eval()
 
     def session(
@@ -85,4 +86,4 @@ class LlamaGenTarget:
         return LlamaGenSession(model, condition, mask, length=side**2, window=window, grid=side, guidance=guidance)
 
     def _arguments(self) -> dict[str, Any]:
-        return {k: v for k, v in self.model.config.items() if not k.startswith("_")}
+        return dict(self.model.config)

@@ -20,13 +20,14 @@ from visar.families.base import DiscreteFamily, Encoded
 from visar.families.layout import Layout
 from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.loading import load_gpt, load_part, load_vq
+from visar.families.llamagen.loading import load_gpt, load_vq
 from visar.families.llamagen.preview import CodePreview
 from visar.families.llamagen.session import LlamaGenSession
 from visar.families.llamagen.specs import MODELS
 from visar.families.llamagen.vq import VQModel
 from visar.families.registry import register_family
 from visar.families.source import Source
+from visar.families.weights import load_part
 from visar.params import SamplingParams
 from visar.text_encoders import load_text_encoder
 from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
@@ -88,8 +89,8 @@ class LlamaGenFamily(DiscreteFamily):
             if part not in parts:
                 parts[part] = load_part(kind, source.component_folder(part), repr(part))
         if "text_encoder" in source.index and "text_encoder" not in parts:
-            kind = source.component_class("text_encoder")
-            parts["text_encoder"] = load_text_encoder(kind, source.component_folder("text_encoder"))
+            name = source.component_class("text_encoder")
+            parts["text_encoder"] = load_text_encoder(name, source.component_folder("text_encoder"))
         return cls(**parts, **source.settings(cls.required | cls.optional, cls.setting_names))
 
     @classmethod

@@ -11,10 +11,9 @@ from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from visar.engine.component import Component
 from visar.engine.decoder import Attend
 from visar.engine.layers import Linear, RMSNorm
 from visar.families.llamagen.rotary import rotary_table, turned
@@ -103,16 +102,13 @@ class CaptionEmbedding(nn.Module):
         return self.uncond_embedding.expand_as(features)
 
 
-class LlamaGen(ModelMixin, ConfigMixin):
+class LlamaGen(Component):
     """LlamaGen's GPT.
 
     `condition` is "class" or "text"; `condition_length` T is the number of condition slots before the image tokens (1
     for classes, 120 for the published text model); `grid` is the default number of cells along one side.
     """
 
-    config_name = "config.json"
-
-    @register_to_config
     def __init__(
         self,
         vocab_size: int = 16384,

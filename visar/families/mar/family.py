@@ -14,8 +14,7 @@ from visar.engine.graphs import RowGraphs
 from visar.errors import VisarError
 from visar.families.base import ContinuousFamily, Encoded
 from visar.families.layout import Layout
-from visar.families.llamagen.loading import load_part
-from visar.families.mar.autoencoder import AutoencoderKL, downsample, fingerprint, to_latents
+from visar.families.mar.autoencoder import KLAutoencoder, downsample, fingerprint, to_latents
 from visar.families.mar.drafting import MARTarget
 from visar.families.mar.loading import load_kl16, load_mar
 from visar.families.mar.session import MARSession
@@ -23,6 +22,7 @@ from visar.families.mar.specs import MAR_MODELS, match_mar
 from visar.families.mar.transformer import MAR
 from visar.families.registry import register_family
 from visar.families.source import Source
+from visar.families.weights import load_part
 from visar.params import SamplingParams
 from visar.text_encoders import load_text_encoder
 
@@ -42,12 +42,13 @@ class MARFamily(ContinuousFamily):
     def __init__(
         self,
         mar: MAR,
-        vae: AutoencoderKL,
+        vae: Any,
         text_encoder: Any = None,
         guidance_scale: float | None = None,
         guidance_schedule: str = "linear",
         temperature: float = 1.0,
     ):
+        vae = KLAutoencoder.of(vae)
         c, text = mar.config, mar.config.condition == "text"
         if guidance_scale is None:
             guidance_scale = 3.0 if text else 2.9
@@ -96,7 +97,7 @@ class MARFamily(ContinuousFamily):
             vae = load_kl16(source.files["vae"])
             return cls(found, vae, guidance_scale=spec.guidance, guidance_schedule=spec.guidance_schedule)
         parts: dict[str, Any] = dict(source.given)
-        for part, kind in (("mar", MAR), ("vae", AutoencoderKL)):
+        for part, kind in (("mar", MAR), ("vae", KLAutoencoder)):
             if part not in parts:
                 parts[part] = load_part(kind, source.component_folder(part), repr(part))
         if "text_encoder" in source.index and "text_encoder" not in parts:
@@ -110,8 +111,8 @@ class MARFamily(ContinuousFamily):
         return found
 
     @property
-    def vae(self) -> AutoencoderKL:
-        found: AutoencoderKL = self.components["vae"]
+    def vae(self) -> KLAutoencoder:
+        found: KLAutoencoder = self.components["vae"]
         return found
 
     def encode(self, conditions: Sequence[Any]) -> Encoded:
@@ -151,7 +152,7 @@ class MARFamily(ContinuousFamily):
     def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
         latents = to_latents(tokens, self.layout.rows) / self.vae.config.scaling_factor
         latents = latents.to(self.vae.device, self.vae.dtype)
-        parts = [self.vae.decode(part).sample.float() for part in latents.split(batch)]
+        parts = [self.vae.decode(part).float() for part in latents.split(batch)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     @property
