@@ -75,7 +75,7 @@ def test_sample(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (about["model"], about["batch"], about["count"], about["seed"]) == (str(text_folder), 3, 5, 4)
     assert about["parameters"] == {"window": 6, "coupling": "independent", "init": "left", "grid": 5}
-    assert about["settings"] == {"guidance_scale": 1.5, "guidance_interval": -1, "guidance_schedule": None,
+    assert about["settings"] == {"guidance_scale": 1.5, "guidance_interval": -1, "guidance_schedule": "constant",
                                  "temperature": 0.8, "top_k": 9, "top_p": 0.9}  # fmt: skip
     assert run(*given, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -159,7 +159,7 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
         ("--prompts TMP/p.txt --guidance-scale nan", "--guidance-scale must be a finite number"),
         ("--prompts TMP/p.txt --device cuda:99", "Device 'cuda:99' is not there"),
         ("--prompts TMP/p.txt --model icns", "Unknown model 'icns'. Did you mean 'icons'?"),
-        ("--classes 1", "not a ClassToImagePipeline"),
+        ("--classes 1", "makes images from a prompt: give prompts."),
         ("--classes 3-1", "Classes are given as 0-999 or 1,5,7-9, or as a file of these, not as '3-1'."),
         ("--classes 1,2,1", "Class 1 is given twice"),
         ("--classes 1,cat", "not as 'cat'."),
@@ -198,7 +198,7 @@ def test_another_run_is_refused_before_weights_are_read(
     geneval_run: Path, text_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch,
     other: str, difference: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("visar.cli.sample.load_pipeline", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("visar.cli.sample.load_model", lambda *_, **__: pytest.fail("weights were read"))
     (tmp_path / "other.txt").write_text("dog\ncat\n")
     words = other.replace("OTHER", str(tmp_path / "other.txt")).split()
     prompts = geneval_run.with_name("metadata.jsonl")

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from visar.cli import main
 from visar.eval.exactness import joint as exactness
-from visar.families.llamagen.specs import MODELS
-from visar.families.mar.specs import MAR_MODELS
+from visar.families.catalogue import catalogue
 from visar.samplers import CONTINUOUS, SAMPLERS, jacobi
 
 WEIGHTS = Path("gpt/diffusion_pytorch_model.safetensors")
@@ -40,14 +39,14 @@ def test_models(capsys: Capture) -> None:
     assert run("models") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["NAME", "CONDITION", "PIXELS", "WEIGHTS"]
-    assert [line.split()[0] for line in lines[1:]] == [*MODELS, *MAR_MODELS]
+    assert [line.split()[0] for line in lines[1:]] == list(catalogue())
     assert run("models", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["icons"]["weights"] == "embedded" and rows["icons"]["condition"] == "text"
+    assert rows["icons"]["weights"] == "embedded" and rows["icons"]["condition"] == "prompt"
     assert rows["llamagen-b"]["pixels"] == [256, 384] and "c2i_B_384.pt" in rows["llamagen-b"]["weights"]
     assert run("models", "icons") == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["icons"] and ["pixels", "64"] in lines and ["weights", "embedded"] in lines
+    assert lines[0] == ["name", "icons"] and ["pixels", "64"] in lines and ["weights", "embedded"] in lines
     assert run("models", "icon") == 2 and "Did you mean 'icons'?" in capsys.readouterr().err
 
 
@@ -190,7 +189,7 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("cat --model ./none", "There is no model folder ./none."),
         ("cat --model TMP/cut", "diffusion_pytorch_model.safetensors: it is truncated"),
         ("cat --model TMP/nan", "holds a NaN or an infinity"),
-        ("cat --model TMP/bad.pt", "A published GPT file needs its tokenizer too"),
+        ("cat --model TMP/bad.pt", "bad.pt is a file of weights: give the file of its tokenizer too"),
         ("cat --model TMP/bad.pt --vq TMP/bad.pt", "bad.pt: it is truncated"),
         ("cat --model TMP/none.pt --vq TMP/none.pt", "There is no weights file"),
         ("cat --class 1", "Give either prompts or --class IDs."),
@@ -198,8 +197,8 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("  EMPTY", "The prompt is empty"),
         ("zebra", "No word of the prompt 'zebra' is known"),
         ("zebra -o TMP/new/folder", "No word of the prompt 'zebra' is known"),
-        ("cat --num-heads 4", "--num-heads go with a published .pt file"),
-        ("--class 1", "not a ClassToImagePipeline"),
+        ("cat --num-heads 4", "a number of heads are given with a published file of weights"),
+        ("--class 1", "makes images from a prompt: give prompts."),
         ("cat --sampler scd-gumbl", "Unknown sampler 'scd-gumbl'. Did you mean 'scd-gumbel'?"),
         ("cat --sampler SCD", "Unknown sampler 'SCD'. Did you mean 'scd'?"),
         ("cat --window 1", "window must be 2 or more tokens, not 1"),
@@ -310,8 +309,8 @@ def test_bench(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     found = json.loads(report.read_text())
     ar, scd = found["rows"]
     assert (found["images"], found["batch"], found["repeats"]) == (3, 2, 3) and found["bandwidth"] > 0
-    assert (ar["nfe"], ar["commits_per_pass"], ar["nfe_ratio"], ar["time_ratio"]) == (26, 1, 1, 1)
-    assert scd["nfe"] < 26 and scd["nfe_ratio"] == scd["nfe"] / 26 and scd["commits_per_pass"] > 1
+    assert (ar["nfe"], ar["tokens_per_pass"], ar["nfe_ratio"], ar["time_ratio"]) == (26, 1, 1, 1)
+    assert scd["nfe"] < 26 and scd["nfe_ratio"] == scd["nfe"] / 26 and scd["tokens_per_pass"] > 1
     assert scd["images_per_second"] == pytest.approx(1 / scd["seconds_per_image"])
     assert names(tmp_path) == ["new", "new/report.json"]
     assert run("bench", "--model", text_folder, "--samplers", "ar,scd", "-n", 1, "--set", "window=5") == 0
