@@ -197,10 +197,9 @@ class Eagle(DraftKind):
     def published(self, state: Mapping[str, Tensor], target: DrafterTarget, path: str | Path) -> EagleHead | None:
         if not lantern.is_published(state):
             return None
-        sizes: dict[str, Any]
         own, sizes = lantern.converted(state, target.model.head_dim, path)
         with torch.device("meta"):
-            made = EagleHead(**sizes)
+            made = EagleHead(**sizes)  # type: ignore[arg-type]
         return fill(made, own, path)
 
     def check(self, model: EagleHead, target: DrafterTarget, path: str | Path) -> None:

@@ -1,10 +1,11 @@
-"""The families by name. A folder of this package that has a `family.py` is one; others register themselves."""
+"""The families by name: every folder of this package that has a `family.py`, and those that register themselves."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from visar.errors import VisarError
@@ -35,6 +36,8 @@ def families() -> Mapping[str, type[Family]]:
     """All families, those that ship and those that were registered."""
     for name in folders():
         importlib.import_module(f"visar.families.{name}.family")
+    for point in entry_points(group="visar.families"):  # of installed packages, whose modules register theirs
+        point.load()
     return dict(_REGISTERED)
 
 
