@@ -70,9 +70,7 @@ def compare(options: argparse.Namespace) -> int:
     a, b, *seeds = (ImageFolder.open(path) for path in (options.a, options.b, *options.seeds))
     reference = _photographs(options.reference)
     scores = _scores(options)
-    found = compared(
-        a, b, _features(options), seeds=seeds, reference=reference, clip=scores, seed=options.seed
-    )  # fmt: skip
+    found = compared(a, b, _features(options), seeds=seeds, reference=reference, clip=scores, seed=options.seed)
     show(options, _described(found), found.to_dict())
     return 0
 

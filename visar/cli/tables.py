@@ -14,8 +14,8 @@ def models(options: argparse.Namespace) -> int:
     check_json(options)
     rows = model_rows()
     if options.name is not None:
-        row = _named("model", options.name, rows)
-        told = [(name, _told(value)) for name, value in row.items() if value]
+        row = _named("model", options.name, rows) | _inside(options.name)
+        told = [(name.replace("_", " "), _told(value)) for name, value in row.items() if value]
         show(options, table(told[0], told[1:]), row)
         return 0
     columns = ("name", "condition", "pixels", "weights")
@@ -29,6 +29,20 @@ def model_rows() -> list[dict[str, Any]]:
     from visar.families.catalogue import catalogue
 
     return [asdict(listing) for listing in catalogue().values()]
+
+
+def _inside(name: str) -> dict[str, Any]:
+    """The default settings, components and drafters of an embedded model."""
+    from visar.families.catalogue import embedded_folder, is_embedded
+    from visar.families.source import open_source
+
+    if not is_embedded(name):
+        return {}
+    index = open_source(name).index
+    parts = [key for key, value in index.items() if isinstance(value, list)]
+    settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_") and v is not None}
+    others = sorted(folder.name for folder in embedded_folder(name).iterdir() if folder.is_dir())
+    return {"settings": settings, "components": parts, "drafters": [part for part in others if part not in parts]}
 
 
 def samplers(options: argparse.Namespace) -> int:
@@ -84,4 +98,6 @@ def _named(kind: str, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
     return "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,22 +1,27 @@
-"""The options of every command, without what the commands do: nothing heavy is imported here.
-
-A file declares the options of the module of the same name in `visar.cli`, and names the function there that runs.
-"""
+"""The options of every command, without what the commands do: nothing heavy is imported here."""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
 
 from visar import __version__
-from visar.cli.parsers import bench, completion, demo, evaluate, generate, sample, tables, train, verify
-from visar.cli.parsers.base import CommandParser
+from visar.cli.parsers.base import CommandParser, add_commands
+from visar.cli.parsers.bench import bench
+from visar.cli.parsers.completion import completion
+from visar.cli.parsers.demo import demo
+from visar.cli.parsers.evaluate import eval_
+from visar.cli.parsers.generate import generate
+from visar.cli.parsers.sample import export, sample
+from visar.cli.parsers.tables import models, samplers
+from visar.cli.parsers.train import train
+from visar.cli.parsers.verify import verify
 
 GROUPS = {
-    "Make images": ("generate", "sample", "export", "demo"),
-    "Look up": ("models", "samplers"),
-    "Measure": ("verify", "bench", "eval"),
-    "Train": ("train",),
-    "Shell": ("completion",),
+    "Make images": (generate, sample, export, demo),
+    "Look up": (models, samplers),
+    "Measure": (verify, bench, eval_),
+    "Train": (train,),
+    "Shell": (completion,),
 }
 
 
@@ -24,17 +29,14 @@ class TopParser(CommandParser):
     """`visar` itself, whose help lists the commands in groups."""
 
     def format_help(self) -> str:
-        commands: Any = next(a for a in self._actions if a.dest == "command")
-        about = {str(a.dest): str(a.help) for a in commands._get_subactions()}
-        lists = [
-            "\n".join([f"{title}:", *(f"  {name:10}  {about[name]}" for name in names)])
-            for title, names in GROUPS.items()
-        ]
-        options = "Options:\n  -h, --help  Show this help.\n  --version   Show the version.\n"
-        more = "`visar COMMAND --help` shows the options of a command."
-        return "\n\n".join([
-            f"usage: {self.prog} COMMAND [OPTIONS]", str(self.description), *lists, f"{options}\n{self.epilog}", more
-        ]) + "\n"  # fmt: skip
+        (commands,) = (a for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        parts = [f"usage: {self.prog} COMMAND [OPTIONS]", str(self.description)]
+        for title, group in GROUPS.items():
+            names = [command.__name__.rstrip("_") for command in group]
+            parts.append("\n".join([f"{title}:", *(f"  {n:10}  {commands.choices[n].description}" for n in names)]))
+        parts.append("Options:\n  -h, --help  Show this help.\n  --version   Show the version.")
+        parts += [str(self.epilog), "`visar COMMAND --help` shows the options of a command."]
+        return "\n\n".join(parts) + "\n"
 
 
 def parser() -> CommandParser:
@@ -44,9 +46,7 @@ def parser() -> CommandParser:
         description="Fast image generation with autoregressive models, and tests of which speed-ups are exact.",
         examples=('visar generate "a red heart, 3d"', "visar samplers eagle"),
     )
-    top.set_defaults(run="", parser=top)
     top.add_argument("--version", action="version", version=f"visar {__version__}")
-    commands = top.add_subparsers(dest="command")
-    for module in (generate, sample, demo, tables, verify, bench, evaluate, train, completion):
-        module.add(commands)
+    top.set_defaults(parser=top)
+    add_commands(top, *(command for group in GROUPS.values() for command in group))
     return top

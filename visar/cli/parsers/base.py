@@ -11,8 +11,7 @@ from typing import Any, NoReturn
 
 from visar.errors import VisarError
 
-Commands = Any  # argparse keeps the types of subparsers and groups to itself
-Group = Any
+Group = Any  # argparse keeps the type of its groups to itself
 STDOUT = "-"
 RENAMED = {"--output": "--out", "--images": "--num-images", "--num-pictures": "--num-images", "--target": "--model"}
 
@@ -57,12 +56,6 @@ class CommandParser(argparse.ArgumentParser):
         self.examples = examples
         self._optionals.title = "Options"
         self._positionals.title = "Arguments"
-
-    def add_subparsers(self, **about: Any) -> Any:
-        more = f"`{self.prog} COMMAND --help` shows its options"
-        return super().add_subparsers(
-            metavar="COMMAND", prog=self.prog, parser_class=CommandParser, help=more, **about
-        )  # fmt: skip
 
     def add_argument_group(self, *args: Any, **about: Any) -> Any:
         title = args[0] if args else about.get("title")
@@ -113,11 +106,24 @@ def _name(action: argparse.Action) -> str:
     return action.option_strings[-1] if action.option_strings else str(action.metavar)
 
 
-def add_command(commands: Commands, name: str, run: str, about: str, *examples: str) -> CommandParser:
-    """A command that `run` does, "module:function" in `visar.cli`, or "" if it has commands of its own."""
-    parser: CommandParser = commands.add_parser(name, help=about, description=about, examples=examples)
-    parser.set_defaults(run=run, parser=parser)
-    return parser
+def add_commands(parser: argparse.ArgumentParser, *commands: Callable[[CommandParser], None]) -> None:
+    """Commands below a parser, by the functions that declare their options.
+
+    Such a function has the name of its command and, as docstring, a sentence and two examples. The function of the same
+    name in the file of the same name in `visar.cli` does the work.
+    """
+    about = f"`{parser.prog} COMMAND --help` shows its options"
+    found = parser.add_subparsers(metavar="COMMAND", prog=parser.prog, parser_class=CommandParser, help=about)
+    for command in commands:
+        sentence, *examples = [
+            line.strip() for line in (command.__doc__ or command.__name__).splitlines() if line.strip()
+        ]
+        own = found.add_parser(
+            command.__name__.rstrip("_"), help=sentence, description=sentence, examples=tuple(examples)
+        )
+        own.set_defaults(run=f"{command.__module__.rpartition('.')[2]}:{command.__name__}", parser=own)
+        command(own)
+    parser.set_defaults(run="")
 
 
 def _value(kind: Callable[[str], Any], noun: str, bound: str, good: Callable[[Any], bool]) -> Callable[[str], Any]:

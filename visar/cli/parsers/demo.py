@@ -1,15 +1,15 @@
 """The options of `visar demo`."""
 
-from visar.cli.parsers.base import Commands, add_command, whole
+from visar.cli.parsers.base import CommandParser, whole
 from visar.cli.parsers.options import drafter_option, model_options
 
 
-def add(commands: Commands) -> None:
-    p = add_command(
-        commands, "demo", "demo:demo", "Serve a web page that shows images while they are decoded.",
-        "visar demo",
-        "visar demo --model icons --port 7861 --max-images 2",
-    )  # fmt: skip
+def demo(p: CommandParser) -> None:
+    """Serve a web page that shows images while they are decoded.
+
+    visar demo
+    visar demo --model icons --port 7861 --max-images 2
+    """
     model_options(p, several=True)
     drafter_option(p.add_argument_group("Model"))
     server = p.add_argument_group("Server")

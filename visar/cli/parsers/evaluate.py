@@ -1,6 +1,6 @@
 """The options of `visar eval` and its commands."""
 
-from visar.cli.parsers.base import CommandParser, Commands, Group, add_command, whole
+from visar.cli.parsers.base import CommandParser, Group, add_commands, whole
 from visar.cli.parsers.options import (
     device_option,
     json_option,
@@ -12,23 +12,21 @@ from visar.cli.parsers.options import (
 PROTOCOL = "a name of `visar eval protocols`"
 
 
-def add(commands: Commands) -> None:
-    p = add_command(
-        commands, "eval", "", "Measure images by named protocols, and whether a sampler changed them.",
-        "visar eval protocols",
-        "visar eval compare A B",
-    )  # fmt: skip
-    kinds = p.add_subparsers(dest="kind")
-    for command in (_fid, _clip, _stats, _compare, _report, _protocols):
-        command(kinds)
+def eval_(p: CommandParser) -> None:
+    """Measure images by named protocols, and whether a sampler changed them.
+
+    visar eval protocols
+    visar eval compare A B
+    """
+    add_commands(p, fid, clip, stats, compare, report, protocols)
 
 
-def _fid(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "fid", "evaluate:fid", "Measure the distance of images to reference images: FID and its relatives.",
-        "visar eval fid images --protocol coco-30k-cleanfid256 --reference coco.npz",
-        "visar eval fid run --protocol icons-efflite0 --reference photographs --json fid.json",
-    )  # fmt: skip
+def fid(p: CommandParser) -> None:
+    """Measure the distance of images to reference images: FID and its relatives.
+
+    visar eval fid images --protocol coco-30k-cleanfid256 --reference coco.npz
+    visar eval fid run --protocol icons-efflite0 --reference photographs --json fid.json
+    """
     p.add_argument("folder", metavar="FOLDER", help="a folder of images, or an .npz batch")
     p.add_argument("--protocol", required=True, metavar="PROTOCOL", help=PROTOCOL)
     p.add_argument("--reference", metavar="PATH", help="images, or statistics: of `visar eval stats`, or published")
@@ -36,36 +34,36 @@ def _fid(kinds: Commands) -> None:
     _extractor_options(p)
 
 
-def _clip(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "clip", "evaluate:clip", "Measure how well images follow their prompts.",
-        "visar eval clip run --protocol icons-clip",
-        "visar eval clip images --captions captions.json --json clip.json",
-    )  # fmt: skip
+def clip(p: CommandParser) -> None:
+    """Measure how well images follow their prompts.
+
+    visar eval clip run --protocol icons-clip
+    visar eval clip images --captions captions.json --json clip.json
+    """
     p.add_argument("folder", metavar="FOLDER", help="a folder of images, or an .npz batch")
     p.add_argument("--protocol", default="clip-vit-b32", metavar="PROTOCOL", help=PROTOCOL)
     p.add_argument("--captions", metavar="FILE", help="a JSON object of id and caption, if the folder has none")
     _extractor_options(p)
 
 
-def _stats(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "stats", "evaluate:stats", "Save the statistics of reference images for `visar eval fid`.",
-        "visar eval stats coco/val2014 --protocol coco-30k-cleanfid256 -o coco.npz",
-        "visar eval stats part-0.npz part-1.npz --protocol coco-30k-cleanfid256 -o all.npz",
-    )  # fmt: skip
+def stats(p: CommandParser) -> None:
+    """Save the statistics of reference images for `visar eval fid`.
+
+    visar eval stats coco/val2014 --protocol coco-30k-cleanfid256 -o coco.npz
+    visar eval stats part-0.npz part-1.npz --protocol coco-30k-cleanfid256 -o all.npz
+    """
     p.add_argument("sources", nargs="+", metavar="PATH", help="images, or statistics of parts of them to merge")
     p.add_argument("--protocol", required=True, metavar="PROTOCOL", help=PROTOCOL)
     p.add_argument("-o", "--out", required=True, metavar="FILE", help="an .npz file")
     _extractor_options(p)
 
 
-def _compare(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "compare", "evaluate:compare", "Test whether a faster sampler changed the images.",
-        "visar eval compare A B",
-        "visar eval compare A B --seeds A2 --clip icons-clip --json compared.json",
-    )  # fmt: skip
+def compare(p: CommandParser) -> None:
+    """Test whether a faster sampler changed the images.
+
+    visar eval compare A B
+    visar eval compare A B --seeds A2 --clip icons-clip --json compared.json
+    """
     p.add_argument("a", metavar="FOLDER_A", help="images of plain decoding")
     p.add_argument("b", metavar="FOLDER_B", help="images of the same prompts, best of the same seed")
     p.add_argument("--seeds", nargs="+", default=[], metavar="FOLDER", help="more images like A's, of other seeds")
@@ -74,12 +72,12 @@ def _compare(kinds: Commands) -> None:
     _extractor_options(p)
 
 
-def _report(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "report", "evaluate:report", "Make a page that compares samplers: their speed and their images.",
-        "visar eval report --samplers ar,scd -n 4 --speed-images 1 -o report",
-        "visar eval report --samplers ar,sjd,scd,lantern++ --clip icons-clip -o report",
-    )  # fmt: skip
+def report(p: CommandParser) -> None:
+    """Make a page that compares samplers: their speed and their images.
+
+    visar eval report --samplers ar,scd -n 4 --speed-images 1 -o report
+    visar eval report --samplers ar,sjd,scd,lantern++ --clip icons-clip -o report
+    """
     p.add_argument("--prompts", metavar="FILE", help="as in `visar sample` (default: 48 common things)")
     p.add_argument("--classes", metavar="LIST|FILE", help="classes instead of prompts (default: all)")
     output = p.add_argument_group("Output")
@@ -99,12 +97,12 @@ def _report(kinds: Commands) -> None:
     sampling_options(p)
 
 
-def _protocols(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "protocols", "evaluate:protocols", "List the protocols.",
-        "visar eval protocols",
-        "visar eval protocols --json",
-    )  # fmt: skip
+def protocols(p: CommandParser) -> None:
+    """List the protocols.
+
+    visar eval protocols
+    visar eval protocols --json
+    """
     json_option(p, "the table")
 
 

@@ -1,20 +1,24 @@
 """The options of `visar generate`."""
 
-from visar.cli.parsers.base import Commands, add_command, whole
+from visar.cli.parsers.base import CommandParser, whole
 from visar.cli.parsers.options import json_option, model_options, sampler_options, sampling_options
 
 
-def add(commands: Commands) -> None:
-    p = add_command(
-        commands, "generate", "generate:generate", "Make images from prompts or classes.",
-        'visar generate "a red heart, 3d" -o heart.png',
-        'visar generate "a red heart, 3d" "a sun, flat" -n 2 --sampler sjd --set window=8 -o images',
-    )  # fmt: skip
+def generate(p: CommandParser) -> None:
+    """Make images from prompts or classes.
+
+    visar generate "a red heart, 3d" -o heart.png
+    visar generate "a red heart, 3d" "a sun, flat" -n 2 --sampler sjd --set window=8 -o images
+    """
     p.add_argument("prompt", nargs="*", metavar="PROMPT", help='a text in quotes, such as "a red heart, 3d"')
     p.add_argument(
-        "--class", dest="classes", type=whole(), action="append", metavar="ID",
+        "--class",
+        dest="classes",
+        type=whole(),
+        action="append",
+        metavar="ID",
         help="an ImageNet class instead of a prompt; repeatable",
-    )  # fmt: skip
+    )
     output = p.add_argument_group("Output")
     output.add_argument(
         "-n", "--num-images", type=whole(1), default=1, metavar="N", help="images for each prompt or class"

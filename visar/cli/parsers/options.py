@@ -32,9 +32,13 @@ def sampling_options(parser: CommandParser) -> None:
         default = "the model's own" if f.default is None else f.default
         value = f"N|{RANDOM}" if f.name == "seed" else _kind(f)[2]
         group.add_argument(
-            f"--{f.name.replace('_', '-')}", type=_reader(f), choices=choices, default=f.default,
-            metavar=None if choices else value, help=f"{'; '.join(notes)} (default: {default})",
-        )  # fmt: skip
+            f"--{f.name.replace('_', '-')}",
+            type=_reader(f),
+            choices=choices,
+            default=f.default,
+            metavar=None if choices else value,
+            help=f"{'; '.join(notes)} (default: {default})",
+        )
 
 
 def params_of(options: argparse.Namespace) -> SamplingParams:
@@ -88,9 +92,12 @@ def model_options(parser: CommandParser, *, several: bool = False, quantize: boo
     what = "a name of `visar models`, a folder, a hub id, or a published weights file"
     if several:
         group.add_argument(
-            "--model", dest="models", action="append", metavar=MODEL_OR_PATH,
+            "--model",
+            dest="models",
+            action="append",
+            metavar=MODEL_OR_PATH,
             help=f"{what}; repeatable (default: icons and icons-mar)",
-        )  # fmt: skip
+        )
     else:
         group.add_argument("--model", default="icons", metavar=MODEL_OR_PATH, help=what)
     group.add_argument("--vq", metavar="FILE", help="the tokenizer file, if --model is a LlamaGen file")
@@ -104,9 +111,10 @@ def model_options(parser: CommandParser, *, several: bool = False, quantize: boo
     )
     device_option(group)
     group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"),
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
         help="type of the numbers (default: the fastest on this device, bfloat16 or float32)",
-    )  # fmt: skip
+    )
     if quantize:
         group.add_argument(
             "--quantize", choices=("int8", "fp8"), help="round the weights to 8 bits; this changes the distribution"
@@ -122,32 +130,46 @@ def sampler_options(parser: CommandParser, *, several: str = "") -> None:
     group = parser.add_argument_group("Sampler")
     if several:
         group.add_argument(
-            "--samplers", type=names, metavar="SAMPLERS",
+            "--samplers",
+            type=names,
+            metavar="SAMPLERS",
             help=f"names of `visar samplers`, separated by commas; with parameters: sjd:window=8 (default: {several})",
-        )  # fmt: skip
+        )
     else:
         group.add_argument(
-            "--sampler", metavar="SAMPLER",
+            "--sampler",
+            metavar="SAMPLER",
             help="a name of `visar samplers` (default: scd, or mar-headspec for continuous tokens)",
-        )  # fmt: skip
+        )
     group.add_argument("--window", type=whole(), metavar="N", help="tokens per pass, for samplers with a window")
     drafter_option(group)
     group.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", dest="parameters",
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="parameters",
         help="a parameter of the sampler, such as gamma=6 (see `visar samplers NAME`); repeatable",
-    )  # fmt: skip
+    )
 
 
 def drafter_option(group: Group) -> None:
     group.add_argument(
-        "--drafter", action="append", default=[], metavar="PATH",
+        "--drafter",
+        action="append",
+        default=[],
+        metavar="PATH",
         help="a drafter's folder or published file, or a smaller model; repeatable, one of each kind",
-    )  # fmt: skip
+    )
 
 
 def json_option(group: Group, what: str = "the result") -> None:
     """`--json`, alone or with a file."""
     group.add_argument(
-        "--json", nargs="?", const=STDOUT, type=json_target, metavar="PATH",
+        "--json",
+        nargs="?",
+        const=STDOUT,
+        type=json_target,
+        metavar="PATH",
         help=f"write {what} as JSON to a .json file, or with - or nothing to stdout instead of text",
-    )  # fmt: skip
+    )

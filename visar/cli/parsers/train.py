@@ -1,6 +1,6 @@
 """The options of `visar train` and its commands."""
 
-from visar.cli.parsers.base import CommandParser, Commands, Group, add_command, names, positive, whole
+from visar.cli.parsers.base import CommandParser, Group, add_commands, names, positive, whole
 from visar.cli.parsers.options import device_option, model_options, sampling_options
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -8,23 +8,21 @@ SMALL = "float8_e4m3fn"
 WORDS = "the folder of `visar train words`"
 
 
-def add(commands: Commands) -> None:
-    p = add_command(
-        commands, "train", "", "Train a tokenizer, a model or a drafter, each on a folder of captioned images.",
-        "visar train tokenizer --data images -o run/vq",
-        "visar train drafter --captions captions.txt -o run/drafter",
-    )  # fmt: skip
-    kinds = p.add_subparsers(dest="kind")
-    for command in (_images, _words, _tokenizer, _autoencoder, _ar, _mar, _clip, _drafter, _assemble):
-        command(kinds)
+def train(p: CommandParser) -> None:
+    """Train a tokenizer, a model or a drafter, each on a folder of captioned images.
+
+    visar train tokenizer --data images -o run/vq
+    visar train drafter --captions captions.txt -o run/drafter
+    """
+    add_commands(p, images, words, tokenizer, autoencoder, ar, mar, clip, drafter, assemble)
 
 
-def _images(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "images", "train:images", "Build the image set of `icons` from packages with open licences.",
-        "visar train images -o images",
-        "visar train images -o images --styles 3d,noto,flat --size 64",
-    )  # fmt: skip
+def images(p: CommandParser) -> None:
+    """Build the image set of `icons` from packages with open licences.
+
+    visar train images -o images
+    visar train images -o images --styles 3d,noto,flat --size 64
+    """
     p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the images")
     p.add_argument("--size", type=whole(8), default=128, metavar="PX", help="pixels")
     p.add_argument("--styles", type=names, default=[], metavar="NAMES", help="only these, separated by commas")
@@ -32,40 +30,40 @@ def _images(kinds: Commands) -> None:
     p.add_argument("--flags", action="store_true", help="with flags")
 
 
-def _words(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "words", "train:words", "Make the text encoder's table of words.",
-        "visar train words --data images -o words",
-        "visar train words --data images.zip -o words",
-    )  # fmt: skip
+def words(p: CommandParser) -> None:
+    """Make the text encoder's table of words.
+
+    visar train words --data images -o words
+    visar train words --data images.zip -o words
+    """
     p.add_argument("--data", required=True, metavar="PATH", help="folder or zip of captioned images")
     p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the text encoder")
 
 
-def _tokenizer(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "tokenizer", "train:tokenizer", "Train a VQ tokenizer.",
-        "visar train tokenizer --data images -o run/vq",
-        "visar train tokenizer --data images --styles 3d,noto,flat --minutes 60 -o run/vq",
-    )  # fmt: skip
+def tokenizer(p: CommandParser) -> None:
+    """Train a VQ tokenizer.
+
+    visar train tokenizer --data images -o run/vq
+    visar train tokenizer --data images --styles 3d,noto,flat --minutes 60 -o run/vq
+    """
     _training_options(p, minutes=21, batch=16, lr=1.5e-3)
 
 
-def _autoencoder(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "autoencoder", "train:autoencoder", "Train a KL autoencoder, for continuous tokens.",
-        "visar train autoencoder --data images -o run/ae",
-        "visar train autoencoder --data images --styles 3d,noto,flat --minutes 60 -o run/ae",
-    )  # fmt: skip
+def autoencoder(p: CommandParser) -> None:
+    """Train a KL autoencoder, for continuous tokens.
+
+    visar train autoencoder --data images -o run/ae
+    visar train autoencoder --data images --styles 3d,noto,flat --minutes 60 -o run/ae
+    """
     _training_options(p, minutes=21, batch=16, lr=1.5e-3)
 
 
-def _ar(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "ar", "train:ar", "Train a text-conditional GPT on a tokenizer's tokens.",
-        "visar train ar --data images --tokenizer run/vq/vq --words words -o run/ar",
-        "visar train ar --data images --tokenizer run/vq/vq --words words --dim 128 --heads 2 --ffn 384 -o run/ar",
-    )  # fmt: skip
+def ar(p: CommandParser) -> None:
+    """Train a text-conditional GPT on a tokenizer's tokens.
+
+    visar train ar --data images --tokenizer run/vq/vq --words words -o run/ar
+    visar train ar --data images --tokenizer run/vq/vq --words words --dim 128 --heads 2 --ffn 384 -o run/ar
+    """
     _training_options(p, minutes=75, batch=32, lr=2.5e-3)
     model = p.add_argument_group("Model")
     model.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the folder `vq` of a tokenizer run")
@@ -73,62 +71,69 @@ def _ar(kinds: Commands) -> None:
     _sizes(model, dim=(256, "width"), layers=(6, "layers"), heads=(4, "attention heads"), ffn=(768, "inner width"))
 
 
-def _mar(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "mar", "train:mar", "Train a text-conditional MAR on an autoencoder's latents.",
-        "visar train mar --data images --autoencoder run/ae/vae --words words -o run/mar",
-        "visar train mar --data images --autoencoder run/ae/vae --words words --dim 64 --layers 2 -o run/draft",
-    )  # fmt: skip
+def mar(p: CommandParser) -> None:
+    """Train a text-conditional MAR on an autoencoder's latents.
+
+    visar train mar --data images --autoencoder run/ae/vae --words words -o run/mar
+    visar train mar --data images --autoencoder run/ae/vae --words words --dim 64 --layers 2 -o run/draft
+    """
     _training_options(p, minutes=75, batch=32, lr=2.5e-3)
     model = p.add_argument_group("Model")
     model.add_argument("--autoencoder", required=True, metavar="FOLDER", help="the folder `vae` of an autoencoder run")
     model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
     _sizes(
-        model, dim=(128, "width"), layers=(6, "layers of the encoder, and of the decoder"),
-        heads=(2, "attention heads"), head_width=(192, "width of the diffusion head"),
+        model,
+        dim=(128, "width"),
+        layers=(6, "layers of the encoder, and of the decoder"),
+        heads=(2, "attention heads"),
+        head_width=(192, "width of the diffusion head"),
         head_layers=(3, "layers of the diffusion head"),
-    )  # fmt: skip
+    )
 
 
-def _clip(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "clip", "train:clip", "Train a small CLIP, which measures how well images follow their prompts.",
-        "visar train clip --data images -o run/clip",
-        "visar train clip --data images -o run/clip --stored-as float8_e4m3fn --no-compile",
-    )  # fmt: skip
+def clip(p: CommandParser) -> None:
+    """Train a small CLIP, which measures how well images follow their prompts.
+
+    visar train clip --data images -o run/clip
+    visar train clip --data images -o run/clip --stored-as float8_e4m3fn --no-compile
+    """
     _training_options(p, minutes=27, batch=128, lr=3e-3)
     model = p.add_argument_group("Model")
     model.add_argument(
         "--words", default="icons", metavar="MODEL|PATH", help=f"{WORDS}, or an embedded model that has such words"
     )
     _sizes(
-        model, dim=(96, "width of both towers"), layers=(4, "layers for images"), text_layers=(2, "layers for text"),
+        model,
+        dim=(96, "width of both towers"),
+        layers=(4, "layers for images"),
+        text_layers=(2, "layers for text"),
         heads=(3, "attention heads"),
-    )  # fmt: skip
+    )
     p.add_argument_group("Output").add_argument(
         "--stored-as", choices=("float32", "float16", SMALL), default="float16", help="dtype of the saved model"
     )
 
 
-def _drafter(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "drafter", "train:drafter", "Train a drafter on images that its model samples.",
-        "visar train drafter --captions captions.txt -o run/drafter",
-        "visar train drafter --model my-model --captions captions.txt --kind medusa -n 512 --minutes 10 -o run/medusa",
-    )  # fmt: skip
+def drafter(p: CommandParser) -> None:
+    """Train a drafter on images that its model samples.
+
+    visar train drafter --captions captions.txt -o run/drafter
+    visar train drafter --model my-model --captions captions.txt --kind medusa -n 512 --minutes 10 -o run/medusa
+    """
     p.add_argument(
-        "--kind", dest="drafter_kind", default="eagle", metavar="KIND",
+        "--kind",
+        dest="drafter_kind",
+        default="eagle",
+        metavar="KIND",
         help="eagle, medusa, hydra, exit, skip or model",
-    )  # fmt: skip
+    )
     p.add_argument(
         "--layers", type=whole(), metavar="N", help="before an exit (default: 2), in a skip (half) or a model (a third)"
     )
     p.add_argument("--depth", type=whole(1), default=3, metavar="N", help="tokens that it learns to draft")
     output = p.add_argument_group("Output")
     output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, or that of a run to resume")
-    output.add_argument(
-        "--stored-as", choices=(*DTYPES, SMALL), default="float16", help="dtype of the saved drafter"
-    )  # fmt: skip
+    output.add_argument("--stored-as", choices=(*DTYPES, SMALL), default="float16", help="dtype of the saved drafter")
     data = p.add_argument_group("Data")
     data.add_argument(
         "--captions", metavar="PATH", help="a file with a caption or class id in each line, or an image set"
@@ -144,12 +149,12 @@ def _drafter(kinds: Commands) -> None:
     sampling_options(p)
 
 
-def _assemble(kinds: Commands) -> None:
-    p = add_command(
-        kinds, "assemble", "train:assemble", "Put the parts of a model together.",
-        "visar train assemble --gpt run/ar/gpt --tokenizer run/vq/vq --words words -o my-model",
-        "visar train assemble --mar run/mar/mar --autoencoder run/ae/vae --words words -o my-mar",
-    )  # fmt: skip
+def assemble(p: CommandParser) -> None:
+    """Put the parts of a model together.
+
+    visar train assemble --gpt run/ar/gpt --tokenizer run/vq/vq --words words -o my-model
+    visar train assemble --mar run/mar/mar --autoencoder run/ae/vae --words words -o my-mar
+    """
     for flag, what in (
         ("--gpt", "a GPT"),
         ("--tokenizer", "the tokenizer of the GPT"),
