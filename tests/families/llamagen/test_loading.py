@@ -17,10 +17,10 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.loading import gpt_config, load_gpt, load_vq
-from visar.families.weights import load_state
 from visar.families.llamagen.specs import MODELS, TOKENIZERS, gpt_arguments, match_heads, published_grid, vq_arguments
 from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.families.source import resolve
+from visar.families.weights import load_state
 
 TINY: dict[str, dict[str, Any]] = {
     "class": dict(vocab_size=11, dim=32, num_layers=2, num_heads=2, ffn=48, condition="class", classes=5, grid=3),
