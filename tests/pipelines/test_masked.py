@@ -323,11 +323,11 @@ def test_the_command_line_knows_the_family(
 
 def test_bench_shows_the_head(masked_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samplers = "mar,mar:steps=2,mar-headspec:draft=3,cspd"
-    arguments = ["bench", "--model", str(masked_folder), "--samplers", samplers, "--images", "2", "--repeats", "1"]
+    arguments = ["bench", "--model", str(masked_folder), "--samplers", samplers, "-n", "2", "--repeats", "1"]
     small = ["--set", "head_steps=6", "--set", "steps=4", "--json", str(tmp_path / "b.json")]
     assert main([*arguments, *small]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "HEAD ROUNDS/PASS" in lines[0] and [line.split()[0] for line in lines[1:5]] == samplers.split(",")
+    assert "DENOISER CALLS/PASS" in lines[0] and [line.split()[0] for line in lines[1:5]] == samplers.split(",")
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert (
         rows[0]["head"]["rounds_per_pass"] == rows[0]["head"]["head_steps"] == 4
