@@ -168,4 +168,6 @@ def bench(commands: Commands) -> None:
     _model_options(p)
     _sampling_options(p)
     _decoding_options(p)
+    p.add_argument("--history", metavar="FILE", help="append this run to FILE, one JSON line a run")
+    p.add_argument("--against", metavar="FILE", help="print ratios to the last comparable run in FILE")
     p.set_defaults(run=_runner("bench", "bench"))

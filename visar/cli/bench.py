@@ -15,6 +15,7 @@ from visar.files import replacing, writable_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
+    from visar.eval.benchmark.history import BenchmarkRun
     from visar.eval.benchmark.profiling import PassProfile
     from visar.eval.benchmark.speed import SpeedReport, SpeedRow
 
@@ -27,12 +28,15 @@ def bench(options: argparse.Namespace) -> int:
     for name, value in (("--batch", batch), ("--images", options.images), ("--repeats", options.repeats)):
         if value < 1:
             raise VisarError(f"{name} must be 1 or more, not {value}.")
+    if (options.history or options.against) and (options.shapes is not None or options.profile):
+        raise VisarError("--history and --against are of samplers: they go with neither --shapes nor --profile.")
     if options.shapes is not None:
         return _shapes(options)
     samplers = samplers_of(options)
     if not samplers:
         raise VisarError("No sampler was given.")
     _check_report(options)
+    before = _history(options)
     pipe = load_pipeline(options)
     pipe.set_progress_bar_config(disable=True)
     settings = {name: getattr(options, name) for name in SETTINGS}
@@ -43,6 +47,7 @@ def bench(options: argparse.Namespace) -> int:
     report = compare(pipe, samplers, batch=batch, images=options.images, repeats=options.repeats, **settings)
     _print_speed(report, options.model)
     _write_report(options, report)
+    _remember(options, report, before)
     return 0
 
 
@@ -82,6 +87,37 @@ def _profile(options: argparse.Namespace, pipe: Any, samplers: Mapping[str, Any]
     print(profile_text([(label, p) for label, p in rows.items()], ("SAMPLER",)))
     _write_report(options, ProfileReport(options.model, str(pipe.model.device), str(pipe.model.dtype), rows))
     return 0
+
+
+NOT_COMPARED = {"run", "json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats"}
+
+
+def _history(options: argparse.Namespace) -> list[BenchmarkRun]:
+    """The runs of --against, read before minutes of measuring."""
+    if options.history:
+        writable_folder(Path(options.history).parent)
+    if not options.history and not options.against:
+        return []
+    from visar.eval.benchmark import history
+
+    if options.history and Path(options.history).exists():
+        history.load(options.history)  # an error where it is another file
+    if options.against and (options.against != options.history or Path(options.against).exists()):
+        return history.load(options.against)
+    return []
+
+
+def _remember(options: argparse.Namespace, report: SpeedReport, before: list[BenchmarkRun]) -> None:
+    """Append the run to --history, and print the comparison that --against asks for."""
+    if not options.history and not options.against:
+        return
+    from visar.eval.benchmark import history
+
+    run = history.run_of(report, {k: v for k, v in vars(options).items() if k not in NOT_COMPARED})
+    if options.against:
+        print(history.comparison(run, before))
+    if options.history:
+        history.append(options.history, run)
 
 
 @dataclass(frozen=True)
