@@ -26,8 +26,8 @@ from visar.eval.benchmark.profiling import PassProfile, profile_passes, profile_
 from visar.eval.benchmark.speed import bandwidth, device_title
 from visar.eval.benchmark.steady import Steady, steady
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.session import ModelSession
-from visar.families.specs import MODELS, GPTShape
+from visar.families.llamagen.session import LlamaGenSession
+from visar.families.llamagen.specs import MODELS, GPTShape
 from visar.host import synchronize
 from visar.samplers import Autoregressive, Sampler, SpeculativeJacobi, Target
 from visar.tables import table
@@ -288,9 +288,9 @@ def _measured(
     model = random_model(shape, dtype, device)
     target, noise = Target(top_k=shape.top_k), Noise(0, torch.arange(row.batch, device=device))
 
-    def session(window: int) -> ModelSession:
+    def session(window: int) -> LlamaGenSession:
         condition, mask = condition_of(shape, row.batch)
-        return ModelSession(
+        return LlamaGenSession(
             model, condition, mask, length=shape.grid**2, window=window, grid=shape.grid,
             guidance=Guidance(shape.guidance),
         )  # fmt: skip

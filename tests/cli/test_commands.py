@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from visar import __version__
 from visar.cli import main
 from visar.eval.exactness import joint as exactness
-from visar.families.specs import MAR_MODELS, MODELS
+from visar.families.llamagen.specs import MODELS
+from visar.families.mar.specs import MAR_MODELS
 from visar.samplers import CONTINUOUS, SAMPLERS, jacobi
 
 WEIGHTS = Path("gpt/diffusion_pytorch_model.safetensors")
@@ -150,8 +151,8 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("cat --model icon", "Unknown model 'icon'. Did you mean 'icons'?"),
         ("cat --model llamagen-b", "The weights of 'llamagen-b' are not shipped with visar"),
         ("cat --model ./none", "There is no model folder ./none."),
-        ("cat --model TMP/cut", "Could not load 'gpt' from"),
-        ("cat --model TMP/nan", "The weights of 'gpt' are not finite: norm.weight holds NaN"),
+        ("cat --model TMP/cut", "diffusion_pytorch_model.safetensors: it is truncated"),
+        ("cat --model TMP/nan", "holds a NaN or an infinity"),
         ("cat --model TMP/bad.pt", "A published GPT file needs its tokenizer too"),
         ("cat --model TMP/bad.pt --vq TMP/bad.pt", "bad.pt: it is truncated"),
         ("cat --model TMP/none.pt --vq TMP/none.pt", "There is no weights file"),

@@ -11,7 +11,7 @@ import torch
 
 from visar.cli import main
 from visar.errors import VisarError
-from visar.families.mar.autoencoder import KLSizes, build, fingerprint
+from visar.families.mar.autoencoder import KLAutoencoder, fingerprint
 from visar.families.mar.transformer import MAR
 from visar.pipelines import (
     ClassToImagePipeline,
@@ -50,7 +50,7 @@ def tame(mar: MAR) -> MAR:
 
 def small_vae(latents: int = 4) -> Any:
     torch.manual_seed(2)
-    return build(KLSizes((8, 8), 1, latents, 4, attention=False, scale=0.5), 8).eval()
+    return KLAutoencoder((8, 8), 1, latents, 4, attention=False, scaling_factor=0.5).eval()
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +220,9 @@ def test_a_model_and_its_text_encoder_belong_together(words: WordEncoder) -> Non
 
 
 def test_other_folders_are_no_draft_models(pipe: Any, text_folder: Path) -> None:
-    with pytest.raises(VisarError, match="holds a LlamaGen, not a MAR"):
+    with pytest.raises(VisarError, match="holds a LlamaGen, not a drafter; those are: MAR"):
         pipe.load_drafter(text_folder / "gpt")
-    with pytest.raises(VisarError, match="holds no MAR: it has no readable config"):
+    with pytest.raises(VisarError, match="holds no drafter: it has no readable config"):
         pipe.load_drafter(text_folder)
 
 
