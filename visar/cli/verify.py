@@ -22,7 +22,7 @@ def verify(options: argparse.Namespace) -> int:
     from visar.eval.exactness.continuous import verify_continuous
     from visar.eval.exactness.joint import EXACT_LIMIT, MUTANT_LIMIT
     from visar.eval.exactness.joint import verify as prove
-    from visar.samplers import DEFAULTS
+    from visar.samplers import DEFAULTS, get_sampler
 
     check_json(options)
     names = None if options.samplers in (None, [], ["all"]) else options.samplers
