@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visar.cli.common import load_model, samplers_of
 from visar.cli.output import check_json, show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
+from visar.files import writable_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
