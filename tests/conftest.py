@@ -55,7 +55,7 @@ def text_folder(words: WordEncoder, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("pipelines") / "text"
     TextToImagePipeline(
         gpt=text_gpt(), vq=VQModel(**VQ).eval(), text_encoder=words, guidance_scale=2.0, top_k=0
-    ).save_pretrained(folder)
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 

@@ -208,7 +208,7 @@ def test_samplers_side_by_side() -> None:
 
 def test_a_report_of_the_command_line(text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bench.json"
-    tail = ["--images", "1", "--repeats", "1", "--json", str(file), "--model", str(text_folder)]
+    tail = ["-n", "1", "--repeats", "1", "--json", str(file), "--model", str(text_folder)]
     assert main(["bench", "--samplers", "ar,gsd", *tail]) == 0
     report = json.loads(file.read_text())
     figure = compare(report)

@@ -67,7 +67,7 @@ def test_images_have_its_shape_line_ends_and_codes_alone(folder: Path) -> None:
 
 
 def test_samplers_agree_on_the_distribution_of_the_first_tokens(folder: Path) -> None:
-    """Of 4,096 images the first two tokens, against plain sampling's, under temperature, top-p and forced tokens."""
+    """Of 4,096 images two tokens around a forced one, under temperature and top-p, against plain sampling's own."""
     model = ImageModel.load(folder)
     model.bar = {"disable": True}
     forced = torch.full((18,), -1)

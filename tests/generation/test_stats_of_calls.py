@@ -18,11 +18,12 @@ from visar.errors import VisarError
 from visar.generation.progress import Progress
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import (
-    SAMPLERS,
     Autoregressive,
     Jacobi,
     SpeculativeJacobi,
     get_sampler,
+    samplers_for,
+    spec_of,
 )
 
 TOKENS, SIDE = GRID**2, 2 * GRID
@@ -36,7 +37,7 @@ def tokens(pipe: Pipe, condition: Any, **settings: Any) -> torch.Tensor:
 # Figures
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", samplers_for("discrete"))
 def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, drafters: list[Path], name: str) -> None:
     prompts = ["red heart", "cat", "star"]
     for folder in drafters:
@@ -44,7 +45,7 @@ def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, drafters: list[P
     sampler = get_sampler(name, **({"ahead": 2} if name == "zipar" else {}))  # of rows of five tokens
     out = text_pipe(prompts, sampler=sampler, seed=9, output_type="tokens")
     stats = out.stats
-    assert (stats.sampler, stats.exact, stats.exactness) == (name, SAMPLERS[name].make().exact, SAMPLERS[name].law)
+    assert (stats.sampler, stats.exact, stats.exactness) == (name, spec_of(name).exact, spec_of(name).exactness)
     assert stats.exact == (stats.exactness == "exact")
     assert (stats.images, stats.tokens, stats.seed) == (3, TOKENS, 9)
     assert stats.passes_per_image == (out.commit_pass.amax(1) + 1).tolist()

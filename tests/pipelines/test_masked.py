@@ -17,7 +17,7 @@ from visar.pipelines import (
     ClassToImagePipeline,
     TextToImagePipeline,
 )
-from visar.samplers import CONTINUOUS, ContinuousSpeculative, HeadSpeculation, MaskedAutoregressive
+from visar.samplers import ContinuousSpeculative, HeadSpeculation, MaskedAutoregressive, samplers_for, spec_of
 from visar.text_encoders.words import WordEncoder
 from visar.training.mar import initialise
 
@@ -70,7 +70,7 @@ def pipe(masked_folder: Path) -> Any:
 
 
 def fast(name: str) -> Any:
-    made: Any = CONTINUOUS[name].make()
+    made: Any = spec_of(name).make()
     if isinstance(made, ContinuousSpeculative):
         return ContinuousSpeculative(gamma=2, head_steps=6, factor=made.factor, nested=made.nested)
     kind = HeadSpeculation if isinstance(made, HeadSpeculation) else MaskedAutoregressive
@@ -85,12 +85,12 @@ def test_the_front_loads_the_masked_family(pipe: Any) -> None:
         ClassToImagePipeline.from_pretrained(pipe.image_model.folder)
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("name", samplers_for("continuous"))
 def test_every_sampler_draws_and_says_what_it_did(pipe: Any, name: str) -> None:
     out = pipe(["red heart", "blue cat"], sampler=fast(name), num_images_per_prompt=2)
     stats = out.stats
     assert [i.size for i in out.images] == [(6, 6)] * 4 and out.tokens.shape == (4, GRID**2, 4)
-    assert stats.exact == (CONTINUOUS[name].law == "exact") and stats.exactness == CONTINUOUS[name].law
+    assert stats.exact == spec_of(name).exact and stats.exactness == spec_of(name).exactness
     assert stats.nfe == max(stats.passes_per_image) == int(out.commit_pass.max()) + 1
     assert (out.commit_pass >= 0).all() and stats.head_rounds > 0
     assert json.loads(json.dumps(stats.to_dict()))["head_rounds"] == stats.head_rounds and name.split("-")[0] in str(
@@ -260,9 +260,9 @@ def test_a_sampler_without_its_draft_model_says_so(words: WordEncoder) -> None:
 
 
 def test_samplers_of_the_other_family_are_refused(pipe: Any, text_pipe: TextToImagePipeline) -> None:
-    with pytest.raises(VisarError, match="'scd' does not decode this model; those that do: mar,"):
+    with pytest.raises(VisarError, match="'scd' is for discrete tokens"):
         pipe("red heart", sampler="scd")
-    with pytest.raises(VisarError, match="'mar' does not decode this model; those that do: ar,"):
+    with pytest.raises(VisarError, match="'mar' is for continuous tokens"):
         text_pipe("red heart", sampler="mar")
     with pytest.raises(VisarError, match="guidance_schedule is for models of continuous tokens"):
         text_pipe("red heart", guidance_schedule="linear")
@@ -314,7 +314,7 @@ def test_the_command_line_knows_the_family(
     found = json.loads(capsys.readouterr().out)
     assert found["sampler"] == "mar-headspec" and found["parameters"]["adaptive"] is False and found["head_rounds"]
     assert main(["generate", "red heart", *model, "--sampler", "scd", "-o", out]) == 2
-    assert "does not decode this model" in capsys.readouterr().err
+    assert "For continuous ones there are" in capsys.readouterr().err
     assert main(["generate", "red heart", *model, "--set", "adaptive=maybe", "-o", out]) == 2
     assert "must be true or false" in capsys.readouterr().err
     assert main(["generate", "red heart", *model, "--dtype", "float16", "-o", str(tmp_path / "b.png")]) == 2
@@ -323,11 +323,11 @@ def test_the_command_line_knows_the_family(
 
 def test_bench_shows_the_head(masked_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     samplers = "mar,mar:steps=2,mar-headspec:draft=3,cspd"
-    arguments = ["bench", "--model", str(masked_folder), "--samplers", samplers, "--images", "2", "--repeats", "1"]
+    arguments = ["bench", "--model", str(masked_folder), "--samplers", samplers, "-n", "2", "--repeats", "1"]
     small = ["--set", "head_steps=6", "--set", "steps=4", "--json", str(tmp_path / "b.json")]
     assert main([*arguments, *small]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "HEAD ROUNDS/PASS" in lines[0] and [line.split()[0] for line in lines[1:5]] == samplers.split(",")
+    assert "DENOISER CALLS/PASS" in lines[0] and [line.split()[0] for line in lines[1:5]] == samplers.split(",")
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert (
         rows[0]["head"]["rounds_per_pass"] == rows[0]["head"]["head_steps"] == 4

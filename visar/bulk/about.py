@@ -6,6 +6,7 @@ import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Any
 
 import PIL
@@ -14,8 +15,8 @@ import torch
 from visar import __version__
 from visar.errors import VisarError
 from visar.generation.model import ImageModel
-from visar.generation.stats import parameters_of
 from visar.params import SamplingParams
+from visar.samplers import values_of
 
 FORMAT = 1  # of the folder
 # What run.json says of settings that models of other tokens alone have; runs of earlier versions go on with these.
@@ -54,8 +55,8 @@ def weights_mark(model: ImageModel) -> str:
 
 
 def method_of(sampler: Any) -> dict[str, Any]:
-    """Name, parameters and law of a sampler."""
-    return {"sampler": sampler.name, "parameters": parameters_of(sampler), "exact": sampler.exact}
+    """Name and parameters of a sampler, and whether it is exact."""
+    return {"sampler": sampler.name, "parameters": values_of(sampler), "exact": sampler.exact}
 
 
 def machine(model: ImageModel) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def machine(model: ImageModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "visar": __version__,
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "pillow": PIL.__version__,
         "python": platform.python_version(),
     }

@@ -30,7 +30,7 @@ from visar.generation.progress import Progress, StepCallback
 from visar.generation.rows import noise_of
 from visar.generation.sessions import Sessions
 from visar.params import DISCRETE, SamplingParams
-from visar.samplers import SamplerSpec, check_sampler, default_sampler, get_sampler, samplers_for
+from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
 
 RUN = {"discrete": discrete.run, "continuous": continuous.run}
 
@@ -116,7 +116,7 @@ class ImageModel:
 
         `sampler` is a name, FILE.py:NAME, an object, or None for the default; `window` replaces its own.
         """
-        method = get_sampler(default_sampler(self.family.tokens) if sampler is None else sampler, window=window)
+        method = get_sampler(DEFAULTS[self.family.tokens] if sampler is None else sampler, window=window)
         check_sampler(method, self.family.tokens)
         return self.fitted(method, default=sampler is None)
 

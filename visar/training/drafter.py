@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from collections.abc import Callable
@@ -91,14 +90,13 @@ def train_drafter(
                 temporary.write_text(row + "\n")
             print(row, flush=True)
     if rank == 0:
-        stored = copy.deepcopy(drafter).to(stored_as)
-        stored.save_pretrained(config.out / kind)
+        drafter.save_pretrained(config.out / kind, stored_as)
     return drafter
 
 
 def same_run(drafter: Any, target: Decoder, folder: Path) -> None:
     """Note in the folder of a run what is trained there; a `VisarError` if that is another drafter."""
-    own = {k: v for k, v in drafter.config.items() if not k.startswith("_")} | {"target": fingerprint(target)}
+    own = {**drafter.config} | {"target": fingerprint(target)}
     note = writable_folder(folder) / "drafter.json"
     if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(own)):
         raise VisarError(f"{folder} is a run with other settings or of another target; give another folder.")
