@@ -34,9 +34,7 @@ class SamplerSpec:
     make: Callable[[], Any]
     paper: str
     law: str  # "exact", or in what sense it is not
-    drafter: str = (
-        ""  # the kind of drafter that it needs, one of `visar.drafters.KINDS`, "draft" (a smaller MAR), or none
-    )
+    drafter: str = ""  # the kind of drafter that it needs, one of `visar.drafters.DRAFTERS`, or none
 
     def parameters(self) -> dict[str, Any]:
         """The sampler's fields and their defaults."""
@@ -113,6 +111,21 @@ CONTINUOUS: dict[str, SamplerSpec] = {
     )
 }  # fmt: skip
 DEFAULT_CONTINUOUS = "mar-headspec"
+
+
+def samplers_for(tokens: str) -> dict[str, SamplerSpec]:
+    return SAMPLERS if tokens == "discrete" else CONTINUOUS
+
+
+def default_sampler(tokens: str) -> str:
+    return DEFAULT_SAMPLER if tokens == "discrete" else DEFAULT_CONTINUOUS
+
+
+def check_sampler(sampler: Any, tokens: str) -> None:
+    if not isinstance(sampler, tuple({type(spec.make()) for spec in samplers_for(tokens).values()})):
+        raise VisarError(
+            f"Sampler {sampler.name!r} does not decode this model; those that do: {', '.join(samplers_for(tokens))}."
+        )
 
 
 def spec_of(name: str) -> SamplerSpec:

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from visar import __version__
 from visar.cli import main
 from visar.eval.exactness import joint as exactness
-from visar.families.specs import MAR_MODELS, MODELS
+from visar.families.llamagen.specs import MODELS
+from visar.families.mar.specs import MAR_MODELS
 from visar.samplers import CONTINUOUS, SAMPLERS, jacobi
 
 WEIGHTS = Path("gpt/diffusion_pytorch_model.safetensors")

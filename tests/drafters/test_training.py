@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 
 from tests.helpers.tiny import WORDS
 from visar.cli import main
-from visar.drafters import KINDS, EagleHead, SkippedLayers, fingerprint
-from visar.drafters.shallow import with_layers
+from visar.drafters import EagleHead, SkippedLayers, drafter_kinds, fingerprint
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
+from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import Speculative, Target
 from visar.training.drafter import train_drafter
 from visar.training.loop import TrainConfig
-from visar.training.self_generated import draw_tokens
+from visar.training.self_generated import generate_tokens
 
 Capture = pytest.CaptureFixture[str]
 
@@ -29,13 +29,14 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
     torch.manual_seed(5)
     torch.nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)  # laws with something to learn
     classes = list(range(7))
-    tokens = draw_tokens(class_pipe, classes, 64, tmp_path / "p.safetensors", seed=0)
+    tokens = generate_tokens(class_pipe, classes, 64, tmp_path / "p.safetensors", seed=0)
     config = TrainConfig(tmp_path, minutes=1e3, steps=150, batch=8, lr=3e-3, warmup=10, ema=0.9, compile=False)
 
     def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([classes[i % 7] for i in rows]), torch.ones(len(rows), 1)
 
-    head = train_drafter("eagle", class_pipe.gpt, of, tokens, config, Guidance(2.0), Target(), depth=3)
+    target = LlamaGenTarget(class_pipe.gpt, class_pipe.grid)
+    head = train_drafter("eagle", target, of, tokens, config, Guidance(2.0), Target(), depth=3)
     found = json.loads((tmp_path / "eagle-run" / "log.jsonl").read_text().splitlines()[-1])
     assert all(0.5 < found[f"acceptance_{depth}"] < 1 for depth in (1, 2, 3))
     fresh = EagleHead(32, 2, 48)
@@ -48,25 +49,25 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
     assert passes[1] < 0.9 * passes[0]
     assert head.config.target == fingerprint(class_pipe.gpt) == fingerprint(class_pipe.gpt.to(torch.bfloat16))
     with pytest.raises(VisarError, match="2 or more images"):
-        train_drafter("eagle", class_pipe.gpt, of, tokens[:1], config, Guidance(), Target())
+        train_drafter("eagle", target, of, tokens[:1], config, Guidance(), Target())
 
 
 def test_images_are_drawn_once_and_all_differ(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
     file = tmp_path / "p.safetensors"
     seen: list[int] = []
-    first = draw_tokens(text_pipe, WORDS[:3], 5, file, batch=2, report=seen.append, seed=1)
+    first = generate_tokens(text_pipe, WORDS[:3], 5, file, batch=2, report=seen.append, seed=1)
     assert seen == [2, 3, 5] and len(first.unique(dim=0)) == 5
-    more = draw_tokens(text_pipe, WORDS[:3], 8, file, batch=2, report=seen.append, seed=1)
+    more = generate_tokens(text_pipe, WORDS[:3], 8, file, batch=2, report=seen.append, seed=1)
     assert seen[3:] == [6, 8] and torch.equal(more[:5], first) and len(more.unique(dim=0)) == 8
-    assert torch.equal(draw_tokens(text_pipe, WORDS[:3], 8, tmp_path / "q.safetensors", batch=8, seed=1), more)
+    assert torch.equal(generate_tokens(text_pipe, WORDS[:3], 8, tmp_path / "q.safetensors", batch=8, seed=1), more)
     for change in ({"seed": 2}, {"seed": 1, "top_k": 3}):
         with pytest.raises(VisarError, match="of another model or other settings"):
-            draw_tokens(text_pipe, WORDS[:3], 8, file, **change)
+            generate_tokens(text_pipe, WORDS[:3], 8, file, **change)
     with pytest.raises(VisarError, match="of another model or other settings"):
-        draw_tokens(text_pipe, WORDS[1:4], 8, file, seed=1)
+        generate_tokens(text_pipe, WORDS[1:4], 8, file, seed=1)
     file.write_bytes(b"x")
     with pytest.raises(VisarError, match="is damaged; delete it"):
-        draw_tokens(text_pipe, WORDS[:3], 8, file)
+        generate_tokens(text_pipe, WORDS[:3], 8, file)
 
 
 def run(folder: Path, out: Path, *arguments: object) -> int:
@@ -116,42 +117,44 @@ def test_what_is_stored_in_few_bits_drafts_nearly_the_same(
     assert class_pipe([1, 2], sampler="speculative", output_type="tokens").stats.exact
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", drafter_kinds())
 def test_every_kind_learns_from_a_target_in_half_precision(
     class_pipe: ClassToImagePipeline, tmp_path: Path, kind: str
 ) -> None:
-    gpt = class_pipe.gpt.to(torch.bfloat16)
+    target = LlamaGenTarget(class_pipe.gpt.to(torch.bfloat16), class_pipe.grid)
     tokens = torch.randint(23, (6, 16), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(tmp_path, compile=False, batch=2, steps=3)
 
     def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor(rows), torch.ones(len(rows), 1)
 
-    train_drafter(kind, gpt, of, tokens, config, Guidance(2.0), Target(), depth=2, held=0.5)
+    train_drafter(kind, target, of, tokens, config, Guidance(2.0), Target(), depth=2, held=0.5)
     class_pipe.load_drafter(tmp_path / kind)
     if kind == "exit":  # another exit is another run
         with pytest.raises(VisarError, match="is a run with other settings"):
-            train_drafter(kind, gpt, of, tokens, config, Guidance(2.0), Target(), layers=1)
+            train_drafter(kind, target, of, tokens, config, Guidance(2.0), Target(), layers=1)
 
 
 def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
     idle = copy.deepcopy(class_pipe.gpt.layers[0])
     for p in idle.parameters():
         torch.nn.init.zeros_(p)
-    gpt = with_layers(class_pipe.gpt, [*class_pipe.gpt.layers, idle], class_pipe.gpt.norm)
+    target = LlamaGenTarget(class_pipe.gpt, class_pipe.grid)
+    gpt = target.with_layers([*class_pipe.gpt.layers, idle], class_pipe.gpt.norm)
+    target = LlamaGenTarget(gpt, class_pipe.grid)
     tokens = torch.randint(23, (4, 16), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(tmp_path, compile=False, batch=2)
 
     def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor(rows), torch.ones(len(rows), 1)
 
-    made = train_drafter("skip", gpt, of, tokens, config, Guidance(2.0), Target(), layers=2)
+    made = train_drafter("skip", target, of, tokens, config, Guidance(2.0), Target(), layers=2)
     assert isinstance(made, SkippedLayers) and made.config.layers == [0, 1]
     assert json.loads((tmp_path / "skip-run" / "log.jsonl").read_text())["acceptance_1"] == pytest.approx(1, abs=1e-4)
     with pytest.raises(VisarError, match="The layers must be 1 to 3, not 4"):
-        train_drafter("skip", gpt, of, tokens, config, Guidance(), Target(), layers=4)
+        train_drafter("skip", target, of, tokens, config, Guidance(), Target(), layers=4)
     with pytest.raises(VisarError, match=r"Unknown drafter 'hidra'\. Did you mean 'hydra'\?"):
-        train_drafter("hidra", gpt, of, tokens, config, Guidance(), Target())
+        train_drafter("hidra", target, of, tokens, config, Guidance(), Target())
 
 
 def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from visar.engine.kv_cache import KVCache
 from visar.eval.exactness.joint import chi_square_z, values
 from visar.eval.exactness.tabular import Law, reference_law
 from visar.families.llamagen.rotary import turned
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.kernels.attention import Sight, decode_attention
 from visar.samplers import SAMPLERS, Sampler, Target, get_sampler
 
@@ -56,7 +56,7 @@ def expected(kind: str) -> np.ndarray:
 
 
 def joint_z(
-    kind: str, sampler: Sampler, session: type[ModelSession] = ModelSession, images: int = IMAGES
+    kind: str, sampler: Sampler, session: type[LlamaGenSession] = LlamaGenSession, images: int = IMAGES
 ) -> list[float]:
     """The chi-square z of the images of either condition."""
     w = world(kind)
@@ -117,13 +117,13 @@ class FirstWriteStays(KVCache):
         return attend
 
 
-class StaleSlot(ModelSession):
+class StaleSlot(LlamaGenSession):
     def _prefill(self) -> None:
         self.cache = FirstWriteStays(self.cache)
         super()._prefill()
 
 
-class SeesAhead(ModelSession):
+class SeesAhead(LlamaGenSession):
     """Every input of a window attends to the slot behind it as well: to the draft that its logits are to judge."""
 
     def _pass(self, x: Tensor, slots: Tensor, at: Tensor, seen: Sight, visible: int) -> Tensor:
@@ -131,7 +131,7 @@ class SeesAhead(ModelSession):
         return super()._pass(x, slots, at, replace(seen, root=seen.root + 1), visible)
 
 
-class OneOff(ModelSession):
+class OneOff(LlamaGenSession):
     """The inputs are rotated as if they stood one position earlier."""
 
     def __init__(self, *args: Any, **settings: Any):
@@ -139,7 +139,7 @@ class OneOff(ModelSession):
         self.table = self.table.roll(1, 0)
 
 
-class NoPaddingMask(ModelSession):
+class NoPaddingMask(LlamaGenSession):
     """The empty caption slots are seen."""
 
     def _prefill(self) -> None:
@@ -147,7 +147,7 @@ class NoPaddingMask(ModelSession):
         super()._prefill()
 
 
-class LostCaption(ModelSession):
+class LostCaption(LlamaGenSession):
     """The caption's slots, folded into one, weigh as much as one."""
 
     def _prefill(self) -> None:
@@ -156,7 +156,7 @@ class LostCaption(ModelSession):
 
 
 @pytest.mark.parametrize("mistake", [StaleSlot, SeesAhead, OneOff, NoPaddingMask, LostCaption])
-def test_engine_mistakes_are_caught(mistake: type[ModelSession]) -> None:
+def test_engine_mistakes_are_caught(mistake: type[LlamaGenSession]) -> None:
     assert max(joint_z("text", get_sampler("scd", window=3), mistake, images=8192)) > 10
 
 

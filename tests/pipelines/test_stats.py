@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny import GRID
+from visar.generation.stats import DecodeStats, MaskedStats
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.pipelines.base import ImageOutput
 from visar.pipelines.notebook import MOST, SIDE
-from visar.stats import DecodeStats, MaskedStats
 
 
 def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> DecodeStats:

@@ -263,7 +263,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_the_tables_of_the_readme_name_every_sampler_and_model() -> None:
-    from visar.families.specs import MODELS
+    from visar.families.llamagen.specs import MODELS
     from visar.samplers import CONTINUOUS, SAMPLERS
 
     readme = (ROOT / "README.md").read_text()

@@ -16,7 +16,7 @@ from visar.eval.exactness.head_mutants import Untested
 from visar.eval.exactness.joint import EXACT_LIMIT, MUTANT_LIMIT
 from visar.eval.exactness.ranks import rank_test
 from visar.families.mar.session import MARSession
-from visar.families.specs import resolve_model
+from visar.families.source import resolve
 from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
 from visar.samplers import ContinuousSpeculative, HeadSpeculation, MaskedAutoregressive
 
@@ -70,7 +70,7 @@ def test_its_draft_model_drafts(name: str) -> None:
 
 
 def test_it_is_small() -> None:
-    folder = resolve_model("icons-mar")
+    folder = resolve("icons-mar")
     assert isinstance(folder, Path) and not (folder / "text_encoder").exists()
     parts = [f for part in ("mar", "draft", "vae") for f in (folder / part).iterdir()]
     assert sum(f.stat().st_size for f in parts) < 9 * 2**20 and len(parts) == 6

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import load_pipeline, samplers_of
+from visar.cli.common import load_model, samplers_of
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.tables import table
@@ -33,8 +33,8 @@ def bench(options: argparse.Namespace) -> int:
     if not samplers:
         raise VisarError("No sampler was given.")
     _check_report(options)
-    pipe = load_pipeline(options)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_model(options)
+    pipe.bar = {"disable": True}
     settings = {name: getattr(options, name) for name in SETTINGS}
     if options.profile:
         return _profile(options, pipe, samplers, settings)
@@ -74,13 +74,13 @@ def _shapes(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace, pipe: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
     """`visar bench --profile`."""
-    from visar.eval.benchmark.profiling import profile_pipeline, profile_text
+    from visar.eval.benchmark.profiling import profile_model, profile_text
 
     if options.batch not in (None, 1):
         raise VisarError("--profile is of one image: it takes no --batch.")
-    rows = {label: profile_pipeline(pipe, sampler, **settings) for label, sampler in samplers.items()}
+    rows = {label: profile_model(pipe, sampler, **settings) for label, sampler in samplers.items()}
     print(profile_text([(label, p) for label, p in rows.items()], ("SAMPLER",)))
-    _write_report(options, ProfileReport(options.model, str(pipe.model.device), str(pipe.model.dtype), rows))
+    _write_report(options, ProfileReport(options.model, str(pipe.device), str(pipe.dtype), rows))
     return 0
 
 
@@ -128,7 +128,7 @@ def _print_speed(report: SpeedReport, model: str) -> None:
         sizes, rest = special(r)
         drafting = "-" if r.draft_share is None else f"{100 * r.draft_share:.0f}%"
         rows.append((
-            r.sampler, "exact" if r.exact else "not exact", *sizes, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
+            r.sampler, "exact" if r.exact else "not exact", *sizes, f"{r.nfe:.1f}", f"{r.tokens_per_pass:.2f}",
             f"{r.ms_per_pass:.2f}", drafting, f"{r.seconds_per_image:.3f}", *rest,
             f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}",
         ))  # fmt: skip

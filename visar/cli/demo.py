@@ -8,11 +8,11 @@ import errno
 import socket
 from typing import TYPE_CHECKING
 
-from visar.cli.common import is_file, load_pipeline
+from visar.cli.common import is_file, load_model
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
-    from visar.pipelines.base import ImagePipeline
+    from visar.generation.model import ImageModel
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(options: argparse.Namespace) -> list[tuple[str, ImagePipeline]]:
+def _load(options: argparse.Namespace) -> list[tuple[str, ImageModel]]:
     """The pipelines of all models that were asked for, by what they were called."""
     wanted = options.models or ["icons", "icons-mar"]
     each = []
@@ -63,7 +63,7 @@ def _load(options: argparse.Namespace) -> list[tuple[str, ImagePipeline]]:
         raise VisarError("A published file is served alone, with its --vq or --vae; give one --model.")
     if len(wanted) > 1 and options.drafter:
         raise VisarError("A drafter is for one model; give one --model.")
-    return [(own.model, load_pipeline(own)) for own in each]
+    return [(own.model, load_model(own)) for own in each]
 
 
 def _free_port(host: str, port: int) -> int:

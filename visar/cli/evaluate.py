@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import device_of, load_pipeline, samplers_of
+from visar.cli.common import device_of, load_model, samplers_of
 from visar.errors import VisarError
 from visar.files import output_folder, replacing, writable_folder
 from visar.tables import table
@@ -91,11 +91,11 @@ def report(options: argparse.Namespace) -> int:
     reference, extract, scores = _photographs(options.reference), _features(options), _scores(options)
     with output_folder(options.out):
         check(Path(options.out) / "plot.svg")
-        pipe = load_pipeline(options, classes=bool(options.classes) or None)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = load_model(options, "class" if options.classes else None)
+        pipe.bar = {"disable": True}
         conditions = given or _usual(pipe)
         found = make_report(
-            pipe, samplers, conditions, Path(options.out), extract, model=options.model,
+            pipe, samplers, conditions, Path(options.out), extract, name=options.model,
             count=options.num_images or len(conditions), batch=options.batch, seed=options.seed, reference=reference,
             clip=scores, speed_images=options.speed_images, progress=sys.stderr.isatty(), tell=print,
             **{name: getattr(options, name) for name in SETTINGS},
@@ -169,9 +169,8 @@ def _conditions(options: argparse.Namespace) -> list[Any]:
 def _usual(pipe: Any) -> list[Any]:
     """Common prompts, or all classes."""
     from visar.eval.benchmark.speed import conditions
-    from visar.pipelines import TextToImagePipeline
 
-    return conditions(pipe, 48) if isinstance(pipe, TextToImagePipeline) else list(range(pipe.model.config.classes))
+    return conditions(pipe, 48 if pipe.family.condition == "prompt" else pipe.family.classes)
 
 
 def _shift(name: str, s: Shift) -> str:

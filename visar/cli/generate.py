@@ -11,13 +11,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visar.cli.common import configured, is_masked, load_pipeline
+from visar.cli.common import configured, load_model, tokens_of
 from visar.errors import VisarError
 from visar.files import output_folder, replacing
 
 if TYPE_CHECKING:
+    from visar.generation.stats import DecodeStats
     from visar.samplers import AnySampler
-    from visar.stats import DecodeStats
 
 
 def output_paths(output: str | None, names: list[str]) -> list[Path]:
@@ -51,7 +51,7 @@ def generate(options: argparse.Namespace) -> int:
     from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, ContinuousTarget, Target
 
     # Everything that can be wrong is checked before the weights are read.
-    masked = is_masked(options)
+    masked = tokens_of(options) == "continuous"
     default = DEFAULT_CONTINUOUS if masked else DEFAULT_SAMPLER
     said = options.sampler or options.parameters or options.window is not None
     sampler = configured(options.sampler or default, options.parameters, options.window) if said else None
@@ -70,11 +70,11 @@ def generate(options: argparse.Namespace) -> int:
 
 
 def _write(options: argparse.Namespace, sampler: AnySampler | None, paths: list[Path]) -> DecodeStats:
-    pipe = load_pipeline(options, classes=bool(options.classes))
-    pipe.set_progress_bar_config(disable=options.json or not sys.stderr.isatty())
+    pipe = load_model(options, "class" if options.classes else "prompt")
+    pipe.bar = {"disable": options.json or not sys.stderr.isatty()}
     out = pipe(
         options.classes or options.prompt,
-        sampler=sampler, num_images_per_prompt=options.num_images, seed=options.seed,
+        sampler=sampler, num_images=options.num_images, seed=options.seed,
         guidance_scale=options.guidance_scale, guidance_schedule=options.guidance_schedule,
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import configured, device_of, is_masked, load_pipeline
+from visar.cli.common import configured, device_of, load_model, tokens_of
 from visar.errors import VisarError
 from visar.files import output_folder
 
@@ -44,11 +44,11 @@ def _sample(options: argparse.Namespace, ranks: Ranks) -> int:
         conditions, sampler = ranks.agree(lambda: _checked(options))
         ranks.agree(lambda: _own_device(options, ranks))
         ranks.agree(lambda: [stack.enter_context(output_folder(folder)) for folder in folders])
-        pipe = ranks.agree(lambda: load_pipeline(options, classes=bool(options.classes)))
-        pipe.set_progress_bar_config(disable=True)
+        pipe = ranks.agree(lambda: load_model(options, "class" if options.classes else "prompt"))
+        pipe.bar = {"disable": True}
         done = sample_images(
             pipe, conditions, options.out, count=options.num_images, sampler=sampler, batch=options.batch,
-            seed=options.seed, tokens=options.tokens, ranks=ranks, model=options.model, drafters=options.drafter,
+            seed=options.seed, tokens=options.tokens, ranks=ranks, name=options.model, drafters=options.drafter,
             progress=sys.stderr.isatty() and not options.json,
             **{name: getattr(options, name) for name in SETTINGS},
         )  # fmt: skip
@@ -83,7 +83,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[Condition], AnySampler |
     if options.npz and Path(options.npz).suffix != ".npz":
         raise VisarError(f"--npz writes a .npz file, not {options.npz}.")
     conditions = read_prompts(options.prompts) if options.prompts else read_classes(options.classes)
-    masked = is_masked(options)
+    masked = tokens_of(options) == "continuous"
     if masked and options.tokens:
         raise VisarError("--tokens is for models of discrete tokens; this one's are vectors.")
     default = DEFAULT_CONTINUOUS if masked else DEFAULT_SAMPLER

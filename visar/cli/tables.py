@@ -10,22 +10,12 @@ from visar.tables import table
 
 
 def models(options: argparse.Namespace) -> int:
-    from visar.families.specs import MAR_MODELS, MODELS
+    from visar.families.catalogue import catalogue
 
     rows = [
-        {
-            "name": m.name,
-            "condition": m.condition,
-            "pixels": list(m.pixels),
-            "weights": "embedded" if m.folder else f"{m.files[0].hub}: {', '.join(f.name for f in m.files)}",
-            "title": m.title,
-        }
-        for m in MODELS.values()
-    ] + [
-        {"name": m.name, "condition": "class", "pixels": [m.pixels], "weights": f"published: {m.file}, kl16.ckpt",
-         "title": m.title}
-        for m in MAR_MODELS.values()
-    ]  # fmt: skip
+        {"name": m.name, "condition": m.condition, "pixels": list(m.pixels), "weights": m.weights, "title": m.title}
+        for m in catalogue().values()
+    ]
     if options.json:
         print(json.dumps(rows, indent=2))
     else:

@@ -32,16 +32,16 @@ from visar.eval.benchmark.profiling import (
     ranges,
 )
 from visar.eval.benchmark.steady import steady
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.pipelines import TextToImagePipeline
 from visar.samplers import Autoregressive, SpeculativeJacobi, Target, get_sampler
 
 LENGTH = GPT["grid"] ** 2
 
 
-def session(window: int, batch: int = 2) -> ModelSession:
+def session(window: int, batch: int = 2) -> LlamaGenSession:
     torch.manual_seed(0)
-    return ModelSession(class_gpt(), torch.arange(batch), length=LENGTH, window=window, guidance=Guidance(2.0))
+    return LlamaGenSession(class_gpt(), torch.arange(batch), length=LENGTH, window=window, guidance=Guidance(2.0))
 
 
 class Watched(SpeculativeJacobi):
@@ -162,11 +162,11 @@ def test_continuous_models_are_not_profiled() -> None:
 
 
 def test_ranges_leave_nothing_behind() -> None:
-    before = [ModelSession.forward, Target.probs, Autoregressive.step]
+    before = [LlamaGenSession.forward, Target.probs, Autoregressive.step]
     with pytest.raises(KeyError), ranges(Autoregressive()):
-        assert ModelSession.forward is not before[0] and Autoregressive.step is not before[2]
+        assert LlamaGenSession.forward is not before[0] and Autoregressive.step is not before[2]
         raise KeyError
-    assert [ModelSession.forward, Target.probs, Autoregressive.step] == before
+    assert [LlamaGenSession.forward, Target.probs, Autoregressive.step] == before
 
 
 def event(*names: str, **more: Any) -> Any:

@@ -16,17 +16,11 @@ from torch import Tensor
 
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.loading import gpt_config, load_gpt, load_state, load_vq
+from visar.families.llamagen.loading import gpt_config, load_gpt, load_vq
+from visar.families.llamagen.specs import MODELS, TOKENIZERS, gpt_arguments, match_heads, published_grid, vq_arguments
 from visar.families.llamagen.vq import VQConfig, VQModel
-from visar.families.specs import (
-    MODELS,
-    TOKENIZERS,
-    gpt_arguments,
-    match_heads,
-    published_grid,
-    resolve_model,
-    vq_arguments,
-)
+from visar.families.source import resolve
+from visar.families.weights import load_state
 
 TINY: dict[str, dict[str, Any]] = {
     "class": dict(vocab_size=11, dim=32, num_layers=2, num_heads=2, ffn=48, condition="class", classes=5, grid=3),
@@ -267,8 +261,8 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "gpt.pt").touch()
-    assert resolve_model("mine") == Path("mine") and resolve_model(tmp_path) == tmp_path
-    assert resolve_model("owner/name-1.0") == "owner/name-1.0"
+    assert resolve("mine") == Path("mine") and resolve(tmp_path) == tmp_path
+    assert resolve("owner/name-1.0") == "owner/name-1.0"
     for name, message in {
         "llamagen-b": r"'llamagen-b' are not shipped.*c2i_B_256\.pt or c2i_B_384\.pt and vq_ds16_c2i\.pt",
         "llamagen-t2i-xl": r"t2i_XL_stage1_256\.pt.*vq_ds16_t2i\.pt.*peizesun/llamagen_t2i",
@@ -277,17 +271,17 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "gpt.pt": r"gpt\.pt is a file",
     }.items():
         with pytest.raises(VisarError, match=message):
-            resolve_model(name)
+            resolve(name)
 
 
 def test_the_embedded_model_is_a_folder_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visar.families.specs.resources.files", lambda _: tmp_path)
+    monkeypatch.setattr("visar.families.llamagen.specs.resources.files", lambda _: tmp_path)
     with pytest.raises(VisarError, match="'icons' is missing"):
-        resolve_model("icons")
+        resolve("icons")
     (tmp_path / "icons" / "gpt").mkdir(parents=True)
     config = {"_class_name": "LlamaGen", "dim": 48, "num_heads": 4}
     (tmp_path / "icons" / "gpt" / "config.json").write_text(json.dumps(config))
-    assert resolve_model("icons") == tmp_path / "icons"
+    assert resolve("icons") == tmp_path / "icons"
     assert gpt_arguments(MODELS["icons"]) == {"dim": 48, "num_heads": 4}
     assert MODELS["icons"].grid == 16
 

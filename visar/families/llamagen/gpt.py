@@ -6,6 +6,7 @@ engine, which calls `run`; training and scoring call `forward` on whole sequence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -177,3 +178,19 @@ class LlamaGen(Component):
 
         table = self.rotary()[:length].expand(len(x), -1, -1, -1)
         return self.logits(self.run(x, table, attend)[:, prefix - 1 :])
+
+
+def initialise(gpt: LlamaGen) -> LlamaGen:
+    """Normal(0, 0.02) weights, the ways back into the residual stream scaled down with depth.
+
+    The caption projector starts at a gain of about 1: caption features that enter much smaller than what the blocks add
+    are learnt too late, when images are already known by heart from their first tokens.
+    """
+    for name, p in gpt.named_parameters():
+        if p.ndim == 2:
+            back = name.endswith(("wo.weight", "w2.weight"))
+            std = 0.02 / math.sqrt(2 * gpt.config.num_layers) if back else 0.02
+            if "cap_proj" in name:
+                std = 1.0 if "fc1" in name else 1.0 / math.sqrt(p.shape[1])
+            nn.init.normal_(p, std=std)
+    return gpt

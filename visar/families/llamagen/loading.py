@@ -16,8 +16,8 @@ from torch import Tensor
 from visar.engine.component import fill, missing, unfilled
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.specs import match_heads, published_grid
 from visar.families.llamagen.vq import VQConfig, VQModel
-from visar.families.specs import match_heads, published_grid
 from visar.families.weights import load_state, shape_of
 
 DEFAULT_GRID = 16

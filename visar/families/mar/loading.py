@@ -15,8 +15,8 @@ from torch import Tensor
 from visar.engine.component import fill, unfilled
 from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLAutoencoder, published_name
+from visar.families.mar.specs import match_mar_heads
 from visar.families.mar.transformer import MAR
-from visar.families.specs import match_mar_heads
 from visar.families.weights import NESTINGS, load_state, shape_of
 
 
@@ -29,7 +29,16 @@ def load_mar(path: str | Path, *, ema: bool = True, num_heads: int | None = None
     Raises `VisarError` for a checkpoint without averaged weights, as `load_state` does, and for a tensor that is
     missing, superfluous or of another shape.
     """
-    state = load_state(path, names=("model_ema",) if ema else NESTINGS)
+    return mar_of(read_mar(path, ema=ema), path, num_heads)
+
+
+def read_mar(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
+    """The tensors of a published file; else as `load_mar`."""
+    return load_state(path, names=("model_ema",) if ema else NESTINGS)
+
+
+def mar_of(state: Mapping[str, Tensor], path: str | Path, num_heads: int | None = None) -> MAR:
+    """The MAR of a published file's tensors, which it takes over; else as `load_mar`."""
     arguments = mar_config(state, path, num_heads=num_heads)
     with unfilled():
         mar = MAR(**arguments)

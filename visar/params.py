@@ -53,7 +53,7 @@ class SamplingParams:
         None, "the last position with guidance; -1 guides all", low=-1, only=DISCRETE, flag=False
     )
     guidance_schedule: str | None = setting(None, "guidance over the passes", choices=SCHEDULES, only=CONTINUOUS)
-    temperature: float | None = setting(None, "randomness; 1 is the model's own", low=1e-5)
+    temperature: float | None = setting(None, "randomness; 1 is the model's own", low=0.0)
     top_k: int | None = setting(None, "sample among the K most likely tokens; 0 keeps all", low=0, only=DISCRETE)
     top_p: float | None = setting(
         None, "sample among the most likely tokens of this total probability", low=0.0, high=1.0, only=DISCRETE
@@ -105,6 +105,8 @@ class SamplingParams:
 
     def check(self, tokens: str) -> None:
         """Raise `VisarError` for a setting that models of such `tokens`, "discrete" or "continuous", do not have."""
+        if tokens == DISCRETE and self.temperature is not None and self.temperature < 1e-5:
+            raise VisarError(f"temperature must be {range_of('temperature')}, not {self.temperature}.")
         neutral = {"top_k": 0, "top_p": 1.0, "guidance_interval": -1}
         for f in fields(self):
             only, value = f.metadata["only"], getattr(self, f.name)

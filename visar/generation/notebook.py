@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from visar.stats import DecodeStats
+from visar.generation.stats import DecodeStats
 
 MOST = 16  # images
 SIDE = 160  # pixels: larger images are made smaller, so that a notebook stays small

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from html import escape
 from typing import Any
+
+from typing_extensions import Self
+
+from visar.engine.loop import Decoded
+from visar.params import SamplingParams
+from visar.samplers import SAMPLERS
 
 
 @dataclass(frozen=True, repr=False)
 class DecodeStats:
-    """Figures of one batch.
+    """Metrics of one batch.
 
-    `nfe`: passes of the target model over the batch, the prefill of a caption included; `passes_per_image`: decoding
-    passes after which each image was complete; `commits_per_pass`: tokens of an image over its passes, mean over the
-    batch; `seconds`: decoding without prefill, text encoder and image decoder, the device waited for;
-    `draft_seconds`: the part of them that the passes of a drafter took, None where CUDA graphs hide it; `ms_per_pass`:
-    milliseconds, drafting included; `gigabytes`: weights and cache read, by count and not by measurement;
-    `graph_passes`: those that a CUDA graph took, and `capture_seconds`: the part of `seconds` that went into making it,
-    once for all calls of a shape.
+    `exactness`: "exact", "relaxed", or in which sense it is neither; `nfe`: passes of the target model over the batch,
+    the prefill of a caption included; `passes_per_image`: decoding passes after which each image was complete;
+    `tokens_per_pass`: tokens of an image over the passes of the batch, which waits for its slowest image; `seconds`:
+    decoding without prefill, text encoder and image decoder, the device waited for; `draft_seconds`: the part of them
+    that the passes of a drafter took, None where CUDA graphs hide it; `ms_per_pass`: milliseconds, drafting included;
+    `gigabytes`: weights and cache read, by count and not by measurement; `graph_passes`: those that a CUDA graph took,
+    and `capture_seconds`: the part of `seconds` that went into making it, once for all calls of a shape.
     """
 
     sampler: str
     parameters: dict[str, Any]
     exact: bool
-    law: str
+    exactness: str
     seed: int
     settings: dict[str, Any]  # guidance, temperature, top-k, top-p, dtype, weights, device
     images: int
     tokens: int
     nfe: int
     passes_per_image: list[int]
-    commits_per_pass: float
+    tokens_per_pass: float
     seconds: float
     draft_seconds: float | None
     ms_per_pass: float
@@ -39,20 +46,59 @@ class DecodeStats:
     graph_passes: int
     capture_seconds: float
 
+    @classmethod
+    def of(
+        cls,
+        method: Any,
+        params: SamplingParams,
+        settings: dict[str, Any],
+        session: Any,
+        result: Decoded,
+        *,
+        nfe: int,
+        draft_seconds: float | None,
+        gigabytes: float,
+        sampled: int | None = None,
+        **more: Any,
+    ) -> Self:
+        """Those of a finished decoding; `sampled` is the number of tokens of an image that were not given."""
+        tokens = session.length if sampled is None else sampled
+        return cls(
+            sampler=method.name,
+            parameters=parameters_of(method),
+            exact=method.exact,
+            exactness=exactness_of(method),
+            seed=params.seed or 0,
+            settings=settings,
+            images=session.batch,
+            tokens=session.length,
+            nfe=nfe,
+            passes_per_image=(result.commit_pass.amax(1) + 1).tolist(),
+            tokens_per_pass=tokens / result.passes,
+            seconds=result.seconds,
+            draft_seconds=draft_seconds,
+            ms_per_pass=1000 * result.seconds / result.passes,
+            gigabytes=gigabytes,
+            graph_passes=result.replays,
+            capture_seconds=result.capture_seconds,
+            **more,
+        )
+
     @property
     def gb_per_second(self) -> float:
         """Bytes that had to be read over the time it took, in 10**9 per second."""
         return self.gigabytes / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"gb_per_second": self.gb_per_second}
+        """Everything, as JSON can hold it."""
+        told: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return told | {"gb_per_second": self.gb_per_second}
 
     def __str__(self) -> str:
-        kind = self.law if not self.exact else "exact"
         images = f"{self.images} image{'' if self.images == 1 else 's'}"
         return (
-            f"{self.sampler} ({kind}): {self.nfe} NFE for {self.tokens} tokens x {images}, "
-            f"{self.commits_per_pass:.2f} tokens/pass, {self.ms_per_pass:.2f} ms/pass, {self.seconds:.2f} s"
+            f"{self.sampler} ({self.exactness}): {self.nfe} NFE for {self.tokens} tokens x {images}, "
+            f"{self.tokens_per_pass:.2f} tokens/pass, {self.ms_per_pass:.2f} ms/pass, {self.seconds:.2f} s"
         )
 
     def __repr__(self) -> str:
@@ -60,15 +106,15 @@ class DecodeStats:
 
     def _rows(self) -> list[tuple[str, str]]:
         """What a notebook's table says: names and values."""
-        if self.exact:
-            law = "exact: images have the law of the model's own"
-        else:
-            law = "relaxed: images have another law than the model's own" if self.law == "relaxed" else self.law
+        what = {
+            "exact": "exact: images have the model's own distribution",
+            "relaxed": "relaxed: images have another distribution than the model's own",
+        }.get(self.exactness, self.exactness)
         return [
             ("sampler", f"{self.sampler} {_listed(self.parameters)}".strip()),
-            ("law", law),
+            ("distribution", what),
             ("passes (NFE)", f"{self.nfe} for {self.images} x {self.tokens} tokens"),
-            ("tokens per pass", f"{self.commits_per_pass:.2f}"),
+            ("tokens per pass", f"{self.tokens_per_pass:.2f}"),
             ("a pass", f"{self.ms_per_pass:.2f} ms"),
             ("decoding", f"{self.seconds:.2f} s"),
             ("settings", _listed({"seed": self.seed, **self.settings})),
@@ -87,7 +133,7 @@ class DecodeStats:
 
 @dataclass(frozen=True, repr=False)
 class MaskedStats(DecodeStats):
-    """Figures of a masked model, whose passes each run the diffusion head many times, one after the other.
+    """Metrics of a masked model, whose passes each run the diffusion head many times, one after the other.
 
     `head_steps` is T, the steps that are left of those asked for. `head_rounds`: evaluations of the target's head that
     had to wait for one another, over all passes, and `rounds_per_pass` their mean: T in plain decoding.
@@ -127,3 +173,14 @@ class MaskedStats(DecodeStats):
 def _listed(values: Mapping[str, Any]) -> str:
     """Names and values on one line; what is not set is left out."""
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def parameters_of(method: Any) -> dict[str, Any]:
+    """The fields of a sampler; none of one that is no dataclass."""
+    return {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
+
+
+def exactness_of(method: Any) -> str:
+    """ "exact", "relaxed", or what its registration says of it."""
+    spec = SAMPLERS.get(method.name)
+    return (spec.law if spec is not None else "") or ("exact" if method.exact else "relaxed")

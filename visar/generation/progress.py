@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from visar.engine.loop import Snapshot
+from visar.families.base import Family
 
 GREY = 0.5
 
@@ -31,41 +32,35 @@ class Progress:
     commit_pass: Tensor
     lengths: Tensor
     decided: Tensor
-    glimpse: Callable[[Tensor], Tensor]
-    decode_tokens: Callable[[Tensor], Tensor]
+    family: Family
 
     @staticmethod
-    def of(
-        now: Snapshot,
-        given: Tensor | None,
-        glimpse: Callable[[Tensor], Tensor],
-        decode_tokens: Callable[[Tensor], Tensor],
-    ) -> Progress:
-        """Of a snapshot, which is copied; `given` [N] marks tokens that no pass commits."""
-        commit_pass = now.commit_pass.clone()
-        decided = commit_pass >= 0 if given is None else (commit_pass >= 0) | given
-        return Progress(
-            now.passes, now.seconds, now.tokens.clone(), commit_pass, now.lengths.clone(), decided, glimpse,
-            decode_tokens,
-        )  # fmt: skip
+    def of(now: Snapshot, given: Tensor | None, family: Family) -> Progress:
+        """Of a snapshot, which is copied into ordinary tensors; `given` [N] marks tokens that no pass commits."""
+        with torch.inference_mode(False):
+            commit_pass = now.commit_pass.clone()
+            decided = commit_pass >= 0 if given is None else (commit_pass >= 0) | given.clone()
+            return Progress(
+                now.passes, now.seconds, now.tokens.clone(), commit_pass, now.lengths.clone(), decided, family
+            )
 
     def preview(self) -> Tensor:
-        """Small RGB images, uint8 [B, grid, grid, 3], one pixel per token, undecided cells grey. Cheap."""
-        return to_uint8(self._greyed(self.glimpse(self.tokens)))
+        """Small RGB images, uint8 [B, rows, columns, 3], one pixel per token, undecided cells grey. Cheap."""
+        with torch.inference_mode(False), torch.no_grad():
+            return to_uint8(self._greyed(self.family.preview(self.tokens)))
 
-    @torch.inference_mode()
     def images(self) -> list[Image.Image]:
         """The images in their full size, undecided cells grey; costs a run of the image decoder."""
-        # A draft under grey must not shine through: what a decoder makes of one cell reaches into its neighbours.
-        tokens = self.tokens.where(self.decided.view(*self.decided.shape, *[1] * (self.tokens.ndim - 2)), 0)
-        return to_pil(self._greyed(self.decode_tokens(tokens)))
+        with torch.inference_mode(False), torch.no_grad():
+            # A draft under grey must not shine through: what a decoder makes of one cell reaches into its neighbours.
+            tokens = self.tokens.where(self.decided.view(*self.decided.shape, *[1] * (self.tokens.ndim - 2)), 0)
+            return to_pil(self._greyed(self.family.decode(tokens)))
 
     def _greyed(self, pixels: Tensor) -> Tensor:
         """Images [B, 3, H, W] with every undecided cell grey."""
-        grid = round(self.decided.shape[1] ** 0.5)
-        cells = rearrange(self.decided, "b (h w) -> b 1 h w", h=grid)
-        size = pixels.shape[-1] // grid
-        return torch.where(cells.repeat_interleave(size, 2).repeat_interleave(size, 3), pixels, GREY)
+        cells = self.family.layout.cells(self.decided)[:, None]
+        down, across = pixels.shape[-2] // cells.shape[-2], pixels.shape[-1] // cells.shape[-1]
+        return torch.where(cells.repeat_interleave(down, 2).repeat_interleave(across, 3), pixels, GREY)
 
 
 StepCallback = Callable[[Progress], None]
