@@ -105,9 +105,9 @@ def test_the_bar_counts_what_is_there(text_folder: Path, tmp_path: Path, capsys:
 
 def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> None:
     from tests.pipelines.test_masked import small_vae, text_mar
-    from visar.pipelines import MaskedTextToImagePipeline
+    from visar.pipelines import TextToImagePipeline
 
-    MaskedTextToImagePipeline(text_mar(), small_vae(), words).save_pretrained(tmp_path / "model")
+    TextToImagePipeline(mar=text_mar(), vae=small_vae(), text_encoder=words).save_pretrained(tmp_path / "model")
     (tmp_path / "p.txt").write_text("red cat\nblue dog\n")
     given = ["sample", "--model", tmp_path / "model", "--prompts", tmp_path / "p.txt", "-n", 4, "--sampler", "mar",
              "--set", "steps=4", "--set", "head_steps=6", "--batch", 2, "--out", tmp_path / "a"]  # fmt: skip

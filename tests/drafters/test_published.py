@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.helpers.tiny import class_gpt, text_gpt
-from visar.drafters import EagleHead
-from visar.drafters.loading import attach, load_drafter
+from visar.drafters import DRAFTERS, EagleHead
+from visar.drafters.loading import load_drafter
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.rotary import rotate
+from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import Target
 
 CAPTIONS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(7))
@@ -66,8 +67,8 @@ def test_it_drafts_as_its_description_says(tmp_path: Path) -> None:
     model = load_drafter(tmp_path / "drafter.safetensors", LlamaGenTarget(gpt, gpt.config.grid))
     assert isinstance(model, EagleHead) and model.config.codes == gpt.config.vocab_size
     length = gpt.config.grid**2
-    s = ModelSession(gpt, CAPTIONS, MASK, length=length, window=4, guidance=GUIDANCE, aux_layers=())
-    drafter = attach(s, model, LlamaGenTarget(gpt, gpt.config.grid), 3, 4, CAPTIONS, MASK)
+    s = LlamaGenSession(gpt, CAPTIONS, MASK, length=length, window=4, guidance=GUIDANCE, aux_layers=())
+    drafter = DRAFTERS["eagle"].attach(s, model, LlamaGenTarget(gpt, gpt.config.grid), 3, 4, (CAPTIONS, MASK))
     tokens = torch.randint(gpt.config.vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
     for count in (2, 3, 1, 4):
         n = int(s.lengths[0])
@@ -84,9 +85,9 @@ def test_it_drafts_as_its_description_says(tmp_path: Path) -> None:
                 torch.cat([true, first[:, -1:]], 1),
                 torch.cat([ids, tokens[:, n : n + 1].repeat(2, 1)], 1),
             )
-            for k, (law, predicted) in enumerate(zip(found, (first, second), strict=True)):
+            for k, (logits, predicted) in enumerate(zip(found, (first, second), strict=True)):
                 wanted = GUIDANCE.combine(*gpt.logits(predicted[:, -1:]).chunk(2), s.positions(4)[:, k : k + 1])
-                assert torch.allclose(law, wanted, atol=1e-4), (n, k)
+                assert torch.allclose(logits, wanted, atol=1e-4), (n, k)
         else:
             drafter.root(tokens, s.lengths)
         s.forward(torch.cat([root, tokens[:, n : n + 3]], dim=1))

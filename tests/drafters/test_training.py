@@ -1,4 +1,4 @@
-"""Training a drafter: what it draws to learn from, what it learns, and what it says about bad input."""
+"""Training a drafter: the images that it learns from, what it learns, and what it says about bad input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Capture = pytest.CaptureFixture[str]
 
 def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    torch.nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)  # laws with something to learn
+    torch.nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)  # distributions with something to learn
     classes = list(range(7))
     tokens = generate_tokens(class_pipe, classes, 64, tmp_path / "p.safetensors", seed=0)
     config = TrainConfig(tmp_path, minutes=1e3, steps=150, batch=8, lr=3e-3, warmup=10, ema=0.9, compile=False)
@@ -35,7 +35,7 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
     def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([classes[i % 7] for i in rows]), torch.ones(len(rows), 1)
 
-    target = LlamaGenTarget(class_pipe.gpt, class_pipe.grid)
+    target = LlamaGenTarget(class_pipe.gpt, class_pipe.image_model.family.layout.rows)
     head = train_drafter("eagle", target, of, tokens, config, Guidance(2.0), Target(), depth=3)
     found = json.loads((tmp_path / "eagle-run" / "log.jsonl").read_text().splitlines()[-1])
     assert all(0.5 < found[f"acceptance_{depth}"] < 1 for depth in (1, 2, 3))
@@ -109,7 +109,7 @@ def test_what_is_stored_in_few_bits_drafts_nearly_the_same(
     stored = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
     assert {t.element_size() for t in stored.values()} == {size}
     class_pipe.load_drafter(tmp_path / "model")
-    loaded = class_pipe._drafters["model"].state_dict()
+    loaded = class_pipe.image_model.drafters.loaded["model"].state_dict()
     state = torch.load(tmp_path / "model-run" / "state.pt", weights_only=True)["ema"]
     for name, tensor in loaded.items():
         assert tensor.dtype == torch.float32
@@ -121,7 +121,7 @@ def test_what_is_stored_in_few_bits_drafts_nearly_the_same(
 def test_every_kind_learns_from_a_target_in_half_precision(
     class_pipe: ClassToImagePipeline, tmp_path: Path, kind: str
 ) -> None:
-    target = LlamaGenTarget(class_pipe.gpt.to(torch.bfloat16), class_pipe.grid)
+    target = LlamaGenTarget(class_pipe.gpt.to(torch.bfloat16), class_pipe.image_model.family.layout.rows)
     tokens = torch.randint(23, (6, 16), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(tmp_path, compile=False, batch=2, steps=3)
 
@@ -139,9 +139,9 @@ def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline,
     idle = copy.deepcopy(class_pipe.gpt.layers[0])
     for p in idle.parameters():
         torch.nn.init.zeros_(p)
-    target = LlamaGenTarget(class_pipe.gpt, class_pipe.grid)
+    target = LlamaGenTarget(class_pipe.gpt, class_pipe.image_model.family.layout.rows)
     gpt = target.with_layers([*class_pipe.gpt.layers, idle], class_pipe.gpt.norm)
-    target = LlamaGenTarget(gpt, class_pipe.grid)
+    target = LlamaGenTarget(gpt, class_pipe.image_model.family.layout.rows)
     tokens = torch.randint(23, (4, 16), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(tmp_path, compile=False, batch=2)
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.drafters import SkippedLayers, drafter_kind
-from visar.drafters.loading import attach
+from visar.drafters import DRAFTERS, SkippedLayers, drafter_kind
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
@@ -89,8 +88,8 @@ def session_of(
     )  # fmt: skip
     made.codebook = torch.eye(w.model.config.vocab_size)
     if kind := getattr(sampler, "drafter", None):
-        target = LlamaGenTarget(w.model, grid)
-        made.drafter = attach(made, w.drafters[kind], target, sampler.depth, sampler.window, condition, mask)
+        target, encoded = LlamaGenTarget(w.model, grid), (condition,) if mask is None else (condition, mask)
+        made.drafter = DRAFTERS[kind].attach(made, w.drafters[kind], target, sampler.depth, sampler.window, encoded)
     return made
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tests.helpers.tiny import class_gpt, text_gpt
 from visar.drafters import DRAFTERS, SkippedLayers, drafter_kind, drafter_kinds
-from visar.drafters.loading import attach
 from visar.engine.drafter import Drafter
 from visar.engine.guidance import Guidance
 from visar.engine.tree import Tree
@@ -170,7 +169,9 @@ def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> 
     torch.manual_seed(4)
     condition, mask = (CAPTIONS, MASK) if kind == "text" else (CLASSES, torch.ones(3, 1))
     model, target = untrained(name, s.model), LlamaGenTarget(s.model, 5)
-    s.drafter = drafter = attach(s, model, target, 3, 6, condition, mask if kind == "text" else None)
+    s.drafter = drafter = DRAFTERS[name].attach(
+        s, model, target, 3, 6, (condition, mask) if kind == "text" else (condition,)
+    )
     tokens = torch.randint(24, (3, 25), generator=torch.Generator().manual_seed(0))
     loss_of = DRAFTERS[name].loss
     assert loss_of is not None
@@ -203,7 +204,7 @@ def test_a_node_is_drafted_as_the_end_of_a_chain(name: str) -> None:
         nonlocal model
         s = session("text", 12)
         model = model or untrained(name, s.model)
-        drafter = attach(s, model, LlamaGenTarget(s.model, 5), 3, 12, CAPTIONS, MASK)
+        drafter = DRAFTERS[name].attach(s, model, LlamaGenTarget(s.model, 5), 3, 12, (CAPTIONS, MASK))
         drafter.root(tokens, s.lengths)
         s.forward(torch.cat([tokens[:, :1], tokens[:, :4]], dim=1))
         s.commit(torch.full((3,), 3))

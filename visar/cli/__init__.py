@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from visar.cli.parsers import parser
 from visar.cli.parsers.base import UsageError
 from visar.errors import VisarError
+from visar.user_code import blamed
 
 __all__ = ["main", "parser"]
 
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.parser.print_help(sys.stderr)
             return 2
         module, _, function = options.run.partition(":")
-        code: int = getattr(importlib.import_module(f"visar.cli.{module}"), function)(options)
+        with blamed():
+            code: int = getattr(importlib.import_module(f"visar.cli.{module}"), function)(options)
         sys.stdout.flush()  # so that a closed pipe shows here
         return code
     except UsageError as error:

@@ -5,26 +5,32 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visar.cli.common import load_model, samplers_of
 from visar.cli.output import check_json, show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
+from visar.files import writable_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
+    from visar.eval.benchmark.history import BenchmarkRun
     from visar.eval.benchmark.profiling import PassProfile
     from visar.eval.benchmark.speed import SpeedReport, SpeedRow
 
 
 def bench(options: argparse.Namespace) -> int:
+    if (options.history or options.against) and (options.shapes is not None or options.profile):
+        raise VisarError("--history and --against are of samplers: they go with neither --shapes nor --profile.")
     if options.shapes is not None:
         return _shapes(options)
     samplers = samplers_of(options)
     if not samplers:
         raise VisarError("No sampler was given.")
     check_json(options)
+    before = _history(options)
     settings = settings_of(params_of(options))
     model = load_model(options)
     model.bar = {"disable": True}
@@ -35,6 +41,7 @@ def bench(options: argparse.Namespace) -> int:
     batch = options.batch or 1
     report = compare(model, samplers, batch=batch, images=options.num_images, repeats=options.repeats, **settings)
     show(options, _speed_text(report, options.model), asdict(report))
+    _remember(options, report, before)
     return 0
 
 
@@ -73,6 +80,37 @@ def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any
     report = ProfileReport(options.model, str(model.device), str(model.dtype), rows)
     show(options, profile_text(list(rows.items()), ("SAMPLER",)), asdict(report))
     return 0
+
+
+NOT_COMPARED = {"run", "json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats"}
+
+
+def _history(options: argparse.Namespace) -> list[BenchmarkRun]:
+    """The runs of --against, read before minutes of measuring."""
+    if options.history:
+        writable_folder(Path(options.history).parent)
+    if not options.history and not options.against:
+        return []
+    from visar.eval.benchmark import history
+
+    if options.history and Path(options.history).exists():
+        history.load(options.history)  # an error where it is another file
+    if options.against and (options.against != options.history or Path(options.against).exists()):
+        return history.load(options.against)
+    return []
+
+
+def _remember(options: argparse.Namespace, report: SpeedReport, before: list[BenchmarkRun]) -> None:
+    """Append the run to --history, and print the comparison that --against asks for."""
+    if not options.history and not options.against:
+        return
+    from visar.eval.benchmark import history
+
+    run = history.run_of(report, {k: v for k, v in vars(options).items() if k not in NOT_COMPARED})
+    if options.against:
+        print(history.comparison(run, before))
+    if options.history:
+        history.append(options.history, run)
 
 
 @dataclass(frozen=True)

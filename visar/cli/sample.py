@@ -74,7 +74,7 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
     from visar.bulk import RunFolder, read_classes, read_prompts
     from visar.bulk.about import FORMAT, method_of
     from visar.bulk.conditions import Interleaved
-    from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER
+    from visar.samplers import DEFAULTS
 
     if bool(options.prompts) == bool(options.classes):
         raise VisarError("Give either --prompts FILE or --classes LIST.")
@@ -86,7 +86,7 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
         raise VisarError("--tokens is for models of discrete tokens; this one's are vectors.")
     sampler = chosen_sampler(options, params)
     check_json(options)
-    default = DEFAULT_CONTINUOUS if continuous else DEFAULT_SAMPLER
+    default = DEFAULTS[tokens_of(options)]
     order = Interleaved(conditions)
     settings = settings_of(params)
     about: dict[str, Any] = {

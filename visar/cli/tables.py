@@ -61,24 +61,22 @@ def samplers(options: argparse.Namespace) -> int:
 
 
 def sampler_rows() -> list[dict[str, Any]]:
-    """The table of samplers."""
-    from visar.samplers import CONTINUOUS, DEFAULT_CONTINUOUS, DEFAULT_SAMPLER, SAMPLERS
+    """The table of samplers, read without importing torch."""
+    from visar.samplers import DEFAULTS
+    from visar.samplers.catalogue import catalogue
 
     return [
-        {"name": s.name, "default": s.name in (DEFAULT_SAMPLER, DEFAULT_CONTINUOUS), "exact": s.law == "exact",
-         "note": s.law if s.law not in ("exact", "relaxed") else None,
-         "tokens": "continuous" if s.name in CONTINUOUS else "discrete", "drafter": s.drafter or None,
-         "paper": s.paper, "parameters": s.parameters()}
-        for s in (*SAMPLERS.values(), *CONTINUOUS.values())
+        {"name": s.name, "default": s.name == DEFAULTS[s.tokens], "exact": s.exact, "note": s.note or None,
+         "tokens": s.tokens, "drafter": s.drafter, "paper": s.paper, "parameters": s.parameters()}
+        for s in catalogue().values()
     ]  # fmt: skip
 
 
 def _parameters(options: argparse.Namespace, row: dict[str, Any]) -> int:
     """Those of one sampler that `--set` may give."""
-    from visar.samplers import spec_of
-    from visar.samplers.parameters import parameters_of
+    from visar.samplers.catalogue import catalogue
 
-    found = [p for p in parameters_of(spec_of(row["name"]).make()).values() if not p.fixed]
+    found = catalogue()[row["name"]].options.values()
     each = [{"name": p.name, "default": p.default, "range": p.range, "help": p.help} for p in found]
     text = f"{row['name']}: {row['paper']}; {row['note'] or ('exact' if row['exact'] else 'relaxed')}"
     if found:

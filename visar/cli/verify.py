@@ -22,12 +22,11 @@ def verify(options: argparse.Namespace) -> int:
     from visar.eval.exactness.continuous import verify_continuous
     from visar.eval.exactness.joint import EXACT_LIMIT, MUTANT_LIMIT
     from visar.eval.exactness.joint import verify as prove
-    from visar.samplers import CONTINUOUS, spec_of
+    from visar.samplers import DEFAULTS, get_sampler
 
     check_json(options)
     names = None if options.samplers in (None, [], ["all"]) else options.samplers
-    for name in names or ():
-        spec_of(name)
+    kinds = {name: getattr(get_sampler(name), "tokens", "discrete") for name in names or ()}
     if options.session is not None:
         return verify_own(options, names)
     if options.reference is not None:
@@ -39,8 +38,7 @@ def verify(options: argparse.Namespace) -> int:
 
     if options.json != STDOUT:
         print(_heads("SAMPLER"))
-    continuous = [name for name in names or () if name in CONTINUOUS]
-    discrete = [name for name in names or () if name not in CONTINUOUS]
+    discrete, continuous = ([name for name, kind in kinds.items() if kind == k] for k in DEFAULTS)
     rows, mutants = [], not options.no_mutants
     if discrete or not names:
         rows += prove(discrete or None, options.sequences, options.seed, mutants, report=line)

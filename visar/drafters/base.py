@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from visar.engine.decoder import Decoder
-from visar.engine.drafter import Drafter, SessionDrafter
+from visar.engine.decoder_session import DecoderSession
+from visar.engine.drafter import Drafter, SessionDrafter, Timed
 from visar.engine.guidance import Guidance
-from visar.engine.kv_cache import KVCache
 from visar.engine.session import Session
-from visar.engine.tree import Tree
 from visar.errors import VisarError, unknown
 
 if TYPE_CHECKING:
@@ -77,36 +76,9 @@ class DrafterTarget(DrafterLoading, Protocol):
         """A model of these layers and this norm that shares all else with the target."""
         ...
 
-    def session(self, model: Any, condition: Tensor, mask: Tensor | None, window: int, guidance: Guidance) -> Session:
-        """A session of a smaller model, for images of the target's size."""
+    def session(self, model: Any, encoded: Sequence[Tensor], window: int, guidance: Guidance) -> Session:
+        """A session of a smaller model, for conditions as the target's own sessions take them."""
         ...
-
-
-class TargetSession(Protocol):
-    """What drafters read of the session that they draft for."""
-
-    batch: int
-    length: int
-    device: torch.device
-    lengths: Tensor
-    guidance: Guidance
-    halves: int
-    prefix: int
-    condition: Tensor
-    valid: Tensor
-    cache: KVCache
-    features: Tensor | None
-
-    @property
-    def model(self) -> Any: ...
-    def positions(self, window: int) -> Tensor: ...
-    def follows(self, count: int, tree: Tree | None = None, first: int = 0) -> Tensor: ...
-    def root_slots(self) -> Tensor: ...
-    def embedded(self, tokens: Tensor, slots: Tensor) -> Tensor: ...
-    def sees(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor: ...
-    def visible(self, count: int) -> int: ...
-    def turned(self, slots: Tensor) -> Tensor: ...
-    def guided(self, logits: Tensor, positions: Tensor) -> Tensor: ...
 
 
 class DraftKind:
@@ -155,29 +127,35 @@ class DraftKind:
         """The layers whose hidden states it reads next to the last ones; None where it reads no hidden states."""
         return None
 
-    def decoder(self, model: Any, target: DrafterTarget) -> Decoder:
-        """What drafts in a session of its own."""
+    def drafter(self, session: DecoderSession, model: Any, depth: int) -> Drafter | None:
+        """The drafter at work, `depth` tokens deep, on the session's hidden states; None for a `decoder`."""
+        return None
+
+    def decoder(self, model: Any, target: DrafterTarget) -> Any:
+        """The `Decoder` that drafts in a session of its own, where there is no other `drafter`."""
         return model
 
     def attach(
         self,
-        session: TargetSession,
+        session: DecoderSession,
         model: Any,
         target: DrafterTarget,
         depth: int,
         window: int,
-        condition: Tensor,
-        mask: Tensor | None,
+        encoded: Sequence[Tensor],
     ) -> Drafter:
-        """The drafter at work for a session of this condition: by default a `decoder` with a session of its own.
+        """A drafter at work for a session of the `encoded` conditions, its passes timed.
 
         It drafts `depth` tokens deep; the target tests `window` tokens in a pass.
         """
-        decoder: Any = self.decoder(model, target)
-        # The root of the drafter's own session is one node before that of the tree.
-        inner = target.session(decoder, condition, mask, window + 1, session.guidance)
-        weights = sum(p.numel() * p.element_size() for n, p in decoder.named_parameters() if "embedding" not in n)
-        return SessionDrafter(inner, weights)
+        model.to(session.device, session.model.dtype)
+        if (drafter := self.drafter(session, model, depth)) is None:
+            decoder = self.decoder(model, target)
+            # The root of the drafter's own session is one node before that of the tree.
+            inner = target.session(decoder, encoded, window + 1, session.guidance)
+            weights = sum(p.numel() * p.element_size() for n, p in decoder.named_parameters() if "embedding" not in n)
+            drafter = SessionDrafter(inner, weights)
+        return Timed(drafter, session.device)
 
 
 DRAFTERS: dict[str, DraftKind] = {}

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from visar.drafters import lantern
-from visar.drafters.base import DrafterTarget, DraftKind, TargetSession, check_fit, fingerprint, register_drafter
+from visar.drafters.base import DrafterTarget, DraftKind, check_fit, fingerprint, register_drafter
 from visar.drafters.loss import DraftLoss, TargetPass, attention, later
-from visar.engine.component import Component, fill
+from visar.engine.component import Component, fill, unfilled
 from visar.engine.decoder import Attend
+from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter
 from visar.engine.kv_cache import KVCache
 from visar.engine.layers import Linear, RMSNorm
@@ -84,7 +84,7 @@ class EagleDrafter(Drafter):
     round.
     """
 
-    def __init__(self, session: TargetSession, model: EagleHead, depth: int):
+    def __init__(self, session: DecoderSession, model: EagleHead, depth: int):
         if session.features is None:
             raise VisarError("A session with an EAGLE drafter must be made with its aux_layers.")
         self.session, self.model, self.depth = session, model, depth
@@ -198,7 +198,7 @@ class Eagle(DraftKind):
         if not lantern.is_published(state):
             return None
         own, sizes = lantern.converted(state, target.model.head_dim, path)
-        with torch.device("meta"):
+        with unfilled():
             made = EagleHead(**sizes)  # type: ignore[arg-type]
         return fill(made, own, path)
 
@@ -224,5 +224,5 @@ class Eagle(DraftKind):
     def aux_layers(self, model: EagleHead) -> tuple[int, ...]:
         return tuple(model.config.aux_layers)
 
-    def attach(self, session: TargetSession, model: EagleHead, target: Any, depth: int, *_: Any) -> EagleDrafter:
+    def drafter(self, session: DecoderSession, model: EagleHead, depth: int) -> EagleDrafter:
         return EagleDrafter(session, model, depth)

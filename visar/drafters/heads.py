@@ -7,14 +7,14 @@ et al. 2024, arXiv:2402.05109) see the root and the draft tokens on the way as w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visar.drafters.base import DrafterTarget, DraftKind, TargetSession, check_fit, fingerprint, register_drafter
+from visar.drafters.base import DrafterTarget, DraftKind, check_fit, fingerprint, register_drafter
 from visar.drafters.loss import DraftLoss, TargetPass, later
 from visar.engine.component import Component
+from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter
 from visar.engine.layers import Linear, RMSNorm
 from visar.engine.session import require_finite
@@ -57,7 +57,7 @@ class DraftHeads(Component):
 class HeadsDrafter(Drafter):
     """Drafts up to `depth` tokens deep, without a cache. The session must keep its hidden states."""
 
-    def __init__(self, session: TargetSession, model: DraftHeads, depth: int):
+    def __init__(self, session: DecoderSession, model: DraftHeads, depth: int):
         if session.features is None:
             raise VisarError("A session with draft heads must be made with aux_layers.")
         if depth > model.config.depth:
@@ -122,5 +122,5 @@ class Heads(DraftKind):
     def aux_layers(self, model: DraftHeads) -> tuple[int, ...]:
         return ()
 
-    def attach(self, session: TargetSession, model: DraftHeads, target: Any, depth: int, *_: Any) -> HeadsDrafter:
+    def drafter(self, session: DecoderSession, model: DraftHeads, depth: int) -> HeadsDrafter:
         return HeadsDrafter(session, model, depth)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def is_published(state: Mapping[str, Tensor]) -> bool:
     return "fc.weight" in state and "embed_tokens.weight" in state
 
 
-def converted(state: Mapping[str, Tensor], head_dim: int, path: str | Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+def converted(state: Mapping[str, Tensor], head_dim: int, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a released file by the keys of an `EagleHead`, and its arguments; heads are of `head_dim`.
 
     Raises `VisarError` for a tensor that is missing or of another shape.

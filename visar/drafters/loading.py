@@ -1,18 +1,15 @@
-"""Load drafters, check that they fit their target, and attach one to a session."""
+"""Load drafters, and check that they fit their target."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from visar.drafters.base import DRAFTERS, DrafterLoading, DrafterTarget, DraftKind, TargetSession, drafter_kinds
-from visar.engine.drafter import Drafter, Timed
+from visar.drafters.base import DRAFTERS, DrafterLoading, DraftKind, drafter_kinds
+from visar.engine.component import read_config
 from visar.errors import VisarError
 from visar.families.source import resolve
-from visar.families.weights import load_part, quiet_conversion
+from visar.families.weights import load_part
 
 
 def load_drafter(path: str | Path, target: Any) -> Any:
@@ -40,8 +37,8 @@ def _from_folder(path: str | Path, target: DrafterLoading) -> Any:
     if (folder / "model_index.json").exists() or (folder / target.folder).is_dir():
         folder = folder / target.folder
     try:
-        name = json.loads((folder / "config.json").read_text()).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
+        name, _ = read_config(folder)
+    except VisarError as error:
         raise VisarError(f"{path} holds no drafter: it has no readable config.json.") from error
     own = (DRAFTERS[kind].network for kind in drafter_kinds(target.masked))
     networks = {cls.__name__: cls for cls in (target.network, *own) if cls is not None}
@@ -57,29 +54,13 @@ def released_file(path: Path) -> Path | None:
     if (path / "model_index.json").exists():
         return None
     try:
-        if "_class_name" in json.loads((path / "config.json").read_text()):
-            return None
-    except (OSError, ValueError, TypeError):
-        pass
-    return next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
+        read_config(path)
+    except VisarError:  # which names no class of ours
+        files = (path / name for name in ("model.safetensors", "pytorch_model.bin"))
+        return next((file for file in files if file.is_file()), None)
+    return None
 
 
 def kind_of(model: Any, target: DrafterLoading) -> DraftKind:
     """The kind of a drafter: networks say it, and those that do not are smaller models."""
     return DRAFTERS[getattr(model, "kind", target.smaller_kind)]
-
-
-def attach(
-    session: TargetSession,
-    model: Any,
-    target: DrafterTarget,
-    depth: int,
-    window: int,
-    condition: Tensor,
-    mask: Tensor | None,
-) -> Drafter:
-    """A drafter at work for a session that has the condition and mask given; it drafts `depth` tokens deep."""
-    with quiet_conversion():
-        model.to(session.device, session.model.dtype)
-    kind = kind_of(model, target)
-    return Timed(kind.attach(session, model, target, depth, window, condition, mask), session.device)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,18 +117,3 @@ def _without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stale(key: str) -> bool:
     return key == "freqs_cis" or "kv_cache" in key or key == "quantize.codebook_used"
-
-
-@contextmanager
-def quiet_conversion() -> Iterator[None]:
-    """Without diffusers' warning about an empty list of modules, whenever one is converted."""
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-
-    def said_for_a_reason(record: logging.LogRecord) -> bool:
-        return "kept in float32: []" not in record.getMessage()
-
-    logger.addFilter(said_for_a_reason)
-    try:
-        yield
-    finally:
-        logger.removeFilter(said_for_a_reason)

@@ -81,7 +81,7 @@ def as_output(pixels: Any, tokens: Tensor, output_type: str) -> Any:
 def joined(outputs: Sequence[ImageOutput]) -> ImageOutput:
     """The outputs of several calls as one, whose stats are of all of them together."""
     first = outputs[0].images
-    images = None if first is None else [image for out in outputs for image in out.images]
+    images: Any = None if first is None else [image for out in outputs for image in out.images]
     if isinstance(first, Tensor):
         images = torch.stack(images)
     elif isinstance(first, np.ndarray):

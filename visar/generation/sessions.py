@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from visar.drafters.loading import attach, kind_of
+from visar.drafters.loading import kind_of
 from visar.engine.graphs import Capture, Graph, Kept, cuda_graph
 from visar.engine.guidance import Guidance
 from visar.engine.memory import check_memory
@@ -50,11 +50,8 @@ class Call(NamedTuple):
         made.codebook = c.family.codebook
         if kind is not None:
             depth: int = c.method.depth  # type: ignore[attr-defined]
-            condition, *masks = c.encoded
             session: Any = made
-            made.drafter = attach(
-                session, c.drafter, target, depth, c.method.window, condition, masks[0] if masks else None
-            )
+            made.drafter = kind.attach(session, c.drafter, target, depth, c.method.window, c.encoded)
         return made
 
 

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from visar.errors import VisarError, unknown
 from visar.families.registry import family_of, family_of_components
-from visar.families.source import HubOptions, open_source
+from visar.families.source import HubOptions, check_condition, open_source
 from visar.generation.model import ImageModel
 from visar.generation.output import ImageOutput, joined
 from visar.generation.progress import Progress, StepCallback
@@ -63,11 +63,8 @@ class ImagePipeline(DiffusionPipeline):
 
     def _take(self, model: ImageModel) -> None:
         family = model.family
-        if family.condition != self.condition:
-            raise VisarError(
-                f"This model is called with a {family.condition}; load it with visar.load, or "
-                f"{'TextToImagePipeline' if family.condition == 'prompt' else 'ClassToImagePipeline'}."
-            )
+        name = "This model" if model.folder is None else str(model.folder)
+        check_condition(name, family.condition, self.condition)
         object.__setattr__(self, "image_model", model)
         self.register_modules(**family.components)
         self.register_to_config(**family.settings, _family=family.name)
@@ -78,6 +75,11 @@ class ImagePipeline(DiffusionPipeline):
         model = vars(self).get("image_model")
         if model is not None and name in model.family.components and model.family.components[name] is not value:
             model.family.replace(name, value)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """What tqdm is told, such as `disable=True`."""
+        super().set_progress_bar_config(**options)
+        self.image_model.bar = options
 
     # Loading and saving
 
@@ -106,7 +108,7 @@ class ImagePipeline(DiffusionPipeline):
         hub = {key: loading[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in loading}
         source = open_source(
             name, **files, subfolder=loading.get("subfolder"), variant=loading.get("variant"), hub=HubOptions(**hub),
-            given=options,
+            given=options, condition=getattr(cls, "condition", None),
         )  # fmt: skip
         if source.variant is not None:
             raise VisarError(f"Files of the variant {source.variant!r} are not read; leave it out, and give dtype=.")
@@ -117,12 +119,13 @@ class ImagePipeline(DiffusionPipeline):
                 raise unknown("keyword", key, [*LOADING, *(FILES if source.files else sorted(parts))])
         device, dtype = _device_of(loading.get("device_map")), _dtype_of(loading)
         model = ImageModel(family.load(source), source.folder)
-        kind = next(
-            k
-            for k in (cls, *ImagePipeline.__subclasses__())
-            if getattr(k, "condition", None)
-            in ((model.family.condition,) if cls is ImagePipeline else (cls.condition,))
-        )
+        kind = cls
+        if cls is ImagePipeline:
+            from visar import pipelines
+
+            kind = (
+                pipelines.TextToImagePipeline if model.family.condition == "prompt" else pipelines.ClassToImagePipeline
+            )
         pipe = kind(image_model=model)
         given = [value for value in (device, dtype) if value is not None]
         return pipe.to(*given) if given else pipe
@@ -265,7 +268,6 @@ class ImagePipeline(DiffusionPipeline):
                 raise VisarError("Give callback or callback_on_step_end, not both.")
             callback = _step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         model = self.image_model
-        model.bar = dict(getattr(self, "_progress_bar_config", {}) or {})
         if "seed" in settings and settings["seed"] is None:
             settings.pop("seed")
             params = replace(params or SamplingParams(), seed=None)

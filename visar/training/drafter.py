@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from collections.abc import Callable
@@ -19,7 +18,6 @@ from visar.drafters.loss import DraftLoss
 from visar.engine.decoder import Decoder
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
-from visar.families.weights import quiet_conversion
 from visar.files import replacing, writable_folder
 from visar.samplers.distribution import Target
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
@@ -92,15 +90,13 @@ def train_drafter(
                 temporary.write_text(row + "\n")
             print(row, flush=True)
     if rank == 0:
-        with quiet_conversion():
-            stored = copy.deepcopy(drafter).to(stored_as)
-        stored.save_pretrained(config.out / kind)
+        drafter.save_pretrained(config.out / kind, stored_as)
     return drafter
 
 
 def same_run(drafter: Any, target: Decoder, folder: Path) -> None:
     """Note in the folder of a run what is trained there; a `VisarError` if that is another drafter."""
-    own = {k: v for k, v in drafter.config.items() if not k.startswith("_")} | {"target": fingerprint(target)}
+    own = {**drafter.config} | {"target": fingerprint(target)}
     note = writable_folder(folder) / "drafter.json"
     if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(own)):
         raise VisarError(f"{folder} is a run with other settings or of another target; give another folder.")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visar.engine.component import unfilled
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import CaptionEmbedding, LlamaGen, initialise
@@ -71,7 +72,7 @@ class LlamaGenTarget:
         return made
 
     def with_layers(self, layers: Sequence[nn.Module], norm: nn.Module) -> LlamaGen:
-        with torch.device("meta"):
+        with unfilled():
             view = LlamaGen(**self._arguments() | {"num_layers": 0})
         view.config = self.model.config.replace(num_layers=len(layers))
         for shared in ("tok_embeddings", "cls_embedding", "output"):
@@ -79,11 +80,9 @@ class LlamaGenTarget:
         view.layers, view.norm = nn.ModuleList(layers), norm  # type: ignore[assignment]
         return view.eval()
 
-    def session(
-        self, model: LlamaGen, condition: Tensor, mask: Tensor | None, window: int, guidance: Guidance
-    ) -> LlamaGenSession:
+    def session(self, model: LlamaGen, encoded: Sequence[Tensor], window: int, guidance: Guidance) -> LlamaGenSession:
         side = self.grid
-        return LlamaGenSession(model, condition, mask, length=side**2, window=window, grid=side, guidance=guidance)
+        return LlamaGenSession(model, *encoded, length=side**2, window=window, grid=side, guidance=guidance)
 
     def _arguments(self) -> dict[str, Any]:
         return dict(self.model.config)
