@@ -48,8 +48,8 @@ def run(
     fixed = None if forced is None else forced[order[:, : length - free]]
     draft = model.drafters.of(method)
     session = family.session(
-        encoded, order, scale=cast(float, params.guidance_scale), schedule=params.guidance_schedule or "linear", given=fixed,
-        graphs=model.row_graphs, draft=draft,
+        encoded, order, scale=cast(float, params.guidance_scale), schedule=params.guidance_schedule or "linear",
+        given=fixed, graphs=model.row_graphs, draft=draft,
     )  # fmt: skip
     # Every pass makes the host wait, so the loop may look as well.
     result = model.run(session, method, target, noise, callback, given, every=1)
