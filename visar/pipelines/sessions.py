@@ -37,9 +37,17 @@ class Call(NamedTuple):
         """Equal for calls that one captured step can serve."""
         parts = [self.gpt] + ([] if self.drafter is None else [self.drafter])
         weights = tuple(p.data_ptr() for part in parts for p in part.parameters())
-        forced = self.target.forced is not None
+        given = self.target.forced is not None, self.target.allowed is not None
         shapes = (self.condition.shape, self.condition.dtype, self.mask is not None)
-        return weights, shapes, self.method, replace(self.target, forced=None), forced, self.guidance, self.grid
+        return (
+            weights,
+            shapes,
+            self.method,
+            replace(self.target, forced=None, allowed=None),
+            given,
+            self.guidance,
+            self.grid,
+        )
 
     def session(self) -> ModelSession:
         """A new session, with the drafter that the sampler needs; a `VisarError` where memory does not do."""
