@@ -31,7 +31,7 @@ def fields_of(name: str) -> str:
     from visar.samplers.parameters import parameters_of
 
     kind = getattr(samplers, name)
-    tables = samplers.SAMPLERS | samplers.CONTINUOUS
+    tables = samplers.SAMPLERS
     names = ", ".join(f"`{spec.name}`" for spec in tables.values() if type(spec.make()) is kind)
     rows = [f"| `{p.name}` | `{p.default}` | {p.range} | {p.help} |" for p in parameters_of(kind()).values()]
     table = ["", "| field | default | allowed | meaning |", "|---|---|---|---|", *rows] if rows else []

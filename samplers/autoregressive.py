@@ -11,14 +11,15 @@ from visar.engine.rng import Noise, Purpose
 from visar.engine.session import Session
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
+from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.verification import draw
 
 
+@register_sampler("ar", paper="sequential sampling, the baseline")
 @dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Registered):
     """One token per pass."""
 
-    name: ClassVar[str] = "ar"
     exact: ClassVar[bool] = True
     window: ClassVar[int] = 1
 

@@ -16,6 +16,7 @@ from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
+from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.speculative import Children, drafter_of
 from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, verify_tree
 from visar.samplers.verification import Coins
@@ -36,8 +37,12 @@ class Drafted(NamedTuple):
     fed: Tensor
 
 
+@register_sampler(
+    "rsd-s", paper="RSD-S, Jeon et al. 2024, arXiv:2402.14160", drafter="eagle", children="drawn", nodes=0
+)
+@register_sampler("eagle2", paper="EAGLE-2, Li et al. 2024, arXiv:2406.16858", drafter="eagle")
 @dataclass(frozen=True)
-class BeamTree:
+class BeamTree(Registered):
     """A beam of `beam` nodes is extended `depth` times; `nodes` drafts are tested.
 
     Children "chosen": the most likely continuations; of all that were seen, the `nodes` most likely are kept (EAGLE-2,
@@ -49,8 +54,8 @@ class BeamTree:
     beam: int = option(10, "nodes that are extended in each level", 1, 15)
     depth: int = option(5, "levels of the tree", 1, 10)
     nodes: int = option(58, "drafts that are tested in a pass; 0 for all of drawn children", 0, 62)
-    children: Children = option("chosen", "how the drafts below a node are chosen", fixed=True)
-    drafter: str = option("eagle", "the kind of drafter", fixed=True)
+    children: Children = "chosen"
+    drafter: str = "eagle"
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -66,10 +71,6 @@ class BeamTree:
         # A drafter with a cache of its own is fed one node more than the beam, before the root.
         if (most := max(self.window, self.beam * (self.depth - 1) + 2)) > MOST_NODES:
             raise VisarError(f"A draft tree has at most {MOST_NODES} nodes with its root, not {most}.")
-
-    @property
-    def name(self) -> str:
-        return "eagle2" if self.children == "chosen" else "rsd-s"
 
     @property
     def window(self) -> int:

@@ -23,6 +23,7 @@ from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced, residual
 from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, checked_latest, residual_trials
 from visar.samplers.parameters import option
+from visar.samplers.registry import Registered, register_sampler
 
 TRIALS = 64
 
@@ -42,8 +43,10 @@ def last_law(chain: Chain, condition: Tensor, start: Tensor, normals: Tensor) ->
     return law, spread
 
 
+@register_sampler("cspd-exact", paper="CSpD made exact", drafter="draft", factor=False, nested=True, prefill=0.0)
+@register_sampler("cspd", paper="CSpD, Wang et al. 2024, arXiv:2411.11925", exact=False, drafter="draft")
 @dataclass(frozen=True)
-class ContinuousSpeculative:
+class ContinuousSpeculative(Registered):
     """Drafts of `gamma` tokens, one token in each pass of the draft model, after a share `prefill` by the target alone.
 
     `factor` multiplies ratios as published; `nested` judges each draft with those before it in sight, in `gamma` rows
@@ -55,9 +58,10 @@ class ContinuousSpeculative:
     head_steps: int = option(100, "steps of the diffusion head", 2, 1000)
     latest: int = option(0, "the noisiest training step that is used; 0 for the model's own", 0, 999)
     prefill: float = option(0.05, "the share of tokens that the target draws alone first", 0, 1)
-    factor: bool = option(True, "multiply ratios as published, which is not exact", fixed=True)
-    nested: bool = option(False, "judge each draft with those before it in sight", fixed=True)
-    truncate: bool = option(True, "end at the first rejection", fixed=True)
+    factor: bool = True
+    nested: bool = False
+    truncate: bool = True
+    tokens: ClassVar[str] = "continuous"
     window: ClassVar[int] = 2**16
     needs_draft: ClassVar[bool] = True
 
@@ -73,10 +77,6 @@ class ContinuousSpeculative:
     @property
     def exact(self) -> bool:
         return self.nested and self.truncate and not self.factor
-
-    @property
-    def name(self) -> str:
-        return "cspd-exact" if self.exact else "cspd"
 
     def begin(self, session: MaskedSession, target: ContinuousTarget, noise: Noise) -> MaskedState:
         if session.draft is None:

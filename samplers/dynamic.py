@@ -15,12 +15,14 @@ from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
+from visar.samplers.registry import register_sampler
 from visar.samplers.speculative import Speculative
 from visar.samplers.verification import Coins, Verdict, draw, keeps, replaced
 
 LEVELS = 24  # of entropy, half a nat each
 
 
+@register_sampler("specdec++", paper="stop rule of SpecDec++, Huang et al. 2024, arXiv:2405.19715", drafter="model")
 @dataclass(frozen=True)
 class DynamicSpeculative(Speculative):
     """A chain of 1 to `gamma` drafts that ends as soon as a rejection in it is more likely than `stop`.
@@ -34,10 +36,6 @@ class DynamicSpeculative(Speculative):
     gamma: int = option(8, "drafts in the longest chain", 1, 16)
     stop: float = option(0.5, "a chain ends where a rejection is more likely than this", 0.01, 0.99)
     capturable: ClassVar[bool] = False  # how long a chain gets is decided by the host
-
-    @property
-    def name(self) -> str:
-        return "specdec++"
 
     def __post_init__(self) -> None:
         super().__post_init__()

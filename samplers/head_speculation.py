@@ -9,7 +9,6 @@ al. 2025 (arXiv:2505.03983), who do it to whole images; a token of 16 numbers ha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +19,12 @@ from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, keeps, replaced
 from visar.samplers.masked import MaskedAutoregressive, NoiseBank, residual_trials
 from visar.samplers.parameters import option
+from visar.samplers.registry import register_sampler
 
 TRIALS = 32  # drawn at once
 
 
+@register_sampler("mar-headspec", paper="speculation in the head, after arXiv:2501.05370")
 @dataclass(frozen=True)
 class HeadSpeculation(MaskedAutoregressive):
     """`mar` with up to `draft` head steps in one call of the network.
@@ -34,7 +35,6 @@ class HeadSpeculation(MaskedAutoregressive):
 
     draft: int = option(8, "head steps in one call of the network, at most", 1, 64)
     adaptive: bool = option(True, "let the number follow what was accepted")
-    name: ClassVar[str] = "mar-headspec"
 
     def __post_init__(self) -> None:
         super().__post_init__()

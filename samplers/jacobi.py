@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from visar.kernels.noise import Race
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
+from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.verification import (
     Coins,
     Verdict,
@@ -27,7 +28,6 @@ from visar.samplers.windows import Init, initial_drafts, shift
 
 Coupling = Literal["independent", "maximal", "gumbel"]
 RULES = {"independent": verify_independent, "maximal": verify_maximal, "gumbel": verify_gumbel}
-NAMES = {"independent": "sjd", "maximal": "scd", "gumbel": "scd-gumbel"}
 
 
 def check_window(window: int) -> None:
@@ -35,8 +35,11 @@ def check_window(window: int) -> None:
         raise VisarError(f"The window must be 2 or more tokens, not {window}; for one token per pass use sampler 'ar'.")
 
 
+@register_sampler("scd-gumbel", paper="SCD, Gumbel coupling", coupling="gumbel")
+@register_sampler("scd", paper="MC-SJD / SCD, maximal coupling", coupling="maximal")
+@register_sampler("sjd", paper="Teng et al. 2024, arXiv:2410.01699")
 @dataclass(frozen=True)
-class SpeculativeJacobi:
+class SpeculativeJacobi(Registered):
     """Speculative Jacobi decoding (SJD, Teng et al. 2024, arXiv:2410.01699) and its coupled forms (MC-SJD / SCD).
 
     `window` is W, the inputs of a pass, of which W - 1 are drafts. `coupling` says how a draft behind a rejection
@@ -46,9 +49,9 @@ class SpeculativeJacobi:
     """
 
     window: int = option(16, "inputs of a pass, of which all but one are drafts", 2, 64)
-    coupling: Coupling = option("independent", "how drafts behind a rejection follow what they were", fixed=True)
     init: Init = option("uniform", "what is drafted for a position that enters the window")
-    grid: int = option(0, "cells in a row of the image; the pipeline knows it", 0, fixed=True)
+    coupling: Coupling = "independent"
+    grid: int = field(default=0, compare=False)  # filled in by the pipeline
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -57,10 +60,6 @@ class SpeculativeJacobi:
             raise VisarError(f"Unknown coupling {self.coupling!r}; known: {', '.join(RULES)}.")
         if self.init not in get_args(Init):
             raise VisarError(f"Unknown init {self.init!r}; known: {', '.join(get_args(Init))}.")
-
-    @property
-    def name(self) -> str:
-        return NAMES[self.coupling]
 
     def begin(self, session: Session, target: Target, noise: Noise) -> State:
         if self.init == "above" and self.grid < 1:
@@ -123,16 +122,18 @@ class SpeculativeJacobi:
         return state.noise.race(Purpose.SHARED, at, 0, session.vocab) if self.coupling == "gumbel" else None
 
 
+@register_sampler(
+    "jacobi", paper="Song et al. 2021, arXiv:2002.03629", exact=False, note="exact for greedy decoding; does not sample"
+)
 @dataclass(frozen=True)
-class Jacobi:
+class Jacobi(Registered):
     """Greedy Jacobi decoding (Song et al. 2021, arXiv:2002.03629): the fixed point of argmax on a window.
 
     It gives the image that greedy AR decoding gives, whatever the temperature; it does not sample.
     """
 
     window: int = option(16, "inputs of a pass, of which all but one are drafts", 2, 64)
-    name: ClassVar[str] = "jacobi"
-    exact: ClassVar[bool] = False  # not a law of sampling; `SAMPLERS` says in what sense it is
+    exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_window(self.window)

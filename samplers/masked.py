@@ -17,8 +17,10 @@ from visar.engine.chain import Chain
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
+from visar.samplers.base import Sampler
 from visar.samplers.gaussian import Trials
 from visar.samplers.parameters import option
+from visar.samplers.registry import Registered, register_sampler
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class MaskedSampler(Protocol):
     def begin(self, session: MaskedSession, target: ContinuousTarget, noise: Noise) -> MaskedState: ...
 
     def step(self, session: MaskedSession, state: MaskedState) -> None: ...
+
+
+AnySampler = Sampler | MaskedSampler
 
 
 def plan(length: int, passes: int) -> list[tuple[int, int]]:
@@ -133,8 +138,19 @@ def residual_trials(noise: Noise, places: Tensor, turns: Tensor, dim: int, count
     return trials
 
 
+@register_sampler(
+    "mar-disa",
+    paper="DiSA, Zhao et al. 2025, arXiv:2505.20297",
+    exact=False,
+    head_steps=50,
+    last_head_steps=5,
+    latest=950,
+)
+@register_sampler("mar-32-50", paper="MAR, fewer passes and steps", steps=32, head_steps=50)
+@register_sampler("mar-256", paper="MAR, a token in each pass", steps=256)
+@register_sampler("mar", paper="MAR, Li et al. 2024, arXiv:2406.11838, the baseline")
 @dataclass(frozen=True)
-class MaskedAutoregressive:
+class MaskedAutoregressive(Registered):
     """K passes (`steps`) of the model and T steps (`head_steps`) of the head for each.
 
     `latest` is the noisiest of the 1000 training steps that is used, 0 being what the model wants; the published
@@ -148,7 +164,7 @@ class MaskedAutoregressive:
     last_head_steps: int = option(0, "steps that the head falls to over the passes; 0 for as many in all", 0, 1000)
     latest: int = option(0, "the noisiest training step that is used; 0 for the model's own", 0, 999)
     last_noise: bool = option(False, "keep the noise of the last head step")
-    name: ClassVar[str] = "mar"
+    tokens: ClassVar[str] = "continuous"
     window: ClassVar[int] = 2**16  # no bound on the tokens of a pass
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from visar.samplers.beam_tree import BeamTree
 from visar.samplers.jacobi import SpeculativeJacobi
 from visar.samplers.neighbours import neighbours
 from visar.samplers.parameters import option
+from visar.samplers.registry import register_sampler
 from visar.samplers.speculative import Speculative, TreeSpeculative
 from visar.samplers.tree_verification import ChildRule, at
 from visar.samplers.verification import Coins, Verdict, replaced
@@ -76,6 +77,7 @@ def check_neighbours(k: int) -> None:
         raise VisarError(f"k must be 1 or more neighbours, not {k}.")
 
 
+@register_sampler("lantern", paper="Jang et al. 2024, arXiv:2410.03355", exact=False, drafter="eagle")
 @dataclass(frozen=True)
 class Lantern(BeamTree):
     """LANTERN (Jang et al. 2024, arXiv:2410.03355): the `k` nearest codes are pooled while their mass is below `delta`.
@@ -94,14 +96,11 @@ class Lantern(BeamTree):
         if not 0 < self.delta < 1:
             raise VisarError(f"delta must lie between 0 and 1, not {self.delta}; for exact decoding use 'eagle2'.")
 
-    @property
-    def name(self) -> str:
-        return "lantern"
-
     def rule(self, session: Session) -> ChildRule:
         return Pooled(nearest_codes(session, self.k), super().rule(session), budget=self.delta)
 
 
+@register_sampler("lantern++", paper="Park et al. 2025, arXiv:2502.06352", exact=False, drafter="eagle")
 @dataclass(frozen=True)
 class LanternPlusPlus(TreeSpeculative):
     """LANTERN++ (Park et al. 2025, arXiv:2502.06352): a static tree, and up to `lam` times a child's own mass."""
@@ -118,14 +117,11 @@ class LanternPlusPlus(TreeSpeculative):
         if not self.lam >= 1:
             raise VisarError(f"lam must be 1 or more, not {self.lam}; at 1 nothing is relaxed.")
 
-    @property
-    def name(self) -> str:
-        return "lantern++"
-
     def rule(self, session: Session) -> ChildRule:
         return Pooled(nearest_codes(session, self.k), super().rule(session), share=self.lam - 1)
 
 
+@register_sampler("cool-sd", paper="COOL-SD, arXiv:2601.09212", exact=False, drafter="eagle")
 @dataclass(frozen=True)
 class CoolSD(Speculative):
     """Annealed relaxation (COOL-SD, 2026, arXiv:2601.09212): draft i is accepted with min(1, w_i p/q).
@@ -134,14 +130,10 @@ class CoolSD(Speculative):
     """
 
     gamma: int = option(5, "drafts in a chain", 1, 16)
-    drafter: str = option("eagle", "the kind of drafter", fixed=True)
+    drafter: str = "eagle"
     omega: float = option(1.1, "how far the first draft is relaxed; 1 is exact", 1, 10)
     nu: float = option(0.7, "how fast later drafts are relaxed less", 0, 10)
     exact: ClassVar[bool] = False
-
-    @property
-    def name(self) -> str:
-        return "cool-sd"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +152,7 @@ class CoolSD(Speculative):
         return replaced(p, q, drafts, kept, coins)
 
 
+@register_sampler("gsd", paper="GSD, So et al. 2025", exact=False)
 @dataclass(frozen=True)
 class GroupedJacobi(SpeculativeJacobi):
     """Grouped speculative decoding (GSD, So et al. 2025): a Jacobi draft is tested as the group of tokens around it.
@@ -180,10 +173,6 @@ class GroupedJacobi(SpeculativeJacobi):
             raise VisarError(f"group must be 1 or more tokens, not {self.group}; at 1 nothing is relaxed.")
         if not self.gap > 0:
             raise VisarError(f"gap must be above 0, not {self.gap}.")
-
-    @property
-    def name(self) -> str:
-        return "gsd"
 
     def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
         target, size = p[:, :-1], min(self.group, p.shape[-1])

@@ -17,6 +17,7 @@ from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
+from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.tree_verification import (
     ChildRule,
     Chosen,
@@ -40,8 +41,13 @@ def drafter_of(session: Session, kind: str) -> Drafter:
     return session.drafter
 
 
+@register_sampler("swift", paper="SWIFT, Xia et al. 2024, arXiv:2410.06916", drafter="skip", gamma=2)
+@register_sampler("kangaroo", paper="Kangaroo, Liu et al. 2024, arXiv:2404.18911", drafter="exit", gamma=3)
+@register_sampler("eagle-chain", paper="EAGLE, a chain", drafter="eagle", gamma=5)
+@register_sampler("speculative-block", paper="Sun et al. 2024, arXiv:2403.10444", drafter="model", verification="block")
+@register_sampler("speculative", paper="Leviathan et al. 2023, arXiv:2211.17192", drafter="model")
 @dataclass(frozen=True)
-class Speculative:
+class Speculative(Registered):
     """Speculative sampling (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
 
     A draft model proposes a chain of `gamma` tokens. `verification` "block" (Sun et al. 2024, arXiv:2403.10444) tests
@@ -49,15 +55,9 @@ class Speculative:
     """
 
     gamma: int = option(4, "drafts in a chain", 1, 16)
-    verification: Verification = option("token", "whether drafts are tested one by one or as a block", fixed=True)
-    drafter: str = option("model", "the kind of drafter", fixed=True)
+    verification: Verification = "token"
+    drafter: str = "model"
     exact: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        if self.drafter != "model":
-            return {"eagle": "eagle-chain", "exit": "kangaroo", "skip": "swift"}.get(self.drafter, self.drafter)
-        return "speculative-block" if self.verification == "block" else "speculative"
 
     def __post_init__(self) -> None:
         if self.gamma < 1:
@@ -109,8 +109,20 @@ class Speculative:
         return (verify_block if self.verification == "block" else verify_independent)(p, q, drafts, coins)
 
 
+@register_sampler("hydra", paper="Hydra, Ankner et al. 2024, arXiv:2402.05109", drafter="hydra", tree="4x2x1")
+@register_sampler("medusa", paper="Medusa, Cai et al. 2024, arXiv:2401.10774", drafter="medusa", tree="4x2x1")
+@register_sampler(
+    "spectr",
+    paper="SpecTr k-SEQ, Sun et al. 2023, arXiv:2310.15141",
+    drafter="model",
+    tree="4x2x1",
+    children="independent",
+)
+@register_sampler("speculative-tree", paper="RSD-C, Jeon et al. 2024, arXiv:2402.14160", drafter="model", tree="4x2x1")
+@register_sampler("eagle-top", paper="EAGLE, its most likely tokens as drafts", drafter="eagle", children="chosen")
+@register_sampler("eagle", paper="EAGLE, Li et al. 2024, arXiv:2401.15077", drafter="eagle")
 @dataclass(frozen=True)
-class TreeSpeculative:
+class TreeSpeculative(Registered):
     """A static tree of drafts, tested in one pass.
 
     `tree` is a name of `visar.samplers.trees`, children per depth as in "4x2x1", or paths as in "0 1 00". Children
@@ -121,22 +133,14 @@ class TreeSpeculative:
     """
 
     tree: str = option("mc25", "its shape: mc25, ext57, or children per depth as in 4x2x1")
-    children: Children = option("drawn", "how the drafts below a node are chosen", fixed=True)
-    drafter: str = option("eagle", "the kind of drafter", fixed=True)
+    children: Children = "drawn"
+    drafter: str = "eagle"
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.children not in get_args(Children):
             raise VisarError(f"Unknown children {self.children!r}; known: {', '.join(get_args(Children))}.")
         named_tree(self.tree)
-
-    @property
-    def name(self) -> str:
-        if self.children == "independent":
-            return "spectr" if self.drafter == "model" else f"{self.drafter}-independent"
-        if self.drafter == "eagle":
-            return "eagle" if self.children == "drawn" else "eagle-top"
-        return "speculative-tree" if self.drafter == "model" else self.drafter
 
     @cached_property
     def shape(self) -> Shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -14,6 +14,7 @@ from visar.errors import VisarError
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
+from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.verification import draw
 
 
@@ -25,8 +26,9 @@ class Turn(NamedTuple):
     new: int
 
 
+@register_sampler("zipar", paper="He et al. 2024, arXiv:2412.04062", exact=False)
 @dataclass(frozen=True)
-class ZipAR:
+class ZipAR(Registered):
     """ZipAR (He et al. 2024, arXiv:2412.04062): a row begins when the one above is `ahead` tokens ahead of it.
 
     Relaxed: a token is drawn from its law given what is there of the tokens before it. The first token of a row needs
@@ -35,8 +37,7 @@ class ZipAR:
     """
 
     ahead: int = option(8, "tokens that the row above is ahead", 1, 64)
-    grid: int = option(0, "cells in a row of the image; the pipeline knows it", 0, fixed=True)
-    name: ClassVar[str] = "zipar"
+    grid: int = field(default=0, compare=False)  # filled in by the pipeline
     exact: ClassVar[bool] = False
     capturable: ClassVar[bool] = False  # the host keeps its schedule
 

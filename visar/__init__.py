@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from visar.generation.model import ImageModel
     from visar.params import SamplingParams
     from visar.pipelines import ClassToImagePipeline, TextToImagePipeline, load
-    from visar.samplers import CONTINUOUS, SAMPLERS, Autoregressive, HeadSpeculation, Jacobi, SpeculativeJacobi
+    from visar.samplers import SAMPLERS, Autoregressive, HeadSpeculation, Jacobi, SpeculativeJacobi
 
 # Nothing heavy is imported before it is asked for.
 _HOMES = {
@@ -23,7 +23,6 @@ _HOMES = {
     "load": "visar.pipelines",
     "register_family": "visar.families.registry",
     "TextToImagePipeline": "visar.pipelines",
-    "CONTINUOUS": "visar.samplers",
     "SAMPLERS": "visar.samplers",
     "Autoregressive": "visar.samplers",
     "HeadSpeculation": "visar.samplers",
@@ -33,7 +32,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "CONTINUOUS",
     "SAMPLERS",
     "Autoregressive",
     "ClassToImagePipeline",

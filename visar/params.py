@@ -106,7 +106,10 @@ class SamplingParams:
     def check(self, tokens: str) -> None:
         """Raise `VisarError` for a setting that models of such `tokens`, "discrete" or "continuous", do not have."""
         if tokens == DISCRETE and self.temperature is not None and self.temperature < 1e-5:
-            raise VisarError(f"temperature must be {range_of('temperature')}, not {self.temperature}.")
+            raise VisarError(
+                "temperature must be above 0 (1e-05 at least; for greedy decoding use top_k 1), "
+                f"not {self.temperature}."
+            )
         neutral = {"top_k": 0, "top_p": 1.0, "guidance_interval": -1}
         for f in fields(self):
             only, value = f.metadata["only"], getattr(self, f.name)
@@ -127,13 +130,11 @@ def range_of(name: str) -> str:
     """In words, what a setting may be: "at least 0", "from 0 to 1"."""
     about = next(f.metadata for f in fields(SamplingParams) if f.name == name)
     low, high = about["low"], about["high"]
-    if name == "temperature":
-        return "above 0 (1e-05 at least; for greedy decoding use top_k 1)"
     if name == "top_p":
         return "above 0 and at most 1"
     if low is not None and high is not None:
         return f"from {low} to {high}"
-    return f"{low} or more" if low is not None else f"at most {high}"
+    return f"{low:g} or more" if low is not None else f"at most {high}"
 
 
 def plain(value: Any) -> Any:

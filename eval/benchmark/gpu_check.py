@@ -36,7 +36,7 @@ from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
 from visar.kernels.backend import triton
 from visar.kernels.philox import philox, philox_triton
-from visar.samplers import CONTINUOUS, SAMPLERS, get_sampler
+from visar.samplers import get_sampler, samplers_for, spec_of
 from visar.tables import table
 
 MEASURED = ("ar", "sjd", "scd", "speculative", "eagle", "lantern++", "zipar")
@@ -159,7 +159,7 @@ def same_images(run: Run) -> Iterator[Check]:
     torch.backends.cuda.matmul.allow_tf32 = False
     pipes = [run.model("icons", device=d) for d in (torch.device("cpu"), run.device)]
     prompts = run.images(8)
-    for name in ("ar", "scd", "eagle") if run.dry else SAMPLERS:
+    for name in ("ar", "scd", "eagle") if run.dry else samplers_for("discrete"):
         tokens = [pipe(prompts, sampler=name, output_type="tokens").tokens.cpu() for pipe in pipes]
         same = (tokens[0] == tokens[1]).all(1).sum().item()
         figure = f"{same} of {len(prompts)}"
@@ -169,14 +169,14 @@ def same_images(run: Run) -> Iterator[Check]:
 def continuous(run: Run, name: str) -> Any:
     """A sampler of continuous tokens, in a dry run of few passes and steps."""
     few = {"steps": 2, "head_steps": 4} if run.dry else {}
-    return get_sampler(name, **{k: v for k, v in few.items() if k in CONTINUOUS[name].parameters()})
+    return get_sampler(name, **{k: v for k, v in few.items() if k in spec_of(name).parameters()})
 
 
 def same_continuous_images(run: Run) -> Iterator[Check]:
     """The same of continuous tokens, which rounding moves a little and a flipped test by more."""
     pipes = [run.model("icons-mar", device=d) for d in (torch.device("cpu"), run.device)]
     prompts = run.images(8)
-    for name in ("mar", "mar-headspec") if run.dry else CONTINUOUS:
+    for name in ("mar", "mar-headspec") if run.dry else samplers_for("continuous"):
         sampler = continuous(run, name)
         tokens = [pipe(prompts, sampler=sampler, output_type="tokens").tokens.cpu() for pipe in pipes]
         same = int(((tokens[0] - tokens[1]).abs().amax((1, 2)) < 0.05).sum())

@@ -20,12 +20,19 @@ from torch import Tensor
 from visar.engine.loop import Decoded, decode
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
-from visar.errors import VisarError, unknown
+from visar.errors import VisarError
 from visar.eval.exactness.continuous_mutants import MUTANTS
 from visar.eval.exactness.joint import Row
 from visar.eval.exactness.linear_gaussian import NARROW, WIDE, GaussianLaw, Setting, World
 from visar.eval.exactness.normality import divergence, normality_z
-from visar.samplers import CONTINUOUS, ContinuousSpeculative, ContinuousTarget, HeadSpeculation, get_sampler
+from visar.samplers import (
+    ContinuousSpeculative,
+    ContinuousTarget,
+    HeadSpeculation,
+    check_sampler,
+    get_sampler,
+    samplers_for,
+)
 
 MUTANT_IMAGES = 16384
 SAME = 0.02  # standard deviations by which other matrix shapes may move a token; another decision moves it by about one
@@ -229,7 +236,7 @@ def same_alone(sampler: Any, case: Case, measured: Measured, seed: int, images: 
 def distinct() -> list[str]:
     """The samplers of the table; of those that are one with other parameters only the first."""
     out: dict[Any, str] = {}
-    for name in CONTINUOUS:
+    for name in samplers_for("continuous"):
         out.setdefault(configured(get_sampler(name), PLAIN), name)
     return list(out.values())
 
@@ -259,8 +266,7 @@ def verify_continuous(
     divergence of the fitted Gaussian in nats per image.
     """
     for name in names or ():
-        if name not in CONTINUOUS:
-            raise unknown("sampler", name, CONTINUOUS)
+        check_sampler(get_sampler(name), "continuous")
     if sequences < 1024:
         raise VisarError(f"The test of a law needs 1024 images or more, not {sequences}.")
 

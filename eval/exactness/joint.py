@@ -8,7 +8,7 @@ stale draft law), so the test is of the *joint* law over all V**N sequences. The
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,10 @@ from visar.engine.drafter import SessionDrafter
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
-from visar.errors import VisarError, unknown
+from visar.errors import VisarError
 from visar.eval.exactness.mutants import MUTANTS
 from visar.eval.exactness.tabular import Law, TabularModel, TabularSession, joint
-from visar.samplers import SAMPLERS, BeamTree, Sampler, Target, get_sampler
+from visar.samplers import BeamTree, Sampler, Target, check_sampler, get_sampler, samplers_for, values_of
 
 EXACT_LIMIT, MUTANT_LIMIT = 4.0, 10.0
 MUTANT_SEQUENCES = 131072  # with fewer, a small bias is not yet beyond doubt
@@ -107,7 +107,7 @@ def configured(sampler: Sampler, case: Case) -> Sampler:
     wanted: dict[str, Any] = {
         "window": case.window, "gamma": case.window - 1, "init": case.init, "grid": case.grid
     }  # fmt: skip
-    has = {f.name for f in fields(sampler)}  # type: ignore[arg-type]
+    has = values_of(sampler)
     if isinstance(sampler, BeamTree):  # small enough that drafts are left out
         wanted |= {"beam": min(sampler.beam, 3), "depth": min(sampler.depth, 3), "nodes": min(sampler.nodes, 12)}
     return replace(sampler, **{k: v for k, v in wanted.items() if k in has})  # type: ignore[type-var]
@@ -204,21 +204,25 @@ def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
 def distinct() -> list[str]:
     """The samplers that are not relaxed; here all draft alike, so of those with the same rules only the first."""
     out: dict[Sampler, str] = {}
-    for name, spec in SAMPLERS.items():
-        if spec.law != "relaxed":
-            same: dict[str, Any] = {"drafter": "model"} if spec.drafter else {}
-            out.setdefault(configured(get_sampler(name, **same), PLAIN_CASE), name)
+    for name in exact_samplers():
+        sampler = configured(get_sampler(name), PLAIN_CASE)
+        out.setdefault(replace(sampler, drafter="model") if hasattr(sampler, "drafter") else sampler, name)  # type: ignore[type-var, call-arg]
     return list(out.values())
 
 
-def exact_names(names: Iterable[str]) -> None:
-    """A `VisarError` for a name that is not of an exact sampler of discrete tokens."""
-    everything = [name for name, spec in SAMPLERS.items() if spec.law != "relaxed"]
+def exact_samplers() -> list[str]:
+    """The names of those that are not relaxed."""
+    return [name for name, spec in samplers_for("discrete").items() if spec.exactness != "relaxed"]
+
+
+def check_exact(names: Iterable[str]) -> None:
+    """A `VisarError` for what is no sampler of discrete tokens, by name or `FILE.py:NAME`, or says it is not exact."""
     for name in names:
-        if name not in SAMPLERS:
-            raise unknown("sampler", name, SAMPLERS)
-        if name not in everything:
-            raise VisarError(f"{name!r} is relaxed: there is nothing to prove. Exact ones: {', '.join(everything)}.")
+        sampler = check_sampler(get_sampler(name), "discrete")
+        if not sampler.exact and name not in exact_samplers():
+            raise VisarError(
+                f"{name!r} is relaxed: there is nothing to prove. Exact ones: {', '.join(exact_samplers())}."
+            )
 
 
 def verify(
@@ -230,7 +234,7 @@ def verify(
     report: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Test samplers on every case, then show that planted mistakes are caught; `report` sees each row as it comes."""
-    exact_names(names or ())
+    check_exact(names or ())
 
     def rows() -> Iterator[Row]:
         for name in names or distinct():
@@ -244,7 +248,7 @@ def verify(
                     continue
                 sampler = configured(made, case)
                 z, speed, tokens = measure(sampler, case, sequences, seed)
-                yield Row(name, case.name, "exact", sequences, z, speed, same_alone(sampler, case, tokens, seed))
+                yield Row(made.name, case.name, "exact", sequences, z, speed, same_alone(sampler, case, tokens, seed))
         if mutants:
             for mutant in MUTANTS:
                 case = next(c for c in CASES if c.name == mutant.case)

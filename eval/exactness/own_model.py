@@ -8,19 +8,15 @@ one token.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from visar import user_code
 from visar.engine.callable_session import Logits, of_positions
 from visar.engine.drafter import SessionDrafter
 from visar.engine.loop import Decoded, decode
@@ -28,11 +24,11 @@ from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.errors import VisarError
-from visar.eval.exactness.joint import PLAIN, Case, Row, alike, configured, drawn, exact_names, joint_z
+from visar.eval.exactness.joint import PLAIN, Case, Row, alike, check_exact, configured, drawn, exact_samplers, joint_z
 from visar.eval.exactness.session_checks import checks_of
 from visar.eval.exactness.session_subject import TOLERANCE, Make, Subject, far, law_of, walked
 from visar.eval.exactness.tabular import TabularModel, joint
-from visar.samplers import CONTINUOUS, SAMPLERS, Sampler, Target, get_sampler
+from visar.samplers import Sampler, Target, get_sampler, spec_of
 
 MOST = 16384  # sequences that are counted one by one
 LEAST_EFFECT = 0.02  # what the tokens before must change of a law, as total variation, for mistakes to show
@@ -49,52 +45,6 @@ class Check:
     @property
     def passed(self) -> bool:
         return not self.message
-
-
-def load(place: str, flag: str) -> tuple[Callable[..., Any], Path]:
-    """The function of a `FILE.py:NAME` and its file, which is run; a `VisarError` where there is none."""
-    name, colon, function = place.rpartition(":")
-    if not colon or not name.endswith(".py") or not function.isidentifier():
-        raise VisarError(f"{flag} takes a Python file and a function in it, as in my_model.py:make, not {place!r}.")
-    path = Path(name).resolve()
-    if not path.is_file():
-        raise VisarError(f"There is no file {name}.")
-    known = f"visar_own_model_{abs(hash(path))}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.path.insert(0, str(path.parent))  # it may import its neighbours
-        sys.modules[known] = module  # before it runs: dataclasses look their module up
-        try:
-            with blamed(path):
-                spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[known]
-            raise
-    found = getattr(sys.modules[known], function, None)
-    if not callable(found):
-        raise VisarError(f"{name} has {'no' if found is None else 'something that is no'} function {function!r}.")
-    return found, path
-
-
-@contextmanager
-def blamed(*files: Path) -> Iterator[None]:
-    """Turn what goes wrong in these files into a `VisarError` that says where; other errors are none of theirs."""
-    try:
-        yield
-    except VisarError:
-        raise
-    except Exception as error:
-        places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
-        if isinstance(error, SyntaxError):
-            places.append((error.filename or "", error.lineno))
-        places = [(name, line) for name, line in places if Path(name) in files]
-        if not places:
-            raise
-        name, line = places[-1]
-        said = [type(error).__name__, *str(error).strip().splitlines()[:1]]
-        raise VisarError(f"{Path(name).name}, line {line}: {': '.join(said)}") from error
 
 
 def checked(make: Callable[..., Any], name: str = "make") -> Make:
@@ -212,12 +162,9 @@ def _tabular(subject: Subject) -> TabularModel:
 def names_for(subject: Subject, names: Iterable[str] | None) -> list[str]:
     """The samplers to test: those asked for, or all kinds that this session serves."""
     if names is None:
-        own = [name for name, spec in SAMPLERS.items() if spec.law != "relaxed" and not spec.drafter]
+        own = [name for name in exact_samplers() if not spec_of(name).drafter]
         return [*own, "speculative", *(["speculative-tree"] if subject.has_trees else [])]
-    for name in names:
-        if name in CONTINUOUS:
-            raise VisarError(f"Sampler {name!r} decodes continuous tokens, and a Session discrete ones.")
-    exact_names(names)
+    check_exact(names)
     return list(names)
 
 
@@ -253,7 +200,14 @@ def verify_session(
 
 def verify_files(session: str, reference: str | None, **settings: Any) -> tuple[list[Check], list[Row]]:
     """`verify_session` for functions given as `FILE.py:NAME`."""
-    make, file = load(session, "--session")
-    law, other = (None, file) if reference is None else load(reference, "--reference")
-    with blamed(file, other):
+    make, law = function(session, "--session"), None if reference is None else function(reference, "--reference")
+    with user_code.blamed():
         return verify_session(make, law, **settings)
+
+
+def function(place: str, flag: str) -> Callable[..., Any]:
+    """The function of a `FILE.py:NAME`; a `VisarError` where it is none."""
+    found = user_code.load(place, flag)
+    if not callable(found):
+        raise VisarError(f"{place.rpartition(':')[0]} has something that is no function {place.rpartition(':')[2]!r}.")
+    return found

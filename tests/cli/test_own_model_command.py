@@ -19,13 +19,13 @@ Capture = pytest.CaptureFixture[str]
 GOOD = "--session my_model.py:make"
 BAD_INPUT = {
     "--session nowhere.py:make": "There is no file nowhere.py.",
-    "--session my_model.py": "--session takes a Python file and a function in it, as in my_model.py:make",
+    "--session my_model.py": "--session takes a Python file and a function in it, as in my_session.py:make",
     "--session my_model.py:makes": "my_model.py has no function 'makes'.",
     "--session my_model.py:VOCAB": "my_model.py has something that is no function 'VOCAB'.",
     "--session bad.py:narrow": "must take two arguments, the batch size and the window",
     f"{GOOD} --reference my_model.py:law": "my_model.py has no function 'law'.",
     f"{GOOD} --sampler gsd": "'gsd' is relaxed",
-    f"{GOOD} --sampler mar": "Sampler 'mar' decodes continuous tokens",
+    f"{GOOD} --sampler mar": "Sampler 'mar' is for continuous tokens",
     f"{GOOD} --sampler speculative-tree": "has no trees",
     "--reference my_model.py:logits": "--reference is what a --session is compared with; give both.",
     "--session bad.py:nothing": "make gave NoneType, not a visar.engine.session.Session.",

@@ -14,12 +14,13 @@ from visar.demo.models import DemoModel, named
 from visar.demo.requests import COLDEST, GUIDANCE, SEEDS, TEMPERATURE, Limits, Request, checked
 from visar.errors import VisarError
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
-from visar.samplers import CONTINUOUS, SAMPLERS, get_sampler, spec_of
-from visar.samplers.parameters import Parameter, parameters_of
+from visar.samplers import SAMPLERS, get_sampler, samplers_for, spec_of
+from visar.samplers.parameters import Parameter
 
 LIMITS = Limits()
-EVERY = {name: parameters_of(spec_of(name).make()) for name in (*SAMPLERS, *CONTINUOUS)}
-FREE = [(name, p) for name, found in EVERY.items() for p in found.values() if not p.fixed]
+EVERY = {name: spec.options for name, spec in SAMPLERS.items()}
+DISCRETE, CONTINUOUS = (samplers_for(kind) for kind in ("discrete", "continuous"))
+FREE = [(name, p) for name, found in EVERY.items() for p in found.values()]
 ENDS = [(name, p) for name, p in FREE if p.kind in (int, float)]
 JUNK: list[Any] = [
     math.nan, math.inf, -math.inf, 10**400, -(10**400), 1e308, True, "", "7", "\x00", "../../etc/passwd", [], [1], {},
@@ -44,8 +45,7 @@ def model_of(models: Any, sampler: str) -> DemoModel:
 
 
 def is_one(sampler: Any, name: str) -> bool:
-    """Whether it is the sampler of this name; a preset of `mar` with other parameters is a `mar`."""
-    return sampler.name == name or (sampler.name == "mar" and type(sampler) is type(spec_of(name).make()))
+    return bool(sampler.name == name) and type(sampler) is type(spec_of(name).make())
 
 
 def ask(model: DemoModel, *samplers: str, of: dict[str, Any] | None = None, **other: Any) -> Request:
@@ -93,7 +93,7 @@ def test_what_must_be_whole(models: Any) -> None:
 
 def test_the_settings_are_what_was_asked_for(models: Any) -> None:
     request = ask(models["text"], images=3, seed=17, guidance=1.5, temperature=0.5)
-    assert request.settings == dict(num_images_per_prompt=3, seed=17, guidance_scale=1.5, temperature=0.5)
+    assert request.settings == dict(num_images=3, seed=17, guidance_scale=1.5, temperature=0.5)
     assert (request.title, request.tokens, request.labels) == ("red heart", 25, ["ar"])
 
 
@@ -130,9 +130,9 @@ def test_samplers_that_there_are_not(models: Any, name: Any) -> None:
 
 
 def test_samplers_whose_drafter_is_not_there(text_pipe: Any, models: Any) -> None:
-    bare = DemoModel("bare", text_pipe)
-    assert bare.samplers == [name for name, spec in SAMPLERS.items() if not spec.drafter]
-    assert set(models["text"].samplers) == set(SAMPLERS) and set(models["masked"].samplers) == set(CONTINUOUS)
+    bare = DemoModel("bare", text_pipe.image_model)
+    assert bare.samplers == [name for name, spec in DISCRETE.items() if not spec.drafter]
+    assert set(models["text"].samplers) == set(DISCRETE) and set(models["masked"].samplers) == set(CONTINUOUS)
     assert "Unknown sampler of bare 'eagle'" in sentence(bare, "eagle")
     assert sentence(bare, "ar", "medusa").startswith("Unknown sampler of bare 'medusa'")  # nor the second of two
 
@@ -178,7 +178,7 @@ def test_fixed_and_foreign_parameters_are_left_out(models: Any, name: str) -> No
     model = model_of(models, name)
     (plain,) = ask(model, name).samplers
     others = {p.name: 3 for found in EVERY.values() for p in found.values() if p.name not in EVERY[name]}
-    fixed = {p.name: "gumbel" if p.kind is str else 1 for p in EVERY[name].values() if p.fixed}
+    fixed = {"coupling": "gumbel", "children": "drawn", "drafter": "model", "factor": False, "grid": 1}
     empty: dict[str, Any] = {p.name: None for p in EVERY[name].values()}
     for values in (others | {"nonsense": [1], "__class__": "x", "step": 1}, fixed, empty):
         assert ask(model, name, of=values).samplers == (plain,)
@@ -186,7 +186,7 @@ def test_fixed_and_foreign_parameters_are_left_out(models: Any, name: str) -> No
 
 
 def test_no_more_passes_than_tokens_by_default(models: Any) -> None:
-    assert ask(models["masked"], "mar").samplers[0].steps == 9 == models["masked"].pipe.grid ** 2
+    assert ask(models["masked"], "mar").samplers[0].steps == 9 == models["masked"].model.family.layout.length
     assert ask(models["masked"], "mar", of={"steps": 4}).samplers[0].steps == 4
 
 
@@ -194,7 +194,7 @@ def test_no_more_passes_than_tokens_by_default(models: Any) -> None:
 def test_what_passes_the_check_is_drawn_or_refused_in_a_sentence(models: Any, name: str) -> None:
     """The low end of everything, the high end of everything, and the defaults, as the desk serves them."""
     model, desk = model_of(models, name), Desk(LIMITS)
-    free = [p for p in EVERY[name].values() if not p.fixed and p.low is not None]
+    free = [p for p in EVERY[name].values() if p.low is not None]
     slow = {"head_steps": 12, "last_head_steps": 5, "latest": 400, "steps": 9}  # at their ends
     low, high = ({p.name: slow.get(p.name, getattr(p, end)) for p in free} for end in ("low", "high"))
     drawn = 0
@@ -228,7 +228,7 @@ def test_labels_tell_samplers_apart(models: Any) -> None:
 
 def test_models_by_name(text_pipe: Any, class_pipe: Any) -> None:
     found = named([("icons", text_pipe), ("/models/of/mine", class_pipe), ("elsewhere/mine", text_pipe)])
-    assert list(found) == ["icons", "mine", "mine (2)"] and found["mine"].pipe is class_pipe
+    assert list(found) == ["icons", "mine", "mine (2)"] and found["mine"].model is class_pipe.image_model
     assert found["icons"].default_sampler == "scd" and found["icons"].baseline == "ar"
     assert found["icons"].guidance == 2.0 and found["mine (2)"].temperature == 1.0
 

@@ -16,10 +16,10 @@ from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.families.mar.session import MARSession
-from visar.samplers import CONTINUOUS, SAMPLERS, ContinuousTarget, Target
+from visar.samplers import ContinuousTarget, Target, get_sampler, samplers_for
 
 TARGET = Target(0.9, 40, 0.95)
-CAPTURED = [name for name, spec in SAMPLERS.items() if getattr(spec.make(), "capturable", True)]
+CAPTURED = [name for name, spec in samplers_for("discrete").items() if getattr(spec.make(), "capturable", True)]
 SHORT = ("ar", "jacobi", "scd", "scd-gumbel", "eagle2")  # the others are much like these
 IMAGES, OTHERS = torch.arange(3), torch.arange(3) + 4
 
@@ -169,7 +169,7 @@ def test_a_captured_diffusion_head(name: str, monkeypatch: pytest.MonkeyPatch) -
         orders = torch.stack([torch.randperm(mar.length, generator=torch.Generator().manual_seed(i)) for i in range(2)])
         made, draft = (MARSession(mar, images, orders, scale=1.5, graphs=graphs) for _ in range(2))
         made.draft = draft
-        sampler = replace(CONTINUOUS[name].make(), head_steps=6)
+        sampler = replace(get_sampler(name), head_steps=6)
         if name.startswith("mar"):
             sampler = replace(sampler, steps=4, last_head_steps=3 if name == "mar-disa" else 0)
         return decode(made, sampler, ContinuousTarget(), noise), made

@@ -23,11 +23,12 @@ from visar.eval.exactness.tabular import Law, reference_law
 from visar.families.llamagen.rotary import turned
 from visar.families.llamagen.session import LlamaGenSession
 from visar.kernels.attention import Sight, decode_attention
-from visar.samplers import SAMPLERS, Sampler, Target, get_sampler
+from visar.samplers import Sampler, Target, get_sampler, samplers_for
 
 LAW = Law(temperature=0.8, top_p=0.9, scale=SCALE)
 IMAGES, BATCH = 20_480, 1024
-EXACT = [name for name, spec in SAMPLERS.items() if spec.law != "relaxed"]
+SAMPLERS = samplers_for("discrete")
+EXACT = [name for name, spec in SAMPLERS.items() if spec.exactness != "relaxed"]
 SAMPLING = [name for name in EXACT if name != "jacobi"]
 CHAINS = [name for name, spec in SAMPLERS.items() if hasattr(spec.make(), "init") or name == "jacobi"]  # have a window
 

@@ -39,7 +39,6 @@ SHORTER = {
     r"-n (2048|2212)\b": "-n 4",
     r"-n 50000\b": "-n 2",
     r"count=2048\b": "count=4",
-    r"--images \d+": "--images 1",
     r"--repeats \d+": "--repeats 1",
     r'\.to\("cuda"': '.to("cpu"',
     r"\bsteps=64, head_steps=100\b": "steps=8, head_steps=10",
@@ -48,14 +47,14 @@ SHORTER = {
 # Options that end a command soon, put behind those that it has.
 SOONER = {
     "visar generate --class 207 --model checkpoint": "--set steps=8 --set head_steps=10",
-    "visar bench": "--images 1 --repeats 1",
+    "visar bench": "-n 1 --repeats 1",
     "visar eval report": "-n 4 --speed-images 1",
     "visar train tokenizer": "--minutes 0.005 --batch 2 --no-compile",
     "visar train autoencoder": "--minutes 0.005 --batch 2 --no-compile",
     "visar train ar": "--minutes 0.005 --batch 2 --no-compile",
     "visar train mar": "--minutes 0.005 --batch 2 --no-compile",
     "visar train clip": "--minutes 0.005 --batch 2",
-    "visar train drafter": "--images 4 --batch 2 --steps 2 --no-compile",
+    "visar train drafter": "-n 4 --batch 2 --steps 2 --no-compile",
     "python -m visar.eval.benchmark.calibrate": "--images 1 --depth 2 --nodes 4",
     "python -m visar.eval.quality.cross_entropy": "--images 2",
     "python -m visar.eval.benchmark.gpu_check": "--dry-run",
@@ -263,13 +262,13 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_the_tables_of_the_readme_name_every_sampler_and_model() -> None:
-    from visar.families.llamagen.specs import MODELS
-    from visar.samplers import CONTINUOUS, SAMPLERS
+    from visar.families.catalogue import catalogue
+    from visar.samplers import samplers_for
 
     readme = (ROOT / "README.md").read_text()
-    for name in SAMPLERS:
+    for name in samplers_for("discrete"):
         assert f"| `{name}`" in readme
-    for name in CONTINUOUS:
+    for name in samplers_for("continuous"):
         assert f"`{name}`" in readme
-    for spec in MODELS.values():
-        assert (f"`{spec.name}`" in readme) or spec.files
+    for listing in catalogue().values():
+        assert f"`{listing.name}`" in readme or listing.needs

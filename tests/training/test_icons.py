@@ -10,7 +10,7 @@ from PIL import Image
 
 from visar.cli import main
 from visar.drafters import drafter_kinds
-from visar.families.specs import MODELS, resolve_model
+from visar.families.source import resolve
 from visar.pipelines import TextToImagePipeline
 
 PROMPTS = (
@@ -35,7 +35,7 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_speculation_saves_passes_at_batch_one() -> None:
     pipe = TextToImagePipeline.from_pretrained("icons")
     pipe.set_progress_bar_config(disable=True)
-    assert (pipe.config.guidance_scale, pipe.config.top_k) == (MODELS["icons"].guidance, MODELS["icons"].top_k)
+    assert (pipe.config.guidance_scale, pipe.config.top_k) == (1.5, 10)
     sequential = pipe(PROMPTS[0], sampler="ar", output_type="tokens").stats.nfe
     assert sequential == 257  # 256 tokens and the caption; the same for every prompt
     passes = [pipe(p, sampler="scd", output_type="tokens").stats.nfe for p in PROMPTS]

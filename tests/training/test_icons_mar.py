@@ -17,7 +17,7 @@ from visar.eval.exactness.joint import EXACT_LIMIT, MUTANT_LIMIT
 from visar.eval.exactness.ranks import rank_test
 from visar.families.mar.session import MARSession
 from visar.families.source import resolve
-from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
+from visar.pipelines import TextToImagePipeline
 from visar.samplers import ContinuousSpeculative, HeadSpeculation, MaskedAutoregressive
 
 PROMPTS = ("a red heart, 3d", "a lion, 3d", "a green apple, 3d", "a pizza, 3d")
@@ -78,7 +78,7 @@ def test_it_is_small() -> None:
 
 def ranked(sampler: Any, images: int) -> float:
     """z of the ranks of 16 tokens, which are drawn anew around the others of an image, in many images at once."""
-    pipe: MaskedTextToImagePipeline = embedded()
+    pipe: TextToImagePipeline = embedded()
     forced = mostly_given()
     free = forced.isnan().any(-1)
     features, _ = pipe.text_encoder.encode([PROMPTS[1]])

@@ -17,7 +17,7 @@ from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLAutoencoder, fingerprint, to_latents, to_tokens
 from visar.families.mar.diffusion import TRAINING_STEPS, alphas_bar
 from visar.families.mar.transformer import MAR
-from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
+from visar.pipelines import TextToImagePipeline
 from visar.text_encoders.words import WordEncoder
 from visar.training.autoencoder import AutoencoderLoss, train_autoencoder
 from visar.training.data import ImageSet
@@ -181,7 +181,7 @@ def test_a_run_learns_and_leaves_a_model_that_draws(data: ImageSet, words: WordE
     assert log["train"] == pytest.approx(mean_loss(MARLoss(mar), samples, rows[:128]), abs=1e-3)
     again = MAR.from_pretrained(tmp_path / "mar")
     assert again.config.vae == fingerprint(vae)
-    pipe = MaskedTextToImagePipeline(again, vae, words)
+    pipe = TextToImagePipeline(mar=again, vae=vae, text_encoder=words)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("red 1").images[0].size == (8, 8)
 
@@ -200,7 +200,7 @@ def test_the_command_line_trains_and_assembles(
     assert main(["train", "assemble", *models, *parts, "--out", str(tmp_path / "model")]) == 0
     capsys.readouterr()
     pipe = TextToImagePipeline.from_pretrained(tmp_path / "model")
-    assert isinstance(pipe, MaskedTextToImagePipeline) and (tmp_path / "model" / "draft" / "config.json").exists()
+    assert isinstance(pipe, TextToImagePipeline) and (tmp_path / "model" / "draft" / "config.json").exists()
     assert main(["train", "assemble", "--mar", "x", "--words", "y", "--out", str(tmp_path / "no")]) == 2
     assert "Give --gpt and --tokenizer, or --mar and --autoencoder" in capsys.readouterr().err
     assert main(["train", "mar", *common, *parts, "--dim", "30", "--heads", "4", "--out", str(tmp_path / "no")]) == 2

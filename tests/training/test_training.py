@@ -279,7 +279,7 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
     [
         ("tokenizer --data TMP/none --out TMP/out", "No image folder at"),
         ("tokenizer --data TMP/set --out TMP/file/out", "Cannot write to folder"),
-        ("tokenizer --data TMP/set --out TMP/out --minutes 0", "--minutes and --lr must be above 0"),
+        ("tokenizer --data TMP/set --out TMP/out --minutes 0", "--minutes must be above 0"),
         ("tokenizer --data TMP/set --out TMP/out --size 18", "multiple of 4 pixels, not 18"),
         ("tokenizer --data TMP/set --out TMP/out --styles oil", "No image has style 'oil'"),
         ("tokenizer --data TMP/set --out TMP/out --device cuda:99", "Device 'cuda:99' is not there"),

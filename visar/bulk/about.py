@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import version
 from typing import Any
 
 import PIL
@@ -13,9 +15,12 @@ import torch
 from visar import __version__
 from visar.errors import VisarError
 from visar.generation.model import ImageModel
-from visar.generation.stats import parameters_of
+from visar.params import SamplingParams
+from visar.samplers import values_of
 
 FORMAT = 1  # of the folder
+# What run.json says of settings that models of other tokens alone have; runs of earlier versions go on with these.
+UNUSED = {"guidance_interval": -1, "guidance_schedule": None, "top_k": 0, "top_p": 1.0}
 SAMPLE = 4096  # numbers of each tensor that the mark of the weights reads
 
 
@@ -28,8 +33,13 @@ def settings_of(model: ImageModel, given: Mapping[str, Any]) -> dict[str, Any]:
     """`given`, with the model's own in the place of None. Raises `VisarError` for a setting that it does not have."""
     if given.get("forced_tokens") is not None:
         raise VisarError("Many images have no forced tokens; call the model for those.")
-    params = model.params_of(**given)
-    return {name: value for name, value in params.to_dict().items() if name != "seed"}
+    params, kind = model.params_of(**given), model.family.tokens
+    named = {f.name: f.metadata["only"] for f in fields(SamplingParams) if f.name in params.to_dict()}
+    return {
+        name: UNUSED.get(name) if only not in ("", kind) else getattr(params, name)
+        for name, only in named.items()
+        if name != "seed"
+    }
 
 
 def weights_mark(model: ImageModel) -> str:
@@ -45,8 +55,8 @@ def weights_mark(model: ImageModel) -> str:
 
 
 def method_of(sampler: Any) -> dict[str, Any]:
-    """Name, parameters and law of a sampler."""
-    return {"sampler": sampler.name, "parameters": parameters_of(sampler), "exact": sampler.exact}
+    """Name and parameters of a sampler, and whether it is exact."""
+    return {"sampler": sampler.name, "parameters": values_of(sampler), "exact": sampler.exact}
 
 
 def machine(model: ImageModel) -> dict[str, Any]:
@@ -57,6 +67,7 @@ def machine(model: ImageModel) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "visar": __version__,
         "torch": torch.__version__,
+        "transformers": version("transformers"),
         "pillow": PIL.__version__,
         "python": platform.python_version(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from visar.errors import VisarError
@@ -17,16 +18,17 @@ if TYPE_CHECKING:
 
 def configured(name: str, given: list[str], window: int | None) -> AnySampler:
     """A sampler by name with parameters given as "name=value" texts; a `VisarError` for any that it has not."""
-    from visar.samplers import get_sampler, spec_of
+    from visar.samplers import get_sampler
+    from visar.samplers.parameters import parameters_of
 
     sampler = get_sampler(name, window=window)
-    defaults = spec_of(name).parameters()
+    own = parameters_of(sampler)
     values = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
             raise VisarError(f"A parameter is given as name=value, not {text!r}.")
-        kind = type(defaults.get(key, ""))
+        kind = own[key].kind if key in own else str
         if kind is bool and value not in ("true", "false"):
             raise VisarError(f"Parameter {key!r} of {name!r} must be true or false, not {value!r}.")
         try:
@@ -42,13 +44,15 @@ def samplers_of(options: argparse.Namespace) -> dict[str, AnySampler]:
 
     Parameters of --set go to all that have them.
     """
-    from visar.samplers import spec_of
+    from visar.samplers import get_sampler
+    from visar.samplers.parameters import parameters_of
 
     wanted = options.samplers
     if wanted is None:
         wanted = ["mar", "mar-headspec"] if tokens_of(options) == "continuous" else ["ar", "sjd", "scd"]
-    parts = {label: label.split(":") for label in wanted}
-    has = {label: set(spec_of(name).parameters()) for label, (name, *_) in parts.items()}
+    # A name, or FILE.py:NAME, and its parameters.
+    parts = {label: re.split(r"(?<!\.py):", label) for label in wanted}
+    has = {label: set(parameters_of(get_sampler(name))) for label, (name, *_) in parts.items()}
     for text in options.parameters:
         if "=" in text and not any(text.partition("=")[0] in names for names in has.values()):
             raise VisarError(f"None of these samplers has a parameter {text.partition('=')[0]!r}.")

@@ -24,9 +24,6 @@ def demo(options: argparse.Namespace) -> int:
         raise VisarError(f"The demo needs Gradio and matplotlib: {what}.") from error
     if not 0 <= options.port < 65536:
         raise VisarError(f"--port must be from 0 (any that is free) to 65535, not {options.port}.")
-    for what, value in (("--max-images", options.max_images), ("--max-waiting", options.max_waiting)):
-        if value < 1:
-            raise VisarError(f"{what} must be 1 or more, not {value}.")
     port = _free_port(options.host, options.port)  # before models are loaded
     from visar.demo.app import build, css, theme
     from visar.demo.jobs import end_all

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from visar.cli.common import device_of
+from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import writable_folder
+from visar.params import CONTINUOUS, DISCRETE
 
 
 def images(options: argparse.Namespace) -> int:
@@ -40,8 +42,6 @@ def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
     from visar.training.data import ImageSet
     from visar.training.loop import TrainConfig
 
-    if options.minutes <= 0 or options.batch < 1 or options.size < 8 or options.lr <= 0:
-        raise VisarError("--minutes and --lr must be above 0, --batch 1 or more, and --size 8 or more.")
     data = ImageSet(options.data, tuple(options.styles), tuple(options.without_groups))
     if not data.indices("train"):
         raise VisarError(f"{options.data} has no images for training: all are held out.")
@@ -90,8 +90,8 @@ def clip(options: argparse.Namespace) -> int:
     from visar.families.catalogue import embedded_folder, is_embedded
     from visar.training.clip import train_clip
 
-    if min(options.dim, options.layers, options.text_layers, options.heads) < 1 or options.batch < 2:
-        raise VisarError("--dim, --layers, --text-layers and --heads must be 1 or more, and --batch 2 or more.")
+    if options.batch < 2:
+        raise VisarError(f"--batch must be 2 or more, not {options.batch}: a CLIP compares the images of a batch.")
     data, config = _run(options, warmup=100, ema=0.998)
     home = embedded_folder(options.words) / "text_encoder" if is_embedded(options.words) else options.words
     encoder = _component("text_encoders.words.WordEncoder", home)
@@ -117,7 +117,7 @@ def ar(options: argparse.Namespace) -> int:
 
 
 def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
-    """The captions or class ids to draw, `classes` being 0 for text: lines of a file, or prompts of an image set."""
+    """The captions or class ids to sample, `classes` being 0 for text: lines of a file, or prompts of an image set."""
     images = (
         not classes
         and options.captions
@@ -147,7 +147,7 @@ def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
             if not line.isdecimal() or int(line) >= classes:
                 raise VisarError(f"{path} must hold a class id from 0 to {classes - 1} in each line, not {line!r}.")
         found = [int(line) for line in found]
-    return list(dict.fromkeys(found))  # drawn in turns: a caption that stood twice would give one image twice
+    return list(dict.fromkeys(found))  # sampled in turns: a caption given twice would give one image twice
 
 
 def drafter(options: argparse.Namespace) -> int:
@@ -161,18 +161,10 @@ def drafter(options: argparse.Namespace) -> int:
     from visar.training.loop import TrainConfig, distributed
     from visar.training.self_generated import generate_tokens
 
-    if options.minutes is not None and options.steps is not None:
-        raise VisarError("Give --minutes or --steps, not both.")
-    if tokens_of(options) == "continuous":
+    if tokens_of(options) == CONTINUOUS:
         raise VisarError("A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`.")
-    minutes = 25.0 if options.minutes is None else options.minutes
-    steps = 10**9 if options.steps is None else options.steps
-    if minutes <= 0 or options.lr <= 0 or options.images < 2 or min(options.batch, options.depth, steps) < 1:
-        raise VisarError(
-            "--minutes and --lr must be above 0, --batch, --depth and --steps 1 or more, --images 2 or more."
-        )
-    temperature = 1.0 if options.temperature is None else options.temperature
-    Target(temperature, options.top_k or 0, options.top_p)  # before the weights are read
+    params: Any = params_of(options)
+    params.check(DISCRETE)
     kind = drafter_kind(options.drafter_kind)
     kind.checked_layers(options.layers, 10**9)
     rank, _, own = distributed(str(device_of(options.device)))
@@ -184,15 +176,13 @@ def drafter(options: argparse.Namespace) -> int:
     family = model.family
     kind.checked_layers(options.layers, family.model.config.num_layers)
     conditions = _conditions(options, family.classes)
-    defaults: Any = family.defaults
-    scale = defaults.guidance_scale if options.guidance_scale is None else options.guidance_scale
-    law = Target(temperature, defaults.top_k if options.top_k is None else options.top_k, options.top_p)
+    params = params.resolved(family.defaults)
+    target = Target(params.temperature, params.top_k, params.top_p)
     out = writable_folder(options.out)
     tokens = generate_tokens(
-        model, conditions, options.images, out / "images.safetensors", options.batch,
-        lambda done: print(f"{done} of {options.images} images drawn", file=sys.stderr),
-        waits=rank != 0, sampler="ar", seed=options.seed, guidance_scale=scale, temperature=law.temperature,
-        top_k=law.top_k, top_p=law.top_p,
+        model, conditions, options.num_images, out / "images.safetensors", options.batch,
+        lambda done: print(f"{done} of {options.num_images} images sampled", file=sys.stderr),
+        waits=rank != 0, sampler="ar", **settings_of(params),
     )  # fmt: skip  # "ar", because a large batch is bound by arithmetic, of which drafts waste some
 
     def of(rows: list[int]) -> tuple[Any, Any]:
@@ -201,12 +191,12 @@ def drafter(options: argparse.Namespace) -> int:
         return encoded if len(encoded) == 2 else (*encoded, torch.ones(len(chosen), 1))
 
     config = TrainConfig(
-        out, minutes=math.inf if options.steps else minutes, steps=steps, batch=options.batch, lr=options.lr,
-        seed=options.seed, warmup=50, ema=0.99, optimizer="muon", compile=not options.no_compile,
-        device=str(model.device),
+        out, minutes=math.inf if options.steps else options.minutes, steps=options.steps or 10**9,
+        batch=options.batch, lr=options.lr, seed=params.seed, warmup=50, ema=0.99, optimizer="muon",
+        compile=not options.no_compile, device=str(model.device),
     )  # fmt: skip
     train_drafter(
-        kind.name, family.drafting, of, tokens, config, Guidance(scale), law,
+        kind.name, family.drafting, of, tokens, config, Guidance(params.guidance_scale), target,
         depth=options.depth, layers=options.layers, stored_as=getattr(torch, options.stored_as),
     )  # fmt: skip
     print(out / kind.name)

@@ -20,8 +20,7 @@ from visar.samplers.parameters import Parameter, parameters_of
 
 def shown_parameters(model: DemoModel, sampler: str) -> dict[str, Parameter]:
     """What a visitor may set of a sampler, with the defaults that it has on this model."""
-    found = parameters_of(get_sampler(sampler, **model.parameters(sampler)))
-    return {name: p for name, p in found.items() if not p.fixed}
+    return parameters_of(get_sampler(sampler, **model.parameters(sampler)))
 
 
 def _box_of(p: Parameter, visible: bool) -> Any:
@@ -97,13 +96,13 @@ class SamplerControls:
 
 def choices_of(model: DemoModel) -> list[tuple[str, str]]:
     """The samplers of a model, labelled with whether they are exact."""
-    return [(name if spec_of(name).law == "exact" else f"{name} ({_short(name)})", name) for name in model.samplers]
+    return [(name if spec_of(name).exact else f"{name} ({_short(name)})", name) for name in model.samplers]
 
 
 def _short(name: str) -> str:
-    return spec_of(name).law.partition(";")[0]
+    return spec_of(name).exactness.partition(";")[0]
 
 
 def in_words(sampler: str) -> str:
     spec = spec_of(sampler)
-    return f'<p class="visar-exactness">{view.exactness(spec.name, spec.law)}<br><small>{spec.paper}</small></p>'
+    return f'<p class="visar-exactness">{view.exactness(spec.name, spec.exactness)}<br><small>{spec.paper}</small></p>'

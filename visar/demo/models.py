@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.generation.model import ImageModel
-from visar.samplers import default_sampler, spec_of
+from visar.samplers import DEFAULTS, spec_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DemoModel:
 
     @property
     def default_sampler(self) -> str:
-        return default_sampler(self.model.family.tokens)
+        return DEFAULTS[self.model.family.tokens]
 
     @property
     def baseline(self) -> str:

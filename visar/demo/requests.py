@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from visar.demo.models import DemoModel
 from visar.errors import VisarError, unknown
-from visar.samplers import get_sampler
+from visar.samplers import get_sampler, values_of
 from visar.samplers.parameters import parameters_of
 
 SEEDS = 2**31  # fewer than there are: whole numbers that every browser shows as they are
@@ -57,7 +57,7 @@ class Request:
         names = [s.name for s in self.samplers]
         if len(set(names)) == len(names):
             return names
-        values = [{f.name: getattr(s, f.name) for f in fields(s)} for s in self.samplers]
+        values = [values_of(s) for s in self.samplers]
         differ = [k for k in values[0] if len({v.get(k) for v in values}) > 1]
         found = [", ".join([n, *(f"{k} {v[k]}" for k in differ)]) for n, v in zip(names, values, strict=True)]
         return found if differ else [found[0], *(f"{n}, again" for n in found[1:])]
@@ -110,7 +110,7 @@ def _sampler(model: DemoModel, name: Any, values: Mapping[str, Any]) -> Any:
     made = get_sampler(name, **model.parameters(name))
     given: dict[str, Any] = {}
     for p in parameters_of(made).values():
-        if p.fixed or (value := values.get(p.name)) is None:
+        if (value := values.get(p.name)) is None:
             continue
         if p.kind in (int, float) and p.low is not None and p.high is not None:
             value = (_whole if p.kind is int else _number)(p.name, value, p.low, p.high)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from visar.drafters import lantern
 from visar.drafters.base import DrafterTarget, DraftKind, check_fit, fingerprint, register_drafter
 from visar.drafters.loss import DraftLoss, TargetPass, attention, later
-from visar.engine.component import Component, fill
+from visar.engine.component import Component, fill, unfilled
 from visar.engine.decoder import Attend
 from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter
@@ -199,7 +198,7 @@ class Eagle(DraftKind):
         if not lantern.is_published(state):
             return None
         own, sizes = lantern.converted(state, target.model.head_dim, path)
-        with torch.device("meta"):
+        with unfilled():
             made = EagleHead(**sizes)
         return fill(made, own, path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from visar import __version__
@@ -101,7 +103,7 @@ class Component(nn.Module):
         if named != cls.__name__:
             raise VisarError(f"{folder} holds a {named}, not a {cls.__name__}.")
         try:
-            with torch.device("meta"):
+            with unfilled():
                 made = cls(**config)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -110,6 +112,22 @@ class Component(nn.Module):
             return made.eval()
         file = weights_file(folder)
         return fill(made, read_safetensors(file), file).requires_grad_()
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Modules made within have tensors on the meta device, which `fill` replaces."""
+    with torch.device("meta"), _Initialisation():
+        yield
+
+
+class _Initialisation(TorchFunctionMode):
+    """Skips `torch.nn.init`: on the meta device it fills nothing, and imports torch's compiler for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (kwargs or {}).get("tensor", *args[:1])
+        return func(*args, **(kwargs or {}))
 
 
 def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:

@@ -31,7 +31,8 @@ class Source:
     """A model that is there, in a `folder` or as published `files` by their roles ("model", "vq", "vae").
 
     `variant` is that of the folder's files; `image_size` (pixels), `num_heads` and `text_encoder` say of published
-    files what these do not; `given` are components to be used in the place of those of the folder.
+    files what these do not; `given` are components to be used in the place of those of the folder. `condition` is what
+    the model shall be called with, "prompt" or "class", where that is known.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Source:
     num_heads: int | None = None
     text_encoder: str | Path | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
+    condition: str | None = None
 
     @cached_property
     def index(self) -> Mapping[str, Any]:
@@ -93,13 +95,14 @@ def open_source(
     variant: str | None = None,
     hub: HubOptions = HubOptions(),
     given: Mapping[str, Any] | None = None,
+    condition: str | None = None,
 ) -> Source:
     """The model of a name, folder, hub id or file; a file needs the one of its tokenizer (`vq`) or autoencoder (`vae`).
 
     Raises `VisarError` for what is not there, and for options that do not go together.
     """
     if (Path(name).suffix in WEIGHTS and not Path(name).is_dir()) or vq or vae:
-        return _files(name, vq, vae, text_encoder, image_size, num_heads)
+        return _files(name, vq, vae, text_encoder, image_size, num_heads, condition)
     if any(value is not None for value in (text_encoder, image_size, num_heads)):
         raise VisarError(
             "A text encoder, an image size and a number of heads are given with a published file of weights; "
@@ -112,7 +115,7 @@ def open_source(
         folder = folder / subfolder
         if not folder.is_dir():
             raise VisarError(f"{name} has no folder {subfolder!r}.")
-    return Source(str(name), folder, variant=variant, given=given or {})
+    return Source(str(name), folder, variant=variant, given=given or {}, condition=condition)
 
 
 def _files(
@@ -122,6 +125,7 @@ def _files(
     text_encoder: str | Path | None,
     image_size: int | None,
     num_heads: int | None,
+    condition: str | None,
 ) -> Source:
     if vq and vae:
         raise VisarError("A file of weights goes with a tokenizer (vq) or an autoencoder (vae), not with both.")
@@ -135,7 +139,17 @@ def _files(
     for file in files.values():
         if not file.is_file():
             raise VisarError(f"There is no weights file {file}.")
-    return Source(str(name), files=files, image_size=image_size, num_heads=num_heads, text_encoder=text_encoder)
+    return Source(
+        str(name), files=files, image_size=image_size, num_heads=num_heads, text_encoder=text_encoder,
+        condition=condition,
+    )  # fmt: skip
+
+
+def check_condition(name: str, own: str, wanted: str | None) -> None:
+    """Raise `VisarError` where the model of this name takes its `own` condition and not the `wanted` one, if any."""
+    if wanted not in (None, own):
+        pipeline = "TextToImagePipeline" if own == "prompt" else "ClassToImagePipeline"
+        raise VisarError(f"{name} is called with a {own}, not a {wanted}; load it with visar.load, or {pipeline}.")
 
 
 def resolve(name_or_path: str | Path) -> Path | str:

@@ -30,7 +30,7 @@ from visar.generation.progress import Progress, StepCallback
 from visar.generation.rows import noise_of
 from visar.generation.sessions import Sessions
 from visar.params import DISCRETE, SamplingParams
-from visar.samplers import SamplerSpec, check_sampler, default_sampler, get_sampler, samplers_for
+from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
 
 RUN = {"discrete": discrete.run, "continuous": continuous.run}
 
@@ -116,7 +116,7 @@ class ImageModel:
 
         `sampler` is a name, FILE.py:NAME, an object, or None for the default; `window` replaces its own.
         """
-        method = get_sampler(default_sampler(self.family.tokens) if sampler is None else sampler, window=window)
+        method = get_sampler(DEFAULTS[self.family.tokens] if sampler is None else sampler, window=window)
         check_sampler(method, self.family.tokens)
         return self.fitted(method, default=sampler is None)
 
@@ -159,7 +159,9 @@ class ImageModel:
         """
         checked_output(output_type)
         params = self.params_of(params, **settings)
-        single = isinstance(conditions, str) or not isinstance(conditions, Sequence | Tensor)
+        single = (
+            isinstance(conditions, str) or not hasattr(conditions, "__len__") or getattr(conditions, "ndim", 1) == 0
+        )
         values = self._checked([conditions] if single else list(conditions))
         if (num_images := _count(num_images)) < 1:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")

@@ -15,7 +15,8 @@ from visar.families.base import Family
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
 
-PIPELINES = {"prompt": "TextToImagePipeline", "class": "ClassToImagePipeline"}  # the class that the index names
+# The class that the index names. Loaders of diffusers do not find it, and their errors then name it.
+PIPELINES = {"prompt": "visar.TextToImagePipeline", "class": "visar.ClassToImagePipeline"}
 
 
 def save(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from typing import Any
 
@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from visar.engine.loop import Decoded
 from visar.params import SamplingParams
-from visar.samplers import SAMPLERS
+from visar.samplers import SAMPLERS, values_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +65,7 @@ class DecodeStats:
         tokens = session.length if sampled is None else sampled
         return cls(
             sampler=method.name,
-            parameters=parameters_of(method),
+            parameters=values_of(method),
             exact=method.exact,
             exactness=exactness_of(method),
             seed=params.seed or 0,
@@ -83,6 +83,21 @@ class DecodeStats:
             capture_seconds=result.capture_seconds,
             **more,
         )
+
+    def joined(self, others: Sequence[DecodeStats]) -> Self:
+        """Those of several decodings with one sampler, one after the other; the seed is that of the first."""
+        every: list[DecodeStats] = [self, *others]
+        passes = sum(max(s.passes_per_image) for s in every)
+        seconds = sum(s.seconds for s in every)
+        drafting = [s.draft_seconds for s in every]
+        return replace(
+            self, images=sum(s.images for s in every), nfe=sum(s.nfe for s in every),
+            passes_per_image=[n for s in every for n in s.passes_per_image],
+            tokens_per_pass=sum(s.tokens_per_pass * max(s.passes_per_image) for s in every) / passes,
+            seconds=seconds, draft_seconds=None if None in drafting else sum(filter(None, drafting)),
+            ms_per_pass=1000 * seconds / passes, gigabytes=sum(s.gigabytes for s in every),
+            graph_passes=sum(s.graph_passes for s in every), capture_seconds=sum(s.capture_seconds for s in every),
+        )  # fmt: skip
 
     @property
     def gb_per_second(self) -> float:
@@ -175,12 +190,7 @@ def _listed(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
-def parameters_of(method: Any) -> dict[str, Any]:
-    """The fields of a sampler; none of one that is no dataclass."""
-    return {f.name: getattr(method, f.name) for f in fields(method)} if is_dataclass(method) else {}
-
-
 def exactness_of(method: Any) -> str:
     """ "exact", "relaxed", or what its registration says of it."""
     spec = SAMPLERS.get(method.name)
-    return (spec.law if spec is not None else "") or ("exact" if method.exact else "relaxed")
+    return spec.exactness if spec is not None and spec.exact == method.exact else "exact" if method.exact else "relaxed"

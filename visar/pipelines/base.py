@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -18,9 +19,9 @@ from typing_extensions import Self
 
 from visar.errors import VisarError, unknown
 from visar.families.registry import family_of, family_of_components
-from visar.families.source import HubOptions, open_source
+from visar.families.source import HubOptions, check_condition, open_source
 from visar.generation.model import ImageModel
-from visar.generation.output import ImageOutput
+from visar.generation.output import ImageOutput, joined
 from visar.generation.progress import Progress, StepCallback
 from visar.generation.saving import save
 from visar.params import SamplingParams, whole
@@ -62,11 +63,8 @@ class ImagePipeline(DiffusionPipeline):
 
     def _take(self, model: ImageModel) -> None:
         family = model.family
-        if family.condition != self.condition:
-            raise VisarError(
-                f"This model is called with a {family.condition}; load it with visar.load, or "
-                f"{'TextToImagePipeline' if family.condition == 'prompt' else 'ClassToImagePipeline'}."
-            )
+        name = "This model" if model.folder is None else str(model.folder)
+        check_condition(name, family.condition, self.condition)
         object.__setattr__(self, "image_model", model)
         self.register_modules(**family.components)
         self.register_to_config(**family.settings, _family=family.name)
@@ -78,6 +76,11 @@ class ImagePipeline(DiffusionPipeline):
         if model is not None and name in model.family.components and model.family.components[name] is not value:
             model.family.replace(name, value)
 
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """What tqdm is told, such as `disable=True`."""
+        super().set_progress_bar_config(**options)
+        self.image_model.bar = options
+
     # Loading and saving
 
     @classmethod
@@ -88,25 +91,29 @@ class ImagePipeline(DiffusionPipeline):
         `cache_dir`, `token` and `local_files_only`, and components by name that replace those of the folder. Raises
         `VisarError` for an unknown name or keyword, a missing or damaged file, and weights that are not finite.
         """
-        return cls._loaded(name, {}, options)
-
-    @classmethod
-    def load(cls, name: str | Path, **options: Any) -> ImagePipeline:
-        """As `visar.load`."""
-        return ImagePipeline._loaded(name, {key: options.pop(key) for key in FILES if key in options}, options)
+        return cls.opened(name, {}, options)
 
     @classmethod
     def _of_files(cls, model: str | Path, **files: Any) -> Self:
-        return cls._loaded(model, files, {})
+        return cls.opened(model, files, {})
 
     @classmethod
-    def _loaded(cls, name: str | Path, files: dict[str, Any], options: dict[str, Any]) -> Any:
+    def opened(
+        cls,
+        name: str | Path,
+        files: Mapping[str, Any],
+        options: dict[str, Any],
+        kinds: Mapping[str, type[ImagePipeline]] = MappingProxyType({}),
+    ) -> Any:
+        """A pipeline of `name` with its `files`, of this class or of that which `kinds` has for its conditions."""
         loading = {key: options.pop(key) for key in LOADING if key in options}
         hub = {key: loading[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in loading}
         source = open_source(
             name, **files, subfolder=loading.get("subfolder"), variant=loading.get("variant"), hub=HubOptions(**hub),
-            given=options,
+            given=options, condition=getattr(cls, "condition", None),
         )  # fmt: skip
+        if source.variant is not None:
+            raise VisarError(f"Files of the variant {source.variant!r} are not read; leave it out, and give dtype=.")
         family = family_of(source)
         parts = family.required | family.optional
         for key in options:
@@ -114,13 +121,7 @@ class ImagePipeline(DiffusionPipeline):
                 raise unknown("keyword", key, [*LOADING, *(FILES if source.files else sorted(parts))])
         device, dtype = _device_of(loading.get("device_map")), _dtype_of(loading)
         model = ImageModel(family.load(source), source.folder)
-        kind = next(
-            k
-            for k in (cls, *ImagePipeline.__subclasses__())
-            if getattr(k, "condition", None)
-            in ((model.family.condition,) if cls is ImagePipeline else (cls.condition,))
-        )
-        pipe = kind(image_model=model)
+        pipe = kinds.get(model.family.condition, cls)(image_model=model)
         given = [value for value in (device, dtype) if value is not None]
         return pipe.to(*given) if given else pipe
 
@@ -248,55 +249,59 @@ class ImagePipeline(DiffusionPipeline):
             if value is not None and whole(what, value) != own:
                 raise VisarError(f"{what} must be {own}: this model makes images of one size.")
         sampler = _with_steps(self.image_model, sampler, num_inference_steps)
+        num_images_per_prompt = whole("num_images_per_prompt", num_images_per_prompt) or 0
+        seeds: list[int] = []
         for name in settings:
             if name not in SamplingParams.__dataclass_fields__:
                 raise unknown("keyword", name, [*SamplingParams.__dataclass_fields__, *CALL])
         if generator is not None:
             if "seed" in settings:
                 raise VisarError("Give a seed or a generator, not both.")
-            settings["seed"] = seed_of(generator)
+            seeds = seeds_of(generator, num_images_per_prompt * _rows(conditions))
         if callback_on_step_end is not None:
             if callback is not None:
                 raise VisarError("Give callback or callback_on_step_end, not both.")
             callback = _step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         model = self.image_model
-        model.bar = dict(getattr(self, "_progress_bar_config", {}) or {})
         if "seed" in settings and settings["seed"] is None:
             settings.pop("seed")
-            params = SamplingParams(**{**_as_dict(params), "seed": None})
-        out = model.generate(
-            conditions, params, sampler=sampler, num_images=num_images_per_prompt, callback=callback,
-            **options, **settings,
-        )  # fmt: skip
+            params = replace(params or SamplingParams(), seed=None)
+
+        def ask(values: Any, **given: Any) -> ImageOutput:
+            return model.generate(values, params, sampler=sampler, callback=callback, **options, **given)
+
+        if len(seeds) > 1:  # each image under its own seed, as it would come out alone
+            rows = [conditions] if _rows(conditions) == 1 and isinstance(conditions, str | int) else list(conditions)
+            each = [row for row in rows for _ in range(num_images_per_prompt)]
+            out = joined([ask([row], seed=seed, **settings) for row, seed in zip(each, seeds, strict=True)])
+        else:
+            given = {**settings, **({"seed": seeds[0]} if seeds else {})}
+            out = ask(conditions, num_images=num_images_per_prompt, **given)
         return out if return_dict else out.to_tuple()
+
+
+def _rows(conditions: Any) -> int:
+    """How many prompts or classes were given."""
+    return len(conditions) if isinstance(conditions, Sequence | Tensor) and not isinstance(conditions, str) else 1
 
 
 CALL = ("sampler", "window", "num_images_per_prompt", "generator", "output_type", "callback", "callback_on_step_end",
         "return_dict", "height", "width", "num_inference_steps")  # fmt: skip
 
 
-def _as_dict(params: SamplingParams | None) -> dict[str, Any]:
-    return {} if params is None else {name: getattr(params, name) for name in SamplingParams.__dataclass_fields__}
+def seeds_of(generator: Any, images: int) -> list[int]:
+    """The seeds of a call: one for a `torch.Generator`, for a list of them one for each image.
 
-
-def seed_of(generator: Any) -> int:
-    """The seed of a call for a `torch.Generator`, or for a list of one.
-
-    It is a number that the generator draws, so that successive calls with one generator give other images, and a
-    generator with the same seed the same ones again. Raises `VisarError` for a list of several: visar's images differ
-    by their index within a call already.
+    A seed is a number that the generator draws, so that successive calls with one generator give other images, and a
+    generator of the same seed the same ones again. Raises `VisarError` for anything else.
     """
-    if isinstance(generator, Sequence):
-        if len(generator) != 1:
-            raise VisarError(
-                f"Give one generator, not {len(generator)}: images of a call differ by their index, and an image of "
-                "seed S and index i is the same in any call (seed=, first_image=)."
-            )
-        (generator,) = generator
-    if not isinstance(generator, torch.Generator):
-        raise VisarError(f"generator must be a torch.Generator, not a {type(generator).__name__}; or give seed=.")
-    high = torch.randint(2**62, (), generator=generator, device=generator.device)
-    return int(high)
+    generators = list(generator) if isinstance(generator, Sequence) else [generator]
+    for one in generators:
+        if not isinstance(one, torch.Generator):
+            raise VisarError(f"generator must be a torch.Generator, not a {type(one).__name__}; or give seed=.")
+    if len(generators) not in (1, images):
+        raise VisarError(f"There are {len(generators)} generators for {images} images; give one, or one for each.")
+    return [int(torch.randint(2**62, (), generator=one, device=one.device)) for one in generators]
 
 
 def _with_steps(model: ImageModel, sampler: Any, steps: int | None) -> Any:

@@ -10,16 +10,11 @@ from visar.errors import VisarError
 
 def load_text_encoder(kind: str, folder: Path) -> Any:
     """The encoder of a saved folder by the name of its class. Raises `VisarError` for one that cannot be loaded."""
+    from visar.families.weights import load_part
     from visar.text_encoders.t5 import T5CaptionEncoder
     from visar.text_encoders.words import WordEncoder
 
     classes: dict[str, Any] = {"WordEncoder": WordEncoder, "T5CaptionEncoder": T5CaptionEncoder}
     if kind not in classes:
         raise VisarError(f"{folder} holds a {kind}; text encoders are {' and '.join(classes)}.")
-    try:
-        return classes[kind].from_pretrained(folder)
-    except VisarError:
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise VisarError(f"Could not load 'text_encoder' from {folder}: {reason}") from error
+    return load_part(classes[kind], folder, "'text_encoder'")

@@ -38,7 +38,7 @@ from visar.eval.exactness.normality import normality_z
 from visar.families.mar.chain import DiffusionChain
 from visar.families.mar.diffusion import Schedule, alphas_bar
 from visar.families.mar.session import MARSession
-from visar.samplers import CONTINUOUS, ContinuousTarget, HeadSpeculation, MaskedAutoregressive, get_sampler
+from visar.samplers import ContinuousTarget, HeadSpeculation, MaskedAutoregressive, get_sampler, samplers_for
 
 SHORT = ("plain", "temperature 0.7, T 6", "guidance 2.5, linear", "given tokens", "8 orders, 2 conditions",
          "moving variance", "flow head", "L 16 > T", "gamma 8 > N", "one last variance", "all at once")  # fmt: skip
@@ -68,7 +68,7 @@ def test_planted_mistakes_are_caught(mutant: Any) -> None:
 
 
 def test_no_mutant_is_a_registered_sampler() -> None:
-    registered = [configured(get_sampler(name), PLAIN) for name in CONTINUOUS]
+    registered = [configured(get_sampler(name), PLAIN) for name in samplers_for("continuous")]
     assert not [m.name for m in MUTANTS if configured(m.sampler, PLAIN) in registered]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.eval.exactness.joint import CASES, Case, configured, measure, run
-from visar.samplers import CoolSD, GroupedJacobi, Lantern, LanternPlusPlus, Sampler, get_sampler
+from visar.samplers import BeamTree, CoolSD, GroupedJacobi, Lantern, LanternPlusPlus, Sampler, get_sampler
 from visar.samplers import neighbours as tables
 from visar.samplers.neighbours import nearest, neighbours
 from visar.samplers.relaxed import Pooled
@@ -33,7 +33,7 @@ class NeutralLantern(Lantern):
 
 
 PAIRS: dict[str, tuple[Sampler, Sampler]] = {
-    "lantern": (NeutralLantern(drafter="model"), get_sampler("eagle2", drafter="model")),
+    "lantern": (NeutralLantern(drafter="model"), BeamTree(drafter="model")),
     "lantern++": (LanternPlusPlus(tree=TREE, lam=1.0, drafter="model"), get_sampler("eagle", tree=TREE)),
     "cool-sd": (CoolSD(omega=1.0, drafter="model"), get_sampler("speculative")),
     "gsd": (GroupedJacobi(group=1), get_sampler("sjd")),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visar.engine.component import unfilled
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import CaptionEmbedding, LlamaGen, initialise
@@ -71,7 +72,7 @@ class LlamaGenTarget:
         return made
 
     def with_layers(self, layers: Sequence[nn.Module], norm: nn.Module) -> LlamaGen:
-        with torch.device("meta"):
+        with unfilled():
             view = LlamaGen(**self._arguments() | {"num_layers": 0})
         view.config = self.model.config.replace(num_layers=len(layers))
         for shared in ("tok_embeddings", "cls_embedding", "output"):

@@ -26,7 +26,7 @@ from visar.families.llamagen.session import LlamaGenSession
 from visar.families.llamagen.specs import MODELS
 from visar.families.llamagen.vq import VQModel
 from visar.families.registry import register_family
-from visar.families.source import Source
+from visar.families.source import Source, check_condition
 from visar.families.weights import load_part
 from visar.params import SamplingParams
 from visar.text_encoders import load_text_encoder
@@ -102,6 +102,7 @@ class LlamaGenFamily(DiscreteFamily):
         file = source.files["model"]
         gpt = load_gpt(file, grid=None if pixels is None else pixels // side, num_heads=source.num_heads)
         c = gpt.config
+        check_condition(source.name, "class" if c.condition == "class" else "prompt", source.condition)
         if c.condition == "class":
             if source.text_encoder is not None:
                 raise VisarError(f"{file} is a class-conditional model, which takes no text encoder.")

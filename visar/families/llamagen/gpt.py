@@ -92,7 +92,7 @@ class CaptionEmbedding(nn.Module):
     def __init__(self, length: int, features: int, dim: int):
         super().__init__()
         self.cap_proj = CaptionProjection(features, dim)
-        self.register_buffer("uncond_embedding", torch.randn(length, features) / features**0.5)
+        self.register_buffer("uncond_embedding", nn.init.normal_(torch.empty(length, features), std=features**-0.5))
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, features] -> [B, T, dim]."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.engine.component import fill, missing
+from visar.engine.component import fill, missing, unfilled
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.specs import match_heads, published_grid
@@ -47,7 +47,7 @@ def gpt_of(
 ) -> LlamaGen:
     """The GPT of a published file's tensors, which it takes over; else as `load_gpt`."""
     arguments = gpt_config(state, path, num_heads=num_heads)
-    with torch.device("meta"):
+    with unfilled():
         gpt = LlamaGen(**arguments, grid=grid or DEFAULT_GRID)
     return fill(gpt, state, path)
 
@@ -60,7 +60,7 @@ def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.f
     state = load_state(path, ema=ema, dtype=dtype)
     try:
         c = VQConfig.infer(state)
-        with torch.device("meta"):
+        with unfilled():
             vq = VQModel(c.codebook_size, c.code_dim, c.channels, c.channel_multipliers, c.res_blocks, c.z_channels)
     except KeyError as error:
         raise missing(error.args[0], path) from error

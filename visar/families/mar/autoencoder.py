@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from visar.engine.component import Component, fill, read_config, read_safetensors, weights_file
+from visar.engine.component import Component, fill, read_config, read_safetensors, unfilled, weights_file
 from visar.errors import VisarError
 from visar.families.blocks import Decoder, Encoder
 
@@ -97,7 +97,7 @@ class KLAutoencoder(Component):
         if config.get("shift_factor"):
             raise VisarError(f"{path} shifts its latents (shift_factor), which no model here does.")
         try:
-            with torch.device("meta"):
+            with unfilled():
                 made = cls(
                     tuple(config["block_out_channels"]), config["layers_per_block"], config["latent_channels"],
                     config["norm_num_groups"], config["down_block_types"][-1].startswith("Attn"),

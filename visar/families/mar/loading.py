@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from visar.engine.component import fill
+from visar.engine.component import fill, unfilled
 from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLAutoencoder, published_name
 from visar.families.mar.specs import match_mar_heads
@@ -41,7 +40,7 @@ def read_mar(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
 def mar_of(state: Mapping[str, Tensor], path: str | Path, num_heads: int | None = None) -> MAR:
     """The MAR of a published file's tensors, which it takes over; else as `load_mar`."""
     arguments = mar_config(state, path, num_heads=num_heads)
-    with torch.device("meta"):
+    with unfilled():
         mar = MAR(**arguments)
     return fill(mar, state, path)
 
@@ -91,7 +90,7 @@ def load_kl16(path: str | Path) -> KLAutoencoder:
     """
     state = load_state(path)
     arguments = kl_config(state, path)
-    with torch.device("meta"):
+    with unfilled():
         vae = KLAutoencoder(**arguments)
     levels = len(arguments["channels"])
     return fill(vae, state, path, {key: published_name(key, levels) for key in vae.state_dict()})

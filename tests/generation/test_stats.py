@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from tests.helpers.tiny import GRID
+from visar.generation.notebook import MOST, SIDE
+from visar.generation.output import ImageOutput
 from visar.generation.stats import DecodeStats, MaskedStats
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
-from visar.pipelines.base import ImageOutput
-from visar.pipelines.notebook import MOST, SIDE
 
 
 def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> DecodeStats:
@@ -26,10 +26,10 @@ def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> Decode
         head_steps=100, head_rounds=700, rounds_per_pass=70.04, evaluations_per_token=81.6, tested=50, accepted=20
     )
     made = kind(
-        sampler="sjd", parameters={"window": 16, "init": "uniform"}, exact=True, law="exact", seed=7,
+        sampler="sjd", parameters={"window": 16, "init": "uniform"}, exact=True, exactness="exact", seed=7,
         settings={"guidance_scale": 2.5, "top_k": 0, "guidance_schedule": None, "dtype": "float32", "device": "cpu"},
         images=2, tokens=256,
-        nfe=83, passes_per_image=[80, 82], commits_per_pass=3.161, seconds=0.714, draft_seconds=None,
+        nfe=83, passes_per_image=[80, 82], tokens_per_pass=3.161, seconds=0.714, draft_seconds=None,
         ms_per_pass=8.604, gigabytes=1.25, graph_passes=0, capture_seconds=0.0,
         **(masked if kind is MaskedStats else {}),
     )  # fmt: skip
@@ -75,7 +75,7 @@ def test_table() -> None:
     rows = dict(Table(stats_of()._repr_html_()).rows)
     assert rows == {
         "sampler": "sjd window 16, init uniform",
-        "law": "exact: images have the law of the model's own",
+        "distribution": "exact: images have the model's own distribution",
         "passes (NFE)": "83 for 2 x 256 tokens",
         "tokens per pass": "3.16",
         "a pass": "8.60 ms",
@@ -89,17 +89,20 @@ def test_table() -> None:
 
 
 def test_law_in_words() -> None:
-    relaxed = stats_of(exact=False, law="relaxed")
-    assert dict(Table(relaxed._repr_html_()).rows)["law"] == "relaxed: images have another law than the model's own"
-    greedy = stats_of(exact=False, law="exact for greedy decoding; does not sample")
-    assert dict(Table(greedy._repr_html_()).rows)["law"] == greedy.law
+    relaxed = stats_of(exact=False, exactness="relaxed")
+    assert (
+        dict(Table(relaxed._repr_html_()).rows)["distribution"]
+        == "relaxed: images have another distribution than the model's own"
+    )
+    greedy = stats_of(exact=False, exactness="exact for greedy decoding; does not sample")
+    assert dict(Table(greedy._repr_html_()).rows)["distribution"] == greedy.exactness
 
 
 def test_everything_is_escaped() -> None:
     evil = "<script>alert('&')</script>"
-    stats = stats_of(sampler=evil, parameters={evil: evil}, exact=False, law=evil, settings={evil: evil})
+    stats = stats_of(sampler=evil, parameters={evil: evil}, exact=False, exactness=evil, settings={evil: evil})
     page = Table(stats._repr_html_())
-    assert set(page.tags) == {"table", "tr", "td"} and "'&'" in dict(page.rows)["law"]
+    assert set(page.tags) == {"table", "tr", "td"} and "'&'" in dict(page.rows)["distribution"]
     assert unescape(stats._repr_html_()).count(evil) == 6
 
 

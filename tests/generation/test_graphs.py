@@ -10,9 +10,9 @@ import torch
 from tests.helpers.recording import Recorder
 from visar.engine import memory
 from visar.errors import VisarError
+from visar.generation.progress import Progress
+from visar.generation.sessions import Sessions
 from visar.pipelines import TextToImagePipeline
-from visar.pipelines.progress import Progress
-from visar.pipelines.sessions import Sessions
 
 PROMPTS = ["red heart", "blue star"]
 
@@ -25,7 +25,7 @@ def test_calls_of_one_shape_share_a_graph(
 ) -> None:
     for path in drafters:
         text_pipe.load_drafter(path)
-    forced = torch.full((text_pipe.grid**2,), -1)
+    forced = torch.full((text_pipe.image_model.family.layout.length,), -1)
     calls = (
         dict(prompt=PROMPTS, seed=1),
         dict(prompt=["cat", "red city"], seed=2),
@@ -38,7 +38,7 @@ def test_calls_of_one_shape_share_a_graph(
     plain = [text_pipe(**call, sampler=name, output_type="tokens") for call in calls]  # type: ignore[arg-type]
     assert all(p.stats.graph_passes == 0 and p.stats.capture_seconds == 0 for p in plain)
     record = Recorder(monkeypatch)
-    sessions = text_pipe._kept_sessions = Sessions(record, limit=3)
+    sessions = text_pipe.image_model.sessions = Sessions(record, limit=3)
     captures = (1, 1, 2, 3, 3, 4, None)
     for call, expected, made in zip(calls, plain, captures, strict=True):
         found = text_pipe(**call, sampler=name, output_type="tokens")  # type: ignore[arg-type]
@@ -58,7 +58,7 @@ def test_a_session_that_a_callback_broke_off_is_not_kept(
 
     expected = text_pipe(PROMPTS, seed=1, sampler="ar", output_type="tokens").tokens
     record = Recorder(monkeypatch)
-    sessions = text_pipe._kept_sessions = Sessions(record)
+    sessions = text_pipe.image_model.sessions = Sessions(record)
     text_pipe(PROMPTS, seed=2, sampler="ar", output_type="tokens")
     assert len(sessions.kept) == 1
     with pytest.raises(InterruptedError):
@@ -72,14 +72,14 @@ def test_a_schedule_of_the_host_is_not_captured(
     text_pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = Recorder(monkeypatch)
-    text_pipe._kept_sessions = Sessions(record)
+    text_pipe.image_model.sessions = Sessions(record)
     assert text_pipe("red heart", sampler="zipar").stats.graph_passes == 0
-    assert record.captures == 0 and not len(text_pipe._kept_sessions.kept)
+    assert record.captures == 0 and not len(text_pipe.image_model.sessions.kept)
 
 
 def test_too_little_memory_is_said_before(text_pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, length = text_pipe.gpt, text_pipe.grid**2
-    each = memory.decoding_bytes(model, 2, length, 16)
+    length = text_pipe.image_model.family.layout.length
+    each = text_pipe.image_model.family.bytes_per_image(16, guided=True)
     # Two halves of keys and values in fp32 over two layers, two condition slots, and the logits of a window.
     assert each == 2 * 2 * 2 * 32 * (2 + length + 16) * 4 + 12 * 16 * 24 * 4
     monkeypatch.setattr(memory, "free_memory", lambda device: 3 * each)
