@@ -75,7 +75,7 @@ def test_sample(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (about["model"], about["batch"], about["count"], about["seed"]) == (str(text_folder), 3, 5, 4)
     assert about["parameters"] == {"window": 6, "coupling": "independent", "init": "left", "grid": 5}
-    assert about["settings"] == {"guidance_scale": 1.5, "guidance_interval": -1, "guidance_schedule": "constant",
+    assert about["settings"] == {"guidance_scale": 1.5, "guidance_interval": -1, "guidance_schedule": None,
                                  "temperature": 0.8, "top_k": 9, "top_p": 0.9}  # fmt: skip
     assert run(*given, "--json") == 0
     found = json.loads(capsys.readouterr().out)
