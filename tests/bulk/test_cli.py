@@ -152,7 +152,7 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
         ("--prompts TMP/p.txt --npz TMP/file/a.npz", "Cannot write to folder TMP/file"),
         ("--prompts TMP/p.txt --out TMP/file/a", "Cannot write to folder TMP/file/a"),
         ("--prompts TMP/p.txt --sampler scdd", "Unknown sampler 'scdd'."),
-        ("--prompts TMP/p.txt --sampler mar", "Sampler 'mar' does not decode this model"),
+        ("--prompts TMP/p.txt --sampler mar", "Sampler 'mar' is for continuous tokens."),
         ("--prompts TMP/p.txt --sampler eagle", "Sampler 'eagle' needs a drafter of the kind 'eagle'"),
         ("--prompts TMP/p.txt --set gamma=2", "Sampler 'scd' has no parameter 'gamma'"),
         ("--prompts TMP/p.txt --temperature 0", "temperature must be above 0"),

@@ -74,8 +74,7 @@ def chosen_sampler(options: argparse.Namespace, params: SamplingParams) -> AnySa
     params.check(tokens)
     if not options.sampler and not options.parameters and options.window is None:
         return None
-    default = DEFAULTS[tokens]
-    return configured(options.sampler or default, options.parameters, options.window)
+    return configured(options.sampler or DEFAULTS[tokens], options.parameters, options.window)
 
 
 def _write(
