@@ -81,7 +81,7 @@ def test_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "captions.txt").write_text("red heart\n\ncat, 3d\nred heart\n")
     assert run(text_folder, tmp_path / "run", "--captions", tmp_path / "captions.txt") == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == str(tmp_path / "run" / "eagle") and "6 of 6 images drawn" in err
+    assert out.splitlines()[-1] == str(tmp_path / "run" / "eagle") and "6 of 6 images sampled" in err
     assert main(["generate", "cat", "--model", str(text_folder), "--sampler", "eagle", "--json", "-o",
                  str(tmp_path / "cat.png"), "--drafter", str(tmp_path / "run" / "eagle")]) == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out)["sampler"] == "eagle"
