@@ -1,4 +1,4 @@
-"""The library's noise (`visar.engine.rng`) from its counters: words of Philox, uniforms, and exponential races.
+"""The library's noise (`visar.engine.rng`) from its counters: words of Philox, uniforms, and exponential noise.
 
 A Triton form makes all of it in one launch. A `Race` says which Exp(1) variables are meant without making them, so that
 a kernel that needs one per token of a vocabulary computes them in registers (`exponentials`) instead of reading them.
@@ -141,11 +141,11 @@ class ExponentialNoise:
         return exponential(self.key, self.images, self.keys, self.positions, self.passes, self.purpose, self.vocab)
 
     def __getitem__(self, at: tuple[slice, slice]) -> ExponentialNoise:
-        """The races of some columns, `exponential noise[:, 1:]`."""
+        """The noise of some columns, `noise[:, 1:]`."""
         return replace(self, positions=self.positions[at])
 
     def arguments(self) -> tuple[Any, ...]:
-        """What a kernel is given to make them: the arguments of `race_place`."""
+        """What a kernel is given to make them: the arguments of `noise_counter`."""
         return (
             self.key, self.images, self.keys, self.positions, self.passes, self.images.stride(0), self.keys.stride(0),
             *self.positions.stride(),

@@ -151,7 +151,7 @@ def verify_maximal(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Ve
 @fused("gumbel")
 def verify_gumbel(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
     """Coupled speculative Jacobi decoding, Gumbel coupling: all drafts of one position share the exponential noise of
-    `uniforms.exponential noise`.
+    `noise.exponential`.
 
     The residual is sampled with fresh noise; it must not see the exponential noise that made the draft.
     """
