@@ -53,7 +53,9 @@ def words() -> WordEncoder:
 def text_folder(words: WordEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("pipelines") / "text"
-    TextToImagePipeline(text_gpt(), VQModel(**VQ).eval(), words, guidance_scale=2.0, top_k=0).save_pretrained(folder)
+    TextToImagePipeline(
+        gpt=text_gpt(), vq=VQModel(**VQ).eval(), text_encoder=words, guidance_scale=2.0, top_k=0
+    ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
@@ -61,7 +63,7 @@ def text_folder(words: WordEncoder, tmp_path_factory: pytest.TempPathFactory) ->
 def class_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("pipelines") / "class"
-    ClassToImagePipeline(class_gpt(), VQModel(**VQ).eval(), guidance_scale=2.0, top_k=0).save_pretrained(folder)
+    ClassToImagePipeline(gpt=class_gpt(), vq=VQModel(**VQ).eval(), guidance_scale=2.0, top_k=0).save_pretrained(folder)
     return folder
 
 

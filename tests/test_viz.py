@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.generation.test_stats import stats_of
 from tests.helpers.tiny import GRID
 from tests.pipelines.test_masked import class_mar, fast, small_vae
-from tests.pipelines.test_stats import stats_of
 from visar.cli import main
 from visar.errors import VisarError
-from visar.pipelines import ClassToImagePipeline, MaskedClassToImagePipeline, TextToImagePipeline
+from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import get_sampler
 from visar.viz import FEW, Curve, commit_curve, compare, heat_map, to_svg
 
@@ -65,7 +65,7 @@ def test_map_of_a_raster_model(text_pipe: TextToImagePipeline, sampler: str) -> 
 
 
 def test_map_of_a_masked_model_with_given_cells() -> None:
-    pipe = MaskedClassToImagePipeline(class_mar(), small_vae())
+    pipe = ClassToImagePipeline(mar=class_mar(), vae=small_vae())
     pipe.set_progress_bar_config(disable=True)
     forced = torch.full((9, 4), float("nan"))
     forced[[1, 7]] = 0.5
@@ -191,7 +191,7 @@ def bars(axes: Any) -> list[float]:
 
 
 def test_samplers_side_by_side() -> None:
-    runs = [stats_of(), stats_of(sampler="gsd", exact=False, law="relaxed", nfe=12345, ms_per_pass=9.5)]
+    runs = [stats_of(), stats_of(sampler="gsd", exact=False, exactness="relaxed", nfe=12345, ms_per_pass=9.5)]
     figure = compare(runs)
     passes, cost = figure.axes
     assert bars(passes) == [83, 12345] and bars(cost) == [8.604, 9.5]
@@ -208,7 +208,7 @@ def test_samplers_side_by_side() -> None:
 
 def test_a_report_of_the_command_line(text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bench.json"
-    tail = ["--images", "1", "--repeats", "1", "--json", str(file), "--model", str(text_folder)]
+    tail = ["-n", "1", "--repeats", "1", "--json", str(file), "--model", str(text_folder)]
     assert main(["bench", "--samplers", "ar,gsd", *tail]) == 0
     report = json.loads(file.read_text())
     figure = compare(report)
@@ -234,7 +234,7 @@ def drawn() -> list[Figure]:
         heat_map(torch.tensor([-1, 0, 0, 1])),
         heat_map(torch.arange(9) // 2),
         commit_curve([Curve("<scd> & co", [0, 1], [0, 4], [0.0, 0.1])], 4),
-        compare([stats_of(), stats_of(exact=False, law="relaxed")]),
+        compare([stats_of(), stats_of(exact=False, exactness="relaxed")]),
     ]
 
 

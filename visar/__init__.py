@@ -9,12 +9,19 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from visar.errors import VisarError
-    from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
+    from visar.families.registry import register_family
+    from visar.generation.model import ImageModel
+    from visar.params import SamplingParams
+    from visar.pipelines import ClassToImagePipeline, TextToImagePipeline, load
     from visar.samplers import SAMPLERS, Autoregressive, HeadSpeculation, Jacobi, SpeculativeJacobi
 
 # Nothing heavy is imported before it is asked for.
 _HOMES = {
     "ClassToImagePipeline": "visar.pipelines",
+    "ImageModel": "visar.generation.model",
+    "SamplingParams": "visar.params",
+    "load": "visar.pipelines",
+    "register_family": "visar.families.registry",
     "TextToImagePipeline": "visar.pipelines",
     "SAMPLERS": "visar.samplers",
     "Autoregressive": "visar.samplers",
@@ -29,11 +36,15 @@ __all__ = [
     "Autoregressive",
     "ClassToImagePipeline",
     "HeadSpeculation",
+    "ImageModel",
     "Jacobi",
+    "SamplingParams",
     "SpeculativeJacobi",
     "TextToImagePipeline",
     "VisarError",
     "__version__",
+    "load",
+    "register_family",
 ]
 
 
@@ -41,3 +52,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'visar' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from visar.errors import VisarError
 from visar.figures import GREY, new_figure, quiet, to_svg
-from visar.stats import DecodeStats
+from visar.generation.stats import DecodeStats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from torch import Tensor
 from visar.engine.tree import MOST_NODES
 from visar.errors import VisarError
 from visar.eval.benchmark.speed import PROMPTS
-from visar.pipelines import TextToImagePipeline
+from visar.generation.model import ImageModel
 from visar.samplers import TreeSpeculative
 from visar.samplers.tree_verification import ChildRule, VerifiedTree
 from visar.samplers.trees import TREES, best_tree, expected_tokens, named_tree
@@ -74,12 +74,12 @@ def main() -> int:
         if not 1 <= options.levels <= options.depth or not 1 <= options.images <= len(PROMPTS):
             raise VisarError(f"--levels must be 1 to --depth, and --images 1 to {len(PROMPTS)}.")
         watched = Watched(tree="x".join([str(options.children)] * options.levels), drafter=options.kind)
-        pipe = TextToImagePipeline.from_pretrained(options.model)
-        pipe.set_progress_bar_config(disable=True)
+        model = ImageModel.load(options.model)
+        model.bar = {"disable": True}
         if options.drafter:
-            pipe.load_drafter(options.drafter)
+            model.load_drafter(options.drafter)
         for prompt in PROMPTS[: options.images]:
-            pipe(prompt, sampler=watched, output_type="tokens")
+            model.generate(prompt, sampler=watched, output_type="tokens")
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2

@@ -28,14 +28,14 @@ import torch
 from visar.engine.graphs import Graph
 from visar.errors import VisarError
 from visar.eval.benchmark import kernel_checks, shapes
-from visar.eval.benchmark.profiling import PassProfile, profile_pipeline, profile_text
+from visar.eval.benchmark.profiling import PassProfile, profile_model, profile_text
 from visar.eval.benchmark.shapes import SHAPES, Shape, ShapeReport, ShapeRow, shapes_text
 from visar.eval.benchmark.speed import PROMPTS, bandwidth, compare, device_title
-from visar.families.specs import GPTShape
+from visar.families.llamagen.specs import GPTShape
 from visar.files import replacing, writable_folder
+from visar.generation.model import ImageModel
 from visar.kernels.backend import triton
 from visar.kernels.philox import philox, philox_triton
-from visar.pipelines import TextToImagePipeline
 from visar.samplers import get_sampler, samplers_for, spec_of
 from visar.tables import table
 
@@ -57,18 +57,19 @@ class Run:
     kernels: list[kernel_checks.Outcome] = field(default_factory=list)
     shapes: list[ShapeRow] = field(default_factory=list)
     profiles: dict[str, PassProfile] = field(default_factory=dict)
-    pipelines: dict[Any, Any] = field(default_factory=dict)
+    models: dict[Any, Any] = field(default_factory=dict)
 
-    def pipeline(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Any:
+    def model(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Any:
         """An embedded model; in a dry run one whose images are of few tokens."""
         key = name, dtype, device or self.device
-        if key not in self.pipelines:
-            pipe = TextToImagePipeline.from_pretrained(name).to(device or self.device, dtype)
-            pipe.set_progress_bar_config(disable=True)
+        if key not in self.models:
+            model = ImageModel.load(name).to(device or self.device, dtype)
             if self.dry and name == "icons":
-                pipe.register_to_config(grid=4)
-            self.pipelines[key] = pipe
-        return self.pipelines[key]
+                family = model.family
+                model = ImageModel(type(family).of(family.components, {**family.settings, "grid": 4}), model.folder)
+            model.bar = {"disable": True}
+            self.models[key] = model
+        return self.models[key]
 
     def images(self, full: int) -> list[str]:
         return list(PROMPTS[: 1 if self.dry else full])
@@ -139,12 +140,12 @@ def shape_rows(run: Run) -> Iterator[Check]:
 
 def profiles(run: Run) -> Iterator[Check]:
     """Where a pass of the embedded model goes, and whether the host waits within the loop."""
-    pipe = run.pipeline("icons", torch.float32 if run.dry else torch.bfloat16)
+    pipe = run.model("icons", torch.float32 if run.dry else torch.bfloat16)
     for mode in ("",) if run.dry else (", graph", ", no graph"):
         for name in ("ar", "scd"):
             sampler = get_sampler(name, window=4 if run.dry and name == "scd" else None)
             count = dict(passes=2, warm=1) if run.dry else {}
-            p = profile_pipeline(pipe, sampler, graph=Graph() if mode == ", graph" else None, **count)
+            p = profile_model(pipe, sampler, graph=Graph() if mode == ", graph" else None, **count)
             run.profiles[name + mode] = p
             shares = ", ".join(f"{group} {share:.0%}" for group, share in p.shares.items())
             # The host looks whether all rows are done at every fourth pass at most; more than that is a fault.
@@ -156,7 +157,7 @@ def profiles(run: Run) -> Iterator[Check]:
 def same_images(run: Run) -> Iterator[Check]:
     """In fp32 the GPU must draw what the CPU draws; a near tie may flip a token and change what follows it."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    pipes = [run.pipeline("icons", device=d) for d in (torch.device("cpu"), run.device)]
+    pipes = [run.model("icons", device=d) for d in (torch.device("cpu"), run.device)]
     prompts = run.images(8)
     for name in ("ar", "scd", "eagle") if run.dry else samplers_for("discrete"):
         tokens = [pipe(prompts, sampler=name, output_type="tokens").tokens.cpu() for pipe in pipes]
@@ -173,7 +174,7 @@ def continuous(run: Run, name: str) -> Any:
 
 def same_continuous_images(run: Run) -> Iterator[Check]:
     """The same of continuous tokens, which rounding moves a little and a flipped test by more."""
-    pipes = [run.pipeline("icons-mar", device=d) for d in (torch.device("cpu"), run.device)]
+    pipes = [run.model("icons-mar", device=d) for d in (torch.device("cpu"), run.device)]
     prompts = run.images(8)
     for name in ("mar", "mar-headspec") if run.dry else samplers_for("continuous"):
         sampler = continuous(run, name)
@@ -185,7 +186,7 @@ def same_continuous_images(run: Run) -> Iterator[Check]:
 
 def icons_speed(run: Run) -> Iterator[Check]:
     """The embedded model, trained: real acceptance."""
-    pipe = run.pipeline("icons")
+    pipe = run.model("icons")
     names = ("ar", "scd") if run.dry else MEASURED
     for batch in (1,) if run.dry else (1, 8):
         report = compare(
@@ -199,7 +200,7 @@ def icons_speed(run: Run) -> Iterator[Check]:
 
 def continuous_speed(run: Run) -> Iterator[Check]:
     """The embedded MAR: head rounds, and time against plain decoding."""
-    pipe = run.pipeline("icons-mar")
+    pipe = run.model("icons-mar")
     plain, spec = continuous(run, "mar"), continuous(run, "mar-headspec")
     samplers = {"mar": plain} | {f"draft {n}": get_sampler(spec, draft=n) for n in ((2,) if run.dry else (4, 8, 16))}
     for batch in (1,) if run.dry else (1, 8):

@@ -23,7 +23,7 @@ from visar.engine.drafter import Timed
 from visar.engine.graphs import Graph
 from visar.errors import VisarError
 from visar.eval.benchmark.steady import steady
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.host import synchronize
 from visar.samplers import Target
 from visar.tables import table
@@ -72,7 +72,7 @@ class PassProfile:
 
 
 def profile_passes(
-    session: ModelSession,
+    session: LlamaGenSession,
     sampler: Any,
     target: Target,
     noise: Any,
@@ -123,25 +123,28 @@ def profile_passes(
     )  # fmt: skip
 
 
-def profile_pipeline(
-    pipe: Any, sampler: Any, *, passes: int = 24, warm: int = 8, graph: Graph | None = None, **call: Any
+def profile_model(
+    model: Any, sampler: Any, *, passes: int = 24, warm: int = 8, graph: Graph | None = None, **call: Any
 ) -> PassProfile:
-    """The same of one image of a pipeline, with whatever drafter its sampler needs; `call` goes to its call."""
+    """The same of one image of a model, with whatever drafter its sampler needs; `call` goes to its call."""
     from visar.eval.benchmark.speed import conditions
+    from visar.generation.model import ImageModel
+    from visar.params import DISCRETE
 
-    if not hasattr(pipe, "gpt"):
+    model = ImageModel.of(model)
+    if model.family.tokens != DISCRETE:
         raise VisarError("Passes of models of continuous tokens are not profiled; give a model of discrete tokens.")
     taken: list[tuple[Any, ...]] = []
 
     class Taken(Exception):
         pass
 
-    def take(session: Any, method: Any, target: Any, noise: Any, *_: Any) -> None:
+    def take(session: Any, method: Any, target: Any, noise: Any, *_: Any, **__: Any) -> None:
         taken.append((session, method, target, noise))
         raise Taken
 
-    with _replaced(pipe, "_decoded", take), suppress(Taken):
-        pipe(conditions(pipe, 1), sampler=sampler, output_type="tokens", **call)
+    with _replaced(model, "run", take), suppress(Taken):
+        model.generate(conditions(model, 1), sampler=sampler, output_type="tokens", **call)
     return profile_passes(*taken[0], passes=passes, warm=warm, graph=graph)
 
 
@@ -160,8 +163,8 @@ def profile_text(rows: Sequence[tuple[Any, ...]], header: tuple[str, ...]) -> st
 def ranges(sampler: Any) -> Iterator[None]:
     """Name what runs: passes of models, drafters' ones too, guidance and the target law, and the sampler's own step."""
     named = (
-        (type(sampler), "step", VERIFY), (ModelSession, "guided", LAW), (Target, "probs", LAW),
-        (ModelSession, "forward", MODEL_RANGE), (ModelSession, "forward_at", MODEL_RANGE),
+        (type(sampler), "step", VERIFY), (LlamaGenSession, "guided", LAW), (Target, "probs", LAW),
+        (LlamaGenSession, "forward", MODEL_RANGE), (LlamaGenSession, "forward_at", MODEL_RANGE),
         (Timed, "root", MODEL_RANGE), (Timed, "extend", MODEL_RANGE),
     )  # fmt: skip
     with ExitStack() as stack:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visar.engine.component import unfilled
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.memory import GIB, free_memory
@@ -26,8 +27,8 @@ from visar.eval.benchmark.profiling import PassProfile, profile_passes, profile_
 from visar.eval.benchmark.speed import bandwidth, device_title
 from visar.eval.benchmark.steady import Steady, steady
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.session import ModelSession
-from visar.families.specs import MODELS, GPTShape
+from visar.families.llamagen.session import LlamaGenSession
+from visar.families.llamagen.specs import MODELS, GPTShape
 from visar.host import synchronize
 from visar.samplers import Autoregressive, Sampler, SpeculativeJacobi, Target
 from visar.tables import table
@@ -159,7 +160,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Llam
     g, before = shape.gpt, torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with unfilled():
             model = LlamaGen(
                 g.vocab, g.dim, g.layers, g.heads, g.ffn, shape.condition, g.condition_length, g.classes,
                 g.caption_features, shape.grid,
@@ -288,9 +289,9 @@ def _measured(
     model = random_model(shape, dtype, device)
     target, noise = Target(top_k=shape.top_k), Noise(0, torch.arange(row.batch, device=device))
 
-    def session(window: int) -> ModelSession:
+    def session(window: int) -> LlamaGenSession:
         condition, mask = condition_of(shape, row.batch)
-        return ModelSession(
+        return LlamaGenSession(
             model, condition, mask, length=shape.grid**2, window=window, grid=shape.grid,
             guidance=Guidance(shape.guidance),
         )  # fmt: skip

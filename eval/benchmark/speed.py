@@ -13,11 +13,9 @@ from typing import Any
 import torch
 
 from visar.errors import VisarError
+from visar.generation.model import ImageModel
+from visar.generation.stats import MaskedStats
 from visar.host import synchronize
-from visar.pipelines.base import ImagePipeline
-from visar.pipelines.text_to_image import TextToImagePipeline
-from visar.samplers import AnySampler
-from visar.stats import MaskedStats
 
 # Common things in the three styles of the embedded model; the first `images` of them are decoded.
 THINGS = (
@@ -51,7 +49,7 @@ class SpeedRow:
     exact: bool
     window: int | None  # of masked models none
     nfe: float
-    commits_per_pass: float
+    tokens_per_pass: float
     ms_per_pass: float
     draft_share: float | None  # within a CUDA graph it cannot be told
     seconds_per_image: float
@@ -96,16 +94,17 @@ def device_title(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
 
 
-def conditions(pipe: ImagePipeline, count: int) -> list[Any]:
+def conditions(model: Any, count: int) -> list[Any]:
     """The prompts or classes that are measured with."""
-    if isinstance(pipe, TextToImagePipeline):
+    family = ImageModel.of(model).family
+    if family.condition == "prompt":
         return [PROMPTS[i % len(PROMPTS)] for i in range(count)]
-    return [i * 37 % pipe.model.config.classes for i in range(count)]
+    return [i * 37 % family.classes for i in range(count)]
 
 
 def compare(
-    pipe: ImagePipeline,
-    samplers: Mapping[str, AnySampler],
+    model: Any,
+    samplers: Mapping[str, Any],
     *,
     batch: int = 1,
     images: int = 16,
@@ -119,19 +118,20 @@ def compare(
     """
     if not samplers:
         raise VisarError("No sampler was given.")
-    wanted = conditions(pipe, images)
+    model = ImageModel.of(model)
+    wanted = conditions(model, images)
     groups = [wanted[i : i + batch] for i in range(0, images, batch)]
 
     heads: dict[str, HeadFigures] = {}
 
-    def once(name: str, sampler: AnySampler) -> dict[str, float]:
-        stats = [pipe(g, sampler=sampler, seed=seed, output_type="tokens", **settings).stats for g in groups]
+    def once(name: str, sampler: Any) -> dict[str, float]:
+        stats = [model.generate(g, sampler=sampler, seed=seed, output_type="tokens", **settings).stats for g in groups]
         seconds, passes = sum(s.seconds for s in stats), sum(s.nfe for s in stats)
         if masked := [s for s in stats if isinstance(s, MaskedStats)]:
             heads[name] = _head_figures(masked)
         return {
             "nfe": passes / len(groups),
-            "commits_per_pass": statistics.mean(s.commits_per_pass for s in stats),
+            "tokens_per_pass": sum(s.tokens for s in stats) / sum(max(s.passes_per_image) for s in stats),
             "ms_per_pass": statistics.median(s.ms_per_pass for s in stats),
             "draft_share": sum(math.nan if s.draft_seconds is None else s.draft_seconds for s in stats) / seconds,
             "seconds_per_image": seconds / images,
@@ -140,7 +140,7 @@ def compare(
         }
 
     for sampler in samplers.values():
-        pipe(groups[0], sampler=sampler, seed=seed, output_type="tokens", **settings)
+        model.generate(groups[0], sampler=sampler, seed=seed, output_type="tokens", **settings)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in samplers}
     for _ in range(repeats):
         for name, sampler in samplers.items():
@@ -155,15 +155,15 @@ def compare(
     rows = [
         SpeedRow(
             sampler=name, exact=sampler.exact,
-            window=None if name in heads else pipe.fitted(sampler).window, **figures(name),
+            window=None if name in heads else model.sampler_of(sampler).window, **figures(name),
             nfe_ratio=medians[name]["nfe"] / base["nfe"],
             time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"], head=heads.get(name),
         )
         for name, sampler in samplers.items()
     ]  # fmt: skip
-    device = pipe.model.device
+    device = model.device
     return SpeedReport(
-        device_title(device), str(pipe.model.dtype).removeprefix("torch."), torch.__version__,
+        device_title(device), str(model.dtype).removeprefix("torch."), torch.__version__,
         torch.get_num_threads(), batch, images, repeats, bandwidth(device), rows,
     )  # fmt: skip
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from visar.engine.quantization import quantize
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
-from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
-from visar.pipelines.base import ImagePipeline
+from visar.generation.model import ImageModel
+from visar.params import DISCRETE
 from visar.training.ar import encode_captions, tokenize
 from visar.training.data import SPLITS, ImageSet
 
@@ -96,69 +96,67 @@ def change(before: Tensor, after: Tensor) -> Change:
     return Change(len(after), after.mean().item(), difference.mean().item(), error)
 
 
-def agreement(pipe: ImagePipeline, gpt: LlamaGen, conditions: Sequence[Any], seed: int) -> dict[str, float]:
-    """Plain decoding with `gpt` in the place of the pipeline's, under one seed: how alike the tokens are.
+def agreement(model: ImageModel, gpt: LlamaGen, conditions: Sequence[Any], seed: int) -> dict[str, float]:
+    """Plain decoding with `gpt` in the place of the model's own, under one seed: how alike the tokens are.
 
     `equal` is the share of tokens that are the same, `until` the mean number before the first that is not.
     """
-    known = pipe.gpt
-    tokens = [pipe(conditions, sampler="ar", seed=seed, output_type="tokens").tokens]
+    known = model.family.model
+    tokens = [model.generate(conditions, sampler="ar", seed=seed, output_type="tokens").tokens]
     try:
-        pipe.gpt = gpt
-        tokens.append(pipe(conditions, sampler="ar", seed=seed, output_type="tokens").tokens)
+        model.family.replace("gpt", gpt)
+        tokens.append(model.generate(conditions, sampler="ar", seed=seed, output_type="tokens").tokens)
     finally:
-        pipe.gpt = known
+        model.family.replace("gpt", known)
     same = (tokens[0] == tokens[1]).double()
     return {"images": len(same), "equal": same.mean().item(), "until": same.cumprod(1).sum(1).mean().item()}
 
 
-def real(pipe: ImagePipeline, data: ImageSet, most: int) -> dict[str, Sample]:
+def real(model: ImageModel, data: ImageSet, most: int) -> dict[str, Sample]:
     """Up to `most` images of each split of an image set, by split. Raises `VisarError` for a class model."""
-    if not isinstance(pipe, TextToImagePipeline):
+    if model.family.condition != "prompt":
         raise VisarError("Images with captions are for text models; leave --data out and give --class.")
     out = {}
-    pixels = data.pixels(pipe.pixels)
+    pixels = data.pixels(model.family.pixels[0])
     for split in SPLITS:
         rows = data.indices(split)[:most]
         if len(rows) > 1:
-            features, mask = encode_captions(pipe.text_encoder, [data.records[i] for i in rows], None)  # type: ignore[arg-type]
-            out[split] = Sample(features, mask, tokenize(pipe.vq, pixels[rows]))
+            parts = model.family.components
+            features, mask = encode_captions(parts["text_encoder"], [data.records[i] for i in rows], None)
+            out[split] = Sample(features, mask, tokenize(parts["vq"], pixels[rows]))
     return out
 
 
-def own(pipe: ImagePipeline, conditions: Sequence[Any], each: int, seed: int) -> Sample:
+def own(model: ImageModel, conditions: Sequence[Any], each: int, seed: int) -> Sample:
     """`each` images of every prompt or class, drawn by the model itself as it is used."""
     tokens = [
-        pipe([c], num_images_per_prompt=each, seed=seed, output_type="tokens", sampler="ar").tokens for c in conditions
+        model.generate([c], num_images=each, seed=seed, output_type="tokens", sampler="ar").tokens for c in conditions
     ]
-    drawn = torch.cat(tokens).cpu()
-    if isinstance(pipe, TextToImagePipeline):
-        features, mask = pipe.text_encoder.encode(list(conditions))
-        return Sample(features.repeat_interleave(each, 0), mask.repeat_interleave(each, 0), drawn)
-    return Sample(torch.tensor(conditions).repeat_interleave(each), None, drawn)
+    encoded = [part.repeat_interleave(each, 0) for part in model.family.encode(conditions)]
+    return Sample(encoded[0], encoded[1] if len(encoded) > 1 else None, torch.cat(tokens).cpu())
 
 
 def measure(
-    pipe: ImagePipeline,
+    model: ImageModel,
     samples: Mapping[str, Sample],
     conditions: Sequence[Any],
     variants: Mapping[str, Variant] = VARIANTS,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Per variant: the bytes of the GPT, a `Change` for each sample, and the `agreement` over `conditions`."""
-    before = {name: nats(pipe.gpt, sample) for name, sample in samples.items()}
+    before = {name: nats(model.family.model, sample) for name, sample in samples.items()}
     out: dict[str, Any] = {
         "float32": {
-            "bytes": _bytes(pipe.gpt),
+            "bytes": _bytes(model.family.model),
             "samples": {name: {"images": len(x), "cross_entropy": x.mean().item()} for name, x in before.items()},
         }
     }
     for label, variant in variants.items():
-        gpt = variant.of(pipe.gpt)
+        gpt = variant.of(model.family.model)
         out[label] = {
             "bytes": _bytes(gpt),
             "samples": {name: asdict(change(before[name], nats(gpt, sample))) for name, sample in samples.items()},
-            "tokens": agreement(pipe, gpt, conditions, seed),
+            "tokens": agreement(model, gpt, conditions, seed),
         }
     return out
 
@@ -203,18 +201,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise VisarError(f"There are no weights {unknown[0]!r}; there are {'; '.join(VARIANTS)}.")
         if given.images < 2:
             raise VisarError(f"--images must be 2 or more, not {given.images}.")
-        kind = ClassToImagePipeline if given.classes else TextToImagePipeline
-        pipe = kind.from_pretrained(given.model).to(given.device, torch.float32)
-        if not isinstance(pipe.model, LlamaGen):
+        model = ImageModel.load(given.model).to(given.device, torch.float32)
+        if model.family.tokens != DISCRETE:
             raise VisarError("Cross-entropy is of a GPT over image tokens; a MAR has none.")
-        pipe.set_progress_bar_config(disable=True)
+        model.bar = {"disable": True}
         conditions = given.classes or given.prompt or ["a red heart, 3d", "a lion, noto", "a green apple, flat"]
         if given.data:
             styles, without = (tuple(filter(None, x.split(","))) for x in (given.styles, given.without_groups))
-            samples = real(pipe, ImageSet(given.data, styles, without), given.images)
+            samples = real(model, ImageSet(given.data, styles, without), given.images)
         else:
-            samples = {"own": own(pipe, conditions, given.images, given.seed)}
-        report = measure(pipe, samples, conditions, {label: VARIANTS[label] for label in wanted}, given.seed)
+            samples = {"own": own(model, conditions, given.images, given.seed)}
+        report = measure(model, samples, conditions, {label: VARIANTS[label] for label in wanted}, given.seed)
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2

@@ -22,7 +22,7 @@ from visar.eval.benchmark.speed import compare as compare_speed
 from visar.eval.quality.compare import Comparison, compare
 from visar.eval.quality.extractors import Extractor
 from visar.eval.quality.image_folder import ImageFolder
-from visar.pipelines.base import ImagePipeline
+from visar.generation.model import ImageModel
 from visar.samplers import AnySampler
 
 IMAGES = "images"  # the folder of the samplers' folders
@@ -72,13 +72,13 @@ class Report:
 
 
 def make_report(
-    pipe: ImagePipeline,
-    samplers: Mapping[str, AnySampler],
+    model: Any,
+    samplers: Mapping[str, Any],
     conditions: Sequence[Condition | str | int],
     out: Path,
     extract: Extractor,
     *,
-    model: str,
+    name: str,
     count: int,
     batch: int = 16,
     seed: int = 0,
@@ -96,14 +96,15 @@ def make_report(
     sampler. `settings` go to the pipeline. Raises `VisarError` for fewer than two samplers, and as `sample_images`
     and `compare` do.
     """
+    model = ImageModel.of(model)
     if len(samplers) < 2:
         raise VisarError("A report compares 2 or more samplers; the first is what the others are compared with.")
     labels = list(samplers)
 
     def drawn(label: str, folder: str, at: int) -> ImageFolder:
         told = sample_images(
-            pipe, conditions, out / IMAGES / folder, count=count, sampler=samplers[label], batch=batch, seed=at,
-            model=model, progress=progress, **settings,
+            model, conditions, out / IMAGES / folder, count=count, sampler=samplers[label], batch=batch, seed=at,
+            name=name, progress=progress, **settings,
         )  # fmt: skip
         tell(str(told))
         return ImageFolder.open(out / IMAGES / folder)
@@ -117,9 +118,9 @@ def make_report(
         entries.append(_entry(label, samplers[label], first, images, extract, reference, clip, worst))
     for entry in entries:
         tell(f"{entry.label}{OTHER_SEED if entry is entries[0] else ''}: {entry.comparison.verdict}")
-    speed = compare_speed(pipe, samplers, images=speed_images, repeats=1, seed=seed, **settings)
+    speed = compare_speed(model, samplers, images=speed_images, repeats=1, seed=seed, **settings)
     by = "score against its prompt" if clip else "distance of its features from those of its pair"
-    return Report(model, seed, settings, speed, tuple(entries), by)
+    return Report(name, seed, settings, speed, tuple(entries), by)
 
 
 def _entry(

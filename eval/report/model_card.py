@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
-from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
+from visar.generation.model import ImageModel
+from visar.params import CONTINUOUS
 from visar.training.ar import bigram_cross_entropy, cross_entropy, tokenize
 from visar.training.autoencoder import psnr as latent_psnr
 from visar.training.data import SPLITS, ImageSet, to_unit
@@ -32,30 +33,30 @@ TITLES = {
 }
 
 
-def masked_figures(
-    pipe: MaskedTextToImagePipeline, data: ImageSet, size: int, most: int = 256
-) -> dict[str, dict[str, float]]:
+def masked_figures(model: ImageModel, data: ImageSet, size: int, most: int = 256) -> dict[str, dict[str, float]]:
     """Per split: the number of images, PSNR in dB, and the head's loss with half to all of the tokens hidden."""
     pixels = data.pixels(size)
-    samples = LatentSamples(pipe.vae, pipe.text_encoder, data, size)
+    parts = model.family.components
+    samples = LatentSamples(parts["vae"], parts["text_encoder"], data, size)
     out = {}
     for split in SPLITS:
         rows = data.indices(split)
         if rows:
             out[split] = {
                 "images": len(rows),
-                "psnr_db": round(latent_psnr(pipe.vae, pixels[rows[:most]]), 2),
-                "loss": round(mean_loss(MARLoss(pipe.mar), samples, rows[:most]), 4),
+                "psnr_db": round(latent_psnr(parts["vae"], pixels[rows[:most]]), 2),
+                "loss": round(mean_loss(MARLoss(parts["mar"]), samples, rows[:most]), 4),
             }
     return out
 
 
-def figures(pipe: TextToImagePipeline, data: ImageSet, size: int, most: int = 400) -> dict[str, dict[str, float]]:
+def figures(model: ImageModel, data: ImageSet, size: int, most: int = 400) -> dict[str, dict[str, float]]:
     """Per split: the number of images, PSNR in dB, cross-entropy and that of a bigram in nats per token."""
-    if isinstance(pipe, MaskedTextToImagePipeline):
-        return masked_figures(pipe, data, size)
+    if model.family.tokens == CONTINUOUS:
+        return masked_figures(model, data, size)
+    parts = model.family.components
     pixels = data.pixels(size)
-    tokens = tokenize(pipe.vq, pixels)
+    tokens = tokenize(parts["vq"], pixels)
     train = tokens[data.indices("train")]
     out = {}
     for split in SPLITS:
@@ -64,18 +65,18 @@ def figures(pipe: TextToImagePipeline, data: ImageSet, size: int, most: int = 40
             continue
         out[split] = {
             "images": len(data.indices(split)),
-            "psnr_db": round(psnr(pipe.vq, pixels[rows]), 2),
+            "psnr_db": round(psnr(parts["vq"], pixels[rows]), 2),
             "cross_entropy": round(
-                cross_entropy(pipe.gpt, pipe.text_encoder, [data.records[i] for i in rows], tokens[rows]), 3
+                cross_entropy(parts["gpt"], parts["text_encoder"], [data.records[i] for i in rows], tokens[rows]), 3
             ),
-            "bigram_cross_entropy": round(bigram_cross_entropy(train, tokens[rows], pipe.vq.sizes.codebook_size), 3),
+            "bigram_cross_entropy": round(
+                bigram_cross_entropy(train, tokens[rows], parts["vq"].sizes.codebook_size), 3
+            ),
         }
     return out
 
 
-def recognition(
-    pipe: TextToImagePipeline, data: ImageSet, size: int, count: int = 96, seed: int = 0
-) -> dict[str, float]:
+def recognition(model: ImageModel, data: ImageSet, size: int, count: int = 96, seed: int = 0) -> dict[str, float]:
     """How often the training image nearest to what a training prompt gives shows the concept that was asked for.
 
     Near is by the pixels in 16x16 cells. `chance` is what a training image taken at random would reach.
@@ -91,7 +92,7 @@ def recognition(
     first = among_five = chance = 0.0
     for start in range(0, len(rows), 16):
         part = rows[start : start + 16]
-        images = pipe([records[i].prompt() for i in part], seed=seed, output_type="pt").images
+        images = model.generate([records[i].prompt() for i in part], seed=seed, output_type="pt").images
         assert isinstance(images, torch.Tensor)
         near = torch.cdist(cells(images.cpu() * 2 - 1), known).topk(5, largest=False).indices.tolist()
         for row, nearest in zip(part, near, strict=True):
@@ -108,11 +109,11 @@ def chosen(data: ImageSet, split: str, count: int, seed: int) -> list[str]:
     return random.Random(seed).sample(prompts, min(count, len(prompts)))
 
 
-def sheet(
-    pipe: TextToImagePipeline, prompts: list[str], columns: int = 8, scale: int = 2, seed: int = 0
-) -> Image.Image:
+def sheet(model: ImageModel, prompts: list[str], columns: int = 8, scale: int = 2, seed: int = 0) -> Image.Image:
     """The images of the prompts, one each, with the prompt under each."""
-    images = [im for i in range(0, len(prompts), 16) for im in pipe(prompts[i : i + 16], seed=seed).images or ()]
+    images = [
+        im for i in range(0, len(prompts), 16) for im in model.generate(prompts[i : i + 16], seed=seed).images or ()
+    ]
     side, text = images[0].width * scale, 14
     canvas = Image.new("RGB", (columns * side, -(-len(images) // columns) * (side + text)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -139,12 +140,12 @@ def main() -> int:
         folder = writable_folder(given.out)
         styles, without = (tuple(filter(None, x.split(","))) for x in (given.styles, given.without_groups))
         data = ImageSet(given.data, styles, without)
-        pipe = TextToImagePipeline.from_pretrained(given.model).to(torch.float32)
+        model = ImageModel.load(given.model).to(dtype=torch.float32)
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2
-    pipe.set_progress_bar_config(disable=True)
-    report = {**figures(pipe, data, given.size), "recognition": recognition(pipe, data, given.size, seed=given.seed)}
+    model.bar = {"disable": True}
+    report = {**figures(model, data, given.size), "recognition": recognition(model, data, given.size, seed=given.seed)}
     with replacing(folder / "figures.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
@@ -152,7 +153,7 @@ def main() -> int:
         prompts = chosen(data, split, 32 if split == "train" else 16, given.seed)
         if prompts:
             with replacing(folder / f"{split}.png") as temporary:
-                sheet(pipe, prompts, seed=given.seed).save(temporary)
+                sheet(model, prompts, seed=given.seed).save(temporary)
             print(f"{folder / split}.png: {title}")
     return 0
 

@@ -29,7 +29,7 @@ figcaption { font-size: 13px; color: #555; max-width: 14rem; }
 .changed { color: #a40000; } .same { color: #2d6a2d; }
 """
 HEADER = (
-    "sampler", "law", "NFE", "tokens per pass", "ms per pass", "s per image", "NFE ratio", "time ratio",
+    "sampler", "exact", "NFE", "tokens per pass", "ms per pass", "s per image", "NFE ratio", "time ratio",
     "same images", "same tokens", "energy distance", "seen from", "p", "from the reference", "change of score",
     "verdict",
 )  # fmt: skip
@@ -71,7 +71,7 @@ def _cells(report: Report) -> list[tuple[str, ...]]:
     for e in report.entries:
         s, c = speed[e.label], e.comparison
         out.append((
-            _title(e, report), "exact" if e.exact else "relaxed", f"{s.nfe:.1f}", f"{s.commits_per_pass:.2f}",
+            _title(e, report), "exact" if e.exact else "relaxed", f"{s.nfe:.1f}", f"{s.tokens_per_pass:.2f}",
             f"{s.ms_per_pass:.2f}", f"{s.seconds_per_image:.2f}", f"{s.nfe_ratio:.2f}", f"{s.time_ratio:.2f}",
             f"{100 * c.same:.0f}%", "" if c.tokens is None else f"{100 * c.tokens:.0f}%",
             f"{c.overall.distance:.3g}", f"{max(c.overall.least, 0):.2g}", f"{c.p:.2g}",

@@ -105,9 +105,9 @@ def test_the_bar_counts_what_is_there(text_folder: Path, tmp_path: Path, capsys:
 
 def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> None:
     from tests.pipelines.test_masked import small_vae, text_mar
-    from visar.pipelines import MaskedTextToImagePipeline
+    from visar.pipelines import TextToImagePipeline
 
-    MaskedTextToImagePipeline(text_mar(), small_vae(), words).save_pretrained(tmp_path / "model")
+    TextToImagePipeline(mar=text_mar(), vae=small_vae(), text_encoder=words).save_pretrained(tmp_path / "model")
     (tmp_path / "p.txt").write_text("red cat\nblue dog\n")
     given = ["sample", "--model", tmp_path / "model", "--prompts", tmp_path / "p.txt", "-n", 4, "--sampler", "mar",
              "--set", "steps=4", "--set", "head_steps=6", "--batch", 2, "--out", tmp_path / "a"]  # fmt: skip
@@ -146,20 +146,20 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
         ("--prompts TMP/blank.jsonl", "Line 2 of TMP/blank.jsonl has an empty prompt."),
         ("--prompts TMP/id.jsonl", "Line 1 of TMP/id.jsonl has an id that is neither text nor a whole number: [1]."),
         ("--prompts TMP/zebra.txt", "No word of the prompt 'zebra' is known to this model"),
-        ("--prompts TMP/p.txt -n 0", "-n must be 1 or more, not 0."),
+        ("--prompts TMP/p.txt -n 0", "--num-images must be 1 or more, not 0."),
         ("--prompts TMP/p.txt --batch 0", "--batch must be 1 or more, not 0."),
         ("--prompts TMP/p.txt --npz TMP/a.zip", "--npz writes a .npz file"),
         ("--prompts TMP/p.txt --npz TMP/file/a.npz", "Cannot write to folder TMP/file"),
         ("--prompts TMP/p.txt --out TMP/file/a", "Cannot write to folder TMP/file/a"),
         ("--prompts TMP/p.txt --sampler scdd", "Unknown sampler 'scdd'."),
-        ("--prompts TMP/p.txt --sampler mar", "Sampler 'mar' does not decode this model"),
+        ("--prompts TMP/p.txt --sampler mar", "Sampler 'mar' is for continuous tokens."),
         ("--prompts TMP/p.txt --sampler eagle", "Sampler 'eagle' needs a drafter of the kind 'eagle'"),
         ("--prompts TMP/p.txt --set gamma=2", "Sampler 'scd' has no parameter 'gamma'"),
-        ("--prompts TMP/p.txt --temperature 0", "Temperature must be a number above 0"),
-        ("--prompts TMP/p.txt --guidance-scale nan", "guidance_scale must be a finite number"),
+        ("--prompts TMP/p.txt --temperature 0", "temperature must be above 0"),
+        ("--prompts TMP/p.txt --guidance-scale nan", "--guidance-scale must be a finite number"),
         ("--prompts TMP/p.txt --device cuda:99", "Device 'cuda:99' is not there"),
         ("--prompts TMP/p.txt --model icns", "Unknown model 'icns'. Did you mean 'icons'?"),
-        ("--classes 1", "not a ClassToImagePipeline"),
+        ("--classes 1", "makes images from a prompt: give prompts."),
         ("--classes 3-1", "Classes are given as 0-999 or 1,5,7-9, or as a file of these, not as '3-1'."),
         ("--classes 1,2,1", "Class 1 is given twice"),
         ("--classes 1,cat", "not as 'cat'."),
@@ -198,7 +198,7 @@ def test_another_run_is_refused_before_weights_are_read(
     geneval_run: Path, text_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch,
     other: str, difference: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("visar.cli.sample.load_pipeline", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("visar.cli.sample.load_model", lambda *_, **__: pytest.fail("weights were read"))
     (tmp_path / "other.txt").write_text("dog\ncat\n")
     words = other.replace("OTHER", str(tmp_path / "other.txt")).split()
     prompts = geneval_run.with_name("metadata.jsonl")
@@ -222,7 +222,7 @@ def test_npz_of_classes(class_run: Path) -> None:
 
 
 def test_npz_of_prompts(geneval_run: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert run("export", geneval_run, "--layout", "npz", tmp_path / "a.npz") == 0
+    assert run("export", geneval_run, "--layout", "npz", "-o", tmp_path / "a.npz") == 0
     assert capsys.readouterr().out == f"{tmp_path / 'a.npz'}: 8 images of {geneval_run}\n"
     assert sorted(np.load(tmp_path / "a.npz")) == ["arr_0"] and names(tmp_path) == ["a.npz"]
 
@@ -230,7 +230,7 @@ def test_npz_of_prompts(geneval_run: Path, tmp_path: Path, capsys: Capture) -> N
 def test_geneval(geneval_run: Path, tmp_path: Path) -> None:
     """Each prompt's line as it was, and its images in the order of their indices."""
     (tmp_path / "out").mkdir()
-    assert run("export", geneval_run, "--layout", "geneval", tmp_path / "out") == 0
+    assert run("export", geneval_run, "--layout", "geneval", "-o", tmp_path / "out") == 0
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["00000", "00001"]
     for prompt, line in enumerate(GENEVAL):
         folder = tmp_path / "out" / f"{prompt:05d}"
@@ -244,7 +244,7 @@ def test_geneval(geneval_run: Path, tmp_path: Path) -> None:
 
 def test_dpg(dpg_run: Path, tmp_path: Path) -> None:
     """The crops that its evaluator takes are the prompt's four images, in the order of their indices."""
-    assert run("export", dpg_run, "--layout", "dpg", tmp_path / "new" / "out") == 0
+    assert run("export", dpg_run, "--layout", "dpg", "-o", tmp_path / "new" / "out") == 0
     assert names(tmp_path / "new" / "out") == ["31.png", "COCO_7.png"]
     for prompt, name in enumerate(("COCO_7", "31")):
         with Image.open(tmp_path / "new" / "out" / f"{name}.png") as grid:
@@ -272,7 +272,7 @@ def test_an_unfinished_run_is_not_exported(
         (folder / "run.json").write_text(json.dumps(about | {"count": 12}))
     else:
         (folder / "run.json").unlink()
-    assert run("export", folder, "--layout", layout, tmp_path / "out") == 2
+    assert run("export", folder, "--layout", layout, "-o", tmp_path / "out") == 2
     err = capsys.readouterr().err
     assert ("holds no run of" if damage == "no run" else "is not finished") in err and err.count("\n") == 1
     assert names(tmp_path) == ["run"]
@@ -301,7 +301,7 @@ def test_what_does_not_fit_a_layout(
         (dpg_run, "npz", "full", "is a folder; give a .npz file."),
         (tmp_path / "none", "npz", "a.npz", "holds no run of `visar sample`."),
     ):
-        assert run("export", folder, "--layout", layout, tmp_path / out) == 2
+        assert run("export", folder, "--layout", layout, "-o", tmp_path / out) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1 and names(tmp_path) == before
     with pytest.raises(ValueError, match="Unknown layout 'npy'"):
@@ -318,4 +318,4 @@ def test_a_image_of_another_size_is_no_npz(dpg_run: Path, tmp_path: Path) -> Non
 
 def test_the_help_names_both() -> None:
     done = subprocess.run([sys.executable, "-m", "visar", "--help"], capture_output=True, text=True)
-    assert "\n    sample " in done.stdout and "\n    export " in done.stdout
+    assert "\n  sample " in done.stdout and "\n  export " in done.stdout

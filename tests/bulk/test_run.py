@@ -14,6 +14,7 @@ from PIL import Image
 
 from visar.bulk import Condition, RunFolder, sample_images
 from visar.errors import VisarError
+from visar.generation.model import ImageModel
 from visar.pipelines import TextToImagePipeline
 from visar.samplers import SpeculativeJacobi
 
@@ -107,8 +108,8 @@ def test_the_run_is_described_first(go: Callable[..., Any], tmp_path: Path, monk
         seen.append((tmp_path / "own" / "run.json").exists())
         return original(self, *args, **kwargs)
 
-    original = TextToImagePipeline.__call__
-    monkeypatch.setattr(TextToImagePipeline, "__call__", call)
+    original = ImageModel.generate
+    monkeypatch.setattr(ImageModel, "generate", call)
     go()
     assert seen == [True] * 3
 

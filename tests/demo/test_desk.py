@@ -69,7 +69,7 @@ def test_strangers_at_once_get_what_they_asked_for(
 
 
 def test_a_comparison_runs_both_at_equal_seeds(desk: Desk, text_pipe: Any) -> None:
-    request = request_of(DemoModel("tiny", text_pipe), "blue cat", "ar", "scd", seed=7, images=2)
+    request = request_of(DemoModel("tiny", text_pipe.image_model), "blue cat", "ar", "scd", seed=7, images=2)
     frames = list(desk.serve(desk.ask("me", request)))
     numbers = [number for number, _ in frames]
     assert numbers == sorted(numbers) and set(numbers) == {0, 1}

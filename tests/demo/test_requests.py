@@ -93,7 +93,7 @@ def test_what_must_be_whole(models: Any) -> None:
 
 def test_the_settings_are_what_was_asked_for(models: Any) -> None:
     request = ask(models["text"], images=3, seed=17, guidance=1.5, temperature=0.5)
-    assert request.settings == dict(num_images_per_prompt=3, seed=17, guidance_scale=1.5, temperature=0.5)
+    assert request.settings == dict(num_images=3, seed=17, guidance_scale=1.5, temperature=0.5)
     assert (request.title, request.tokens, request.labels) == ("red heart", 25, ["ar"])
 
 
@@ -130,7 +130,7 @@ def test_samplers_that_there_are_not(models: Any, name: Any) -> None:
 
 
 def test_samplers_whose_drafter_is_not_there(text_pipe: Any, models: Any) -> None:
-    bare = DemoModel("bare", text_pipe)
+    bare = DemoModel("bare", text_pipe.image_model)
     assert bare.samplers == [name for name, spec in DISCRETE.items() if not spec.drafter]
     assert set(models["text"].samplers) == set(DISCRETE) and set(models["masked"].samplers) == set(CONTINUOUS)
     assert "Unknown sampler of bare 'eagle'" in sentence(bare, "eagle")
@@ -186,7 +186,7 @@ def test_fixed_and_foreign_parameters_are_left_out(models: Any, name: str) -> No
 
 
 def test_no_more_passes_than_tokens_by_default(models: Any) -> None:
-    assert ask(models["masked"], "mar").samplers[0].steps == 9 == models["masked"].pipe.grid ** 2
+    assert ask(models["masked"], "mar").samplers[0].steps == 9 == models["masked"].model.family.layout.length
     assert ask(models["masked"], "mar", of={"steps": 4}).samplers[0].steps == 4
 
 
@@ -228,7 +228,7 @@ def test_labels_tell_samplers_apart(models: Any) -> None:
 
 def test_models_by_name(text_pipe: Any, class_pipe: Any) -> None:
     found = named([("icons", text_pipe), ("/models/of/mine", class_pipe), ("elsewhere/mine", text_pipe)])
-    assert list(found) == ["icons", "mine", "mine (2)"] and found["mine"].pipe is class_pipe
+    assert list(found) == ["icons", "mine", "mine (2)"] and found["mine"].model is class_pipe.image_model
     assert found["icons"].default_sampler == "scd" and found["icons"].baseline == "ar"
     assert found["icons"].guidance == 2.0 and found["mine (2)"].temperature == 1.0
 

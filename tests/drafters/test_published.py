@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.helpers.tiny import class_gpt, text_gpt
-from visar.drafters import EagleHead
-from visar.drafters.loading import attach, load_drafter
+from visar.drafters import DRAFTERS, EagleHead
+from visar.drafters.loading import load_drafter
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
+from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.rotary import rotate
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import Target
 
 CAPTIONS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(7))
@@ -63,11 +64,11 @@ def test_it_drafts_as_its_description_says(tmp_path: Path) -> None:
     torch.nn.init.normal_(gpt.output.weight)
     weights = released(gpt)
     save_file(weights, tmp_path / "drafter.safetensors")
-    model = load_drafter(tmp_path / "drafter.safetensors", gpt, gpt.config.grid)
+    model = load_drafter(tmp_path / "drafter.safetensors", LlamaGenTarget(gpt, gpt.config.grid))
     assert isinstance(model, EagleHead) and model.config.codes == gpt.config.vocab_size
     length = gpt.config.grid**2
-    s = ModelSession(gpt, CAPTIONS, MASK, length=length, window=4, guidance=GUIDANCE, aux_layers=())
-    drafter = attach(s, model, 3, 4, CAPTIONS, MASK, gpt.config.grid)
+    s = LlamaGenSession(gpt, CAPTIONS, MASK, length=length, window=4, guidance=GUIDANCE, aux_layers=())
+    drafter = DRAFTERS["eagle"].attach(s, model, LlamaGenTarget(gpt, gpt.config.grid), 3, 4, (CAPTIONS, MASK))
     tokens = torch.randint(gpt.config.vocab_size, (3, length), generator=torch.Generator().manual_seed(0))
     for count in (2, 3, 1, 4):
         n = int(s.lengths[0])
@@ -84,9 +85,9 @@ def test_it_drafts_as_its_description_says(tmp_path: Path) -> None:
                 torch.cat([true, first[:, -1:]], 1),
                 torch.cat([ids, tokens[:, n : n + 1].repeat(2, 1)], 1),
             )
-            for k, (law, predicted) in enumerate(zip(found, (first, second), strict=True)):
+            for k, (logits, predicted) in enumerate(zip(found, (first, second), strict=True)):
                 wanted = GUIDANCE.combine(*gpt.logits(predicted[:, -1:]).chunk(2), s.positions(4)[:, k : k + 1])
-                assert torch.allclose(law, wanted, atol=1e-4), (n, k)
+                assert torch.allclose(logits, wanted, atol=1e-4), (n, k)
         else:
             drafter.root(tokens, s.lengths)
         s.forward(torch.cat([root, tokens[:, n : n + 3]], dim=1))
@@ -103,7 +104,7 @@ def test_a_folder_of_its_trainer_loads(tmp_path: Path, name: str) -> None:
         torch.save(weights, tmp_path / name)
     else:
         save_file(weights, tmp_path / name)
-    model = load_drafter(tmp_path, gpt, gpt.config.grid)
+    model = load_drafter(tmp_path, LlamaGenTarget(gpt, gpt.config.grid))
     assert isinstance(model, EagleHead) and model.embedding is not None
     assert torch.equal(model.embedding.weight, weights["embed_tokens.weight"])  # not that of the target's input
 
@@ -122,4 +123,4 @@ def test_bad_files(tmp_path: Path) -> None:
     ):
         save_file({k: v for k, v in (weights | change).items() if v is not None}, file)
         with pytest.raises(VisarError, match=message):
-            load_drafter(file, gpt, gpt.config.grid)
+            load_drafter(file, LlamaGenTarget(gpt, gpt.config.grid))

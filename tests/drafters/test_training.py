@@ -1,4 +1,4 @@
-"""Training a drafter: what it draws to learn from, what it learns, and what it says about bad input."""
+"""Training a drafter: the images that it learns from, what it learns, and what it says about bad input."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.tiny import WORDS
+from tests.helpers.tiny import GRID, WORDS
 from visar.cli import main
-from visar.drafters import KINDS, EagleHead, SkippedLayers, fingerprint
-from visar.drafters.shallow import with_layers
+from visar.drafters import EagleHead, SkippedLayers, drafter_kinds, fingerprint
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
+from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import Speculative, Target
 from visar.training.drafter import train_drafter
 from visar.training.loop import TrainConfig
-from visar.training.self_generated import draw_tokens
+from visar.training.self_generated import generate_tokens
 
 Capture = pytest.CaptureFixture[str]
 
 
 def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
     torch.manual_seed(5)
-    torch.nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)  # laws with something to learn
+    torch.nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)  # distributions with something to learn
     classes = list(range(7))
-    tokens = draw_tokens(class_pipe, classes, 64, tmp_path / "p.safetensors", seed=0)
+    tokens = generate_tokens(class_pipe.image_model, classes, 64, tmp_path / "p.safetensors", seed=0)
     config = TrainConfig(tmp_path, minutes=1e3, steps=150, batch=8, lr=3e-3, warmup=10, ema=0.9, compile=False)
 
     def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([classes[i % 7] for i in rows]), torch.ones(len(rows), 1)
 
-    head = train_drafter("eagle", class_pipe.gpt, of, tokens, config, Guidance(2.0), Target(), depth=3)
+    target = class_pipe.image_model.family.drafting
+    head = train_drafter("eagle", target, of, tokens, config, Guidance(2.0), Target(), depth=3)
     found = json.loads((tmp_path / "eagle-run" / "log.jsonl").read_text().splitlines()[-1])
     assert all(0.5 < found[f"acceptance_{depth}"] < 1 for depth in (1, 2, 3))
     fresh = EagleHead(32, 2, 48)
@@ -48,37 +49,39 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
     assert passes[1] < 0.9 * passes[0]
     assert head.config.target == fingerprint(class_pipe.gpt) == fingerprint(class_pipe.gpt.to(torch.bfloat16))
     with pytest.raises(VisarError, match="2 or more images"):
-        train_drafter("eagle", class_pipe.gpt, of, tokens[:1], config, Guidance(), Target())
+        train_drafter("eagle", target, of, tokens[:1], config, Guidance(), Target())
 
 
 def test_images_are_drawn_once_and_all_differ(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
     file = tmp_path / "p.safetensors"
     seen: list[int] = []
-    first = draw_tokens(text_pipe, WORDS[:3], 5, file, batch=2, report=seen.append, seed=1)
+    first = generate_tokens(text_pipe.image_model, WORDS[:3], 5, file, batch=2, report=seen.append, seed=1)
     assert seen == [2, 3, 5] and len(first.unique(dim=0)) == 5
-    more = draw_tokens(text_pipe, WORDS[:3], 8, file, batch=2, report=seen.append, seed=1)
+    more = generate_tokens(text_pipe.image_model, WORDS[:3], 8, file, batch=2, report=seen.append, seed=1)
     assert seen[3:] == [6, 8] and torch.equal(more[:5], first) and len(more.unique(dim=0)) == 8
-    assert torch.equal(draw_tokens(text_pipe, WORDS[:3], 8, tmp_path / "q.safetensors", batch=8, seed=1), more)
+    assert torch.equal(
+        generate_tokens(text_pipe.image_model, WORDS[:3], 8, tmp_path / "q.safetensors", batch=8, seed=1), more
+    )
     for change in ({"seed": 2}, {"seed": 1, "top_k": 3}):
         with pytest.raises(VisarError, match="of another model or other settings"):
-            draw_tokens(text_pipe, WORDS[:3], 8, file, **change)
+            generate_tokens(text_pipe.image_model, WORDS[:3], 8, file, **change)
     with pytest.raises(VisarError, match="of another model or other settings"):
-        draw_tokens(text_pipe, WORDS[1:4], 8, file, seed=1)
+        generate_tokens(text_pipe.image_model, WORDS[1:4], 8, file, seed=1)
     file.write_bytes(b"x")
     with pytest.raises(VisarError, match="is damaged; delete it"):
-        draw_tokens(text_pipe, WORDS[:3], 8, file)
+        generate_tokens(text_pipe.image_model, WORDS[:3], 8, file)
 
 
 def run(folder: Path, out: Path, *arguments: object) -> int:
-    fixed = ("--minutes", 0.02, "--batch", 2, "--images", 6, "--depth", 2, "--no-compile")
-    return main([str(a) for a in ("train", "drafter", "--target", folder, "--out", out, *fixed, *arguments)])
+    fixed = ("--minutes", 0.02, "--batch", 2, "-n", 6, "--depth", 2, "--no-compile")
+    return main([str(a) for a in ("train", "drafter", "--model", folder, "--out", out, *fixed, *arguments)])
 
 
 def test_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "captions.txt").write_text("red heart\n\ncat, 3d\nred heart\n")
     assert run(text_folder, tmp_path / "run", "--captions", tmp_path / "captions.txt") == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == str(tmp_path / "run" / "eagle") and "6 of 6 images drawn" in err
+    assert out.splitlines()[-1] == str(tmp_path / "run" / "eagle") and "6 of 6 images sampled" in err
     assert main(["generate", "cat", "--model", str(text_folder), "--sampler", "eagle", "--json", "-o",
                  str(tmp_path / "cat.png"), "--drafter", str(tmp_path / "run" / "eagle")]) == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out)["sampler"] == "eagle"
@@ -108,7 +111,7 @@ def test_what_is_stored_in_few_bits_drafts_nearly_the_same(
     stored = load_file(tmp_path / "model" / "diffusion_pytorch_model.safetensors")
     assert {t.element_size() for t in stored.values()} == {size}
     class_pipe.load_drafter(tmp_path / "model")
-    loaded = class_pipe._drafters["model"].state_dict()
+    loaded = class_pipe.image_model.drafters.loaded["model"].state_dict()
     state = torch.load(tmp_path / "model-run" / "state.pt", weights_only=True)["ema"]
     for name, tensor in loaded.items():
         assert tensor.dtype == torch.float32
@@ -116,47 +119,49 @@ def test_what_is_stored_in_few_bits_drafts_nearly_the_same(
     assert class_pipe([1, 2], sampler="speculative", output_type="tokens").stats.exact
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", drafter_kinds())
 def test_every_kind_learns_from_a_target_in_half_precision(
     class_pipe: ClassToImagePipeline, tmp_path: Path, kind: str
 ) -> None:
-    gpt = class_pipe.gpt.to(torch.bfloat16)
+    target = class_pipe.to(torch.bfloat16).image_model.family.drafting
     tokens = torch.randint(23, (6, 16), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(tmp_path, compile=False, batch=2, steps=3)
 
     def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor(rows), torch.ones(len(rows), 1)
 
-    train_drafter(kind, gpt, of, tokens, config, Guidance(2.0), Target(), depth=2, held=0.5)
+    train_drafter(kind, target, of, tokens, config, Guidance(2.0), Target(), depth=2, held=0.5)
     class_pipe.load_drafter(tmp_path / kind)
     if kind == "exit":  # another exit is another run
         with pytest.raises(VisarError, match="is a run with other settings"):
-            train_drafter(kind, gpt, of, tokens, config, Guidance(2.0), Target(), layers=1)
+            train_drafter(kind, target, of, tokens, config, Guidance(2.0), Target(), layers=1)
 
 
 def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
     idle = copy.deepcopy(class_pipe.gpt.layers[0])
     for p in idle.parameters():
         torch.nn.init.zeros_(p)
-    gpt = with_layers(class_pipe.gpt, [*class_pipe.gpt.layers, idle], class_pipe.gpt.norm)
+    target = class_pipe.image_model.family.drafting
+    gpt = target.with_layers([*class_pipe.gpt.layers, idle], class_pipe.gpt.norm)
+    target = LlamaGenTarget(gpt, GRID)
     tokens = torch.randint(23, (4, 16), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(tmp_path, compile=False, batch=2)
 
     def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor(rows), torch.ones(len(rows), 1)
 
-    made = train_drafter("skip", gpt, of, tokens, config, Guidance(2.0), Target(), layers=2)
+    made = train_drafter("skip", target, of, tokens, config, Guidance(2.0), Target(), layers=2)
     assert isinstance(made, SkippedLayers) and made.config.layers == [0, 1]
     assert json.loads((tmp_path / "skip-run" / "log.jsonl").read_text())["acceptance_1"] == pytest.approx(1, abs=1e-4)
     with pytest.raises(VisarError, match="The layers must be 1 to 3, not 4"):
-        train_drafter("skip", gpt, of, tokens, config, Guidance(), Target(), layers=4)
+        train_drafter("skip", target, of, tokens, config, Guidance(), Target(), layers=4)
     with pytest.raises(VisarError, match=r"Unknown drafter 'hidra'\. Did you mean 'hydra'\?"):
-        train_drafter("hidra", gpt, of, tokens, config, Guidance(), Target())
+        train_drafter("hidra", target, of, tokens, config, Guidance(), Target())
 
 
 def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path) -> None:
-    command = ["train", "drafter", "--target", str(class_folder), "--out", str(tmp_path)]
-    assert main([*command, "--images", "6", "--batch", "2", "--steps", "3", "--no-compile"]) == 0
+    command = ["train", "drafter", "--model", str(class_folder), "--out", str(tmp_path)]
+    assert main([*command, "-n", "6", "--batch", "2", "--steps", "3", "--no-compile"]) == 0
     assert json.loads((tmp_path / "eagle-run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
 
 
@@ -166,15 +171,14 @@ def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path) -> None:
         ("", "A text model needs --captions"),
         ("--captions TMP/none.txt", "Cannot read captions from"),
         ("--captions TMP/empty.txt", "holds no captions"),
-        ("--captions TMP/some.txt --images 1", "--images 2 or more"),
-        ("--captions TMP/some.txt --minutes 0", "--minutes and --lr must be above 0"),
+        ("--captions TMP/some.txt -n 1", "--num-images must be 2 or more"),
+        ("--captions TMP/some.txt --minutes 0", "--minutes must be above 0"),
         ("--captions TMP/some.txt --kind egle", "Unknown drafter 'egle'. Did you mean 'eagle'?"),
         ("--captions TMP/some.txt --layers 1", "A drafter of the kind 'eagle' has no layers to choose"),
         ("--captions TMP/some.txt --kind exit --layers 3", "The layers must be 1 to 2, not 3"),
-        ("--captions TMP/some.txt --depth 0", "--batch, --depth and --steps 1 or more"),
+        ("--captions TMP/some.txt --depth 0", "--depth must be 1 or more, not 0."),
         ("--captions TMP/some.txt --styles 3d", "choose from an image set, and --captions is none"),
-        ("--captions TMP/some.txt --steps 3", "Give --minutes or --steps, not both"),
-        ("--captions TMP/some.txt --temperature 0", "Temperature must be a number above 0"),
+        ("--captions TMP/some.txt --temperature 0", "temperature must be above 0"),
         ("--captions TMP/zebra.txt", "No word of the prompt 'zebra' is known"),
     ],
 )
@@ -188,7 +192,7 @@ def test_bad_input(text_folder: Path, tmp_path: Path, capsys: Capture, arguments
 
 def test_class_ids_from_a_file(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "ids.txt").write_text("3\n\n5\n3\n")
-    assert run(class_folder, tmp_path / "run", "--captions", tmp_path / "ids.txt", "--images", 4) == 0
+    assert run(class_folder, tmp_path / "run", "--captions", tmp_path / "ids.txt", "-n", 4) == 0
     drawn = load_file(tmp_path / "run" / "images.safetensors")["tokens"]
     pipe = ClassToImagePipeline.from_pretrained(class_folder)
     assert torch.equal(drawn.long(), pipe([3, 5, 3, 5], sampler="ar", output_type="tokens").tokens)

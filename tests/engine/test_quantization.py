@@ -123,12 +123,12 @@ def test_greedy_tokens_are_those_of_the_written_out_model(class_pipe: ClassToIma
     with torch.inference_mode():
         tokens = torch.randint(0, 24, (2, 24))
         native, want = (g(torch.tensor([1, 2]), tokens) for g in (class_pipe.gpt, written))
-        mark = weights_mark(class_pipe)
+        mark = weights_mark(class_pipe.image_model)
         class_pipe.quantize("int8")
         have = class_pipe.gpt(torch.tensor([1, 2]), tokens)
     torch.testing.assert_close(have, want, atol=3e-4, rtol=1e-3)
     assert (have - want).abs().max() < (native - want).abs().max() / 4
-    assert weights_mark(class_pipe) != mark  # a run of the other model is another run
+    assert weights_mark(class_pipe.image_model) != mark  # a run of the other model is another run
 
 
 def test_refusals(text_pipe: TextToImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +178,7 @@ def test_command_line(text_folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main([*tail, "--quantize", "fp8", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.startswith("visar: error: fp8 weights need a GPU")
     for wrong in ([*tail, "--quantize", "int4"], ["train", "drafter", "--quantize", "int8", "--out", str(tmp_path)]):
-        with pytest.raises(SystemExit) as end:
-            main(wrong)
-        assert end.value.code == 2
+        assert main(wrong) == 2
 
 
 def test_change_is_paired() -> None:

@@ -14,20 +14,21 @@ import torch
 from visar.demo.jobs import Frame, Job, Stopped
 from visar.demo.models import DemoModel
 from visar.demo.requests import Limits, Request, checked
+from visar.generation.model import ImageModel
 
-LONG = 60  # seconds until a test gives up waiting for a thread
+LONG = 600  # seconds until a test gives up waiting, on however busy a machine; nothing is measured by it
 
 
 class Stepped:
-    """A pipeline whose passes are let go one by one; `seen` has the number of each when it is over."""
+    """A model whose passes are let go one by one; `seen` has the number of each when it is over."""
 
     def __init__(self, pipe: Any):
-        self.pipe, self.seen, self.go = pipe, queue.Queue[int](), threading.Semaphore(0)
+        self.model, self.seen, self.go = ImageModel.of(pipe), queue.Queue[int](), threading.Semaphore(0)
         self.calls = self.inside = self.most_inside = 0
         self.finish: Callable[[], object] = lambda: None  # done before the images are handed over
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.pipe, name)
+        return getattr(self.model, name)
 
     def free(self) -> None:
         """Let all passes go."""
@@ -40,7 +41,7 @@ class Stepped:
             if number < count - 1:
                 self.go.release()
 
-    def __call__(self, *conditions: Any, callback: Any, **settings: Any) -> Any:
+    def generate(self, *conditions: Any, callback: Any, **settings: Any) -> Any:
         def after(progress: Any) -> None:
             self.seen.put(progress.passes)
             assert self.go.acquire(timeout=LONG)
@@ -50,11 +51,13 @@ class Stepped:
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
         try:
-            out = self.pipe(*conditions, callback=after, **settings)
+            out = self.model.generate(*conditions, callback=after, **settings)
             self.finish()
             return out
         finally:
             self.inside -= 1
+
+    __call__ = generate
 
 
 class Watched(threading.Thread):
@@ -106,11 +109,12 @@ def request_of(model: DemoModel, prompt: str = "red heart", *samplers: str, **va
 
 
 def alone(request: Request, number: int = 0) -> Any:
-    """What the pipeline itself makes of a request."""
-    pipe: Any = getattr(request.model.pipe, "pipe", request.model.pipe)
-    return pipe(
+    """What the model itself makes of a request."""
+    model: Any = request.model.model
+    model = model.model if isinstance(model, Stepped) else model
+    return model.generate(
         request.condition, sampler=request.samplers[number], seed=request.seed, guidance_scale=request.guidance,
-        temperature=request.temperature, num_images_per_prompt=request.images,
+        temperature=request.temperature, num_images=request.images,
     )  # fmt: skip
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from visar.drafters import DraftModel, SkippedLayers
-from visar.drafters.loading import attach
+from visar.drafters import DRAFTERS, SkippedLayers, drafter_kind
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
+from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import BeamTree, Sampler, Target, TreeSpeculative, get_sampler
-from visar.training.drafter import new_drafter
 
 SEED = 6
 SCALE = 2.0  # of guidance
@@ -41,7 +41,7 @@ class World:
     """A random model, drafters that know little, and two conditions, captions of 3 and 1 valid slots at the end."""
 
     model: LlamaGen
-    drafters: dict[str, DraftModel]
+    drafters: dict[str, Any]
     condition: Tensor
     mask: Tensor | None
 
@@ -59,9 +59,9 @@ def world(kind: str, vocab: int = 4, grid: int = 2, conditions: int = 2) -> Worl
         captions = torch.randn(conditions, 4, 8)
         smaller = LlamaGen(**sizes | dict(num_layers=1), **(TEXT if kind == "text" else CLASS)).eval()
         torch.nn.init.normal_(smaller.output.weight, std=HEAD)
-        drafters: dict[str, DraftModel] = {"model": smaller, "skip": SkippedLayers([1])}
-        for kind_of_drafter in ("eagle", "medusa", "hydra", "exit"):
-            drafters[kind_of_drafter] = new_drafter(kind_of_drafter, model, depth=5, layers=1).eval()
+        drafters: dict[str, Any] = {"model": smaller, "skip": SkippedLayers([1])}
+        for name in ("eagle", "medusa", "hydra", "exit"):
+            drafters[name] = drafter_kind(name).new(LlamaGenTarget(model, grid), depth=5, layers=1).eval()
         if kind == "class":
             return World(model, drafters, torch.arange(conditions) % 5, None)
         mask = torch.arange(4) >= torch.tensor([1, 3, 0, 2] * 2)[:conditions, None]
@@ -78,9 +78,9 @@ def session_of(
     w: World,
     sampler: Sampler,
     images: Tensor,
-    session: type[ModelSession] = ModelSession,
+    session: type[LlamaGenSession] = LlamaGenSession,
     guidance: Guidance = Guidance(SCALE),
-) -> ModelSession:
+) -> LlamaGenSession:
     """A session with the drafter that the sampler needs."""
     (condition, mask), grid = conditions_of(w, images), w.model.config.grid
     made = session(
@@ -88,7 +88,8 @@ def session_of(
     )  # fmt: skip
     made.codebook = torch.eye(w.model.config.vocab_size)
     if kind := getattr(sampler, "drafter", None):
-        made.drafter = attach(made, w.drafters[kind], sampler.depth, sampler.window, condition, mask, grid)
+        target, encoded = LlamaGenTarget(w.model, grid), (condition,) if mask is None else (condition, mask)
+        made.drafter = DRAFTERS[kind].attach(made, w.drafters[kind], target, sampler.depth, sampler.window, encoded)
     return made
 
 
@@ -97,7 +98,7 @@ def run(
     sampler: Sampler,
     images: Tensor,
     target: Target,
-    session: type[ModelSession] = ModelSession,
+    session: type[LlamaGenSession] = LlamaGenSession,
     seed: int = 0,
 ) -> Decoded:
     """Decode image i from condition i modulo their number."""

@@ -57,11 +57,11 @@ def test_drafters_that_do_not_fit(text_pipe: TextToImagePipeline, class_folder: 
     (tmp_path / "empty").mkdir()
     for path, message in (
         (tmp_path / "wide", "is 64 wide, the target 32"), (tmp_path / "other", "was trained for another target"),
-        (tmp_path / "heads", "has heads of 8, the target of 16"), (tmp_path / "cut", "Could not load the drafter"),
+        (tmp_path / "heads", "has heads of 8, the target of 16"), (tmp_path / "cut", "Cannot read .*cut.*truncated"),
         (tmp_path / "layers", r"uses layers \[0, 7\] of a target that has 2"),
-        (tmp_path / "exit", "of a target that has 2"), (tmp_path / "nan", "are not finite: norm.weight holds NaN"),
+        (tmp_path / "exit", "of a target that has 2"), (tmp_path / "nan", "'norm.weight' .* holds a NaN"),
         (tmp_path / "codes", "has 23 codes, the target 24"),
-        (tmp_path / "grid", "draws 6 x 6 tokens, the target 5 x 5"),
+        (tmp_path / "grid", "generates 6 x 6 tokens, the target 5 x 5"),
         (class_folder, "has condition class, the target text"), (tmp_path / "empty", "holds no drafter"),
         (tmp_path / "none", "There is no model folder"), ("some/one", "There is no drafter folder some/one"),
         (class_folder / "vq", "holds a VQModel, not a drafter"),

@@ -2,8 +2,8 @@
 
 `sh` blocks: each command goes through the command line's own `main` in a folder of the page, where small files of the
 published layouts lie (`stand_ins.py`). `python` blocks of a page are executed in order, in one namespace; one that
-begins with its own name, in a comment or a docstring, is a file of the folder, too. `text` is output or a formula and
-is not run.
+begins with its own name, in a comment or a docstring, is a file of the folder, too. `text` is output or a formula, and
+`toml` a part of a project's file; neither is run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ SHORTER = {
     r"-n (2048|2212)\b": "-n 4",
     r"-n 50000\b": "-n 2",
     r"count=2048\b": "count=4",
-    r"--images \d+": "--images 1",
     r"--repeats \d+": "--repeats 1",
     r'\.to\("cuda"': '.to("cpu"',
     r"\bsteps=64, head_steps=100\b": "steps=8, head_steps=10",
@@ -48,14 +47,14 @@ SHORTER = {
 # Options that end a command soon, put behind those that it has.
 SOONER = {
     "visar generate --class 207 --model checkpoint": "--set steps=8 --set head_steps=10",
-    "visar bench": "--images 1 --repeats 1",
+    "visar bench": "-n 1 --repeats 1",
     "visar eval report": "-n 4 --speed-images 1",
     "visar train tokenizer": "--minutes 0.005 --batch 2 --no-compile",
     "visar train autoencoder": "--minutes 0.005 --batch 2 --no-compile",
     "visar train ar": "--minutes 0.005 --batch 2 --no-compile",
     "visar train mar": "--minutes 0.005 --batch 2 --no-compile",
     "visar train clip": "--minutes 0.005 --batch 2",
-    "visar train drafter": "--images 4 --batch 2 --steps 2 --no-compile",
+    "visar train drafter": "-n 4 --batch 2 --steps 2 --no-compile",
     "python -m visar.eval.benchmark.calibrate": "--images 1 --depth 2 --nodes 4",
     "python -m visar.eval.quality.cross_entropy": "--images 2",
     "python -m visar.eval.benchmark.gpu_check": "--dry-run",
@@ -78,6 +77,7 @@ FOREIGN = {
 }
 SLOW = ("visar train", "visar eval compare", "visar eval report", "visar eval clip run", "visar.eval.", "visar bench",
         "visar verify")  # fmt: skip
+NOT_RUN = ("text", "toml")
 # Pages whose output is computed alike on every machine: a Python block prints the `text` block behind it.
 SHOWN = ("exactness.md", "own-sampler.md")
 
@@ -193,7 +193,7 @@ def workplaces(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Wor
     return of
 
 
-@pytest.mark.parametrize("block", [marked(block) for block in BLOCKS if block.language != "text"])
+@pytest.mark.parametrize("block", [marked(block) for block in BLOCKS if block.language not in NOT_RUN])
 def test_block(block: Block, workplaces: Callable[[Path], Workplace], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the blocks before it, if they have not run yet; slow ones go only before slow ones."""
     place = workplaces(block.page)
@@ -209,7 +209,8 @@ def test_nothing_escapes() -> None:
     """Every fence has a language that is dealt with, none is left open, and no code is set by indentation."""
     for page in PAGES:
         for block in blocks(page):
-            assert block.language in ("sh", "python", "text"), f"{block.name}: a block of {block.language or 'nothing'}"
+            known = block.language in ("sh", "python", *NOT_RUN)
+            assert known, f"{block.name}: a block of {block.language or 'nothing'}"
         rest = FENCE.sub("", page.read_text())
         assert "```" not in rest and "~~~" not in rest, f"{page.name} has a fence that does not end"
         if DOCS / "api" not in page.parents:
@@ -273,14 +274,15 @@ def test_every_page_is_in_the_navigation() -> None:
     assert inside | {str(page.relative_to(ROOT)) for page in BESIDE} == paths
 
 
-def test_the_tables_of_the_readme_name_every_sampler_and_model() -> None:
-    from visar.families.specs import MODELS
-    from visar.samplers import samplers_for
+def test_the_tables_name_every_sampler_and_model() -> None:
+    from visar.families.catalogue import catalogue
+    from visar.samplers.catalogue import catalogue as samplers
 
-    readme = (ROOT / "README.md").read_text()
-    for name in samplers_for("discrete"):
-        assert f"| `{name}`" in readme
-    for name in samplers_for("continuous"):
-        assert f"`{name}`" in readme
-    for spec in MODELS.values():
-        assert (f"`{spec.name}`" in readme) or spec.files
+    readme, table = (ROOT / "README.md").read_text(), (DOCS / "samplers.md").read_text()
+    for name in samplers():
+        assert f"| `{name}`" in table, name
+    for name in re.findall(r"^\| `([\w+-]+)`.* \|$", readme, re.M):
+        assert name in samplers() or name in catalogue(), name
+    assert f"There are {len(samplers())} samplers" in readme
+    for listing in catalogue().values():
+        assert f"`{listing.name}`" in readme or listing.needs

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.plain_mar import TINY, N, plain_bars, plain_pass, plain_tables, plain_times, random_weights, tiny
-from visar.engine.chain import Chain, DiffusionChain
+from visar.engine.chain import Chain
 from visar.engine.loop import decode
 from visar.engine.rng import Noise
 from visar.errors import VisarError
+from visar.families.mar.chain import DiffusionChain
 from visar.families.mar.diffusion import HeadNet, Schedule
 from visar.families.mar.session import MARSession
 from visar.families.mar.transformer import MAR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tiny import class_gpt, text_gpt
-from visar.drafters import KINDS, DraftModel, SkippedLayers
-from visar.drafters.loading import attach
+from visar.drafters import DRAFTERS, SkippedLayers, drafter_kind, drafter_kinds
 from visar.engine.drafter import Drafter
 from visar.engine.guidance import Guidance
 from visar.engine.tree import Tree
 from visar.errors import VisarError
+from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import Speculative, Target, TreeSpeculative
 from visar.samplers.tree_verification import (
     ChildRule,
@@ -30,7 +31,6 @@ from visar.samplers.tree_verification import (
 )
 from visar.samplers.trees import named_tree, shape_of
 from visar.samplers.verification import StepNoise, sample, verify_block, verify_independent
-from visar.training.drafter import LOSSES, new_drafter
 
 GUIDANCE = Guidance(2.0)
 CAPTIONS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(7))
@@ -68,7 +68,7 @@ def test_ancestors_are_the_path_to_the_root() -> None:
                 at = int(parents[row, at])
             assert {i for i in range(6) if int(tree.ancestors[row, node]) >> i & 1} == path
             assert int(tree.depths[row, node]) == len(path) - 1
-    later = tree.behind(2)
+    later = tree.after(2)
     assert later.depths.tolist() == [[0, 1, *(d + 2 for d in row)] for row in tree.depths.tolist()]
 
 
@@ -87,16 +87,16 @@ def test_bad_trees(name: str, message: str) -> None:
 # Passes
 
 
-def session(kind: str, window: int, grid: int = 5) -> ModelSession:
+def session(kind: str, window: int, grid: int = 5) -> LlamaGenSession:
     """Three rows of a random model."""
     torch.manual_seed(3)
     model = text_gpt() if kind == "text" else class_gpt()
     torch.nn.init.normal_(model.output.weight)
     condition, mask = (CAPTIONS, MASK) if kind == "text" else (CLASSES, None)
-    return ModelSession(model, condition, mask, length=grid**2, window=window, guidance=GUIDANCE, aux_layers=(0,))
+    return LlamaGenSession(model, condition, mask, length=grid**2, window=window, guidance=GUIDANCE, aux_layers=(0,))
 
 
-def advance(s: ModelSession, tokens: Tensor, counts: list[int]) -> None:
+def advance(s: LlamaGenSession, tokens: Tensor, counts: list[int]) -> None:
     """Commit the first `counts` tokens of each row, one at a time; rows that have theirs wait."""
     for n in range(max(counts)):
         s.forward(tokens.gather(1, (s.lengths[:, None] - 1).clamp_min(0)))
@@ -152,26 +152,32 @@ def test_what_is_kept_is_what_a_fresh_pass_writes(kind: str) -> None:
         assert torch.allclose(s.features[row, : end + 1], fresh.features[row, : end + 1], atol=1e-5)
 
 
-def untrained(name: str, target: LlamaGen) -> DraftModel:
-    model = SkippedLayers([1]) if name == "skip" else new_drafter(name, target, depth=3, layers=1).eval()
+def untrained(name: str, target: LlamaGen) -> Any:
+    if name == "skip":
+        return SkippedLayers([1])
+    model = drafter_kind(name).new(LlamaGenTarget(target, 5), depth=3, layers=1).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5) if p.ndim == 2 else None  # heads are born as the target's own
     return model
 
 
 @pytest.mark.parametrize("kind", ["text", "class"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", drafter_kinds())
 def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> None:
     """The distributions of the training pass are those of the drafter at work, on its cache, at every depth."""
     s = session(kind, 6)
     torch.manual_seed(4)
     condition, mask = (CAPTIONS, MASK) if kind == "text" else (CLASSES, torch.ones(3, 1))
-    model = untrained(name, s.model)
-    s.drafter = drafter = attach(s, model, 3, 6, condition, mask if kind == "text" else None, 5)
+    model, target = untrained(name, s.model), LlamaGenTarget(s.model, 5)
+    s.drafter = drafter = DRAFTERS[name].attach(
+        s, model, target, 3, 6, (condition, mask) if kind == "text" else (condition,)
+    )
     tokens = torch.randint(24, (3, 25), generator=torch.Generator().manual_seed(0))
-    loss = LOSSES[name](model, s.model, GUIDANCE, Target(), depth=3)
+    loss_of = DRAFTERS[name].loss
+    assert loss_of is not None
+    loss = loss_of(model, target, GUIDANCE, Target(), depth=3)
     with torch.no_grad():
-        draft_probs = list(loss.draft_probs(loss.look(condition, mask, tokens)))
+        draft_probs = list(loss.log_draft_probs(loss.run_target(condition, mask, tokens)))
     steps = [1, 3, 4, 2, 4, 1]  # what each round accepts
     for count in steps:
         n = int(s.lengths[0])
@@ -186,19 +192,19 @@ def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> 
     assert drafter.seconds > 0 and drafter.bytes_read > 0
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", drafter_kinds())
 def test_a_node_is_drafted_as_the_end_of_a_chain(name: str) -> None:
     """A drafter gives the same distribution behind a node of a tree as behind the chain of tokens that leads there."""
     torch.manual_seed(4)
     tokens = torch.randint(24, (3, 25), generator=torch.Generator().manual_seed(0))
     drafts = torch.randint(24, (3, len(SHAPE.parents)), generator=torch.Generator().manual_seed(1))
-    model: DraftModel | None = None
+    model: Any = None
 
     def started() -> tuple[Drafter, torch.Tensor]:
         nonlocal model
         s = session("text", 12)
         model = model or untrained(name, s.model)
-        drafter = attach(s, model, 3, 12, CAPTIONS, MASK, 5)
+        drafter = DRAFTERS[name].attach(s, model, LlamaGenTarget(s.model, 5), 3, 12, (CAPTIONS, MASK))
         drafter.root(tokens, s.lengths)
         s.forward(torch.cat([tokens[:, :1], tokens[:, :4]], dim=1))
         s.commit(torch.full((3,), 3))

@@ -16,7 +16,7 @@ from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.eval.exactness.tabular import TabularModel, TabularSession
 from visar.families.llamagen.rotary import turned
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import Autoregressive, Target, ZipAR
 
 GRID = 5
@@ -36,7 +36,7 @@ class Fed(NamedTuple):
     logits: Tensor
 
 
-class Recording(ModelSession):
+class Recording(LlamaGenSession):
     """Starts with a cache full of what must never be read, and notes every pass."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from visar.cli import main
-from visar.drafters import KINDS
-from visar.families.specs import MODELS, resolve_model
+from visar.drafters import drafter_kinds
+from visar.families.source import resolve
 from visar.pipelines import TextToImagePipeline
 
 PROMPTS = (
@@ -35,7 +35,7 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_speculation_saves_passes_at_batch_one() -> None:
     pipe = TextToImagePipeline.from_pretrained("icons")
     pipe.set_progress_bar_config(disable=True)
-    assert (pipe.config.guidance_scale, pipe.config.top_k) == (MODELS["icons"].guidance, MODELS["icons"].top_k)
+    assert (pipe.config.guidance_scale, pipe.config.top_k) == (1.5, 10)
     sequential = pipe(PROMPTS[0], sampler="ar", output_type="tokens").stats.nfe
     assert sequential == 257  # 256 tokens and the caption; the same for every prompt
     passes = [pipe(p, sampler="scd", output_type="tokens").stats.nfe for p in PROMPTS]
@@ -59,7 +59,9 @@ def test_a_drafter_of_every_kind_comes_with_it(name: str) -> None:
 
 
 def test_drafters_are_small() -> None:
-    folder = resolve_model("icons")
+    folder = resolve("icons")
     assert isinstance(folder, Path)
-    files = [f for kind in KINDS for f in (folder / kind).iterdir()]
-    assert sum(f.stat().st_size for f in files) < 4 * 2**20 and len(files) == 2 * len(KINDS) - 1  # skip has no weights
+    files = [f for kind in drafter_kinds() for f in (folder / kind).iterdir()]
+    assert (
+        sum(f.stat().st_size for f in files) < 4 * 2**20 and len(files) == 2 * len(drafter_kinds()) - 1
+    )  # skip has no weights

@@ -222,7 +222,7 @@ def test_the_command_line_trains_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     for wrong, message in ((["--heads", "3"], "must be a multiple of the 3 heads"),
                            (["--size", "12"], "a multiple of 8 pixels, not 12"),
                            (["--words", "nowhere"], "nowhere is not a saved component"),
-                           (["--batch", "1"], "--batch 2 or more")):  # fmt: skip
+                           (["--batch", "1"], "--batch must be 2 or more")):  # fmt: skip
         assert main([*common, *small, "--out", str(tmp_path / "no"), *wrong]) == 2
         assert message in capsys.readouterr().err
 

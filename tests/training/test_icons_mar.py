@@ -16,8 +16,8 @@ from visar.eval.exactness.head_mutants import Untested
 from visar.eval.exactness.joint import EXACT_LIMIT, MUTANT_LIMIT
 from visar.eval.exactness.ranks import rank_test
 from visar.families.mar.session import MARSession
-from visar.families.specs import resolve_model
-from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
+from visar.families.source import resolve
+from visar.pipelines import TextToImagePipeline
 from visar.samplers import ContinuousSpeculative, HeadSpeculation, MaskedAutoregressive
 
 PROMPTS = ("a red heart, 3d", "a lion, 3d", "a green apple, 3d", "a pizza, 3d")
@@ -70,7 +70,7 @@ def test_its_draft_model_drafts(name: str) -> None:
 
 
 def test_it_is_small() -> None:
-    folder = resolve_model("icons-mar")
+    folder = resolve("icons-mar")
     assert isinstance(folder, Path) and not (folder / "text_encoder").exists()
     parts = [f for part in ("mar", "draft", "vae") for f in (folder / part).iterdir()]
     assert sum(f.stat().st_size for f in parts) < 9 * 2**20 and len(parts) == 6
@@ -78,7 +78,7 @@ def test_it_is_small() -> None:
 
 def ranked(sampler: Any, images: int) -> float:
     """z of the ranks of 16 tokens, which are drawn anew around the others of an image, in many images at once."""
-    pipe: MaskedTextToImagePipeline = embedded()
+    pipe: TextToImagePipeline = embedded()
     forced = mostly_given()
     free = forced.isnan().any(-1)
     features, _ = pipe.text_encoder.encode([PROMPTS[1]])

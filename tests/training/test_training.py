@@ -158,7 +158,7 @@ def test_train_tokenizer(tmp_path: Path) -> None:
     untrained = psnr(VQModel(16, 4, 32, (1, 2), 1, 16), data.pixels(8))
     run = config(tmp_path / "run", steps=40, batch=4, lr=3e-3, ema=0.9)
     vq = train_tokenizer(data, 8, run, SIZES)
-    loaded = VQModel.from_pretrained(tmp_path / "run" / "vq", low_cpu_mem_usage=False)
+    loaded = VQModel.from_pretrained(tmp_path / "run" / "vq")
     assert loaded.sizes == SIZES
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in vq.state_dict().items())
     row = log_of(tmp_path / "run")[-1]
@@ -239,7 +239,7 @@ def test_train_ar_learns_two_images(words: WordEncoder, tmp_path: Path) -> None:
     vq = VQModel(16, 4, 32, (1, 2), 1, 16).eval()
     run = config(tmp_path / "run", steps=60, batch=8, lr=1e-2, ema=0.9, optimizer="muon")
     gpt = train_ar(data, 8, run, vq, words, dim=32, layers=1, heads=2, ffn=32)
-    loaded = LlamaGen.from_pretrained(tmp_path / "run" / "gpt", low_cpu_mem_usage=False)
+    loaded = LlamaGen.from_pretrained(tmp_path / "run" / "gpt")
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in gpt.state_dict().items())
     assert (loaded.config.grid, loaded.config.vocab_size, loaded.config.condition_length) == (4, 16, 4)
     row = log_of(tmp_path / "run")[-1]
@@ -279,7 +279,7 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
     [
         ("tokenizer --data TMP/none --out TMP/out", "No image folder at"),
         ("tokenizer --data TMP/set --out TMP/file/out", "Cannot write to folder"),
-        ("tokenizer --data TMP/set --out TMP/out --minutes 0", "--minutes and --lr must be above 0"),
+        ("tokenizer --data TMP/set --out TMP/out --minutes 0", "--minutes must be above 0"),
         ("tokenizer --data TMP/set --out TMP/out --size 18", "multiple of 4 pixels, not 18"),
         ("tokenizer --data TMP/set --out TMP/out --styles oil", "No image has style 'oil'"),
         ("tokenizer --data TMP/set --out TMP/out --device cuda:99", "Device 'cuda:99' is not there"),

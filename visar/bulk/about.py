@@ -5,56 +5,48 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import version
 from typing import Any
 
-import diffusers
 import PIL
 import torch
-import transformers
 
 from visar import __version__
 from visar.errors import VisarError
-from visar.pipelines.base import ImagePipeline
-from visar.pipelines.masked import MaskedPipeline
-from visar.samplers import DEFAULTS, AnySampler, get_sampler, values_of
+from visar.generation.model import ImageModel
+from visar.params import SamplingParams
+from visar.samplers import values_of
 
 FORMAT = 1  # of the folder
+# What run.json says of settings that models of other tokens alone have; runs of earlier versions go on with these.
+UNUSED = {"guidance_interval": -1, "guidance_schedule": None, "top_k": 0, "top_p": 1.0}
 SAMPLE = 4096  # numbers of each tensor that the mark of the weights reads
-# What a pipeline is told beside sampler, seed and image index, and what it is if neither caller nor model says so.
-SETTINGS: dict[str, Any] = {
-    "guidance_scale": None, "guidance_interval": -1, "guidance_schedule": None, "temperature": 1.0, "top_k": 0,
-    "top_p": 1.0,
-}  # fmt: skip
 
 
-def resolved_sampler(pipe: ImagePipeline, sampler: str | AnySampler | None) -> Any:
-    """The sampler that the pipeline would use, as an object. Raises `VisarError` if it is of another family."""
-    if sampler is not None:
-        return pipe.fitted(pipe.sampler_of(sampler))
-    if isinstance(pipe, MaskedPipeline):
-        made = get_sampler(DEFAULTS["continuous"])
-        return get_sampler(made, steps=min(made.steps, pipe.model.length))
-    return pipe.fitted(get_sampler(DEFAULTS["discrete"]))
+def sampler_of(model: ImageModel, sampler: Any) -> Any:
+    """The sampler that the model would use, as an object. Raises `VisarError` if it is of another kind of tokens."""
+    return model.sampler_of(sampler)
 
 
-def resolved_settings(pipe: ImagePipeline, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, with the model's own in the place of None. Raises `VisarError` for a setting that there is not."""
-    for name in given:
-        if name not in SETTINGS:
-            raise VisarError(f"There is no setting {name!r}; there are {', '.join(SETTINGS)}.")
-    own = {name: pipe.config.get(name) for name in SETTINGS}
-    out = {}
-    for name, default in SETTINGS.items():
-        choices = (given.get(name), own[name], default)
-        out[name] = next((choice for choice in choices if choice is not None), None)
-    return out
+def settings_of(model: ImageModel, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, with the model's own in the place of None. Raises `VisarError` for a setting that it does not have."""
+    if given.get("forced_tokens") is not None:
+        raise VisarError("Many images have no forced tokens; call the model for those.")
+    params, kind = model.params_of(**given), model.family.tokens
+    named = {f.name: f.metadata["only"] for f in fields(SamplingParams) if f.name in params.to_dict()}
+    return {
+        name: UNUSED.get(name) if only not in ("", kind) else getattr(params, name)
+        for name, only in named.items()
+        if name != "seed"
+    }
 
 
-def weights_mark(pipe: ImagePipeline) -> str:
+def weights_mark(model: ImageModel) -> str:
     """A hash of every part's tensors: names, shapes, and up to `SAMPLE` numbers of each, evenly spread."""
     mark = hashlib.sha256()
-    for part, module in sorted(pipe.stored_parts().items()):
-        for name, tensor in sorted(module.state_dict().items()):
+    for part, module in sorted(model.family.components.items()):
+        for name, tensor in sorted(module.state_dict().items() if hasattr(module, "state_dict") else ()):
             flat = tensor.detach().flatten()
             few = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].double().cpu().contiguous()
             mark.update(f"{part}.{name} {list(tensor.shape)}".encode())
@@ -67,16 +59,15 @@ def method_of(sampler: Any) -> dict[str, Any]:
     return {"sampler": sampler.name, "parameters": values_of(sampler), "exact": sampler.exact}
 
 
-def machine(pipe: ImagePipeline) -> dict[str, Any]:
+def machine(model: ImageModel) -> dict[str, Any]:
     """What rounding may depend on: device, threads and versions."""
-    device = pipe.model.device
+    device = model.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or "cpu",
         "threads": torch.get_num_threads(),
         "visar": __version__,
         "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "pillow": PIL.__version__,
         "python": platform.python_version(),
     }

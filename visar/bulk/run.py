@@ -13,19 +13,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from visar.bulk.about import FORMAT, changed, machine, method_of, resolved_sampler, resolved_settings, weights_mark
+from visar.bulk.about import FORMAT, changed, machine, method_of, sampler_of, settings_of, weights_mark
 from visar.bulk.conditions import Condition, Interleaved
 from visar.bulk.folder import Journal, Line, RunFolder
 from visar.bulk.ranks import Ranks
 from visar.engine.rng import IMAGES
 from visar.errors import VisarError
 from visar.files import output_folder
-from visar.pipelines.base import ImagePipeline
-from visar.pipelines.class_to_image import ClassToImagePipeline
-from visar.pipelines.masked import MaskedPipeline
-from visar.samplers import AnySampler
-from visar.stats import DecodeStats, MaskedStats
-from visar.text_encoders.words import WordEncoder
+from visar.generation.model import ImageModel
+from visar.generation.stats import DecodeStats, MaskedStats
+from visar.params import DISCRETE
 
 
 @dataclass(frozen=True)
@@ -52,17 +49,17 @@ class Sampled:
 
 
 def sample_images(
-    pipe: ImagePipeline,
+    model: Any,
     conditions: Sequence[Condition | str | int],
     out: str | Path,
     *,
     count: int | None = None,
-    sampler: str | AnySampler | None = None,
+    sampler: Any = None,
     batch: int = 16,
     seed: int = 0,
     tokens: bool = False,
     ranks: Ranks = Ranks(),
-    model: str = "",
+    name: str = "",
     drafters: Sequence[str] = (),
     progress: bool = False,
     **settings: Any,
@@ -71,20 +68,21 @@ def sample_images(
 
     `conditions`: prompts, or class ids for a class model; image i has condition i % P. `batch`: images decoded at
     once. `tokens` puts each image's tokens in the manifest. `settings`: guidance_scale, guidance_interval,
-    guidance_schedule, temperature, top_k and top_p, as the pipeline takes them. `model` and `drafters` are names for
+    guidance_schedule, temperature, top_k and top_p, as the pipeline takes them. `name` and `drafters` are those for
     run.json. With several `ranks` all of them call this with the same arguments, on one shared folder. `progress` shows
     a bar on rank 0; bars of the pipeline's own are the caller's to disable.
 
     Raises `VisarError` for bad input, for a folder with another run, and where another run is at work in it.
     """
-    order, count = _checked(pipe, conditions, count, batch, tokens)
-    method = resolved_sampler(pipe, sampler)
-    settings = resolved_settings(pipe, settings)
+    model = ImageModel.of(model)
+    order, count = _checked(model, conditions, count, batch, tokens)
+    method = sampler_of(model, sampler)
+    settings = settings_of(model, settings)
     folder = RunFolder(out)
     about = {
         "format": FORMAT,
-        "model": model,
-        "weights": weights_mark(pipe),
+        "model": name,
+        "weights": weights_mark(model),
         "drafters": list(drafters),
         **method_of(method),
         "settings": settings,
@@ -93,12 +91,12 @@ def sample_images(
         "count": count,
         "batch": batch,
         "tokens": tokens,
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
     with ExitStack() as stack:
         ranks.agree(lambda: stack.enter_context(output_folder(folder.path)))
         ranks.agree(lambda: stack.enter_context(folder.locked(ranks.rank, ranks.world)))
-        missing = set(ranks.first(lambda: _begin(folder, about, machine(pipe))))
+        missing = set(ranks.first(lambda: _begin(folder, about, machine(model))))
         if not ranks.rank and order.kind == "class" and (extra := count % len(order.conditions)):
             warnings.warn(
                 f"{count} images are no multiple of {len(order.conditions)} classes: the first {extra} get one more.",
@@ -114,7 +112,7 @@ def sample_images(
             journal = Journal(folder, ranks.rank)
             with bar:
                 for ids in own:
-                    _draw(pipe, order, ids, missing, journal, method, seed, tokens, settings)
+                    _draw(model, order, ids, missing, journal, method, seed, tokens, settings)
                     bar.update(folder.drawn() - bar.n)  # those of all ranks
                 ranks.agree(lambda: None)  # all have drawn their part
                 bar.update(count - bar.n)
@@ -128,9 +126,9 @@ def sample_images(
 
 
 def _checked(
-    pipe: ImagePipeline, conditions: Sequence[Condition | str | int], count: int | None, batch: int, tokens: bool
+    model: ImageModel, conditions: Sequence[Condition | str | int], count: int | None, batch: int, tokens: bool
 ) -> tuple[Interleaved, int]:
-    """The order of the images, and how many there are; `VisarError` for what the model cannot draw."""
+    """The order of the images, and how many there are; `VisarError` for what the model cannot make."""
     order = Interleaved([c if isinstance(c, Condition) else Condition(c) for c in conditions])
     count = len(order.conditions) if count is None else count
     if count < 1:
@@ -139,23 +137,17 @@ def _checked(
         raise VisarError(f"The batch must be 1 or more images, not {batch}.")
     if max(order.index(i) for i in range(max(0, count - len(order.conditions)), count)) >= IMAGES:
         raise VisarError(f"There are at most {IMAGES} images of one condition.")
-    if tokens and isinstance(pipe, MaskedPipeline):
+    family = model.family
+    if tokens and family.tokens != DISCRETE:
         raise VisarError("Tokens are saved of models of discrete tokens; this one's are vectors.")
-    wanted = "class" if isinstance(pipe, ClassToImagePipeline) else "prompt"
-    if order.kind != wanted:
-        raise VisarError(f"This model draws from a {wanted}, and it was given a {order.kind}.")
+    if order.kind != family.condition:
+        raise VisarError(f"This model makes images from a {family.condition}, and it was given a {order.kind}.")
     values: list[Any] = [c.value for c in order.conditions]
-    if wanted == "class":
-        classes = pipe.model.config.classes
-        for label in values:
-            if not 0 <= label < classes:
-                raise VisarError(f"Class {label} does not exist; this model knows 0 to {classes - 1}.")
-    elif any(not prompt.strip() for prompt in values):
-        raise VisarError("The prompt is empty; give at least one word.")
-    elif isinstance(encoder := getattr(pipe, "text_encoder", None), WordEncoder):
+    family.check_conditions(values)
+    if family.condition == "prompt":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again when the prompt is drawn
-            encoder.encode(values)
+            warnings.simplefilter("ignore")  # they come again when the image is made
+            family.encode(values)
     return order, count
 
 
@@ -172,7 +164,7 @@ def _begin(folder: RunFolder, about: dict[str, Any], here: Mapping[str, Any]) ->
 
 
 def _draw(
-    pipe: Any,
+    model: ImageModel,
     order: Interleaved,
     ids: Sequence[int],
     wanted: set[int],
@@ -185,7 +177,7 @@ def _draw(
     """One call of the pipeline; only the `wanted` ones of its images are written."""
     values = [order.condition(i).value for i in ids]
     indices = [order.index(i) for i in ids]
-    out = pipe(values, sampler=method, seed=seed, first_image=indices, **settings)
+    out = model.generate(values, sampler=method, seed=seed, first_image=indices, **settings)
     for row, (i, image) in enumerate(zip(ids, out.images, strict=True)):
         if i in wanted:
             line = _line(order, i, row, out.stats)

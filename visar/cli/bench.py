@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import load_pipeline, samplers_of
+from visar.cli.common import load_model, samplers_of
+from visar.cli.output import check_json, show
+from visar.cli.parsers.base import STDOUT
+from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
-from visar.files import replacing, writable_folder
+from visar.files import writable_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
+    from visar.eval.benchmark.history import BenchmarkRun
     from visar.eval.benchmark.profiling import PassProfile
     from visar.eval.benchmark.speed import SpeedReport, SpeedRow
 
 
-SETTINGS = ("seed", "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
-
-
 def bench(options: argparse.Namespace) -> int:
-    batch = 1 if options.batch is None else options.batch
-    for name, value in (("--batch", batch), ("--images", options.images), ("--repeats", options.repeats)):
-        if value < 1:
-            raise VisarError(f"{name} must be 1 or more, not {value}.")
+    if (options.history or options.against) and (options.shapes is not None or options.profile):
+        raise VisarError("--history and --against are of samplers: they go with neither --shapes nor --profile.")
     if options.shapes is not None:
         return _shapes(options)
     samplers = samplers_of(options)
     if not samplers:
         raise VisarError("No sampler was given.")
-    _check_report(options)
-    pipe = load_pipeline(options)
-    pipe.set_progress_bar_config(disable=True)
-    settings = {name: getattr(options, name) for name in SETTINGS}
+    check_json(options)
+    before = _history(options)
+    settings = settings_of(params_of(options))
+    model = load_model(options)
+    model.bar = {"disable": True}
     if options.profile:
-        return _profile(options, pipe, samplers, settings)
+        return _profile(options, model, samplers, settings)
     from visar.eval.benchmark.speed import compare
 
-    report = compare(pipe, samplers, batch=batch, images=options.images, repeats=options.repeats, **settings)
-    _print_speed(report, options.model)
-    _write_report(options, report)
+    batch = options.batch or 1
+    report = compare(model, samplers, batch=batch, images=options.num_images, repeats=options.repeats, **settings)
+    show(options, _speed_text(report, options.model), asdict(report))
+    _remember(options, report, before)
     return 0
 
 
@@ -53,7 +54,7 @@ def _shapes(options: argparse.Namespace) -> int:
             raise VisarError(
                 "--shapes measures ar and scd with random weights: it takes no samplers, model or drafter."
             )
-    _check_report(options)
+    check_json(options)
     import torch
 
     from visar.cli.common import device_of
@@ -67,21 +68,51 @@ def _shapes(options: argparse.Namespace) -> int:
         device=device_of(options.device),
         repeats=options.repeats,
     )
-    print(shapes_text(report))
-    _write_report(options, report)
+    show(options, shapes_text(report), asdict(report))
     return 0
 
 
-def _profile(options: argparse.Namespace, pipe: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
+def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
     """`visar bench --profile`."""
-    from visar.eval.benchmark.profiling import profile_pipeline, profile_text
+    from visar.eval.benchmark.profiling import profile_model, profile_text
 
     if options.batch not in (None, 1):
         raise VisarError("--profile is of one image: it takes no --batch.")
-    rows = {label: profile_pipeline(pipe, sampler, **settings) for label, sampler in samplers.items()}
-    print(profile_text([(label, p) for label, p in rows.items()], ("SAMPLER",)))
-    _write_report(options, ProfileReport(options.model, str(pipe.model.device), str(pipe.model.dtype), rows))
+    rows = {label: profile_model(model, sampler, **settings) for label, sampler in samplers.items()}
+    report = ProfileReport(options.model, str(model.device), str(model.dtype), rows)
+    show(options, profile_text(list(rows.items()), ("SAMPLER",)), asdict(report))
     return 0
+
+
+NOT_COMPARED = {"json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats"}
+
+
+def _history(options: argparse.Namespace) -> list[BenchmarkRun]:
+    """The runs of --against, read before minutes of measuring."""
+    if options.history:
+        writable_folder(Path(options.history).parent)
+    if not options.history and not options.against:
+        return []
+    from visar.eval.benchmark import history
+
+    if options.history and Path(options.history).exists():
+        history.load(options.history)  # an error where it is another file
+    if options.against and (options.against != options.history or Path(options.against).exists()):
+        return history.load(options.against)
+    return []
+
+
+def _remember(options: argparse.Namespace, report: SpeedReport, before: list[BenchmarkRun]) -> None:
+    """Append the run to --history, and print the comparison that --against asks for."""
+    if not options.history and not options.against:
+        return
+    from visar.eval.benchmark import history
+
+    run = history.run_of(report, {k: v for k, v in vars(options).items() if k not in NOT_COMPARED})
+    if options.against:
+        print(history.comparison(run, before), file=sys.stderr if options.json == STDOUT else sys.stdout)
+    if options.history:
+        history.append(options.history, run)
 
 
 @dataclass(frozen=True)
@@ -94,25 +125,14 @@ class ProfileReport:
     rows: dict[str, PassProfile]
 
 
-def _check_report(options: argparse.Namespace) -> None:
-    if options.json:
-        writable_folder(Path(options.json).parent)  # before minutes of measuring
-
-
-def _write_report(options: argparse.Namespace, report: Any) -> None:
-    if options.json:
-        with replacing(options.json) as temporary:
-            temporary.write_text(json.dumps(asdict(report), indent=2) + "\n")
-
-
-def _print_speed(report: SpeedReport, model: str) -> None:
+def _speed_text(report: SpeedReport, model: str) -> str:
     first = report.rows[0].sampler
     if report.rows[0].head is None:
         shape: tuple[str, ...] = ("W",)
         more: tuple[str, ...] = ("IMAGES/S", "GB/S", "OF BANDWIDTH")
     else:
         shape = ("K", "T")
-        more = ("HEAD ROUNDS/PASS", "HEAD ROUNDS/TOKEN", "HEAD EVALUATIONS/TOKEN", "ACCEPTANCE")
+        more = ("DENOISER CALLS/PASS", "DENOISER CALLS/TOKEN", "DENOISED ROWS/TOKEN", "ACCEPTANCE RATE")
 
     def special(r: SpeedRow) -> tuple[tuple[object, ...], tuple[object, ...]]:
         if (h := r.head) is None:
@@ -128,13 +148,13 @@ def _print_speed(report: SpeedReport, model: str) -> None:
         sizes, rest = special(r)
         drafting = "-" if r.draft_share is None else f"{100 * r.draft_share:.0f}%"
         rows.append((
-            r.sampler, "exact" if r.exact else "not exact", *sizes, f"{r.nfe:.1f}", f"{r.commits_per_pass:.2f}",
+            r.sampler, "yes" if r.exact else "no", *sizes, f"{r.nfe:.1f}", f"{r.tokens_per_pass:.2f}",
             f"{r.ms_per_pass:.2f}", drafting, f"{r.seconds_per_image:.3f}", *rest,
             f"{r.nfe_ratio:.2f}", f"{r.time_ratio:.2f}",
         ))  # fmt: skip
     passes = ("NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE")
-    print(table(("SAMPLER", "LAW", *shape, *passes, *more, f"NFE/{first}", f"TIME/{first}"), rows))
-    print(
-        f"{model}, {report.device}, {report.dtype}, batch {report.batch}, {report.images} images, medians "
+    rows_text = table(("SAMPLER", "EXACT", *shape, *passes, *more, f"NFE/{first}", f"TIME/{first}"), rows)
+    return (
+        f"{rows_text}\n{model}, {report.device}, {report.dtype}, batch {report.batch}, {report.images} images, medians "
         f"of {report.repeats} repeats after a warm-up; bandwidth measured in this run: {report.bandwidth:.1f} GB/s."
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visar.errors import VisarError
@@ -13,7 +11,8 @@ from visar.errors import VisarError
 if TYPE_CHECKING:
     import torch
 
-    from visar.pipelines.base import ImagePipeline
+    from visar.families.source import Source
+    from visar.generation.model import ImageModel
     from visar.samplers import AnySampler
 
 
@@ -50,7 +49,7 @@ def samplers_of(options: argparse.Namespace) -> dict[str, AnySampler]:
 
     wanted = options.samplers
     if wanted is None:
-        wanted = ["mar", "mar-headspec"] if is_masked(options) else ["ar", "sjd", "scd"]
+        wanted = ["mar", "mar-headspec"] if tokens_of(options) == "continuous" else ["ar", "sjd", "scd"]
     # A name, or FILE.py:NAME, and its parameters.
     parts = {label: re.split(r"(?<!\.py):", label) for label in wanted}
     has = {label: set(parameters_of(get_sampler(name))) for label, (name, *_) in parts.items()}
@@ -87,80 +86,48 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _class_of(model: str) -> str:
-    """The pipeline that a model's folder says it holds; "" for what is not on this machine or says nothing."""
-    from visar.families.specs import resolve_model
+def source_of(options: argparse.Namespace) -> Source:
+    """The model that the model options name, looked at and not loaded."""
+    from visar.families.source import open_source
 
-    index = Path(resolve_model(model)) / "model_index.json"
-    try:
-        return str(json.loads(index.read_text()).get("_class_name", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
+    return open_source(
+        options.model, vq=options.vq, vae=options.vae, text_encoder=options.text_encoder,
+        image_size=options.image_size, num_heads=options.num_heads,
+    )  # fmt: skip
 
 
-def is_class_model(options: argparse.Namespace) -> bool:
-    """Whether a model takes classes, by its index or by the tensors of its file."""
-    if options.vae:
-        return True
-    if is_file(options):
-        from visar.families.llamagen.loading import load_state
+def tokens_of(options: argparse.Namespace) -> str:
+    """The kind of tokens of a model, "discrete" or "continuous", before its weights are read."""
+    from visar.families.registry import family_of
 
-        return any(key.startswith("cls_embedding.embedding_table") for key in load_state(options.model))
-    return _class_of(options.model).endswith("ClassToImagePipeline")
+    return family_of(source_of(options)).tokens
 
 
 def is_file(options: argparse.Namespace) -> bool:
     """Whether the model options ask for published files."""
-    return Path(options.model).suffix in (".pt", ".pth", ".safetensors") or bool(options.vq or options.vae)
+    return bool(source_of(options).files)
 
 
-def is_masked(options: argparse.Namespace) -> bool:
-    """Whether a model is one of continuous tokens, before its weights are read."""
-    return bool(options.vae) if is_file(options) else _class_of(options.model).startswith("Masked")
+def load_model(options: argparse.Namespace, condition: str | None = None) -> ImageModel:
+    """The model that the model options ask for, where and as they want it.
 
-
-def load_pipeline(options: argparse.Namespace, classes: bool | None = None) -> ImagePipeline:
-    """The pipeline that the model options ask for.
-
-    `classes` says which kind is wanted; None takes what the model is.
+    `condition`, "prompt" or "class", is what it shall be called with; None takes what the model is.
     """
     import torch
 
+    from visar.generation.model import ImageModel
+
     device = device_of(options.device)
-    from diffusers.utils import logging
-
-    from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if classes is None:
-        classes = is_class_model(options)
-    kind = ClassToImagePipeline if classes else TextToImagePipeline
-    if options.vae:
-        if options.vq or options.text_encoder or options.image_size is not None:
-            raise VisarError("--vae goes with a MAR file, which takes no --vq, --text-encoder or --image-size.")
-        if not classes:
-            raise VisarError("A published MAR draws classes: give --class IDs instead of prompts.")
-        pipe = ClassToImagePipeline.from_single_file(
-            mar=options.model, vae=options.vae, num_heads=options.num_heads
-        )  # fmt: skip
-    elif is_file(options):
-        if not options.vq:
-            raise VisarError(
-                "A published GPT file needs its tokenizer too: give it with --vq FILE, a MAR its --vae FILE."
-            )
-        wanted = ["image_size", "num_heads"] + (["text_encoder"] if not classes else [])
-        extra = {name: value for name in wanted if (value := getattr(options, name)) is not None}
-        pipe = kind.from_single_file(options.model, vq=options.vq, **extra)
-    elif any(value is not None for value in (options.text_encoder, options.image_size, options.num_heads)):
+    model = ImageModel.load(source_of(options))
+    own = model.family.condition
+    if condition is not None and own != condition:
+        wanted = "prompts" if own == "prompt" else "--class IDs (--classes for many)"
         raise VisarError(
-            "--text-encoder, --image-size and --num-heads go with a published .pt file; a folder brings its own."
+            f"{options.model} makes images from {'a prompt' if own == 'prompt' else 'a class'}: give {wanted}."
         )
-    else:
-        pipe = kind.from_pretrained(options.model)
     for drafter in getattr(options, "drafter", ()):
-        pipe.load_drafter(drafter)
-    pipe = pipe.to(device)
-    pipe = pipe.to(getattr(torch, options.dtype) if options.dtype else pipe.fastest_dtype)
-    pipe.quantize(getattr(options, "quantize", None) or "native")
-    return pipe
+        model.load_drafter(drafter)
+    model.to(device)
+    model.to(dtype=getattr(torch, options.dtype) if options.dtype else model.family.fastest_dtype)
+    model.quantize(getattr(options, "quantize", None) or "native")
+    return model

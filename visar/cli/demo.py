@@ -8,11 +8,11 @@ import errno
 import socket
 from typing import TYPE_CHECKING
 
-from visar.cli.common import is_file, load_pipeline
+from visar.cli.common import is_file, load_model
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
-    from visar.pipelines.base import ImagePipeline
+    from visar.generation.model import ImageModel
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -24,9 +24,6 @@ def demo(options: argparse.Namespace) -> int:
         raise VisarError(f"The demo needs Gradio and matplotlib: {what}.") from error
     if not 0 <= options.port < 65536:
         raise VisarError(f"--port must be from 0 (any that is free) to 65535, not {options.port}.")
-    for what, value in (("--max-images", options.max_images), ("--max-waiting", options.max_waiting)):
-        if value < 1:
-            raise VisarError(f"{what} must be 1 or more, not {value}.")
     port = _free_port(options.host, options.port)  # before models are loaded
     from visar.demo.app import build, css, theme
     from visar.demo.jobs import end_all
@@ -51,7 +48,7 @@ def demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(options: argparse.Namespace) -> list[tuple[str, ImagePipeline]]:
+def _load(options: argparse.Namespace) -> list[tuple[str, ImageModel]]:
     """The pipelines of all models that were asked for, by what they were called."""
     wanted = options.models or ["icons", "icons-mar"]
     each = []
@@ -63,7 +60,7 @@ def _load(options: argparse.Namespace) -> list[tuple[str, ImagePipeline]]:
         raise VisarError("A published file is served alone, with its --vq or --vae; give one --model.")
     if len(wanted) > 1 and options.drafter:
         raise VisarError("A drafter is for one model; give one --model.")
-    return [(own.model, load_pipeline(own)) for own in each]
+    return [(own.model, load_model(own)) for own in each]
 
 
 def _free_port(host: str, port: int) -> int:

@@ -1,36 +1,35 @@
-"""`visar eval`: figures by named protocols, and whether a sampler changed the images."""
+"""`visar eval`: results by named protocols, and whether a sampler changed the images."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import device_of, load_pipeline, samplers_of
+from visar.cli.common import device_of, load_model, samplers_of
+from visar.cli.output import check_json, show
+from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
-from visar.files import output_folder, replacing, writable_folder
+from visar.files import output_folder, writable_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
     from visar.eval.quality.compare import Comparison, Remembering, Shift
-
-SETTINGS = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
 
 
 def fid(options: argparse.Namespace) -> int:
     from visar.eval.quality.image_folder import ImageFolder
     from visar.eval.quality.measure import measure
 
-    _ready(options)
+    check_json(options)
     found = measure(
         options.protocol, ImageFolder.open(options.folder), options.reference, device=device_of(options.device),
         batch=options.batch, seed=options.seed, weights=options.weights,
     )  # fmt: skip
     for name, reason in found.left_out.items():
         print(f"visar: note: {name} was left out: {reason}.", file=sys.stderr)
-    _say(str(found), found.to_dict(), options.json)
+    show(options, str(found), found.to_dict())
     return 0
 
 
@@ -38,19 +37,19 @@ def clip(options: argparse.Namespace) -> int:
     from visar.eval.quality.image_folder import ImageFolder
     from visar.eval.quality.measure import measure
 
-    _ready(options)
+    check_json(options)
     images = ImageFolder.open(options.folder, captions=options.captions)
     found = measure(
         options.protocol, images, device=device_of(options.device), batch=options.batch, weights=options.weights
     )
-    _say(str(found), found.to_dict(), options.json)
+    show(options, str(found), found.to_dict())
     return 0
 
 
 def stats(options: argparse.Namespace) -> int:
     from visar.eval.quality.measure import reference_stats
 
-    _ready(options)
+    check_json(options)
     if Path(options.out).suffix != ".npz":
         raise VisarError(f"Statistics are written as .npz, not {options.out}.")
     writable_folder(Path(options.out).parent)
@@ -59,7 +58,7 @@ def stats(options: argparse.Namespace) -> int:
         weights=options.weights,
     )  # fmt: skip
     count = next(iter(found.moments.values())).n
-    _say(f"{options.out}: {count} images, sha256:{found.fingerprint[:12]}", found.provenance, options.json)
+    show(options, f"{options.out}: {count} images, sha256:{found.fingerprint[:12]}", found.provenance)
     return 0
 
 
@@ -67,14 +66,12 @@ def compare(options: argparse.Namespace) -> int:
     from visar.eval.quality.compare import compare as compared
     from visar.eval.quality.image_folder import ImageFolder
 
-    _ready(options)
+    check_json(options)
     a, b, *seeds = (ImageFolder.open(path) for path in (options.a, options.b, *options.seeds))
     reference = _photographs(options.reference)
     scores = _scores(options)
-    found = compared(
-        a, b, _features(options), seeds=seeds, reference=reference, clip=scores, seed=options.seed
-    )  # fmt: skip
-    _say(_described(found), found.to_dict(), options.json)
+    found = compared(a, b, _features(options), seeds=seeds, reference=reference, clip=scores, seed=options.seed)
+    show(options, _described(found), found.to_dict())
     return 0
 
 
@@ -84,21 +81,18 @@ def report(options: argparse.Namespace) -> int:
     from visar.eval.report.plots import check
 
     samplers = samplers_of(options)
-    for name in ("num_images", "batch", "speed_images"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise VisarError(f"--{name.replace('_', '-')} must be 1 or more, not {value}.")
+    settings = settings_of(params_of(options))
     given = _conditions(options)
     reference, extract, scores = _photographs(options.reference), _features(options), _scores(options)
     with output_folder(options.out):
         check(Path(options.out) / "plot.svg")
-        pipe = load_pipeline(options, classes=bool(options.classes) or None)
-        pipe.set_progress_bar_config(disable=True)
-        conditions = given or _usual(pipe)
+        model = load_model(options, "class" if options.classes else None)
+        model.bar = {"disable": True}
+        conditions = given or _usual(model)
         found = make_report(
-            pipe, samplers, conditions, Path(options.out), extract, model=options.model,
-            count=options.num_images or len(conditions), batch=options.batch, seed=options.seed, reference=reference,
-            clip=scores, speed_images=options.speed_images, progress=sys.stderr.isatty(), tell=print,
-            **{name: getattr(options, name) for name in SETTINGS},
+            model, samplers, conditions, Path(options.out), extract, name=options.model,
+            count=options.num_images or len(conditions), batch=options.batch, reference=reference, clip=scores,
+            speed_images=options.speed_images, progress=sys.stderr.isatty(), tell=print, **settings,
         )  # fmt: skip
         for file in write_page(found, options.out):
             print(file)
@@ -109,22 +103,10 @@ def protocols(options: argparse.Namespace) -> int:
     from visar.eval.quality.protocols import get_protocol, protocol_names
 
     found = [get_protocol(name) for name in protocol_names()]
-    if options.json:
-        print(json.dumps([vars(p) for p in found], indent=2))
-    else:
-        print(table(
-            ("NAME", "VERSION", "METRICS", "IMAGES", "FEATURES", "ABOUT"),
-            [(p.name, p.version, ", ".join(p.metrics), p.wanted, p.extractor, p.about) for p in found],
-        ))  # fmt: skip
+    rows = [(p.name, p.version, ", ".join(p.metrics), p.wanted, p.extractor, p.about) for p in found]
+    text = table(("NAME", "VERSION", "METRICS", "IMAGES", "FEATURES", "ABOUT"), rows)
+    show(options, text, [vars(p) for p in found])
     return 0
-
-
-def _ready(options: argparse.Namespace) -> None:
-    """What can be wrong before minutes of measuring."""
-    if options.batch < 1:
-        raise VisarError(f"--batch must be 1 or more, not {options.batch}.")
-    if options.json:
-        writable_folder(Path(options.json).parent)
 
 
 def _features(options: argparse.Namespace) -> Remembering:
@@ -166,12 +148,11 @@ def _conditions(options: argparse.Namespace) -> list[Any]:
     return list(read_classes(options.classes)) if options.classes else []
 
 
-def _usual(pipe: Any) -> list[Any]:
+def _usual(model: Any) -> list[Any]:
     """Common prompts, or all classes."""
     from visar.eval.benchmark.speed import conditions
-    from visar.pipelines import TextToImagePipeline
 
-    return conditions(pipe, 48) if isinstance(pipe, TextToImagePipeline) else list(range(pipe.model.config.classes))
+    return conditions(model, 48 if model.family.condition == "prompt" else model.family.classes)
 
 
 def _shift(name: str, s: Shift) -> str:
@@ -179,7 +160,7 @@ def _shift(name: str, s: Shift) -> str:
 
 
 def _described(found: Comparison) -> str:
-    """The verdict, and every figure behind it."""
+    """The conclusion, and every number it rests on."""
     t = found.overall
     lines = [
         found.verdict,
@@ -201,10 +182,3 @@ def _described(found: Comparison) -> str:
     if found.clip is not None:
         lines.append(_shift("Score against the prompt", found.clip))
     return "\n".join(lines)
-
-
-def _say(line: str, figures: dict[str, Any], file: str | None) -> None:
-    print(line)
-    if file:
-        with replacing(file) as temporary:
-            temporary.write_text(json.dumps(figures, indent=2) + "\n")

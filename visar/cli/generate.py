@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visar.cli.common import configured, is_masked, load_pipeline
+from visar.cli.common import configured, load_model, tokens_of
+from visar.cli.output import check_json, show
+from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import output_folder, replacing
+from visar.params import SamplingParams
 
 if TYPE_CHECKING:
+    from visar.generation.stats import DecodeStats
     from visar.samplers import AnySampler
-    from visar.stats import DecodeStats
 
 
-def output_paths(output: str | None, names: list[str]) -> list[Path]:
-    """Where the images go: the given .png file (numbered if there are several), or files named after the prompts."""
-    path = Path(output or ".")
+def output_paths(out: str | None, names: list[str], force: bool = False) -> list[Path]:
+    """Where the images go: the given .png file (numbered if there are several), or files named after the prompts.
+
+    In a folder, names that are taken get a number. Raises `VisarError` for a given file that exists. With `force` both
+    are overwritten.
+    """
+    path = Path(out or ".")
     if path.suffix and not path.is_dir():
         if path.suffix.lower() != ".png":
             raise VisarError(f"Images are written as .png, not {path.suffix}; give a .png file or a folder.")
-        return [path if len(names) == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(len(names))]
+        paths = [path if len(names) == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(len(names))]
+        if not force and (old := next((p for p in paths if p.exists()), None)):
+            raise VisarError(f"{old} exists; give --force to overwrite it, or another --out.")
+        return paths
     stems = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "image" for name in names]
-    out: list[Path] = []
+    found: list[Path] = []
     for stem in stems:
         numbered = (path / f"{stem}{f'-{i}' if i else ''}.png" for i in itertools.count())
-        out.append(next(file for file in numbered if file not in out))
-    return out
+        found.append(next(p for p in numbered if p not in found and (force or not p.exists())))
+    return found
 
 
 def generate(options: argparse.Namespace) -> int:
@@ -45,39 +54,40 @@ def generate(options: argparse.Namespace) -> int:
         warnings.warn(
             f"These are {len(prompts)} prompts of one word each; put quotes around several words.", stacklevel=1
         )
-    if options.num_images < 1:
-        raise VisarError(f"-n must be 1 or more, not {options.num_images}.")
     names = [n for n in (prompts or [f"class {c}" for c in classes]) for _ in range(options.num_images)]
-    from visar.samplers import DEFAULTS, ContinuousTarget, Target
-
     # Everything that can be wrong is checked before the weights are read.
-    masked = is_masked(options)
-    default = DEFAULTS["continuous" if masked else "discrete"]
-    said = options.sampler or options.parameters or options.window is not None
-    sampler = configured(options.sampler or default, options.parameters, options.window) if said else None
-    temperature = 1.0 if options.temperature is None else options.temperature
-    ContinuousTarget(temperature) if masked else Target(temperature, options.top_k or 0, options.top_p)
-    paths = output_paths(options.output, names)
+    params = params_of(options)
+    sampler = chosen_sampler(options, params)
+    check_json(options)
+    paths = output_paths(options.out, names, options.force)
     with output_folder(paths[0].parent):  # first of all, so that nothing is computed that cannot be saved
-        stats = _write(options, sampler, paths)
-    if options.json:
-        print(json.dumps(stats.to_dict() | {"images": [str(p) for p in paths]}))
-    else:
-        for path in paths:
-            print(path)
-        print(stats)
+        stats = _write(options, params, sampler, paths)
+    show(options, "\n".join(map(str, [*paths, stats])), stats.to_dict() | {"images": [str(p) for p in paths]})
     return 0
 
 
-def _write(options: argparse.Namespace, sampler: AnySampler | None, paths: list[Path]) -> DecodeStats:
-    pipe = load_pipeline(options, classes=bool(options.classes))
-    pipe.set_progress_bar_config(disable=options.json or not sys.stderr.isatty())
-    out = pipe(
+def chosen_sampler(options: argparse.Namespace, params: SamplingParams) -> AnySampler | None:
+    """The sampler, or None if the options say nothing of it. Raises `VisarError` for settings the model has not."""
+    from visar.samplers import DEFAULTS
+
+    tokens = tokens_of(options)
+    params.check(tokens)
+    if not options.sampler and not options.parameters and options.window is None:
+        return None
+    return configured(options.sampler or DEFAULTS[tokens], options.parameters, options.window)
+
+
+def _write(
+    options: argparse.Namespace, params: SamplingParams, sampler: AnySampler | None, paths: list[Path]
+) -> DecodeStats:
+    model = load_model(options, "class" if options.classes else "prompt")
+    model.bar = {"disable": not sys.stderr.isatty() or options.json is not None}
+    out = model.generate(
         options.classes or options.prompt,
-        sampler=sampler, num_images_per_prompt=options.num_images, seed=options.seed,
-        guidance_scale=options.guidance_scale, guidance_schedule=options.guidance_schedule,
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-    )  # fmt: skip
+        sampler=sampler,
+        num_images=options.num_images,
+        **settings_of(params),
+    )
     for image, path in zip(out.images, paths, strict=True):
         with replacing(path) as temporary:
             image.save(temporary)

@@ -3,84 +3,99 @@
 from __future__ import annotations
 
 import argparse
-import json
+from dataclasses import asdict
 from typing import Any
 
-from visar.errors import unknown
+from visar.cli.output import check_json, show
 from visar.tables import table
 
 
 def models(options: argparse.Namespace) -> int:
-    from visar.families.specs import MAR_MODELS, MODELS
-
-    rows = [
-        {
-            "name": m.name,
-            "condition": m.condition,
-            "pixels": list(m.pixels),
-            "weights": "embedded" if m.folder else f"{m.files[0].hub}: {', '.join(f.name for f in m.files)}",
-            "title": m.title,
-        }
-        for m in MODELS.values()
-    ] + [
-        {"name": m.name, "condition": "class", "pixels": [m.pixels], "weights": f"published: {m.file}, kl16.ckpt",
-         "title": m.title}
-        for m in MAR_MODELS.values()
-    ]  # fmt: skip
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print(table(
-            ("NAME", "CONDITION", "PIXELS", "WEIGHTS"),
-            [(r["name"], r["condition"], "/".join(map(str, r["pixels"])), r["weights"]) for r in rows],
-        ))  # fmt: skip
+    check_json(options)
+    rows = model_rows()
+    if options.name is not None:
+        row = _named("model", options.name, rows) | _inside(options.name)
+        told = [(name.replace("_", " "), _told(value)) for name, value in row.items() if value]
+        show(options, table(told[0], told[1:]), row)
+        return 0
+    columns = ("name", "condition", "pixels", "weights")
+    lines = [[_told(row[column]) for column in columns] for row in rows]
+    show(options, table([column.upper() for column in columns], lines), rows)
     return 0
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """The table of models."""
+    from visar.families.catalogue import catalogue
+
+    return [asdict(listing) for listing in catalogue().values()]
+
+
+def _inside(name: str) -> dict[str, Any]:
+    """The default settings, components and drafters of an embedded model."""
+    from visar.families.catalogue import embedded_folder, is_embedded
+    from visar.families.source import open_source
+
+    if not is_embedded(name):
+        return {}
+    index = open_source(name).index
+    parts = [key for key, value in index.items() if isinstance(value, list)]
+    settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_") and v is not None}
+    others = sorted(folder.name for folder in embedded_folder(name).iterdir() if folder.is_dir())
+    return {"settings": settings, "components": parts, "drafters": [part for part in others if part not in parts]}
 
 
 def samplers(options: argparse.Namespace) -> int:
+    check_json(options)
+    rows = sampler_rows()
     if options.name is not None:
-        return _parameters(options)
+        return _parameters(options, _named("sampler", options.name, rows))
+    lines = [
+        (f"{r['name']}{' (default)' if r['default'] else ''}", r["tokens"], "yes" if r["exact"] else "no",
+         r["drafter"] or "none", "; ".join(filter(None, (r["paper"], r["note"]))))
+        for r in rows
+    ]  # fmt: skip
+    text = table(("NAME", "TOKENS", "EXACT", "DRAFTER", "PAPER"), lines)
+    show(options, f"{text}\n`visar samplers NAME` shows the parameters of one.", rows)
+    return 0
+
+
+def sampler_rows() -> list[dict[str, Any]]:
+    """The table of samplers, read without importing torch."""
     from visar.samplers import DEFAULTS
     from visar.samplers.catalogue import catalogue
 
-    rows: list[dict[str, Any]] = [
-        {"name": s.name, "default": s.name == DEFAULTS[s.tokens], "exact": s.exact, "note": s.note,
-         "exactness": s.exactness, "tokens": s.tokens, "drafter": s.drafter, "paper": s.paper,
-         "parameters": s.parameters()}
+    return [
+        {"name": s.name, "default": s.name == DEFAULTS[s.tokens], "exact": s.exact, "note": s.note or None,
+         "tokens": s.tokens, "drafter": s.drafter, "paper": s.paper, "parameters": s.parameters()}
         for s in catalogue().values()
     ]  # fmt: skip
-    if options.json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print(table(
-            ("NAME", "TOKENS", "EXACT?", "DRAFTER", "PAPER"),
-            [
-                (f"{r['name']}{' (default)' if r['default'] else ''}", r["tokens"], r["exactness"],
-                 r["drafter"] or "none", r["paper"])
-                for r in rows
-            ],
-        ))  # fmt: skip
-        print("`visar samplers NAME` says what may be set of one.")
-    return 0
 
 
-def _parameters(options: argparse.Namespace) -> int:
+def _parameters(options: argparse.Namespace, row: dict[str, Any]) -> int:
     """Those of one sampler that `--set` may give."""
     from visar.samplers.catalogue import catalogue
 
-    known = catalogue()
-    if options.name not in known:
-        raise unknown("sampler", options.name, known)
-    spec = known[options.name]
-    found = list(spec.options.values())
-    if options.json:
-        each = [{"name": p.name, "default": p.default, "range": p.range, "help": p.help} for p in found]
-        about = {"name": spec.name, "exact": spec.exact, "note": spec.note, "paper": spec.paper}
-        print(json.dumps(about | {"parameters": each}, indent=2))
-        return 0
-    print(f"{spec.name}: {spec.paper}; {spec.exactness}")
+    found = catalogue()[row["name"]].options.values()
+    each = [{"name": p.name, "default": p.default, "range": p.range, "help": p.help} for p in found]
+    text = f"{row['name']}: {row['paper']}; {row['note'] or ('exact' if row['exact'] else 'relaxed')}"
     if found:
-        print(
-            table(("PARAMETER", "DEFAULT", "RANGE", "MEANING"), [(p.name, p.default, p.range, p.help) for p in found])
-        )
+        lines = [(p.name, p.default, p.range, p.help) for p in found]
+        text += "\n" + table(("PARAMETER", "DEFAULT", "RANGE", "MEANING"), lines)
+    show(options, text, {**row, "parameters": each})
     return 0
+
+
+def _named(kind: str, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from visar.errors import unknown
+
+    for row in rows:
+        if row["name"] == name:
+            return row
+    raise unknown(kind, name, [row["name"] for row in rows])
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

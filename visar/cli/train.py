@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from visar.cli.common import device_of
+from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import writable_folder
+from visar.params import CONTINUOUS, DISCRETE
 
 
 def images(options: argparse.Namespace) -> int:
@@ -40,8 +42,6 @@ def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
     from visar.training.data import ImageSet
     from visar.training.loop import TrainConfig
 
-    if options.minutes <= 0 or options.batch < 1 or options.size < 8 or options.lr <= 0:
-        raise VisarError("--minutes and --lr must be above 0, --batch 1 or more, and --size 8 or more.")
     data = ImageSet(options.data, tuple(options.styles), tuple(options.without_groups))
     if not data.indices("train"):
         raise VisarError(f"{options.data} has no images for training: all are held out.")
@@ -75,7 +75,7 @@ def mar(options: argparse.Namespace) -> int:
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
-    vae = _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder).eval()
+    vae = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder).eval()
     encoder = _component("text_encoders.words.WordEncoder", options.words)
     train_mar(
         data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
@@ -87,13 +87,13 @@ def mar(options: argparse.Namespace) -> int:
 def clip(options: argparse.Namespace) -> int:
     import torch
 
-    from visar.families.specs import MODELS, resolve_model
+    from visar.families.catalogue import embedded_folder, is_embedded
     from visar.training.clip import train_clip
 
-    if min(options.dim, options.layers, options.text_layers, options.heads) < 1 or options.batch < 2:
-        raise VisarError("--dim, --layers, --text-layers and --heads must be 1 or more, and --batch 2 or more.")
+    if options.batch < 2:
+        raise VisarError(f"--batch must be 2 or more, not {options.batch}: a CLIP compares the images of a batch.")
     data, config = _run(options, warmup=100, ema=0.998)
-    home = Path(resolve_model(options.words)) / "text_encoder" if options.words in MODELS else options.words
+    home = embedded_folder(options.words) / "text_encoder" if is_embedded(options.words) else options.words
     encoder = _component("text_encoders.words.WordEncoder", home)
     train_clip(
         data, options.size, config, encoder, options.dim, options.layers, options.text_layers, options.heads,
@@ -110,14 +110,14 @@ def ar(options: argparse.Namespace) -> int:
     if options.dim % options.heads or options.dim // options.heads % 4:
         raise VisarError("--dim must be a multiple of --heads, and their ratio a multiple of 4.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
-    vq = VQModel.from_pretrained(_folder(options.tokenizer), low_cpu_mem_usage=False).eval()
+    vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
     train_ar(data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn)
     return 0
 
 
 def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
-    """The captions or class ids to draw, `classes` being 0 for text: lines of a file, or prompts of an image set."""
+    """The captions or class ids to sample, `classes` being 0 for text: lines of a file, or prompts of an image set."""
     images = (
         not classes
         and options.captions
@@ -147,104 +147,92 @@ def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
             if not line.isdecimal() or int(line) >= classes:
                 raise VisarError(f"{path} must hold a class id from 0 to {classes - 1} in each line, not {line!r}.")
         found = [int(line) for line in found]
-    return list(dict.fromkeys(found))  # drawn in turns: a caption that stood twice would give one image twice
+    return list(dict.fromkeys(found))  # sampled in turns: a caption given twice would give one image twice
 
 
 def drafter(options: argparse.Namespace) -> int:
     import torch
 
-    from visar.cli.common import is_masked, load_pipeline
+    from visar.cli.common import load_model, tokens_of
+    from visar.drafters import drafter_kind
     from visar.engine.guidance import Guidance
-    from visar.pipelines import TextToImagePipeline
     from visar.samplers import Target
-    from visar.training.drafter import checked_layers, train_drafter
+    from visar.training.drafter import train_drafter
     from visar.training.loop import TrainConfig, distributed
-    from visar.training.self_generated import draw_tokens
+    from visar.training.self_generated import generate_tokens
 
-    if options.minutes is not None and options.steps is not None:
-        raise VisarError("Give --minutes or --steps, not both.")
-    if is_masked(options):
+    if tokens_of(options) == CONTINUOUS:
         raise VisarError("A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`.")
-    minutes = 25.0 if options.minutes is None else options.minutes
-    steps = 10**9 if options.steps is None else options.steps
-    if minutes <= 0 or options.lr <= 0 or options.images < 2 or min(options.batch, options.depth, steps) < 1:
-        raise VisarError(
-            "--minutes and --lr must be above 0, --batch, --depth and --steps 1 or more, --images 2 or more."
-        )
-    temperature = 1.0 if options.temperature is None else options.temperature
-    Target(temperature, options.top_k or 0, options.top_p)  # before the weights are read
-    checked_layers(options.drafter_kind, options.layers, 10**9)
+    params: Any = params_of(options)
+    params.check(DISCRETE)
+    kind = drafter_kind(options.drafter_kind)
+    kind.checked_layers(options.layers, 10**9)
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
     if own.type == "cpu" and options.dtype is None:
         options.dtype = "float32"  # small updates are lost in bfloat16
-    pipe: Any = load_pipeline(options)
-    pipe.set_progress_bar_config(disable=True)
-    checked_layers(options.drafter_kind, options.layers, pipe.gpt.config.num_layers)
-    text = isinstance(pipe, TextToImagePipeline)
-    conditions = _conditions(options, 0 if text else pipe.gpt.config.classes)
-    scale = pipe.config.guidance_scale if options.guidance_scale is None else options.guidance_scale
-    law = Target(temperature, pipe.config.top_k if options.top_k is None else options.top_k, options.top_p)
+    model = load_model(options)
+    model.bar = {"disable": True}
+    family = model.family
+    kind.checked_layers(options.layers, family.model.config.num_layers)
+    conditions = _conditions(options, family.classes)
+    params = params.resolved(family.defaults)
+    target = Target(params.temperature, params.top_k, params.top_p)
     out = writable_folder(options.out)
-    tokens = draw_tokens(
-        pipe, conditions, options.images, out / "images.safetensors", options.batch,
-        lambda done: print(f"{done} of {options.images} images drawn", file=sys.stderr),
-        draws=rank == 0, sampler="ar", seed=options.seed, guidance_scale=scale, temperature=law.temperature,
-        top_k=law.top_k, top_p=law.top_p,
+    tokens = generate_tokens(
+        model, conditions, options.num_images, out / "images.safetensors", options.batch,
+        lambda done: print(f"{done} of {options.num_images} images sampled", file=sys.stderr),
+        waits=rank != 0, sampler="ar", **settings_of(params),
     )  # fmt: skip  # "ar", because a large batch is bound by arithmetic, of which drafts waste some
 
     def of(rows: list[int]) -> tuple[Any, Any]:
         chosen = [conditions[i % len(conditions)] for i in rows]
-        return pipe.text_encoder.encode(chosen) if text else (torch.tensor(chosen), torch.ones(len(chosen), 1))
+        encoded: Any = family.encode(chosen)
+        return encoded if len(encoded) == 2 else (*encoded, torch.ones(len(chosen), 1))
 
     config = TrainConfig(
-        out, minutes=math.inf if options.steps else minutes, steps=steps, batch=options.batch, lr=options.lr,
-        seed=options.seed, warmup=50, ema=0.99, optimizer="muon", compile=not options.no_compile,
-        device=str(pipe.gpt.device),
+        out, minutes=math.inf if options.steps else options.minutes, steps=options.steps or 10**9,
+        batch=options.batch, lr=options.lr, seed=params.seed, warmup=50, ema=0.99, optimizer="muon",
+        compile=not options.no_compile, device=str(model.device),
     )  # fmt: skip
     train_drafter(
-        options.drafter_kind, pipe.gpt, of, tokens, config, Guidance(scale), law, depth=options.depth,
-        layers=options.layers, grid=pipe.grid, stored_as=getattr(torch, options.stored_as),
+        kind.name, family.drafting, of, tokens, config, Guidance(params.guidance_scale), target,
+        depth=options.depth, layers=options.layers, stored_as=getattr(torch, options.stored_as),
     )  # fmt: skip
-    print(out / options.drafter_kind)
+    print(out / kind.name)
     return 0
 
 
 def assemble(options: argparse.Namespace) -> int:
     import torch
-    from diffusers.utils import logging
 
-    from visar.families.specs import MODELS, resolve_model
-    from visar.pipelines import MaskedTextToImagePipeline, TextToImagePipeline
+    from visar.families.catalogue import embedded_folder, is_embedded
+    from visar.families.registry import family_of_components
+    from visar.generation.model import ImageModel
+    from visar.generation.saving import save
 
-    logging.set_verbosity_error()
     given = (options.gpt, options.tokenizer), (options.mar, options.autoencoder)
     if not (all(given[0]) and not any(given[1])) and not (all(given[1]) and not any(given[0])):
         raise VisarError("Give --gpt and --tokenizer, or --mar and --autoencoder.")
     if (options.gpt and options.draft) or (options.mar and options.top_k):
         raise VisarError("--draft goes with --mar, and --top-k with --gpt.")
     dtype = getattr(torch, options.dtype)
-    shared = {"text_encoder": options.words} if options.words in MODELS else {}
-    home = Path(resolve_model(options.words)) / "text_encoder" if shared else options.words
-    pipe: Any
+    shared = {"text_encoder": options.words} if is_embedded(options.words) else {}
+    home = embedded_folder(options.words) / "text_encoder" if shared else options.words
+    parts: dict[str, Any] = {"text_encoder": _component("text_encoders.words.WordEncoder", home)}
+    settings: dict[str, Any] = {"guidance_scale": options.guidance_scale}
     if options.gpt:
-        parts = (
-            _component("families.llamagen.gpt.LlamaGen", options.gpt),
-            _component("families.llamagen.vq.VQModel", options.tokenizer),
-        )
-        encoder = _component("text_encoders.words.WordEncoder", home)
-        pipe = TextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale, top_k=options.top_k)
+        parts["gpt"] = _component("families.llamagen.gpt.LlamaGen", options.gpt)
+        parts["vq"] = _component("families.llamagen.vq.VQModel", options.tokenizer)
+        settings["top_k"] = options.top_k
     else:
-        parts = (
-            _component("families.mar.transformer.MAR", options.mar),
-            _component("families.mar.autoencoder.AutoencoderKL", options.autoencoder),
-        )
-        encoder = _component("text_encoders.words.WordEncoder", home)
-        pipe = MaskedTextToImagePipeline(*parts, encoder, guidance_scale=options.guidance_scale)
-        if options.draft:
-            pipe.load_drafter(options.draft)
-    dtypes = dict.fromkeys(pipe.stored_parts(), dtype) | {"draft": getattr(torch, options.draft_dtype)}
-    pipe.save_pretrained(options.out, dtypes=dtypes, parts_of=shared)
+        parts["mar"] = _component("families.mar.transformer.MAR", options.mar)
+        parts["vae"] = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder)
+    model = ImageModel(family_of_components(parts).of(parts, settings))
+    if options.draft:
+        model.load_drafter(options.draft)
+    dtypes = dict.fromkeys(model.family.components, dtype) | {"draft": getattr(torch, options.draft_dtype)}
+    save(model, options.out, dtypes=dtypes, parts_of=shared)
     print(options.out)
     return 0
 
@@ -253,7 +241,7 @@ def _component(kind: str, path: str | Path) -> Any:
     """A component from a folder, by its module within visar and its class."""
     import importlib
 
-    from visar.families.llamagen.loading import load_part
+    from visar.families.weights import load_part
 
     module, _, name = kind.rpartition(".")
     return load_part(getattr(importlib.import_module(f"visar.{module}"), name), _folder(path), name)

@@ -1,20 +1,21 @@
-"""`visar verify`: the exactness proof as a table; exit code 1 if a row fails."""
+"""`visar verify`: tests of exactness as a table; exit code 1 if a row fails."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from visar.cli.output import check_json, show
+from visar.cli.parsers.base import STDOUT
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
     from visar.eval.exactness.joint import Row
     from visar.eval.exactness.own_model import Check
 
-IMAGES = 4  # an image of continuous tokens says more of its law than a sequence: one for so many
+IMAGES = 4  # a row of continuous tokens needs fewer images than sequences, by this factor
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -23,9 +24,8 @@ def verify(options: argparse.Namespace) -> int:
     from visar.eval.exactness.joint import verify as prove
     from visar.samplers import DEFAULTS, get_sampler
 
-    if options.sequences < 16384:
-        raise VisarError(f"--sequences must be 16384 or more for the test to mean something, not {options.sequences}.")
-    names = None if options.sampler in (None, [], ["all"]) else options.sampler
+    check_json(options)
+    names = None if options.samplers in (None, [], ["all"]) else options.samplers
     kinds = {name: getattr(get_sampler(name), "tokens", "discrete") for name in names or ()}
     if options.session is not None:
         return verify_own(options, names)
@@ -33,10 +33,10 @@ def verify(options: argparse.Namespace) -> int:
         raise VisarError("--reference is what a --session is compared with; give both.")
 
     def line(row: Row) -> None:
-        if not options.json:
+        if options.json != STDOUT:
             print(_line(row), flush=True)
 
-    if not options.json:
+    if options.json != STDOUT:
         print(_heads("SAMPLER"))
     discrete, continuous = ([name for name, kind in kinds.items() if kind == k] for k in DEFAULTS)
     rows, mutants = [], not options.no_mutants
@@ -45,54 +45,51 @@ def verify(options: argparse.Namespace) -> int:
     if continuous or not names:
         rows += verify_continuous(continuous or None, options.sequences // IMAGES, options.seed, mutants, report=line)
     good = all(row.passed for row in rows)
-    if options.json:
-        print(json.dumps([_said(row) for row in rows], indent=2))
-    else:
-        tests = [
-            *(["Joint law over all sequences, chi-square z."] if discrete or not names else []),
-            *(["Joint law of continuous tokens, z of the whitened images."] if continuous or not names else []),
-        ]
-        print(
-            f"{' '.join(tests)} Exact: |z| < {EXACT_LIMIT:g}, and the same tokens in batches of 1, 8 and all"
-            f"{', continuous ones up to rounding' if continuous or not names else ''}. "
-            f"Planted mistakes: |z| > {MUTANT_LIMIT:g}. {'All rows pass.' if good else 'SOME ROWS FAIL.'}"
-        )
+    tests = [
+        *(["Joint distribution over all sequences, chi-square z."] if discrete or not names else []),
+        *(["Joint distribution of continuous tokens, z of the whitened images."] if continuous or not names else []),
+    ]
+    text = (
+        f"{' '.join(tests)} Exact: |z| < {EXACT_LIMIT:g}, and the same tokens in batches of 1, 8 and all"
+        f"{', continuous ones up to rounding' if continuous or not names else ''}. "
+        f"Known-bad samplers: |z| > {MUTANT_LIMIT:g}. {_verdict(good)}"
+    )
+    show(options, text, [_said(row) for row in rows])
     return 0 if good else 1
 
 
 def verify_own(options: argparse.Namespace, names: list[str] | None) -> int:
-    """The table of a session of the user's own; exit code 1 if it was wrapped wrongly."""
+    """The table of a session of your own; exit code 1 if a check or a row fails."""
     from visar.eval.exactness.joint import EXACT_LIMIT, Row
     from visar.eval.exactness.own_model import verify_files
 
     def line(found: Check | Row) -> None:
-        if options.json:
+        if options.json == STDOUT:
             return
         if isinstance(found, Row):
             print(_line(found), flush=True)
         else:
             print(_cells(found.check, "", "", "", "good" if found.passed else "FAILED"), flush=True)
 
-    if not options.json:
+    if options.json != STDOUT:
         print(_heads("CHECK OR SAMPLER"))
     checks, rows = verify_files(
         options.session, options.reference, names=names, sequences=options.sequences, seed=options.seed, report=line
     )
     good = all(c.passed for c in checks) and all(r.passed for r in rows)
-    if options.json:
-        told = {"checks": [_said(c) for c in checks], "rows": [_said(r) for r in rows], "reference": options.reference}
-        print(json.dumps(told, indent=2))
-        return 0 if good else 1
-    if checks[-1].message:
-        print(checks[-1].message)
-        return 1
     unseen = "" if options.reference else " A mistake of those is not seen; --reference sees it."
     source = "the reference" if options.reference else "the session's own passes of one token"
-    print(
-        f"Joint law over all sequences against {source}, chi-square z.{unseen} Exact: |z| < {EXACT_LIMIT:g}, and the "
-        f"same tokens in batches of 1, 8 and all. {'All rows pass.' if good else 'SOME ROWS FAIL.'}"
+    text = checks[-1].message or (
+        f"Joint distribution over all sequences against {source}, chi-square z.{unseen} Exact: |z| < {EXACT_LIMIT:g}, "
+        f"and the same tokens in batches of 1, 8 and all. {_verdict(good)}"
     )
+    told = {"checks": [_said(c) for c in checks], "rows": [_said(r) for r in rows], "reference": options.reference}
+    show(options, text, told)
     return 0 if good else 1
+
+
+def _verdict(good: bool) -> str:
+    return "All rows pass." if good else "SOME ROWS FAIL."
 
 
 def _cells(first: str, case: str, z: str, tokens_per_pass: str, verdict: str) -> str:

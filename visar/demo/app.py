@@ -21,7 +21,7 @@ from visar.errors import VisarError
 
 INTRO = (
     "# visar\nImage autoregressive models, decoded in fewer passes of the network. Grey is what is not decided yet. "
-    "An **exact** sampler draws every image as probably as plain decoding does (the same *law*); a **relaxed** one "
+    "An **exact** sampler gives every image with the probability that plain decoding gives it; a **relaxed** one "
     "does not."
 )
 

@@ -95,7 +95,7 @@ class SamplerControls:
 
 
 def choices_of(model: DemoModel) -> list[tuple[str, str]]:
-    """The samplers of a model, labelled with their laws."""
+    """The samplers of a model, labelled with whether they are exact."""
     return [(name if spec_of(name).exact else f"{name} ({_short(name)})", name) for name in model.samplers]
 
 
@@ -105,4 +105,4 @@ def _short(name: str) -> str:
 
 def in_words(sampler: str) -> str:
     spec = spec_of(sampler)
-    return f'<p class="visar-law">{view.law(spec.name, spec.exactness)}<br><small>{spec.paper}</small></p>'
+    return f'<p class="visar-exactness">{view.exactness(spec.name, spec.exactness)}<br><small>{spec.paper}</small></p>'

@@ -12,8 +12,8 @@ from typing import Any
 from visar.demo.jobs import BEFORE, Decode, Frame, Job, Stopped
 from visar.demo.requests import Limits, Request
 from visar.errors import VisarError
-from visar.pipelines.base import ImageOutput
-from visar.pipelines.progress import StepCallback
+from visar.generation.output import ImageOutput
+from visar.generation.progress import StepCallback
 
 TICKETS = 4096  # that are kept, used ones among them
 
@@ -112,7 +112,6 @@ def _decoding(request: Request, sampler: Any) -> Decode:
     """What makes the images of a request with one of its samplers."""
 
     def decode(callback: StepCallback) -> ImageOutput:
-        pipe: Any = request.model.pipe
-        return pipe(request.condition, sampler=sampler, callback=callback, **request.settings)
+        return request.model.model.generate(request.condition, sampler=sampler, callback=callback, **request.settings)
 
     return decode

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import visar
 from visar.errors import VisarError
-from visar.pipelines.base import ImageOutput
-from visar.pipelines.progress import Progress, StepCallback
-from visar.stats import DecodeStats
+from visar.generation.output import ImageOutput
+from visar.generation.progress import Progress, StepCallback
+from visar.generation.stats import DecodeStats
 
 WARM = 3  # passes that are thrown away before the clock starts
 PATIENCE = 30.0  # seconds after which nobody will draw a frame any more

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visar.pipelines import ClassToImagePipeline
-from visar.pipelines.base import ImagePipeline
+from visar.generation.model import ImageModel
 from visar.samplers import DEFAULTS, spec_of
 
 
@@ -17,20 +16,20 @@ class DemoModel:
     """A loaded model, by the name that the page shows; its images are of classes or of prompts."""
 
     name: str
-    pipe: ImagePipeline
+    model: ImageModel
 
     @property
     def classes(self) -> int:
         """How many classes it knows; 0 for a model of prompts."""
-        return int(self.pipe.model.config.classes) if isinstance(self.pipe, ClassToImagePipeline) else 0
+        return self.model.family.classes
 
     @property
     def samplers(self) -> list[str]:
-        return self.pipe.usable_samplers()
+        return self.model.usable_samplers()
 
     @property
     def default_sampler(self) -> str:
-        return next(name for name in DEFAULTS.values() if name in self.samplers)
+        return DEFAULTS[self.model.family.tokens]
 
     @property
     def baseline(self) -> str:
@@ -39,29 +38,30 @@ class DemoModel:
 
     @property
     def guidance(self) -> float:
-        return float(self.pipe.config.guidance_scale)
+        return float(self.model.family.defaults.guidance_scale or 1.0)
 
     @property
     def temperature(self) -> float:
-        return float(getattr(self.pipe.config, "temperature", 1.0))
+        return float(self.model.family.defaults.temperature or 1.0)
 
     def parameters(self, sampler: str) -> dict[str, Any]:
         """A sampler's defaults on this model: no more passes than it has tokens."""
         found = spec_of(sampler).parameters()
         if "steps" in found:
-            found["steps"] = min(found["steps"], self.pipe.grid**2)
+            found["steps"] = min(found["steps"], self.model.family.layout.length)
         return found
 
 
-def named(pipes: Iterable[tuple[str, ImagePipeline]]) -> Mapping[str, DemoModel]:
+def named(models: Iterable[tuple[str, Any]]) -> Mapping[str, DemoModel]:
     """The models by name: that of their folder or file, with a number where two are called alike."""
     found: dict[str, DemoModel] = {}
-    for given, pipe in pipes:
+    for given, model in models:
         name = own = Path(given).name or given
         number = 1
         while name in found:
             number += 1
             name = f"{own} ({number})"
-        pipe.set_progress_bar_config(disable=True)
-        found[name] = DemoModel(name, pipe)
+        own_model = ImageModel.of(model)
+        own_model.bar = {"disable": True}
+        found[name] = DemoModel(name, own_model)
     return found

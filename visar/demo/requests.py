@@ -42,14 +42,14 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(
             self, "settings",
-            dict(num_images_per_prompt=self.images, seed=self.seed, guidance_scale=self.guidance,
+            dict(num_images=self.images, seed=self.seed, guidance_scale=self.guidance,
                  temperature=self.temperature),
         )  # fmt: skip
 
     @property
     def tokens(self) -> int:
         """Those of one image."""
-        return self.model.pipe.grid**2
+        return self.model.model.family.layout.length
 
     @property
     def labels(self) -> list[str]:

@@ -12,12 +12,12 @@ from PIL import Image
 
 from visar.demo.jobs import Frame
 from visar.demo.requests import Request
-from visar.stats import DecodeStats, MaskedStats
+from visar.generation.stats import DecodeStats, MaskedStats
 from visar.viz import Curve, commit_curve, heat_map, to_svg
 
-LAWS = {
-    "exact": "Exact: images have the law of plain sampling.",
-    "relaxed": "Relaxed: images have another law than plain sampling gives.",
+IN_WORDS = {
+    "exact": "Exact: images have the distribution of plain sampling.",
+    "relaxed": "Relaxed: images have another distribution than plain sampling gives.",
 }
 
 
@@ -59,12 +59,12 @@ def curves(frames: Mapping[str, Frame], length: int) -> str:
 
 
 def figures(stats: DecodeStats | None) -> str:
-    """The figures of a decoding, each with its unit, and in words what law its images have; None before its end."""
+    """The figures of a decoding, each with its unit, and in words whether it is exact; None before its end."""
     if stats is None:
         return ""
     tiles = [
         ("NFE", f"{stats.nfe:,}", "model passes"),
-        ("tokens per pass", f"{stats.commits_per_pass:.2f}", f"of {stats.tokens:,} tokens"),
+        ("tokens per pass", f"{stats.tokens_per_pass:.2f}", f"of {stats.tokens:,} tokens"),
         ("ms per pass", f"{stats.ms_per_pass:.2f}", "on average" if stats.draft_seconds == 0 else "drafting included"),
         ("seconds", f"{stats.seconds:.2f}", "of decoding" + _capture(stats)),
     ]
@@ -74,13 +74,14 @@ def figures(stats: DecodeStats | None) -> str:
         f'<div><dt>{name}</dt><dd data-figure="{name}">{value}</dd><small>{what}</small></div>'
         for name, value, what in tiles
     )
-    return f'<dl class="visar-figures">{cells}</dl><p class="visar-law">{law(stats.sampler, stats.law)}</p>'
+    kind = exactness(stats.sampler, stats.exactness)
+    return f'<dl class="visar-figures">{cells}</dl><p class="visar-exactness">{kind}</p>'
 
 
-def law(name: str, law: str) -> str:
-    """A sampler and what its images' law is, in words."""
-    said = LAWS.get(law, f"{law[:1].upper()}{law[1:]}.")
-    mark = "relaxed" if law == "relaxed" else "exact"
+def exactness(name: str, kind: str) -> str:
+    """A sampler and whether it is exact, in words."""
+    said = IN_WORDS.get(kind, f"{kind[:1].upper()}{kind[1:]}.")
+    mark = "relaxed" if kind == "relaxed" else "exact"
     return f'<b>{html.escape(name)}</b> <span class="visar-{mark}">{html.escape(said)}</span>'
 
 
@@ -100,7 +101,7 @@ def ratio(frames: Mapping[str, Frame]) -> str:
     if base.exact and other.exact:
         text += (
             "<p>Both are exact. Equal seeds need not give equal images: exact means that the images of all seeds "
-            "together have one law, not that two samplers draw the same one.</p>"
+            "together have one distribution, not that two samplers give the same one.</p>"
         )
     return text
 

@@ -1,22 +1,24 @@
-"""Draft models of every kind, and the mark that tells whose drafter one is."""
+"""Drafters: models that propose draft tokens for a target. Each kind is one file, and registers itself."""
 
 from __future__ import annotations
 
-import hashlib
-
-import torch
-
+from visar.drafters import small_model
+from visar.drafters.base import DRAFTERS, DraftKind, drafter_kind, drafter_kinds, fingerprint, register_drafter
 from visar.drafters.eagle import EagleHead
+from visar.drafters.exit import ExitHead
 from visar.drafters.heads import DraftHeads
-from visar.drafters.shallow import ExitHead, SkippedLayers
-from visar.families.llamagen.gpt import LlamaGen
+from visar.drafters.skip import SkippedLayers
 
-DraftModel = LlamaGen | EagleHead | DraftHeads | ExitHead | SkippedLayers
-DRAFTERS = {cls.__name__: cls for cls in (LlamaGen, EagleHead, DraftHeads, ExitHead, SkippedLayers)}
-KINDS = ("model", "eagle", "medusa", "hydra", "exit", "skip")  # "model": a smaller one of the target's own kind
-
-
-def fingerprint(target: LlamaGen) -> str:
-    """A mark of a target's weights that is the same in every dtype: a hash of the signs of its output head."""
-    signs = torch.signbit(target.output.weight.detach()).cpu().numpy()
-    return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
+__all__ = [
+    "DRAFTERS",
+    "DraftHeads",
+    "DraftKind",
+    "EagleHead",
+    "ExitHead",
+    "SkippedLayers",
+    "drafter_kind",
+    "drafter_kinds",
+    "fingerprint",
+    "register_drafter",
+    "small_model",
+]

@@ -1,36 +1,43 @@
-"""The EAGLE drafter: one decoder layer that predicts the target's next feature (Li et al. 2024, arXiv:2401.15077).
+"""EAGLE: one decoder layer that predicts the target's next hidden state (Li et al. 2024, arXiv:2401.15077).
 
-It reads a token's embedding beside the feature one step before it, and borrows the target's output head. The norms, the
-aux layers and the training on its own predictions are those of EAGLE-3 (Li et al. 2025, arXiv:2503.01840).
+It reads a token's embedding next to the hidden state one step before it, and borrows the target's output head. The
+norms, the auxiliary layers and the training on its own predictions are those of EAGLE-3 (Li et al. 2025,
+arXiv:2503.01840).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from visar.drafters import lantern
+from visar.drafters.base import DrafterTarget, DraftKind, check_fit, fingerprint, register_drafter
+from visar.drafters.loss import DraftLoss, TargetPass, attention, later
+from visar.engine.component import Component, fill, unfilled
 from visar.engine.decoder import Attend
+from visar.engine.decoder_session import DecoderSession
+from visar.engine.drafter import Drafter
+from visar.engine.kv_cache import KVCache
 from visar.engine.layers import Linear, RMSNorm
+from visar.engine.session import require_finite
+from visar.engine.tree import Tree
+from visar.errors import VisarError
 from visar.families.llamagen.gpt import Block
 
 
-class EagleHead(ModelMixin, ConfigMixin):
-    """`fc` joins embedding and feature, both [B, W, dim]; one block of the target's kind follows.
+class EagleHead(Component):
+    """`fc` joins embedding and hidden state, both [B, W, dim]; one block follows.
 
-    `aux_layers` are layers of the target whose outputs are fused with its last feature into the one that is read;
-    `target` is the fingerprint of the model that it was trained for (`visar.drafters.fingerprint`). With `codes` it is
-    as LANTERN's released ones are (`visar.drafters.published`): no norms but one, a token embedding of its own, and
-    code 0 in the place of a caption.
+    `aux_layers` are layers of the target whose outputs are fused with its last hidden state into the one that is read;
+    `target` is the fingerprint of the model that it was trained for. With `codes` it is as LANTERN's released ones are
+    (`visar.drafters.lantern`): no norms but one, a token embedding of its own, and code 0 in the place of a caption.
     """
 
-    config_name = "config.json"
     kind = "eagle"
 
-    @register_to_config
     def __init__(
         self,
         dim: int = 1280,
@@ -54,15 +61,168 @@ class EagleHead(ModelMixin, ConfigMixin):
     def head_dim(self) -> int:
         return self.config.dim // self.config.num_heads
 
-    def fuse(self, features: Tensor) -> Tensor:
-        """What is read of the target's features [B, W, dim * (1 + aux_layers)]: [B, W, dim]."""
-        return features if self.fusion is None else self.fusion(features.to(self.dtype))
+    def fuse(self, hidden: Tensor) -> Tensor:
+        """What is read of the target's hidden states [B, W, dim * (1 + aux_layers)]: [B, W, dim]."""
+        return hidden if self.fusion is None else self.fusion(hidden.to(self.dtype))
 
-    def forward(self, embeddings: Tensor, features: Tensor, table: Tensor, attend: Attend) -> Tensor:
-        """Predicted features [B, W, dim]; `norm` of them goes into the target's head.
+    def forward(self, embeddings: Tensor, hidden: Tensor, table: Tensor, attend: Attend) -> Tensor:
+        """Predicted hidden states [B, W, dim]; `norm` of them goes into the target's head.
 
-        `features`, fused or its own, are those one step before the embeddings, `table` the position rows of the
-        embeddings' own slots.
+        `hidden`, fused or its own, are those one step before the embeddings, `table` the rotary rows of the embeddings'
+        own slots.
         """
-        x = self.fc(torch.cat([self.embedding_norm(embeddings), self.feature_norm(features)], dim=-1))
+        x = self.fc(torch.cat([self.embedding_norm(embeddings), self.feature_norm(hidden)], dim=-1))
         return self.block(x, table, attend, 0)
+
+
+class EagleDrafter(Drafter):
+    """Drafts up to `depth` tokens deep. The session must keep its hidden states.
+
+    Slot s of the drafter holds the token at the target's slot s next to the target's hidden state at s - 1, and
+    predicts what follows s. A round feeds the last `depth` + 1 slots again: all that the round before accepted, now
+    with true hidden states. What it drafts lies after the root as in the target's cache, and is overwritten in the next
+    round.
+    """
+
+    def __init__(self, session: DecoderSession, model: EagleHead, depth: int):
+        if session.features is None:
+            raise VisarError("A session with an EAGLE drafter must be made with its aux_layers.")
+        self.session, self.model, self.depth = session, model, depth
+        rows, slots = session.valid.shape
+        c = model.config
+        self.cache = KVCache(1, rows, slots, c.num_heads, model.head_dim, model.dtype, session.device)
+        self.drafted = torch.zeros(rows, 0, c.dim, dtype=model.dtype, device=session.device)  # one for each node fed
+        head = [p for n, p in model.named_parameters() if n != "embedding.weight"] + [session.model.output.weight]
+        self._weights = sum(p.numel() * p.element_size() for p in head)
+        self._prefill()
+
+    def _prefill(self) -> None:
+        """Run the condition slots before the last, which the session has hidden states of."""
+        session, model, before = self.session, self.model, self.session.prefix - 1
+        if not before:
+            return
+        assert session.features is not None
+        at = torch.arange(before, device=session.device).expand(len(session.condition), -1)
+        condition = session.condition[:, :-1]
+        if model.embedding is not None:
+            condition = model.embedding(torch.zeros_like(at))
+        self._run(condition, model.fuse(session.features[:, :before]), at, at, self._mask(at, before))
+        self.bytes_read = 0
+
+    def start(self, *condition: Tensor) -> None:
+        super().start(*condition)
+        self._prefill()
+
+    def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        s = self.session
+        root = s.root_slots()[:, None]
+        back = torch.arange(-self.depth, 1, device=s.device)
+        slots = (root + back).clamp_min(s.prefix - 1)  # clamped ones say the same thing twice
+        if self.model.embedding is None:
+            x = s.embedded(tokens, slots)
+        else:
+            known = tokens.gather(1, (slots - s.prefix).clamp_min(0))
+            x = self._embedded(torch.where(slots < s.prefix, 0, known))
+        slots = slots.repeat(s.halves, 1)
+        assert s.features is not None
+        hidden = self.model.fuse(s.features[s.cache.rows, slots])
+        h = self._run(x, hidden, slots, slots, self._mask(slots, s.visible(1)))
+        self.drafted = h[:, -1:]
+        return self._logits(self.drafted, s.positions(1))
+
+    def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
+        s, count = self.session, tokens.shape[1]
+        x = self._embedded(tokens)
+        if tree is None:
+            parents = torch.arange(first - 1, first + count - 1, device=s.device).expand(len(x), -1)
+        else:
+            parents = tree.parents[:, first : first + count].expand(s.batch, -1).repeat(s.halves, 1)
+        hidden = self.drafted.gather(1, parents[..., None].expand(-1, -1, self.drafted.shape[-1]))
+        slots = (s.follows(count, None, first) + s.prefix - 1).repeat(s.halves, 1)
+        at = (s.follows(count, tree, first) + s.prefix - 1).repeat(s.halves, 1)
+        h = self._run(x, hidden, slots, at, self._mask(slots, s.visible(first + count), tree, first))
+        # Leaves of the level before were not fed, and nothing asks for what would follow them.
+        gap = self.drafted.new_zeros(len(x), first - self.drafted.shape[1], h.shape[-1])
+        self.drafted = torch.cat([self.drafted, gap, h], dim=1)
+        return self._logits(h, s.follows(count, tree, first))
+
+    def drop_unconditional(self) -> None:
+        self.cache.keep_rows(len(self.session.condition))
+
+    def check(self) -> None:
+        require_finite(self.drafted, "The drafter's hidden states", self.model.dtype)
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        embedding = self.model.embedding or self.session.model.tok_embeddings
+        return embedding(tokens).repeat(self.session.halves, 1, 1)
+
+    def _mask(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
+        mask = self.session.sees(slots, visible, tree, first)
+        if self.model.embedding is not None:
+            slot, own = torch.arange(visible, device=mask.device), slots[..., None]
+            mask = mask | (slot < self.session.prefix) & (slot <= own)
+            mask &= (slot > 0) | (own == 0)  # nothing comes before the first hidden state
+        return mask
+
+    def _run(self, x: Tensor, hidden: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
+        self.bytes_read += self._weights + len(x) * mask.shape[-1] * self.cache.bytes_per_slot
+        return self.model(x, hidden, self.session.turned(at), self.cache.attend(slots, mask, mask.shape[-1]))
+
+    def _logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        return self.session.guided(self.session.model.logits(self.model.norm(hidden)), positions)
+
+
+class EagleLoss(DraftLoss[EagleHead]):
+    """Unrolled on its own predictions: EAGLE-3's training-time test (Li et al. 2025, arXiv:2503.01840)."""
+
+    def steps(self, seen: TargetPass) -> list[Tensor]:
+        out: list[Tensor] = []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        before = self.drafter.fuse(seen.hidden)
+        back, rows = seen.distance, len(seen.x)
+        for step in range(self.depth):
+            # Of the true hidden states, all that are `step` slots back; of each prediction since, the slot on the way.
+            masks = [(back >= step) & seen.valid[:, None] | ((back == 0) & (step == 0))]
+            masks += [(back == step - j).expand(rows, -1, -1) for j in range(1, step + 1)]
+            before = self.drafter(seen.x, later(before, 1), seen.table, attention(masks, keys, values))
+            out.append(self.drafter.norm(before[:, self.prefix - 1 :]))
+        return out
+
+
+@register_drafter("eagle")
+class Eagle(DraftKind):
+    network, loss = EagleHead, EagleLoss
+
+    def published(self, state: Mapping[str, Tensor], target: DrafterTarget, path: str | Path) -> EagleHead | None:
+        if not lantern.is_published(state):
+            return None
+        own, sizes = lantern.converted(state, target.model.head_dim, path)
+        with unfilled():
+            made = EagleHead(**sizes)
+        return fill(made, own, path)
+
+    def check(self, model: EagleHead, target: DrafterTarget, path: str | Path) -> None:
+        own, its = model.config, target.model.config
+        check_fit(model, target, path, own.aux_layers)
+        if own.codes and own.codes != its.vocab_size:
+            raise VisarError(f"The drafter {path} has {own.codes} codes, the target {its.vocab_size}.")
+
+    def new(self, target: DrafterTarget, depth: int, layers: int) -> EagleHead:
+        """It starts as the target's last block, and reads its last hidden state alone."""
+        c = target.model.config
+        middle = sorted({c.num_layers // 4, c.num_layers // 2} - {c.num_layers - 1})
+        made = EagleHead(c.dim, c.num_heads, c.ffn, aux_layers=tuple(middle), target=fingerprint(target.model))
+        nn.init.normal_(made.fc.weight, std=made.fc.in_features**-0.5)
+        nn.init.zeros_(made.fc.bias)
+        if made.fusion is not None:
+            nn.init.eye_(made.fusion.weight)
+        made.block.load_state_dict(target.model.layers[-1].state_dict())
+        made.norm.load_state_dict(target.model.norm.state_dict())
+        return made
+
+    def aux_layers(self, model: EagleHead) -> tuple[int, ...]:
+        return tuple(model.config.aux_layers)
+
+    def drafter(self, session: DecoderSession, model: EagleHead, depth: int) -> EagleDrafter:
+        return EagleDrafter(session, model, depth)

@@ -1,28 +1,33 @@
-"""Draft heads on the target's feature, head i for the token i behind the root.
+"""Draft heads on the target's hidden state, head i for the token i after the root.
 
-Medusa's (Cai et al. 2024, arXiv:2401.10774) see nothing but the feature one slot before the root; Hydra's (Ankner et
-al. 2024, arXiv:2402.05109) see the root and the drafts on the way as well.
+Medusa's (Cai et al. 2024, arXiv:2401.10774) see nothing but the hidden state one slot before the root; Hydra's (Ankner
+et al. 2024, arXiv:2402.05109) see the root and the draft tokens on the way as well.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from visar.drafters.base import DrafterTarget, DraftKind, check_fit, fingerprint, register_drafter
+from visar.drafters.loss import DraftLoss, TargetPass, later
+from visar.engine.component import Component
+from visar.engine.decoder_session import DecoderSession
+from visar.engine.drafter import Drafter
 from visar.engine.layers import Linear, RMSNorm
+from visar.engine.session import require_finite
+from visar.engine.tree import Tree
+from visar.errors import VisarError
 
 
-class DraftHeads(ModelMixin, ConfigMixin):
-    """`depth` residual blocks of two matrices; before training all give the target's own law of the root.
+class DraftHeads(Component):
+    """`depth` residual blocks of two matrices; before training all give the target's own distribution of the root.
 
     `reads_tokens` makes them Hydra's; `target` is the fingerprint of the model that they were trained for.
     """
 
-    config_name = "config.json"
-
-    @register_to_config
     def __init__(self, dim: int = 1280, depth: int = 5, reads_tokens: bool = False, target: str = ""):
         super().__init__()
         self.embedding_norm = RMSNorm(dim) if reads_tokens else None
@@ -35,15 +40,87 @@ class DraftHeads(ModelMixin, ConfigMixin):
     def kind(self) -> str:
         return "hydra" if self.config.reads_tokens else "medusa"
 
-    def forward(self, features: Tensor, path: list[Tensor]) -> Tensor:
-        """What the target's output head reads, [B, M, dim], for the token behind the last of `path`.
+    def forward(self, hidden: Tensor, path: list[Tensor]) -> Tensor:
+        """What the target's output head reads, [B, M, dim], for the token after the last of `path`.
 
-        `features` [B, M, dim] are the normed ones before the root; `path` the embeddings, [B, M, dim] each, of the root
-        and of the drafts behind it.
+        `hidden` [B, M, dim] are the normed ones before the root; `path` the embeddings, [B, M, dim] each, of the root
+        and of the draft tokens after it.
         """
         i = len(path) - 1
-        x = [features]
+        x = [hidden]
         if self.embedding_norm is not None:
             x += [self.embedding_norm(e) for e in path]
         read = torch.cat(x, dim=-1).to(self.dtype)
-        return features + self.outer[i](nn.functional.silu(self.inner[i](read)))
+        return hidden + self.outer[i](nn.functional.silu(self.inner[i](read)))
+
+
+class HeadsDrafter(Drafter):
+    """Drafts up to `depth` tokens deep, without a cache. The session must keep its hidden states."""
+
+    def __init__(self, session: DecoderSession, model: DraftHeads, depth: int):
+        if session.features is None:
+            raise VisarError("A session with draft heads must be made with aux_layers.")
+        if depth > model.config.depth:
+            raise VisarError(f"The drafter has {model.config.depth} heads and cannot draft {depth} tokens deep.")
+        self.session, self.model = session, model
+        head = session.model.output.weight
+        own = [[*model.inner[i].parameters(), *model.outer[i].parameters(), head] for i in range(depth)]
+        self._weights = [sum(p.numel() * p.element_size() for p in each) for each in own]
+
+    def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        s = self.session
+        assert s.features is not None
+        root = s.root_slots()[:, None]
+        hidden = s.features[s.cache.rows, root.repeat(s.halves, 1)]  # one slot late, so that of the slot before
+        self.hidden = hidden[..., : self.model.config.dim]
+        self.path, self.first = [s.embedded(tokens, root)], 0
+        return self._logits(s.positions(1))
+
+    def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
+        s, count = self.session, tokens.shape[1]
+        x = s.model.tok_embeddings(tokens).repeat(s.halves, 1, 1)
+        if tree is None:
+            above = torch.zeros(len(x), count, 1, dtype=torch.long, device=s.device)
+        else:
+            # The level before was given from its first node on, and those that were not have no children.
+            parents = tree.parents[:, first : first + count].expand(s.batch, -1).repeat(s.halves, 1)
+            above = (parents - self.first)[..., None]
+        self.path = [p.gather(1, above.expand(-1, -1, p.shape[-1])) for p in self.path] + [x]
+        self.first = first
+        return self._logits(s.follows(count, tree, first))
+
+    def check(self) -> None:
+        require_finite(self._last, "The drafter's hidden states", self.model.dtype)
+
+    def _logits(self, positions: Tensor) -> Tensor:
+        self.bytes_read += self._weights[len(self.path) - 1]
+        self._last = self.model(self.hidden.expand(-1, self.path[0].shape[1], -1), self.path)
+        return self.session.guided(self.session.model.logits(self._last), positions)
+
+
+class HeadsLoss(DraftLoss[DraftHeads]):
+    """Head i from the hidden state before the root, and the embeddings of the root and the i - 1 tokens after it."""
+
+    def steps(self, seen: TargetPass) -> list[Tensor]:
+        embeddings = [later(seen.x, back)[:, self.prefix - 1 :] for back in range(self.depth)]
+        return [
+            self.drafter(later(seen.hidden, i + 1)[:, self.prefix - 1 :], embeddings[i::-1]) for i in range(self.depth)
+        ]
+
+
+@register_drafter("medusa", "hydra")
+class Heads(DraftKind):
+    network, loss = DraftHeads, HeadsLoss
+
+    def check(self, model: DraftHeads, target: DrafterTarget, path: str | Path) -> None:
+        check_fit(model, target, path)
+
+    def new(self, target: DrafterTarget, depth: int, layers: int) -> DraftHeads:
+        mark = fingerprint(target.model)
+        return DraftHeads(target.model.config.dim, depth, reads_tokens=self.name == "hydra", target=mark)
+
+    def aux_layers(self, model: DraftHeads) -> tuple[int, ...]:
+        return ()
+
+    def drafter(self, session: DecoderSession, model: DraftHeads, depth: int) -> HeadsDrafter:
+        return HeadsDrafter(session, model, depth)

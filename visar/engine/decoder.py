@@ -22,7 +22,7 @@ class Decoder(Protocol):
     config: Any
     tok_embeddings: nn.Embedding
     layers: nn.ModuleList
-    norm: nn.Module
+    norm: Any  # a module [dim] -> [dim]
     output: Any  # a linear layer [dim, V]
 
     @property

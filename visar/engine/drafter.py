@@ -1,4 +1,4 @@
-"""Drafters: what proposes laws for the tokens behind the committed prefix of a Session, at a fraction of its cost."""
+"""Drafters propose tokens after the committed prefix of a Session, at a fraction of the cost of its passes."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ T = TypeVar("T")
 
 
 class Drafter(ABC):
-    """One round of drafting is `root`, then `extend` for the nodes that shall have children, then `keep` for trees."""
+    """A round of drafting is `root`, then `extend` for the nodes that shall have children, then `keep` for trees."""
 
     bytes_read: int = 0  # of weights and cache, by count
     seconds: float = 0.0  # spent in drafting, of a `Timed` one
 
     @abstractmethod
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Begin a round: guided logits [B, 1, V] of the position behind the first `lengths` [B] of `tokens` [B, N]."""
+        """Begin a round: guided logits [B, 1, V] of the position after the first `lengths` [B] of `tokens` [B, N]."""
 
     @abstractmethod
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
-        """Guided logits [B, M, V] behind the nodes `first`.. of the tree, whose tokens are [B, M]; None is a chain."""
+        """Guided logits [B, M, V] after the nodes `first`.. of the tree, whose tokens are [B, M]; None is a chain."""
 
     def check(self) -> None:  # noqa: B027 (as in a Session)
-        """Raise `VisarError` if what was drafted last is no law at all; called once, when all rows are done."""
+        """Raise `VisarError` if the last logits are not finite; called once, when all rows are done."""
 
-    def start(self, condition: Tensor, mask: Tensor | None) -> None:
-        """The session has begun other images, of this condition; nothing is allocated anew."""
+    def start(self, *condition: Tensor) -> None:
+        """The session has begun other images, of this condition; nothing is allocated."""
         self.bytes_read, self.seconds = 0, 0.0
 
-    def narrow(self) -> None:  # noqa: B027 (what has no rows of its own has nothing to leave)
-        """The session has left its unconditional half."""
+    def drop_unconditional(self) -> None:  # noqa: B027 (what has no rows of its own has nothing to drop)
+        """The session has dropped the unconditional rows of its batch."""
 
     def keep(self, path: Tensor) -> None:  # noqa: B027 (a drafter without a cache has nothing to keep)
-        """The round ends with the nodes `path` [B, D] accepted, -1 behind the end."""
+        """The round ends with the nodes `path` [B, D] accepted, -1 after the end."""
 
 
 class Timed(Drafter):
-    """A drafter whose own passes are timed: on a GPU by events, for which nobody waits before `check`."""
+    """A drafter whose own passes are timed: on a GPU by events, which nobody waits for before `check`."""
 
     def __init__(self, inner: Drafter, device: torch.device):
         self.inner, self.device = inner, device
@@ -60,12 +60,12 @@ class Timed(Drafter):
     def keep(self, path: Tensor) -> None:
         self._timed(lambda: self.inner.keep(path))
 
-    def start(self, condition: Tensor, mask: Tensor | None) -> None:
-        super().start(condition, mask)
-        self.inner.start(condition, mask)
+    def start(self, *condition: Tensor) -> None:
+        super().start(*condition)
+        self.inner.start(*condition)
 
-    def narrow(self) -> None:
-        self.inner.narrow()
+    def drop_unconditional(self) -> None:
+        self.inner.drop_unconditional()
 
     def check(self) -> None:
         self.inner.check()
@@ -74,7 +74,7 @@ class Timed(Drafter):
 
     def _timed(self, call: Callable[[], T]) -> T:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            result = call()  # times within a graph are not to be had
+            result = call()  # within a graph there are no times
         elif self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             stream = torch.cuda.current_stream(self.device)
@@ -122,13 +122,13 @@ class SessionDrafter(Drafter):
     def check(self) -> None:
         self.session.check()
 
-    def start(self, condition: Tensor, mask: Tensor | None) -> None:
-        super().start(condition, mask)
-        self.session.start(condition, mask)
+    def start(self, *condition: Tensor) -> None:
+        super().start(*condition)
+        self.session.start(*condition)
         self._before = -1
 
-    def narrow(self) -> None:
-        self.session.narrow()
+    def drop_unconditional(self) -> None:
+        self.session.drop_unconditional()
 
     def keep(self, path: Tensor) -> None:
         if self._before:
@@ -141,6 +141,6 @@ class SessionDrafter(Drafter):
             return tree
         known, inner = self._trees.get(id(tree), (None, None))
         if known is not tree:
-            inner = tree.behind(1)
+            inner = tree.after(1)
             self._trees = {id(tree): (tree, inner)}  # the tree is kept, so that its id stays its own
         return inner

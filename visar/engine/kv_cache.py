@@ -30,7 +30,8 @@ class KVCache:
     def attend(self, slots: Tensor, seen: AttentionMetadata | Tensor, visible: int) -> Attend:
         """Attention of a pass written at `slots` [rows, W], which reads the first `visible` slots.
 
-        `seen` says which of them each input sees: a `Sight`, or a mask [rows, W, visible], bool or added to the logits.
+        `seen` says which of them each input sees: an `AttentionMetadata`, or a mask [rows, W, visible], bool or added
+        to the logits.
         """
         mask = seen.unsqueeze(1) if isinstance(seen, Tensor) else None
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from visar.engine.decoder import Decoder
 from visar.errors import VisarError
-from visar.families.llamagen.gpt import LlamaGen
 from visar.host import available_memory
 
 GIB = 2**30
-LAWS = 12  # copies of a pass's logits in fp32: both halves, guided, laws of window and drafts, sums in float64
+COPIES = 12  # of a pass's logits in fp32: both batches of guidance, distributions of window and drafts, sums in float64
 
 
 def free_memory(device: torch.device) -> int:
@@ -20,12 +20,14 @@ def free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def decoding_bytes(model: LlamaGen, halves: int, length: int, window: int) -> int:
-    """Bytes that one image takes beside the weights, estimated: keys and values, and what is made of the logits."""
+def decoding_bytes(model: Decoder, batches: int, slots: int, window: int) -> int:
+    """Bytes that one image takes besides the weights, estimated: keys and values, and what is made of the logits.
+
+    `batches` is 2 with guidance, `slots` are those of the cache.
+    """
     c = model.config
     number = 4 if model.device.type == "cpu" else model.dtype.itemsize
-    slots = min(c.condition_length, 2) + length + window
-    return halves * 2 * c.num_layers * c.dim * slots * number + LAWS * window * c.vocab_size * 4
+    return batches * 2 * c.num_layers * c.dim * slots * number + COPIES * window * c.vocab_size * 4
 
 
 def check_memory(each: int, batch: int, device: torch.device) -> None:

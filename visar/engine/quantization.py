@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visar.engine.decoder import Decoder
 from visar.errors import VisarError, unknown
-from visar.families.llamagen.gpt import LlamaGen
 from visar.kernels.backend import say_once
 from visar.kernels.linear import epilogue
 
@@ -135,19 +135,19 @@ def check(weights: str, device: torch.device) -> None:
         raise VisarError(f"fp8 weights need compute capability 8.9 or more; this GPU has {major}.{minor}. Use int8.")
 
 
-def quantize(gpt: LlamaGen, weights: str, head: bool = False) -> None:
+def quantize(gpt: Decoder, weights: str, head: bool = False) -> None:
     """Round the linear layers of the blocks in place, and the output head if asked; once, and there is no way back.
 
     With `head` no drafter is recognised any more: the signs of the head say whose it is.
     """
     modules: list[nn.Module] = list(gpt.layers.modules())
     if head:
-        modules.append(gpt)
+        modules.append(gpt)  # type: ignore[arg-type]
     for module in modules:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, QuantizedLinear(child, weights))
-    gpt.save_pretrained = _not_saved  # type: ignore[method-assign, assignment]
+    gpt.save_pretrained = _not_saved  # type: ignore[attr-defined]
     if gpt.device.type != "cpu":
         say_once(f"{weights} weights save memory here and cost time: each pass writes them out in its own type.")
     elif not multiplies_bytes():

@@ -34,6 +34,7 @@ class Session(ABC):
         self.device = torch.device(device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
         self.drafter: Drafter | None = None  # for samplers that draft with a model of their own
+        self.prefill_passes = 0  # passes before the first that predicts
         self.watched = False  # whether `reached` may have something to do
         self.codebook: Tensor | None = None  # [V, D], for samplers that ask which tokens look alike
 
@@ -72,11 +73,11 @@ class Session(ABC):
         """Before a commit: the nodes `path` [B, D] of a tree, -1 behind its end, become the first D behind the root."""
         raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts chains.")
 
-    def start(self, condition: Tensor, condition_mask: Tensor | None = None) -> None:
+    def start(self, *condition: Tensor) -> None:
         """Begin other images, of conditions of the same shape, in the same buffers."""
         raise VisarError(f"{type(self).__name__} cannot be started again.")
 
-    def narrow(self) -> None:  # noqa: B027 (a session may have one half only)
+    def drop_unconditional(self) -> None:  # noqa: B027 (a session may have one half only)
         """Leave the unconditional half of the batch: no token from here on is guided."""
 
     def reached(self, least: int) -> bool:

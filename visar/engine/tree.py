@@ -42,8 +42,8 @@ class Tree(NamedTuple):
     def to(self, device: torch.device) -> Tree:
         return Tree(*(t.to(device) for t in self))
 
-    def behind(self, nodes: int) -> Tree:
-        """The same tree with a chain of `nodes` more before its root; what does not fit are leaves at its end."""
+    def after(self, nodes: int) -> Tree:
+        """The same tree after a chain of `nodes` more; what does not fit are leaves at its end."""
         if not nodes:
             return self
         chain = Tree.of(torch.arange(-1, nodes - 1, device=self.parents.device))

@@ -1,14 +1,26 @@
 """Pipelines in the manner of diffusers: from a prompt or a class to images."""
 
-from visar.pipelines.base import ImageOutput
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from visar.generation.output import ImageOutput
+from visar.pipelines.base import FILES, ImagePipeline
 from visar.pipelines.class_to_image import ClassToImagePipeline
-from visar.pipelines.masked import MaskedClassToImagePipeline, MaskedTextToImagePipeline
 from visar.pipelines.text_to_image import TextToImagePipeline
 
-__all__ = [
-    "ClassToImagePipeline",
-    "ImageOutput",
-    "MaskedClassToImagePipeline",
-    "MaskedTextToImagePipeline",
-    "TextToImagePipeline",
-]
+PIPELINES: dict[str, type[ImagePipeline]] = {"prompt": TextToImagePipeline, "class": ClassToImagePipeline}
+
+
+def load(name: str | Path, **options: Any) -> ImagePipeline:
+    """The right pipeline for a name of `visar models`, a folder, a hub id, or a published file, whatever its family.
+
+    A file takes `vq=` or `vae=`, its tokenizer or autoencoder, and `text_encoder`, `image_size` and `num_heads` where
+    needed; the other `options` are those of `from_pretrained`. Raises `VisarError`.
+    """
+    files = {key: options.pop(key) for key in FILES if key in options}
+    return ImagePipeline.opened(name, files, options, PIPELINES)  # type: ignore[no-any-return]
+
+
+__all__ = ["ClassToImagePipeline", "ImageOutput", "ImagePipeline", "TextToImagePipeline", "load"]

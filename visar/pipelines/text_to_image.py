@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
 from typing_extensions import Self
 
 from visar.errors import VisarError
-from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.loading import load_gpt, load_vq
-from visar.families.llamagen.vq import VQModel
-from visar.families.specs import MODELS
-from visar.pipelines.base import ImageOutput, ImagePipeline
-from visar.pipelines.progress import StepCallback
-from visar.samplers import AnySampler
-from visar.text_encoders.t5 import T5CaptionEncoder
-from visar.text_encoders.words import WordEncoder
+from visar.generation.output import ImageOutput
+from visar.generation.progress import StepCallback
+from visar.params import SamplingParams
+from visar.pipelines.base import CALLBACK_INPUTS, ImagePipeline
 
 
 class TextToImagePipeline(ImagePipeline):
-    """LlamaGen's text-conditional model, or the embedded `icons` model of the same architecture.
+    """Any model that is called with prompts, such as the embedded `icons` and `icons-mar`.
 
     ```python
     from visar import TextToImagePipeline
@@ -34,27 +28,10 @@ class TextToImagePipeline(ImagePipeline):
     ```
     """
 
-    component_classes: ClassVar[dict[str, Any]] = {
-        "gpt": LlamaGen,
-        "vq": VQModel,
-        "text_encoder": {"WordEncoder": WordEncoder, "T5CaptionEncoder": T5CaptionEncoder},
-    }
-
-    def __init__(
-        self,
-        gpt: LlamaGen,
-        vq: VQModel,
-        text_encoder: WordEncoder | T5CaptionEncoder,
-        grid: int | None = None,
-        guidance_scale: float = MODELS["llamagen-t2i-xl"].guidance,
-        top_k: int = MODELS["llamagen-t2i-xl"].top_k,
-    ):
-        super().__init__()
-        self.register_modules(gpt=gpt, vq=vq, text_encoder=text_encoder)
-        self.register_to_config(grid=grid, guidance_scale=guidance_scale, top_k=top_k)
+    condition: ClassVar[str] = "prompt"
 
     @classmethod
-    def from_single_file(
+    def from_single_file(  # type: ignore[override]
         cls,
         gpt: str | Path,
         *,
@@ -69,69 +46,48 @@ class TextToImagePipeline(ImagePipeline):
         hub id of FLAN-T5-XL; `image_size` in pixels, as the GPT was trained, by default what the published file name
         says; `num_heads` is needed only for sizes that were never published. Raises `VisarError`.
         """
-        tokenizer = load_vq(vq)
-        model = load_gpt(gpt, grid=_grid(image_size, tokenizer.sizes.downsample), num_heads=num_heads)
-        if model.config.condition != "text":
-            raise VisarError(f"{gpt} is a class-conditional model; load it with ClassToImagePipeline.")
-        c = model.config
-        encoder = T5CaptionEncoder.from_pretrained(text_encoder, length=c.condition_length)
-        if encoder.encoder.config.d_model != c.caption_features:
-            raise VisarError(
-                f"The text encoder {text_encoder} has features of {encoder.encoder.config.d_model}, "
-                f"but {gpt} was trained on features of {c.caption_features}."
-            )
-        return cls(model, tokenizer, encoder)
+        return cls._of_files(gpt, vq=vq, text_encoder=text_encoder, image_size=image_size, num_heads=num_heads)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
+        params: SamplingParams | None = None,
         *,
-        sampler: str | AnySampler | None = None,
+        sampler: Any = None,
         window: int | None = None,
         num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
-        guidance_interval: int = -1,
-        guidance_schedule: str | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        seed: int = 0,
+        negative_prompt: Any = None,
+        generator: Any = None,
         first_image: int | Sequence[int] = 0,
-        forced_tokens: Tensor | None = None,
         output_type: str = "pil",
+        return_dict: bool = True,
         callback: StepCallback | None = None,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_INPUTS,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        **settings: Any,
     ) -> ImageOutput:
         """Decode `num_images_per_prompt` images for each prompt, prompt by prompt.
 
-        `sampler`: a name of `visar.samplers.SAMPLERS`, or of `CONTINUOUS` for a masked model, or a configured object;
-        `window` replaces its W. `guidance_scale`, `top_k` and `temperature` default to the model's own;
-        `guidance_interval` >= 0 ends guidance after that position, `guidance_schedule` is "linear" or "constant" over
-        a masked model's decisions. `callback` gets a `Progress` after every pass. One seed and prompt give the same
-        image whatever else is in the call. `forced_tokens` [grid**2], long, keeps its non-negative entries in place
-        and has the rest decoded around them; for a masked model it is [grid**2, d] with NaN for the rest.
-        A prompt's images have the indices `first_image`, `first_image` + 1, ..., or those that it gives for each
-        image: a large set can be made in parts.
-        Raises `VisarError` for an empty prompt or a value out of range.
+        `params` or the same names as keywords (`SamplingParams`: seed, guidance_scale, temperature, top_k, top_p, ...)
+        say how; `sampler` is a name of `visar samplers`, FILE.py:NAME, or an object, and `window` replaces its W. One
+        seed and prompt give the same image whatever else is in the call; `seed=None` takes a random one, which the
+        stats report. A `generator` gives the seed by drawing it. A prompt's images have the indices `first_image`,
+        `first_image` + 1, ..., or those that it gives for each image. `callback` gets a `Progress` after every pass,
+        `callback_on_step_end` what diffusers gives. `num_inference_steps` is for samplers of continuous tokens.
+        Raises `VisarError` for what is out of range, or not known.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
-            raise VisarError("The prompt is empty; give at least one word.")
-        if num_images_per_prompt < 1:
-            raise VisarError(f"num_images_per_prompt must be 1 or more, not {num_images_per_prompt}.")
-        features, mask = self.text_encoder.encode(prompts)
-        each = num_images_per_prompt
+        if negative_prompt not in (None, "", []):
+            raise VisarError(
+                "negative_prompt has no meaning for this model, whose unconditional batch has no text; use "
+                "guidance_scale."
+            )
         return self._generate(
-            features.repeat_interleave(each, 0), mask.repeat_interleave(each, 0),
-            [p for p in prompts for _ in range(each)],
-            sampler=sampler, window=window, guidance_scale=guidance_scale, guidance_interval=guidance_interval,
-            guidance_schedule=guidance_schedule, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-            first_image=first_image, forced_tokens=forced_tokens, output_type=output_type, callback=callback,
+            prompt, num_images_per_prompt=num_images_per_prompt, params=params, generator=generator, height=height,
+            width=width, callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs, callback=callback,
+            num_inference_steps=num_inference_steps, sampler=sampler, return_dict=return_dict, settings=settings,
+            window=window, first_image=first_image, output_type=output_type,
         )  # fmt: skip
-
-
-def _grid(image_size: int | None, downsample: int) -> int | None:
-    if image_size is None:
-        return None
-    if image_size < downsample or image_size % downsample:
-        raise VisarError(f"image_size must be a multiple of {downsample} pixels, not {image_size}.")
-    return image_size // downsample

@@ -50,6 +50,11 @@ class T5CaptionEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 
+    @property
+    def width(self) -> int:
+        """Features of a slot."""
+        return int(self.encoder.config.d_model)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Features [B, length, features], fp32, and the mask [B, length], bool, of the valid slots at the end."""

@@ -72,6 +72,11 @@ class WordEncoder(nn.Module):
         return self.table.device
 
     @property
+    def width(self) -> int:
+        """Features of a slot."""
+        return self.table.shape[1]
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.scale.dtype
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.gpt import LlamaGen, initialise
 from visar.families.llamagen.vq import VQModel
 from visar.text_encoders.words import WordEncoder
 from visar.training.data import SPLITS, ImageSet, Record, to_unit
@@ -53,22 +52,6 @@ def own_mistakes(rows: int, length: int, g: torch.Generator, most: float = 1.0) 
     """Coins [rows, length] for `ARLoss`: in (0, 1) at a rate uniform in [0, `most`] per row, and 0 elsewhere."""
     coins = torch.rand(rows, length, generator=g).clamp(1e-6, 1 - 1e-6)
     return coins * (torch.rand(rows, length, generator=g) < torch.rand(rows, 1, generator=g) * most)
-
-
-def initialise(gpt: LlamaGen) -> LlamaGen:
-    """Normal(0, 0.02) weights, the ways back into the residual stream scaled down with depth.
-
-    The caption projector starts at a gain of about 1: caption features that enter much smaller than what the blocks add
-    are learnt too late, when images are already known by heart from their first tokens.
-    """
-    for name, p in gpt.named_parameters():
-        if p.ndim == 2:
-            back = name.endswith(("wo.weight", "w2.weight"))
-            std = 0.02 / math.sqrt(2 * gpt.config.num_layers) if back else 0.02
-            if "cap_proj" in name:
-                std = 1.0 if "fc1" in name else 1.0 / math.sqrt(p.shape[1])
-            nn.init.normal_(p, std=std)
-    return gpt
 
 
 def corrupt(tokens: Tensor, pool: Tensor, g: torch.Generator, most: float = 1.0, clean: float = 0.15) -> Tensor:

@@ -7,24 +7,27 @@ below the noise that the decoder tolerates.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.families.mar.autoencoder import KLSizes, build, downsample
+from visar.families.mar.autoencoder import KLAutoencoder, downsample
 from visar.training.data import ImageSet, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 # 4x downsampling: 64 px to 16x16 tokens of 16 numbers.
-SMALL_KL = KLSizes(channels=(32, 48, 64), blocks=1, groups=16, attention=False, scale=1.0)
+SMALL_KL: Mapping[str, Any] = MappingProxyType(dict(channels=(32, 48, 64), blocks=1, groups=16, attention=False))
 
 
 class AutoencoderLoss(nn.Module):
     """The autoencoder with its training loss; `divergence` is the weight of nats per number of an image."""
 
-    def __init__(self, vae: AutoencoderKL, divergence: float = 0.03):
+    def __init__(self, vae: KLAutoencoder, divergence: float = 0.03):
         super().__init__()
         self.vae = vae
         self.divergence = divergence
@@ -32,43 +35,41 @@ class AutoencoderLoss(nn.Module):
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Scalar loss for uint8 pixels [B, 3, H, W] and standard normals [B, d, h, w]."""
         x = to_unit(pixels)
-        mean, log_variance = self.moments(x)
-        y = self.vae.decode(mean + (log_variance / 2).exp() * noise).sample.float()
+        mean, log_variance = (t.float() for t in self.vae.encode(x))
+        y = self.vae.decode(mean + (log_variance / 2).exp() * noise).float()
         nats = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean() / x[0].numel()
         return F.l1_loss(y, x) + 2.0 * F.mse_loss(y, x) + self.divergence * nats
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance, both [B, d, h, w] in fp32, of the posterior for images in [-1, 1]."""
-        found = self.vae.encode(x).latent_dist
-        return found.mean.float(), found.logvar.float()
-
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pixels: Tensor, batch: int = 64) -> float:
+def psnr(vae: KLAutoencoder, pixels: Tensor, batch: int = 64) -> float:
     """Mean over images of the PSNR in dB of reconstructions from posterior samples, for uint8 pixels [n, 3, H, W]."""
     g = torch.Generator().manual_seed(0)
     values = []
     for part in pixels.split(batch):
         x = to_unit(part.to(vae.device))
-        found = vae.encode(x).latent_dist
-        z = found.mean + found.std * torch.randn(found.mean.shape, generator=g).to(x.device)
-        values.append(10 * torch.log10(4.0 / (x - vae.decode(z).sample.clamp(-1, 1)).square().mean((1, 2, 3))))
+        mean, log_variance = vae.encode(x)
+        z = mean + (log_variance / 2).exp() * torch.randn(mean.shape, generator=g).to(x.device)
+        values.append(10 * torch.log10(4.0 / (x - vae.decode(z).clamp(-1, 1)).square().mean((1, 2, 3))))
     return torch.cat(values).mean().item()
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
+def encode(vae: KLAutoencoder, pixels: Tensor, batch: int = 64) -> tuple[Tensor, Tensor]:
     """Means and standard deviations, both [n, d, h, w], of the posteriors of uint8 pixels [n, 3, H, W]."""
-    found = [vae.encode(to_unit(part.to(vae.device))).latent_dist for part in pixels.split(batch)]
-    return torch.cat([f.mean.cpu() for f in found]), torch.cat([f.std.cpu() for f in found])
+    found = [vae.encode(to_unit(part.to(vae.device))) for part in pixels.split(batch)]
+    mean, log_variance = (torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True))
+    return mean, (log_variance / 2).exp()
 
 
-def train_autoencoder(data: ImageSet, size: int, config: TrainConfig, sizes: KLSizes = SMALL_KL) -> AutoencoderKL:
-    """Train on the `train` split at `size` pixels; saves `vae/` in diffusers layout in `config.out`; returns the EMA.
+def train_autoencoder(
+    data: ImageSet, size: int, config: TrainConfig, sizes: Mapping[str, Any] = SMALL_KL
+) -> KLAutoencoder:
+    """Train on the `train` split at `size` pixels; saves `vae/` in `config.out`; returns the EMA.
 
     Its `scaling_factor` is set so that latents of the training images have unit variance.
     """
-    vae = build(sizes, size)
+    vae = KLAutoencoder(**sizes)
     if size % downsample(vae):
         raise VisarError(f"The size must be a multiple of {downsample(vae)} pixels, not {size}.")
     torch.manual_seed(config.seed)
@@ -82,7 +83,7 @@ def train_autoencoder(data: ImageSet, size: int, config: TrainConfig, sizes: KLS
         part = train[torch.randint(len(train), (config.batch,), generator=g)]
         if torch.rand((), generator=g) < 0.5:
             part = part.flip(-1)
-        return part, torch.randn(config.batch, sizes.latent_channels, side, side, generator=g)
+        return part, torch.randn(config.batch, vae.config.latent_channels, side, side, generator=g)
 
     def evaluate(ema: AutoencoderLoss) -> dict[str, float]:
         mean, std = encode(ema.vae, held)
@@ -93,6 +94,6 @@ def train_autoencoder(data: ImageSet, size: int, config: TrainConfig, sizes: KLS
     if distributed()[0] == 0:
         mean, std = encode(ema.vae, train)
         total = mean.var() + std.square().mean()
-        ema.vae.register_to_config(scaling_factor=round(total.rsqrt().item(), 4))
+        ema.vae.config = ema.vae.config.replace(scaling_factor=round(total.rsqrt().item(), 4))
         ema.vae.save_pretrained(config.out / "vae")
     return ema.vae

@@ -7,11 +7,10 @@ import random
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.families.mar.autoencoder import downsample, fingerprint, to_tokens
+from visar.families.mar.autoencoder import KLAutoencoder, downsample, fingerprint, to_tokens
 from visar.families.mar.diffusion import TRAINING_STEPS, Schedule, interpolated_log_variance
 from visar.families.mar.transformer import MAR
 from visar.text_encoders.words import WordEncoder
@@ -93,7 +92,7 @@ def masked_share(g: torch.Generator, least: float) -> float:
 class LatentSamples:
     """What `MARLoss` is given: tokens of images, drawn anew from their posteriors, with a share hidden."""
 
-    def __init__(self, vae: AutoencoderKL, encoder: WordEncoder, data: ImageSet, size: int, least: float = 0.5):
+    def __init__(self, vae: KLAutoencoder, encoder: WordEncoder, data: ImageSet, size: int, least: float = 0.5):
         if size % downsample(vae):
             raise VisarError(f"The size must be a multiple of {downsample(vae)} pixels, not {size}.")
         self.mean, self.std = (to_tokens(x) * vae.config.scaling_factor for x in encode(vae, data.pixels(size)))
@@ -127,7 +126,7 @@ def train_mar(
     data: ImageSet,
     size: int,
     config: TrainConfig,
-    vae: AutoencoderKL,
+    vae: KLAutoencoder,
     encoder: WordEncoder,
     dim: int = 128,
     layers: int = 6,

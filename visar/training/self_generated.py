@@ -1,4 +1,4 @@
-"""Images that a model draws itself, as tokens: what its drafter learns from. An interrupted run goes on."""
+"""Images that a model generates itself, as tokens: what its drafter learns from. An interrupted run goes on."""
 
 from __future__ import annotations
 
@@ -16,47 +16,49 @@ from torch import Tensor
 from visar.drafters import fingerprint
 from visar.errors import VisarError
 from visar.files import replacing
+from visar.generation.model import ImageModel
 
 
-def draw_tokens(
-    pipe: Any,
+def generate_tokens(
+    model: Any,
     conditions: Sequence[Any],
     count: int,
     file: Path,
     batch: int = 32,
     report: Callable[[int], None] = lambda done: None,
-    draws: bool = True,
+    waits: bool = False,
     **settings: Any,
 ) -> Tensor:
     """Tokens [count, N] of images of the conditions, in turn: all of them once, then once more with other noise.
 
-    What is drawn is kept in `file`, and `settings` go to the pipeline. Of several processes only one `draws`, and the
-    others wait for it. Raises `VisarError` where the file is damaged, or was made otherwise.
+    They are kept in `file`; `settings` go to the model's call. Of several processes all but one only `waits`. Raises
+    `VisarError` where the file is damaged, or was made otherwise.
     """
-    made_of = (fingerprint(pipe.gpt), pipe.grid, list(conditions), sorted(settings.items()))
+    model = ImageModel.of(model)
+    made_of = (fingerprint(model.family.model), model.family.layout.rows, list(conditions), sorted(settings.items()))
     mark = hashlib.sha256(repr(made_of).encode()).hexdigest()
 
-    def drawn_before() -> Tensor:
+    def saved() -> Tensor:
         if not file.exists():
-            return torch.empty(0, pipe.grid**2, dtype=torch.long)
+            return torch.empty(0, model.family.layout.length, dtype=torch.long)
         try:
-            with safe_open(file, "pt") as saved:
-                done, found = saved.get_tensor("tokens").long()[:count], saved.metadata()["of"]
+            with safe_open(file, "pt") as stored:
+                done, found = stored.get_tensor("tokens").long()[:count], stored.metadata()["of"]
         except Exception as error:
-            raise VisarError(f"{file} is damaged; delete it to have the images drawn anew.") from error
+            raise VisarError(f"{file} is damaged; delete it to have the images generated again.") from error
         if found != mark:
             raise VisarError(f"{file} holds images of another model or other settings; give another folder.")
         return done
 
-    done = drawn_before()
-    while not draws and len(done) < count:
+    done = saved()
+    while waits and len(done) < count:
         time.sleep(1)
-        done = drawn_before()
+        done = saved()
     while len(done) < count:
         turn, start = divmod(len(done), len(conditions))
         part = list(conditions[start : start + min(batch, count - len(done))])
-        drawn = pipe(part, first_image=turn, output_type="tokens", **settings).tokens.cpu()
-        done = torch.cat([done, drawn])
+        made = model.generate(part, first_image=turn, output_type="tokens", **settings).tokens.cpu()
+        done = torch.cat([done, made])
         with replacing(file) as temporary:
             save_file({"tokens": done.int()}, temporary, {"of": mark})
         report(len(done))

@@ -12,7 +12,7 @@ from visar.engine.loop import decode
 from visar.engine.rng import Noise
 from visar.eval.benchmark.eager_loop import EagerLoop, draw, generate
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import Autoregressive, Target
 
 LENGTH, VOCAB = GPT["grid"] ** 2, GPT["vocab_size"]
@@ -37,7 +37,7 @@ def case(kind: str) -> tuple[LlamaGen, Tensor, Tensor | None]:
 @pytest.mark.parametrize("kind", ["class", "text"])
 def test_logits_are_those_of_the_session(kind: str, guidance: Guidance) -> None:
     model, condition, mask = case(kind)
-    session = ModelSession(model, condition, mask, length=LENGTH, window=1, guidance=guidance)
+    session = LlamaGenSession(model, condition, mask, length=LENGTH, window=1, guidance=guidance)
     loop = EagerLoop(model, condition, mask, length=LENGTH, guidance=guidance)
     tokens = torch.randint(0, VOCAB, (2, LENGTH))
     fed, got = torch.zeros(2, 1, dtype=torch.long), loop.prefill()
@@ -55,7 +55,7 @@ def test_logits_are_those_of_the_session(kind: str, guidance: Guidance) -> None:
 def test_greedy_tokens_are_those_of_ar(kind: str) -> None:
     model, condition, mask = case(kind)
     guidance = Guidance(2.0)
-    session = ModelSession(model, condition, mask, length=LENGTH, window=1, guidance=guidance)
+    session = LlamaGenSession(model, condition, mask, length=LENGTH, window=1, guidance=guidance)
     expected = decode(session, Autoregressive(), Target(top_k=1), Noise(0, torch.arange(2))).tokens
     got = generate(EagerLoop(model, condition, mask, length=LENGTH, guidance=guidance), top_k=1)
     assert torch.equal(got, expected) and len(got.unique()) > 3

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.helpers.tiny import GPT, class_gpt
+from tests.pipelines.test_masked import class_mar, small_vae
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.rng import Noise
@@ -27,21 +28,21 @@ from visar.eval.benchmark.profiling import (
     group_of_kernel,
     group_of_launch,
     group_of_operator,
+    profile_model,
     profile_passes,
-    profile_pipeline,
     ranges,
 )
 from visar.eval.benchmark.steady import steady
-from visar.families.llamagen.session import ModelSession
-from visar.pipelines import TextToImagePipeline
+from visar.families.llamagen.session import LlamaGenSession
+from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import Autoregressive, SpeculativeJacobi, Target, get_sampler
 
 LENGTH = GPT["grid"] ** 2
 
 
-def session(window: int, batch: int = 2) -> ModelSession:
+def session(window: int, batch: int = 2) -> LlamaGenSession:
     torch.manual_seed(0)
-    return ModelSession(class_gpt(), torch.arange(batch), length=LENGTH, window=window, guidance=Guidance(2.0))
+    return LlamaGenSession(class_gpt(), torch.arange(batch), length=LENGTH, window=window, guidance=Guidance(2.0))
 
 
 class Watched(SpeculativeJacobi):
@@ -94,10 +95,10 @@ def test_a_pass_takes_the_time_it_takes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_host_waits_for_no_pass_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a GPU would run dry after every look."""
     waits: list[str] = []
-    for module in ("engine.loop", "eval.steady"):
+    for module in ("engine.loop", "eval.benchmark.steady"):
         monkeypatch.setattr(f"visar.{module}.synchronize", lambda device, module=module: waits.append(module))
     steady(session(1), Autoregressive(), Target(), NOISE, passes=6, warm=1)
-    assert waits == ["engine.loop", "eval.steady", "eval.steady"]
+    assert waits == ["engine.loop", "eval.benchmark.steady", "eval.benchmark.steady"]
 
 
 def test_a_decoding_that_ends_too_early() -> None:
@@ -106,8 +107,8 @@ def test_a_decoding_that_ends_too_early() -> None:
 
 
 def test_a_fixed_schedule_is_not_run_past(text_pipe: TextToImagePipeline) -> None:
-    turns = len(text_pipe.fitted(get_sampler("zipar", ahead=2)).turns)
-    assert profile_pipeline(text_pipe, get_sampler("zipar", ahead=2), warm=1).passes == (turns - 1) // 2
+    turns = len(text_pipe.image_model.fitted(get_sampler("zipar", ahead=2)).turns)
+    assert profile_model(text_pipe, get_sampler("zipar", ahead=2), warm=1).passes == (turns - 1) // 2
 
 
 @pytest.mark.parametrize("window", [1, 5])
@@ -151,22 +152,22 @@ def test_more_sampling_is_more_of_the_sampling_share() -> None:
 
 def test_profile_of_a_pipeline_with_a_drafter(text_pipe: TextToImagePipeline, drafters: list[Any]) -> None:
     text_pipe.load_drafter(drafters[0])
-    found = profile_pipeline(text_pipe, get_sampler("eagle"), passes=3, warm=1, seed=3)
+    found = profile_model(text_pipe, get_sampler("eagle"), passes=3, warm=1, seed=3)
     assert found.sampler == "eagle" and found.window > 5 and found.ms_per_pass > 0
     assert len(text_pipe("red heart", output_type="tokens").tokens) == 1  # the pipeline is as it was
 
 
 def test_continuous_models_are_not_profiled() -> None:
     with pytest.raises(VisarError, match="discrete"):
-        profile_pipeline(SimpleNamespace(), Autoregressive())
+        profile_model(ClassToImagePipeline(mar=class_mar(), vae=small_vae()), Autoregressive())
 
 
 def test_ranges_leave_nothing_behind() -> None:
-    before = [ModelSession.forward, Target.probs, Autoregressive.step]
+    before = [LlamaGenSession.forward, Target.probs, Autoregressive.step]
     with pytest.raises(KeyError), ranges(Autoregressive()):
-        assert ModelSession.forward is not before[0] and Autoregressive.step is not before[2]
+        assert LlamaGenSession.forward is not before[0] and Autoregressive.step is not before[2]
         raise KeyError
-    assert [ModelSession.forward, Target.probs, Autoregressive.step] == before
+    assert [LlamaGenSession.forward, Target.probs, Autoregressive.step] == before
 
 
 def event(*names: str, **more: Any) -> Any:

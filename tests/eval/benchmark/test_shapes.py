@@ -15,8 +15,8 @@ from visar.engine.memory import free_memory
 from visar.errors import VisarError
 from visar.eval.benchmark import shapes
 from visar.eval.benchmark.shapes import SHAPES, Shape, condition_of, measure, random_model, shape_named
-from visar.families.llamagen.session import ModelSession
-from visar.families.specs import GPTShape
+from visar.families.llamagen.session import LlamaGenSession
+from visar.families.llamagen.specs import GPTShape
 
 CPU = torch.device("cpu")
 CLASS = Shape("tiny", GPTShape(2, 64, 2, 96, vocab=128, classes=5), "class", 6, 4.0, 10)
@@ -51,7 +51,7 @@ def test_counts_are_those_of_the_model(shape: Shape, dtype: torch.dtype) -> None
     assert sum(t.numel() for n, t in state.items() if "embedding" not in n) == shape.weights
     condition, mask = condition_of(shape, 3)
     length, window = shape.grid**2, 4
-    session = ModelSession(model, condition, mask, length=length, window=window, guidance=Guidance(2.0))
+    session = LlamaGenSession(model, condition, mask, length=length, window=window, guidance=Guidance(2.0))
     cache = sum(t.numel() for t in (session.cache.keys, session.cache.values))
     assert 0 <= shape.cache(6, shape.gpt.condition_length + length + window) - cache <= shape.cache(6, 12)
     with torch.inference_mode():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visar.cli import main
-from visar.engine.chain import Chain, DiffusionChain
+from visar.engine.chain import Chain
 from visar.engine.loop import decode
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
@@ -35,6 +35,7 @@ from visar.eval.exactness.joint import EXACT_LIMIT, MUTANT_LIMIT
 from visar.eval.exactness.linear_gaussian import WIDE, Setting, World
 from visar.eval.exactness.linear_gaussian import alphas_bar as own_alphas_bar
 from visar.eval.exactness.normality import normality_z
+from visar.families.mar.chain import DiffusionChain
 from visar.families.mar.diffusion import Schedule, alphas_bar
 from visar.families.mar.session import MARSession
 from visar.samplers import ContinuousTarget, HeadSpeculation, MaskedAutoregressive, get_sampler, samplers_for

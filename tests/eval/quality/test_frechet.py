@@ -26,11 +26,26 @@ def test_in_one_dimension() -> None:
     assert frechet_distance(gaussian([1.0], [[4.0]]), gaussian([-2.0], [[9.0]])) == pytest.approx(9 + (2 - 3) ** 2)
 
 
-def test_of_covariances_that_commute() -> None:
-    turn, _ = torch.linalg.qr(normal(5, 5))
-    a, b = torch.tensor([4.0, 1.0, 0.25, 9.0, 0.0]).double(), torch.tensor([1.0, 1.0, 4.0, 0.0, 0.0]).double()
-    one, two = (Moments.published(torch.zeros(5).double(), turn @ x.diag() @ turn.T) for x in (a, b))
-    assert frechet_distance(one, two) == pytest.approx(float((a.sqrt() - b.sqrt()).square().sum()), rel=1e-12)
+@pytest.mark.parametrize("width, ranks", [(5, (5, 5)), (5, (4, 3)), (60, (60, 7)), (60, (20, 30)), (60, (1, 1))])
+def test_of_covariances_that_commute(width: int, ranks: tuple[int, int]) -> None:
+    """Of equal eigenvectors it is a sum over eigenvalues; those beyond a rank are 0, which rounding makes +-1e-16."""
+    for seed in range(8):
+        turn, _ = torch.linalg.qr(normal(width, width, seed=seed))
+        a, b = (normal(width, seed=seed + i).exp().where(torch.arange(width) < rank, 0) for i, rank in enumerate(ranks))
+        b = b.flip(0) if seed % 2 else b  # the null space of one is where the other has its image
+        one, two = (Moments.published(torch.zeros(width).double(), turn @ x.diag() @ turn.T) for x in (a, b))
+        expected = float((a.sqrt() - b.sqrt()).square().sum())
+        assert frechet_distance(one, two) == pytest.approx(expected, abs=1e-12 * float(a.sum() + b.sum())), seed
+
+
+@pytest.mark.parametrize("counts", [(20, 30), (30, 500), (500, 20), (2, 2)])
+def test_of_fewer_images_than_features(counts: tuple[int, int]) -> None:
+    """The centred features are factors of the covariances: their nuclear norm needs no eigenvalues."""
+    x, y = (normal(n, 100, seed=n + i) * torch.linspace(0.01, 3, 100) + i for i, n in enumerate(counts))
+    (f, g) = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    traces = float(f.square().sum() + g.square().sum())
+    expected = float((x.mean(0) - y.mean(0)).square().sum()) + traces - 2 * float(torch.linalg.svdvals(f @ g.T).sum())
+    assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(expected, abs=1e-12 * traces)
 
 
 def test_in_two_dimensions() -> None:
@@ -50,8 +65,8 @@ def test_against_torch_fidelity() -> None:
     assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_fewer_images_than_features() -> None:
-    """Of rank-deficient covariances; and of equal ones it is 0 to rounding, where roots of products are off by more."""
+def test_of_itself_and_of_a_shift() -> None:
+    """Of equal rank-deficient covariances it is 0 to rounding, where roots of products are off by more."""
     x = normal(20, 100)
     assert abs(frechet_distance(Moments.of(x), Moments.of(x))) < 1e-10
     assert frechet_distance(Moments.of(x), Moments.of(x + 2)) == pytest.approx(400, rel=1e-12)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,17 +15,11 @@ from torch import Tensor
 
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.loading import gpt_config, load_gpt, load_state, load_vq
+from visar.families.llamagen.loading import gpt_config, load_gpt, load_vq
+from visar.families.llamagen.specs import MODELS, TOKENIZERS, gpt_arguments, match_heads, published_grid, vq_arguments
 from visar.families.llamagen.vq import VQConfig, VQModel
-from visar.families.specs import (
-    MODELS,
-    TOKENIZERS,
-    gpt_arguments,
-    match_heads,
-    published_grid,
-    resolve_model,
-    vq_arguments,
-)
+from visar.families.source import resolve
+from visar.families.weights import load_state
 
 TINY: dict[str, dict[str, Any]] = {
     "class": dict(vocab_size=11, dim=32, num_layers=2, num_heads=2, ffn=48, condition="class", classes=5, grid=3),
@@ -137,7 +130,7 @@ def test_tokenizer_round_trip(tmp_path: Path) -> None:
     assert torch.equal(loaded.encode(pixels), vq.encode(pixels))
 
 
-@pytest.mark.parametrize("name", [n for n, spec in MODELS.items() if not spec.folder])
+@pytest.mark.parametrize("name", MODELS)
 def test_configuration_of_every_published_size(name: str) -> None:
     """The 3B model has heads of 100: dividing the width by 64 would not do."""
     arguments = gpt_arguments(MODELS[name])
@@ -176,7 +169,7 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n, spec in MODELS.items() if not spec.folder])
+@pytest.mark.parametrize("name", MODELS)
 def test_published_gpt_sizes(name: str) -> None:
     with torch.device("meta"):
         gpt = LlamaGen(**gpt_arguments(MODELS[name]))
@@ -267,8 +260,8 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "gpt.pt").touch()
-    assert resolve_model("mine") == Path("mine") and resolve_model(tmp_path) == tmp_path
-    assert resolve_model("owner/name-1.0") == "owner/name-1.0"
+    assert resolve("mine") == Path("mine") and resolve(tmp_path) == tmp_path
+    assert resolve("owner/name-1.0") == "owner/name-1.0"
     for name, message in {
         "llamagen-b": r"'llamagen-b' are not shipped.*c2i_B_256\.pt or c2i_B_384\.pt and vq_ds16_c2i\.pt",
         "llamagen-t2i-xl": r"t2i_XL_stage1_256\.pt.*vq_ds16_t2i\.pt.*peizesun/llamagen_t2i",
@@ -277,21 +270,18 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "gpt.pt": r"gpt\.pt is a file",
     }.items():
         with pytest.raises(VisarError, match=message):
-            resolve_model(name)
+            resolve(name)
 
 
 def test_the_embedded_model_is_a_folder_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visar.families.specs.resources.files", lambda _: tmp_path)
+    monkeypatch.setattr("visar.families.catalogue.resources.files", lambda _: tmp_path)
     with pytest.raises(VisarError, match="'icons' is missing"):
-        resolve_model("icons")
-    (tmp_path / "icons" / "gpt").mkdir(parents=True)
-    config = {"_class_name": "LlamaGen", "dim": 48, "num_heads": 4}
-    (tmp_path / "icons" / "gpt" / "config.json").write_text(json.dumps(config))
-    assert resolve_model("icons") == tmp_path / "icons"
-    assert gpt_arguments(MODELS["icons"]) == {"dim": 48, "num_heads": 4}
-    assert MODELS["icons"].grid == 16
+        resolve("icons")
+    (tmp_path / "icons").mkdir()
+    assert resolve("icons") == tmp_path / "icons"
 
 
 def test_the_table_imports_nothing_heavy() -> None:
-    code = "import sys, visar.families.specs; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    code = """import sys; from visar.families.catalogue import catalogue
+catalogue(); print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

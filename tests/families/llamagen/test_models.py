@@ -14,7 +14,7 @@ from torch import Tensor
 from visar.engine.guidance import Guidance
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.rotary import rotary_table, rotate
-from visar.families.llamagen.session import ModelSession
+from visar.families.llamagen.session import LlamaGenSession
 from visar.families.llamagen.vq import VQModel
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "llamagen_tiny.json").read_text())
@@ -69,7 +69,7 @@ def test_cached_windows_equal_the_whole_sequence(kind: str, window: int) -> None
     """Ragged commits, wrong drafts first in every pass, and windows that run past the end."""
     gpt, (cond, mask), ids = model(kind), condition(kind), tokens()
     expected = gpt(cond, ids[:, :-1], mask)
-    session = ModelSession(gpt, cond, mask, length=LENGTH, window=window)
+    session = LlamaGenSession(gpt, cond, mask, length=LENGTH, window=window)
     counts, seen, past_end = torch.tensor([1, 2, 3]), torch.zeros(3, LENGTH, dtype=torch.bool), False
     while (session.lengths < LENGTH).any():
         at = session.lengths.clone()
@@ -92,7 +92,7 @@ def test_cached_windows_equal_the_whole_sequence(kind: str, window: int) -> None
 
 def test_a_draft_changes_only_what_follows_it() -> None:
     gpt, (cond, mask), ids = model("text"), condition("text"), tokens()
-    session = ModelSession(gpt, cond, mask, length=LENGTH, window=5)
+    session = LlamaGenSession(gpt, cond, mask, length=LENGTH, window=5)
     session.forward(window_of(ids, session.lengths, 5, 0))
     session.commit(torch.tensor([4, 1, 2]))
     right = window_of(ids, session.lengths, 5, 0)
@@ -108,12 +108,12 @@ def test_masked_caption_slots_are_not_seen() -> None:
     other = torch.where(mask[..., None], cond, cond + 3)
     for run in (
         lambda c: gpt(c, ids[:, :6], mask),
-        lambda c: ModelSession(gpt, c, mask, length=LENGTH, window=4).forward(ids[:, :4]),
+        lambda c: LlamaGenSession(gpt, c, mask, length=LENGTH, window=4).forward(ids[:, :4]),
     ):
         torch.testing.assert_close(run(cond), run(other), rtol=0, atol=1e-6)
     assert (gpt(cond, ids[:, :6]) - gpt(cond, ids[:, :6], mask)).abs().max() > 1e-2
     empty = torch.zeros_like(mask)  # then the last slot still attends to itself
-    session = ModelSession(gpt, cond, empty, length=LENGTH, window=4)
+    session = LlamaGenSession(gpt, cond, empty, length=LENGTH, window=4)
     torch.testing.assert_close(session.forward(ids)[:, :1], gpt(cond, ids[:, :0], empty), rtol=0, atol=1e-5)
 
 
@@ -124,8 +124,8 @@ def test_guidance_is_the_mix_of_two_separate_sessions(kind: str, interval: int) 
     scale, window = 3.5, 4
     null = gpt.cls_embedding.null_like(cond)
     assert kind == "text" or null.tolist() == [5, 5, 5]
-    both = ModelSession(gpt, cond, mask, length=LENGTH, window=window, guidance=Guidance(scale, interval))
-    halves = [ModelSession(gpt, c, mask, length=LENGTH, window=window) for c in (cond, null)]
+    both = LlamaGenSession(gpt, cond, mask, length=LENGTH, window=window, guidance=Guidance(scale, interval))
+    halves = [LlamaGenSession(gpt, c, mask, length=LENGTH, window=window) for c in (cond, null)]
     counts = torch.tensor([4, 1, 3])
     for _ in range(3):
         draft = window_of(ids, both.lengths, window, 0)
@@ -144,7 +144,7 @@ def test_guidance_is_the_mix_of_two_separate_sessions(kind: str, interval: int) 
 @pytest.mark.parametrize("kind", SIZES)
 def test_keys_of_condition_slots_are_zero(kind: str) -> None:
     gpt, (cond, mask), ids = model(kind), condition(kind), tokens()
-    session = ModelSession(gpt, cond, mask, length=LENGTH, window=3, guidance=Guidance(2.0))
+    session = LlamaGenSession(gpt, cond, mask, length=LENGTH, window=3, guidance=Guidance(2.0))
     session.forward(ids[:, :3])
     root = 1 if gpt.config.condition_length > 1 else 0  # the slots before the last are one
     assert session.cache.keys.shape[2] == root + LENGTH + 3
@@ -155,7 +155,7 @@ def test_keys_of_condition_slots_are_zero(kind: str) -> None:
 
 def test_first_logits_depend_on_the_class_alone() -> None:
     gpt = model("class")
-    session = ModelSession(gpt, torch.tensor([2, 2, 4]), length=LENGTH, window=3)
+    session = LlamaGenSession(gpt, torch.tensor([2, 2, 4]), length=LENGTH, window=3)
     first = session.forward(tokens())[:, 0]
     torch.testing.assert_close(first[0], first[1], rtol=0, atol=1e-6)
     assert (first[0] - first[2]).abs().max() > 1e-2
@@ -257,7 +257,7 @@ def test_logits_of_the_authors_code(kind: str) -> None:
     if kind == "text":
         mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]).bool()
         cond = (torch.linspace(-1, 1, 2 * 4 * 12).cos().view(2, 4, 12) * 2 - 1) * mask[..., None]
-    session = ModelSession(gpt, cond, mask, length=9, window=9, guidance=Guidance(gold["guidance"]))
+    session = LlamaGenSession(gpt, cond, mask, length=9, window=9, guidance=Guidance(gold["guidance"]))
     got = session.forward(torch.cat([torch.zeros(2, 1, dtype=torch.long), ids], 1))
     torch.testing.assert_close(got, torch.tensor(gold["logits"]), rtol=0, atol=1e-4)
 

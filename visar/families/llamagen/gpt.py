@@ -6,14 +6,14 @@ engine, which calls `run`; training and scoring call `forward` on whole sequence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from visar.engine.component import Component
 from visar.engine.decoder import Attend
 from visar.engine.layers import Linear, RMSNorm
 from visar.families.llamagen.rotary import rotary_table, turned
@@ -92,7 +92,7 @@ class CaptionEmbedding(nn.Module):
     def __init__(self, length: int, features: int, dim: int):
         super().__init__()
         self.cap_proj = CaptionProjection(features, dim)
-        self.register_buffer("uncond_embedding", torch.randn(length, features) / features**0.5)
+        self.register_buffer("uncond_embedding", nn.init.normal_(torch.empty(length, features), std=features**-0.5))
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, features] -> [B, T, dim]."""
@@ -102,16 +102,13 @@ class CaptionEmbedding(nn.Module):
         return self.uncond_embedding.expand_as(features)
 
 
-class LlamaGen(ModelMixin, ConfigMixin):
+class LlamaGen(Component):
     """LlamaGen's GPT.
 
     `condition` is "class" or "text"; `condition_length` T is the number of condition slots before the image tokens (1
     for classes, 120 for the published text model); `grid` is the default number of cells along one side.
     """
 
-    config_name = "config.json"
-
-    @register_to_config
     def __init__(
         self,
         vocab_size: int = 16384,
@@ -181,3 +178,19 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
         table = self.rotary()[:length].expand(len(x), -1, -1, -1)
         return self.logits(self.run(x, table, attend)[:, prefix - 1 :])
+
+
+def initialise(gpt: LlamaGen) -> LlamaGen:
+    """Normal(0, 0.02) weights, the ways back into the residual stream scaled down with depth.
+
+    The caption projector starts at a gain of about 1: caption features that enter much smaller than what the blocks add
+    are learnt too late, when images are already known by heart from their first tokens.
+    """
+    for name, p in gpt.named_parameters():
+        if p.ndim == 2:
+            back = name.endswith(("wo.weight", "w2.weight"))
+            std = 0.02 / math.sqrt(2 * gpt.config.num_layers) if back else 0.02
+            if "cap_proj" in name:
+                std = 1.0 if "fc1" in name else 1.0 / math.sqrt(p.shape[1])
+            nn.init.normal_(p, std=std)
+    return gpt

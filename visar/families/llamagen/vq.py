@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
+
+from visar.engine.component import Component
+from visar.families.blocks import Decoder, Encoder
 
 
 @dataclass(frozen=True)
@@ -50,128 +51,6 @@ class VQConfig:
         )
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    def __init__(self, width_in: int, width: int):
-        super().__init__()
-        self.norm1 = _norm(width_in)
-        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = _norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
-
-
-class AttnBlock(nn.Module):
-    """Single-head self-attention over all cells of the map."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = _norm(width)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        height = x.shape[2]
-        h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=height))
-
-
-class Downsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the reference pads right and bottom only
-
-
-class Upsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """One resolution: residual blocks, attention where there is any, then a change of resolution."""
-
-    def __init__(self, width_in: int, width: int, blocks: int, attention: bool, resample: type[nn.Module] | None):
-        super().__init__()
-        self.res = nn.ModuleList(ResBlock(width_in if i == 0 else width, width) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(width) for _ in range(blocks if attention else 0))
-        if resample is not None:
-            self.add_module("downsample" if resample is Downsample else "upsample", resample(width))
-        self._resample = "" if resample is None else ("downsample" if resample is Downsample else "upsample")
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.res):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        return getattr(self, self._resample)(x) if self._resample else x
-
-
-def _middle(width: int) -> nn.ModuleList:
-    return nn.ModuleList([ResBlock(width, width), AttnBlock(width), ResBlock(width, width)])
-
-
-class Encoder(nn.Module):
-    def __init__(self, c: VQConfig):
-        super().__init__()
-        widths = [c.channels * m for m in c.channel_multipliers]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, c.channels, 3, padding=1)
-        self.conv_blocks = nn.ModuleList(
-            Level(
-                widths[i - 1] if i else c.channels, widths[i], c.res_blocks, i == last, Downsample if i < last else None
-            )
-            for i in range(len(widths))
-        )
-        self.mid = _middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], c.z_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (*self.conv_blocks, *self.mid):
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """Mirror of the encoder; `conv_blocks.0` is the lowest resolution."""
-
-    def __init__(self, c: VQConfig):
-        super().__init__()
-        widths = [c.channels * m for m in reversed(c.channel_multipliers)]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(c.z_channels, widths[0], 3, padding=1)
-        self.mid = _middle(widths[0])
-        self.conv_blocks = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], widths[i], c.res_blocks + 1, i == 0, Upsample if i < last else None)
-            for i in range(len(widths))
-        )
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        z = self.conv_in(z)
-        for block in (*self.mid, *self.conv_blocks):
-            z = block(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
-
-
 class Codebook(nn.Module):
     """Codes on the unit sphere. The stored rows are not unit length: they are normalised at every use."""
 
@@ -189,12 +68,9 @@ class Codebook(nn.Module):
         return (z @ self.codes.T).argmax(-1)
 
 
-class VQModel(ModelMixin, ConfigMixin):
+class VQModel(Component):
     """LlamaGen's VQ tokenizer: images in [-1, 1] to ids in raster order and back."""
 
-    config_name = "config.json"
-
-    @register_to_config
     def __init__(
         self,
         codebook_size: int = 16384,
@@ -207,8 +83,9 @@ class VQModel(ModelMixin, ConfigMixin):
         super().__init__()
         c = VQConfig(codebook_size, code_dim, channels, tuple(channel_multipliers), res_blocks, z_channels)
         self.sizes = c
-        self.encoder = Encoder(c)
-        self.decoder = Decoder(c)
+        widths = [channels * m for m in channel_multipliers]
+        self.encoder = Encoder(channels, widths, res_blocks, z_channels)
+        self.decoder = Decoder(widths, res_blocks, z_channels)
         self.quantize = Codebook(codebook_size, code_dim)
         self.quant_conv = nn.Conv2d(z_channels, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(code_dim, z_channels, 1)

@@ -1,52 +1,146 @@
-"""The KL autoencoder of MAR (KL-16 of Rombach et al. 2022, arXiv:2112.10752) as diffusers' `AutoencoderKL`."""
+"""The KL autoencoder of MAR (KL-16 of Rombach et al. 2022, arXiv:2112.10752); it reads the folders of diffusers too."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from visar.engine.component import Component, fill, read_config, read_safetensors, unfilled, weights_file
+from visar.errors import VisarError
+from visar.families.blocks import Decoder, Encoder
+
+# What parts of our keys are called in latent diffusion and in diffusers.
+PUBLISHED = {"mid.0": "mid.block_1", "mid.1": "mid.attn_1", "mid.2": "mid.block_2", "res": "block"}
+DIFFUSERS = {
+    "mid.0": "mid_block.resnets.0",
+    "mid.1": "mid_block.attentions.0",
+    "mid.2": "mid_block.resnets.1",
+    "encoder.conv_blocks": "encoder.down_blocks",
+    "decoder.conv_blocks": "decoder.up_blocks",
+    "res": "resnets",
+    "attn": "attentions",
+    "downsample": "downsamplers.0",
+    "upsample": "upsamplers.0",
+    "norm_out": "conv_norm_out",
+    "nin_shortcut": "conv_shortcut",
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
 
 
-@dataclass(frozen=True)
-class KLSizes:
-    """Sizes of an autoencoder; the defaults are KL-16's: 16 pixels per latent, attention in the encoder's last level.
+class KLAutoencoder(Component):
+    """Images in [-1, 1] to the normal law of their latents, and back; sizes are those of KL-16 by default.
 
-    `scale` is what latents are multiplied by to have about unit variance.
+    `channels` has a width for each level, `attention` says whether the encoder's last level has it; latents times
+    `scaling_factor` have about unit variance.
     """
 
-    channels: tuple[int, ...] = (128, 128, 256, 256, 512)
-    blocks: int = 2
-    latent_channels: int = 16
-    groups: int = 32
-    attention: bool = True
-    scale: float = 0.2325
+    def __init__(
+        self,
+        channels: tuple[int, ...] = (128, 128, 256, 256, 512),
+        blocks: int = 2,
+        latent_channels: int = 16,
+        groups: int = 32,
+        attention: bool = True,
+        scaling_factor: float = 0.2325,
+    ):
+        super().__init__()
+        self.encoder = Encoder(channels[0], channels, blocks, 2 * latent_channels, groups, attention)
+        self.decoder = Decoder(channels, blocks, latent_channels, groups, attention=False)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance, [B, d, h, w] each, of the latents of pixels [B, 3, H, W] in [-1, 1]."""
+        mean, log_variance = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W], about [-1, 1], of latents [B, d, h, w]."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """As of other components, and from the folder of a diffusers `AutoencoderKL`."""
+        named, config = read_config(folder)
+        if named != "AutoencoderKL":
+            return super().from_pretrained(folder)
+        file = weights_file(folder)
+        return cls._of_diffusers(config, read_safetensors(file), file)
+
+    @classmethod
+    def of(cls, vae: Any) -> Self:
+        """`vae` itself, or one that shares the weights of a diffusers `AutoencoderKL`.
+
+        Raises `VisarError` for an object of another kind, and for an autoencoder of another structure.
+        """
+        if isinstance(vae, cls):
+            return vae
+        if type(vae).__name__ != "AutoencoderKL":
+            raise VisarError(
+                f"vae must be a KLAutoencoder, or an AutoencoderKL of diffusers, not a {type(vae).__name__}."
+            )
+        return cls._of_diffusers(vae.config, vae.state_dict(), "the AutoencoderKL")
+
+    @classmethod
+    def _of_diffusers(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> Self:
+        if config.get("shift_factor"):
+            raise VisarError(f"{path} shifts its latents (shift_factor), which no model here does.")
+        try:
+            with unfilled():
+                made = cls(
+                    tuple(config["block_out_channels"]), config["layers_per_block"], config["latent_channels"],
+                    config["norm_num_groups"], config["down_block_types"][-1].startswith("Attn"),
+                    config["scaling_factor"],
+                )  # fmt: skip
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise VisarError(f"{path} has a configuration that is none of an AutoencoderKL: {error!r}.") from error
+        own = made.state_dict()
+        names = {key: diffusers_name(key) for key in own}
+        state = dict(state)
+        for key, name in names.items():
+            if own[key].shape[2:] == (1, 1) and name in state and state[name].ndim == 2:
+                state[name] = state[name][:, :, None, None]  # a matrix there, a convolution of one pixel here
+        return fill(made, state, path, names).requires_grad_()
 
 
-def build(sizes: KLSizes, pixels: int = 256) -> AutoencoderKL:
-    """An autoencoder of these sizes with random weights; `pixels` is only noted in its configuration."""
-    levels = len(sizes.channels)
-    down = ["DownEncoderBlock2D"] * levels
-    if sizes.attention:
-        down[-1] = "AttnDownEncoderBlock2D"
-    return AutoencoderKL(
-        down_block_types=tuple(down), up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=sizes.channels, layers_per_block=sizes.blocks, latent_channels=sizes.latent_channels,
-        norm_num_groups=sizes.groups, sample_size=pixels, scaling_factor=sizes.scale,
-    )  # fmt: skip
+def published_name(key: str, levels: int) -> str:
+    """What the authors' files call our tensor `key`. Their levels are counted from the largest image in both halves."""
+    key = key.replace("encoder.conv_blocks", "encoder.down")
+    key = re.sub(r"decoder\.conv_blocks\.(\d+)", lambda found: f"decoder.up.{levels - 1 - int(found[1])}", key)
+    return _renamed(key, PUBLISHED)
 
 
-def fingerprint(vae: AutoencoderKL) -> str:
+def diffusers_name(key: str) -> str:
+    """What diffusers' `AutoencoderKL` calls our tensor `key`."""
+    return _renamed(key, DIFFUSERS)
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    for ours, theirs in names.items():
+        key = re.sub(rf"(?<![^.]){re.escape(ours)}(?![^.])", theirs, key)
+    return key
+
+
+def fingerprint(vae: KLAutoencoder) -> str:
     """A mark of its weights that is the same in every dtype: a hash of the signs of what reads the latents."""
     signs = torch.signbit(vae.decoder.conv_in.weight.detach()).cpu().numpy()
     return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
 
 
-def downsample(vae: AutoencoderKL) -> int:
+def downsample(vae: KLAutoencoder) -> int:
     """Pixels per latent along one side."""
-    return 2 ** (len(vae.config.block_out_channels) - 1)
+    return 2 ** (len(vae.config.channels) - 1)
 
 
 def to_tokens(latents: Tensor) -> Tensor:

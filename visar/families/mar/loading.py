@@ -1,46 +1,23 @@
 """Load the published MAR files (Li et al. 2024, arXiv:2406.11838) and the KL-16 autoencoder of its tokens, unchanged.
 
-Every size is read from the shapes of the tensors, so files of other sizes with the same keys load as well. The
-autoencoder's file has the keys of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), which compute the same as
-diffusers' under other names.
+Every size is read from the shapes of the tensors, so files of other sizes with the same keys load as well.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
+from visar.engine.component import fill, unfilled
 from visar.errors import VisarError
-from visar.families.llamagen.loading import NESTINGS, fill, load_state, shape_of
-from visar.families.mar.autoencoder import KLSizes, build
+from visar.families.mar.autoencoder import KLAutoencoder, published_name
+from visar.families.mar.specs import match_mar_heads
 from visar.families.mar.transformer import MAR
-from visar.families.specs import match_mar_heads
-
-# What diffusers' keys are called in latent diffusion, one after the other; levels of the decoder are counted apart.
-RENAMES = {
-    "mid_block.resnets.0": "mid.block_1",
-    "mid_block.resnets.1": "mid.block_2",
-    "mid_block.attentions.0": "mid.attn_1",
-    "down_blocks": "down",
-    "resnets": "block",
-    "attentions": "attn",
-    "downsamplers.0": "downsample",
-    "upsamplers.0": "upsample",
-    "conv_norm_out": "norm_out",
-    "conv_shortcut": "nin_shortcut",
-    "group_norm": "norm",
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    "to_out.0": "proj_out",
-}
+from visar.families.weights import NESTINGS, load_state, shape_of
 
 
 def load_mar(path: str | Path, *, ema: bool = True, num_heads: int | None = None) -> MAR:
@@ -52,9 +29,18 @@ def load_mar(path: str | Path, *, ema: bool = True, num_heads: int | None = None
     Raises `VisarError` for a checkpoint without averaged weights, as `load_state` does, and for a tensor that is
     missing, superfluous or of another shape.
     """
-    state = load_state(path, names=("model_ema",) if ema else NESTINGS)
+    return mar_of(read_mar(path, ema=ema), path, num_heads)
+
+
+def read_mar(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
+    """The tensors of a published file; else as `load_mar`."""
+    return load_state(path, names=("model_ema",) if ema else NESTINGS)
+
+
+def mar_of(state: Mapping[str, Tensor], path: str | Path, num_heads: int | None = None) -> MAR:
+    """The MAR of a published file's tensors, which it takes over; else as `load_mar`."""
     arguments = mar_config(state, path, num_heads=num_heads)
-    with torch.device("meta"):
+    with unfilled():
         mar = MAR(**arguments)
     return fill(mar, state, path)
 
@@ -97,25 +83,21 @@ def mar_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int 
     }
 
 
-def load_kl16(path: str | Path) -> AutoencoderKL:
+def load_kl16(path: str | Path) -> KLAutoencoder:
     """The autoencoder of a published file (`kl16.ckpt`), in fp32, in evaluation mode and without gradients, on the CPU.
 
     Raises `VisarError` as `load_mar` does.
     """
     state = load_state(path)
-    sizes = kl_sizes(state, path)
-    with torch.device("meta"):
-        vae = build(sizes)
-    names = {key: ldm_name(key, len(sizes.channels)) for key in vae.state_dict()}
-    linear = {name for key, name in names.items() if ".attentions." in key and key.endswith(".weight")}
-    for name in linear & state.keys():
-        if state[name].shape[2:] == (1, 1):  # a convolution of one pixel there, a matrix here
-            state[name] = state[name][:, :, 0, 0]
-    return fill(vae, state, path, names)
+    arguments = kl_config(state, path)
+    with unfilled():
+        vae = KLAutoencoder(**arguments)
+    levels = len(arguments["channels"])
+    return fill(vae, state, path, {key: published_name(key, levels) for key in vae.state_dict()})
 
 
-def kl_sizes(state: Mapping[str, Tensor], path: str | Path) -> KLSizes:
-    """The sizes that the shapes of an autoencoder's state dict in the published layout tell; `path` is for messages.
+def kl_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
+    """The `KLAutoencoder(...)` arguments that the shapes of a published state dict tell; `path` is for messages.
 
     The number of groups is in no shape: it is 32, or the largest power of two that divides all widths if that is less.
     """
@@ -124,21 +106,13 @@ def kl_sizes(state: Mapping[str, Tensor], path: str | Path) -> KLSizes:
     channels = [shape_of(state, f"encoder.down.{i}.block.0.conv1.weight", path, 4)[0] for i in range(levels)]
     latent_channels, *_ = shape_of(state, "post_quant_conv.weight", path, 4)
     common = math.gcd(*channels)
-    return KLSizes(
-        channels=tuple(channels),
-        blocks=_count(state, "encoder.down.0.block."),
-        latent_channels=latent_channels,
-        groups=min(32, common & -common),
-        attention=any(key.startswith(f"encoder.down.{levels - 1}.attn.") for key in state),
-    )
-
-
-def ldm_name(key: str, levels: int) -> str:
-    """The published name of a tensor that diffusers' `AutoencoderKL` of so many levels calls `key`."""
-    for ours, theirs in RENAMES.items():
-        key = re.sub(rf"(?<=\.){re.escape(ours)}(?=\.)", theirs, key)
-    # Published levels are counted from the largest image in both halves, diffusers' from the input of each.
-    return re.sub(r"(?<=\.)up_blocks\.(\d+)(?=\.)", lambda m: f"up.{levels - 1 - int(m[1])}", key)
+    return {
+        "channels": tuple(channels),
+        "blocks": _count(state, "encoder.down.0.block."),
+        "latent_channels": latent_channels,
+        "groups": min(32, common & -common),
+        "attention": any(key.startswith(f"encoder.down.{levels - 1}.attn.") for key in state),
+    }
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visar.engine.chain import Chain, DiffusionChain
+from visar.engine.chain import Chain
 from visar.engine.graphs import RowGraphs
 from visar.engine.masked_session import MaskedSession
 from visar.errors import VisarError
+from visar.families.mar.chain import DiffusionChain
 from visar.families.mar.diffusion import Schedule
 from visar.families.mar.transformer import MAR
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from visar.engine.component import Component
 from visar.engine.layers import Linear
 from visar.families.mar.diffusion import TRAINING_STEPS, DiffusionHead
 
@@ -60,17 +59,13 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class MAR(ModelMixin, ConfigMixin):
+class MAR(Component):
     """Sizes are those of MAR-B by default; `condition` is "class" or "text", `buffer` the slots that it fills.
 
     `vae` is the fingerprint of the autoencoder whose latents it was trained on, if that is known; `latest` the noisiest
     training step that its head should be used at.
     """
 
-    config_name = "config.json"
-    _supports_gradient_checkpointing = False
-
-    @register_to_config
     def __init__(
         self,
         token_dim: int = 16,
@@ -120,7 +115,7 @@ class MAR(ModelMixin, ConfigMixin):
         """
         head = self._modules.pop("diffloss")
         try:
-            super().to(*args, **kwargs)  # type: ignore[arg-type]
+            super().to(*args, **kwargs)  # type: ignore[call-overload]
         finally:
             self._modules["diffloss"] = head
         self.diffloss.to(self.device)

@@ -1,0 +1,330 @@
+"""What users of diffusers do works, or is refused by a sentence: each row of docs/diffusers.md."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+import visar
+from tests.helpers.tiny import VQ, class_gpt, text_gpt
+from visar.errors import VisarError
+from visar.families.llamagen.vq import VQModel
+from visar.params import SamplingParams
+from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
+
+Pipe = Any
+
+
+def tokens(pipe: Pipe, prompt: Any = "red heart", **settings: Any) -> torch.Tensor:
+    return pipe(prompt, output_type="tokens", **settings).tokens
+
+
+# Seeds
+
+
+def test_a_generator_gives_the_seed(text_pipe: Pipe) -> None:
+    first = text_pipe("red heart", generator=torch.Generator().manual_seed(5))
+    again = text_pipe("red heart", generator=[torch.Generator().manual_seed(5)])
+    assert torch.equal(first.tokens, again.tokens) and first.stats.seed == again.stats.seed
+    assert torch.equal(tokens(text_pipe, seed=first.stats.seed), first.tokens)
+    one = torch.Generator().manual_seed(5)
+    assert tokens(text_pipe, generator=one).tolist() != tokens(text_pipe, generator=one).tolist()
+
+
+def test_a_list_of_generators_gives_one_seed_for_each_image(text_pipe: Pipe) -> None:
+    def generators(*seeds: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(s) for s in seeds]
+
+    out = text_pipe(["red heart", "cat"], generator=generators(3, 4))
+    assert len(out.images) == 2 and out.tokens.shape[0] == out.commit_pass.shape[0] == out.stats.images == 2
+    alone = text_pipe("cat", generator=generators(4)[0])
+    assert torch.equal(out.tokens[1:], alone.tokens)
+    assert len(out.stats.passes_per_image) == 2 and out.stats.nfe >= max(out.stats.passes_per_image)
+    with pytest.raises(VisarError, match="3 generators for 2 images"):
+        text_pipe(["red heart", "cat"], generator=generators(1, 2, 3))
+    with pytest.raises(VisarError, match=r"must be a torch.Generator, not a int"):
+        text_pipe("cat", generator=7)
+    with pytest.raises(VisarError, match="seed or a generator, not both"):
+        text_pipe("cat", generator=generators(1), seed=2)
+
+
+def test_no_seed_takes_a_random_one_and_reports_it(text_pipe: Pipe) -> None:
+    a, b = (text_pipe("red heart", seed=None, output_type="tokens") for _ in range(2))
+    assert a.stats.seed != b.stats.seed
+    assert torch.equal(tokens(text_pipe, seed=a.stats.seed), a.tokens)
+
+
+# Outputs and callbacks
+
+
+def test_output_types(text_pipe: Pipe) -> None:
+    array, latent, pt = (text_pipe("red heart", output_type=t) for t in ("np", "latent", "pt"))
+    assert array.images.shape == (1, *pt.images.shape[2:], 3) and isinstance(array.images, np.ndarray)
+    assert np.allclose(array.images.transpose(0, 3, 1, 2), pt.images.numpy())
+    assert torch.equal(latent.images, latent.tokens)
+    with pytest.raises(VisarError, match="output_type must be one of"):
+        text_pipe("red heart", output_type="jpeg")
+
+
+def test_a_tuple_or_a_dictionary(text_pipe: Pipe) -> None:
+    out = text_pipe("red heart")
+    images, ids, *_ = text_pipe("red heart", return_dict=False)
+    assert images[0].tobytes() == out.images[0].tobytes() and torch.equal(ids, out.tokens)
+    assert (
+        out["images"] is out.images
+        and out[1] is out.tokens
+        and list(out) == ["images", "tokens", "commit_pass", "stats"]
+    )
+
+
+def test_callback_on_step_end(text_pipe: Pipe) -> None:
+    seen: list[tuple[int, dict[str, Any]]] = []
+
+    def tell(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> None:
+        assert pipe is text_pipe
+        seen.append((step, tensors))
+
+    out = text_pipe("red heart", callback_on_step_end=tell, callback_on_step_end_tensor_inputs=["tokens"])
+    assert [step for step, _ in seen] == list(range(len(seen))) and set(seen[0][1]) == {"tokens"}
+    assert torch.equal(seen[-1][1]["tokens"], out.tokens)
+    with pytest.raises(VisarError, match="Unknown callback tensor 'latents'"):
+        text_pipe("red heart", callback_on_step_end=tell, callback_on_step_end_tensor_inputs=["latents"])
+    with pytest.raises(VisarError, match="cannot change tokens"):
+        text_pipe("red heart", callback_on_step_end=lambda *_: {"tokens": 0})
+
+
+def test_outputs_are_ordinary_tensors(text_pipe: Pipe) -> None:
+    seen: list[Any] = []
+    out = text_pipe("red heart", output_type="pt", callback=seen.append)
+    for tensor in (
+        out.images,
+        out.tokens,
+        out.commit_pass,
+        seen[0].tokens,
+        seen[0].preview(),
+        text_pipe.decode_tokens(out.tokens),
+    ):
+        assert not tensor.is_inference()
+    out.images.mul_(2)
+    logits = torch.zeros(*out.tokens.shape, 24, requires_grad=True)
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), out.tokens.flatten()).backward()
+    (torch.ones(3, requires_grad=True)[:, None, None] * out.images).sum().backward()
+
+
+# Arguments that have a meaning elsewhere
+
+
+def test_arguments_of_other_pipelines(text_pipe: Pipe, class_pipe: Pipe) -> None:
+    height, width = text_pipe.image_model.family.pixels
+    assert torch.equal(tokens(text_pipe, height=height, width=width, negative_prompt=None), tokens(text_pipe))
+    with pytest.raises(VisarError, match=f"height must be {height}: this model makes images of one size"):
+        text_pipe("red heart", height=512)
+    with pytest.raises(VisarError, match=r"negative_prompt has no meaning for this model.*guidance_scale"):
+        text_pipe("red heart", negative_prompt="ugly")
+    with pytest.raises(VisarError, match="num_inference_steps has no meaning for the sampler 'scd'"):
+        text_pipe("red heart", num_inference_steps=30)
+    with pytest.raises(VisarError, match=r"Unknown keyword 'guidance_scal'. Did you mean 'guidance_scale'"):
+        text_pipe("red heart", guidance_scal=3)
+    with pytest.raises(VisarError, match="Unknown keyword 'eta'"):
+        class_pipe(1, eta=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same"),
+    [
+        ("seed", np.int64(3), 3), ("seed", 3.0, 3), ("seed", torch.tensor(3), 3), ("top_k", np.float32(4), 4),
+        ("guidance_scale", 3, 3.0), ("guidance_scale", torch.tensor(2.5), 2.5), ("temperature", np.float64(0.5), 0.5),
+        ("num_images_per_prompt", 2.0, 2), ("num_images_per_prompt", np.int32(2), 2),
+        ("forced_tokens", [3, 4] + [-1] * 23, torch.tensor([3, 4] + [-1] * 23)),
+        ("forced_tokens", np.array([3, 4] + [-1] * 23), torch.tensor([3, 4] + [-1] * 23)),
+    ],
+)  # fmt: skip
+def test_numbers_of_any_library(text_pipe: Pipe, name: str, value: Any, same: Any) -> None:
+    out, plain = (text_pipe("red heart", output_type="tokens", **{name: v}) for v in (value, same))
+    assert torch.equal(out.tokens, plain.tokens)
+    json.dumps(out.stats.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", "a", "seed must be a whole number, not 'a'"),
+        ("seed", True, "seed must be a whole number, not True"),
+        ("top_k", 1.5, "top_k must be a whole number, not 1.5"),
+        ("top_k", -1, "top_k must be 0 or more, not -1"),
+        ("top_p", 0, "top_p must be above 0 and at most 1"),
+        ("temperature", 0, "temperature must be above 0"),
+        ("temperature", "hot", "temperature must be a number, not 'hot'"),
+        ("guidance_scale", float("nan"), "guidance_scale must be a finite number"),
+        ("num_images_per_prompt", 0, "The number of images must be 1 or more, not 0"),
+        ("forced_tokens", [[1]], "forced_tokens must hold 25 whole numbers"),
+        ("forced_tokens", ["x"], "forced_tokens must be a tensor or a list"),
+        ("forced_tokens", [99] * 25, "below 24"),
+        ("guidance_schedule", "linear", "guidance_schedule is for models of continuous tokens"),
+    ],
+)
+def test_what_is_no_number_is_said(text_pipe: Pipe, name: str, value: Any, message: str) -> None:
+    with pytest.raises(VisarError, match=message):
+        text_pipe("red heart", **{name: value})
+
+
+def test_params_and_keywords_say_the_same(text_pipe: Pipe) -> None:
+    params = SamplingParams(seed=3, temperature=0.8, top_p=0.9)
+    together = tokens(text_pipe, params=params)
+    assert torch.equal(together, tokens(text_pipe, seed=3, temperature=0.8, top_p=0.9))
+    assert torch.equal(tokens(text_pipe, params=params, seed=4), tokens(text_pipe, seed=4, temperature=0.8, top_p=0.9))
+
+
+# Loading and saving
+
+
+def test_a_component_of_ones_own_is_taken(text_folder: Path) -> None:
+    torch.manual_seed(9)
+    mine = text_gpt()
+    pipe = TextToImagePipeline.from_pretrained(text_folder, gpt=mine)
+    assert pipe.gpt is mine and pipe.image_model.family.model is mine
+    with pytest.raises(VisarError, match="Unknown keyword 'unet'"):
+        TextToImagePipeline.from_pretrained(text_folder, unet=mine)
+
+
+def test_a_component_that_is_replaced_is_the_one_that_decodes(text_pipe: Pipe) -> None:
+    before = tokens(text_pipe)
+    torch.manual_seed(9)
+    text_pipe.gpt = text_gpt()
+    assert not torch.equal(tokens(text_pipe), before)
+
+
+def test_loading_options(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("dtype", "torch_dtype"):
+        assert TextToImagePipeline.from_pretrained(text_folder, **{key: torch.bfloat16}).dtype == torch.bfloat16
+    assert TextToImagePipeline.from_pretrained(text_folder, device_map="cpu", dtype="float32").device.type == "cpu"
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(text_folder.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    TextToImagePipeline.from_pretrained(
+        "me/mine", revision="abc", cache_dir="/c", token="t", local_files_only=True, subfolder=text_folder.name
+    )
+    assert {k: asked[k] for k in ("name", "revision", "cache_dir", "token", "local_files_only")} == {
+        "name": "me/mine", "revision": "abc", "cache_dir": "/c", "token": "t", "local_files_only": True,
+    }  # fmt: skip
+    with pytest.raises(VisarError, match="device_map must be one device, such as 'cuda', not 'auto'"):
+        TextToImagePipeline.from_pretrained(text_folder, device_map="auto")
+    with pytest.raises(VisarError, match=r"dtype must be a torch.dtype"):
+        TextToImagePipeline.from_pretrained(text_folder, dtype="half-ish")
+    with pytest.raises(VisarError, match="variant 'fp16'"):
+        TextToImagePipeline.from_pretrained(text_folder, variant="fp16")
+
+
+def test_saving_options(text_pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for option, message in (
+        ({"safe_serialization": False}, "safetensors alone"), ({"variant": "fp16"}, "Variants"),
+        ({"max_shard_size": "1GB"}, "one file for each component"), ({"push_to_hub": True}, "needs repo_id"),
+        ({"private": True}, "Unknown keyword 'private'"),
+    ):  # fmt: skip
+        with pytest.raises(VisarError, match=message):
+            text_pipe.save_pretrained(tmp_path / "no", **option)
+    assert not (tmp_path / "no").exists()
+    pushed: dict[str, Any] = {}
+
+    class Hub:
+        def __init__(self, token: Any = None):
+            pushed["token"] = token
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            pushed.update(options)
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, **options: Any) -> None:
+            pushed.update(options)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    text_pipe.save_pretrained(tmp_path / "yes", push_to_hub=True, repo_id="me/mine", private=True, token="t")
+    assert pushed["repo_id"] == "me/mine" and pushed["private"] and pushed["token"] == "t"
+    assert TextToImagePipeline.from_pretrained(tmp_path / "yes").config.guidance_scale == 2.0
+
+
+def test_components_make_the_same_pipeline(text_folder: Path, drafters: list[Path]) -> None:
+    pipe = TextToImagePipeline.from_pretrained(text_folder)
+    pipe.load_drafter(drafters[-1])
+    for other in (TextToImagePipeline(**pipe.components), TextToImagePipeline.from_pipe(pipe)):
+        other.set_progress_bar_config(disable=True)
+        assert (other.config.guidance_scale, other.config.top_k) == (2.0, 0)
+        assert torch.equal(tokens(other, sampler="speculative"), tokens(pipe, sampler="speculative"))
+    assert TextToImagePipeline.from_pipe(pipe, guidance_scale=5.0).config.guidance_scale == 5.0
+    with pytest.raises(VisarError, match="No family is made of the components gpt, text_encoder"):
+        TextToImagePipeline(gpt=pipe.gpt, text_encoder=pipe.text_encoder)
+    with pytest.raises(VisarError, match="called with a prompt"):
+        ClassToImagePipeline(**pipe.components)
+
+
+def test_loaders_of_diffusers_name_ours(text_folder: Path, class_folder: Path) -> None:
+    for loader in (DiffusionPipeline, AutoPipelineForText2Image):
+        with pytest.raises((AttributeError, ValueError), match=r"visar\.TextToImagePipeline"):
+            loader.from_pretrained(text_folder)
+    assert isinstance(visar.load(text_folder), TextToImagePipeline)
+    assert isinstance(visar.load(class_folder), ClassToImagePipeline)
+    assert isinstance(visar.load("icons-mar"), TextToImagePipeline)
+
+
+def test_published_files_load_by_one_name(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    torch.save({"model": class_gpt().state_dict()}, tmp_path / "gpt.pt")
+    torch.save({"model": VQModel(**VQ).state_dict()}, tmp_path / "vq.pt")
+    pipe = visar.load(tmp_path / "gpt.pt", vq=tmp_path / "vq.pt", image_size=10, num_heads=2)
+    assert isinstance(pipe, ClassToImagePipeline)
+
+
+# What would have no effect
+
+
+def test_offloading_is_refused(text_pipe: Pipe) -> None:
+    for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        with pytest.raises(VisarError, match="keeps the weights on one device"):
+            getattr(text_pipe, name)()
+
+
+def test_wrapped_models_are_refused(text_pipe: Pipe) -> None:
+    gpt = text_pipe.gpt
+    text_pipe.gpt = torch.nn.DataParallel(gpt)
+    with pytest.raises(VisarError, match="DataParallel does not split decoding"):
+        text_pipe("red heart")
+    text_pipe.gpt = torch.compile(gpt)
+    with pytest.raises(VisarError, match=r"torch.compile has no effect"):
+        text_pipe("red heart")
+    text_pipe.gpt = gpt
+    gpt.layers[0].attention.wo.base_layer, gpt.layers[0].attention.wo.active_adapters = torch.nn.Identity(), ["a"]
+    with pytest.raises(VisarError, match="merge them first"):
+        text_pipe("red heart")
+
+
+def test_autocast_and_default_dtype_change_nothing(text_pipe: Pipe) -> None:
+    plain = text_pipe("red heart", output_type="pt")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = text_pipe("red heart", output_type="pt")
+    torch.set_default_dtype(torch.float64)
+    try:
+        wide = text_pipe("red heart", output_type="pt")
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for out in (inside, wide):
+        assert torch.equal(out.tokens, plain.tokens) and torch.equal(out.images, plain.images)
+
+
+def test_the_package_shows_its_api() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = dir(visar)
+    assert {"load", "TextToImagePipeline", "SamplingParams", "ImageModel", "SAMPLERS", "register_family"} <= set(names)
+    assert all(getattr(visar, name) is not None for name in names)

@@ -1,0 +1,165 @@
+"""What all parsers share: help in groups with defaults and examples, errors of one sentence, and types of values."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from visar.errors import VisarError
+
+Group = Any  # argparse keeps the type of its groups to itself
+STDOUT = "-"
+RENAMED = {"--output": "--out", "--images": "--num-images", "--num-pictures": "--num-images", "--target": "--model"}
+
+
+class UsageError(VisarError):
+    """A command line that no command understands; `usage` is that of the command which was meant."""
+
+    def __init__(self, message: str, usage: str) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+class _Help(argparse.HelpFormatter):
+    """One line of usage, defaults where there are any, and paragraphs as they were written."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30)
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any = None) -> None:
+        needed = [a for a in actions if a.required or not a.option_strings]
+        super().add_usage(usage, [argparse.Action(["OPTIONS"], "options", nargs=0), *needed], (), prefix)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if "default" in text or not action.option_strings or action.default in (None, False, [], argparse.SUPPRESS):
+            return text
+        return f"{text} (default: %(default)s)" if text else "default: %(default)s"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of the command line, which raises `VisarError` for what it does not understand.
+
+    `examples` are commands that `--help` shows. Groups of the same title are one group.
+    """
+
+    def __init__(self, *, examples: tuple[str, ...] = (), **about: Any) -> None:
+        lines = "\n".join(f"  {example}" for example in examples)
+        super().__init__(formatter_class=_Help, epilog=f"Examples:\n{lines}" if examples else None, **about)
+        self.examples = examples
+        self._optionals.title = "Options"
+        self._positionals.title = "Arguments"
+
+    def add_argument_group(self, *args: Any, **about: Any) -> Any:
+        title = args[0] if args else about.get("title")
+        found = next((group for group in self._action_groups if group.title == title), None)
+        return found or super().add_argument_group(*args, **about)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; but the command that does not know an argument says so, not the one above it."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
+            message = (
+                f"Unknown option {flag}.{self._nearest_flag(flag)}"
+                if flag
+                else f"Unexpected argument {unknown[0]!r}; put the arguments before the options."
+            )
+            raise UsageError(message, self.format_usage())
+        return options, unknown
+
+    def error(self, message: str) -> NoReturn:
+        if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
+            message = f"{missing[1]} must be given"
+        message = re.sub(r"(argument )?(-\w/)?(--[\w-]+)", r"\3", message)
+        raise UsageError(f"{message}.", self.format_usage())
+
+    def _nearest_flag(self, flag: str) -> str:
+        known = list(self._option_string_actions)
+        close = [n for n in (RENAMED.get(flag),) if n in known] or get_close_matches(flag, known, n=1)
+        return f" Did you mean {close[0]}?" if close else ""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        close = get_close_matches(str(value).lower(), known, n=1)
+        nearest = f" Did you mean {close[0]!r}?" if close else ""
+        what = "Unknown command" if isinstance(action, argparse._SubParsersAction) else f"{_name(action)} cannot be"
+        raise UsageError(f"{what} {value!r}.{nearest} Known: {', '.join(known)}.", self.format_usage())
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            raise VisarError(f"{_name(action)} {error.message}.") from error
+
+
+def _name(action: argparse.Action) -> str:
+    return action.option_strings[-1] if action.option_strings else str(action.metavar)
+
+
+def add_commands(parser: argparse.ArgumentParser, *commands: Callable[[CommandParser], None]) -> None:
+    """Commands below a parser, by the functions that declare their options.
+
+    Such a function has the name of its command and, as docstring, a sentence and two examples. The function of the same
+    name in the file of the same name in `visar.cli` does the work.
+    """
+    about = f"`{parser.prog} COMMAND --help` shows its options"
+    found = parser.add_subparsers(metavar="COMMAND", prog=parser.prog, parser_class=CommandParser, help=about)
+    for command in commands:
+        sentence, *examples = [
+            line.strip() for line in (command.__doc__ or command.__name__).splitlines() if line.strip()
+        ]
+        own = found.add_parser(
+            command.__name__.rstrip("_"), help=sentence, description=sentence, examples=tuple(examples)
+        )
+        own.set_defaults(run=f"{command.__module__.rpartition('.')[2]}:{command.__name__}", parser=own)
+        command(own)
+    parser.set_defaults(run="")
+
+
+def _value(kind: Callable[[str], Any], noun: str, bound: str, good: Callable[[Any], bool]) -> Callable[[str], Any]:
+    def value(text: str) -> Any:
+        try:
+            found = kind(text)
+        except ValueError as error:
+            wanted = f"{noun}, {bound}" if bound else noun
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}") from error
+        if not good(found):
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
+        return found
+
+    return value
+
+
+def whole(low: int | None = None) -> Callable[[str], int]:
+    """The type of a whole number, `low` or more."""
+    bound = "" if low is None else f"{low} or more"
+    return _value(int, "a whole number", bound, lambda value: low is None or value >= low)
+
+
+def positive(text: str) -> float:
+    """The type of a number above 0."""
+    return _value(float, "a number", "above 0", lambda value: 0 < value < float("inf"))(text)
+
+
+def names(text: str) -> list[str]:
+    """The type of names that are separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def json_target(text: str) -> str:
+    """The type of `--json`. A prompt or another word after a bare `--json` is not taken for a file."""
+    if text != STDOUT and Path(text).suffix.lower() != ".json":
+        raise argparse.ArgumentTypeError(
+            f"takes a .json file, or - for stdout, not {text!r}; put --json after the other arguments"
+        )
+    return text

@@ -1,0 +1,32 @@
+"""The options of `visar bench`."""
+
+from visar.cli.parsers.base import CommandParser, names, whole
+from visar.cli.parsers.options import json_option, model_options, sampler_options, sampling_options
+
+
+def bench(p: CommandParser) -> None:
+    """Measure the passes and the time per pass of several samplers in one run.
+
+    visar bench --samplers ar,scd -n 2 --repeats 1
+    visar bench --shapes B-256 --json shapes.json
+    """
+    what = p.add_mutually_exclusive_group()
+    what.add_argument(
+        "--shapes",
+        nargs="?",
+        const=[],
+        type=names,
+        metavar="NAMES",
+        help="measure a pass of published sizes with random weights, such as XL-384,3B-384 (default: those that suit)",
+    )
+    what.add_argument("--profile", action="store_true", help="show where the time of a pass goes, for each sampler")
+    p.add_argument("--batch", type=whole(1), metavar="N", help="images at once (default: 1; --shapes on a GPU 1 and 8)")
+    p.add_argument("-n", "--num-images", type=whole(1), default=16, metavar="N", help="images per sampler and repeat")
+    p.add_argument("--repeats", type=whole(1), default=3, metavar="N", help="repeats, of which medians are shown")
+    output = p.add_argument_group("Output")
+    json_option(output, "the results")
+    output.add_argument("--history", metavar="FILE", help="append this run to FILE, one JSON line for each run")
+    output.add_argument("--against", metavar="FILE", help="print ratios to the last comparable run in FILE")
+    model_options(p)
+    sampler_options(p, several="ar,sjd,scd; for continuous tokens mar,mar-headspec")
+    sampling_options(p)

@@ -1,0 +1,33 @@
+"""The options of `visar generate`."""
+
+from visar.cli.parsers.base import CommandParser, whole
+from visar.cli.parsers.options import json_option, model_options, sampler_options, sampling_options
+
+
+def generate(p: CommandParser) -> None:
+    """Make images from prompts or classes.
+
+    visar generate "a red heart, 3d" -o heart.png
+    visar generate "a red heart, 3d" "a sun, flat" -n 2 --sampler sjd --set window=8 -o images
+    """
+    p.add_argument("prompt", nargs="*", metavar="PROMPT", help='a text in quotes, such as "a red heart, 3d"')
+    p.add_argument(
+        "--class",
+        dest="classes",
+        type=whole(),
+        action="append",
+        metavar="ID",
+        help="an ImageNet class instead of a prompt; repeatable",
+    )
+    output = p.add_argument_group("Output")
+    output.add_argument(
+        "-n", "--num-images", type=whole(1), default=1, metavar="N", help="images for each prompt or class"
+    )
+    output.add_argument(
+        "-o", "--out", metavar="PATH", help="a .png file, or a folder for files named after the prompts (default: .)"
+    )
+    output.add_argument("--force", action="store_true", help="overwrite files that exist")
+    json_option(output, "the stats")
+    model_options(p)
+    sampler_options(p)
+    sampling_options(p)

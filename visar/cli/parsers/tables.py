@@ -1,0 +1,24 @@
+"""The options of `visar models` and `visar samplers`."""
+
+from visar.cli.parsers.base import CommandParser
+from visar.cli.parsers.options import json_option
+
+
+def models(p: CommandParser) -> None:
+    """List the models, or the sizes and settings of one.
+
+    visar models
+    visar models icons --json
+    """
+    p.add_argument("name", nargs="?", metavar="MODEL", help="show this one")
+    json_option(p, "the table")
+
+
+def samplers(p: CommandParser) -> None:
+    """List the samplers, or the parameters of one.
+
+    visar samplers
+    visar samplers eagle
+    """
+    p.add_argument("name", nargs="?", metavar="SAMPLER", help="show the parameters of this one")
+    json_option(p, "the table")

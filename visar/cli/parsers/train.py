@@ -1,0 +1,210 @@
+"""The options of `visar train` and its commands."""
+
+from visar.cli.parsers.base import CommandParser, Group, add_commands, names, positive, whole
+from visar.cli.parsers.options import device_option, model_options, sampling_options
+
+DTYPES = ("float32", "float16", "bfloat16")
+SMALL = "float8_e4m3fn"
+WORDS = "the folder of `visar train words`"
+
+
+def train(p: CommandParser) -> None:
+    """Train a tokenizer, a model or a drafter, each on a folder of captioned images.
+
+    visar train tokenizer --data images -o run/vq
+    visar train drafter --captions captions.txt -o run/drafter
+    """
+    add_commands(p, images, words, tokenizer, autoencoder, ar, mar, clip, drafter, assemble)
+
+
+def images(p: CommandParser) -> None:
+    """Build the image set of `icons` from packages with open licences.
+
+    visar train images -o images
+    visar train images -o images --styles 3d,noto,flat --size 64
+    """
+    p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the images")
+    p.add_argument("--size", type=whole(8), default=128, metavar="PX", help="pixels")
+    p.add_argument("--styles", type=names, default=[], metavar="NAMES", help="only these, separated by commas")
+    p.add_argument("--tones", action="store_true", help="with skin tones")
+    p.add_argument("--flags", action="store_true", help="with flags")
+
+
+def words(p: CommandParser) -> None:
+    """Make the text encoder's table of words.
+
+    visar train words --data images -o words
+    visar train words --data images.zip -o words
+    """
+    p.add_argument("--data", required=True, metavar="PATH", help="folder or zip of captioned images")
+    p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the text encoder")
+
+
+def tokenizer(p: CommandParser) -> None:
+    """Train a VQ tokenizer.
+
+    visar train tokenizer --data images -o run/vq
+    visar train tokenizer --data images --styles 3d,noto,flat --minutes 60 -o run/vq
+    """
+    _training_options(p, minutes=21, batch=16, lr=1.5e-3)
+
+
+def autoencoder(p: CommandParser) -> None:
+    """Train a KL autoencoder, for continuous tokens.
+
+    visar train autoencoder --data images -o run/ae
+    visar train autoencoder --data images --styles 3d,noto,flat --minutes 60 -o run/ae
+    """
+    _training_options(p, minutes=21, batch=16, lr=1.5e-3)
+
+
+def ar(p: CommandParser) -> None:
+    """Train a text-conditional GPT on a tokenizer's tokens.
+
+    visar train ar --data images --tokenizer run/vq/vq --words words -o run/ar
+    visar train ar --data images --tokenizer run/vq/vq --words words --dim 128 --heads 2 --ffn 384 -o run/ar
+    """
+    _training_options(p, minutes=75, batch=32, lr=2.5e-3)
+    model = p.add_argument_group("Model")
+    model.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the folder `vq` of a tokenizer run")
+    model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
+    _sizes(model, dim=(256, "width"), layers=(6, "layers"), heads=(4, "attention heads"), ffn=(768, "inner width"))
+
+
+def mar(p: CommandParser) -> None:
+    """Train a text-conditional MAR on an autoencoder's latents.
+
+    visar train mar --data images --autoencoder run/ae/vae --words words -o run/mar
+    visar train mar --data images --autoencoder run/ae/vae --words words --dim 64 --layers 2 -o run/draft
+    """
+    _training_options(p, minutes=75, batch=32, lr=2.5e-3)
+    model = p.add_argument_group("Model")
+    model.add_argument("--autoencoder", required=True, metavar="FOLDER", help="the folder `vae` of an autoencoder run")
+    model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
+    _sizes(
+        model,
+        dim=(128, "width"),
+        layers=(6, "layers of the encoder, and of the decoder"),
+        heads=(2, "attention heads"),
+        head_width=(192, "width of the diffusion head"),
+        head_layers=(3, "layers of the diffusion head"),
+    )
+
+
+def clip(p: CommandParser) -> None:
+    """Train a small CLIP, which measures how well images follow their prompts.
+
+    visar train clip --data images -o run/clip
+    visar train clip --data images -o run/clip --stored-as float8_e4m3fn --no-compile
+    """
+    _training_options(p, minutes=27, batch=128, lr=3e-3)
+    model = p.add_argument_group("Model")
+    model.add_argument(
+        "--words", default="icons", metavar="MODEL|PATH", help=f"{WORDS}, or an embedded model that has such words"
+    )
+    _sizes(
+        model,
+        dim=(96, "width of both towers"),
+        layers=(4, "layers for images"),
+        text_layers=(2, "layers for text"),
+        heads=(3, "attention heads"),
+    )
+    p.add_argument_group("Output").add_argument(
+        "--stored-as", choices=("float32", "float16", SMALL), default="float16", help="dtype of the saved model"
+    )
+
+
+def drafter(p: CommandParser) -> None:
+    """Train a drafter on images that its model samples.
+
+    visar train drafter --captions captions.txt -o run/drafter
+    visar train drafter --model my-model --captions captions.txt --kind medusa -n 512 --minutes 10 -o run/medusa
+    """
+    p.add_argument(
+        "--kind",
+        dest="drafter_kind",
+        default="eagle",
+        metavar="KIND",
+        help="eagle, medusa, hydra, exit, skip or model",
+    )
+    p.add_argument(
+        "--layers", type=whole(), metavar="N", help="before an exit (default: 2), in a skip (half) or a model (a third)"
+    )
+    p.add_argument("--depth", type=whole(1), default=3, metavar="N", help="tokens that it learns to draft")
+    output = p.add_argument_group("Output")
+    output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, or that of a run to resume")
+    output.add_argument("--stored-as", choices=(*DTYPES, SMALL), default="float16", help="dtype of the saved drafter")
+    data = p.add_argument_group("Data")
+    data.add_argument(
+        "--captions", metavar="PATH", help="a file with a caption or class id in each line, or an image set"
+    )
+    _image_options(data)
+    data.add_argument("-n", "--num-images", type=whole(2), default=2048, metavar="N", help="images to sample")
+    training = p.add_argument_group("Training")
+    end = training.add_mutually_exclusive_group()
+    end.add_argument("--minutes", type=positive, default=25.0, metavar="X", help="how long to train")
+    end.add_argument("--steps", type=whole(1), metavar="N", help="end after this many steps instead")
+    _loop_options(training, batch=8, lr=2.5e-3)
+    model_options(p, quantize=False)  # no drafter is trained for rounded weights
+    sampling_options(p)
+
+
+def assemble(p: CommandParser) -> None:
+    """Put the parts of a model together.
+
+    visar train assemble --gpt run/ar/gpt --tokenizer run/vq/vq --words words -o my-model
+    visar train assemble --mar run/mar/mar --autoencoder run/ae/vae --words words -o my-mar
+    """
+    for flag, what in (
+        ("--gpt", "a GPT"),
+        ("--tokenizer", "the tokenizer of the GPT"),
+        ("--mar", "a MAR"),
+        ("--autoencoder", "the autoencoder of the MAR"),
+        ("--draft", "a smaller MAR that drafts for it"),
+    ):
+        p.add_argument(flag, metavar="FOLDER", help=what)
+    p.add_argument(
+        "--words", required=True, metavar="MODEL|PATH", help=f"{WORDS}, or an embedded model that has such words"
+    )
+    p.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help="the model's default")
+    p.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="the model's default; 0 keeps all tokens")
+    output = p.add_argument_group("Output")
+    output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the model")
+    output.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the saved model")
+    output.add_argument("--draft-dtype", choices=(*DTYPES, SMALL), default="float16", help="dtype of the --draft")
+
+
+def _sizes(group: Group, **sizes: tuple[int, str]) -> None:
+    """Options of sizes, each a default and what it is."""
+    for name, (default, what) in sizes.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=whole(1), default=default, metavar="N", help=what)
+
+
+def _image_options(group: Group) -> None:
+    group.add_argument(
+        "--styles", type=names, default=[], metavar="NAMES", help="only these styles of an image set, with commas"
+    )
+    group.add_argument(
+        "--without-groups", type=names, default=[], metavar="NAMES", help="leave these groups of an image set out"
+    )
+
+
+def _loop_options(group: Group, batch: int, lr: float) -> None:
+    group.add_argument("--batch", type=whole(1), default=batch, metavar="N", help="images per step")
+    group.add_argument("--lr", type=positive, default=lr, metavar="X", help="learning rate")
+    group.add_argument("--no-compile", action="store_true", help="do not compile the model")
+
+
+def _training_options(p: CommandParser, minutes: float, batch: int, lr: float) -> None:
+    data = p.add_argument_group("Data")
+    data.add_argument("--data", required=True, metavar="PATH", help="folder or zip of captioned images")
+    data.add_argument("--size", type=whole(8), default=64, metavar="PX", help="pixels of the images")
+    _image_options(data)
+    p.add_argument_group("Output").add_argument(
+        "-o", "--out", required=True, metavar="FOLDER", help="a new folder, or that of a run to resume"
+    )
+    training = p.add_argument_group("Training")
+    training.add_argument("--minutes", type=positive, default=minutes, metavar="X", help="how long to train")
+    _loop_options(training, batch, lr)
+    training.add_argument("--seed", type=whole(), default=0, metavar="N", help="seed of all random numbers")
+    device_option(training)

@@ -1,0 +1,197 @@
+"""LlamaGen (Sun et al. 2024, arXiv:2406.06525): a GPT over the codes of a VQ tokenizer, from a class or a caption."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from visar.engine.guidance import Guidance
+from visar.engine.memory import decoding_bytes
+from visar.engine.quantization import NOT_SAVED, quantize, weights_of
+from visar.engine.quantization import check as check_weights
+from visar.errors import VisarError
+from visar.families.base import DiscreteFamily, Encoded
+from visar.families.layout import Layout
+from visar.families.llamagen.drafting import LlamaGenTarget
+from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.loading import load_gpt, load_vq
+from visar.families.llamagen.preview import CodePreview
+from visar.families.llamagen.session import LlamaGenSession
+from visar.families.llamagen.specs import MODELS
+from visar.families.llamagen.vq import VQModel
+from visar.families.registry import register_family
+from visar.families.source import Source, check_condition
+from visar.families.weights import load_part
+from visar.params import SamplingParams
+from visar.text_encoders import load_text_encoder
+from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
+
+
+@register_family
+class LlamaGenFamily(DiscreteFamily):
+    """`gpt` and `vq`, and with a text-conditional GPT a `text_encoder`.
+
+    `grid` is the number of tokens along one side of the square images, by default the GPT's own; `guidance_scale` and
+    `top_k` are the defaults of sampling.
+    """
+
+    name = "llamagen"
+    required = frozenset({"gpt", "vq"})
+    optional = frozenset({"text_encoder"})
+    setting_names = ("grid", "guidance_scale", "top_k")
+
+    def __init__(
+        self,
+        gpt: LlamaGen,
+        vq: VQModel,
+        text_encoder: Any = None,
+        grid: int | None = None,
+        guidance_scale: float | None = None,
+        top_k: int | None = None,
+    ):
+        text = gpt.config.condition == "text"
+        if text and text_encoder is None:
+            raise VisarError("This GPT takes captions: it needs a text_encoder.")
+        if not text and text_encoder is not None:
+            raise VisarError("This GPT takes classes: it has no use for a text_encoder.")
+        self.components = {"gpt": gpt, "vq": vq} | ({"text_encoder": text_encoder} if text else {})
+        usual = MODELS["llamagen-t2i-xl" if text else "llamagen-l"]
+        scale = usual.guidance if guidance_scale is None else guidance_scale
+        top_k = usual.top_k if top_k is None else top_k
+        self.settings = {"grid": grid, "guidance_scale": scale, "top_k": top_k}
+        self.defaults = SamplingParams(
+            guidance_scale=scale, guidance_interval=-1, guidance_schedule="constant", temperature=1.0, top_k=top_k,
+            top_p=1.0,
+        )  # fmt: skip
+        self.condition = "prompt" if text else "class"
+        self.classes = 0 if text else gpt.config.classes
+        side = grid or gpt.config.grid
+        self.layout = Layout(side, side)
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        if source.files:
+            return "vq" in source.files
+        return "gpt" in source.index and "vq" in source.index
+
+    @classmethod
+    def load(cls, source: Source) -> Self:
+        if source.files:
+            return cls._published(source)
+        parts: dict[str, Any] = dict(source.given)
+        for part, kind in (("gpt", LlamaGen), ("vq", VQModel)):
+            if part not in parts:
+                parts[part] = load_part(kind, source.component_folder(part), repr(part))
+        if "text_encoder" in source.index and "text_encoder" not in parts:
+            name = source.component_class("text_encoder")
+            parts["text_encoder"] = load_text_encoder(name, source.component_folder("text_encoder"))
+        return cls(**parts, **source.settings(cls.required | cls.optional, cls.setting_names))
+
+    @classmethod
+    def _published(cls, source: Source) -> Self:
+        vq = load_vq(source.files["vq"])
+        side, pixels = vq.sizes.downsample, source.image_size
+        if pixels is not None and (pixels < side or pixels % side):
+            raise VisarError(f"image_size must be a multiple of {side} pixels, not {pixels}.")
+        file = source.files["model"]
+        gpt = load_gpt(file, grid=None if pixels is None else pixels // side, num_heads=source.num_heads)
+        c = gpt.config
+        check_condition(source.name, "class" if c.condition == "class" else "prompt", source.condition)
+        if c.condition == "class":
+            if source.text_encoder is not None:
+                raise VisarError(f"{file} is a class-conditional model, which takes no text encoder.")
+            return cls(gpt, vq)
+        encoder = T5CaptionEncoder.from_pretrained(source.text_encoder or FLAN_T5_XL, length=c.condition_length)
+        if encoder.encoder.config.d_model != c.caption_features:
+            raise VisarError(
+                f"The text encoder {source.text_encoder} has features of {encoder.encoder.config.d_model}, "
+                f"but {file} was trained on features of {c.caption_features}."
+            )
+        return cls(gpt, vq, encoder)
+
+    @property
+    def gpt(self) -> LlamaGen:
+        found: LlamaGen = self.components["gpt"]
+        return found
+
+    @property
+    def vq(self) -> VQModel:
+        found: VQModel = self.components["vq"]
+        return found
+
+    def replace(self, name: str, component: Any) -> None:
+        super().replace(name, component)
+        vars(self).pop("_colours", None)
+
+    def encode(self, conditions: Sequence[Any]) -> Encoded:
+        """Caption features [B, T, C] and their mask [B, T], or class ids [B]."""
+        if self.condition == "prompt":
+            self.check_conditions(conditions)
+            features, mask = self.components["text_encoder"].encode(list(conditions))
+            return features, mask
+        self.check_conditions(labels := [label if isinstance(label, str) else index(label) for label in conditions])
+        return (torch.tensor(labels),)
+
+    def session(
+        self, encoded: Encoded, *, window: int, guidance: Guidance, aux_layers: Collection[int] | None = None
+    ) -> LlamaGenSession:
+        return LlamaGenSession(
+            self.gpt, *encoded, length=self.layout.length, window=window, grid=self.layout.rows, guidance=guidance,
+            aux_layers=aux_layers,
+        )  # fmt: skip
+
+    @property
+    def drafting(self) -> LlamaGenTarget:
+        return LlamaGenTarget(self.gpt, self.layout.rows)
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.vq.quantize.embedding.weight
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        side = self.layout.rows * self.vq.sizes.downsample
+        return side, side
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
+        parts = [self.vq.decode(part.to(self.vq.device), self.layout.rows).float() for part in tokens.split(batch)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    @cached_property
+    def _colours(self) -> CodePreview:
+        return CodePreview.fit(self.vq)
+
+    def preview(self, tokens: Tensor) -> Tensor:
+        return self._colours(tokens, self.layout.rows)
+
+    @property
+    def bytes_per_pass(self) -> int:
+        embedding = self.gpt.tok_embeddings.weight
+        return super().bytes_per_pass - embedding.numel() * embedding.element_size()  # of which rows alone are read
+
+    def bytes_per_image(self, window: int, guided: bool) -> int:
+        slots = min(self.gpt.config.condition_length, 2) + self.layout.length + window
+        return decoding_bytes(self.gpt, 2 if guided else 1, slots, window)
+
+    @property
+    def weights(self) -> str:
+        return weights_of(self.gpt)
+
+    def quantize(self, weights: str) -> None:
+        check_weights(weights, self.device)
+        now = self.weights
+        if now not in ("native", weights):
+            raise VisarError(f"The weights are {now} already; load the model again for {weights}.")
+        if now != weights:
+            quantize(self.gpt, weights)
+
+    def check_saving(self) -> None:
+        if self.weights != "native":
+            raise VisarError(NOT_SAVED)

@@ -1,0 +1,170 @@
+"""LlamaGen's models by name: sizes, published files and recommended settings. A table of data that imports no torch.
+
+From Sun et al. 2024 (arXiv:2406.06525) and the README of its code. No weights of these are shipped; the loaders find
+the number of heads by a size, the only one that shapes do not show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from visar.families.catalogue import Listing
+
+HUB_C2I = "FoundationVision/LlamaGen"
+HUB_T2I = "peizesun/llamagen_t2i"
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A published weights file: its name, its hub repository, and the side of its grid in tokens (GPT files only)."""
+
+    name: str
+    hub: str
+    grid: int = 0
+
+
+@dataclass(frozen=True)
+class GPTShape:
+    """Sizes of a LlamaGen GPT. `condition_length` is the number of condition slots before the image tokens."""
+
+    layers: int
+    dim: int
+    heads: int
+    ffn: int
+    condition_length: int = 1
+    vocab: int = 16384
+    classes: int = 1000
+    caption_features: int = 2048
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A VQ tokenizer: pixels per token along one side, `VQConfig` sizes, and its published files."""
+
+    name: str
+    title: str
+    downsample: int
+    channel_multipliers: tuple[int, ...]
+    files: tuple[PublishedFile, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model.
+
+    `condition` is "class" or "text"; `pixels` are the image sizes it was trained at; `guidance` and `top_k` are what
+    the authors recommend for good-looking images (FID asks for others).
+    """
+
+    name: str
+    title: str
+    condition: str
+    pixels: tuple[int, ...]
+    downsample: int
+    guidance: float
+    top_k: int
+    shape: GPTShape
+    files: tuple[PublishedFile, ...]
+    tokenizer: str
+
+    @property
+    def grid(self) -> int:
+        """Tokens along one side of an image of the smallest size."""
+        return self.pixels[0] // self.downsample
+
+
+def _llamagen(size: str, layers: int, dim: int, heads: int, ffn: int, *pixels: int) -> ModelSpec:
+    files = tuple(PublishedFile(f"c2i_{size}_{p}.pt", HUB_C2I, p // 16) for p in pixels)
+    return ModelSpec(
+        f"llamagen-{size.lower()}", f"LlamaGen GPT-{size}, ImageNet classes", "class", pixels, 16, 4.0, 2000,
+        GPTShape(layers, dim, heads, ffn), files, "ds16",
+    )  # fmt: skip
+
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        _llamagen("B", 12, 768, 12, 2048, 256, 384),
+        _llamagen("L", 24, 1024, 16, 2816, 256, 384),
+        _llamagen("XL", 36, 1280, 20, 3584, 384),
+        _llamagen("XXL", 48, 1536, 24, 4096, 384),
+        _llamagen("3B", 24, 3200, 32, 8704, 384),
+        ModelSpec(
+            "llamagen-t2i-xl", "LlamaGen GPT-XL, text", "text", (256, 512), 16, 7.5, 1000,
+            GPTShape(36, 1280, 20, 3584, condition_length=120),
+            (
+                PublishedFile("t2i_XL_stage1_256.pt", HUB_T2I, 16),
+                PublishedFile("t2i_XL_stage2_512.pt", HUB_T2I, 32),
+            ),
+            "ds16-t2i",
+        ),
+    )
+}  # fmt: skip
+
+TOKENIZERS: dict[str, TokenizerSpec] = {
+    spec.name: spec
+    for spec in (
+        TokenizerSpec(
+            "ds16", "LlamaGen VQ, 16 x 16 pixels per token", 16, (1, 1, 2, 2, 4),
+            (PublishedFile("vq_ds16_c2i.pt", HUB_C2I),),
+        ),
+        TokenizerSpec(
+            "ds16-t2i", "ds16 tuned further for the text model", 16, (1, 1, 2, 2, 4),
+            (PublishedFile("vq_ds16_t2i.pt", HUB_T2I),),
+        ),
+        TokenizerSpec(
+            "ds8", "LlamaGen VQ, 8 x 8 pixels per token", 8, (1, 2, 2, 4),
+            (PublishedFile("vq_ds8_c2i.pt", HUB_C2I),),
+        ),
+    )
+}  # fmt: skip
+
+
+def gpt_arguments(spec: ModelSpec) -> dict[str, Any]:
+    """The `LlamaGen(...)` arguments of a model."""
+    s = spec.shape
+    return {
+        "vocab_size": s.vocab,
+        "dim": s.dim,
+        "num_layers": s.layers,
+        "num_heads": s.heads,
+        "ffn": s.ffn,
+        "condition": spec.condition,
+        "condition_length": s.condition_length,
+        "classes": s.classes,
+        "caption_features": s.caption_features,
+        "grid": spec.grid,
+    }
+
+
+def vq_arguments(spec: TokenizerSpec) -> dict[str, Any]:
+    """The `VQModel(...)` arguments of a published tokenizer; its other sizes are the defaults."""
+    return {"channel_multipliers": spec.channel_multipliers}
+
+
+def published_grid(file_name: str) -> int | None:
+    """The grid side in tokens that a published GPT file was trained at, by its file name."""
+    return next((f.grid for spec in MODELS.values() for f in spec.files if f.name == file_name), None)
+
+
+def match_heads(layers: int, dim: int, ffn: int) -> int | None:
+    """The number of heads of the published GPT with these sizes, if there is one."""
+    shapes = (spec.shape for spec in MODELS.values())
+    return next((s.heads for s in shapes if (s.layers, s.dim, s.ffn) == (layers, dim, ffn)), None)
+
+
+def listings() -> list[Listing]:
+    """What `visar models` says of them, and what to do to load one."""
+    return [
+        Listing(
+            spec.name,
+            spec.title,
+            spec.condition,
+            spec.pixels,
+            weights=f"{spec.files[0].hub}: {', '.join(f.name for f in spec.files)}",
+            needs=f"the published files {' or '.join(f.name for f in spec.files)} and "
+            f"{TOKENIZERS[spec.tokenizer].files[0].name} of the hub repository {spec.files[0].hub}",
+        )
+        for spec in MODELS.values()
+    ]

@@ -1,0 +1,185 @@
+"""MAR (Li et al. 2024, arXiv:2406.11838): continuous tokens, sampled in a random order by a diffusion head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from visar.engine.graphs import RowGraphs
+from visar.errors import VisarError
+from visar.families.base import ContinuousFamily, Encoded
+from visar.families.layout import Layout
+from visar.families.mar.autoencoder import KLAutoencoder, downsample, fingerprint, to_latents
+from visar.families.mar.drafting import MARTarget
+from visar.families.mar.loading import load_kl16, load_mar
+from visar.families.mar.session import MARSession
+from visar.families.mar.specs import MAR_MODELS, match_mar
+from visar.families.mar.transformer import MAR
+from visar.families.registry import register_family
+from visar.families.source import Source
+from visar.families.weights import load_part
+from visar.params import SamplingParams
+from visar.text_encoders import load_text_encoder
+
+
+@register_family
+class MARFamily(ContinuousFamily):
+    """`mar` and `vae`, and for a MAR of captions a `text_encoder`.
+
+    `guidance_scale`, `guidance_schedule` ("linear" or "constant") and `temperature` are the defaults of sampling.
+    """
+
+    name = "mar"
+    required = frozenset({"mar", "vae"})
+    optional = frozenset({"text_encoder"})
+    setting_names = ("guidance_scale", "guidance_schedule", "temperature")
+
+    def __init__(
+        self,
+        mar: MAR,
+        vae: Any,
+        text_encoder: Any = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: str = "linear",
+        temperature: float = 1.0,
+    ):
+        vae = KLAutoencoder.of(vae)
+        c, text = mar.config, mar.config.condition == "text"
+        if guidance_scale is None:
+            guidance_scale = 3.0 if text else 2.9
+        self.components = {"mar": mar, "vae": vae} | ({"text_encoder": text_encoder} if text else {})
+        self.settings = {
+            "guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule, "temperature": temperature,
+        }  # fmt: skip
+        self.defaults = SamplingParams(**self.settings)
+        self.condition, self.classes = ("prompt", 0) if text else ("class", c.classes)
+        self.layout, self.token_dim = Layout(c.grid, c.grid), c.token_dim
+        self._check(text_encoder)
+
+    def _check(self, text_encoder: Any) -> None:
+        """Raise `VisarError` where the components do not belong together."""
+        c, vae = self.mar.config, self.vae
+        if c.token_dim != vae.config.latent_channels:
+            raise VisarError(
+                f"The model's tokens have {c.token_dim} numbers, but the autoencoder's have "
+                f"{vae.config.latent_channels}."
+            )
+        if self.condition == "class" and text_encoder is not None:
+            raise VisarError("This MAR takes classes: it has no use for a text_encoder.")
+        if self.condition == "prompt":
+            if text_encoder is None:
+                raise VisarError("This MAR takes captions: it needs a text_encoder.")
+            if (c.buffer, c.caption_features) != (its := (text_encoder.length, text_encoder.width)):
+                raise VisarError(
+                    f"The text encoder gives captions of {its[0]} slots of {its[1]} features, and the model takes "
+                    f"{c.buffer} of {c.caption_features}."
+                )
+        if c.vae not in ("", fingerprint(vae)):
+            raise VisarError("The model was trained on the latents of another autoencoder.")
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        if source.files:
+            return "vae" in source.files
+        return "mar" in source.index and "vae" in source.index
+
+    @classmethod
+    def load(cls, source: Source) -> Self:
+        if source.files:
+            found = load_mar(source.files["model"], num_heads=source.num_heads)
+            c = found.config
+            spec = match_mar(c.encoder_layers, c.decoder_layers, c.dim) or MAR_MODELS["mar-b"]
+            vae = load_kl16(source.files["vae"])
+            return cls(found, vae, guidance_scale=spec.guidance, guidance_schedule=spec.guidance_schedule)
+        parts: dict[str, Any] = dict(source.given)
+        for part, kind in (("mar", MAR), ("vae", KLAutoencoder)):
+            if part not in parts:
+                parts[part] = load_part(kind, source.component_folder(part), repr(part))
+        if "text_encoder" in source.index and "text_encoder" not in parts:
+            name = source.component_class("text_encoder")
+            parts["text_encoder"] = load_text_encoder(name, source.component_folder("text_encoder"))
+        return cls(**parts, **source.settings(cls.required | cls.optional, cls.setting_names))
+
+    @property
+    def mar(self) -> MAR:
+        found: MAR = self.components["mar"]
+        return found
+
+    @property
+    def vae(self) -> KLAutoencoder:
+        found: KLAutoencoder = self.components["vae"]
+        return found
+
+    def encode(self, conditions: Sequence[Any]) -> Encoded:
+        """Caption features [B, buffer, C], or class ids [B]."""
+        if self.condition == "prompt":
+            self.check_conditions(conditions)
+            return (self.components["text_encoder"].encode(list(conditions))[0],)
+        self.check_conditions(labels := [label if isinstance(label, str) else index(label) for label in conditions])
+        return (torch.tensor(labels),)
+
+    def session(
+        self,
+        encoded: Encoded,
+        order: Tensor,
+        *,
+        scale: float,
+        schedule: str,
+        given: Tensor | None = None,
+        graphs: RowGraphs | None = None,
+        draft: MAR | None = None,
+    ) -> MARSession:
+        made = MARSession(self.mar, encoded[0], order, scale, schedule, given, graphs)
+        if draft is not None:
+            made.draft = MARSession(draft, encoded[0], order, scale, schedule, given, graphs)
+        return made
+
+    @property
+    def drafting(self) -> MARTarget:
+        return MARTarget(self.mar)
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        side = self.layout.rows * downsample(self.vae)
+        return side, side
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
+        latents = to_latents(tokens, self.layout.rows) / self.vae.config.scaling_factor
+        latents = latents.to(self.vae.device, self.vae.dtype)
+        parts = [self.vae.decode(part).float() for part in latents.split(batch)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def fastest_dtype(self) -> torch.dtype:
+        """On a CPU the diffusion head, which is in float32, takes most of the time."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert all components; float16 is refused."""
+        if torch.float16 in (*args, *kwargs.values()):
+            raise VisarError(
+                "float16 is refused for a diffusion head: its first steps multiply rounding by hundreds. Use float32, "
+                "or bfloat16, with which the head stays in float32."
+            )
+        return super().to(*args, **kwargs)
+
+    def quantize(self, weights: str) -> None:
+        if weights != "native":
+            raise VisarError("Weights are rounded to 8 bits of a GPT over image tokens alone, not of a MAR.")
+
+    def bytes_read(self, session: Any) -> int:
+        """The weights, in bytes, as often as they were read: the transformer's in a pass, the head's in a step."""
+        total = 0
+        for at in (session, session.draft):
+            if at is not None:
+                whole, head = (
+                    sum(p.numel() * p.element_size() for p in m.parameters()) for m in (at.mar, at.mar.diffloss)
+                )
+                total += (whole - head) * at.passes + head * sum(c.rounds for c in at.chains)
+        return total

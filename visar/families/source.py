@@ -1,0 +1,213 @@
+"""What a user names as a model, looked at before anything is loaded: an embedded name, a folder, files, or a hub id."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from visar.errors import VisarError, unknown
+from visar.families.catalogue import catalogue, embedded_folder, is_embedded
+
+WEIGHTS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")  # suffixes of files of weights
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """What `huggingface_hub` is told when a model is a hub id; the names are its own."""
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is there, in a `folder` or as published `files` by their roles ("model", "vq", "vae").
+
+    `variant` is that of the folder's files; `image_size` (pixels), `num_heads` and `text_encoder` say of published
+    files what these do not; `given` are components to be used in the place of those of the folder. `condition` is what
+    the model shall be called with, "prompt" or "class", where that is known.
+    """
+
+    name: str
+    folder: Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    variant: str | None = None
+    image_size: int | None = None
+    num_heads: int | None = None
+    text_encoder: str | Path | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+    condition: str | None = None
+
+    @cached_property
+    def index(self) -> Mapping[str, Any]:
+        """The folder's `model_index.json`; empty where there is none. Raises `VisarError` for one that is damaged."""
+        return _json(self.folder / "model_index.json") if self.folder is not None else {}
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The folder's own `config.json`, as models of transformers have one; empty where there is none."""
+        return _json(self.folder / "config.json") if self.folder is not None else {}
+
+    @property
+    def pipeline(self) -> str:
+        """The class of pipeline that a saved folder says it holds."""
+        return str(self.index.get("_class_name", ""))
+
+    def component_folder(self, part: str) -> Path:
+        """Where a component lies: in the folder, or in that of the embedded model that it is shared with."""
+        assert self.folder is not None
+        shared = self.index.get("_parts_of", {})
+        return (embedded_folder(shared[part]) if part in shared else self.folder) / part
+
+    def component_class(self, part: str) -> str:
+        """The name of a component's class in the index. Raises `VisarError` where the index names none."""
+        try:
+            return str(self.index[part][1])
+        except (TypeError, KeyError, IndexError) as error:
+            raise VisarError(f"Could not load {part!r} from {self.folder}: {error!r} in model_index.json.") from error
+
+    def settings(self, components: Iterable[str], names: Iterable[str]) -> dict[str, Any]:
+        """What the index holds besides components. Raises `VisarError` for a setting that is not among `names`."""
+        parts, known = set(components), set(names)
+        found = {k: v for k, v in self.index.items() if not k.startswith("_") and k not in parts}
+        for name in found:
+            if name not in known:
+                raise VisarError(f"{self.folder} has a setting {name!r}; known are {', '.join(sorted(known))}.")
+        return found
+
+
+def open_source(
+    name: str | Path,
+    *,
+    vq: str | Path | None = None,
+    vae: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    image_size: int | None = None,
+    num_heads: int | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    hub: HubOptions = HubOptions(),
+    given: Mapping[str, Any] | None = None,
+    condition: str | None = None,
+) -> Source:
+    """The model of a name, folder, hub id or file; a file needs the one of its tokenizer (`vq`) or autoencoder (`vae`).
+
+    Raises `VisarError` for what is not there, and for options that do not go together.
+    """
+    if (Path(name).suffix in WEIGHTS and not Path(name).is_dir()) or vq or vae:
+        return _files(name, vq, vae, text_encoder, image_size, num_heads, condition)
+    if any(value is not None for value in (text_encoder, image_size, num_heads)):
+        raise VisarError(
+            "A text encoder, an image size and a number of heads are given with a published file of weights; "
+            "a folder brings its own."
+        )
+    folder = resolve(name)
+    if isinstance(folder, str):
+        folder = download(folder, hub, subfolder)
+    if subfolder is not None:
+        folder = folder / subfolder
+        if not folder.is_dir():
+            raise VisarError(f"{name} has no folder {subfolder!r}.")
+    return Source(str(name), folder, variant=variant, given=given or {}, condition=condition)
+
+
+def _files(
+    name: str | Path,
+    vq: str | Path | None,
+    vae: str | Path | None,
+    text_encoder: str | Path | None,
+    image_size: int | None,
+    num_heads: int | None,
+    condition: str | None,
+) -> Source:
+    if vq and vae:
+        raise VisarError("A file of weights goes with a tokenizer (vq) or an autoencoder (vae), not with both.")
+    if not vq and not vae:
+        raise VisarError(
+            f"{name} is a file of weights: give the file of its tokenizer too (vq), or of a MAR's autoencoder (vae)."
+        )
+    if vae and (text_encoder or image_size is not None):
+        raise VisarError("A MAR's file takes no text encoder and no image size: both are in its weights.")
+    files = {"model": Path(name), **({"vq": Path(vq)} if vq else {}), **({"vae": Path(vae)} if vae else {})}
+    for file in files.values():
+        if not file.is_file():
+            raise VisarError(f"There is no weights file {file}.")
+    return Source(
+        str(name), files=files, image_size=image_size, num_heads=num_heads, text_encoder=text_encoder,
+        condition=condition,
+    )  # fmt: skip
+
+
+def check_condition(name: str, own: str, wanted: str | None) -> None:
+    """Raise `VisarError` where the model of this name takes its `own` condition and not the `wanted` one, if any."""
+    if wanted not in (None, own):
+        pipeline = "TextToImagePipeline" if own == "prompt" else "ClassToImagePipeline"
+        raise VisarError(f"{name} is called with a {own}, not a {wanted}; load it with visar.load, or {pipeline}.")
+
+
+def resolve(name_or_path: str | Path) -> Path | str:
+    """A folder for an embedded name or an existing folder, or the hub id "owner/name" as it was given.
+
+    Names go before folders of the same name: write "./icons" for a folder. Raises `VisarError` for a published model
+    whose weights are not shipped, for a file, and for a name that is nothing of all this.
+    """
+    name, path = str(name_or_path), Path(name_or_path).expanduser()
+    known = catalogue()
+    if isinstance(name_or_path, str) and (listing := known.get(name)):
+        if is_embedded(name):
+            return embedded_folder(name)
+        raise VisarError(f"The weights of {name!r} are not shipped with visar: give {listing.needs}.")
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise VisarError(f"{name} is a file, not a model folder: give a GPT file together with its tokenizer file.")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return name
+    if isinstance(name_or_path, Path) or re.search(r"[/\\]|^[.~]", name):
+        raise VisarError(f"There is no model folder {name}.")
+    raise unknown("model", name, known)
+
+
+def download(hub_id: str, hub: HubOptions, subfolder: str | None = None) -> Path:
+    """The folder of a hub id, of which only what visar can read is fetched. Raises `VisarError` where that fails."""
+    from huggingface_hub import snapshot_download
+
+    within = f"{subfolder}/" if subfolder else ""
+    wanted = [within + pattern for pattern in ("*.json", "*.txt", "*.model", "*.safetensors", "*/*.json", "*/*.txt",
+                                               "*/*.model", "*/*.safetensors")]  # fmt: skip
+    try:
+        return Path(
+            snapshot_download(
+                hub_id, revision=hub.revision, cache_dir=hub.cache_dir, token=hub.token,
+                local_files_only=hub.local_files_only, allow_patterns=wanted,
+            )
+        )  # fmt: skip
+    except Exception as error:
+        raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
+
+
+def unrecognised(source: Source, families: Iterable[str]) -> str:
+    """What to say of a model that no family knows."""
+    if source.folder is not None and not source.index and not source.config:
+        return f"{source.folder} is not a saved pipeline: it has no readable model_index.json."
+    what = source.pipeline or source.config.get("model_type") or "no model"
+    return f"{source.name} holds {what!r}, which no family of visar loads; there are {', '.join(families)}."
+
+
+def _json(file: Path) -> Mapping[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise VisarError(f"{file.parent} is not a saved pipeline: it has no readable {file.name}.") from error
+    if not isinstance(found, dict):
+        raise VisarError(f"{file.parent} is not a saved pipeline: {file.name} holds no object.")
+    return found

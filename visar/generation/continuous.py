@@ -1,0 +1,80 @@
+"""One decoding of continuous tokens: the order of each image, the session of the call, the sampler, what it took."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from visar.engine.loop import Decoded
+from visar.engine.rng import Noise, Purpose
+from visar.errors import VisarError
+from visar.families.base import ContinuousFamily, Encoded
+from visar.generation.progress import StepCallback
+from visar.generation.stats import MaskedStats
+from visar.params import SamplingParams
+from visar.samplers import ContinuousTarget
+
+if TYPE_CHECKING:
+    from visar.generation.model import ImageModel
+
+
+def sampling_orders(noise: Noise, length: int, given: Tensor | None) -> Tensor:
+    """The order [B, N] in which each image's positions are sampled: at random, those marked in `given` [N] first."""
+    positions = torch.arange(length, device=noise.images.device)
+    chances = noise.uniforms(Purpose.ORDER, positions.expand(len(noise.images), -1), 0)[0]
+    return (chances if given is None else chances - given.double()).argsort(1)
+
+
+def run(
+    model: ImageModel,
+    encoded: Encoded,
+    noise: Noise,
+    params: SamplingParams,
+    sampler: Any,
+    window: int | None,
+    callback: StepCallback | None,
+) -> tuple[Decoded, MaskedStats]:
+    """Tokens and stats for encoded conditions, one row each. Raises `VisarError` as `ImageModel.generate` does."""
+    family = cast(ContinuousFamily, model.family)
+    target = ContinuousTarget(1.0 if params.temperature is None else params.temperature)
+    length = family.layout.length
+    forced = None if params.forced_tokens is None else checked_forced(family, params.forced_tokens)
+    given = None if forced is None else forced.isfinite().all(-1)
+    free = length if given is None else int((~given).sum())
+    method = model.fitted(model.sampler_of(sampler, window), default=sampler is None, free=free)
+    order = sampling_orders(noise, length, given)
+    fixed = None if forced is None else forced[order[:, : length - free]]
+    draft = model.drafters.of(method)
+    session = family.session(
+        encoded, order, scale=cast(float, params.guidance_scale), schedule=params.guidance_schedule or "linear",
+        given=fixed, graphs=model.row_graphs, draft=draft,
+    )  # fmt: skip
+    # Every pass makes the host wait, so the loop may look as well.
+    result = model.run(session, method, target, noise, callback, given, every=1)
+    if not bool(result.tokens.isfinite().all()):
+        raise VisarError("Tokens are not finite; use another guidance scale or temperature.")
+    rounds, evaluations = (sum(getattr(c, n) for c in session.chains) for n in ("rounds", "evaluations"))
+    stats = MaskedStats.of(
+        method, params, model.settings_of(params), session, result,
+        nfe=result.passes, draft_seconds=session.draft_seconds, gigabytes=family.bytes_read(session) / 1e9,
+        sampled=length - session.given,
+        head_steps=session.chains[0].steps,
+        head_rounds=rounds,
+        rounds_per_pass=rounds / result.passes,
+        evaluations_per_token=evaluations / ((length - session.given) * session.batch),
+        tested=session.tested,
+        accepted=session.accepted,
+    )  # fmt: skip
+    return result, stats
+
+
+def checked_forced(family: ContinuousFamily, tokens: Tensor) -> Tensor:
+    """The forced tokens [N, d] on the device, of which each is given whole or not at all."""
+    shape, found = (family.layout.length, family.token_dim), tokens.isfinite()
+    if tuple(tokens.shape) != shape or not bool((found.all(-1) == found.any(-1)).all()):
+        raise VisarError(f"forced_tokens must be {list(shape)}, each token given whole or NaN.")
+    if bool(found.all()):
+        raise VisarError("forced_tokens gives every token: there is nothing to sample.")
+    return tokens.to(family.device)

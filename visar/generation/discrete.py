@@ -1,0 +1,72 @@
+"""One decoding of discrete tokens: the session of the call, the sampler, and what it took."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from visar.engine.guidance import Guidance
+from visar.engine.loop import Decoded
+from visar.engine.rng import Noise
+from visar.errors import VisarError
+from visar.families.base import DiscreteFamily, Encoded
+from visar.generation.progress import StepCallback
+from visar.generation.sessions import Call
+from visar.generation.stats import DecodeStats
+from visar.params import SamplingParams
+from visar.samplers import Target
+
+if TYPE_CHECKING:
+    from visar.generation.model import ImageModel
+
+
+def run(
+    model: ImageModel,
+    encoded: Encoded,
+    noise: Noise,
+    params: SamplingParams,
+    sampler: Any,
+    window: int | None,
+    callback: StepCallback | None,
+) -> tuple[Decoded, DecodeStats]:
+    """Tokens and stats for encoded conditions, one row each. Raises `VisarError` as `ImageModel.generate` does."""
+    family = cast(DiscreteFamily, model.family)
+    method = model.sampler_of(sampler, window)
+    target = target_of(family, params)
+    guidance = Guidance(
+        cast(float, params.guidance_scale), -1 if params.guidance_interval is None else params.guidance_interval
+    )
+    call = Call(family, model.drafters.of(method), encoded, method, target, guidance)
+    # A bar alone need not make a GPU wait after every pass.
+    every = None if callback is None else 1
+    session, result = model.sessions.run(
+        call,
+        lambda session, graph: model.run(session, method, target, noise, callback, every=every, graph=graph),
+    )
+    draft_seconds: float | None = session.drafter.seconds if session.drafter is not None else 0.0
+    if session.drafter is not None and result.replays:
+        draft_seconds = None  # what happens within a graph cannot be timed
+    stats = DecodeStats.of(
+        method, params, model.settings_of(params), session, result,
+        nfe=result.passes + session.prefill_passes, draft_seconds=draft_seconds,
+        gigabytes=(family.bytes_per_pass * result.passes + result.bytes_read) / 1e9,
+    )  # fmt: skip
+    return result, stats
+
+
+def target_of(family: DiscreteFamily, params: SamplingParams) -> Target:
+    """The distribution that is sampled: the settings, the caller's forced tokens and the family's own."""
+    forced, own = params.forced_tokens, family.forced
+    if forced is not None and (forced.is_floating_point() or forced.ndim != 1 or len(forced) != family.layout.length):
+        raise VisarError(
+            f"forced_tokens must hold {family.layout.length} whole numbers, -1 where a token is sampled, not "
+            f"{str(forced.dtype).removeprefix('torch.')} of shape {list(forced.shape)}."
+        )
+    if own is not None:
+        forced = own if forced is None else torch.where(own >= 0, own, forced.long())
+    allowed = {} if family.allowed is None else {"allowed": family.allowed}
+    return Target(
+        1.0 if params.temperature is None else params.temperature, params.top_k or 0,
+        1.0 if params.top_p is None else params.top_p, None if forced is None else forced.long(), **allowed,
+    )  # fmt: skip

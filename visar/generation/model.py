@@ -1,0 +1,267 @@
+"""A model at work: a loaded family with its drafters and kept sessions, and one call for prompts or classes.
+
+The pipelines are this in the manner of diffusers; command line, demo, bulk runs and evaluation use it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from typing_extensions import Self
+
+from visar.engine.graphs import Graph, RowGraphs
+from visar.engine.loop import Decoded, Snapshot, decode
+from visar.errors import VisarError
+from visar.families.base import Family
+from visar.families.registry import family_of
+from visar.families.source import Source, open_source
+from visar.generation import continuous, discrete
+from visar.generation.drafting import Drafters
+from visar.generation.output import ImageOutput, as_output, checked_output
+from visar.generation.progress import Progress, StepCallback
+from visar.generation.rows import noise_of
+from visar.generation.sessions import Sessions
+from visar.params import DISCRETE, SamplingParams
+from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
+
+RUN = {"discrete": discrete.run, "continuous": continuous.run}
+
+
+class ImageModel:
+    """A `family` that is loaded, ready to generate.
+
+    ```python
+    from visar.generation import ImageModel
+
+    model = ImageModel.load("icons")
+    out = model.generate(["a red heart, 3d"], sampler="scd", seed=0)
+    ```
+    """
+
+    def __init__(self, family: Family, folder: Path | None = None):
+        self.family = family
+        self.folder = folder  # where it was loaded from, and its drafters may lie
+        self.drafters = Drafters(family, folder)
+        self.sessions = Sessions()
+        self.bar: dict[str, Any] = {}  # what tqdm is told; {"disable": True} shows none
+        self._row_graphs: RowGraphs | None = None
+
+    @classmethod
+    def load(cls, name: str | Path | Source, **options: Any) -> Self:
+        """The model of a name of `visar models`, a folder, a hub id or a file; `options` are those of `open_source`.
+
+        Raises `VisarError` for what is not there, is damaged, or is of no known family.
+        """
+        source = name if isinstance(name, Source) else open_source(name, **options)
+        return cls(family_of(source).load(source), source.folder)
+
+    @staticmethod
+    def of(model: Any) -> ImageModel:
+        """The model of a pipeline, or the model itself."""
+        found = getattr(model, "image_model", model)
+        if not isinstance(found, ImageModel):
+            raise VisarError(f"Give a pipeline or an ImageModel, not a {type(model).__name__}.")
+        return found
+
+    # What it is
+
+    @property
+    def device(self) -> torch.device:
+        return self.family.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.family.dtype
+
+    @property
+    def samplers(self) -> Mapping[str, SamplerSpec]:
+        """Those that decode its kind of tokens."""
+        return samplers_for(self.family.tokens)
+
+    def usable_samplers(self) -> list[str]:
+        """Names of the samplers that decode it as it is: those that need no drafter, or one that is there."""
+        return [n for n, spec in self.samplers.items() if not spec.drafter or self.drafters.has(spec.drafter)]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move or convert all components."""
+        given = {"device": device, "dtype": dtype}
+        self.family.to(**{name: value for name, value in given.items() if value is not None})
+        self.drafters.to()
+        return self
+
+    def quantize(self, weights: str) -> None:
+        """Round the weights to "int8" or "fp8", on the device where they will be used; "native" leaves them.
+
+        What is decoded is then another model, and samplers are exact for that one: `docs/quantization.md` has what it
+        costs. It cannot be saved, trained or rounded again. Raises `VisarError` where it cannot be done.
+        """
+        self.family.quantize(weights)
+
+    def load_drafter(self, path: str | Path) -> None:
+        """Give the model a drafter for the samplers that need one. Raises `VisarError` for one that does not fit."""
+        self.drafters.load(path)
+
+    # What is asked of it
+
+    def sampler_of(self, sampler: Any = None, window: int | None = None) -> Any:
+        """The sampler that is meant, fitted to this model's images; a `VisarError` if it cannot decode them.
+
+        `sampler` is a name, FILE.py:NAME, an object, or None for the default; `window` replaces its own.
+        """
+        method = get_sampler(DEFAULTS[self.family.tokens] if sampler is None else sampler, window=window)
+        check_sampler(method, self.family.tokens)
+        return self.fitted(method, default=sampler is None)
+
+    def fitted(self, sampler: Any, default: bool = False, free: int | None = None) -> Any:
+        """The sampler with the cells in a row of this model's images, where it asks for them; the default one with no
+        more passes than there are tokens to sample (`free`)."""
+        names, layout = getattr(sampler, "__dataclass_fields__", {}), self.family.layout
+        if "grid" in names and not sampler.grid:
+            sampler = replace(sampler, grid=layout.stride)
+        if default and "steps" in names:
+            sampler = replace(sampler, steps=min(sampler.steps, layout.length if free is None else free))
+        return sampler
+
+    def params_of(self, params: SamplingParams | None = None, **settings: Any) -> SamplingParams:
+        """The settings of a call, with this model's defaults. Raises `VisarError` for one that it does not have."""
+        asked = SamplingParams.of(params, **settings)
+        asked.check(self.family.tokens)
+        return asked.resolved(self.family.defaults)
+
+    def generate(
+        self,
+        conditions: Any,
+        params: SamplingParams | None = None,
+        *,
+        sampler: Any = None,
+        window: int | None = None,
+        num_images: int = 1,
+        first_image: int | Sequence[int] = 0,
+        output_type: str = "pil",
+        callback: StepCallback | None = None,
+        **settings: Any,
+    ) -> ImageOutput:
+        """Decode `num_images` images for each prompt or class id, condition by condition.
+
+        `params`, or the same names as keywords (`visar.SamplingParams`), say how; `sampler` is a name of
+        `visar samplers`, FILE.py:NAME, or an object, and `window` replaces its W. One seed and condition give the same
+        image whatever else is in the call: a condition's images have the indices `first_image`, `first_image` + 1, ...,
+        or those that it gives for each image, so that a large set can be made in parts. `callback` gets a `Progress`
+        after every pass. Raises `VisarError` for what is out of range or not known.
+        """
+        checked_output(output_type)
+        params = self.params_of(params, **settings)
+        single = (
+            isinstance(conditions, str) or not hasattr(conditions, "__len__") or getattr(conditions, "ndim", 1) == 0
+        )
+        values = self._checked([conditions] if single else list(conditions))
+        if (num_images := _count(num_images)) < 1:
+            raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
+        keys: list[Hashable] = [value for value in values for _ in range(num_images)]
+        self._check_modules()
+        with undisturbed(self.device), torch.inference_mode():
+            encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
+            noise = noise_of(keys, first_image, params.seed or 0, self.device)
+            result, stats = RUN[self.family.tokens](self, encoded, noise, params, sampler, window, callback)
+        with (
+            torch.no_grad(),
+            undisturbed(self.device),
+        ):  # outputs are ordinary tensors, whatever is done with them later
+            tokens, commit_pass = result.tokens.clone(), result.commit_pass.clone()
+            images = as_output(lambda: self.family.decode(tokens), tokens, output_type)
+        return ImageOutput(images=images, tokens=tokens, commit_pass=commit_pass, stats=stats)
+
+    __call__ = generate
+
+    def _checked(self, values: list[Any]) -> list[Any]:
+        """Conditions that the family takes; class ids may be NumPy's or 0-d tensors."""
+        if self.family.condition == "class":
+            try:
+                values = [v if isinstance(v, str) else index(v) for v in values]
+            except TypeError as error:
+                raise VisarError(f"Classes are whole numbers, not {values[0]!r}.") from error
+        self.family.check_conditions(values)
+        return values
+
+    def _check_modules(self) -> None:
+        """Raise `VisarError` for what wraps or patches the model, and would have no effect on decoding."""
+        model = self.family.model
+        name = type(model).__name__
+        if name == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
+            raise VisarError(
+                "torch.compile has no effect on this model: visar runs its layers itself, as CUDA graphs on a GPU. "
+                "Give the model as it was."
+            )
+        if name in ("DataParallel", "DistributedDataParallel"):
+            raise VisarError(f"{name} does not split decoding; run `visar sample` under torchrun for several GPUs.")
+        for layer in model.modules():
+            if hasattr(layer, "base_layer") and hasattr(layer, "active_adapters"):
+                raise VisarError("Adapter layers (PEFT) cannot be decoded with; merge them first (merge_and_unload).")
+            if hasattr(layer, "_hf_hook"):
+                raise VisarError("Weights that are offloaded cannot be decoded with; move the model with .to(device).")
+
+    def run(
+        self,
+        session: Any,
+        method: Any,
+        target: Any,
+        noise: Any,
+        callback: StepCallback | None,
+        given: Tensor | None = None,
+        every: int | None = None,
+        graph: Graph | None = None,
+    ) -> Decoded:
+        """Run the sampler under the progress bar; `given` [N] marks tokens that no pass commits."""
+
+        def tell(now: Snapshot) -> None:
+            bar.update(int(now.lengths.sum()) - bar.n)
+            if callback is not None:
+                callback(Progress.of(now, given, self.family))
+
+        quiet = self.bar.get("disable", False)
+        with tqdm(**{"total": session.batch * session.length, "unit": "token", **self.bar}) as bar:
+            done = decode(session, method, target, noise, None if quiet and callback is None else tell, every, graph)
+            bar.update(bar.total - bar.n)  # the last passes may be told to nobody
+            return done
+
+    @property
+    def row_graphs(self) -> RowGraphs | None:
+        """Those of a diffusion head, kept between calls; elsewhere than on CUDA none."""
+        if self._row_graphs is None and self.device.type == "cuda":
+            self._row_graphs = RowGraphs()
+        return self._row_graphs
+
+    def settings_of(self, params: SamplingParams) -> dict[str, Any]:
+        """What stats tell of a call's settings."""
+        told = {name: value for name, value in params.to_dict().items() if value is not None and name != "seed"}
+        told["dtype"] = str(self.dtype).removeprefix("torch.")
+        if self.family.tokens == DISCRETE:
+            told["weights"] = self.family.weights  # other than native ones make another model, which is the target
+        return told | {"device": str(self.device)}
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Without a caller's autocast and default dtype, which would change the distribution that is sampled."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _count(value: Any) -> int:
+    from visar.params import whole
+
+    found = whole("The number of images", value)
+    return 1 if found is None else found

@@ -1,0 +1,62 @@
+"""Saving a model as a folder that pipelines, the command line and diffusers' users read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from visar.engine.component import Component
+from visar.families.base import Family
+from visar.files import replacing, writable_folder
+from visar.generation.model import ImageModel
+
+# The class that the index names. Loaders of diffusers do not find it, and their errors then name it.
+PIPELINES = {"prompt": "visar.TextToImagePipeline", "class": "visar.ClassToImagePipeline"}
+
+
+def save(
+    model: ImageModel,
+    folder: str | Path,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    parts_of: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write a model's folder in diffusers' layout, model_index.json last.
+
+    `dtypes` are those of the files, by component, by default what it has; they may be smaller than it could work in.
+    `parts_of` names components that are those of an embedded model, and are not written again. Raises `VisarError`
+    where the folder cannot be written, or the model cannot be saved as it is.
+    """
+    family: Family = model.family
+    family.check_saving()
+    folder = writable_folder(folder)
+    parts = dict(family.components)
+    if (draft := model.drafters.find("draft")) is not None:
+        parts["draft"] = draft
+    index: dict[str, Any] = {"_class_name": PIPELINES[family.condition], "_family": family.name, **family.settings}
+    for part, module in parts.items():
+        if part != "draft":
+            index[part] = [type(module).__module__, type(module).__name__]
+        if part in parts_of:
+            continue
+        if isinstance(module, Component):
+            module.save_pretrained(folder / part, dtypes.get(part))
+        else:
+            module.save_pretrained(folder / part)
+            _forget_origin(folder / part / "config.json")
+    if parts_of:
+        index["_parts_of"] = dict(parts_of)
+    with replacing(folder / "model_index.json") as temporary:
+        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _forget_origin(file: Path) -> None:
+    """Where a component of another library was loaded from means nothing elsewhere."""
+    config = json.loads(file.read_text()) if file.exists() else {}
+    if config.pop("_name_or_path", None):
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

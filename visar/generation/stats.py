@@ -1,0 +1,196 @@
+"""What a decoding says about itself: always the number of passes and the time of a pass, apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from html import escape
+from typing import Any
+
+from typing_extensions import Self
+
+from visar.engine.loop import Decoded
+from visar.params import SamplingParams
+from visar.samplers import SAMPLERS, values_of
+
+
+@dataclass(frozen=True, repr=False)
+class DecodeStats:
+    """Metrics of one batch.
+
+    `exactness`: "exact", "relaxed", or in which sense it is neither; `nfe`: passes of the target model over the batch,
+    the prefill of a caption included; `passes_per_image`: decoding passes after which each image was complete;
+    `tokens_per_pass`: tokens of an image over the passes of the batch, which waits for its slowest image; `seconds`:
+    decoding without prefill, text encoder and image decoder, the device waited for; `draft_seconds`: the part of them
+    that the passes of a drafter took, None where CUDA graphs hide it; `ms_per_pass`: milliseconds, drafting included;
+    `gigabytes`: weights and cache read, by count and not by measurement; `graph_passes`: those that a CUDA graph took,
+    and `capture_seconds`: the part of `seconds` that went into making it, once for all calls of a shape.
+    """
+
+    sampler: str
+    parameters: dict[str, Any]
+    exact: bool
+    exactness: str
+    seed: int
+    settings: dict[str, Any]  # guidance, temperature, top-k, top-p, dtype, weights, device
+    images: int
+    tokens: int
+    nfe: int
+    passes_per_image: list[int]
+    tokens_per_pass: float
+    seconds: float
+    draft_seconds: float | None
+    ms_per_pass: float
+    gigabytes: float
+    graph_passes: int
+    capture_seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        method: Any,
+        params: SamplingParams,
+        settings: dict[str, Any],
+        session: Any,
+        result: Decoded,
+        *,
+        nfe: int,
+        draft_seconds: float | None,
+        gigabytes: float,
+        sampled: int | None = None,
+        **more: Any,
+    ) -> Self:
+        """Those of a finished decoding; `sampled` is the number of tokens of an image that were not given."""
+        tokens = session.length if sampled is None else sampled
+        return cls(
+            sampler=method.name,
+            parameters=values_of(method),
+            exact=method.exact,
+            exactness=exactness_of(method),
+            seed=params.seed or 0,
+            settings=settings,
+            images=session.batch,
+            tokens=session.length,
+            nfe=nfe,
+            passes_per_image=(result.commit_pass.amax(1) + 1).tolist(),
+            tokens_per_pass=tokens / result.passes,
+            seconds=result.seconds,
+            draft_seconds=draft_seconds,
+            ms_per_pass=1000 * result.seconds / result.passes,
+            gigabytes=gigabytes,
+            graph_passes=result.replays,
+            capture_seconds=result.capture_seconds,
+            **more,
+        )
+
+    def joined(self, others: Sequence[DecodeStats]) -> Self:
+        """Those of several decodings with one sampler, one after the other; the seed is that of the first."""
+        every: list[DecodeStats] = [self, *others]
+        passes = sum(max(s.passes_per_image) for s in every)
+        seconds = sum(s.seconds for s in every)
+        drafting = [s.draft_seconds for s in every]
+        return replace(
+            self, images=sum(s.images for s in every), nfe=sum(s.nfe for s in every),
+            passes_per_image=[n for s in every for n in s.passes_per_image],
+            tokens_per_pass=sum(s.tokens_per_pass * max(s.passes_per_image) for s in every) / passes,
+            seconds=seconds, draft_seconds=None if None in drafting else sum(filter(None, drafting)),
+            ms_per_pass=1000 * seconds / passes, gigabytes=sum(s.gigabytes for s in every),
+            graph_passes=sum(s.graph_passes for s in every), capture_seconds=sum(s.capture_seconds for s in every),
+        )  # fmt: skip
+
+    @property
+    def gb_per_second(self) -> float:
+        """Bytes that had to be read over the time it took, in 10**9 per second."""
+        return self.gigabytes / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        told: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return told | {"gb_per_second": self.gb_per_second}
+
+    def __str__(self) -> str:
+        images = f"{self.images} image{'' if self.images == 1 else 's'}"
+        return (
+            f"{self.sampler} ({self.exactness}): {self.nfe} NFE for {self.tokens} tokens x {images}, "
+            f"{self.tokens_per_pass:.2f} tokens/pass, {self.ms_per_pass:.2f} ms/pass, {self.seconds:.2f} s"
+        )
+
+    def __repr__(self) -> str:
+        return str(self)  # a notebook shows it; `to_dict` has everything
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """What a notebook's table says: names and values."""
+        what = {
+            "exact": "exact: images have the model's own distribution",
+            "relaxed": "relaxed: images have another distribution than the model's own",
+        }.get(self.exactness, self.exactness)
+        return [
+            ("sampler", f"{self.sampler} {_listed(self.parameters)}".strip()),
+            ("distribution", what),
+            ("passes (NFE)", f"{self.nfe} for {self.images} x {self.tokens} tokens"),
+            ("tokens per pass", f"{self.tokens_per_pass:.2f}"),
+            ("a pass", f"{self.ms_per_pass:.2f} ms"),
+            ("decoding", f"{self.seconds:.2f} s"),
+            ("settings", _listed({"seed": self.seed, **self.settings})),
+        ]
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks, light or dark."""
+        cell = "text-align:left;vertical-align:top;padding:2px 12px 2px 0;background:none;border:0"
+        rows = "".join(
+            f'<tr style="background:none"><td style="{cell};opacity:.65;white-space:nowrap">{name}</td>'
+            f'<td style="{cell}">{escape(value)}</td></tr>'
+            for name, value in self._rows()
+        )
+        return f'<table style="border:0;border-collapse:collapse;color:inherit">{rows}</table>'
+
+
+@dataclass(frozen=True, repr=False)
+class MaskedStats(DecodeStats):
+    """Metrics of a masked model, whose passes each run the diffusion head many times, one after the other.
+
+    `head_steps` is T, the steps that are left of those asked for. `head_rounds`: evaluations of the target's head that
+    had to wait for one another, over all passes, and `rounds_per_pass` their mean: T in plain decoding.
+    `evaluations_per_token`: rows of those evaluations for each token drawn, T in plain decoding. `tested` and
+    `accepted` count drafts, up to and with the first that is rejected.
+    """
+
+    head_steps: int
+    head_rounds: int
+    rounds_per_pass: float
+    evaluations_per_token: float
+    tested: int
+    accepted: int
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of tested drafts that were accepted; None where nothing is drafted."""
+        return self.accepted / self.tested if self.tested else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"acceptance": self.acceptance}
+
+    def __str__(self) -> str:
+        drafts = "" if self.acceptance is None else f", {100 * self.acceptance:.0f}% of drafts accepted"
+        return (
+            f"{super().__str__()}, {self.rounds_per_pass:.1f} head rounds/pass, "
+            f"{self.evaluations_per_token:.0f} head evaluations/token{drafts}"
+        )
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = super()._rows()
+        head = f"{self.rounds_per_pass:.1f} rounds per pass, {self.evaluations_per_token:.0f} evaluations per token"
+        drafts = "" if self.acceptance is None else f", {100 * self.acceptance:.0f}% of drafts accepted"
+        return [*rows[:-1], ("diffusion head", head + drafts), rows[-1]]
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    """Names and values on one line; what is not set is left out."""
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def exactness_of(method: Any) -> str:
+    """ "exact", "relaxed", or what its registration says of it."""
+    spec = SAMPLERS.get(method.name)
+    return spec.exactness if spec is not None and spec.exact == method.exact else "exact" if method.exact else "relaxed"

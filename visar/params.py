@@ -1,0 +1,188 @@
+"""The settings of sampling, written down once: the API, command line, demo, bulk runs and stats read these fields.
+
+This module imports no torch, so that the command line can show its help at once. To add a setting, add a field here and
+read it where it acts.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from operator import index
+from typing import TYPE_CHECKING, Any
+
+from visar.errors import VisarError, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DISCRETE, CONTINUOUS = "discrete", "continuous"
+SCHEDULES = ("constant", "linear")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    only: str = "",
+    flag: bool = True,
+) -> Any:
+    """A field of `SamplingParams`: what it means, its range, the `only` kind of tokens that has it, and whether the
+    command line has a flag for it."""
+    about = {"help": help, "low": low, "high": high, "choices": choices, "only": only, "flag": flag}
+    return field(default=default, compare=default is not None or flag, metadata=about)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an image is sampled. None means the model's own default (`resolved`); for `seed`, a random one.
+
+    `forced_tokens` [N], long, or a list, keeps its non-negative entries and samples the rest around them; for
+    continuous tokens it is [N, d], NaN where tokens are sampled. Numbers may be Python's, NumPy's or 0-d tensors.
+    Raises `VisarError` for a value out of range.
+    """
+
+    seed: int | None = setting(0, "seed of all random numbers", low=-(2**63), high=2**64 - 1)
+    guidance_scale: float | None = setting(None, "strength of classifier-free guidance; 1 is none")
+    guidance_interval: int | None = setting(
+        None, "the last position with guidance; -1 guides all", low=-1, only=DISCRETE, flag=False
+    )
+    guidance_schedule: str | None = setting(None, "guidance over the passes", choices=SCHEDULES, only=CONTINUOUS)
+    temperature: float | None = setting(None, "randomness; 1 is the model's own", low=0.0)
+    top_k: int | None = setting(None, "sample among the K most likely tokens; 0 keeps all", low=0, only=DISCRETE)
+    top_p: float | None = setting(
+        None, "sample among the most likely tokens of this total probability", low=0.0, high=1.0, only=DISCRETE
+    )
+    forced_tokens: Tensor | None = setting(None, "tokens that are given", flag=False)
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "guidance_interval", "top_k"):
+            self._set(name, whole(name, getattr(self, name)))
+        for name in ("guidance_scale", "temperature", "top_p"):
+            self._set(name, number(name, getattr(self, name)))
+        for f in fields(self):
+            value, about = getattr(self, f.name), f.metadata
+            if value is None or f.name == "forced_tokens":
+                continue
+            if about["choices"]:
+                if value not in about["choices"]:
+                    raise VisarError(f"{f.name} must be {' or '.join(about['choices'])}, not {value!r}.")
+                continue
+            if (about["low"] is not None and value < about["low"]) or (
+                about["high"] is not None and value > about["high"]
+            ):
+                raise VisarError(f"{f.name} must be {range_of(f.name)}, not {value}.")
+        if self.top_p == 0:
+            raise VisarError("top_p must be above 0 and at most 1, not 0.0.")
+        if self.forced_tokens is not None:
+            self._set("forced_tokens", as_tokens(self.forced_tokens))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    @staticmethod
+    def of(params: SamplingParams | Mapping[str, Any] | None = None, **keywords: Any) -> SamplingParams:
+        """The `params` with those `keywords` that are not None; a `VisarError` for a name that is no setting."""
+        names = [f.name for f in fields(SamplingParams)]
+        for name in keywords if not isinstance(params, Mapping) else {**params, **keywords}:
+            if name not in names:
+                raise unknown("setting", name, names)
+        if isinstance(params, Mapping):
+            params = SamplingParams(**params)
+        given = {name: value for name, value in keywords.items() if value is not None}
+        return replace(params or SamplingParams(), **given)
+
+    def resolved(self, defaults: SamplingParams) -> SamplingParams:
+        """With the model's defaults for what is None, and a seed drawn where there is none."""
+        own = {f.name: getattr(defaults, f.name) for f in fields(self) if getattr(self, f.name) is None}
+        own["seed"] = secrets.randbits(32) if self.seed is None else self.seed
+        return replace(self, **own)
+
+    def check(self, tokens: str) -> None:
+        """Raise `VisarError` for a setting that models of such `tokens`, "discrete" or "continuous", do not have."""
+        if tokens == DISCRETE and self.temperature is not None and self.temperature < 1e-5:
+            raise VisarError(
+                "temperature must be above 0 (1e-05 at least; for greedy decoding use top_k 1), "
+                f"not {self.temperature}."
+            )
+        neutral = {"top_k": 0, "top_p": 1.0, "guidance_interval": -1}
+        for f in fields(self):
+            only, value = f.metadata["only"], getattr(self, f.name)
+            if not only or only == tokens or value is None or value == neutral.get(f.name, object()):
+                continue
+            if f.name == "guidance_schedule" and value == "constant":
+                continue  # what a model of discrete tokens does
+            raise VisarError(f"{f.name} is for models of {only} tokens; those of this model are {tokens}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON can hold: all settings but the tokens, of which only the number that is forced is told."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        forced = values.pop("forced_tokens")
+        return values | ({} if forced is None else {"forced_tokens": forced_count(forced)})
+
+
+def range_of(name: str) -> str:
+    """In words, what a setting may be: "at least 0", "from 0 to 1"."""
+    about = next(f.metadata for f in fields(SamplingParams) if f.name == name)
+    low, high = about["low"], about["high"]
+    if name == "top_p":
+        return "above 0 and at most 1"
+    if low is not None and high is not None:
+        return f"from {low} to {high}"
+    return f"{low:g} or more" if low is not None else f"at most {high}"
+
+
+def plain(value: Any) -> Any:
+    """The number in a NumPy scalar or a tensor of one number; anything else as it is."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return value.item()
+    return value
+
+
+def whole(name: str, value: Any) -> int | None:
+    """An int, also of 2.0, NumPy's or a 0-d tensor; a `VisarError` for what is no whole number."""
+    value = plain(value)
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return index(value)
+    except TypeError as error:
+        raise VisarError(f"{name} must be a whole number, not {value!r}.") from error
+
+
+def number(name: str, value: Any) -> float | None:
+    """A finite float, also of NumPy's or a 0-d tensor; a `VisarError` for anything else."""
+    value = plain(value)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise VisarError(f"{name} must be a number, not {value!r}.")
+    if not math.isfinite(value):
+        raise VisarError(f"{name} must be a finite number, not {value}.")
+    return float(value)
+
+
+def as_tokens(value: Any) -> Tensor:
+    """Forced tokens as a tensor, of which a list and a NumPy array are taken too."""
+    import torch
+
+    try:
+        made = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise VisarError("forced_tokens must be a tensor or a list of token ids, -1 where one is sampled.") from error
+    return made
+
+
+def forced_count(tokens: Tensor) -> int:
+    """How many tokens are given."""
+    given = tokens.isfinite().all(-1) if tokens.is_floating_point() else tokens >= 0
+    return int(given.sum())
