@@ -30,6 +30,8 @@ from visar.samplers import SAMPLERS, SpeculativeJacobi, State, get_sampler, samp
 from visar.samplers.verification import Coins, Verdict
 
 SEQUENCES = 32_768
+# z of a bias grows with the number: one that reaches MUTANT_LIMIT with SEQUENCES is still beyond EXACT_LIMIT with these.
+FEWER = SEQUENCES // 2
 PLAIN = CASES[0]
 
 
@@ -45,7 +47,7 @@ EXACT = distinct()
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("eagle-top", "speculative-tree") else []) for n in EXACT]
 )
 def test_exact_samplers_have_the_joint_law(name: str) -> None:
-    rows = verify([name], SEQUENCES, seed=0, mutants=False)
+    rows = verify([name], FEWER, seed=0, mutants=False)
     has_init = hasattr(get_sampler(name), "init")
     assert len(rows) == sum(has_init or c.init == "uniform" for c in CASES)
     assert not [r for r in rows if not r.passed]
