@@ -207,7 +207,7 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("cat --window 1", "window must be 2 or more tokens, not 1"),
         ("cat --sampler ar --window 4", "Sampler 'ar' has no parameter 'window'"),
         ("cat --temperature 0", "temperature must be above 0"),
-        ("cat --temperature -0.5", "temperature must be above 0"),
+        ("cat --temperature -0.5", "--temperature must be 0 or more"),
         ("cat --top-p 0", "--top-p must be above 0 and at most 1"),
         ("cat --top-p 1.5", "--top-p must be above 0 and at most 1"),
         ("cat --top-k -2", "--top-k must be 0 or more, not -2"),

@@ -20,7 +20,7 @@ for name in {PACKAGES}:
 DECODES = """
 from visar.generation.model import ImageModel
 from visar.samplers import MaskedAutoregressive
-for name, sampler in (("icons", "medusa"), ("icons-mar", MaskedAutoregressive(steps=2, head_steps=5))):
+for name, sampler in (("icons", "scd"), ("icons-mar", MaskedAutoregressive(steps=2, head_steps=5))):
     model = ImageModel.load(name)
     assert model.generate(["a red heart"], sampler=sampler, seed=1).images
 """

@@ -85,18 +85,8 @@ def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any
 
 
 NOT_COMPARED = {
-    "run",
-    "parser",
-    "json",
-    "history",
-    "against",
-    "samplers",
-    "device",
-    "dtype",
-    "shapes",
-    "profile",
-    "repeats",
-}
+    "parser", "json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats",
+}  # fmt: skip
 
 
 def _history(options: argparse.Namespace) -> list[BenchmarkRun]:
