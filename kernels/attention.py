@@ -27,7 +27,7 @@ PROGRAMS = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
+class AttentionMetadata:
     """What the inputs of a pass see of the cache; one object serves all layers.
 
     `root` [R], int64, is the slot of each row's root, the first input of a chain or tree, of which the pass feeds the
@@ -58,10 +58,10 @@ class Sight:
         """
         key = queries, visible
         if key not in self._masks:
-            self._masks[key] = None if self._sees_all(queries, visible) else self._mask(queries, visible)
+            self._masks[key] = None if self._all_visible(queries, visible) else self._mask(queries, visible)
         return self._masks[key]
 
-    def _sees_all(self, queries: int, visible: int) -> bool:
+    def _all_visible(self, queries: int, visible: int) -> bool:
         if queries > 1 or self.bias is not None or self.root.device.type != "cpu":
             return False
         chain = self.ancestors is None or self.first == 0  # a root sees what any input does that lies there
@@ -85,7 +85,7 @@ class Sight:
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, sight: Sight, visible: int, scale: float | None = None
+    q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, visible: int, scale: float | None = None
 ) -> Tensor:
     """Attention [R, W, H, D] of queries q [R, W, H, D] to the first `visible` slots of keys and values [R, S, H, D].
 
@@ -98,23 +98,23 @@ def decode_attention(
         raise VisarError(f"A pass takes at most {MOST_QUERIES} tokens per row, not {queries}; choose a smaller window.")
     if dim > MOST_DIM:
         raise VisarError(f"Attention takes heads of at most {MOST_DIM} dimensions, not {dim}.")
-    if sight.ancestors is not None and sight.first + queries > sight.ancestors.shape[1]:
-        raise VisarError(f"The tree has {sight.ancestors.shape[1]} nodes, not {sight.first + queries}.")
+    if metadata.ancestors is not None and metadata.first + queries > metadata.ancestors.shape[1]:
+        raise VisarError(f"The tree has {metadata.ancestors.shape[1]} nodes, not {metadata.first + queries}.")
     form = decode_attention_torch
     if use_triton(q):
         if dim <= MOST_TRITON_DIM:
             form = decode_attention_triton
         else:
             say_once(f"No kernel takes heads of {dim} dimensions; attention runs in plain torch, which is slower.")
-    return form(q, keys, values, sight, visible, scale)
+    return form(q, keys, values, metadata, visible, scale)
 
 
 def decode_attention_torch(
-    q: Tensor, keys: Tensor, values: Tensor, sight: Sight, visible: int, scale: float | None = None
+    q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, visible: int, scale: float | None = None
 ) -> Tensor:
     """`decode_attention` by PyTorch's own, which is also what runs on a CPU."""
     queries = q.shape[1]
-    mask = sight.mask(queries, visible)
+    mask = metadata.mask(queries, visible)
     if mask is not None:
         mask = mask.unsqueeze(1)
         if q.is_cuda and mask.is_floating_point():
@@ -230,7 +230,7 @@ def decode_attention_triton(
     q: Tensor,
     keys: Tensor,
     values: Tensor,
-    sight: Sight,
+    metadata: AttentionMetadata,
     visible: int,
     scale: float | None = None,
     splits: int | None = None,
@@ -258,15 +258,14 @@ def decode_attention_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partial = out if splits == 1 else torch.empty(splits, *q.shape, device=q.device)
     maxima, sums = torch.empty(2, *partial.shape[:-1], device=q.device) if splits > 1 else (partial, partial)
-    tree = sight.ancestors is not None
-    ancestors = sight.ancestors if sight.ancestors is not None else sight.root[None]  # not read without a tree
-    bias = sight.bias if sight.bias is not None else sight.root  # not read either
+    tree = metadata.ancestors is not None
+    ancestors = metadata.ancestors if metadata.ancestors is not None else metadata.root[None]  # not read without a tree
+    bias = metadata.bias if metadata.bias is not None else metadata.root  # not read either
     scale = dim**-0.5 if scale is None else scale
     _attend[(rows * heads, -(-queries // block_q), splits)](
-        q, keys, values, partial, maxima, sums, sight.root, ancestors.contiguous(), bias, scale, sight.first, visible,
-        part, queries, heads, *ancestors.shape, *strides,
-        dim=dim, unit=unit, splits=splits, is_tree=tree, has_bias=sight.bias is not None,
-        widened=not q.is_cuda, block_q=block_q, block_s=block_s, block_d=block_d,
+        q, keys, values, partial, maxima, sums, metadata.root, ancestors.contiguous(), bias, scale, metadata.first,
+        visible, part, queries, heads, *ancestors.shape, *strides, dim=dim, unit=unit, splits=splits, is_tree=tree,
+        has_bias=metadata.bias is not None, widened=not q.is_cuda, block_q=block_q, block_s=block_s, block_d=block_d,
         num_warps=8 if wide and block_d > 64 else 4,
     )  # fmt: skip
     if splits > 1:

@@ -113,17 +113,17 @@ def exponential_triton(
     key: Tensor, images: Tensor, keys: Tensor, positions: Tensor, passes: Tensor | int, purpose: int, vocab: int
 ) -> Tensor:
     """`exponential_torch` as one launch, from the same words; the logarithm may differ in its last bits."""
-    race = Race(key, images, keys, positions, passes, purpose, vocab)
+    lazy = ExponentialNoise(key, images, keys, positions, passes, purpose, vocab)
     out = torch.empty(*positions.shape, vocab, device=positions.device)
     _exponential[(positions.numel(), (vocab + 1023) // 1024)](
-        out, *race.arguments(), vocab, positions.shape[1], **race.constants(), block=1024
+        out, *lazy.arguments(), vocab, positions.shape[1], **lazy.constants(), block=1024
     )
     return out
 
 
 @dataclass(frozen=True)
-class Race:
-    """Exp(1) variables e [B, W, vocab] that are not made yet: argmax p/e over the tokens is a draw from p.
+class ExponentialNoise:
+    """Exp(1) variables e [B, W, vocab] that are not made yet: argmax p/e over the tokens is a sample from p.
 
     The fields are the arguments of `exponential`, `positions` being [B, W].
     """
@@ -140,8 +140,8 @@ class Race:
         """The variables, [B, W, vocab]."""
         return exponential(self.key, self.images, self.keys, self.positions, self.passes, self.purpose, self.vocab)
 
-    def __getitem__(self, at: tuple[slice, slice]) -> Race:
-        """The races of some columns, `race[:, 1:]`."""
+    def __getitem__(self, at: tuple[slice, slice]) -> ExponentialNoise:
+        """The races of some columns, `exponential noise[:, 1:]`."""
         return replace(self, positions=self.positions[at])
 
     def arguments(self) -> tuple[Any, ...]:
@@ -164,7 +164,7 @@ def counter(image, own, position, turn, purpose: tl.constexpr):  # type: ignore[
 
 
 @jit
-def race_place(  # type: ignore[no-untyped-def]
+def noise_counter(  # type: ignore[no-untyped-def]
     key, images, keys, positions, passes, image_step, key_step, row_step, column_step, row, column,
     purpose: tl.constexpr, turn_read: tl.constexpr,
 ):  # fmt: skip
@@ -225,7 +225,7 @@ def _exponential(  # type: ignore[no-untyped-def]
     purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
-    c1, c2, c3, k0, k1 = race_place(
+    c1, c2, c3, k0, k1 = noise_counter(
         key, images, keys, positions, passes, image_step, key_step, row_step, column_step, place // width,
         place % width, purpose, turn_read,
     )  # fmt: skip

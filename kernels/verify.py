@@ -1,9 +1,9 @@
 """Verification of a drafted window as one launch: the rules of `visar.samplers.verification`, which are its reference.
 
 A program has one column of one row. It finds by itself which drafts stand before it, for that takes two numbers of each
-draft, and then does what its column needs: it keeps the draft, draws from the residual (p - q)+, draws from p, or runs
-the race that all drafts of a position share. So no program waits for another, and a column that keeps its draft reads
-next to nothing: only p of the others is read, twice for a draw, q where there is a residual.
+draft, and then does what its column needs: it keeps the draft, samples from the residual (p - q)+, samples from p, or
+runs the exponential noise that all drafts of a position share. So no program waits for another, and a column that keeps
+its draft reads next to nothing: only p of the others is read, twice for a sample, q where there is a residual.
 """
 
 from __future__ import annotations
@@ -14,32 +14,39 @@ import torch
 from torch import Tensor
 
 from visar.kernels.backend import jit, tl, triton
-from visar.kernels.draw import inverse_cdf, race_winner, tiles
-from visar.kernels.noise import Race, race_place
+from visar.kernels.noise import ExponentialNoise, noise_counter
+from visar.kernels.sample import gumbel_winner, inverse_cdf, tiles
 
 Rule = Literal["independent", "maximal", "gumbel"]
 MOST = 128  # inputs in a window
 
 
 def verify_triton(
-    rule: Rule, p: Tensor, q: Tensor, drafts: Tensor, accept: Tensor, draw: Tensor, race: Race | None, equal: float
+    rule: Rule,
+    p: Tensor,
+    q: Tensor,
+    drafts: Tensor,
+    accept: Tensor,
+    sample: Tensor,
+    exponential: ExponentialNoise | None,
+    equal: float,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, W] of the window after the test, and how many drafts stood [B].
 
-    `p` [B, W, V], `q` [B, W-1, V], which may be expanded, `drafts` [B, W-1], uniforms `accept` and `draw` [B, W],
-    float64. A residual with less mass than `equal` gives way to p. The rule "gumbel" needs the `race`.
+    `p` [B, W, V], `q` [B, W-1, V], which may be expanded, `drafts` [B, W-1], uniforms `accept` and `sample` [B, W],
+    float64. A residual with less mass than `equal` gives way to p. The rule "gumbel" needs the `exponential noise`.
     """
     batch, window, size = p.shape
     tokens = torch.empty(batch, window, dtype=torch.long, device=p.device)
     accepted = torch.empty(batch, dtype=torch.long, device=p.device)
     if rule == "gumbel":
-        assert race is not None
-        noise, constants = race.arguments(), race.constants()
+        assert exponential is not None
+        noise, constants = exponential.arguments(), exponential.constants()
     else:  # never read
         noise, constants = (drafts,) * 5 + (0,) * 4, dict(purpose=0, turn_read=False)
     _verify[(batch * window,)](
-        tokens, accepted, p, q, drafts, accept, draw, equal, size, window, *p.stride(), *q.stride(), *drafts.stride(),
-        *accept.stride(), *draw.stride(), *noise, **constants, rule=rule,
+        tokens, accepted, p, q, drafts, accept, sample, equal, size, window, *p.stride(), *q.stride(), *drafts.stride(),
+        *accept.stride(), *sample.stride(), *noise, **constants, rule=rule,
         columns=triton.next_power_of_2(window), **tiles(size),
     )  # fmt: skip
     return tokens, accepted
@@ -47,10 +54,10 @@ def verify_triton(
 
 @jit
 def _verify(  # type: ignore[no-untyped-def]
-    tokens, accepted, p, q, drafts, accept, draw, equal, size, window, p_row, p_column, p_step, q_row, q_column, q_step,
-    draft_row, draft_column, accept_row, accept_column, draw_row, draw_column, key, images, keys, positions, passes,
-    image_step, key_step, race_row, race_column, purpose: tl.constexpr, turn_read: tl.constexpr, rule: tl.constexpr,
-    columns: tl.constexpr, block: tl.constexpr,
+    tokens, accepted, p, q, drafts, accept, sample, equal, size, window, p_row, p_column, p_step, q_row, q_column,
+    q_step, draft_row, draft_column, accept_row, accept_column, sample_row, sample_column, key, images, keys, positions,
+    passes, image_step, key_step, noise_row, noise_column, purpose: tl.constexpr, turn_read: tl.constexpr, rule:
+    tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     row, own = (place // window).to(tl.int64), (place % window).to(tl.int64)
@@ -70,27 +77,27 @@ def _verify(  # type: ignore[no-untyped-def]
         tl.store(accepted + row, first)
 
     if rule == "maximal":
-        keeps = tl.max(tl.where(column == own, (is_draft & kept).to(tl.int32), 0)) > 0
+        accepts = tl.max(tl.where(column == own, (is_draft & kept).to(tl.int32), 0)) > 0
         spare = own < window - 1
     else:
-        keeps = own < first
+        accepts = own < first
         spare = (own == first) & (own < window - 1)
-    if keeps:
+    if accepts:
         tl.store(tokens + place, tl.load(drafts + row * draft_row + own * draft_column))
     else:
         p += own * p_column
         if rule == "gumbel":
             if spare:
-                goal = tl.load(draw + row * draw_row + own * draw_column)
+                goal = tl.load(sample + row * sample_row + own * sample_column)
                 q += own * q_column
                 tl.store(tokens + place, inverse_cdf(p, q, p_step, q_step, True, equal, goal, size, True, block))
             else:
-                c1, c2, c3, k0, k1 = race_place(
-                    key, images, keys, positions, passes, image_step, key_step, race_row, race_column, row, own,
+                c1, c2, c3, k0, k1 = noise_counter(
+                    key, images, keys, positions, passes, image_step, key_step, noise_row, noise_column, row, own,
                     purpose, turn_read,
                 )  # fmt: skip
-                tl.store(tokens + place, race_winner(p, p_step, size, c1, c2, c3, k0, k1, block))
+                tl.store(tokens + place, gumbel_winner(p, p_step, size, c1, c2, c3, k0, k1, block))
         else:
-            goal = tl.load(draw + row * draw_row + own * draw_column)
+            goal = tl.load(sample + row * sample_row + own * sample_column)
             q += own * q_column  # of the last column there is none, and none is read
             tl.store(tokens + place, inverse_cdf(p, q, p_step, q_step, spare, equal, goal, size, True, block))

@@ -12,7 +12,7 @@ from visar.engine.session import Session
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
 from visar.samplers.registry import Registered, register_sampler
-from visar.samplers.verification import draw
+from visar.samplers.verification import sample
 
 
 @register_sampler("ar", paper="sequential sampling, the baseline")
@@ -29,5 +29,5 @@ class Autoregressive(Registered):
     def step(self, session: Session, state: State) -> None:
         at = session.positions(1)
         p = state.target.probs(session.forward(state.inputs(session, 1)), at)
-        tokens = draw(p, state.noise.uniforms(Purpose.STEP, at, state.passes)[1])
+        tokens = sample(p, state.noise.uniforms(Purpose.STEP, at, state.passes)[1])
         state.commit(session, tokens, torch.zeros_like(session.lengths))

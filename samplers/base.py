@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from visar.engine.rng import Noise
 from visar.engine.session import Session
-from visar.engine.tree import Tree
 from visar.samplers.distribution import Target
-
-if TYPE_CHECKING:
-    from visar.samplers.tree_verification import ChildRule
 
 
 @dataclass
 class State:
-    """A decoding in progress.
+    """A decoding in progress; samplers that keep more have a subclass.
 
-    `tokens` [B, N + W]: row b holds its committed tokens, then the drafts of its window. `laws` [B, W-1, V]: the laws
-    that the drafts were drawn from. `commit_pass` [B, N + W]: the pass that committed each token. `passes`: a scalar
-    on the device, so that a captured graph counts by itself.
+    `tokens` [B, N + W]: row b holds its committed tokens, then the drafts of its window. `commit_pass` [B, N + W]: the
+    pass that committed each token. `passes`: a scalar on the device, so that a captured graph counts by itself.
     """
 
     target: Target
     noise: Noise
     tokens: Tensor
-    laws: Tensor | None
     commit_pass: Tensor
     passes: Tensor
-    tree: Tree | None = None  # of samplers that draft one: its nodes, and
-    children: Tensor | None = None  # [1, T, C] the children of each, -1 behind the last
-    below: list[Tensor] = field(default_factory=list)  # the same, one tensor for each node
-    rule: ChildRule | None = None
-    turn: int = 0  # of samplers whose schedule is fixed: the passes so far
-    seen: Tensor | None = None  # [2, B, levels]: drafts tested and drafts accepted, by the entropy of their laws
 
-    @staticmethod
-    def empty(session: Session, target: Target, noise: Noise, window: int) -> State:
+    @classmethod
+    def empty(cls, session: Session, target: Target, noise: Noise, window: int, **own: Any) -> Self:
+        """The state before the first pass; `own` are the fields of a subclass."""
         shape = (session.batch, session.length + window)
-        return State(
+        return cls(
             target.on(session.device, session.length, session.vocab),
             noise,
             tokens=torch.zeros(shape, dtype=torch.long, device=session.device),
-            laws=None,
             commit_pass=torch.full(shape, -1, dtype=torch.long, device=session.device),
             passes=torch.zeros((), dtype=torch.long, device=session.device),
+            **own,
         )
 
     def inputs(self, session: Session, window: int) -> Tensor:
@@ -69,7 +59,7 @@ class State:
 
 
 class Sampler(Protocol):
-    """`exact` says whether the images have the law of sequential sampling; `window` is W, the inputs per pass.
+    """`exact` says whether images have the distribution of sequential sampling; `window` is W, the inputs per pass.
 
     One whose host decides something within a step says `capturable = False`, and is never made a CUDA graph.
     """
@@ -83,6 +73,8 @@ class Sampler(Protocol):
     @property
     def window(self) -> int: ...
 
-    def begin(self, session: Session, target: Target, noise: Noise) -> State: ...
+    def begin(self, session: Session, target: Target, noise: Noise) -> Any:
+        """The state that `step` works on, a `State`."""
 
-    def step(self, session: Session, state: State) -> None: ...
+    def step(self, session: Session, state: Any) -> None:
+        """One pass: `session.forward`, then `state.commit`."""

@@ -18,17 +18,18 @@ from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
 from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.speculative import Children, drafter_of
-from visar.samplers.tree_verification import ChildRule, Chosen, Drawn, verify_tree
-from visar.samplers.verification import Coins
+from visar.samplers.tree_verification import ChildRule, Chosen, Sampled, verify_tree
+from visar.samplers.verification import StepNoise
 
 LATER = 1e-9  # what a level costs, so that a child never ranks before its parent
 
 
 class Drafted(NamedTuple):
-    """A tree for each row: `tokens` [B, T - 1] of its drafts, -1 where there is none, and draft laws `q` [B, T, V].
+    """A tree for each row: `tokens` [B, T - 1] of its drafts, -1 where there is none, and draft distributions `q` [B,
+    T, V].
 
     `fed` [B, T]: the number that the drafter knows a node by, -1 for those it was not given; their `q` is not theirs.
-    Where the rule asks for no laws there are none, and `q` is [B, T, 1] of zeros.
+    Where the rule asks for no distributions there are none, and `q` is [B, T, 1] of zeros.
     """
 
     tree: Tree
@@ -37,8 +38,15 @@ class Drafted(NamedTuple):
     fed: Tensor
 
 
+@dataclass
+class BeamState(State):
+    """`rule`: how a child is tested."""
+
+    rule: ChildRule
+
+
 @register_sampler(
-    "rsd-s", paper="RSD-S, Jeon et al. 2024, arXiv:2402.14160", drafter="eagle", children="drawn", nodes=0
+    "rsd-s", paper="RSD-S, Jeon et al. 2024, arXiv:2402.14160", drafter="eagle", children="sampled", nodes=0
 )
 @register_sampler("eagle2", paper="EAGLE-2, Li et al. 2024, arXiv:2406.16858", drafter="eagle")
 @dataclass(frozen=True)
@@ -46,25 +54,25 @@ class BeamTree(Registered):
     """A beam of `beam` nodes is extended `depth` times; `nodes` drafts are tested.
 
     Children "chosen": the most likely continuations; of all that were seen, the `nodes` most likely are kept (EAGLE-2,
-    Li et al. 2024, arXiv:2406.16858). Children "drawn": stochastic beam search (Kool et al. 2019, arXiv:1903.06059), so
-    the siblings of a node are drawn from its law without replacement and none may be dropped (RSD-S, Jeon et al. 2024,
-    arXiv:2402.14160); `nodes` is 0. Both are exact, each with a rule of its own.
+    Li et al. 2024, arXiv:2406.16858). Children "sampled": stochastic beam search (Kool et al. 2019, arXiv:1903.06059),
+    so the siblings of a node are sampled from its distribution without replacement and none may be dropped (RSD-S, Jeon
+    et al. 2024, arXiv:2402.14160); `nodes` is 0. Both are exact, each with a rule of its own.
     """
 
     beam: int = option(10, "nodes that are extended in each level", 1, 15)
     depth: int = option(5, "levels of the tree", 1, 10)
-    nodes: int = option(58, "drafts that are tested in a pass; 0 for all of drawn children", 0, 62)
+    nodes: int = option(58, "drafts that are tested in a pass; 0 for all of sampled children", 0, 62)
     children: Children = "chosen"
     drafter: str = "eagle"
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.children not in ("chosen", "drawn"):
-            raise VisarError(f"The children of a beam are chosen or drawn, not {self.children!r}.")
+        if self.children not in ("chosen", "sampled"):
+            raise VisarError(f"The children of a beam are chosen or sampled, not {self.children!r}.")
         if self.beam < 1 or self.depth < 1:
             raise VisarError(f"beam and depth must be 1 or more, not {self.beam} and {self.depth}.")
-        if self.children == "drawn" and self.nodes:
-            raise VisarError("Of drawn children none may be dropped: nodes must be 0.")
+        if self.children == "sampled" and self.nodes:
+            raise VisarError("Of sampled children none may be dropped: nodes must be 0.")
         least = max(self.depth, self.beam * (self.depth - 1))
         if self.children == "chosen" and self.nodes < least:
             raise VisarError(f"nodes must be {least} or more for beam {self.beam} and depth {self.depth}.")
@@ -78,34 +86,33 @@ class BeamTree(Registered):
 
     def rule(self, session: Session) -> ChildRule:
         """How a child is tested; a method so that `visar verify` can plant mistakes in it."""
-        return Drawn() if self.children == "drawn" else Chosen()
+        return Sampled() if self.children == "sampled" else Chosen()
 
-    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+    def begin(self, session: Session, target: Target, noise: Noise) -> BeamState:
         drafter_of(session, self.drafter)
-        state = State.empty(session, target, noise, self.window)
-        state.rule = self.rule(session)
-        return state
+        return BeamState.empty(session, target, noise, self.window, rule=self.rule(session))
 
-    def step(self, session: Session, state: State) -> None:
-        assert state.rule is not None
+    def step(self, session: Session, state: BeamState) -> None:
         drafter = drafter_of(session, self.drafter)
         drafted = self.draft(drafter, session, state)
         tree, tokens = drafted.tree, torch.cat([state.inputs(session, 1), drafted.tokens], dim=1)
         count = tokens.shape[1]
         p = state.target.probs(session.forward(tokens.clamp_min(0), tree), session.follows(count, tree))
-        coins = Coins(*state.noise.uniforms(Purpose.STEP, session.positions(max(count, self.depth + 1)), state.passes))
-        verdict = verify_tree(p, drafted.q, tokens, siblings(tree, self.beam), self.depth, coins, state.rule)
-        session.keep(verdict.path)
-        known = drafted.fed.gather(1, verdict.path.clamp_min(0))
-        drafter.keep(torch.where(verdict.path < 0, -1, known))
-        state.commit(session, verdict.tokens, verdict.accepted)
+        noise = StepNoise(
+            *state.noise.uniforms(Purpose.STEP, session.positions(max(count, self.depth + 1)), state.passes)
+        )
+        verified = verify_tree(p, drafted.q, tokens, siblings(tree, self.beam), self.depth, noise, state.rule)
+        session.keep(verified.path)
+        known = drafted.fed.gather(1, verified.path.clamp_min(0))
+        drafter.keep(torch.where(verified.path < 0, -1, known))
+        state.commit(session, verified.tokens, verified.accepted)
 
-    def draft(self, drafter: Drafter, session: Session, state: State) -> Drafted:
+    def draft(self, drafter: Drafter, session: Session, state: BeamState) -> Drafted:
         """Grow the beam, and choose what is tested."""
         batch, device = session.batch, session.device
         each = min(self.beam, session.vocab)  # children that a node may have
         known = Tree.of(torch.full((batch, 1), -1, device=device))  # what the drafter was given
-        laws: list[Tensor] = []  # by level: of the nodes fed,
+        draft_probs: list[Tensor] = []  # by level: of the nodes fed,
         tokens: list[Tensor] = []  # and their children,
         values: list[Tensor] = []
         above: list[Tensor] = []  # and whose they are
@@ -116,7 +123,7 @@ class BeamTree(Registered):
         for level in range(self.depth):
             count = known.parents.shape[1] - first
             q = state.target.probs(logits, session.follows(count, known, first))
-            laws.append(q)
+            draft_probs.append(q)
             joint = chain[..., None] + q.double().log()
             ranked = self._ranked(joint, score, session, state, first)
             best = ranked.topk(each)  # [B, count, each]
@@ -133,10 +140,10 @@ class BeamTree(Registered):
                 known = Tree.of(torch.cat([known.parents, above[-1].gather(1, kept)], dim=1), level + 1)
                 logits = drafter.extend(fed.clamp_min(0), known, first)
         found = self._chosen(tokens, values, above, beams)
-        if state.rule is not None and not state.rule.reads_q:
-            return found  # its test does not ask for the laws
+        if not state.rule.reads_q:
+            return found  # its test does not ask for the distributions
         index = found.fed.clamp_min(0)[..., None].expand(-1, -1, session.vocab)
-        return found._replace(q=torch.cat(laws, dim=1).gather(1, index))
+        return found._replace(q=torch.cat(draft_probs, dim=1).gather(1, index))
 
     def _ranked(self, joint: Tensor, score: Tensor, session: Session, state: State, first: int) -> Tensor:
         """The rank of all children [B, M, V] of M nodes with the log-probabilities `joint` and their own `score`."""

@@ -1,11 +1,12 @@
 """Continuous speculative decoding (CSpD, Wang et al. 2024, arXiv:2411.11925): a smaller MAR drafts tokens for a larger.
 
-Both denoise with the same noise, and a draft is judged by the last step alone: P and Q are the two models' laws of the
-token given their own second-last states. `cspd-exact` is that idea done exactly: given the shared noise, accepting y
-from Q with probability min(1, P(y) / Q(y)) gives P, whatever the states were, and P averaged over the noise is the
-target's law. It needs a last step with noise, a target that sees the drafts before the one it judges, and an end at the
-first rejection. `cspd` is the published rule, which multiplies the ratio by the quotient of the other steps' standard
-deviations, with the released code's one pass that judges all drafts and sees none of them; either moves the law.
+Both denoise with the same noise, and a draft is judged by the last step alone: P and Q are the two models'
+distributions of the token given their own second-last states. `cspd-exact` is that idea done exactly: given the shared
+noise, accepting y from Q with probability min(1, P(y) / Q(y)) gives P, whatever the states were, and P averaged over
+the noise is the target's distribution. It needs a last step with noise, a target that sees the drafts before the one it
+judges, and an end at the first rejection. `cspd` is the published rule, which multiplies the ratio by the quotient of
+the other steps' standard deviations, with the released code's one pass that judges all drafts and sees none of them;
+either moves the distribution.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from visar.engine.chain import Chain
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
-from visar.samplers.gaussian import Gaussian, keeps, replaced, residual
+from visar.samplers.gaussian import Gaussian, accepts, replaced, residual
 from visar.samplers.masked import ContinuousTarget, MaskedState, NoiseBank, checked_latest, residual_trials
 from visar.samplers.parameters import option
 from visar.samplers.registry import Registered, register_sampler
@@ -28,19 +29,20 @@ from visar.samplers.registry import Registered, register_sampler
 TRIALS = 64
 
 
-def last_law(chain: Chain, condition: Tensor, start: Tensor, normals: Tensor) -> tuple[Gaussian, Tensor]:
-    """The law of the last step [R, d] after the others, and the log of those others' standard deviations' product [R].
+def last_step(chain: Chain, condition: Tensor, start: Tensor, normals: Tensor) -> tuple[Gaussian, Tensor]:
+    """The distribution of the last step [R, d] after the others, and the log of those others' standard deviations'
+    product [R].
 
     `start` [R, d]; `normals` [R, T, d], of which the last are not used.
     """
     x, spread = start, start.new_zeros(len(start), dtype=torch.float64)
     for i in range(chain.steps):
         step = torch.full((len(x),), i, device=x.device)
-        law = Gaussian(*chain.kernel(x, step, chain.evaluate(x, step, condition)))
+        gaussian = Gaussian(*chain.kernel(x, step, chain.evaluate(x, step, condition)))
         if i < chain.steps - 1:
-            x = law.sample(normals[:, i])
-            spread = spread + law.std.double().log().sum(-1)
-    return law, spread
+            x = gaussian.sample(normals[:, i])
+            spread = spread + gaussian.std.double().log().sum(-1)
+    return gaussian, spread
 
 
 @register_sampler("cspd-exact", paper="CSpD made exact", drafter="draft", factor=False, nested=True, prefill=0.0)
@@ -50,14 +52,14 @@ class ContinuousSpeculative(Registered):
     """Drafts of `gamma` tokens, one token in each pass of the draft model, after a share `prefill` by the target alone.
 
     `factor` multiplies ratios as published; `nested` judges each draft with those before it in sight, in `gamma` rows
-    of one pass; `truncate` ends at the first rejection. Exact with nested and truncate and without factor: then the law
-    is that of `mar` with as many passes as tokens and `last_noise`.
+    of one pass; `truncate` ends at the first rejection. Exact with nested and truncate and without factor: then the
+    distribution is that of `mar` with as many passes as tokens and `last_noise`.
     """
 
-    gamma: int = option(8, "tokens that the draft model draws before a test", 1, 64)
+    gamma: int = option(8, "tokens that the draft model samples before a test", 1, 64)
     head_steps: int = option(100, "steps of the diffusion head", 2, 1000)
     latest: int = option(0, "the noisiest training step that is used; 0 for the model's own", 0, 999)
-    prefill: float = option(0.05, "the share of tokens that the target draws alone first", 0, 1)
+    prefill: float = option(0.05, "the share of tokens that the target samples alone first", 0, 1)
     factor: bool = True
     nested: bool = False
     truncate: bool = True
@@ -105,7 +107,7 @@ class ContinuousSpeculative(Registered):
         ask = session.order.gather(1, session.lengths[:, None])
         rows = torch.arange(session.batch, device=session.device)
         condition = session.after(state.tokens, rows, session.lengths, ask, 1 + session.lengths[:, None])
-        bank = NoiseBank.draw(state.noise, rows, ask.flatten(), state.chain)
+        bank = NoiseBank.sample(state.noise, rows, ask.flatten(), state.chain)
         state.write(ask, state.chain.denoise(condition[:, 0], bank.start, bank.steps)[:, None])
         session.commit(1)
 
@@ -117,25 +119,25 @@ class ContinuousSpeculative(Registered):
         at = session.lengths[:, None] + torch.arange(gamma, device=device)
         inside = at < n
         ask = session.order.gather(1, at.clamp(max=n - 1))
-        bank = NoiseBank.draw(state.noise, rows.repeat_interleave(gamma), ask.flatten(), state.chain)
+        bank = NoiseBank.sample(state.noise, rows.repeat_interleave(gamma), ask.flatten(), state.chain)
         start, normals = (t.unflatten(0, (b, gamma)) for t in (bank.start, bank.steps))
         fresh = state.noise.normals(Purpose.DRAFT, ask, turn, session.dim)
         # The draft model, token by token.
-        canvas, seen, laws, spreads = state.tokens, [], [], []
+        canvas, seen, gaussians, spreads = state.tokens, [], [], []
         with session.drafting():
             for j in range(gamma):
                 seen.append(canvas)
                 have = (session.lengths + j).clamp(max=n - 1)
                 place = ask[:, j : j + 1]
                 told = session.draft.after(canvas, rows, have, place, 1 + have[:, None])
-                law, spread = last_law(state.draft_chain, told[:, 0], start[:, j], normals[:, j])
-                laws.append(law)
+                gaussian, spread = last_step(state.draft_chain, told[:, 0], start[:, j], normals[:, j])
+                gaussians.append(gaussian)
                 spreads.append(spread)
-                drawn = law.sample(fresh[:, j])[:, None]
-                written = canvas.scatter(1, place[..., None].expand_as(drawn), drawn)
+                sampled = gaussian.sample(fresh[:, j])[:, None]
+                written = canvas.scatter(1, place[..., None].expand_as(sampled), sampled)
                 canvas = torch.where(inside[:, j, None, None], written, canvas)
         drafts = canvas.gather(1, ask[..., None].expand(-1, -1, session.dim))
-        q = Gaussian(*(torch.stack([law[i] for law in laws], 1) for i in (0, 1)))
+        q = Gaussian(*(torch.stack([gaussian[i] for gaussian in gaussians], 1) for i in (0, 1)))
         # The target, in one pass.
         have = at.clamp(max=n - 1)
         if self.nested:
@@ -145,11 +147,11 @@ class ContinuousSpeculative(Registered):
             ).flatten(0, 1)  # fmt: skip
         else:
             told = session.after(state.tokens, rows, session.lengths, ask, 1 + have).flatten(0, 1)
-        flat, spread = last_law(state.chain, told, bank.start, bank.steps)
+        flat, spread = last_step(state.chain, told, bank.start, bank.steps)
         p = Gaussian(*(t.unflatten(0, (b, gamma)) for t in flat))
         log_factor = torch.stack(spreads, 1) - spread.unflatten(0, (b, gamma)) if self.factor else None
-        coins = state.noise.uniforms(Purpose.STEP, ask, turn)[0]
-        kept = self._kept(drafts, p, q, log_factor, coins) & inside
+        uniforms = state.noise.uniforms(Purpose.STEP, ask, turn)[0]
+        kept = self._kept(drafts, p, q, log_factor, uniforms) & inside
         run = kept.int().cumprod(1).sum(1)
         room = inside.sum(1)
         first = torch.arange(gamma, device=device) == run[:, None]
@@ -170,9 +172,9 @@ class ContinuousSpeculative(Registered):
             state.commit_pass = torch.where(keep, state.commit_pass.scatter(1, place, turn), state.commit_pass)
         session.commit(count)
 
-    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, coins: Tensor) -> Tensor:
+    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, uniforms: Tensor) -> Tensor:
         """Which drafts [B, gamma] pass their test."""
-        return keeps(drafts, p, q, coins, 0.0 if log_factor is None else log_factor)
+        return accepts(drafts, p, q, uniforms, 0.0 if log_factor is None else log_factor)
 
     def _replacement(
         self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, wrong: Tensor, ask: Tensor,

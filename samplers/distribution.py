@@ -1,7 +1,7 @@
-"""The target distribution, defined once: forced tokens -> temperature -> top-k -> top-p -> softmax in fp32.
+"""The target distribution, defined once: forced and allowed tokens -> temperature -> top-k -> top-p -> softmax in fp32.
 
-Guidance comes before all of these; the Session applies it. AR samples from this law, every verifier tests against it,
-and residuals of it are never warped a second time.
+Guidance comes before all of these; the Session applies it. AR samples from it, every verifier tests against it, and
+residuals of it are never warped a second time.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.kernels.law import law
+from visar.kernels.target_probs import target_probs
 
 
 @dataclass(frozen=True)
 class Target:
-    """How logits become the law that is sampled.
+    """How logits become the target distribution.
 
-    `top_k` 0 keeps all tokens; ties with the k-th are kept. `top_p` drops what comes after the token at which the
-    cumulative probability passes it. `forced` [length], long, fixes the tokens at its non-negative entries.
+    `allowed` [V], bool, are the tokens that free positions may have. `top_k` 0 keeps all tokens; ties with the k-th are
+    kept. `top_p` drops what comes after the token at which the cumulative probability passes it. `forced` [length],
+    long, fixes the tokens at its non-negative entries, allowed or not.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     forced: Tensor | None = None
+    allowed: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not 1e-5 <= self.temperature < math.inf:
@@ -41,17 +43,22 @@ class Target:
             raise VisarError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
 
     def on(self, device: torch.device, length: int, vocab: int) -> Target:
-        """This target with `forced` on a device; a `VisarError` if it does not fit the sequence or the vocabulary."""
-        if self.forced is None:
-            return self
-        if len(self.forced) != length or int(self.forced.max()) >= vocab:
+        """This target on a device; a `VisarError` if `forced` or `allowed` do not fit the sequence or vocabulary."""
+        if self.forced is not None and (len(self.forced) != length or int(self.forced.max()) >= vocab):
             raise VisarError(f"forced must hold {length} entries, each -1 or a token below {vocab}.")
-        return replace(self, forced=self.forced.to(device))
+        if self.allowed is not None and (self.allowed.shape != (vocab,) or not bool(self.allowed.any())):
+            raise VisarError(
+                f"allowed must say of each of the {vocab} tokens whether it may be sampled, and of one yes."
+            )
+        there = {n: t.to(device) for n in ("forced", "allowed") if (t := getattr(self, n)) is not None}
+        return replace(self, **there) if there else self
 
     def probs(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """The law [B, W, V], fp32, for guided logits [B, W, V] at absolute positions [B, W]."""
+        """The target distribution [B, W, V], fp32, for guided logits [B, W, V] at absolute positions [B, W]."""
         forced = None if self.forced is None else self.forced_at(positions)
-        return law(logits, self.temperature, self.top_k, self.top_p, forced)
+        if self.allowed is not None:
+            logits = torch.where(self.allowed, logits, -torch.inf)
+        return target_probs(logits, self.temperature, self.top_k, self.top_p, forced)
 
     def forced_at(self, positions: Tensor) -> Tensor:
         """The forced tokens [B, W] at positions [B, W], -1 where the position is free."""

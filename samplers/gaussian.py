@@ -1,8 +1,8 @@
-"""Couplings of Gaussian laws, as pure functions on tensors: the continuous counterpart of `verification`.
+"""Couplings of Gaussian distributions, as pure functions on tensors: the continuous counterpart of `verification`.
 
-A draft y drawn from Q is kept with probability min(1, P(y) / Q(y)), and else replaced by a draw from the residual
-(P - Q)+ / Z; the outcome has the law P (Leviathan et al. 2023, arXiv:2211.17192). Covariances here are diagonal.
-Ratios are of logarithms and in float64: sixteen standard deviations of 0.006 multiply to 6e-36.
+A draft y sampled from Q is kept with probability min(1, P(y) / Q(y)), and else replaced by a sample from the residual
+(P - Q)+ / Z; the outcome has the distribution P (Leviathan et al. 2023, arXiv:2211.17192). Covariances here are
+diagonal. Ratios are of logarithms and in float64: sixteen standard deviations of 0.006 multiply to 6e-36.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Gaussian(NamedTuple):
         return Gaussian(self.mean[rows], self.std[rows])
 
     def sample(self, normals: Tensor) -> Tensor:
-        """A draw [..., d] for standard normals [..., d]."""
+        """A sample [..., d] for standard normals [..., d]."""
         return self.mean + self.std * normals
 
 
@@ -39,22 +39,22 @@ Trials = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 def log_ratio(y: Tensor, p: Gaussian, q: Gaussian) -> Tensor:
     """log P(y) - log Q(y), float64 [...], for y [..., d]."""
 
-    def log_density(law: Gaussian) -> Tensor:
-        std = law.std.double()
-        return -0.5 * ((y.double() - law.mean.double()) / std).square() - std.log()
+    def log_density(gaussian: Gaussian) -> Tensor:
+        std = gaussian.std.double()
+        return -0.5 * ((y.double() - gaussian.mean.double()) / std).square() - std.log()
 
     return (log_density(p) - log_density(q)).sum(-1)
 
 
-def keeps(y: Tensor, p: Gaussian, q: Gaussian, coins: Tensor, log_factor: Tensor | float = 0.0) -> Tensor:
-    """Which drafts [...] pass, for uniform coins [...]. A `log_factor` other than 0 makes the rule relaxed."""
-    return coins.log() < log_ratio(y, p, q) + log_factor
+def accepts(y: Tensor, p: Gaussian, q: Gaussian, uniforms: Tensor, log_factor: Tensor | float = 0.0) -> Tensor:
+    """Which drafts [...] pass, for uniform uniforms [...]. A `log_factor` other than 0 makes the rule relaxed."""
+    return uniforms.log() < log_ratio(y, p, q) + log_factor
 
 
 def reflected(y: Tensor, p: Gaussian, q: Gaussian) -> Tensor:
     """What replaces rejected drafts [R, d] where P and Q have one covariance: their mirror image.
 
-    The normal that drew y from Q is reflected at the hyperplane between the means and used with P, which turns the
+    The normal that sampled y from Q is reflected at the hyperplane between the means and used with P, which turns the
     residual of Q to that of P; so no trials are needed (De Bortoli et al. 2025, arXiv:2501.05370).
     """
     gap = (p.mean - q.mean).double() / p.std.double()
@@ -65,25 +65,25 @@ def reflected(y: Tensor, p: Gaussian, q: Gaussian) -> Tensor:
 
 
 def residual(p: Gaussian, q: Gaussian, trials: Trials, log_factor: Tensor | None = None) -> Tensor:
-    """Draws [R, d] from (P - Q)+ / Z by trial: x from P is taken with probability 1 - Q(x) / P(x).
+    """Samples [R, d] from (P - Q)+ / Z by trial: x from P is taken with probability 1 - Q(x) / P(x).
 
     That takes 1 / TV(P, Q) trials on average. After 2**20 a row takes what came last; as it gets here only with
-    probability TV, its law is wrong by less than 4e-7. A `log_factor` [R] f makes it (f P - Q)+ / Z; where f is below 1
-    that may be all but empty, so after 2**10 trials the row takes a draw from P.
+    probability TV, its distribution is wrong by less than 4e-7. A `log_factor` [R] f makes it (f P - Q)+ / Z; where f
+    is below 1 that may be all but empty, so after 2**10 trials the row takes a sample from P.
     """
     most = MOST_TRIALS if log_factor is None else MOST_RELAXED_TRIALS
-    # What overflowed has no law; whoever looks at the tokens will see it.
+    # What overflowed has no distribution; whoever looks at the tokens will see it.
     rows = torch.stack([*p, *q]).isfinite().all(0).all(-1).nonzero()[:, 0]
     out = torch.full_like(p.mean, math.nan)
     tried = block = 0
     while len(rows):
-        normals, coins = trials(block, rows)
-        some, other = (Gaussian(law.mean[rows, None], law.std[rows, None]) for law in (p, q))
+        normals, uniforms = trials(block, rows)
+        some, other = (Gaussian(gaussian.mean[rows, None], gaussian.std[rows, None]) for gaussian in (p, q))
         x = some.sample(normals)
         log_r = log_ratio(x, some, other)
         if log_factor is not None:
             log_r = log_r + log_factor[rows, None]
-        taken = coins < -torch.expm1(-log_r)
+        taken = uniforms < -torch.expm1(-log_r)
         first = taken.int().argmax(1)
         out[rows] = x[torch.arange(len(rows), device=x.device), first]
         block, tried = block + 1, tried + x.shape[1]
@@ -94,7 +94,7 @@ def residual(p: Gaussian, q: Gaussian, trials: Trials, log_factor: Tensor | None
 
 
 def replaced(y: Tensor, p: Gaussian, q: Gaussian, trials: Trials) -> Tensor:
-    """What stands for rejected drafts y [R, d]: the mirror image where covariances agree, else a draw by trial."""
+    """What stands for rejected drafts y [R, d]: the mirror image where covariances agree, else a sample by trial."""
     out = reflected(y, p, q)
     differ = (p.std != q.std).any(-1).nonzero()[:, 0]
     if len(differ):

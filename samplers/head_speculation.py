@@ -16,12 +16,12 @@ from torch import Tensor
 from visar.engine.chain import Chain
 from visar.engine.masked_session import MaskedSession
 from visar.errors import VisarError
-from visar.samplers.gaussian import Gaussian, keeps, replaced
+from visar.samplers.gaussian import Gaussian, accepts, replaced
 from visar.samplers.masked import MaskedAutoregressive, NoiseBank, residual_trials
 from visar.samplers.parameters import option
 from visar.samplers.registry import register_sampler
 
-TRIALS = 32  # drawn at once
+TRIALS = 32  # sampled at once
 
 
 @register_sampler("mar-headspec", paper="speculation in the head, after arXiv:2501.05370")
@@ -41,11 +41,11 @@ class HeadSpeculation(MaskedAutoregressive):
         if not 1 <= self.draft <= 1000:
             raise VisarError(f"draft must be from 1 to 1000 head steps, not {self.draft}.")
 
-    def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+    def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
         if chain.temperature == 0:
             return chain.denoise(condition, bank.start, bank.steps)  # without noise there are no densities to compare
         device, total = bank.start.device, len(bank.start)
-        coins = bank.coins()
+        uniforms = bank.uniforms()
         out = torch.empty_like(bank.start)
         # Tokens in progress: their number, state, step, the guess that drafts are made with, and the window.
         row = torch.arange(total, device=device)
@@ -61,9 +61,9 @@ class HeadSpeculation(MaskedAutoregressive):
             steps = at[which] + turn
             found = chain.evaluate(states[which, turn], steps, condition[row[which]])
             kernel = Gaussian(*chain.kernel(states[which, turn], steps, found))
-            # Every draft but the one behind the last state, which is drawn from the target's own step.
+            # Every draft but the one behind the last state, which is sampled from the target's own step.
             tested = turn < size[which] - 1
-            kept = self._tested(states, drafts, kernel, which, turn, steps, tested, coins[row])
+            kept = self._tested(states, drafts, kernel, which, turn, steps, tested, uniforms[row])
             passed = inside.new_zeros(len(row), width)
             passed[which[tested], turn[tested]] = kept
             run = passed.int().cumprod(1).sum(1)  # drafts kept before the first rejection
@@ -90,7 +90,7 @@ class HeadSpeculation(MaskedAutoregressive):
     def _drafted(
         chain: Chain, x: Tensor, at: Tensor, guess: Tensor | None, row: Tensor, bank: NoiseBank, width: int
     ) -> tuple[Tensor, Gaussian]:
-        """States [r, width, d] from x on, and the laws of those behind the first, [r, width - 1, d]."""
+        """States [r, width, d] from x on, and the distributions of those behind the first, [r, width - 1, d]."""
         if guess is None or width == 1:
             none = x.new_empty(len(x), 0, x.shape[1])
             return x[:, None], Gaussian(none, none)
@@ -101,14 +101,14 @@ class HeadSpeculation(MaskedAutoregressive):
 
     def _tested(
         self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
-        tested: Tensor, coins: Tensor,
+        tested: Tensor, uniforms: Tensor,
     ) -> Tensor:  # fmt: skip
         """Whether each of the tested drafts passes."""
         rows, turns = which[tested], turn[tested]
         if not len(rows):
             return tested.new_zeros(0)
-        law = Gaussian(drafts.mean[rows, turns], drafts.std[rows, turns])
-        return keeps(states[rows, turns + 1], kernel.at(tested), law, coins[rows, steps[tested]])
+        gaussian = Gaussian(drafts.mean[rows, turns], drafts.std[rows, turns])
+        return accepts(states[rows, turns + 1], kernel.at(tested), gaussian, uniforms[rows, steps[tested]])
 
     def _replacement(
         self, states: Tensor, drafts: Gaussian, own: Gaussian, run: Tensor, at: Tensor, bank: NoiseBank, row: Tensor,
@@ -116,11 +116,11 @@ class HeadSpeculation(MaskedAutoregressive):
     ) -> Tensor:  # fmt: skip
         """What stands for the first rejected draft of these rows."""
         turn = run[rejected]
-        law = Gaussian(drafts.mean[rejected, turn], drafts.std[rejected, turn])
+        gaussian = Gaussian(drafts.mean[rejected, turn], drafts.std[rejected, turn])
         tokens, steps = row[rejected], at[rejected] + turn
 
         trials = residual_trials(bank.noise.of(tokens), bank.places[tokens, 0], steps, states.shape[-1], TRIALS)
-        return replaced(states[rejected, turn + 1], own.at(rejected), law, trials)
+        return replaced(states[rejected, turn + 1], own.at(rejected), gaussian, trials)
 
     def _next(self, window: Tensor, run: Tensor, size: Tensor) -> Tensor:
         if not self.adaptive:

@@ -11,14 +11,14 @@ from torch import Tensor
 from visar.engine.rng import Noise, Purpose
 from visar.engine.session import Session
 from visar.errors import VisarError
-from visar.kernels.noise import Race
+from visar.kernels.noise import ExponentialNoise
 from visar.samplers.base import State
 from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
 from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.verification import (
-    Coins,
-    Verdict,
+    StepNoise,
+    Verified,
     verify_greedy,
     verify_gumbel,
     verify_independent,
@@ -28,6 +28,13 @@ from visar.samplers.windows import Init, initial_drafts, shift
 
 Coupling = Literal["independent", "maximal", "gumbel"]
 RULES = {"independent": verify_independent, "maximal": verify_maximal, "gumbel": verify_gumbel}
+
+
+@dataclass
+class JacobiState(State):
+    """`draft_probs` [B, W-1, V]: what the drafts of the window were sampled from."""
+
+    draft_probs: Tensor
 
 
 def check_window(window: int) -> None:
@@ -43,8 +50,8 @@ class SpeculativeJacobi(Registered):
     """Speculative Jacobi decoding (SJD, Teng et al. 2024, arXiv:2410.01699) and its coupled forms (MC-SJD / SCD).
 
     `window` is W, the inputs of a pass, of which W - 1 are drafts. `coupling` says how a draft behind a rejection
-    follows its predecessor: "independent" draws it anew (SJD), "maximal" and "gumbel" make the two coincide as often
-    as they can. `init` is the law of a position that enters the window (see `visar.samplers.windows`); "above"
+    follows its predecessor: "independent" samples it anew (SJD), "maximal" and "gumbel" make the two coincide as often
+    as they can. `init` is the distribution of a position that enters the window (see `visar.samplers.windows`); "above"
     needs `grid`, the cells in a row of the image, which the pipelines fill in. All of them are exact.
     """
 
@@ -61,12 +68,14 @@ class SpeculativeJacobi(Registered):
         if self.init not in get_args(Init):
             raise VisarError(f"Unknown init {self.init!r}; known: {', '.join(get_args(Init))}.")
 
-    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+    def begin(self, session: Session, target: Target, noise: Noise) -> JacobiState:
         if self.init == "above" and self.grid < 1:
             raise VisarError('init="above" needs grid, the number of cells in a row of the image.')
-        state = State.empty(session, target, noise, self.window)
+        shape = (session.batch, self.window - 1, session.vocab)
+        probs = torch.empty(shape, device=session.device)
+        state = JacobiState.empty(session, target, noise, self.window, draft_probs=probs)
         at = session.positions(self.window - 1)
-        drafts, state.laws = initial_drafts(
+        drafts, probs = initial_drafts(
             self.init,
             self.grid,
             state,
@@ -74,27 +83,26 @@ class SpeculativeJacobi(Registered):
             session.vocab,
             known=session.lengths,
             u=state.noise.uniforms(Purpose.INIT, at, 0)[0],
-            last_law=None,
-            shared=self._race(session, state, at),
+            last_probs=None,
+            shared=self._exponential_noise(session, state, at),
         )
-        state.laws = state.laws.contiguous()  # a uniform law is an expanded scalar, and later written in place
+        state.draft_probs.copy_(probs)
         state.tokens.scatter_(1, at, drafts)
         return state
 
-    def step(self, session: Session, state: State) -> None:
-        assert state.laws is not None
+    def step(self, session: Session, state: JacobiState) -> None:
         window = self.window
         at = session.positions(window)
         inputs = state.inputs(session, window)
         p = state.target.probs(session.forward(inputs), at)
         # One call for all noise of the pass: positions in the window use both numbers, those that enter it the first.
-        accept, draw = state.noise.uniforms(Purpose.STEP, session.positions(2 * window - 1), state.passes)
-        coins = Coins(accept[:, :window], draw[:, :window], self._race(session, state, at))
-        verdict = self.verify(p, state.laws, inputs[:, 1:], coins, state)
+        accept, sample = state.noise.uniforms(Purpose.STEP, session.positions(2 * window - 1), state.passes)
+        noise = StepNoise(accept[:, :window], sample[:, :window], self._exponential_noise(session, state, at))
+        verified = self.verify(p, state.draft_probs, inputs[:, 1:], noise, state)
         end = at[:, -1] + 1  # the first position that this pass says nothing about
-        count = state.commit(session, verdict.tokens, verdict.accepted)
+        count = state.commit(session, verified.tokens, verified.accepted)
         new = session.positions(window - 1)
-        drafts, laws = initial_drafts(
+        drafts, draft_probs = initial_drafts(
             self.init,
             self.grid,
             state,
@@ -102,24 +110,24 @@ class SpeculativeJacobi(Registered):
             session.vocab,
             known=end,
             u=accept.gather(1, new - at[:, :1]),
-            last_law=p[:, -1:],
-            shared=self._race(session, state, new),
+            last_probs=p[:, -1:],
+            shared=self._exponential_noise(session, state, new),
         )
         fresh = new >= end[:, None]
-        kept = shift(self.next_laws(p, state.laws, verdict, inputs), count)
-        torch.where(fresh[..., None], laws, kept, out=state.laws)
+        kept = shift(self.next_draft_probs(p, state.draft_probs, verified, inputs), count)
+        torch.where(fresh[..., None], draft_probs, kept, out=state.draft_probs)
         state.tokens.scatter_(1, new, torch.where(fresh, drafts, state.tokens.gather(1, new)))
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
         """The rule of this coupling; a method so that `visar verify` can plant mistakes in it."""
-        return RULES[self.coupling](p, q, drafts, coins)
+        return RULES[self.coupling](p, q, drafts, noise)
 
-    def next_laws(self, p: Tensor, q: Tensor, verdict: Verdict, inputs: Tensor) -> Tensor:
-        """The laws [B, W, V] of the window's tokens after a pass: p for all of them, kept or not."""
+    def next_draft_probs(self, p: Tensor, q: Tensor, verified: Verified, inputs: Tensor) -> Tensor:
+        """What the window's tokens were sampled from, [B, W, V], after a pass: p for all, accepted or not."""
         return p
 
-    def _race(self, session: Session, state: State, at: Tensor) -> Race | None:
-        return state.noise.race(Purpose.SHARED, at, 0, session.vocab) if self.coupling == "gumbel" else None
+    def _exponential_noise(self, session: Session, state: State, at: Tensor) -> ExponentialNoise | None:
+        return state.noise.lazy_exponential(Purpose.SHARED, at, 0, session.vocab) if self.coupling == "gumbel" else None
 
 
 @register_sampler(
@@ -144,9 +152,9 @@ class Jacobi(Registered):
     def step(self, session: Session, state: State) -> None:
         inputs = state.inputs(session, self.window)
         p = state.target.probs(session.forward(inputs), session.positions(self.window))
-        verdict = verify_greedy(p, inputs[:, 1:])
+        verified = verify_greedy(p, inputs[:, 1:])
         end = session.positions(self.window)[:, -1:] + 1
-        state.commit(session, *verdict)
+        state.commit(session, *verified)
         # A position that enters the window repeats the last known token.
         new = session.positions(self.window - 1)
-        state.tokens.scatter_(1, new, torch.where(new >= end, verdict.tokens[:, -1:], state.tokens.gather(1, new)))
+        state.tokens.scatter_(1, new, torch.where(new >= end, verified.tokens[:, -1:], state.tokens.gather(1, new)))

@@ -1,6 +1,6 @@
 """Plain decoding of a masked model (MAR, Li et al. 2024, arXiv:2406.11838), the baseline of its family.
 
-In each of K passes the model looks at what is decided, and the head draws the next few places of every row's order,
+In each of K passes the model looks at what is decided, and the head samples the next few places of every row's order,
 independently of one another. How many, a cosine decides: single ones first, then more and more.
 """
 
@@ -25,7 +25,7 @@ from visar.samplers.registry import Registered, register_sampler
 
 @dataclass(frozen=True)
 class ContinuousTarget:
-    """What bends the law of continuous tokens: `temperature` multiplies the standard deviation of every head step."""
+    """How continuous tokens are sampled: `temperature` multiplies the standard deviation of every head step."""
 
     temperature: float = 1.0
 
@@ -54,7 +54,7 @@ class MaskedState:
 
 
 class MaskedSampler(Protocol):
-    """What every sampler of a masked model is; `exact` says whether tokens have the law that its parameters name."""
+    """What every sampler of a masked model is; `exact` says whether tokens have the distribution of its parameters."""
 
     @property
     def name(self) -> str: ...
@@ -98,7 +98,7 @@ def checked_latest(latest: int) -> None:
 
 @dataclass(frozen=True)
 class NoiseBank:
-    """The noise of some tokens' chains, drawn at once: `start` [R, d], `steps` [R, T, d], `coins` [R, T].
+    """The noise of some tokens' chains, sampled at once: `start` [R, d], `steps` [R, T, d], `uniforms` [R, T].
 
     It is keyed by place and step alone, so a step that is drafted again gets the noise that it had; nothing that was
     decided before depended on it.
@@ -110,14 +110,14 @@ class NoiseBank:
     steps: Tensor
 
     @staticmethod
-    def draw(noise: Noise, rows: Tensor, places: Tensor, chain: Chain) -> NoiseBank:
+    def sample(noise: Noise, rows: Tensor, places: Tensor, chain: Chain) -> NoiseBank:
         """For the tokens at `places` [R] of the rows [R] of the batch."""
         own, at = noise.of(rows), places[:, None]
         steps = torch.arange(chain.steps, device=places.device).expand(len(places), -1)
         bank = own.normals(Purpose.SHARED, at.expand_as(steps), steps, chain.dim)
         return NoiseBank(own, at, own.normals(Purpose.INIT, at, 0, chain.dim)[:, 0], bank)
 
-    def coins(self) -> Tensor:
+    def uniforms(self) -> Tensor:
         """A uniform for each step, float64 [R, T]."""
         steps = torch.arange(self.steps.shape[1], device=self.places.device).expand(len(self.places), -1)
         return self.noise.uniforms(Purpose.STEP, self.places.expand_as(steps), steps)[0]
@@ -126,14 +126,15 @@ class NoiseBank:
 def residual_trials(noise: Noise, places: Tensor, turns: Tensor, dim: int, count: int) -> Trials:
     """Noise for `gaussian.residual`, `count` trials at a time, for the tokens at `places` [R] of the rows of `noise`.
 
-    `turns` [R] tell apart what is drawn for one place more than once. A coin is the law's function of one more normal.
+    `turns` [R] tell apart what is sampled for one place more than once. A uniform is the distribution's function of one
+    more normal.
     """
 
     def trials(block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         at, turn = (t[rows, None].expand(-1, count) for t in (places, turns))
         number = block * count + torch.arange(count, device=places.device)
-        drawn = noise.of(rows).normals(Purpose.RESIDUAL, at, turn, dim + 1, number)
-        return drawn[..., :dim], torch.special.ndtr(drawn[..., dim].double())
+        sampled = noise.of(rows).normals(Purpose.RESIDUAL, at, turn, dim + 1, number)
+        return sampled[..., :dim], torch.special.ndtr(sampled[..., dim].double())
 
     return trials
 
@@ -155,8 +156,8 @@ class MaskedAutoregressive(Registered):
 
     `latest` is the noisiest of the 1000 training steps that is used, 0 being what the model wants; the published
     sampler begins at 999, where the error of the network is multiplied by 20,000. With `last_head_steps` T falls
-    linearly to it over the passes; that and `latest` 950 is DiSA (Zhao et al. 2025, arXiv:2505.20297), another law.
-    `last_noise` keeps the noise of the last head step.
+    linearly to it over the passes; that and `latest` 950 is DiSA (Zhao et al. 2025, arXiv:2505.20297), another
+    distribution. `last_noise` keeps the noise of the last head step.
     """
 
     steps: int = option(64, "passes of the model, at most one per token", 1, 256)
@@ -202,9 +203,9 @@ class MaskedAutoregressive(Registered):
         )
         if self.last_head_steps:
             state.chain = self.chain_of(session, state.target, state.passes)
-        bank = NoiseBank.draw(state.noise, rows.repeat_interleave(count), ask.flatten(), state.chain)
-        drawn = self.draw(session, state.chain, condition.flatten(0, 1), bank)
-        state.write(ask, drawn.unflatten(0, ask.shape))
+        bank = NoiseBank.sample(state.noise, rows.repeat_interleave(count), ask.flatten(), state.chain)
+        sampled = self.sample(session, state.chain, condition.flatten(0, 1), bank)
+        state.write(ask, sampled.unflatten(0, ask.shape))
         session.commit(count)
         state.passes += 1
 
@@ -215,6 +216,6 @@ class MaskedAutoregressive(Registered):
         steps = self.last_head_steps + int(left * (self.head_steps - self.last_head_steps))
         return session.chain(steps, target.temperature, self.latest, self.last_noise)
 
-    def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+    def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
         """Tokens [R, d] under conditions [R, K]."""
         return chain.denoise(condition, bank.start, bank.steps)

@@ -54,7 +54,9 @@ class SamplerSpec:
         _load()
         maker = _MAKERS[self.name]
         _check_parameters(self.name, maker.func, parameters)
-        return _named(maker(**parameters), self.name)
+        made = maker(**parameters)
+        object.__setattr__(made, "name", self.name)
+        return made
 
 
 class _Samplers(Mapping[str, SamplerSpec]):
@@ -147,7 +149,9 @@ def get_sampler(sampler: Any, **parameters: Any) -> Any:
     if not given:
         return made
     _check_parameters(made.name, type(made), given)
-    return _named(replace(made, **given), made.name)
+    changed = replace(made, **given)
+    object.__setattr__(changed, "name", made.name)
+    return changed
 
 
 def values_of(sampler: Any) -> dict[str, Any]:
@@ -227,9 +231,3 @@ def _check_parameters(name: str, cls: Any, given: Mapping[str, Any]) -> None:
         if key not in {f.name for f in own}:
             options = ", ".join(sorted(f.name for f in own if f.metadata))
             raise VisarError(f"Sampler {name!r} has no parameter {key!r}; it has {options or 'none'}.")
-
-
-def _named(made: Any, name: str) -> Any:
-    if isinstance(made, Registered):
-        vars(made)["name"] = name
-    return made

@@ -1,7 +1,7 @@
-"""Relaxed acceptance: faster than exact verification, and the images have another law. Each says so, by name.
+"""Relaxed acceptance: faster than exact verification, and the images have another distribution. Each says so, by name.
 
-What each parameter does to the law is measured in `docs/relaxed.md`. At its neutral value, every rule here makes the
-same decisions as the exact rule that it relaxes.
+What each parameter does to the distribution is measured in `docs/relaxed.md`. At its neutral value, every rule here
+makes the same decisions as the exact rule that it relaxes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from visar.samplers.parameters import option
 from visar.samplers.registry import register_sampler
 from visar.samplers.speculative import Speculative, TreeSpeculative
 from visar.samplers.tree_verification import ChildRule, at
-from visar.samplers.verification import Coins, Verdict, replaced
+from visar.samplers.verification import StepNoise, Verified, replaced
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ def check_neighbours(k: int) -> None:
 class Lantern(BeamTree):
     """LANTERN (Jang et al. 2024, arXiv:2410.03355): the `k` nearest codes are pooled while their mass is below `delta`.
 
-    The tree is EAGLE-2's. `delta` bounds how far one test moves the law of one child; it does not bound what becomes of
-    the image.
+    The tree is EAGLE-2's. `delta` bounds how far one test moves the distribution of one child; it does not bound what
+    becomes of the image.
     """
 
     k: int = option(1000, "codes nearest to a draft that are pooled with it", 1, 16384)
-    delta: float = option(0.1, "the most that one test moves the law of one draft", 0.01, 0.99)
+    delta: float = option(0.1, "the most that one test moves the distribution of one draft", 0.01, 0.99)
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class LanternPlusPlus(TreeSpeculative):
         super().__post_init__()
         check_neighbours(self.k)
         if self.children == "independent":
-            raise VisarError('lantern++ relaxes "drawn" or "chosen" children, not "independent" ones.')
+            raise VisarError('lantern++ relaxes "sampled" or "chosen" children, not "independent" ones.')
         if not self.lam >= 1:
             raise VisarError(f"lam must be 1 or more, not {self.lam}; at 1 nothing is relaxed.")
 
@@ -144,12 +144,12 @@ class CoolSD(Speculative):
         if not 0 <= self.nu < math.inf:
             raise VisarError(f"nu must be 0 or more, not {self.nu}.")
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
         w = (self.omega * torch.exp(-self.nu * torch.arange(self.gamma, device=p.device))).clamp_min(1).double()
         index = drafts.unsqueeze(-1)
-        own, proposed = (law.gather(-1, index).squeeze(-1).double() for law in (p[:, :-1], q))
-        kept = coins.accept[:, :-1] * proposed < w * own
-        return replaced(p, q, drafts, kept, coins)
+        own, proposed = (probs.gather(-1, index).squeeze(-1).double() for probs in (p[:, :-1], q))
+        kept = noise.accept[:, :-1] * proposed < w * own
+        return replaced(p, q, drafts, kept, noise)
 
 
 @register_sampler("gsd", paper="GSD, So et al. 2025", exact=False)
@@ -174,7 +174,7 @@ class GroupedJacobi(SpeculativeJacobi):
         if not self.gap > 0:
             raise VisarError(f"gap must be above 0, not {self.gap}.")
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
         target, size = p[:, :-1], min(self.group, p.shape[-1])
         order = target.argsort(dim=-1, descending=True, stable=True)
         index = drafts.unsqueeze(-1)
@@ -183,6 +183,6 @@ class GroupedJacobi(SpeculativeJacobi):
         members = order.gather(-1, first + torch.arange(size, device=p.device))
         own = target.gather(-1, index)
         near = ((target.gather(-1, members) - own).abs() < self.gap) | (members == index)
-        mass = [torch.where(near, law.gather(-1, members), 0).double().sum(-1) for law in (target, q)]
-        kept = (coins.accept[:, :-1] * mass[1] < mass[0]) & (own.squeeze(-1) > 0)
-        return replaced(p, q, drafts, kept, coins)
+        mass = [torch.where(near, probs.gather(-1, members), 0).double().sum(-1) for probs in (target, q)]
+        kept = (noise.accept[:, :-1] * mass[1] < mass[0]) & (own.squeeze(-1) > 0)
+        return replaced(p, q, drafts, kept, noise)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,18 +21,18 @@ from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.tree_verification import (
     ChildRule,
     Chosen,
-    Drawn,
     Independent,
-    TreeVerdict,
-    draw_children,
+    Sampled,
+    VerifiedTree,
+    sample_children,
     verify_tree,
 )
 from visar.samplers.trees import Shape, named_tree
-from visar.samplers.verification import Coins, Verdict, draw, verify_block, verify_independent
+from visar.samplers.verification import StepNoise, Verified, sample, verify_block, verify_independent
 
 Verification = Literal["token", "block"]
-Children = Literal["drawn", "chosen", "independent"]
-RULES: dict[str, type[ChildRule]] = {"drawn": Drawn, "chosen": Chosen, "independent": Independent}
+Children = Literal["sampled", "chosen", "independent"]
+RULES: dict[str, type[ChildRule]] = {"sampled": Sampled, "chosen": Chosen, "independent": Independent}
 
 
 def drafter_of(session: Session, kind: str) -> Drafter:
@@ -85,28 +85,38 @@ class Speculative(Registered):
         at = at[:, : 1 + drafts.shape[1]]
         inputs = torch.cat([state.inputs(session, 1), drafts.clamp_min(0)], dim=1)
         p = state.target.probs(session.forward(inputs), at)
-        coins = Coins(*state.noise.uniforms(Purpose.STEP, at, state.passes))
-        verdict = self.verify(p, q, drafts, coins)
-        self.learn(state, q, drafts, verdict)
-        state.commit(session, *verdict)
+        noise = StepNoise(*state.noise.uniforms(Purpose.STEP, at, state.passes))
+        verified = self.verify(p, q, drafts, noise)
+        self.learn(state, q, drafts, verified)
+        state.commit(session, *verified)
 
-    def learn(self, state: State, q: Tensor, drafts: Tensor, verdict: Verdict) -> None:
+    def learn(self, state: Any, q: Tensor, drafts: Tensor, verified: Verified) -> None:
         """What a pass teaches about the drafter: nothing, where the chain has a fixed length."""
 
-    def draft(self, drafter: Drafter, session: Session, state: State, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """A chain of up to `gamma` drafts [B, n] and the laws [B, n, V] that they were drawn from."""
-        drafts, laws = [], []
+    def draft(self, drafter: Drafter, session: Session, state: Any, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """A chain of up to `gamma` drafts [B, n] and the distributions [B, n, V] that they were sampled from."""
+        drafts, draft_probs = [], []
         logits = drafter.root(state.tokens, session.lengths)
         for i in range(self.gamma):
-            laws.append(state.target.probs(logits, at[:, i : i + 1]))
-            drafts.append(draw(laws[-1], u[:, i : i + 1]))
+            draft_probs.append(state.target.probs(logits, at[:, i : i + 1]))
+            drafts.append(sample(draft_probs[-1], u[:, i : i + 1]))
             if i + 1 < self.gamma:
                 logits = drafter.extend(drafts[-1], None, i + 1)
-        return torch.cat(drafts, dim=1), torch.cat(laws, dim=1)
+        return torch.cat(drafts, dim=1), torch.cat(draft_probs, dim=1)
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
         """The rule; a method so that `visar verify` can plant mistakes in it."""
-        return (verify_block if self.verification == "block" else verify_independent)(p, q, drafts, coins)
+        return (verify_block if self.verification == "block" else verify_independent)(p, q, drafts, noise)
+
+
+@dataclass
+class TreeState(State):
+    """The static tree, the children [1, T, C] of its nodes, -1 after the last, and the same as a tensor for each."""
+
+    tree: Tree
+    children: Tensor
+    below: list[Tensor]
+    rule: ChildRule
 
 
 @register_sampler("hydra", paper="Hydra, Ankner et al. 2024, arXiv:2402.05109", drafter="hydra", tree="4x2x1")
@@ -126,14 +136,14 @@ class TreeSpeculative(Registered):
     """A static tree of drafts, tested in one pass.
 
     `tree` is a name of `visar.samplers.trees`, children per depth as in "4x2x1", or paths as in "0 1 00". Children
-    "drawn" come from the draft law one after the other without replacement, as in EAGLE (Li et al. 2024,
-    arXiv:2401.15077) and RSD-C (Jeon et al. 2024, arXiv:2402.14160); "independent" are drawn with replacement, as in
+    "sampled" come from the draft distribution one after the other without replacement, as in EAGLE (Li et al. 2024,
+    arXiv:2401.15077) and RSD-C (Jeon et al. 2024, arXiv:2402.14160); "independent" are sampled with replacement, as in
     SpecTr (Sun et al. 2023, arXiv:2310.15141); "chosen" are its most likely tokens. All are exact, each with a rule of
     its own.
     """
 
     tree: str = option("mc25", "its shape: mc25, ext57, or children per depth as in 4x2x1")
-    children: Children = "drawn"
+    children: Children = "sampled"
     drafter: str = "eagle"
     exact: ClassVar[bool] = True
 
@@ -166,54 +176,55 @@ class TreeSpeculative(Registered):
         """How a child is tested; a method so that `visar verify` can plant mistakes in it."""
         return RULES[self.children]()
 
-    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+    def begin(self, session: Session, target: Target, noise: Noise) -> TreeState:
         drafter_of(session, self.drafter)
-        state = State.empty(session, target, noise, self.window)
-        tree, children = self.tables
-        state.tree, state.children = tree.to(session.device), children.to(session.device)
-        state.below = [torch.tensor(c, dtype=torch.long, device=session.device) for c in self.shape.children]
-        state.rule = self.rule(session)
-        return state
+        (tree, children), device = self.tables, session.device
+        below = [torch.tensor(c, dtype=torch.long, device=device) for c in self.shape.children]
+        return TreeState.empty(
+            session, target, noise, self.window, tree=tree.to(device), children=children.to(device), below=below,
+            rule=self.rule(session),
+        )  # fmt: skip
 
-    def step(self, session: Session, state: State) -> None:
+    def step(self, session: Session, state: TreeState) -> None:
         drafter, tree, children = drafter_of(session, self.drafter), state.tree, state.children
-        assert tree is not None and children is not None and state.rule is not None
         nodes = session.positions(self.window)  # of the noise: one for each node, whatever its depth
         u = state.noise.uniforms(Purpose.DRAFT, nodes, state.passes)[0]
         tokens, q = self.draft(drafter, tree, session, state, u)
         p = state.target.probs(session.forward(tokens.clamp_min(0), tree), session.follows(self.window, tree))
-        coins = Coins(*state.noise.uniforms(Purpose.STEP, nodes, state.passes))
-        verdict = self.verify(p, q, tokens, children, coins, state.rule)
-        session.keep(verdict.path)
-        drafter.keep(verdict.path)
-        state.commit(session, verdict.tokens, verdict.accepted)
+        noise = StepNoise(*state.noise.uniforms(Purpose.STEP, nodes, state.passes))
+        verified = self.verify(p, q, tokens, children, noise, state.rule)
+        session.keep(verified.path)
+        drafter.keep(verified.path)
+        state.commit(session, verified.tokens, verified.accepted)
 
     def verify(
-        self, p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, coins: Coins, rule: ChildRule
-    ) -> TreeVerdict:
+        self, p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, noise: StepNoise, rule: ChildRule
+    ) -> VerifiedTree:
         """The walk; a method so that `visar.eval.benchmark.calibrate` can watch it."""
-        return verify_tree(p, q, tokens, children, self.depth, coins, rule)
+        return verify_tree(p, q, tokens, children, self.depth, noise, rule)
 
-    def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The nodes' tokens [B, T], the root's first, -1 for those the law could not give, and the laws [B, T, V]."""
+    def draft(
+        self, drafter: Drafter, tree: Tree, session: Session, state: TreeState, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T] of the nodes, the root first, -1 where there is none, and draft probabilities [B, T, V]."""
         batch, count = u.shape
         tokens = torch.full((batch, count), -1, device=u.device)
         tokens[:, :1] = state.inputs(session, 1)
-        laws = torch.zeros(batch, count, session.vocab, device=u.device)
+        draft_probs = torch.zeros(batch, count, session.vocab, device=u.device)
         for level in self.shape.expanded():
             span = slice(level.start, level.stop)
             if level.start == 0:
                 logits = drafter.root(state.tokens, session.lengths)
             else:
                 logits = drafter.extend(tokens[:, span].clamp_min(0), tree, level.start)
-            laws[:, span] = state.target.probs(logits, session.follows(len(level), tree, level.start))
+            draft_probs[:, span] = state.target.probs(logits, session.follows(len(level), tree, level.start))
             for node in level:
                 below = state.below[node]
-                if self.children == "drawn":
-                    tokens[:, below] = draw_children(laws[:, node], u[:, below])
+                if self.children == "sampled":
+                    tokens[:, below] = sample_children(draft_probs[:, node], u[:, below])
                 elif self.children == "independent":
-                    tokens[:, below] = draw(laws[:, node, None].expand(-1, len(below), -1), u[:, below])
+                    tokens[:, below] = sample(draft_probs[:, node, None].expand(-1, len(below), -1), u[:, below])
                 else:
-                    best = laws[:, node].topk(min(len(below), session.vocab))
+                    best = draft_probs[:, node].topk(min(len(below), session.vocab))
                     tokens[:, below[: best.indices.shape[1]]] = torch.where(best.values > 0, best.indices, -1)
-        return tokens, laws
+        return tokens, draft_probs

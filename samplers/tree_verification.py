@@ -1,9 +1,9 @@
 """Verification of draft trees: a walk from the root that accepts at most one child of each node.
 
-The laws p [B, T, V] are those of the target behind each node, q [B, T, V] those that the children of each node were
-drawn from. The rules differ in how the children of one node are tested, one after the other, in the order in which
-they were drawn. Every rule gets the law that is still to be met, r, and the law that the child at hand was drawn from,
-c, both [B, V], normalised.
+The distributions p [B, T, V] are those of the target behind each node, q [B, T, V] those that the children of each node
+were sampled from. The rules differ in how the children of one node are tested, one after the other, in the order in
+which they were sampled. Every rule gets the distribution that is still to be met, r, and the distribution that the
+child at hand was sampled from, c, both [B, V], normalised.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from visar.samplers.verification import EQUAL, Coins, draw
+from visar.samplers.verification import EQUAL, StepNoise, sample
 
 
-class TreeVerdict(NamedTuple):
+class VerifiedTree(NamedTuple):
     """`path` [B, D]: accepted nodes, -1 behind the last; `tokens` [B, D + 1]: theirs and one more; `accepted` [B]."""
 
     path: Tensor
@@ -28,12 +28,12 @@ class TreeVerdict(NamedTuple):
 
 
 class ChildRule(ABC):
-    """How one child with token y [B], valid row by row, is tested. `reads_q`: whether it asks for the draft laws."""
+    """How one child with token y [B], valid row by row, is tested. `reads_q`: whether it asks for q."""
 
     reads_q: bool = True
 
     def at_node(self, p: Tensor, q: Tensor, children: Tensor) -> Self:
-        """The rule for the `children` [B] (their number) of nodes with the laws p and q, both [B, V]."""
+        """The rule for the `children` [B] (their number) of nodes with the distributions p and q, both [B, V]."""
         return self
 
     @abstractmethod
@@ -42,21 +42,21 @@ class ChildRule(ABC):
 
     @abstractmethod
     def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
-        """The law [B, V] that remains to be met once y was rejected; unnormalised."""
+        """The distribution [B, V] that remains to be met once y was rejected; unnormalised."""
 
     def next_proposal(self, c: Tensor, y: Tensor) -> Tensor | None:
-        """The law [B, V] of the next child, unnormalised; None where it is the same, or the rule asks for none."""
+        """The distribution [B, V] of the next child, unnormalised; None where it is the same, or none is asked for."""
         return None
 
 
-def at(law: Tensor, y: Tensor) -> Tensor:
-    """law[b, y[b]] in float64."""
-    return law.gather(-1, y[:, None]).squeeze(-1).double()
+def at(probs: Tensor, y: Tensor) -> Tensor:
+    """distribution[b, y[b]] in float64."""
+    return probs.gather(-1, y[:, None]).squeeze(-1).double()
 
 
-def without(law: Tensor, y: Tensor) -> Tensor:
-    """law [B, V] with the entries y [B] at zero."""
-    return law.scatter(-1, y[:, None], 0.0)
+def without(probs: Tensor, y: Tensor) -> Tensor:
+    """distribution [B, V] with the entries y [B] at zero."""
+    return probs.scatter(-1, y[:, None], 0.0)
 
 
 def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
@@ -65,10 +65,10 @@ def normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(total < EQUAL, otherwise, weights / total.clamp_min(EQUAL))
 
 
-class Drawn(ChildRule):
-    """Children drawn without replacement: recursive rejection (SpecInfer, Miao et al. 2023, arXiv:2305.09781). Exact.
+class Sampled(ChildRule):
+    """Children sampled without replacement: recursive rejection (SpecInfer, Miao et al. 2023, arXiv:2305.09781). Exact.
 
-    Child j was drawn from c, which is q without the children before it; on rejection (r - c)+ remains.
+    Child j was sampled from c, which is q without the children before it; on rejection (r - c)+ remains.
     """
 
     def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
@@ -95,10 +95,10 @@ class Chosen(ChildRule):
 
 @dataclass(frozen=True)
 class Independent(ChildRule):
-    """Children drawn from q independently of one another: k-SEQ (SpecTr, Sun et al. 2023, arXiv:2310.15141). Exact.
+    """Children sampled from q independently of one another: k-SEQ (SpecTr, Sun et al. 2023, arXiv:2310.15141). Exact.
 
-    Each of a node's k children may take `share` [B, V] = min(q, p / rho) of the target law, rho being the smallest
-    divisor at which k of them cannot take more than there is.
+    Each of a node's k children may take `share` [B, V] = min(q, p / rho) of the target distribution, rho being the
+    smallest divisor at which k of them cannot take more than there is.
     """
 
     share: Tensor | None = None
@@ -131,28 +131,28 @@ def shared(p: Tensor, q: Tensor, children: Tensor, steps: int = 40) -> Tensor:
     return torch.minimum(q, p / high)
 
 
-def draw_children(q: Tensor, u: Tensor) -> Tensor:
-    """Tokens [..., C] drawn one after the other from q [..., V] without replacement, for uniforms u [..., C].
+def sample_children(q: Tensor, u: Tensor) -> Tensor:
+    """Tokens [..., C] sampled one after the other from q [..., V] without replacement, for uniforms u [..., C].
 
-    Where the law has fewer than C tokens, -1 stands for those that it could not give.
+    Where the distribution has fewer than C tokens, -1 stands for those that it could not give.
     """
     c = q.clone()
     out = []
     for column in u.unbind(-1):
-        y = draw(c, column)
+        y = sample(c, column)
         out.append(torch.where(c.sum(-1) > 0, y, -1))
         c.scatter_(-1, y[..., None], 0.0)
     return torch.stack(out, -1)
 
 
 def verify_tree(
-    p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, depth: int, coins: Coins, rule: ChildRule
-) -> TreeVerdict:
+    p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, depth: int, noise: StepNoise, rule: ChildRule
+) -> VerifiedTree:
     """Walk down a tree of `depth` levels.
 
     `tokens` [B, T] of the nodes, -1 where there is none; `children` [R, T, C], the children of each node in draft
-    order, -1 behind the last; `coins.accept` [B, T], one for each node's own test, `coins.draw` [B, depth + 1], one for
-    the last token at each depth. The path is at most as long as the tree is deep; exactness is that of `rule`.
+    order, -1 behind the last; `uniforms.accept` [B, T], one for each node's own test, `uniforms.sample` [B, depth + 1],
+    one for the last token at each depth. The path is at most as long as the tree is deep; exactness is that of `rule`.
     """
     batch = torch.arange(len(p), device=p.device)
     children = children.expand(len(p), -1, -1)
@@ -171,21 +171,21 @@ def verify_tree(
             y = tokens[batch, child.clamp_min(0)]
             tested = alive & (here < 0) & (child >= 0) & (y >= 0)
             y = y.clamp_min(0)
-            stands = tested & node_rule.accepts(r, c, y, coins.accept[batch, child.clamp_min(0)])
+            stands = tested & node_rule.accepts(r, c, y, noise.accept[batch, child.clamp_min(0)])
             fails = (tested & ~stands)[:, None]
             here = torch.where(stands, child, here)
             r = torch.where(fails, normalised(node_rule.left(r, c, y), r), r)
             if (rest := node_rule.next_proposal(c, y)) is not None:
-                # However small: what remains of q is what the next child was drawn from.
+                # However small: what remains of q is what the next child was sampled from.
                 total = rest.sum(-1, keepdim=True)
                 c = torch.where(fails & (total > 0), rest / total.clamp_min(torch.finfo(rest.dtype).tiny), c)
         found = here >= 0
-        last = draw(r, coins.draw[:, level])
+        last = sample(r, noise.sample[:, level])
         out.append(torch.where(found, tokens[batch, here.clamp_min(0)], last))
         path.append(here)
         node = torch.where(found, here, node)
         accepted += found
         alive = found
         r = torch.where(found[:, None], p[batch, node], r)
-    out.append(draw(r, coins.draw[:, depth]))
-    return TreeVerdict(torch.stack(path, 1), torch.stack(out, 1), accepted)
+    out.append(sample(r, noise.sample[:, depth]))
+    return VerifiedTree(torch.stack(path, 1), torch.stack(out, 1), accepted)

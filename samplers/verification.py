@@ -1,10 +1,11 @@
 """Verification of drafted chains: pure functions on tensors, `(p, q, drafts, noise) -> (tokens, accepted)`.
 
-A window of W inputs gives the target laws p [B, W, V] and tests W - 1 drafts d [B, W-1] against the laws q [B, W-1, V]
-that they were really drawn from. All rules here are exact: the committed tokens follow p whatever q is, if
+A window of W inputs gives the target distributions p [B, W, V] and tests W - 1 drafts d [B, W-1] against the
+distributions q [B, W-1, V] that they were really sampled from. All rules here are exact: the committed tokens follow p
+whatever q is, if
 
-1. every draft has the stored law q, given what happened at earlier positions;
-2. the coin and the residual draw at a position are fresh;
+1. every draft has the stored distribution q, given what happened at earlier positions;
+2. the uniform and the residual sample at a position are fresh;
 3. whether a position is committed never depends on later positions;
 4. p is a function of the position and its prefix alone.
 
@@ -12,7 +13,7 @@ that they were really drawn from. All rules here are exact: the committed tokens
 
 The rules differ only in what becomes of the drafts behind the first rejection. All of them return the tokens
 [B, W] of the whole window, the first `accepted` + 1 of which are committed; the others are the next drafts, and
-their law is p. Proof: Leviathan et al. 2023 (arXiv:2211.17192) per position, and the chain rule.
+their distribution is p. Proof: Leviathan et al. 2023 (arXiv:2211.17192) per position, and the chain rule.
 """
 
 from __future__ import annotations
@@ -25,34 +26,34 @@ import torch
 from torch import Tensor
 
 from visar.kernels.backend import use_triton
-from visar.kernels.draw import draw, race_draw
-from visar.kernels.noise import Race
+from visar.kernels.noise import ExponentialNoise
+from visar.kernels.sample import sample, sample_gumbel
 from visar.kernels.verify import MOST, Rule, verify_triton
 
-EQUAL = 1e-7  # a residual with less mass than this means that p and q are one law
+EQUAL = 1e-7  # a residual with less mass than this means that p and q are one distribution
 
 
-class Coins(NamedTuple):
-    """Noise of one pass: `accept` and `draw` [B, W], uniform in (0, 1), float64, and `race` [B, W, V], Exp(1)."""
+class StepNoise(NamedTuple):
+    """Noise of a pass: `accept` and `sample` [B, W], uniform in (0, 1), float64, `exponential` [B, W, V], Exp(1)."""
 
     accept: Tensor
-    draw: Tensor
-    race: Tensor | Race | None = None
+    sample: Tensor
+    exponential: Tensor | ExponentialNoise | None = None
 
 
-class Verdict(NamedTuple):
+class Verified(NamedTuple):
     """`tokens` [B, W] of the window after the test; the drafts before position `accepted` [B] stood."""
 
     tokens: Tensor
     accepted: Tensor
 
 
-Check = Callable[[Tensor, Tensor, Tensor, Coins], Verdict]
+Check = Callable[[Tensor, Tensor, Tensor, StepNoise], Verified]
 
 
-def race(p: Tensor, e: Tensor | Race) -> Tensor:
-    """Tokens [...] drawn from p [..., V] by the exponential race argmax p/e: the Gumbel-max trick without logs."""
-    return race_draw(p, e) if isinstance(e, Race) else (p / e).argmax(-1)
+def gumbel_max(p: Tensor, e: Tensor | ExponentialNoise) -> Tensor:
+    """Tokens [...] sampled from p [..., V] by the exponential noise argmax p/e: the Gumbel-max trick without logs."""
+    return sample_gumbel(p, e) if isinstance(e, ExponentialNoise) else (p / e).argmax(-1)
 
 
 def fused(rule: Rule) -> Callable[[Check], Check]:
@@ -60,10 +61,10 @@ def fused(rule: Rule) -> Callable[[Check], Check]:
 
     def decorate(plain: Check) -> Check:
         @functools.wraps(plain)
-        def check(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
-            if isinstance(coins.race, Tensor) or p.shape[1] > MOST or not use_triton(p):
-                return plain(p, q, drafts, coins)
-            return Verdict(*verify_triton(rule, p, q, drafts, coins.accept, coins.draw, coins.race, EQUAL))
+        def check(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
+            if isinstance(noise.exponential, Tensor) or p.shape[1] > MOST or not use_triton(p):
+                return plain(p, q, drafts, noise)
+            return Verified(*verify_triton(rule, p, q, drafts, noise.accept, noise.sample, noise.exponential, EQUAL))
 
         return check
 
@@ -76,8 +77,8 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(r.sum(-1, keepdim=True) < EQUAL, p, r)
 
 
-def keeps(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> Tensor:
-    """The acceptance test u q(d) < p(d), [B, W-1] bool, for laws [B, W-1, V] and uniforms [B, W-1]."""
+def accepts(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> Tensor:
+    """The acceptance test u q(d) < p(d), [B, W-1] bool, for distributions [B, W-1, V] and uniforms [B, W-1]."""
     at = drafts.unsqueeze(-1)
     return u * q.gather(-1, at).squeeze(-1).double() < p.gather(-1, at).squeeze(-1).double()
 
@@ -92,27 +93,27 @@ def _columns(kept: Tensor) -> Tensor:
 
 
 @fused("independent")
-def verify_independent(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
-    """Speculative Jacobi decoding (Teng et al. 2024, arXiv:2410.01699): drafts behind a rejection are drawn anew."""
-    return replaced(p, q, drafts, keeps(p[:, :-1], q, drafts, coins.accept[:, :-1]), coins)
+def verify_independent(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
+    """Speculative Jacobi decoding (Teng et al. 2024, arXiv:2410.01699): drafts behind a rejection are sampled again."""
+    return replaced(p, q, drafts, accepts(p[:, :-1], q, drafts, noise.accept[:, :-1]), noise)
 
 
-def replaced(p: Tensor, q: Tensor, drafts: Tensor, kept: Tensor, coins: Coins) -> Verdict:
-    """The first draft that is not among those `kept` [B, W-1] is drawn from the residual, those behind it from p."""
+def replaced(p: Tensor, q: Tensor, drafts: Tensor, kept: Tensor, noise: StepNoise) -> Verified:
+    """The first draft that is not among those `kept` [B, W-1] is sampled from the residual, those behind it from p."""
     accepted = leading(kept)
     column, first = _columns(kept), accepted[:, None]
-    # One draw serves all columns: from the residual at the first rejection, from p behind it.
+    # One sample serves all columns: from the residual at the first rejection, from p behind it.
     rejected = (column == first)[:, :-1, None]
     weights = torch.cat([torch.where(rejected, residual(p[:, :-1], q), p[:, :-1]), p[:, -1:]], dim=1)
-    fresh = draw(weights, coins.draw)
+    fresh = sample(weights, noise.sample)
     tokens = torch.where(column < first, _padded(drafts), fresh)
-    return Verdict(tokens, accepted)
+    return Verified(tokens, accepted)
 
 
-def verify_block(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+def verify_block(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
     """Block verification (Sun et al. 2024, arXiv:2403.10444): the longest prefix of the chain that stands as a whole.
 
-    For drafts that were drawn one after the other from q, as a draft model draws them; Jacobi drafts are not.
+    For drafts that were sampled one after the other from q, as a draft model samples them; Jacobi drafts are not.
     """
     at = drafts.unsqueeze(-1)
     ratio = p[:, :-1].gather(-1, at).double() / q.gather(-1, at).double().clamp_min(1e-300)
@@ -126,51 +127,52 @@ def verify_block(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
     short = mass + 1 - w[:, 1:-1]
     stands = torch.cat([torch.where(short < EQUAL, 1.0, mass / short.clamp_min(EQUAL)), w[:, -1:]], dim=1)
     column = _columns(drafts)
-    kept = (coins.accept[:, :-1] < stands).long() * column[1:]
+    kept = (noise.accept[:, :-1] < stands).long() * column[1:]
     accepted = kept.amax(-1)
     rows = torch.arange(len(p), device=p.device)
     weights = left[rows, accepted]
     weights = torch.where(weights.sum(-1, keepdim=True) < EQUAL, p[rows, accepted].double(), weights)
-    fresh = draw(weights, coins.draw[rows, accepted])
-    return Verdict(torch.where(column < accepted[:, None], _padded(drafts), fresh[:, None]), accepted)
+    fresh = sample(weights, noise.sample[rows, accepted])
+    return Verified(torch.where(column < accepted[:, None], _padded(drafts), fresh[:, None]), accepted)
 
 
 @fused("maximal")
-def verify_maximal(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+def verify_maximal(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
     """Coupled speculative Jacobi decoding, maximal coupling (MC-SJD): every draft is tested, also behind a rejection.
 
     A draft behind the first rejection becomes a sample of p that equals the old draft as often as possible.
     """
-    kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
-    fresh = draw(torch.cat([residual(p[:, :-1], q), p[:, -1:]], dim=1), coins.draw)
+    kept = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
+    fresh = sample(torch.cat([residual(p[:, :-1], q), p[:, -1:]], dim=1), noise.sample)
     tokens = torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1)
-    return Verdict(tokens, leading(kept))
+    return Verified(tokens, leading(kept))
 
 
 @fused("gumbel")
-def verify_gumbel(p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
-    """Coupled speculative Jacobi decoding, Gumbel coupling: all drafts of one position share the race of `coins.race`.
+def verify_gumbel(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
+    """Coupled speculative Jacobi decoding, Gumbel coupling: all drafts of one position share the exponential noise of
+    `uniforms.exponential noise`.
 
-    The residual is drawn with fresh noise; it must not see the race that made the draft.
+    The residual is sampled with fresh noise; it must not see the exponential noise that made the draft.
     """
-    assert coins.race is not None
-    kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
+    assert noise.exponential is not None
+    kept = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
     accepted = leading(kept)
     column, first = _columns(kept), accepted[:, None]
-    shared = race(p, coins.race)
+    shared = gumbel_max(p, noise.exponential)
     # The residual is needed in one column of each row only.
     at = accepted.clamp_max(q.shape[1] - 1)
     rows = torch.arange(len(p), device=p.device)
-    fix = draw(residual(p[rows, at], q[rows, at]), coins.draw[rows, at])
+    fix = sample(residual(p[rows, at], q[rows, at]), noise.sample[rows, at])
     tokens = torch.where(column < first, _padded(drafts), shared)
     rejected = (column == first) & (column < q.shape[1])
-    return Verdict(torch.where(rejected, fix[:, None], tokens), accepted)
+    return Verified(torch.where(rejected, fix[:, None], tokens), accepted)
 
 
-def verify_greedy(p: Tensor, drafts: Tensor) -> Verdict:
+def verify_greedy(p: Tensor, drafts: Tensor) -> Verified:
     """Jacobi decoding (Song et al. 2021, arXiv:2002.03629): drafts stand while they equal the argmax of p."""
     best = p.argmax(-1)
-    return Verdict(best, leading(best[:, :-1] == drafts))
+    return Verified(best, leading(best[:, :-1] == drafts))
 
 
 def _padded(drafts: Tensor) -> Tensor:

@@ -15,15 +15,22 @@ from visar.samplers.base import State
 from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
 from visar.samplers.registry import Registered, register_sampler
-from visar.samplers.verification import draw
+from visar.samplers.verification import sample
 
 
 class Turn(NamedTuple):
-    """A pass: token `feeds[i]` is the input of place `places[i]`; the first `new` of them are drawn."""
+    """A pass: token `feeds[i]` is the input of place `places[i]`; the first `new` of them are sampled."""
 
     feeds: tuple[int, ...]
     places: tuple[int, ...]
     new: int
+
+
+@dataclass
+class WavefrontState(State):
+    """`turn`: the passes so far, which the host counts, as the schedule is fixed."""
+
+    turn: int = 0
 
 
 @register_sampler("zipar", paper="He et al. 2024, arXiv:2412.04062", exact=False)
@@ -31,9 +38,9 @@ class Turn(NamedTuple):
 class ZipAR(Registered):
     """ZipAR (He et al. 2024, arXiv:2412.04062): a row begins when the one above is `ahead` tokens ahead of it.
 
-    Relaxed: a token is drawn from its law given what is there of the tokens before it. The first token of a row needs
-    the last one of the row above, which is not there yet; the newest one of that row stands in for it, and is replaced
-    in the cache when the true one comes. With `ahead` as large as the `grid` this is plain decoding.
+    Relaxed: a token is sampled from its distribution given what is there of the tokens before it. The first token of a
+    row needs the last one of the row above, which is not there yet; the newest one of that row stands in for it, and is
+    replaced in the cache when the true one comes. With `ahead` as large as the `grid` this is plain decoding.
     """
 
     ahead: int = option(8, "tokens that the row above is ahead", 1, 64)
@@ -52,7 +59,7 @@ class ZipAR(Registered):
 
     @property
     def window(self) -> int:
-        """The most tokens that a pass may draw."""
+        """The most tokens that a pass may sample."""
         return -(-self.grid // self.lag) if self.grid else 1
 
     @cached_property
@@ -79,12 +86,12 @@ class ZipAR(Registered):
         """How many tokens each row has once the pass `now` is done; their places are written by then, too."""
         return [min(max(now + 1 - row * self.lag, 0), self.grid) for row in range(self.grid)]
 
-    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+    def begin(self, session: Session, target: Target, noise: Noise) -> WavefrontState:
         if self.grid < 1 or self.grid**2 != session.length:
             raise VisarError(f"zipar needs grid, the cells in a row of the image; {self.grid} is not.")
-        return State.empty(session, target, noise, self.window)
+        return WavefrontState.empty(session, target, noise, self.window)
 
-    def step(self, session: Session, state: State) -> None:
+    def step(self, session: Session, state: WavefrontState) -> None:
         # The schedule is no matter of chance: the host knows it, and how far every row is.
         now, device = state.turn, session.device
         if now == len(self.turns):
@@ -98,7 +105,7 @@ class ZipAR(Registered):
         logits = session.forward_at(state.tokens.gather(1, feeds), places, written)
         at = places[: turn.new].expand(session.batch, -1)
         p = state.target.probs(logits[:, : turn.new], at)
-        tokens = draw(p, state.noise.uniforms(Purpose.STEP, at, state.passes)[1])
+        tokens = sample(p, state.noise.uniforms(Purpose.STEP, at, state.passes)[1])
         state.tokens.scatter_(1, at, tokens)
         state.commit_pass.scatter_(1, at, state.passes.expand_as(at))
         state.passes += 1

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.generation.test_stats import stats_of
 from tests.helpers.tiny import GRID
 from tests.pipelines.test_masked import class_mar, fast, small_vae
-from tests.pipelines.test_stats import stats_of
 from visar.cli import main
 from visar.errors import VisarError
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline

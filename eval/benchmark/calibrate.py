@@ -18,9 +18,9 @@ from visar.errors import VisarError
 from visar.eval.benchmark.speed import PROMPTS
 from visar.generation.model import ImageModel
 from visar.samplers import TreeSpeculative
-from visar.samplers.tree_verification import ChildRule, TreeVerdict
+from visar.samplers.tree_verification import ChildRule, VerifiedTree
 from visar.samplers.trees import TREES, best_tree, expected_tokens, named_tree
-from visar.samplers.verification import Coins
+from visar.samplers.verification import StepNoise
 from visar.tables import table
 
 
@@ -35,12 +35,12 @@ class Watched(TreeSpeculative):
     taken: list[list[int]] = field(default_factory=list, compare=False)
 
     def verify(
-        self, p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, coins: Coins, rule: ChildRule
-    ) -> TreeVerdict:
-        verdict = super().verify(p, q, tokens, children, coins, rule)
+        self, p: Tensor, q: Tensor, tokens: Tensor, children: Tensor, noise: StepNoise, rule: ChildRule
+    ) -> VerifiedTree:
+        verified = super().verify(p, q, tokens, children, noise, rule)
         alive = torch.ones(len(p), dtype=torch.bool, device=p.device)
         node = torch.zeros(len(p), dtype=torch.long, device=p.device)
-        for depth, nodes in enumerate(verdict.path.unbind(1)):
+        for depth, nodes in enumerate(verified.path.unbind(1)):
             if depth == len(self.reached):
                 self.reached.append(0)
                 self.taken.append([0] * children.shape[-1])
@@ -50,7 +50,7 @@ class Watched(TreeSpeculative):
             for r in rank[alive].tolist():
                 self.taken[depth][r] += 1
             node = torch.where(alive, nodes, node)
-        return verdict
+        return verified
 
     def acceptance(self) -> list[list[float]]:
         """How often the child of each rank was accepted, per depth, of the nodes that had such a child."""

@@ -239,8 +239,8 @@ def carry_out(run: Run, seconds: float = SECONDS) -> dict[str, list[Check]]:
 
 def report_text(run: Run, rows: dict[str, list[Check]]) -> str:
     """The checks, then the tables of shapes and profiles."""
-    verdict = {True: "ok", False: "FAILED", None: ""}
-    lines = [(s, r.name, r.figure, verdict[r.good]) for s, checks in rows.items() for r in checks]
+    said = {True: "ok", False: "FAILED", None: ""}
+    lines = [(s, r.name, r.figure, said[r.good]) for s, checks in rows.items() for r in checks]
     title = f"{device_title(run.device)}, torch {torch.__version__}"
     parts = [title + (", dry run: figures mean nothing" if run.dry else "")]
     parts.append(table(("SECTION", "CHECK", "FIGURE", ""), lines))

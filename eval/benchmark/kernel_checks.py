@@ -15,15 +15,15 @@ from visar.engine.rng import Purpose
 from visar.engine.tree import Tree
 from visar.host import synchronize
 from visar.kernels.aggregate import pool
-from visar.kernels.attention import Sight, decode_attention
+from visar.kernels.attention import AttentionMetadata, decode_attention
 from visar.kernels.backend import backend
-from visar.kernels.draw import draw, race_draw
-from visar.kernels.law import guide, law
-from visar.kernels.noise import Race, exponential, uniforms
+from visar.kernels.noise import ExponentialNoise, exponential, uniforms
 from visar.kernels.rotary_append import rotary_append
+from visar.kernels.sample import sample, sample_gumbel
+from visar.kernels.target_probs import guide, target_probs
 from visar.kernels.verify import Rule, verify_triton
 from visar.samplers import verification
-from visar.samplers.verification import Coins
+from visar.samplers.verification import StepNoise
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     def attention(name: str, count: int, **more: Any) -> Case:
         q = normal(s.rows, count, s.heads, s.dim, as_=dtype)
         root = torch.full((s.rows,), s.slots - count, device=device) - torch.arange(s.rows, device=device) % 2
-        sight = Sight(root, **more)
+        metadata = AttentionMetadata(root, **more)
         return Case(
-            f"attention, {name}", lambda i: decode_attention(q, keys[i], values[i], sight, s.slots),
+            f"attention, {name}", lambda i: decode_attention(q, keys[i], values[i], metadata, s.slots),
             2 * s.rows * s.slots * wide * size, loose,
         )  # fmt: skip
 
@@ -116,14 +116,8 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     cond, uncond = (normal(batch, s.window, s.vocab, as_=dtype) * 3 for _ in range(2))
     count = batch * s.window * s.vocab
     yield Case("guidance", lambda i: guide(cond, uncond, 4.0), count * (2 * size + 4), 1e-4)
-    yield Case(
-        "guidance + top-k + softmax", lambda i: law(cond, 1.0, s.top_k, uncond=uncond, scale=4.0),
-        count * (2 * size + 4), 1e-4,
-    )  # fmt: skip
-    yield Case(
-        "guidance + top-p + softmax", lambda i: law(cond, 0.9, 0, 0.9, uncond=uncond, scale=4.0),
-        count * (2 * size + 4), 1e-4,
-    )  # fmt: skip
+    yield Case("top-k + softmax", lambda i: target_probs(cond, 1.0, s.top_k), count * (size + 4), 1e-4)
+    yield Case("top-p + softmax", lambda i: target_probs(cond, 0.9, 0, 0.9), count * (size + 4), 1e-4)
 
     key, images = torch.tensor([1, 2], device=device), torch.arange(batch, device=device)
     at = torch.arange(s.window, device=device).expand(batch, -1)
@@ -131,12 +125,12 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("uniforms", lambda i: uniforms(*noise), 16 * batch * s.window, 0.0)
     yield Case("exponentials", lambda i: exponential(*noise, s.vocab), 4 * count, 1e-5)
 
-    p, q = (law(normal(batch, s.window, s.vocab) * 3, 1.0, s.top_k) for _ in range(2))
+    p, q = (target_probs(normal(batch, s.window, s.vocab) * 3, 1.0, s.top_k) for _ in range(2))
     q = q[:, :-1].contiguous()
     u, v = (torch.rand(batch, s.window, generator=generator, device=device, dtype=torch.float64) for _ in range(2))
-    race = Race(*noise, s.vocab)
-    yield Case("draw", lambda i: draw(p, u), 4 * count, 0.01)
-    yield Case("race", lambda i: race_draw(p, race), 4 * count, 0.01)
+    lazy = ExponentialNoise(*noise, s.vocab)
+    yield Case("sample", lambda i: sample(p, u), 4 * count, 0.01)
+    yield Case("Gumbel-max", lambda i: sample_gumbel(p, lazy), 4 * count, 0.01)
 
     # Neighbours of token t: those that follow it, so that none is the token itself.
     table = (torch.arange(s.vocab, device=device)[:, None] + torch.arange(1, s.top_k + 1, device=device)) % s.vocab
@@ -145,15 +139,15 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     )  # fmt: skip
 
     with backend("torch"):
-        drafts = draw(q, u[:, 1:])
-        coins = Coins(v, u, race.make())
+        drafts = sample(q, u[:, 1:])
+        step_noise = StepNoise(v, u, lazy.make())
     rules: dict[Rule, Callable[..., Any]] = {
         "independent": verification.verify_independent, "maximal": verification.verify_maximal,
         "gumbel": verification.verify_gumbel,
     }  # fmt: skip
     for name, rule in rules.items():
-        own = functools.partial(verify_triton, name, p, q, drafts, v, u, race, verification.EQUAL)
-        plain = functools.partial(rule, p, q, drafts, coins)
+        own = functools.partial(verify_triton, name, p, q, drafts, v, u, lazy, verification.EQUAL)
+        plain = functools.partial(rule, p, q, drafts, step_noise)
         yield Case(
             f"verification, {name}", _any(own), 4 * count, 0.01, _any(plain)
         )  # fmt: skip

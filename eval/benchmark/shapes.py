@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visar.engine.component import unfilled
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.memory import GIB, free_memory
@@ -159,7 +160,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Llam
     g, before = shape.gpt, torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with unfilled():
             model = LlamaGen(
                 g.vocab, g.dim, g.layers, g.heads, g.ffn, shape.condition, g.condition_length, g.classes,
                 g.caption_features, shape.grid,

@@ -1,8 +1,9 @@
-"""The exactness proof for continuous tokens: the joint law of whole images on models where it is Gaussian and known.
+"""The exactness proof for continuous tokens: the joint distribution of whole images on models where it is Gaussian and
+known.
 
-The law comes from `visar.eval.exactness.linear_gaussian`, which shares no code with the engine; its test is
-`normality_z` of the whitened images. A law of each token alone would not do: a sampler that never looks at the tokens
-before passes that.
+The distribution comes from `visar.eval.exactness.linear_gaussian`, which shares no code with the engine; its test is
+`normality_z` of the whitened images. A distribution of each token alone would not do: a sampler that never looks at the
+tokens before passes that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.eval.exactness.continuous_mutants import MUTANTS
 from visar.eval.exactness.joint import Row
-from visar.eval.exactness.linear_gaussian import NARROW, WIDE, GaussianLaw, Setting, World
+from visar.eval.exactness.linear_gaussian import NARROW, WIDE, GaussianDistribution, Setting, World
 from visar.eval.exactness.normality import divergence, normality_z
 from visar.samplers import (
     ContinuousSpeculative,
@@ -76,7 +77,7 @@ class Case:
         return not self.only or self.only in kinds
 
     def setting(self, sampler: Any) -> Setting:
-        """What the sampler's law depends on here. One with a draft model decides a token in each pass."""
+        """What the sampler's distribution depends on here. One with a draft model decides a token in each pass."""
         drafts = isinstance(sampler, ContinuousSpeculative)
         passes = self.tokens - self.given if drafts else self.passes
         last_noise = drafts or self.last_noise
@@ -167,7 +168,7 @@ def configured(sampler: Any, case: Case) -> Any:
 
 
 class Run(NamedTuple):
-    """`decoded` [B, N, d], as standard normals [B, D] if the law is right, by the `session` that counted."""
+    """`decoded` [B, N, d], as standard normals [B, D] if the distribution is right, by the `session` that counted."""
 
     white: Tensor
     decoded: Decoded
@@ -190,18 +191,18 @@ def run(case: Case, sampler: Any, images: Tensor, seed: int) -> Run:
     x = out.tokens.gather(1, free[..., None].expand(-1, -1, model.world.dim)).flatten(1).double()
     white = torch.empty_like(x)
     for i in which.unique().tolist():
-        white[which == i] = torch.from_numpy(law(case, i, setting, model).whiten(x[which == i].numpy()))
+        white[which == i] = torch.from_numpy(distribution(case, i, setting, model).whiten(x[which == i].numpy()))
     return Run(white, out, session)
 
 
-def law(case: Case, kind: int, setting: Setting, model: Model) -> GaussianLaw:
+def distribution(case: Case, kind: int, setting: Setting, model: Model) -> GaussianDistribution:
     order: np.ndarray[Any, Any] = model.kinds[kind].order
     condition = model.kinds[kind].condition
-    return model.world.law(setting, order, condition, model.given.double().numpy())
+    return model.world.distribution(setting, order, condition, model.given.double().numpy())
 
 
 class Measured(NamedTuple):
-    """z of the joint law, tokens per pass of an image, the share of tested drafts kept, and what they came from."""
+    """z of the joint distribution, tokens per pass of an image, the acceptance rate, and what they came from."""
 
     z: float
     tokens_per_pass: float
@@ -262,13 +263,13 @@ def verify_continuous(
 ) -> list[Row]:
     """Test samplers of continuous tokens on every case, then planted mistakes; `report` sees each row as it comes.
 
-    Relaxed samplers are not judged: their rows say how far their law is from the one that they approximate, as the
-    divergence of the fitted Gaussian in nats per image.
+    Relaxed samplers are not judged: their rows say how far their distribution is from the one that they approximate, as
+    the divergence of the fitted Gaussian in nats per image.
     """
     for name in names or ():
         check_sampler(get_sampler(name), "continuous")
     if sequences < 1024:
-        raise VisarError(f"The test of a law needs 1024 images or more, not {sequences}.")
+        raise VisarError(f"The test of a distribution needs 1024 images or more, not {sequences}.")
 
     def rows() -> Iterator[Row]:
         for name in names or distinct():

@@ -18,9 +18,9 @@ from visar.eval.exactness.head_mutants import (
     DraftStd,
     KeptBehind,
     Mirrored,
+    NormalAsUniform,
     OneBank,
     StaleGuidance,
-    StepCoinReused,
     StepFromTarget,
     Untested,
     retold,
@@ -57,7 +57,7 @@ class OnePlace(WrongNoise):
 
 
 class NoDraftNoise(WrongNoise):
-    """Drafts are the means of their laws; what replaces a rejected one is drawn."""
+    """Drafts are the means of their distributions; what replaces a rejected one is sampled."""
 
     def normals(
         self, purpose: Purpose, positions: Tensor, passes: Tensor | int, dim: int, trial: Tensor | int = 0
@@ -65,8 +65,8 @@ class NoDraftNoise(WrongNoise):
         return super().normals(purpose, positions, passes, dim, trial) * (purpose != Purpose.DRAFT)
 
 
-class DrawAsCoin(WrongNoise):
-    """The coin of a draft is a function of the normal that drew it."""
+class DraftNormalAsUniform(WrongNoise):
+    """The uniform of a draft is a function of the normal that sampled it."""
 
     def uniforms(
         self, purpose: Purpose, positions: Tensor, passes: Tensor | int, trial: Tensor | int = 0
@@ -104,9 +104,9 @@ class OneScale(ContinuousSpeculative):
 class InvertedFactor(ContinuousSpeculative):
     """The published factor upside down, as released."""
 
-    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, coins: Tensor) -> Tensor:
+    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, uniforms: Tensor) -> Tensor:
         assert log_factor is not None
-        return super()._kept(drafts, p, q, -log_factor, coins)
+        return super()._kept(drafts, p, q, -log_factor, uniforms)
 
     def _replacement(
         self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, wrong: Tensor, ask: Tensor,
@@ -120,13 +120,13 @@ class InvertedFactor(ContinuousSpeculative):
 class Tempered(ContinuousSpeculative):
     """Tests with both standard deviations times 2, and the right residual; the release has 42."""
 
-    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, coins: Tensor) -> Tensor:
-        return super()._kept(drafts, Gaussian(p.mean, 2 * p.std), Gaussian(q.mean, 2 * q.std), log_factor, coins)
+    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, uniforms: Tensor) -> Tensor:
+        return super()._kept(drafts, Gaussian(p.mean, 2 * p.std), Gaussian(q.mean, 2 * q.std), log_factor, uniforms)
 
 
 @dataclass(frozen=True)
 class FromTarget(ContinuousSpeculative):
-    """A rejected draft is replaced by a draw from P."""
+    """A rejected draft is replaced by a sample from P."""
 
     def _replacement(
         self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, wrong: Tensor, ask: Tensor,
@@ -153,18 +153,18 @@ class Capped(ContinuousSpeculative):
         """What the first trial gave that was taken, [R, d], and whether one was, [R]."""
         number = torch.arange(PUBLISHED_TRIALS)
         places, noise = ask[wrong][:, None].expand(-1, len(number)), state.noise.of(wrong.nonzero()[:, 0])
-        one, other = (Gaussian(law.mean[:, None], law.std[:, None]) for law in (p, q))
+        one, other = (Gaussian(gaussian.mean[:, None], gaussian.std[:, None]) for gaussian in (p, q))
         x = one.sample(noise.normals(Purpose.RESIDUAL, places, turn, p.mean.shape[-1], number))
-        taken = self._coins(noise, places, turn, number) < -torch.expm1(-log_ratio(x, one, other))
+        taken = self._uniforms(noise, places, turn, number) < -torch.expm1(-log_ratio(x, one, other))
         return x[torch.arange(len(x)), taken.int().argmax(1)], taken.any(1)
 
-    def _coins(self, noise: Noise, places: Tensor, turn: int, number: Tensor) -> Tensor:
+    def _uniforms(self, noise: Noise, places: Tensor, turn: int, number: Tensor) -> Tensor:
         return noise.uniforms(Purpose.ORDER, places, turn, number)[0]
 
 
 @dataclass(frozen=True)
-class CoinAsTrial(Capped):
-    """The coin that rejected a draft is that of all trials of the residual; after 100, a draw from P."""
+class UniformAsTrial(Capped):
+    """The uniform that rejected a draft is that of all trials of the residual; after 100, a sample from P."""
 
     def _replacement(
         self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, wrong: Tensor, ask: Tensor,
@@ -172,7 +172,7 @@ class CoinAsTrial(Capped):
     ) -> Tensor:  # fmt: skip
         return self._tried(p.at(wrong), q.at(wrong), wrong, ask, state, turn)[0]  # type: ignore[arg-type]
 
-    def _coins(self, noise: Noise, places: Tensor, turn: int, number: Tensor) -> Tensor:
+    def _uniforms(self, noise: Noise, places: Tensor, turn: int, number: Tensor) -> Tensor:
         return noise.uniforms(Purpose.STEP, places, turn)[0]
 
 
@@ -192,7 +192,7 @@ MUTANTS = (
     Mutant("head: draft's std", DraftStd(), "moving variance"),
     Mutant("head: wrong reflection", Mirrored(), "moving variance"),
     Mutant("head: residual is p", StepFromTarget(), "plain"),
-    Mutant("head: coin reused", StepCoinReused(), "plain"),
+    Mutant("head: uniform reused", NormalAsUniform(), "plain"),
     Mutant("cspd: Sigma alone", ContinuousSpeculative(**EXACT | {"factor": True}), "plain"),
     Mutant("cspd: Sigma inverted", InvertedFactor(**EXACT | {"factor": True}), "plain"),
     Mutant("cspd: std doubled", Tempered(**EXACT), "plain"),
@@ -201,8 +201,8 @@ MUTANTS = (
     Mutant("cspd: prefix only", ContinuousSpeculative(**EXACT | {"nested": False}), "plain"),
     Mutant("cspd: zero at trial 100", Capped(**EXACT), "close draft"),
     Mutant("cspd: drafts' means", WithNoise(**EXACT, kind=NoDraftNoise), "plain"),
-    Mutant("cspd: draw as coin", WithNoise(**EXACT, kind=DrawAsCoin), "plain"),
-    Mutant("cspd: coin as trial", CoinAsTrial(**EXACT), "plain"),
+    Mutant("cspd: sample as uniform", WithNoise(**EXACT, kind=DraftNormalAsUniform), "plain"),
+    Mutant("cspd: uniform as trial", UniformAsTrial(**EXACT), "plain"),
     Mutant("cspd: one noise bank", WithNoise(**EXACT, kind=OnePlace), "plain"),
     Mutant("cspd: one scale", OneScale(**EXACT), "guidance 2.5, linear"),
 )

@@ -41,9 +41,11 @@ class StaleGuidance(MaskedAutoregressive):
 class OneBank(MaskedAutoregressive):
     """The noise of an image's tokens is that of its first place."""
 
-    def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+    def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
         rows = torch.arange(len(bank.start))
-        return super().draw(session, chain, condition, NoiseBank.draw(bank.noise, rows, torch.zeros_like(rows), chain))
+        return super().sample(
+            session, chain, condition, NoiseBank.sample(bank.noise, rows, torch.zeros_like(rows), chain)
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Untested(HeadSpeculation):
 
     def _tested(
         self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
-        tested: Tensor, coins: Tensor,
+        tested: Tensor, uniforms: Tensor,
     ) -> Tensor:  # fmt: skip
         return tested[tested]
 
@@ -63,24 +65,24 @@ class KeptBehind(HeadSpeculation):
 
     def _tested(
         self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
-        tested: Tensor, coins: Tensor,
+        tested: Tensor, uniforms: Tensor,
     ) -> Tensor:  # fmt: skip
-        kept = super()._tested(states, drafts, kernel, which, turn, steps, tested, coins)
+        kept = super()._tested(states, drafts, kernel, which, turn, steps, tested, uniforms)
         end = torch.zeros(len(states), dtype=torch.long).scatter_reduce(0, which, turn, "amax")
         return kept | (turn + 1 < end[which])[tested]
 
 
 @dataclass(frozen=True)
 class DraftStd(HeadSpeculation):
-    """The ratio has the draft's standard deviation in both laws."""
+    """The ratio has the draft's standard deviation in both distributions."""
 
     def _tested(
         self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
-        tested: Tensor, coins: Tensor,
+        tested: Tensor, uniforms: Tensor,
     ) -> Tensor:  # fmt: skip
         std = kernel.std.clone()
         std[tested] = drafts.std[which[tested], turn[tested]]
-        return super()._tested(states, drafts, Gaussian(kernel.mean, std), which, turn, steps, tested, coins)
+        return super()._tested(states, drafts, Gaussian(kernel.mean, std), which, turn, steps, tested, uniforms)
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,13 @@ class Mirrored(HeadSpeculation):
         rejected: Tensor,
     ) -> Tensor:  # fmt: skip
         turn = run[rejected]
-        law = Gaussian(drafts.mean[rejected, turn], drafts.std[rejected, turn])
-        return reflected(states[rejected, turn + 1], own.at(rejected), law)
+        gaussian = Gaussian(drafts.mean[rejected, turn], drafts.std[rejected, turn])
+        return reflected(states[rejected, turn + 1], own.at(rejected), gaussian)
 
 
 @dataclass(frozen=True)
 class StepFromTarget(HeadSpeculation):
-    """A rejected draft is replaced by a draw from the target's step."""
+    """A rejected draft is replaced by a sample from the target's step."""
 
     def _replacement(
         self, states: Tensor, drafts: Gaussian, own: Gaussian, run: Tensor, at: Tensor, bank: NoiseBank, row: Tensor,
@@ -110,17 +112,17 @@ class StepFromTarget(HeadSpeculation):
         return own.at(rejected).sample(normals[:, 0])
 
 
-class CoinOfNormal(NoiseBank):
-    """The coin of a step is a function of the normal that drew its draft."""
+class UniformOfNormal(NoiseBank):
+    """The uniform of a step is a function of the normal that sampled its draft."""
 
-    def coins(self) -> Tensor:
+    def uniforms(self) -> Tensor:
         return torch.special.ndtr(self.steps[..., 0].double())
 
 
 @dataclass(frozen=True)
-class StepCoinReused(HeadSpeculation):
-    """The draft's own normal is its coin."""
+class NormalAsUniform(HeadSpeculation):
+    """The draft's own normal is its uniform."""
 
-    def draw(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
-        wrong = CoinOfNormal(bank.noise, bank.places, bank.start, bank.steps)
-        return super().draw(session, chain, condition, wrong)
+    def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+        wrong = UniformOfNormal(bank.noise, bank.places, bank.start, bank.steps)
+        return super().sample(session, chain, condition, wrong)

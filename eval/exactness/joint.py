@@ -1,8 +1,8 @@
-"""The exactness proof: the joint law of a sampler's sequences on enumerable models, by a chi-square test.
+"""The exactness proof: the joint distribution of a sampler's sequences on enumerable models, by a chi-square test.
 
 A sampler that is exact at each position can still be wrong about the sequence (a token that depends on a later one, a
-stale draft law), so the test is of the *joint* law over all V**N sequences. The expected probabilities come from
-`visar.eval.exactness.tabular.joint`, which shares no code with the samplers.
+stale draft distribution), so the test is of the *joint* distribution over all V**N sequences. The expected
+probabilities come from `visar.eval.exactness.tabular.joint`, which shares no code with the samplers.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.eval.exactness.mutants import MUTANTS
-from visar.eval.exactness.tabular import Law, TabularModel, TabularSession, joint
-from visar.samplers import BeamTree, Sampler, Target, check_sampler, get_sampler, samplers_for, values_of
+from visar.eval.exactness.tabular import Settings, TabularModel, TabularSession, joint
+from visar.samplers import BeamTree, Jacobi, Sampler, Target, check_sampler, get_sampler, samplers_for, values_of
 
 EXACT_LIMIT, MUTANT_LIMIT = 4.0, 10.0
 MUTANT_SEQUENCES = 131072  # with fewer, a small bias is not yet beyond doubt
 
 
-PLAIN = Law()
+PLAIN = Settings()
 CODEBOOK = torch.randn(8, 3, generator=torch.Generator().manual_seed(5))  # for rules that ask which tokens look alike
 
 
 @dataclass(frozen=True)
 class Case:
-    """A target law and the way to decode it. `init` and `window` are given to samplers that have them."""
+    """A target distribution and the way to decode it. `init` and `window` are given to samplers that have them."""
 
     name: str
-    law: Law = PLAIN
+    settings: Settings = PLAIN
     model: str = "markov"
     vocab: int = 3
     length: int = 5
@@ -55,22 +55,26 @@ FORCED = (-1, -1, 2, -1, 1)
 CASES = (
     PLAIN_CASE,
     Case("full prefix", model="full", vocab=4, length=5),
-    Case("temperature 0.6", Law(temperature=0.6)),
-    Case("top-k 2, V 5", Law(top_k=2), vocab=5),
-    Case("top-p 0.7", Law(top_p=0.7), model="full", vocab=4),
-    Case("guidance 2.5", Law(scale=2.5)),
-    Case("guidance interval", Law(scale=2.5, interval=1), model="full"),
-    Case("forced positions", Law(forced=FORCED)),
+    Case("temperature 0.6", Settings(temperature=0.6)),
+    Case("top-k 2, V 5", Settings(top_k=2), vocab=5),
+    Case("top-p 0.7", Settings(top_p=0.7), model="full", vocab=4),
+    Case("guidance 2.5", Settings(scale=2.5)),
+    Case("guidance interval", Settings(scale=2.5, interval=1), model="full"),
+    Case("forced positions", Settings(forced=FORCED)),
+    Case(
+        "allowed tokens", Settings(temperature=1.3, top_p=0.9, forced=(-1, -1, 1, -1, -1, 1), allowed=(0, 2, 3)),
+        vocab=4, length=6,
+    ),
     Case("N 7, W 3", length=7, window=3),
     Case("N 5, W 8 > N", window=8),
     Case("init left", init="left", length=7, window=3),
     Case("init above, grid 2", init="above", grid=2, length=8),
-    Case("init left-law", init="left-law", length=7, window=3),
-    Case("V 8, N 5, top-k 3", Law(top_k=3), vocab=8, model="full"),
+    Case("init left-probs", init="left-probs", length=7, window=3),
+    Case("V 8, N 5, top-k 3", Settings(top_k=3), vocab=8, model="full"),
     Case(
         "all at once",
-        Law(temperature=1.4, top_k=3, top_p=0.8, scale=1.8, interval=2, forced=(-1, 0, -1, -1, 3, -1, -1)),
-        model="full", vocab=4, length=7, window=5, init="left-law",
+        Settings(temperature=1.4, top_k=3, top_p=0.8, scale=1.8, interval=2, forced=(-1, 0, -1, -1, 3, -1, -1)),
+        model="full", vocab=4, length=7, window=5, init="left-probs",
     ),
 )  # fmt: skip
 
@@ -79,8 +83,8 @@ CASES = (
 class Row:
     """A line of the table. `alone`: whether rows decoded alone and in eights gave the same tokens as in the batch.
 
-    `acceptance`: the share of tested drafts that were kept, and `distance`: what lies between the law of a relaxed
-    sampler and the one it approximates, where these are measured.
+    `acceptance`: the share of tested drafts that were kept, and `distance`: what lies between the distribution of a
+    relaxed sampler and the one it approximates, where these are measured.
     """
 
     sampler: str
@@ -115,14 +119,16 @@ def configured(sampler: Sampler, case: Case) -> Sampler:
 
 def run(model: TabularModel, case: Case, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
     """Decode the given image indices as one batch."""
-    law, guidance = case.law, Guidance(case.law.scale, case.law.interval)
+    settings, guidance = case.settings, Guidance(case.settings.scale, case.settings.interval)
     session = TabularSession(model, len(images), sampler.window, guidance)
     session.codebook = CODEBOOK[: model.vocab]
     if hasattr(sampler, "drafter"):
         # The root of the drafter's own session is one node before that of the tree.
         draft = model.disturbed(seed=99)
         session.drafter = SessionDrafter(TabularSession(draft, len(images), sampler.window + 1, guidance))
-    target = Target(law.temperature, law.top_k, law.top_p, torch.tensor(law.forced) if law.forced else None)
+    forced = torch.tensor(settings.forced) if settings.forced else None
+    allowed = torch.isin(torch.arange(model.vocab), torch.tensor(settings.allowed)) if settings.allowed else None
+    target = Target(settings.temperature, settings.top_k, settings.top_p, forced, allowed)
     return decode(session, sampler, target, Noise(seed, images))
 
 
@@ -152,7 +158,7 @@ def chi_square_z(counts: np.ndarray, probabilities: np.ndarray, least: float = 5
 Decode = Callable[[Tensor], Decoded]  # decodes these image indices as one batch
 
 
-def drawn(decoding: Decode, sequences: int, batch: int = 16384) -> tuple[Tensor, float]:
+def sampled(decoding: Decode, sequences: int, batch: int = 16384) -> tuple[Tensor, float]:
     """The tokens [sequences, N] of the images 0.., and the mean tokens per pass of a row."""
     parts, tokens_per_pass = [], []
     for images in torch.arange(sequences).split(batch):
@@ -170,7 +176,8 @@ def joint_z(tokens: Tensor, vocab: int, probabilities: np.ndarray) -> float:
 def alike(decoding: Decode, tokens: Tensor, images: int = 64) -> bool:
     """Whether image i has the same tokens alone, in a batch of 8, and in the large batch that gave `tokens`.
 
-    With this, the joint law measured on the large batch is the joint law of batch 1 and of batch 8, bit for bit.
+    With this, the joint distribution measured on the large batch is the joint distribution of batch 1 and of batch 8,
+    bit for bit.
     """
     singles = [decoding(torch.tensor([i])).tokens.cpu() for i in range(images // 2)]
     eights = [decoding(part).tokens.cpu() for part in torch.arange(images).split(8)]
@@ -178,10 +185,10 @@ def alike(decoding: Decode, tokens: Tensor, images: int = 64) -> bool:
 
 
 def measure(sampler: Sampler, case: Case, sequences: int, seed: int, batch: int = 16384) -> tuple[float, float, Tensor]:
-    """The chi-square z of the joint law, the mean tokens per pass of a row, and the tokens [sequences, N]."""
+    """The chi-square z of the joint distribution, the mean tokens per pass of a row, and the tokens [sequences, N]."""
     model = case.build()
-    tokens, speed = drawn(lambda images: run(model, case, sampler, images, seed), sequences, batch)
-    return joint_z(tokens, case.vocab, joint(model, case.law)), speed, tokens
+    tokens, speed = sampled(lambda images: run(model, case, sampler, images, seed), sequences, batch)
+    return joint_z(tokens, case.vocab, joint(model, case.settings)), speed, tokens
 
 
 def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
@@ -195,7 +202,7 @@ def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
     model = case.build()
     sampler = configured(sampler, case)
     out = run(model, case, sampler, torch.arange(64), seed)
-    best = int(joint(model, replace(case.law, top_k=1, top_p=1.0)).argmax())
+    best = int(joint(model, replace(case.settings, top_k=1, top_p=1.0)).argmax())
     right = bool((values(out.tokens, case.vocab) == best).all())
     alone = same_alone(sampler, case, out.tokens, seed)
     return Row(sampler.name, case.name, "exact", 64, 0.0 if right else float("inf"), case.length / out.passes, alone)
@@ -225,6 +232,25 @@ def check_exact(names: Iterable[str]) -> None:
             )
 
 
+def rows_of(sampler: Sampler, sequences: int, seed: int, cases: Iterable[Case]) -> Iterator[Row]:
+    for case in cases:
+        if case.init != "uniform" and not hasattr(sampler, "init"):
+            continue  # it has no window to fill
+        if isinstance(sampler, Jacobi):
+            yield greedy_row(sampler, case, seed)
+            continue
+        own = configured(sampler, case)
+        z, speed, tokens = measure(own, case, sequences, seed)
+        yield Row(sampler.name, case.name, "exact", sequences, z, speed, same_alone(own, case, tokens, seed))
+
+
+def verify_sampler(
+    sampler: Sampler, sequences: int = 131072, seed: int = 0, cases: tuple[Case, ...] = CASES
+) -> list[Row]:
+    """Test a sampler of discrete tokens, of one's own too, on every case as one that is exact."""
+    return list(rows_of(check_sampler(sampler, "discrete"), sequences, seed, cases))
+
+
 def verify(
     names: list[str] | None = None,
     sequences: int = 131072,
@@ -238,17 +264,7 @@ def verify(
 
     def rows() -> Iterator[Row]:
         for name in names or distinct():
-            for case in cases:
-                made = get_sampler(name)
-                if case.init != "uniform" and not hasattr(made, "init") and name != "jacobi":
-                    continue  # it has no window to fill
-                if name == "jacobi":
-                    if case.init == "uniform":
-                        yield greedy_row(made, case, seed)
-                    continue
-                sampler = configured(made, case)
-                z, speed, tokens = measure(sampler, case, sequences, seed)
-                yield Row(made.name, case.name, "exact", sequences, z, speed, same_alone(sampler, case, tokens, seed))
+            yield from rows_of(get_sampler(name), sequences, seed, cases)
         if mutants:
             for mutant in MUTANTS:
                 case = next(c for c in CASES if c.name == mutant.case)

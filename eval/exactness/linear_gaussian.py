@@ -1,11 +1,12 @@
-"""A masked model of continuous tokens whose sampler's joint law is known in closed form.
+"""A masked model of continuous tokens whose sampler's joint distribution is known in closed form.
 
 Its head is the best denoiser of a Gaussian: told m, it guesses the clean token m + k (x - root m). So every head step
 is affine in x with a variance of its own, and a token given m is Gaussian. What the model says of a place is an affine
 function of the known tokens. So whole images are Gaussian as well, for any order, plan, guidance and temperature.
 
-`World.session` gives the session, in which `MARSession`, `DiffusionChain` and `FlowChain` are real. `World.law` gives
-mean and covariance by linear algebra in float64, from formulas of its own: it shares no code with the engine.
+`World.session` gives the session, in which `MARSession`, `DiffusionChain` and `FlowChain` are real.
+`World.distribution` gives mean and covariance by linear algebra in float64, from formulas of its own: it shares no code
+with the engine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What the law of a decoding depends on beside the model.
+    """What the distribution of a decoding depends on beside the model.
 
     `head` is "diffusion" or "flow"; `latest` is the noisiest training step that is used.
     """
@@ -44,16 +45,16 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class GaussianLaw:
+class GaussianDistribution:
     """`mean` [D] and `covariance` [D, D] of the free tokens' numbers, in the order in which they are decided."""
 
     mean: Array
     covariance: Array
 
     def whiten(self, x: Array) -> Array:
-        """Independent standard normals [n, D] for draws [n, D]: each number's deviation given those before it.
+        """Independent standard normals [n, D] for samples [n, D]: each number's deviation given those before it.
 
-        The transform of Rosenblatt 1952; the normal law's function of it gives the uniforms of a PIT test.
+        The transform of Rosenblatt 1952; the normal distribution's function of it gives the uniforms of a PIT test.
         """
         return np.linalg.solve(np.linalg.cholesky(self.covariance), (x - self.mean).T).T
 
@@ -125,21 +126,21 @@ class World:
         moved = self.level[:, None] + self.swing * np.cos(time / 90 + np.arange(self.dim)[:, None]).T
         return np.where(time[:, None] == 0, self.final, moved)
 
-    def token_law(self, setting: Setting) -> tuple[Array, Array]:
+    def token_distribution(self, setting: Setting) -> tuple[Array, Array]:
         """A token given m is N(gain * m, variance), both [d]: the recursion over the head's steps."""
         gain, variance = np.zeros(self.dim), np.ones(self.dim)
         for slope, pull, std in (flow_steps if setting.head == "flow" else diffusion_steps)(self, setting):
             gain, variance = slope * gain + pull, slope**2 * variance + (setting.temperature * std) ** 2
         return gain, variance
 
-    def law(self, setting: Setting, order: Array, condition: int, given: Array) -> GaussianLaw:
-        """The joint law of the tokens at order[m:], for the tokens `given` [m, d] at order[:m].
+    def distribution(self, setting: Setting, order: Array, condition: int, given: Array) -> GaussianDistribution:
+        """The joint distribution of the tokens at order[m:], for the tokens `given` [m, d] at order[:m].
 
         With x = L x + c + e over all numbers, L strictly lower triangular in the order of decision and e the tokens'
         own noise of variance V: mean (I - L)^-1 c, covariance (I - L)^-1 V (I - L)^-T.
         """
         n, d = self.length, self.dim
-        gain, variance = self.token_law(setting)
+        gain, variance = self.token_distribution(setting)
         pull, c, noise = np.zeros((n, d, n, d)), np.zeros((n, d)), np.zeros((n, d))
         c[order[: len(given)]] = given
         done, hidden = len(given), n - len(given)
@@ -161,7 +162,7 @@ class World:
         inverse = np.linalg.inv(np.eye(n * d) - pull.reshape(n * d, n * d))
         free = (order[len(given) :, None] * d + np.arange(d)).ravel()
         covariance = inverse @ np.diag(noise.ravel()) @ inverse.T
-        return GaussianLaw((inverse @ c.ravel())[free], covariance[np.ix_(free, free)])
+        return GaussianDistribution((inverse @ c.ravel())[free], covariance[np.ix_(free, free)])
 
     def session(self, setting: Setting, condition: Tensor, order: Tensor, given: Tensor | None = None) -> MARSession:
         """The engine's session of this model, for conditions [B] and orders [B, N]."""

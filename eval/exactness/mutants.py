@@ -13,20 +13,20 @@ from visar.engine.drafter import Drafter
 from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.samplers.base import Sampler, State
-from visar.samplers.beam_tree import BeamTree, Drafted
-from visar.samplers.dynamic import DynamicSpeculative
+from visar.samplers.beam_tree import BeamState, BeamTree, Drafted
+from visar.samplers.dynamic import DynamicSpeculative, DynamicState
 from visar.samplers.jacobi import SpeculativeJacobi
-from visar.samplers.speculative import Children, Speculative, TreeSpeculative
-from visar.samplers.tree_verification import ChildRule, Drawn, Independent
-from visar.samplers.verification import Coins, Verdict, draw, keeps, leading, race, residual
+from visar.samplers.speculative import Children, Speculative, TreeSpeculative, TreeState
+from visar.samplers.tree_verification import ChildRule, Independent, Sampled
+from visar.samplers.verification import StepNoise, Verified, accepts, gumbel_max, leading, residual, sample
 
 
 @dataclass(frozen=True)
-class StaleLaw(SpeculativeJacobi):
-    """A draft that stood behind the first rejection keeps the law it was drawn from a pass earlier."""
+class StaleDraftProbs(SpeculativeJacobi):
+    """A draft that is kept after the first rejection keeps the distribution it was sampled from a pass earlier."""
 
-    def next_laws(self, p: Tensor, q: Tensor, verdict: Verdict, inputs: Tensor) -> Tensor:
-        kept = (verdict.tokens[:, :-1] == inputs[:, 1:])[..., None]
+    def next_draft_probs(self, p: Tensor, q: Tensor, verified: Verified, inputs: Tensor) -> Tensor:
+        kept = (verified.tokens[:, :-1] == inputs[:, 1:])[..., None]
         return torch.cat([torch.where(kept, q, p[:, :-1]), p[:, -1:]], dim=1)
 
 
@@ -34,56 +34,56 @@ class StaleLaw(SpeculativeJacobi):
 class RewarpedResidual(SpeculativeJacobi):
     """The residual goes through temperature, top-k and top-p a second time."""
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
-        kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
+        kept = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
         r = residual(p[:, :-1], q)
         positions = torch.zeros(r.shape[:2], dtype=torch.long)
         again = replace(state.target, forced=None).probs(r.log(), positions)
-        fresh = draw(torch.cat([again, p[:, -1:]], dim=1), coins.draw)
-        return Verdict(torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(kept))
+        fresh = sample(torch.cat([again, p[:, -1:]], dim=1), noise.sample)
+        return Verified(torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(kept))
 
 
 @dataclass(frozen=True)
 class NoResidual(SpeculativeJacobi):
-    """A rejected draft is replaced by a draw from p."""
+    """A rejected draft is replaced by a sample from p."""
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
-        kept = keeps(p[:, :-1], q, drafts, coins.accept[:, :-1])
-        fresh = draw(p, coins.draw)
-        return Verdict(torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(kept))
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
+        kept = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
+        fresh = sample(p, noise.sample)
+        return Verified(torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(kept))
 
 
 @dataclass(frozen=True)
 class ReusedGumbel(SpeculativeJacobi):
-    """The residual is drawn with the very noise that drew the rejected draft."""
+    """The residual is sampled with the very noise that sampled the rejected draft."""
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
-        assert coins.race is not None
-        verdict = super().verify(p, q, drafts, coins, state)
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
+        assert noise.exponential is not None
+        verified = super().verify(p, q, drafts, noise, state)
         column = torch.arange(drafts.shape[1])
-        rejected = column == verdict.accepted[:, None]
-        again = race(residual(p[:, :-1], q), coins.race[:, :-1])
-        tokens = verdict.tokens.clone()
+        rejected = column == verified.accepted[:, None]
+        again = gumbel_max(residual(p[:, :-1], q), noise.exponential[:, :-1])
+        tokens = verified.tokens.clone()
         tokens[:, :-1] = torch.where(rejected, again, tokens[:, :-1])
-        return Verdict(tokens, verdict.accepted)
+        return Verified(tokens, verified.accepted)
 
 
 @dataclass(frozen=True)
 class LongestPath(SpeculativeJacobi):
-    """The chain is tested twice with independent coins, and the longer outcome is taken."""
+    """The chain is tested twice with independent uniforms, and the longer outcome is taken."""
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
-        one = super().verify(p, q, drafts, coins, state)
-        other = super().verify(p, q, drafts, coins._replace(accept=1 - coins.accept, draw=1 - coins.draw), state)
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
+        one = super().verify(p, q, drafts, noise, state)
+        other = super().verify(p, q, drafts, noise._replace(accept=1 - noise.accept, sample=1 - noise.sample), state)
         longer = other.accepted > one.accepted
-        return Verdict(
+        return Verified(
             torch.where(longer[:, None], other.tokens, one.tokens), torch.where(longer, other.accepted, one.accepted)
         )
 
 
 @dataclass(frozen=True)
 class OutOfOrder(TreeSpeculative):
-    """Children that were drawn one after the other are tested in the opposite order."""
+    """Children that were sampled one after the other are tested in the opposite order."""
 
     @cached_property
     def tables(self) -> tuple[Tree, Tensor]:
@@ -93,57 +93,61 @@ class OutOfOrder(TreeSpeculative):
 
 @dataclass(frozen=True)
 class Pruned(TreeSpeculative):
-    """Of the drawn children of a node, those with less than the mean of the draft law are dropped."""
+    """Of the sampled children of a node, those with less than the mean of the draft distribution are dropped."""
 
-    def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, laws = super().draft(drafter, tree, session, state, u)
-        return torch.cat([tokens[:, :1], without_small(tokens[:, 1:], laws, tree)], dim=1), laws
+    def draft(
+        self, drafter: Drafter, tree: Tree, session: Session, state: TreeState, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tokens, draft_probs = super().draft(drafter, tree, session, state, u)
+        return torch.cat([tokens[:, :1], without_small(tokens[:, 1:], draft_probs, tree)], dim=1), draft_probs
 
 
-def without_small(drafts: Tensor, laws: Tensor, tree: Tree) -> Tensor:
-    """-1 for the drafts [B, T - 1] of a tree that their own law, of [B, T, V], gives less than the mean."""
+def without_small(drafts: Tensor, draft_probs: Tensor, tree: Tree) -> Tensor:
+    """-1 for the drafts [B, T - 1] of a tree that their own distribution, of [B, T, V], gives less than the mean."""
     parents = tree.parents[:, 1:].expand(len(drafts), -1)
-    own = laws[torch.arange(len(drafts))[:, None], parents, drafts.clamp_min(0)]
-    return torch.where(own < 1 / laws.shape[-1], -1, drafts)
+    own = draft_probs[torch.arange(len(drafts))[:, None], parents, drafts.clamp_min(0)]
+    return torch.where(own < 1 / draft_probs.shape[-1], -1, drafts)
 
 
 @dataclass(frozen=True)
 class PrunedBeam(BeamTree):
     """The same in a tree that stochastic beam search gave, as EAGLE-2 would prune it."""
 
-    children: Children = "drawn"
+    children: Children = "sampled"
     nodes: int = 0
 
-    def draft(self, drafter: Drafter, session: Session, state: State) -> Drafted:
+    def draft(self, drafter: Drafter, session: Session, state: BeamState) -> Drafted:
         drafted = super().draft(drafter, session, state)
         return drafted._replace(tokens=without_small(drafted.tokens, drafted.q, drafted.tree))
 
 
 @dataclass(frozen=True)
-class ChosenBeamAsDrawn(BeamTree):
-    """EAGLE-2's tree, tested as if its drafts had been drawn."""
+class ChosenBeamAsSampled(BeamTree):
+    """EAGLE-2's tree, tested as if its drafts had been sampled."""
 
     def rule(self, session: Session) -> ChildRule:
-        return Drawn()
+        return Sampled()
 
 
 @dataclass(frozen=True)
 class PaddedWithZero(TreeSpeculative):
-    """Where the law could give no more children, token 0 stands, and is tested."""
+    """Where the distribution could give no more children, token 0 stands, and is tested."""
 
-    def draft(self, drafter: Drafter, tree: Tree, session: Session, state: State, u: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, laws = super().draft(drafter, tree, session, state, u)
-        return tokens.clamp_min(0), laws
+    def draft(
+        self, drafter: Drafter, tree: Tree, session: Session, state: TreeState, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tokens, draft_probs = super().draft(drafter, tree, session, state, u)
+        return tokens.clamp_min(0), draft_probs
 
 
 @dataclass(frozen=True)
-class ChosenAsDrawn(TreeSpeculative):
-    """The most likely tokens of the draft law are tested as if they had been drawn from it."""
+class ChosenAsSampled(TreeSpeculative):
+    """The most likely tokens of the draft distribution are tested as if they had been sampled from it."""
 
     children: Children = "chosen"
 
     def rule(self, session: Session) -> ChildRule:
-        return Drawn()
+        return Sampled()
 
 
 class Undivided(Independent):
@@ -155,7 +159,7 @@ class Undivided(Independent):
 
 @dataclass(frozen=True)
 class UndividedShare(TreeSpeculative):
-    """Children drawn independently, each tested with min(1, p/q)."""
+    """Children sampled independently, each tested with min(1, p/q)."""
 
     children: Children = "independent"
 
@@ -165,22 +169,36 @@ class UndividedShare(TreeSpeculative):
 
 @dataclass(frozen=True)
 class DroppedDraft(DynamicSpeculative):
-    """A chain ends before a draft that its own law gives less than the mean, although it was drawn."""
+    """A chain ends before a draft that its own distribution gives less than the mean, although it was sampled."""
 
-    def draft(self, drafter: Drafter, session: Session, state: State, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        drafts, laws = super().draft(drafter, session, state, at, u)
-        own = laws.gather(-1, drafts.clamp_min(0)[..., None]).squeeze(-1)
+    def draft(
+        self, drafter: Drafter, session: Session, state: DynamicState, at: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        drafts, draft_probs = super().draft(drafter, session, state, at, u)
+        own = draft_probs.gather(-1, drafts.clamp_min(0)[..., None]).squeeze(-1)
         gone = (own < 1 / session.vocab).cummax(1).values
-        return torch.where(gone, -1, drafts), torch.where(gone[..., None], 0, laws)
+        return torch.where(gone, -1, drafts), torch.where(gone[..., None], 0, draft_probs)
 
 
 @dataclass(frozen=True)
 class RawBonus(Speculative):
-    """The token behind a chain that stood is drawn from the law before temperature, which is 0.6 in its case."""
+    """The bonus token is sampled from the distribution before temperature, which is 0.6 in its case."""
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins) -> Verdict:
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
         raw = p[:, -1:] ** 0.6
-        return super().verify(torch.cat([p[:, :-1], raw / raw.sum(-1, keepdim=True)], dim=1), q, drafts, coins)
+        return super().verify(torch.cat([p[:, :-1], raw / raw.sum(-1, keepdim=True)], dim=1), q, drafts, noise)
+
+
+@dataclass(frozen=True)
+class DraftsOutOfBounds(Speculative):
+    """Drafts are sampled from all tokens, and tested as if from those that are allowed."""
+
+    def draft(self, drafter: Drafter, session: Session, state: State, at: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        own, state.target = state.target, replace(state.target, allowed=None)
+        drafts, q = super().draft(drafter, session, state, at, u)
+        state.target = own
+        q = torch.where(own.allowed, q, 0.0) if own.allowed is not None else q
+        return drafts, q / q.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -193,7 +211,7 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("stale draft law", StaleLaw(coupling="maximal"), "plain"),
+    Mutant("stale draft distribution", StaleDraftProbs(coupling="maximal"), "plain"),
     Mutant("residual re-warped (T)", RewarpedResidual(coupling="maximal"), "temperature 0.6"),
     Mutant("residual re-warped (top-p)", RewarpedResidual(), "top-p 0.7"),
     Mutant("residual replaced by p", NoResidual(), "plain"),
@@ -202,10 +220,11 @@ MUTANTS = (
     Mutant("children out of order", OutOfOrder(tree="2x2", drafter="model"), "full prefix"),
     Mutant("children pruned by q", Pruned(tree="2x2", drafter="model"), "plain"),
     Mutant("beam pruned by q", PrunedBeam(beam=2, depth=2, drafter="model"), "plain"),
-    Mutant("chosen beam as drawn", ChosenBeamAsDrawn(beam=2, depth=2, nodes=4, drafter="model"), "plain"),
+    Mutant("chosen beam as sampled", ChosenBeamAsSampled(beam=2, depth=2, nodes=4, drafter="model"), "plain"),
     Mutant("padding with token 0", PaddedWithZero(tree="3x2", drafter="model"), "top-p 0.7"),
-    Mutant("chosen tested as drawn", ChosenAsDrawn(tree="2x2", drafter="model"), "plain"),
+    Mutant("chosen tested as sampled", ChosenAsSampled(tree="2x2", drafter="model"), "plain"),
     Mutant("k-SEQ undivided", UndividedShare(tree="3x2", drafter="model"), "plain"),
     Mutant("small drafts dropped", DroppedDraft(), "plain"),
+    Mutant("drafts that are not allowed", DraftsOutOfBounds(), "allowed tokens"),
     Mutant("bonus from raw logits", RawBonus(gamma=1), "temperature 0.6"),
 )

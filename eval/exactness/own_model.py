@@ -1,9 +1,9 @@
 """`visar verify --session`: is somebody's model wrapped as a Session in the right way? docs/own-model.md is its page.
 
 First the plain checks of `visar.eval.exactness.session_checks`, each of which names a mistake; where they pass, the
-joint law of every exact sampler on this session, as in `visar.eval.exactness.joint`. The probabilities come from a
-reference that knows nothing of sessions, a function over whole sequences, or without one from the session's passes of
-one token.
+joint distribution of every exact sampler on this session, as in `visar.eval.exactness.joint`. The probabilities come
+from a reference that knows nothing of sessions, a function over whole sequences, or without one from the session's
+passes of one token.
 """
 
 from __future__ import annotations
@@ -24,14 +24,24 @@ from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.errors import VisarError
-from visar.eval.exactness.joint import PLAIN, Case, Row, alike, check_exact, configured, drawn, exact_samplers, joint_z
+from visar.eval.exactness.joint import (
+    PLAIN,
+    Case,
+    Row,
+    alike,
+    check_exact,
+    configured,
+    exact_samplers,
+    joint_z,
+    sampled,
+)
 from visar.eval.exactness.session_checks import checks_of
-from visar.eval.exactness.session_subject import TOLERANCE, Make, Subject, far, law_of, walked
+from visar.eval.exactness.session_subject import TOLERANCE, Make, Subject, far, probs_of, walked
 from visar.eval.exactness.tabular import TabularModel, joint
 from visar.samplers import Sampler, Target, get_sampler, spec_of
 
 MOST = 16384  # sequences that are counted one by one
-LEAST_EFFECT = 0.02  # what the tokens before must change of a law, as total variation, for mistakes to show
+LEAST_EFFECT = 0.02  # what the tokens before must change of a distribution, as total variation, for mistakes to show
 BATCH = 4096
 
 
@@ -72,7 +82,7 @@ def checked(make: Callable[..., Any], name: str = "make") -> Make:
 
 
 def subject_of(make: Make, reference: Logits | None) -> Subject:
-    """What is checked, with the law of every prefix; a `VisarError` where it is too large, or says nothing."""
+    """What is checked, with the distribution of every prefix; a `VisarError` where it is too large, or says nothing."""
     first = make(1, 1)
     vocab, length = first.vocab, first.length
     if length < 3 or vocab < 2 or vocab**length > MOST:
@@ -87,27 +97,27 @@ def subject_of(make: Make, reference: Logits | None) -> Subject:
             parts.append(walked(make(len(part), 1), torch.cat([part, part[:, :1]], dim=1), length))
         else:
             logits = of_positions(reference(part.to(first.device)), (len(part), length, vocab))
-            parts.append(law_of(logits, "The reference"))
+            parts.append(probs_of(logits, "The reference"))
     every = torch.cat(parts)  # [V**(N-1), N, V]
     rows, effects = [], []
     for n in range(length):
         same = every[:, n].unflatten(0, (vocab**n, -1))  # those of one prefix side by side
         if reference is not None and far(same, same[:, :1]).max() > TOLERANCE:
             raise VisarError(
-                f"The reference's law of position {n} depends on tokens from that position on; logits must be causal."
+                f"The reference's logits of position {n} depend on tokens from that position on; they must be causal."
             )
         rows.append(same[:, 0])
         effects.append(far(rows[-1], rows[-1].mean(0)).mean())
     if max(effects[1:]) < LEAST_EFFECT:
         raise VisarError(
-            f"The laws hardly depend on the tokens before (total variation {float(max(effects[1:])):.2g}, and "
+            f"The distributions hardly depend on the tokens before (total variation {float(max(effects[1:])):.2g}, and "
             f"{LEAST_EFFECT:g} is the least), so no mistake would show; let make build a model of larger weights."
         )
     return Subject(make, vocab, length, torch.cat(rows), reference is not None)
 
 
 class Flattened(Session):
-    """Another law of the same session, so that what it drafts is not always kept."""
+    """Another distribution of the same session, so that what it drafts is not always kept."""
 
     def __init__(self, inner: Session):
         super().__init__(inner.batch, inner.length, inner.vocab, inner.device)
@@ -130,7 +140,7 @@ def decoded(subject: Subject, sampler: Sampler, images: Tensor, seed: int) -> De
 
 
 def joint_rows(subject: Subject, name: str, sequences: int, seed: int) -> Iterator[Row]:
-    """The joint law of one sampler, with a window within the sequence and one beyond it where it has one."""
+    """The joint distribution of one sampler, with a window within the sequence and one beyond it where it has one."""
     probabilities = joint(_tabular(subject), PLAIN)
     made = get_sampler(name)
     before = None
@@ -144,11 +154,11 @@ def joint_rows(subject: Subject, name: str, sequences: int, seed: int) -> Iterat
             return decoded(subject, sampler, images, seed)
 
         count = 64 if name == "jacobi" else sequences
-        tokens, speed = drawn(decoding, count, BATCH)
+        tokens, speed = sampled(decoding, count, BATCH)
         if name == "jacobi":
-            laws = subject.along(tokens)  # of tokens that are as likely either may be taken
-            taken = laws.gather(-1, tokens[..., None])[..., 0]
-            z = 0.0 if (taken > laws.amax(-1) - TOLERANCE).all() else float("inf")
+            probs = subject.along(tokens)  # of tokens that are as likely either may be taken
+            taken = probs.gather(-1, tokens[..., None])[..., 0]
+            z = 0.0 if (taken > probs.amax(-1) - TOLERANCE).all() else float("inf")
         else:
             z = joint_z(tokens, subject.vocab, probabilities)
         yield Row(name, f"window {sampler.window}", "exact", count, z, speed, alike(decoding, tokens, images=32))
@@ -177,10 +187,10 @@ def verify_session(
     seed: int = 0,
     report: Callable[[Check | Row], None] = lambda found: None,
 ) -> tuple[list[Check], list[Row]]:
-    """Check the sessions of `make(batch, window)`; the joint laws are tested once all plain checks pass.
+    """Check the sessions of `make(batch, window)`; the joint distributions are tested once all plain checks pass.
 
     `reference(tokens [B, n]) -> [B, n + 1, V]` are the logits of the positions 0..n by the model itself. Raises
-    `VisarError` for what is no session, one too large to count, and logits that are no law.
+    `VisarError` for what is no session, one too large to count, and logits that are no distribution.
     """
     subject = subject_of(checked(make), reference)
     wanted = names_for(subject, names)
@@ -200,9 +210,9 @@ def verify_session(
 
 def verify_files(session: str, reference: str | None, **settings: Any) -> tuple[list[Check], list[Row]]:
     """`verify_session` for functions given as `FILE.py:NAME`."""
-    make, law = function(session, "--session"), None if reference is None else function(reference, "--reference")
+    make, probs = function(session, "--session"), None if reference is None else function(reference, "--reference")
     with user_code.blamed():
-        return verify_session(make, law, **settings)
+        return verify_session(make, probs, **settings)
 
 
 def function(place: str, flag: str) -> Callable[..., Any]:

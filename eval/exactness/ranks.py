@@ -1,8 +1,9 @@
-"""A test of samplers of continuous tokens where no law is known, as on trained weights.
+"""A test of samplers of continuous tokens where no distribution is known, as on trained weights.
 
 The rank test is simulation-based calibration (Talts et al. 2018, arXiv:1804.06788). A token is set among others that
-plain denoising draws given what its image had before it; if it has their law, its rank is uniform, and independent of
-the other tokens' ranks. It needs no second sampler, and asks for the law given the prefix, which marginals do not show.
+plain denoising samples given what its image had before it; if it has their distribution, its rank is uniform, and
+independent of the other tokens' ranks. It needs no second sampler, and asks for the distribution given the prefix,
+which marginals do not show.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def rank_test(
     tokens = decode(make(images), sampler, target, Noise(seed, images)).tokens
     session = make(images)
     free = session.length - session.given
-    if isinstance(sampler, ContinuousSpeculative):  # the law that it has is that of plain decoding, token by token
+    if isinstance(
+        sampler, ContinuousSpeculative
+    ):  # the distribution that it has is that of plain decoding, token by token
         sampler = MaskedAutoregressive(free, sampler.head_steps, latest=sampler.latest, last_noise=True)
     rows, parts, done = torch.arange(len(images)), [], session.given
     directions = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
@@ -65,7 +68,7 @@ def rank_test(
         rank = torch.zeros_like(ask)
         for k in range(fresh):
             noise = Noise(seed + 1 + k, images)
-            bank = NoiseBank.draw(noise, rows.repeat_interleave(count), ask.flatten(), chain)
+            bank = NoiseBank.sample(noise, rows.repeat_interleave(count), ask.flatten(), chain)
             rank += along(chain.denoise(condition, bank.start, bank.steps).unflatten(0, ask.shape)) < own
         parts.append(rank)
         done += count

@@ -1,4 +1,5 @@
-"""How far relaxed samplers move the law: total variation of the *joint* law, on models small enough to enumerate.
+"""How far relaxed samplers move the distribution: total variation of the *joint* distribution, on models small enough
+to enumerate.
 
 Run as `python -m visar.eval.exactness.relaxed`; it prints the table of `docs/relaxed.md`. The toy models are small and
 their drafts good, so the figures say how a parameter acts and what it does not bound, not what it costs on a large
@@ -31,22 +32,22 @@ from visar.samplers.speculative import Children
 from visar.tables import table
 
 TREE = "3x2x1"
-BEAMS: tuple[tuple[int, Children], ...] = ((1, "chosen"), (3, "chosen"), (3, "drawn"))
+BEAMS: tuple[tuple[int, Children], ...] = ((1, "chosen"), (3, "chosen"), (3, "sampled"))
 # What is drafted, what is relaxed, and by how much ("" is exact)
 SWEEP: tuple[tuple[str, str, Sampler], ...] = (
-    ("tree, drawn", "", TreeSpeculative(tree=TREE, drafter="model")),
+    ("tree, sampled", "", TreeSpeculative(tree=TREE, drafter="model")),
     ("beam of 3, chosen", "", BeamTree(beam=3, depth=3, nodes=9, drafter="model")),
-    ("beam of 3, drawn", "", BeamTree(beam=3, depth=3, nodes=0, children="drawn", drafter="model")),
+    ("beam of 3, sampled", "", BeamTree(beam=3, depth=3, nodes=0, children="sampled", drafter="model")),
     *(
         (f"lantern, beam of {beam}, {children}", f"delta {delta}", Lantern(
-            beam=beam, depth=3, nodes=0 if children == "drawn" else 3 * beam, children=children, drafter="model", k=4,
+            beam=beam, depth=3, nodes=0 if children == "sampled" else 3 * beam, children=children, drafter="model", k=4,
             delta=delta,
         ))
         for beam, children in BEAMS
         for delta in (0.05, 0.1, 0.2, 0.4)
     ),
     *(
-        ("lantern++, tree, drawn, k 3", f"lambda {lam}", LanternPlusPlus(tree=TREE, drafter="model", k=3, lam=lam))
+        ("lantern++, tree, sampled, k 3", f"lambda {lam}", LanternPlusPlus(tree=TREE, drafter="model", k=3, lam=lam))
         for lam in (1, 2, 5, 10)
     ),
     ("chain of 3", "", Speculative(gamma=3)),
@@ -57,7 +58,7 @@ SWEEP: tuple[tuple[str, str, Sampler], ...] = (
 
 @dataclass(frozen=True)
 class Moved:
-    """`distance` is the total variation of the joint law, `noise` that of as many exact draws."""
+    """`distance` is the total variation of the joint distribution, `noise` that of as many exact samples."""
 
     distance: float
     noise: float
@@ -65,9 +66,9 @@ class Moved:
 
 
 def distance(sampler: Sampler, case: Case, sequences: int, seed: int = 0) -> Moved:
-    """Total variation between what a sampler draws and the target law, over all V**N sequences."""
+    """Total variation between what a sampler gives and the target distribution, over all V**N sequences."""
     _, speed, tokens = measure(sampler, case, sequences, seed)
-    wanted = joint(case.build(), case.law)
+    wanted = joint(case.build(), case.settings)
     found = np.bincount(values(tokens, case.vocab), minlength=len(wanted)) / sequences
     exact = np.random.default_rng(seed).multinomial(sequences, wanted) / sequences
     return Moved(float(abs(found - wanted).sum() / 2), float(abs(exact - wanted).sum() / 2), speed)
@@ -76,7 +77,7 @@ def distance(sampler: Sampler, case: Case, sequences: int, seed: int = 0) -> Mov
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sequences", type=int, default=131072)
-    parser.add_argument("--plot", help="also draw the figures into this file; needs the extra `eval`")
+    parser.add_argument("--plot", help="also plot them into this file; needs the extra `eval`")
     options = parser.parse_args()
     try:
         if options.plot:
@@ -101,7 +102,7 @@ def main() -> int:
     if options.plot:
         points = [Point(f, amount, m.tokens_per_pass, m.distance, exact=not amount) for f, amount, m in rows]
         floor = rows[0][2].noise
-        draw(points, options.plot, x="tokens per pass", y="total variation of the joint law", floor=floor)
+        draw(points, options.plot, x="tokens per pass", y="total variation of the joint distribution", floor=floor)
     return 0
 
 

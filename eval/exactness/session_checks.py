@@ -1,7 +1,8 @@
-"""Plain checks of a Session against a law that is known for every prefix: each names one mistake of wrapping a model.
+"""Plain checks of a Session against logits that are known for every prefix: each names one mistake of wrapping a
+model.
 
-They come before the joint law of `visar.eval.exactness.own_model`, which would notice the same mistakes and could not
-name them.
+They come before the joint distribution of `visar.eval.exactness.own_model`, which would notice the same mistakes and
+could not name them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from visar.eval.exactness.session_subject import (
     commit,
     far,
     inputs,
-    laws,
+    probs,
     random_tokens,
     walked,
     worst,
@@ -32,46 +33,46 @@ def condition_first(subject: Subject) -> str | None:
     for window in (1, 3):
         tokens = random_tokens(subject, seed=1)[:, :window]
         other = torch.cat([(tokens[:, :1] + 1) % subject.vocab, tokens[:, 1:]], dim=1)
-        one, two = (laws(subject.make(ROWS, window), fed) for fed in (tokens, other))
+        one, two = (probs(subject.make(ROWS, window), fed) for fed in (tokens, other))
         distance = far(one, two)[:, : subject.length]
         if distance.max() > TOLERANCE:
             return (
                 "While nothing is committed the first token fed is to be ignored: the condition stands in its place; "
-                f"here laws depend on it ({worst(distance)})."
+                f"here logits depend on it ({worst(distance)})."
             )
     return None
 
 
 def rows_apart(subject: Subject) -> str | None:
-    """A row has the laws that it has alone."""
+    """A row has the logits that it has alone."""
     tokens = random_tokens(subject, seed=2)
     together = walked(subject.make(ROWS, 1), tokens, subject.length)
     alone = torch.cat([walked(subject.make(1, 1), row[None], subject.length) for row in tokens])
     distance = far(together, alone)
     if distance.max() > TOLERANCE:
-        return f"A row of the batch has other laws than alone: it sees the other rows ({worst(distance)})."
+        return f"A row of the batch has other logits than alone: it sees the other rows ({worst(distance)})."
     return None
 
 
 def as_reference(subject: Subject) -> str | None:
-    """Passes of one token give the laws of the reference."""
+    """Passes of one token give the logits of the reference."""
     tokens = random_tokens(subject, seed=3)
     distance = far(walked(subject.make(ROWS, 1), tokens, subject.length), subject.along(tokens[:, : subject.length]))
     if distance[:, 0].max() > TOLERANCE:
         return (
-            "The first law is not the reference's: is the condition fed in the first pass, or are positions off by "
+            "The first logits are not the reference's: is the condition fed in the first pass, or are positions off by "
             f"one? ({worst(distance[:, :1])})"
         )
     if distance.max() > TOLERANCE:
         return (
-            "Passes of one token give other laws than the reference: are positions off by one, or keys and values not "
-            f"written where they are read? ({worst(distance)})"
+            "Passes of one token give other logits than the reference: are positions off by one, or keys and values "
+            f"not written where they are read? ({worst(distance)})"
         )
     return None
 
 
 def windows(subject: Subject) -> str | None:
-    """A pass of W tokens gives the laws of W passes of one, wherever it begins."""
+    """A pass of W tokens gives the logits of W passes of one, wherever it begins."""
     for window in (2, 3, subject.length + 2):
         for behind in range(subject.length):
             tokens = random_tokens(subject, seed=4)
@@ -80,7 +81,7 @@ def windows(subject: Subject) -> str | None:
                 session = subject.make(ROWS, window)
                 if behind:
                     walked(session, drafts, behind)
-                return laws(session, inputs(session, drafts, window))
+                return probs(session, inputs(session, drafts, window))
 
             given = found(tokens)
             distance = ahead(subject, tokens, torch.full((ROWS,), behind), given)
@@ -95,8 +96,8 @@ def windows(subject: Subject) -> str | None:
                         f"tokens is wrong (W {window} behind {behind} tokens, {worst(distance, behind)})."
                     )
             return (
-                f"A pass of {window} tokens gives other laws than {window} passes of one: does each token see what is "
-                f"before it, at its own position? (behind {behind} tokens, {worst(distance, behind)})"
+                f"A pass of {window} tokens gives other logits than {window} passes of one: does each token see what "
+                f"is before it, at its own position? (behind {behind} tokens, {worst(distance, behind)})"
             )
     return None
 
@@ -112,11 +113,11 @@ def rollback(subject: Subject) -> str | None:
                     walked(session, tokens, behind)
                 drafts = tokens.clone()
                 drafts[:, behind + kept :] = (drafts[:, behind + kept :] + 1) % subject.vocab
-                laws(session, inputs(session, drafts, 4))
+                probs(session, inputs(session, drafts, 4))
                 commit(session, torch.full((ROWS,), kept + 1))
                 for at in range(behind + kept + 1, subject.length):
                     distance = ahead(
-                        subject, tokens, session.lengths.cpu(), laws(session, inputs(session, tokens, window))
+                        subject, tokens, session.lengths.cpu(), probs(session, inputs(session, tokens, window))
                     )
                     if distance.max() > TOLERANCE:
                         return (
@@ -129,17 +130,17 @@ def rollback(subject: Subject) -> str | None:
 
 
 def own_pace(subject: Subject) -> str | None:
-    """Rows that have committed unlike counts, and rows that are done, have the right laws."""
+    """Rows that have committed unlike counts, and rows that are done, have the right logits."""
     tokens, generator = random_tokens(subject, seed=6), torch.Generator().manual_seed(7)
     for window in (1, 3):
         session = subject.make(ROWS, window)
         while int(session.lengths.min()) < subject.length:
             lengths = session.lengths.cpu()
-            distance = ahead(subject, tokens, lengths, laws(session, inputs(session, tokens, window)))
+            distance = ahead(subject, tokens, lengths, probs(session, inputs(session, tokens, window)))
             if distance.max() > TOLERANCE:
                 return (
-                    "Rows that have committed unlike counts get wrong laws: positions, masks and slots must come from "
-                    f"`lengths` [B], row by row ({worst(distance, lengths)})."
+                    "Rows that have committed unlike counts get wrong logits: positions, masks and slots must come "
+                    f"from `lengths` [B], row by row ({worst(distance, lengths)})."
                 )
             count = torch.randint(0 if window == 1 else 1, window + 1, (ROWS,), generator=generator)
             commit(session, torch.minimum(count, subject.length - lengths))
@@ -154,16 +155,16 @@ def in_parts(subject: Subject) -> str | None:
     for behind in range(subject.length):
         session.lengths.fill_(behind)
         whole = inputs(session, tokens, 4)
-        found = torch.cat([laws(session, whole[:, :2]), laws(session, whole[:, 2:], None, 2)], dim=1)
+        found = torch.cat([probs(session, whole[:, :2]), probs(session, whole[:, 2:], None, 2)], dim=1)
         distance = ahead(subject, tokens, session.lengths.cpu(), found)
         if distance[:, :2].max() > TOLERANCE:
             return (
-                "After `lengths` was set back the laws are wrong: what a pass sees must follow from `lengths` alone, "
+                "After `lengths` was set back the logits are wrong: what a pass sees must follow from `lengths` alone, "
                 f"or the session cannot draft for another ({worst(distance, behind)})."
             )
         if distance.max() > TOLERANCE:
             return (
-                "A pass that is fed in parts gives other laws: with first > 0 the tokens stand behind those of the "
+                "A pass that is fed in parts gives other logits: with first > 0 the tokens stand behind those of the "
                 f"passes before, at `follows(W, tree, first)` ({worst(distance, behind)})."
             )
     return None
@@ -181,23 +182,23 @@ def trees(subject: Subject) -> str | None:
         drafts = random_tokens(subject, seed=10)[:, :5]
         drafts[:, 2] = (drafts[:, 1] + 1) % subject.vocab
         drafts[:, 0] = inputs(session, tokens, 1)[:, 0]
-        found = laws(session, drafts, tree)
+        found = probs(session, drafts, tree)
         for node, path in paths.items():
             branch = torch.cat([tokens[:, :behind], drafts[:, path], tokens[:, behind + len(path) :]], dim=1)
             distance = far(found[:, node], subject.along(branch)[:, behind + len(path)])
             if distance.max() > TOLERANCE:
                 return (
-                    "A node of a tree has another law than a chain of the same tokens: it sees the committed tokens "
+                    "A node of a tree has other logits than a chain of the same tokens: it sees the committed tokens "
                     f"and the nodes above it, at the position of its depth (node {node}, {float(distance.max()):.2g})."
                 )
         session.keep(torch.tensor([2, 4], device=session.device).expand(ROWS, -1))
         commit(session, torch.full((ROWS,), 3))
         branch = torch.cat([tokens[:, :behind], drafts[:, [2, 4]], tokens[:, behind + 2 :]], dim=1)
-        distance = ahead(subject, branch, session.lengths.cpu(), laws(session, inputs(session, branch, 1)))
+        distance = ahead(subject, branch, session.lengths.cpu(), probs(session, inputs(session, branch, 1)))
         if distance.max() > TOLERANCE:
             return (
-                "After keep(path) the laws are wrong: the path's nodes are to lie in the slots behind the root, first "
-                f"read, then written ({worst(distance, behind + 3)})."
+                "After keep(path) the logits are wrong: the path's nodes are to lie in the slots behind the root, "
+                f"first read, then written ({worst(distance, behind + 3)})."
             )
     return None
 

@@ -1,4 +1,4 @@
-"""A Session under test, the law that is known for every prefix, and passes of it fed and committed by hand.
+"""A Session under test, the distribution that is known for every prefix, and passes of it fed and committed by hand.
 
 What `visar.eval.exactness.session_checks` is made of. No code of the samplers is used.
 """
@@ -23,7 +23,8 @@ Make = Callable[[int, int], Session]  # of a batch size and a window
 
 @dataclass(frozen=True)
 class Subject:
-    """Sessions to be checked, made by `make`, and `table` [prefixes, V]: the law after every prefix, in float64.
+    """Sessions to be checked, made by `make`, and `table` [prefixes, V]: the distribution after every prefix, in
+    float64.
 
     The prefix (x_0..x_{L-1}) is row V**0 + .. + V**(L-1) + its value base V, as in
     `visar.eval.exactness.tabular.TabularModel`.
@@ -40,7 +41,7 @@ class Subject:
         return type(self.make(1, 1)).keep is not Session.keep
 
     def along(self, tokens: Tensor) -> Tensor:
-        """The laws [B, N, V] of the positions of sequences [B, N]."""
+        """The distributions [B, N, V] of the positions of sequences [B, N]."""
         rows, value, offset = [], torch.zeros(len(tokens), dtype=torch.long), 0
         for n in range(self.length):
             rows.append(offset + value)
@@ -48,8 +49,8 @@ class Subject:
         return self.table[torch.stack(rows, 1)]
 
 
-def laws(session: Session, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
-    """The laws [B, W, V] of one pass, float64 on the CPU; a `VisarError` where the pass gives none."""
+def probs(session: Session, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
+    """The distributions [B, W, V] of one pass, float64 on the CPU; a `VisarError` where the pass gives none."""
     found = session.forward(tokens.to(session.device), None if tree is None else tree.to(session.device), first)
     shape = (*tokens.shape, session.vocab)
     if not isinstance(found, Tensor) or found.shape != shape or not found.is_floating_point():
@@ -58,20 +59,20 @@ def laws(session: Session, tokens: Tensor, tree: Tree | None = None, first: int 
             f"forward gave {got.removeprefix('torch.')} for tokens {list(tokens.shape)}; it must give logits [B, W, V] "
             f"of a floating dtype, here {list(shape)}."
         )
-    return law_of(found, "forward")
+    return probs_of(found, "forward")
 
 
-def law_of(logits: Tensor, what: str) -> Tensor:
-    """The law [B, W, V], float64 on the CPU, of logits; a `VisarError` if they are none."""
-    law = logits.detach().cpu().double().softmax(-1)
-    bad = torch.nonzero(~torch.isfinite(law).all(-1))
+def probs_of(logits: Tensor, what: str) -> Tensor:
+    """The distribution [B, W, V], float64 on the CPU, of logits; a `VisarError` if they are none."""
+    probs = logits.detach().cpu().double().softmax(-1)
+    bad = torch.nonzero(~torch.isfinite(probs).all(-1))
     if len(bad):
         row, token = bad[0].tolist()
         raise VisarError(
-            f"{what} gave logits that are no law (NaN or infinite), first in row {row} at token {token} of "
-            f"{law.shape[1]}; they must be numbers, behind the end of the sequence too."
+            f"{what} gave logits that are no distribution (NaN or infinite), first in row {row} at token {token} of "
+            f"{probs.shape[1]}; they must be numbers, behind the end of the sequence too."
         )
-    return law
+    return probs
 
 
 def commit(session: Session, count: Tensor) -> None:
@@ -92,21 +93,21 @@ def inputs(session: Session, tokens: Tensor, window: int) -> Tensor:
 
 
 def walked(session: Session, tokens: Tensor, steps: int) -> Tensor:
-    """Commit the first tokens of every row one by one; the laws [B, steps, V] that the passes gave."""
+    """Commit the first tokens of every row one by one; the distributions [B, steps, V] that the passes gave."""
     out = []
     for _ in range(steps):
-        out.append(laws(session, inputs(session, tokens, 1))[:, 0])
+        out.append(probs(session, inputs(session, tokens, 1))[:, 0])
         commit(session, torch.ones(session.batch, dtype=torch.long))
     return torch.stack(out, 1)
 
 
 def far(found: Tensor, wanted: Tensor) -> Tensor:
-    """The total variation between laws [..., V]: [...]."""
+    """The total variation between distributions [..., V]: [...]."""
     return (found - wanted).abs().sum(-1) / 2
 
 
 def ahead(subject: Subject, tokens: Tensor, lengths: Tensor, found: Tensor) -> Tensor:
-    """How far the laws [B, W, V] of a pass behind `lengths` [B] are from those they should be; 0 past the end."""
+    """How far the probabilities [B, W, V] of a pass after `lengths` [B] are from what is right; 0 past the end."""
     at = lengths[:, None] + torch.arange(found.shape[1])
     wanted = subject.along(tokens)
     rows = torch.arange(len(tokens))[:, None]

@@ -84,7 +84,7 @@ class TabularSession(Session):
             values.append(above * vocab + fed[:, j : j + 1])
         positions = self.follows(count, tree, first)
         at = positions.clamp_max(length - 1)
-        past = positions >= length  # laws that are never asked for
+        past = positions >= length  # distributions that are never asked for
         row = self._offsets[at] + torch.where(past, 0, torch.cat(values, dim=1)[:, first:])
         if not self.guidance.active:
             return self.model.cond[row]
@@ -97,8 +97,8 @@ class TabularSession(Session):
 
 
 @dataclass(frozen=True)
-class Law:
-    """A target law in words of its own: what `Target` and `Guidance` should come to."""
+class Settings:
+    """A target distribution in words of its own: what `Target` and `Guidance` should come to."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -106,25 +106,28 @@ class Law:
     scale: float = 1.0
     interval: int = -1
     forced: tuple[int, ...] = ()
+    allowed: tuple[int, ...] = ()  # all where empty
 
 
-def reference_law(cond: np.ndarray, uncond: np.ndarray, position: int, law: Law) -> np.ndarray:
-    """The next-token law [V] in float64, written from the definitions and without any code of the samplers."""
+def reference_probs(cond: np.ndarray, uncond: np.ndarray, position: int, settings: Settings) -> np.ndarray:
+    """The next-token distribution [V] in float64, written from the definitions and without any code of the samplers."""
     vocab = len(cond)
-    if law.forced and law.forced[position] >= 0:
-        return np.eye(vocab)[law.forced[position]]
-    guided = law.scale != 1.0 and (law.interval < 0 or position <= law.interval + 1)
-    logits = [u + law.scale * (c - u) if guided else c for c, u in zip(cond.tolist(), uncond.tolist(), strict=True)]
-    weights = {v: math.exp(x / law.temperature) for v, x in enumerate(logits)}
-    ranked = sorted(weights, key=lambda v: -weights[v])
-    if law.top_k:
-        ranked = ranked[: law.top_k]
-    if law.top_p < 1:
+    if settings.forced and settings.forced[position] >= 0:
+        return np.eye(vocab)[settings.forced[position]]
+    guided = settings.scale != 1.0 and (settings.interval < 0 or position <= settings.interval + 1)
+    logits = [
+        u + settings.scale * (c - u) if guided else c for c, u in zip(cond.tolist(), uncond.tolist(), strict=True)
+    ]
+    weights = {v: math.exp(x / settings.temperature) for v, x in enumerate(logits)}
+    ranked = sorted(settings.allowed or weights, key=lambda v: -weights[v])
+    if settings.top_k:
+        ranked = ranked[: settings.top_k]
+    if settings.top_p < 1:
         total, mass, kept = sum(weights[v] for v in ranked), 0.0, []
         for v in ranked:
             kept.append(v)
             mass += weights[v] / total
-            if mass > law.top_p:
+            if mass > settings.top_p:
                 break
         ranked = kept
     out = np.zeros(vocab)
@@ -133,21 +136,21 @@ def reference_law(cond: np.ndarray, uncond: np.ndarray, position: int, law: Law)
     return out / out.sum()
 
 
-def joint(model: TabularModel, law: Law) -> np.ndarray:
+def joint(model: TabularModel, settings: Settings) -> np.ndarray:
     """The probability of every sequence, [V**N] float64, in the order of their values base V."""
     cond, uncond = model.cond.double().numpy(), model.uncond.double().numpy()
     probabilities = np.ones(1)
     offset = 0
     for position in range(model.length):
         size = model.vocab**position
-        laws = np.stack(
+        probs = np.stack(
             [
-                reference_law(cond[offset + i], uncond[offset + i], position, law)
+                reference_probs(cond[offset + i], uncond[offset + i], position, settings)
                 if probabilities[i]
                 else np.zeros(model.vocab)
                 for i in range(size)
             ]
         )
-        probabilities = (probabilities[:, None] * laws).reshape(-1)
+        probabilities = (probabilities[:, None] * probs).reshape(-1)
         offset += size
     return probabilities

@@ -75,7 +75,7 @@ def test_sample(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (about["model"], about["batch"], about["count"], about["seed"]) == (str(text_folder), 3, 5, 4)
     assert about["parameters"] == {"window": 6, "coupling": "independent", "init": "left", "grid": 5}
-    assert about["settings"] == {"guidance_scale": 1.5, "guidance_interval": -1, "guidance_schedule": "constant",
+    assert about["settings"] == {"guidance_scale": 1.5, "guidance_interval": -1, "guidance_schedule": None,
                                  "temperature": 0.8, "top_k": 9, "top_p": 0.9}  # fmt: skip
     assert run(*given, "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -152,7 +152,7 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
         ("--prompts TMP/p.txt --npz TMP/file/a.npz", "Cannot write to folder TMP/file"),
         ("--prompts TMP/p.txt --out TMP/file/a", "Cannot write to folder TMP/file/a"),
         ("--prompts TMP/p.txt --sampler scdd", "Unknown sampler 'scdd'."),
-        ("--prompts TMP/p.txt --sampler mar", "Sampler 'mar' does not decode this model"),
+        ("--prompts TMP/p.txt --sampler mar", "Sampler 'mar' is for continuous tokens."),
         ("--prompts TMP/p.txt --sampler eagle", "Sampler 'eagle' needs a drafter of the kind 'eagle'"),
         ("--prompts TMP/p.txt --set gamma=2", "Sampler 'scd' has no parameter 'gamma'"),
         ("--prompts TMP/p.txt --temperature 0", "temperature must be above 0"),

@@ -47,8 +47,8 @@ def test_models(capsys: Capture) -> None:
     assert run("models", "icons") == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["name", "icons"] and ["pixels", "64"] in lines and ["weights", "embedded"] in lines
-    assert ["settings", "guidance_scale 1.5, top_k 10"] in lines and ["components", "gpt/text_encoder/vq"] in lines
-    assert ["drafters", "eagle/exit/hydra/medusa/model/skip"] in lines
+    assert ["settings", "guidance_scale 1.5, top_k 10"] in lines and ["components", "gpt, text_encoder, vq"] in lines
+    assert ["drafters", "eagle, exit, hydra, medusa, model, skip"] in lines
     assert run("models", "mar-b") == 0 and "kl16.ckpt" in capsys.readouterr().out
     assert run("models", "icon") == 2 and "Did you mean 'icons'?" in capsys.readouterr().err
 
@@ -207,7 +207,7 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("cat --window 1", "window must be 2 or more tokens, not 1"),
         ("cat --sampler ar --window 4", "Sampler 'ar' has no parameter 'window'"),
         ("cat --temperature 0", "temperature must be above 0"),
-        ("cat --temperature -0.5", "temperature must be above 0"),
+        ("cat --temperature -0.5", "--temperature must be 0 or more"),
         ("cat --top-p 0", "--top-p must be above 0 and at most 1"),
         ("cat --top-p 1.5", "--top-p must be above 0 and at most 1"),
         ("cat --top-k -2", "--top-k must be 0 or more, not -2"),

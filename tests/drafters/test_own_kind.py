@@ -16,7 +16,6 @@ from visar.drafters.loss import DraftLoss, TargetPass
 from visar.engine.component import Component
 from visar.engine.drafter import Drafter
 from visar.engine.guidance import Guidance
-from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.pipelines import ClassToImagePipeline
 from visar.samplers import Speculative, Target
 from visar.training.drafter import train_drafter
@@ -72,20 +71,24 @@ def unigram() -> Iterator[str]:
 
 
 def test_it_is_trained_loaded_and_drafts(unigram: str, class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
-    target = LlamaGenTarget(class_pipe.gpt, class_pipe.grid)
-    tokens = torch.randint(class_pipe.gpt.config.vocab_size, (8, class_pipe.grid**2))
-    config = TrainConfig(tmp_path, steps=30, batch=2, lr=0.1, warmup=1, ema=0.5, compile=False)
+    target = class_pipe.image_model.family.drafting
+    tokens = torch.randint(24, (8, 25))
+    config = TrainConfig(tmp_path, steps=40, batch=2, lr=0.2, warmup=1, ema=0.5, compile=False)
 
     def of(rows: list[int]) -> tuple[Tensor, Tensor]:
         return torch.tensor(rows) % 7, torch.ones(len(rows), 1)
 
-    nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)
+    gpt = class_pipe.gpt
+    nn.init.normal_(gpt.output.weight, std=0.3)
+    with torch.no_grad():  # to this target all tokens are the same, so that its distributions are nearly unigrams
+        for table in (gpt.tok_embeddings.weight, gpt.cls_embedding.embedding_table.weight):
+            table.copy_(table[:1].clone())
     made = train_drafter(unigram, target, of, tokens, config, Guidance(2.0), Target())
     log = json.loads((tmp_path / "unigram-run" / "log.jsonl").read_text().splitlines()[-1])
     untrained = UnigramLoss(Unigram(), target, Guidance(2.0), Target(), 1)
     before = untrained.acceptance(untrained.run_target(*of([7]), tokens[7:]))[0]
-    assert log["acceptance_1"] > before + 0.02
+    assert before < 0.7 and log["acceptance_1"] > 0.85
     class_pipe.load_drafter(tmp_path / "unigram")
     stats = class_pipe([1, 2], sampler=Speculative(gamma=2, drafter="unigram"), output_type="tokens").stats
-    assert stats.exact and max(stats.passes_per_image) < class_pipe.grid**2
+    assert stats.exact and max(stats.passes_per_image) < 15
     assert made.bias.abs().max() > 0.1

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.tiny import WORDS
+from tests.helpers.tiny import GRID, WORDS
 from visar.cli import main
 from visar.drafters import EagleHead, SkippedLayers, drafter_kinds, fingerprint
 from visar.engine.guidance import Guidance
@@ -29,13 +29,13 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
     torch.manual_seed(5)
     torch.nn.init.normal_(class_pipe.gpt.output.weight, std=0.3)  # distributions with something to learn
     classes = list(range(7))
-    tokens = generate_tokens(class_pipe, classes, 64, tmp_path / "p.safetensors", seed=0)
+    tokens = generate_tokens(class_pipe.image_model, classes, 64, tmp_path / "p.safetensors", seed=0)
     config = TrainConfig(tmp_path, minutes=1e3, steps=150, batch=8, lr=3e-3, warmup=10, ema=0.9, compile=False)
 
     def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([classes[i % 7] for i in rows]), torch.ones(len(rows), 1)
 
-    target = LlamaGenTarget(class_pipe.gpt, class_pipe.image_model.family.layout.rows)
+    target = class_pipe.image_model.family.drafting
     head = train_drafter("eagle", target, of, tokens, config, Guidance(2.0), Target(), depth=3)
     found = json.loads((tmp_path / "eagle-run" / "log.jsonl").read_text().splitlines()[-1])
     assert all(0.5 < found[f"acceptance_{depth}"] < 1 for depth in (1, 2, 3))
@@ -55,19 +55,21 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
 def test_images_are_drawn_once_and_all_differ(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
     file = tmp_path / "p.safetensors"
     seen: list[int] = []
-    first = generate_tokens(text_pipe, WORDS[:3], 5, file, batch=2, report=seen.append, seed=1)
+    first = generate_tokens(text_pipe.image_model, WORDS[:3], 5, file, batch=2, report=seen.append, seed=1)
     assert seen == [2, 3, 5] and len(first.unique(dim=0)) == 5
-    more = generate_tokens(text_pipe, WORDS[:3], 8, file, batch=2, report=seen.append, seed=1)
+    more = generate_tokens(text_pipe.image_model, WORDS[:3], 8, file, batch=2, report=seen.append, seed=1)
     assert seen[3:] == [6, 8] and torch.equal(more[:5], first) and len(more.unique(dim=0)) == 8
-    assert torch.equal(generate_tokens(text_pipe, WORDS[:3], 8, tmp_path / "q.safetensors", batch=8, seed=1), more)
+    assert torch.equal(
+        generate_tokens(text_pipe.image_model, WORDS[:3], 8, tmp_path / "q.safetensors", batch=8, seed=1), more
+    )
     for change in ({"seed": 2}, {"seed": 1, "top_k": 3}):
         with pytest.raises(VisarError, match="of another model or other settings"):
-            generate_tokens(text_pipe, WORDS[:3], 8, file, **change)
+            generate_tokens(text_pipe.image_model, WORDS[:3], 8, file, **change)
     with pytest.raises(VisarError, match="of another model or other settings"):
-        generate_tokens(text_pipe, WORDS[1:4], 8, file, seed=1)
+        generate_tokens(text_pipe.image_model, WORDS[1:4], 8, file, seed=1)
     file.write_bytes(b"x")
     with pytest.raises(VisarError, match="is damaged; delete it"):
-        generate_tokens(text_pipe, WORDS[:3], 8, file)
+        generate_tokens(text_pipe.image_model, WORDS[:3], 8, file)
 
 
 def run(folder: Path, out: Path, *arguments: object) -> int:
@@ -79,7 +81,7 @@ def test_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "captions.txt").write_text("red heart\n\ncat, 3d\nred heart\n")
     assert run(text_folder, tmp_path / "run", "--captions", tmp_path / "captions.txt") == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1] == str(tmp_path / "run" / "eagle") and "6 of 6 images drawn" in err
+    assert out.splitlines()[-1] == str(tmp_path / "run" / "eagle") and "6 of 6 images sampled" in err
     assert main(["generate", "cat", "--model", str(text_folder), "--sampler", "eagle", "--json", "-o",
                  str(tmp_path / "cat.png"), "--drafter", str(tmp_path / "run" / "eagle")]) == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out)["sampler"] == "eagle"
@@ -121,7 +123,7 @@ def test_what_is_stored_in_few_bits_drafts_nearly_the_same(
 def test_every_kind_learns_from_a_target_in_half_precision(
     class_pipe: ClassToImagePipeline, tmp_path: Path, kind: str
 ) -> None:
-    target = LlamaGenTarget(class_pipe.gpt.to(torch.bfloat16), class_pipe.image_model.family.layout.rows)
+    target = class_pipe.to(torch.bfloat16).image_model.family.drafting
     tokens = torch.randint(23, (6, 16), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(tmp_path, compile=False, batch=2, steps=3)
 
@@ -139,9 +141,9 @@ def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline,
     idle = copy.deepcopy(class_pipe.gpt.layers[0])
     for p in idle.parameters():
         torch.nn.init.zeros_(p)
-    target = LlamaGenTarget(class_pipe.gpt, class_pipe.image_model.family.layout.rows)
+    target = class_pipe.image_model.family.drafting
     gpt = target.with_layers([*class_pipe.gpt.layers, idle], class_pipe.gpt.norm)
-    target = LlamaGenTarget(gpt, class_pipe.image_model.family.layout.rows)
+    target = LlamaGenTarget(gpt, GRID)
     tokens = torch.randint(23, (4, 16), generator=torch.Generator().manual_seed(0))
     config = TrainConfig(tmp_path, compile=False, batch=2)
 

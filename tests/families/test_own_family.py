@@ -31,11 +31,9 @@ EXACT = ("ar", "sjd", "scd", "scd-gumbel")
 @pytest.fixture(scope="module")
 def stripes() -> Iterator[Any]:
     module = types.ModuleType("stripes_family")
-    before = dict(registry._REGISTERED)
     exec(compile(CODE, "own-family.md", "exec"), vars(module))
     yield module
-    registry._REGISTERED.clear()
-    registry._REGISTERED.update(before)
+    del registry._REGISTERED["stripes"]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +91,7 @@ def test_the_command_line_generates_samples_and_measures(
     (tmp_path / "prompts.txt").write_text("wide\ntall\n")
     run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *model, "-n", "4", "--out", str(tmp_path / "many")]
     assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 4
-    assert cli.main(["bench", *model, "--samplers", "ar,scd", "--repeats", "1", "--images", "2"]) == 0
+    assert cli.main(["bench", *model, "--samplers", "ar,scd", "--repeats", "1", "-n", "2"]) == 0
     assert "scd" in capsys.readouterr().out
     assert cli.main(["generate", "wide", *model, "--sampler", "eagle"]) == 2
     assert "needs a drafter" in capsys.readouterr().err

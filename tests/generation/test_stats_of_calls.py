@@ -82,7 +82,7 @@ def test_bytes_are_counted(class_pipe: ClassToImagePipeline) -> None:
     "sampler",
     [
         Autoregressive(), Jacobi(window=3), SpeculativeJacobi(window=5, init="left"),
-        SpeculativeJacobi(window=40, coupling="maximal", init="left-law"),
+        SpeculativeJacobi(window=40, coupling="maximal", init="left-probs"),
         SpeculativeJacobi(window=6, coupling="gumbel", init="above"),
     ],
 )  # fmt: skip

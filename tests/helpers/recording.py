@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from visar.families.llamagen.session import LlamaGenSession
-from visar.kernels import law, philox
-from visar.kernels.attention import Sight
+from visar.kernels import philox, target_probs
+from visar.kernels.attention import AttentionMetadata
 
 
 def all_tensors(root: Any) -> list[Tensor]:
@@ -48,8 +48,8 @@ class Recorder:
     def __init__(self, monkeypatch: Any):
         # What a CPU may ask of its tensors, a GPU is not asked.
         monkeypatch.setattr(LlamaGenSession, "visible", lambda s, count: len(s._slot))
-        monkeypatch.setattr(Sight, "_sees_all", lambda s, queries, visible: False)
-        monkeypatch.setattr(law, "descending", lambda p: p.sort(dim=-1, descending=True).values)
+        monkeypatch.setattr(AttentionMetadata, "_all_visible", lambda s, queries, visible: False)
+        monkeypatch.setattr(target_probs, "descending", lambda p: p.sort(dim=-1, descending=True).values)
         monkeypatch.setattr(philox, "philox_numpy", philox.philox_torch)
         self.captures = 0
 

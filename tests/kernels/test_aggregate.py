@@ -25,7 +25,7 @@ def slow(r: list[float], y: int, near: list[int], budget: float, share: float) -
 
 
 def case(batch: int, vocab: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Laws, a third of whose entries are zero, tokens, and a table in which no token is its own neighbour."""
+    """Distributions, a third of whose entries are zero, tokens, and a table in which no token is its own neighbour."""
     g = torch.Generator().manual_seed(vocab + k)
     r = torch.rand(batch, vocab, generator=g) ** 3 * (torch.rand(batch, vocab, generator=g) > 0.3)
     r[:, 0] += 1e-3
@@ -53,7 +53,7 @@ def check(device: str) -> None:
             everything = r.gather(1, table[y]).double().sum(-1)
             partial += int(((gain > 0) & (gain < everything * 0.99)).sum())
         assert partial > 0 or k == 1
-    # A law that is a view, and the budget at which a mass is just within it, which fp32 would miss.
+    # A distribution that is a view, and the budget at which a mass is just within it, which fp32 would miss.
     r, y, table = (x.to(device) for x in case(4, 50, 9))
     wide = torch.stack([r, r + 1], 1)
     assert all(map(torch.equal, pool(wide[:, 0], y, table, 0.2, 0.0), pool(r, y, table, 0.2, 0.0)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.helpers.compiled import compiled, in_a_process
 from visar.errors import VisarError
 from visar.kernels.attention import (
-    Sight,
+    AttentionMetadata,
     _attend,
     _join,
     decode_attention,
@@ -71,8 +71,8 @@ def name(case: Case) -> str:
 
 
 def random_parents(trees: int, nodes: int, seed: torch.Generator) -> list[list[int]]:
-    draws = torch.rand(trees, nodes, generator=seed, dtype=torch.float64)
-    return [[-1] + [int(draws[t, j] * j) for j in range(1, nodes)] for t in range(trees)]
+    samples = torch.rand(trees, nodes, generator=seed, dtype=torch.float64)
+    return [[-1] + [int(samples[t, j] * j) for j in range(1, nodes)] for t in range(trees)]
 
 
 def packed(parents: list[list[int]]) -> Tensor:
@@ -87,7 +87,7 @@ def packed(parents: list[list[int]]) -> Tensor:
 
 
 def sees(case: Case, parents: list[list[int]], row: int, query: int, slot: int) -> bool:
-    """Whether a query sees a slot, as the papers draw it."""
+    """Whether a query sees a slot, as the papers sample it."""
     node = case.first + query
     if not case.trees:
         return slot <= case.roots[row] + node
@@ -135,7 +135,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     expected = reference(case, parents, q, keys, values, scale)
     keys[:, visible:], values[:, visible:] = math.nan, math.nan  # what is behind is not read
 
-    sight = Sight(
+    metadata = AttentionMetadata(
         torch.tensor(case.roots, device=device),
         case.first,
         packed(parents).to(device) if case.trees else None,
@@ -145,10 +145,10 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     if not case.rows_first:
         k = k.transpose(1, 2).contiguous().transpose(1, 2)
     tolerance = {torch.float32: 2e-3 if case.largest else 4e-6, torch.bfloat16: 0.02, torch.float16: 4e-3}[dtype]
-    forms = {"torch": decode_attention_torch(wide.to(device)[:, :, : case.heads], k, v, sight, visible, scale)}
+    forms = {"torch": decode_attention_torch(wide.to(device)[:, :, : case.heads], k, v, metadata, visible, scale)}
     if triton is not None:
         forms["triton"] = decode_attention_triton(
-            wide.to(device)[:, :, : case.heads], k, v, sight, visible, scale, case.splits
+            wide.to(device)[:, :, : case.heads], k, v, metadata, visible, scale, case.splits
         )
     for form, out in forms.items():
         assert out.dtype == dtype and out.shape == q.shape
@@ -183,40 +183,40 @@ def inputs(queries: int, dim: int, rows: int = 2, slots: int = 160) -> tuple[Ten
 
 @needs_triton
 def test_dispatch(caplog: pytest.LogCaptureFixture) -> None:
-    sight = Sight(torch.tensor([3, 20]))
+    metadata = AttentionMetadata(torch.tensor([3, 20]))
     small, large = inputs(2, 32), inputs(2, 200)
     with backend("triton"):
-        assert torch.equal(decode_attention(*small, sight, 30), decode_attention_triton(*small, sight, 30))
+        assert torch.equal(decode_attention(*small, metadata, 30), decode_attention_triton(*small, metadata, 30))
         with caplog.at_level(logging.WARNING, "visar"):
-            outs = [decode_attention(*large, sight, 30) for _ in range(2)]
-    assert torch.equal(outs[0], decode_attention_torch(*large, sight, 30)) and torch.equal(*outs)
+            outs = [decode_attention(*large, metadata, 30) for _ in range(2)]
+    assert torch.equal(outs[0], decode_attention_torch(*large, metadata, 30)) and torch.equal(*outs)
     assert [r.message for r in caplog.records if "200 dimensions" in r.message] == [caplog.records[0].message]
-    assert torch.equal(decode_attention(*small, sight, 30), decode_attention_torch(*small, sight, 30))
+    assert torch.equal(decode_attention(*small, metadata, 30), decode_attention_torch(*small, metadata, 30))
 
 
 def test_what_no_kernel_takes() -> None:
-    sight = Sight(torch.tensor([0, 1]))
+    metadata = AttentionMetadata(torch.tensor([0, 1]))
     with pytest.raises(VisarError, match="at most 128 tokens per row, not 129"):
-        decode_attention(*inputs(129, 16), sight, 140)
+        decode_attention(*inputs(129, 16), metadata, 140)
     with pytest.raises(VisarError, match="at most 256 dimensions, not 260"):
-        decode_attention(*inputs(1, 260), sight, 20)
+        decode_attention(*inputs(1, 260), metadata, 20)
     with pytest.raises(VisarError, match="at most 63 nodes, not 64"):
-        Sight(sight.root, ancestors=torch.ones(1, 64, dtype=torch.long))
+        AttentionMetadata(metadata.root, ancestors=torch.ones(1, 64, dtype=torch.long))
     with pytest.raises(VisarError, match="2 rows do not share 3 trees"):
-        Sight(sight.root, ancestors=torch.ones(3, 5, dtype=torch.long))
+        AttentionMetadata(metadata.root, ancestors=torch.ones(3, 5, dtype=torch.long))
     with pytest.raises(VisarError, match="tree has 5 nodes, not 6"):
-        decode_attention(*inputs(2, 16), Sight(sight.root, 4, torch.ones(1, 5, dtype=torch.long)), 20)
+        decode_attention(*inputs(2, 16), AttentionMetadata(metadata.root, 4, torch.ones(1, 5, dtype=torch.long)), 20)
 
 
 def test_mask_is_made_once_and_only_where_something_is_hidden() -> None:
     level, ragged = torch.tensor([7, 7]), torch.tensor([7, 5])
-    assert Sight(level).mask(1, 8) is None and Sight(level, first=2).mask(1, 10) is None
-    assert Sight(level, ancestors=torch.ones(1, 3, dtype=torch.long)).mask(1, 8) is None
-    assert Sight(ragged).mask(1, 8) is not None and Sight(level).mask(1, 9) is not None
-    assert Sight(level, bias=torch.zeros(2)).mask(1, 8) is not None
-    sight = Sight(ragged)
-    first = sight.mask(4, 11)
-    assert first is sight.mask(4, 11) and first is not None and first.shape == (2, 4, 11)
+    assert AttentionMetadata(level).mask(1, 8) is None and AttentionMetadata(level, first=2).mask(1, 10) is None
+    assert AttentionMetadata(level, ancestors=torch.ones(1, 3, dtype=torch.long)).mask(1, 8) is None
+    assert AttentionMetadata(ragged).mask(1, 8) is not None and AttentionMetadata(level).mask(1, 9) is not None
+    assert AttentionMetadata(level, bias=torch.zeros(2)).mask(1, 8) is not None
+    metadata = AttentionMetadata(ragged)
+    first = metadata.mask(4, 11)
+    assert first is metadata.mask(4, 11) and first is not None and first.shape == (2, 4, 11)
     assert first.sum(-1).tolist() == [[8, 9, 10, 11], [6, 7, 8, 9]]
 
 

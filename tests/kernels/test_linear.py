@@ -55,7 +55,7 @@ def test_against_fp64(dtype: torch.dtype, rows: tuple[int, ...], sizes: tuple[in
 
 
 @needs_onednn
-def test_a_changed_weight_is_laid_out_anew() -> None:
+def test_a_changed_weight_is_laid_out_again() -> None:
     layer, x = Linear(8, 4), torch.randn(3, 8)
     with torch.no_grad():
         layer(x)

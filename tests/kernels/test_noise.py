@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.helpers.compiled import compiled, in_a_process
 from visar.kernels.backend import backend, triton
-from visar.kernels.noise import Race, _exponential, _uniforms, exponential, uniforms, words
+from visar.kernels.noise import ExponentialNoise, _exponential, _uniforms, exponential, uniforms, words
 
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 
@@ -71,7 +71,7 @@ def test_exponentials_under_the_interpreter() -> None:
 
 @needs_triton
 def test_small_exponentials_keep_their_digits() -> None:
-    """The smallest of a vocabulary decide a race: none of their digits may be lost in 1 - u."""
+    """The smallest of a vocabulary decide a exponential noise: none of their digits may be lost in 1 - u."""
     key, images, keys = rows("cpu")
     made = []
     for form in ("torch", "triton"):
@@ -82,12 +82,12 @@ def test_small_exponentials_keep_their_digits() -> None:
     torch.testing.assert_close(made[1][small], made[0][small], rtol=3e-7, atol=0)
 
 
-def test_a_race_is_made_of_its_own_columns() -> None:
+def test_a_exponential_noise_is_made_of_its_own_columns() -> None:
     key, images, keys = rows("cpu")
-    race = Race(key, images, keys, positions(6, "cpu"), 4, 3, 11)
-    whole = race.make()
-    assert torch.equal(whole, exponential(key, images, keys, race.positions, 4, 3, 11))
-    assert torch.equal(race[:, 1:-1].make(), whole[:, 1:-1])
+    exponential = ExponentialNoise(key, images, keys, positions(6, "cpu"), 4, 3, 11)
+    whole = exponential.make()
+    assert torch.equal(whole, exponential(key, images, keys, exponential.positions, 4, 3, 11))
+    assert torch.equal(exponential[:, 1:-1].make(), whole[:, 1:-1])
 
 
 @needs_triton

@@ -313,11 +313,12 @@ def test_the_command_line_knows_the_family(
     assert main(["generate", "red heart", *model, *quick, "--set", "adaptive=false", "--json", "-o", out]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["sampler"] == "mar-headspec" and found["parameters"]["adaptive"] is False and found["head_rounds"]
+    out = str(tmp_path / "b.png")
     assert main(["generate", "red heart", *model, "--sampler", "scd", "-o", out]) == 2
     assert "For continuous ones there are" in capsys.readouterr().err
     assert main(["generate", "red heart", *model, "--set", "adaptive=maybe", "-o", out]) == 2
     assert "must be true or false" in capsys.readouterr().err
-    assert main(["generate", "red heart", *model, "--dtype", "float16", "-o", str(tmp_path / "b.png")]) == 2
+    assert main(["generate", "red heart", *model, "--dtype", "float16", "-o", out]) == 2
     assert "float16 is refused" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
 
 

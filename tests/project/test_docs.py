@@ -2,8 +2,8 @@
 
 `sh` blocks: each command goes through the command line's own `main` in a folder of the page, where small files of the
 published layouts lie (`stand_ins.py`). `python` blocks of a page are executed in order, in one namespace; one that
-begins with its own name, in a comment or a docstring, is a file of the folder, too. `text` is output or a formula and
-is not run.
+begins with its own name, in a comment or a docstring, is a file of the folder, too. `text` is output or a formula, and
+`toml` a part of a project's file; neither is run.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ FOREIGN = {
 }
 SLOW = ("visar train", "visar eval compare", "visar eval report", "visar eval clip run", "visar.eval.", "visar bench",
         "visar verify")  # fmt: skip
+NOT_RUN = ("text", "toml")
 # Pages whose output is computed alike on every machine: a Python block prints the `text` block behind it.
-SHOWN = ("exactness.md",)
+SHOWN = ("exactness.md", "own-sampler.md")
 
 
 @dataclass
@@ -163,11 +164,22 @@ def execute(block: Block, place: Workplace, patch: pytest.MonkeyPatch) -> None:
         if named := re.match(r'(?:# |""")(\w+\.py)\b', code):
             (place.folder / named[1]).write_text(code)
         with redirect_stdout(io.StringIO()) as printed:
-            exec(compile(code, block.name, "exec"), place.namespace)
-        if block.page.name in SHOWN:
-            assert printed.getvalue() == blocks(block.page)[block.number].code
+            exec(compile(code, block.name, "exec", dont_inherit=True), place.namespace)
+        following = blocks(block.page)[block.number : block.number + 1]
+        if block.page.name in SHOWN and following and following[0].language == "text":
+            assert printed.getvalue() == following[0].code
         for path in re.findall(r'\.save\("([^"{]+)"\)', code):
             assert (place.folder / path).exists()
+
+
+@pytest.fixture(autouse=True)
+def table_of_samplers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page may register a sampler; other tests are not to see it."""
+    from visar.samplers import registry
+
+    len(registry.SAMPLERS)  # all of ours are there
+    monkeypatch.setattr(registry, "_SPECS", dict(registry._SPECS))
+    monkeypatch.setattr(registry, "_MAKERS", dict(registry._MAKERS))
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +193,7 @@ def workplaces(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Wor
     return of
 
 
-@pytest.mark.parametrize("block", [marked(block) for block in BLOCKS if block.language != "text"])
+@pytest.mark.parametrize("block", [marked(block) for block in BLOCKS if block.language not in NOT_RUN])
 def test_block(block: Block, workplaces: Callable[[Path], Workplace], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the blocks before it, if they have not run yet; slow ones go only before slow ones."""
     place = workplaces(block.page)
@@ -197,7 +209,8 @@ def test_nothing_escapes() -> None:
     """Every fence has a language that is dealt with, none is left open, and no code is set by indentation."""
     for page in PAGES:
         for block in blocks(page):
-            assert block.language in ("sh", "python", "text"), f"{block.name}: a block of {block.language or 'nothing'}"
+            known = block.language in ("sh", "python", *NOT_RUN)
+            assert known, f"{block.name}: a block of {block.language or 'nothing'}"
         rest = FENCE.sub("", page.read_text())
         assert "```" not in rest and "~~~" not in rest, f"{page.name} has a fence that does not end"
         if DOCS / "api" not in page.parents:

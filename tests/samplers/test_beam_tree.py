@@ -12,7 +12,7 @@ from visar.engine.drafter import SessionDrafter
 from visar.engine.rng import Noise
 from visar.engine.tree import MOST_NODES
 from visar.errors import VisarError
-from visar.eval.exactness.tabular import Law, TabularModel, TabularSession, joint
+from visar.eval.exactness.tabular import Settings, TabularModel, TabularSession, joint
 from visar.samplers import BeamTree, Target
 from visar.samplers.beam_tree import Drafted, siblings
 
@@ -42,10 +42,10 @@ def paths(tree: Drafted, row: int) -> list[tuple[int, ...]]:
 
 def likely(prefix: tuple[int, ...], depth: int) -> dict[tuple[int, ...], float]:
     """The probability of every continuation of a prefix, up to `depth` tokens."""
-    laws = [joint(replace(MODEL, length=n), Law()) for n in range(len(prefix) + depth + 1)]
+    draft_probs = [joint(replace(MODEL, length=n), Settings()) for n in range(len(prefix) + depth + 1)]
 
     def of(tokens: tuple[int, ...]) -> float:
-        return float(laws[len(tokens)][sum(t * VOCAB**i for i, t in enumerate(reversed(tokens)))])
+        return float(draft_probs[len(tokens)][sum(t * VOCAB**i for i, t in enumerate(reversed(tokens)))])
 
     tails = (t for n in range(1, depth + 1) for t in itertools.product(range(VOCAB), repeat=n))
     return {tail: of((*prefix, *tail)) / of(prefix) for tail in tails}
@@ -62,7 +62,7 @@ def test_the_most_likely_drafts_are_tested(committed: int, nodes: int) -> None:
     assert len({tuple(sorted(paths(found, row))) for row in range(ROWS)}) > (1 if committed else 0)
 
 
-@pytest.mark.parametrize("sampler", [BeamTree(beam=3, depth=4, nodes=11), BeamTree(4, 3, 0, "drawn")])
+@pytest.mark.parametrize("sampler", [BeamTree(beam=3, depth=4, nodes=11), BeamTree(4, 3, 0, "sampled")])
 def test_trees_are_well_formed(sampler: BeamTree) -> None:
     found, _ = drafted(sampler, 2, Target(top_k=2))
     parents, depths = found.tree.parents, found.tree.depths
@@ -75,20 +75,20 @@ def test_trees_are_well_formed(sampler: BeamTree) -> None:
         for node in range(parents.shape[1]):
             below = [c for c in table[row, node].tolist() if c >= 0]
             alive = [c for c in below if found.tokens[row, c - 1] >= 0]
-            assert below[: len(alive)] == alive and len(alive) <= 2  # what the law could not give comes last
+            assert below[: len(alive)] == alive and len(alive) <= 2  # what the distribution could not give comes last
             assert all(parents[row, c] == node for c in below)
             if alive:
                 assert found.fed[row, node] >= 0  # the drafter was asked what follows
 
 
-def test_siblings_are_drawn_from_the_law_without_replacement() -> None:
+def test_siblings_are_sampled_from_the_distribution_without_replacement() -> None:
     rows = 40_000
-    sampler = BeamTree(beam=2, depth=1, nodes=0, children="drawn")
+    sampler = BeamTree(beam=2, depth=1, nodes=0, children="sampled")
     session = TabularSession(MODEL, rows, sampler.window)
     session.drafter = SessionDrafter(TabularSession(MODEL, rows, MOST_NODES + 1))
     state = sampler.begin(session, Target(), Noise(3, torch.arange(rows)))
     pairs = sampler.draft(session.drafter, session, state).tokens
-    q = joint(replace(MODEL, length=1), Law())
+    q = joint(replace(MODEL, length=1), Settings())
     for a, b in itertools.permutations(range(VOCAB), 2):
         wanted = q[a] * q[b] / (1 - q[a])
         share = ((pairs[:, 0] == a) & (pairs[:, 1] == b)).double().mean().item()
@@ -102,9 +102,9 @@ def test_siblings_are_drawn_from_the_law_without_replacement() -> None:
         (dict(depth=0), "beam and depth must be 1 or more, not 10 and 0"),
         (dict(nodes=39), "nodes must be 40 or more for beam 10 and depth 5"),
         (dict(nodes=63), "at most 63 nodes with its root, not 64"),
-        (dict(children="drawn"), "nodes must be 0"),
-        (dict(children="drawn", nodes=0, beam=20), "at most 63 nodes with its root, not 101"),
-        (dict(children="picked"), "The children of a beam are chosen or drawn, not 'picked'"),
+        (dict(children="sampled"), "nodes must be 0"),
+        (dict(children="sampled", nodes=0, beam=20), "at most 63 nodes with its root, not 101"),
+        (dict(children="picked"), "The children of a beam are chosen or sampled, not 'picked'"),
     ],
 )
 def test_bad_input(fields: dict[str, object], message: str) -> None:

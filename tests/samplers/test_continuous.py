@@ -123,7 +123,7 @@ def test_sampling(cfg: float, schedule: str, temperature: float, passes: int) ->
     session = MARSession(mar, labels, orders.flip(1), cfg, schedule)
     sampler = MaskedAutoregressive(steps=passes, head_steps=T)
     decoded = decode(session, sampler, ContinuousTarget(temperature), noise)
-    bank = NoiseBank.draw(
+    bank = NoiseBank.sample(
         noise,
         torch.arange(3).repeat_interleave(N),
         torch.arange(N).repeat(3),

@@ -1,4 +1,4 @@
-"""The target law against a slow reference, its stability, its errors, and guidance by absolute position."""
+"""The target distribution against a slow reference, its stability, its errors, and guidance by absolute position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SETTINGS = [(t, k, p) for t in (0.5, 1.0, 2.0) for k in (0, 1, 3, 8, 50) for p i
 
 
 def slow(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
-    """One law in plain Python: rank, cut, exponentiate, cut, divide."""
+    """One distribution in plain Python: rank, cut, exponentiate, cut, divide."""
     kept = set(range(len(logits)))
     if top_k:
         least = sorted(logits, reverse=True)[min(top_k, len(logits)) - 1]
@@ -52,43 +52,43 @@ def test_probs_equal_the_slow_reference(temperature: float, top_k: int, top_p: f
     torch.testing.assert_close(p.sum(-1), torch.ones(4, 5))
 
 
-def law(logits: list[float], **settings: float) -> list[float]:
+def probs(logits: list[float], **settings: float) -> list[float]:
     return Target(**settings).probs(torch.tensor([[logits]]), at(1, 1))[0, 0].tolist()
 
 
 def test_top_k_keeps_ties_with_the_last() -> None:
     x = [math.log(v) for v in (4.0, 2.0, 2.0, 1.0)]
-    assert law(x, top_k=1) == pytest.approx([1, 0, 0, 0])
-    assert law(x, top_k=2) == pytest.approx([0.5, 0.25, 0.25, 0])
-    assert law(x, top_k=3) == pytest.approx([0.5, 0.25, 0.25, 0])
-    assert law(x, top_k=4) == law(x, top_k=99) == law(x, top_k=0)
+    assert probs(x, top_k=1) == pytest.approx([1, 0, 0, 0])
+    assert probs(x, top_k=2) == pytest.approx([0.5, 0.25, 0.25, 0])
+    assert probs(x, top_k=3) == pytest.approx([0.5, 0.25, 0.25, 0])
+    assert probs(x, top_k=4) == probs(x, top_k=99) == probs(x, top_k=0)
 
 
 def test_top_p_keeps_the_token_that_crosses() -> None:
     x = [math.log(v) for v in (0.1, 0.5, 0.15, 0.25)]
-    assert law(x, top_p=0.45) == pytest.approx([0, 1, 0, 0])
-    assert law(x, top_p=0.55) == pytest.approx([0, 2 / 3, 0, 1 / 3])
-    assert law(x, top_p=0.8) == pytest.approx([0, 5 / 9, 1.5 / 9, 2.5 / 9])
-    assert law(x, top_p=0.95) == pytest.approx([0.1, 0.5, 0.15, 0.25])
+    assert probs(x, top_p=0.45) == pytest.approx([0, 1, 0, 0])
+    assert probs(x, top_p=0.55) == pytest.approx([0, 2 / 3, 0, 1 / 3])
+    assert probs(x, top_p=0.8) == pytest.approx([0, 5 / 9, 1.5 / 9, 2.5 / 9])
+    assert probs(x, top_p=0.95) == pytest.approx([0.1, 0.5, 0.15, 0.25])
     # Reaching top_p is not passing it.
-    assert law([0.0] * 4, top_p=0.5) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert probs([0.0] * 4, top_p=0.5) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
 
 
 def test_top_p_is_measured_after_top_k_and_temperature() -> None:
     x = [math.log(v) for v in (0.4, 0.3, 0.2, 0.1)]
-    assert law(x, top_k=2, top_p=0.55) == pytest.approx([1, 0, 0, 0])  # 4/7 passes 0.55; 0.4 would not
-    assert law(x, temperature=0.5) == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30])
-    assert law(x, temperature=0.5, top_p=0.5) == pytest.approx([1, 0, 0, 0])
+    assert probs(x, top_k=2, top_p=0.55) == pytest.approx([1, 0, 0, 0])  # 4/7 passes 0.55; 0.4 would not
+    assert probs(x, temperature=0.5) == pytest.approx([16 / 30, 9 / 30, 4 / 30, 1 / 30])
+    assert probs(x, temperature=0.5, top_p=0.5) == pytest.approx([1, 0, 0, 0])
 
 
-def test_half_precision_logits_give_fp32_laws() -> None:
+def test_half_precision_logits_give_fp32_distributions() -> None:
     logits = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
     target = Target(0.8, 20, 0.9)
     assert torch.equal(target.probs(logits, at(2, 3)), target.probs(logits.float(), at(2, 3)))
 
 
 def test_impossible_logits_stay_impossible() -> None:
-    assert law([0.0, -INF, 0.0, -INF], top_k=3, top_p=0.99, temperature=0.7) == pytest.approx([0.5, 0, 0.5, 0])
+    assert probs([0.0, -INF, 0.0, -INF], top_k=3, top_p=0.99, temperature=0.7) == pytest.approx([0.5, 0, 0.5, 0])
 
 
 def test_forced_positions_are_one_hot_by_absolute_position() -> None:
@@ -105,8 +105,8 @@ def test_forced_positions_are_one_hot_by_absolute_position() -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.6), (9, 0.7)])
-def test_a_law_does_not_depend_on_where_its_logits_stand(top_k: int, top_p: float) -> None:
-    """Bit for bit, with ties: a draft law that differs from itself would reject for nothing."""
+def test_a_distribution_does_not_depend_on_where_its_logits_stand(top_k: int, top_p: float) -> None:
+    """Bit for bit, with ties: a draft distribution that differs from itself would reject for nothing."""
     row = (torch.randn(100, generator=torch.Generator().manual_seed(2)) * 2).round()
     other = torch.randn(3, 8, 100, generator=torch.Generator().manual_seed(3))
     target = Target(0.9, top_k, top_p)

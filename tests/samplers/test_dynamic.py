@@ -54,7 +54,7 @@ def test_a_drafter_that_fails_is_asked_for_less() -> None:
     assert session.inputs == 2 + 6
 
 
-def test_drafts_behind_the_end_of_a_chain_are_never_committed() -> None:
+def test_drafts_after_the_end_of_a_chain_are_never_committed() -> None:
     """Rows with chains of 1 and of 5 in one pass: the short ones commit two tokens at most."""
     sampler = DynamicSpeculative(gamma=5, stop=0.3)
     session, state = begun(sampler, MODEL)
@@ -75,8 +75,8 @@ def test_only_what_was_tested_is_counted() -> None:
 
 
 def test_entropy_levels() -> None:
-    laws = torch.stack([torch.eye(16)[0], torch.full((16,), 1 / 16)])
-    assert level(laws).tolist() == [0, 5]  # 2.77 nats, half a nat each
+    draft_probs = torch.stack([torch.eye(16)[0], torch.full((16,), 1 / 16)])
+    assert level(draft_probs).tolist() == [0, 5]  # 2.77 nats, half a nat each
     assert level(torch.full((1, 200_000), 5e-6)).item() == LEVELS - 1  # 12.2 nats and more
 
 

@@ -1,4 +1,4 @@
-"""Couplings of Gaussian laws: acceptance, residual and reflection against closed forms and numeric integration."""
+"""Couplings of Gaussian distributions: acceptance, residual and reflection against closed forms and integration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visar.samplers.gaussian import (
     MOST_RELAXED_TRIALS,
     Gaussian,
     Trials,
-    keeps,
+    accepts,
     log_ratio,
     reflected,
     replaced,
@@ -29,28 +29,28 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def law(mean: float | Tensor, std: float | Tensor, n: int, d: int = 1) -> Gaussian:
+def gaussian(mean: float | Tensor, std: float | Tensor, n: int, d: int = 1) -> Gaussian:
     return Gaussian(*(torch.as_tensor(v, dtype=torch.float32).expand(n, d) for v in (mean, std)))
 
 
-def draws(of: Gaussian, seed: int) -> Tensor:
+def samples(of: Gaussian, seed: int) -> Tensor:
     return of.sample(torch.randn(of.mean.shape, generator=generator(seed)))
 
 
-def coins(n: int, seed: int) -> Tensor:
+def uniforms(n: int, seed: int) -> Tensor:
     return torch.rand(n, generator=generator(seed), dtype=torch.float64)
 
 
 def trials(d: int, width: int = 16, seed: int = 5, counted: list[int] | None = None) -> Trials:
     g = generator(seed)
 
-    def draw(block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         if counted is not None:
             counted.append(len(rows))
         shape = (len(rows), width)
         return torch.randn(*shape, d, generator=g), torch.rand(shape, generator=g, dtype=torch.float64)
 
-    return draw
+    return sample
 
 
 def density(mean: float, std: float) -> np.ndarray:
@@ -66,9 +66,9 @@ def fits(x: Tensor, pdf: np.ndarray) -> bool:
 
 
 def coupled(p: Gaussian, q: Gaussian, seed: int = 0, log_factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Drafts from q made draws from p, and which were kept."""
-    y = draws(q, seed)
-    kept = keeps(y, p, q, coins(len(y), seed + 1), 0.0 if log_factor is None else log_factor)
+    """Drafts from q made samples from p, and which were kept."""
+    y = samples(q, seed)
+    kept = accepts(y, p, q, uniforms(len(y), seed + 1), 0.0 if log_factor is None else log_factor)
     lost = ~kept
     if log_factor is None:
         y[lost] = replaced(y[lost], p.at(lost), q.at(lost), trials(y.shape[1]))
@@ -83,42 +83,44 @@ PAIRS = [((0.0, 1.0), (0.4, 1.2)), ((0.0, 1.0), (1.0, 1.0)), ((0.3, 1.1), (0.0, 
 @pytest.mark.parametrize(("p", "q"), PAIRS)
 def test_change_of_measure(p: tuple[float, float], q: tuple[float, float]) -> None:
     n = 400_000
-    one, other = law(*p, n), law(*q, n)
-    ratio = log_ratio(draws(other, 1), one, other).exp()
+    one, other = gaussian(*p, n), gaussian(*q, n)
+    ratio = log_ratio(samples(other, 1), one, other).exp()
     assert float(ratio.mean()) == pytest.approx(1, abs=5 * float(ratio.std()) / n**0.5)
     overlap = np.minimum(density(*p), density(*q)).sum() * (GRID[1] - GRID[0])  # 1 - TV
     assert float(ratio.clamp(max=1).mean()) == pytest.approx(overlap, abs=0.003)
-    assert float(keeps(draws(other, 2), one, other, coins(n, 3)).double().mean()) == pytest.approx(overlap, abs=0.004)
+    assert float(accepts(samples(other, 2), one, other, uniforms(n, 3)).double().mean()) == pytest.approx(
+        overlap, abs=0.004
+    )
 
 
 @pytest.mark.parametrize("d", [1, 16])
 @pytest.mark.parametrize("distance", [0.0, 0.1, 1.0, 3.0, 10.0])
-def test_acceptance_law(d: int, distance: float) -> None:
+def test_acceptance_distribution(d: int, distance: float) -> None:
     """2 Phi(-delta / 2 sigma) for equal covariances, delta over all numbers of the token."""
     n, sigma = 100_000, 0.0063
     away = torch.randn(d, generator=generator(9))
-    p, q = law(0.2, sigma, n, d), law(0.2 + away / away.norm() * distance * sigma, sigma, n, d)
-    kept = keeps(draws(q, 1), p, q, coins(n, 2)).double().mean()
+    p, q = gaussian(0.2, sigma, n, d), gaussian(0.2 + away / away.norm() * distance * sigma, sigma, n, d)
+    kept = accepts(samples(q, 1), p, q, uniforms(n, 2)).double().mean()
     expected = 2 * float(torch.special.ndtr(torch.tensor(-distance / 2, dtype=torch.float64)))
     assert float(kept) == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / n) + 1e-6)
     assert distance or bool(kept == 1)
 
 
 @pytest.mark.parametrize(("p", "q"), PAIRS)
-def test_residual_law(p: tuple[float, float], q: tuple[float, float]) -> None:
+def test_residual_distribution(p: tuple[float, float], q: tuple[float, float]) -> None:
     n = 50_000
     rest = np.maximum(density(*p) - density(*q), 0)
     rest /= rest.sum() * (GRID[1] - GRID[0])
-    x = residual(law(*p, n), law(*q, n), trials(1))
+    x = residual(gaussian(*p, n), gaussian(*q, n), trials(1))
     assert fits(x[:, 0], rest)
-    assert not fits(draws(law(*p, n), 1)[:, 0], rest)
+    assert not fits(samples(gaussian(*p, n), 1)[:, 0], rest)
 
 
-def test_reflected_drafts_have_the_residual_law() -> None:
+def test_reflected_drafts_have_the_residual_distribution() -> None:
     n = 200_000
-    p, q = law(0.0, 1.0, n), law(1.0, 1.0, n)
-    y = draws(q, 1)
-    lost = ~keeps(y, p, q, coins(n, 2))
+    p, q = gaussian(0.0, 1.0, n), gaussian(1.0, 1.0, n)
+    y = samples(q, 1)
+    lost = ~accepts(y, p, q, uniforms(n, 2))
     rest = np.maximum(density(0, 1) - density(1, 1), 0)
     assert fits(reflected(y[lost], p.at(lost), q.at(lost))[:, 0], rest / rest.sum() / (GRID[1] - GRID[0]))
 
@@ -130,8 +132,8 @@ def test_a_reflection_by_hand() -> None:
 
 @pytest.mark.parametrize("d", [1, 3, 16])
 @pytest.mark.parametrize("equal", [True, False])
-def test_the_outcome_has_the_law_of_the_target(d: int, equal: bool) -> None:
-    """All numbers jointly, for laws that differ from row to row."""
+def test_the_outcome_has_the_distribution_of_the_target(d: int, equal: bool) -> None:
+    """All numbers jointly, for distributions that differ from row to row."""
     n = 32_768
     g = generator(4)
     p = Gaussian(torch.randn(n, d, generator=g), 0.5 + torch.rand(n, d, generator=g))
@@ -150,22 +152,22 @@ def test_the_outcome_of_a_wrong_factor() -> None:
     expected = np.minimum(q, f * p) + (1 - share) / (f - share) * np.maximum(f * p - q, 0)
     assert 0.5 * abs(expected - p).sum() * width == pytest.approx(0.099, abs=0.002)
     factor = torch.full((n,), math.log(f), dtype=torch.float64)
-    y, kept = coupled(law(0.0, 1.0, n), law(0.3, 1.1, n), log_factor=factor)
+    y, kept = coupled(gaussian(0.0, 1.0, n), gaussian(0.3, 1.1, n), log_factor=factor)
     assert float(kept.double().mean()) == pytest.approx(share, abs=0.005)
     assert fits(y[:, 0], expected) and not fits(y[:, 0], p)
 
 
-def test_an_empty_residual_ends_in_a_draw_from_the_target() -> None:
+def test_an_empty_residual_ends_in_a_sample_from_the_target() -> None:
     n = 4_000
     count: list[int] = []
-    p = law(0.0, 1.0, n)
-    x = residual(p, law(0.0, 1.0, n), trials(1, 256, counted=count), torch.full((n,), math.log(0.5)))
+    p = gaussian(0.0, 1.0, n)
+    x = residual(p, gaussian(0.0, 1.0, n), trials(1, 256, counted=count), torch.full((n,), math.log(0.5)))
     assert len(count) == MOST_RELAXED_TRIALS // 256 and fits(x[:, 0], density(0, 1))
 
 
 def test_rows_of_equal_covariance_need_no_trials() -> None:
     """Their residual may be all but empty."""
-    p = law(0.0, 1.0, 3)
+    p = gaussian(0.0, 1.0, 3)
     q = Gaussian(torch.tensor([[1e-9], [0.5], [1e-9]]), torch.tensor([[1.0], [1.3], [1.0]]))
     y = torch.tensor([[0.2], [-0.4], [0.1]])
     count: list[int] = []
@@ -175,20 +177,20 @@ def test_rows_of_equal_covariance_need_no_trials() -> None:
 
 def test_a_row_does_not_lean_on_the_others() -> None:
     n = 64
-    noise = torch.randn(n, 4096, 2, generator=generator(1)), coins(n * 4096, 2).view(n, 4096)
+    noise = torch.randn(n, 4096, 2, generator=generator(1)), uniforms(n * 4096, 2).view(n, 4096)
 
     def of(rows: Tensor) -> Callable[[int, Tensor], tuple[Tensor, Tensor]]:
         at = slice(0, 8)
         return lambda block, r: tuple(t[rows[r], at.stop * block : at.stop * (block + 1)] for t in noise)  # type: ignore[return-value]
 
-    p = law(0.0, 1.0, n, 2)
+    p = gaussian(0.0, 1.0, n, 2)
     q = Gaussian(torch.randn(n, 2, generator=generator(3)) * 0.5, 1 + torch.rand(n, 2, generator=generator(4)))
     every = residual(p, q, of(torch.arange(n)))
     alone = [residual(p.at(i), q.at(i), of(i)) for i in torch.arange(n).split(1)]
     assert torch.equal(every, torch.cat(alone))
 
 
-def test_narrow_laws_of_many_numbers() -> None:
+def test_narrow_distributions_of_many_numbers() -> None:
     """The product of 64 densities of 0.0047 is beyond doubles, and its logarithm is not; fp32 tokens are enough."""
     g = generator(6)
     mean = torch.randn(100, 64, generator=g, dtype=torch.float64) * 0.05
@@ -196,8 +198,8 @@ def test_narrow_laws_of_many_numbers() -> None:
     q = Gaussian(mean + 0.0047 * torch.randn(100, 64, generator=g) / 8, p.std * 1.01)
     y = q.sample(torch.randn(100, 64, generator=g, dtype=torch.float64))
     exact = log_ratio(y, p, q)
-    single = log_ratio(y.float(), *(Gaussian(law.mean.float(), law.std.float()) for law in (p, q)))
+    single = log_ratio(y.float(), *(Gaussian(gaussian.mean.float(), gaussian.std.float()) for gaussian in (p, q)))
     assert bool(exact.isfinite().all()) and single.dtype == torch.float64
     assert float((single - exact).abs().max()) < 1e-4
     far = Gaussian(p.mean + 1, p.std)
-    assert not keeps(y, far, q, torch.full((100,), 1e-300, dtype=torch.float64)).any()  # -1e6 and not an error
+    assert not accepts(y, far, q, torch.full((100,), 1e-300, dtype=torch.float64)).any()  # -1e6 and not an error

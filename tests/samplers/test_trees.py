@@ -23,14 +23,14 @@ from visar.samplers import Speculative, Target, TreeSpeculative
 from visar.samplers.tree_verification import (
     ChildRule,
     Chosen,
-    Drawn,
     Independent,
-    draw_children,
+    Sampled,
+    sample_children,
     shared,
     verify_tree,
 )
 from visar.samplers.trees import named_tree, shape_of
-from visar.samplers.verification import Coins, draw, verify_block, verify_independent
+from visar.samplers.verification import StepNoise, sample, verify_block, verify_independent
 
 GUIDANCE = Guidance(2.0)
 CAPTIONS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(7))
@@ -164,7 +164,7 @@ def untrained(name: str, target: LlamaGen) -> Any:
 @pytest.mark.parametrize("kind", ["text", "class"])
 @pytest.mark.parametrize("name", drafter_kinds())
 def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> None:
-    """The laws of the training pass are those of the drafter at work, on its cache, at every depth."""
+    """The distributions of the training pass are those of the drafter at work, on its cache, at every depth."""
     s = session(kind, 6)
     torch.manual_seed(4)
     condition, mask = (CAPTIONS, MASK) if kind == "text" else (CLASSES, torch.ones(3, 1))
@@ -177,15 +177,15 @@ def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> 
     assert loss_of is not None
     loss = loss_of(model, target, GUIDANCE, Target(), depth=3)
     with torch.no_grad():
-        laws = list(loss.log_draft_probs(loss.run_target(condition, mask, tokens)))
+        draft_probs = list(loss.log_draft_probs(loss.run_target(condition, mask, tokens)))
     steps = [1, 3, 4, 2, 4, 1]  # what each round accepts
     for count in steps:
         n = int(s.lengths[0])
         logits = [drafter.root(tokens, s.lengths)]
         logits += [drafter.extend(tokens[:, n + k - 1 : n + k], None, k) for k in (1, 2)]
         for k, found in enumerate(logits):
-            law = laws[min(k, len(laws) - 1)]
-            assert torch.allclose(found[:, 0].log_softmax(-1), law[:, n + k], atol=1e-4), (n, k)
+            probs = draft_probs[min(k, len(draft_probs) - 1)]
+            assert torch.allclose(found[:, 0].log_softmax(-1), probs[:, n + k], atol=1e-4), (n, k)
         root = tokens[:, max(n - 1, 0) : max(n - 1, 0) + 1]
         s.forward(torch.cat([root, tokens[:, n : n + 4]], dim=1))
         s.commit(torch.full((3,), count))
@@ -194,7 +194,7 @@ def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> 
 
 @pytest.mark.parametrize("name", drafter_kinds())
 def test_a_node_is_drafted_as_the_end_of_a_chain(name: str) -> None:
-    """A drafter gives the same law behind a node of a tree as behind the chain of tokens that leads there."""
+    """A drafter gives the same distribution behind a node of a tree as behind the chain of tokens that leads there."""
     torch.manual_seed(4)
     tokens = torch.randint(24, (3, 25), generator=torch.Generator().manual_seed(0))
     drafts = torch.randint(24, (3, len(SHAPE.parents)), generator=torch.Generator().manual_seed(1))
@@ -229,36 +229,36 @@ def test_a_node_is_drafted_as_the_end_of_a_chain(name: str) -> None:
 # Rules
 
 
-def random_laws(vocab: int = 5) -> Tensor:
+def random_probs(vocab: int = 5) -> Tensor:
     return (torch.randn(2, vocab, generator=torch.Generator().manual_seed(8)) * 1.5).softmax(-1)
 
 
 def level(
-    rule: ChildRule, children: int, laws: Tensor | None = None, rows: int = 200_000
+    rule: ChildRule, children: int, draft_probs: Tensor | None = None, rows: int = 200_000
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """The law of the first token behind a root: as found, as it should be; and the share of accepted children."""
+    """The distribution of the first token after a root: as found, as it should be; and the acceptance rate."""
     g = torch.Generator().manual_seed(8)
-    p, q = random_laws() if laws is None else laws
+    p, q = random_probs() if draft_probs is None else draft_probs
     vocab = len(p)
     u = torch.rand(rows, 2 * children + 3, generator=g, dtype=torch.float64)
     p, q = p.expand(rows, children + 1, -1), q.expand(rows, children + 1, -1)
     tokens = torch.zeros(rows, children + 1, dtype=torch.long)
-    if isinstance(rule, Drawn):
-        tokens[:, 1:] = draw_children(q[:, 0], u[:, :children])
+    if isinstance(rule, Sampled):
+        tokens[:, 1:] = sample_children(q[:, 0], u[:, :children])
     elif isinstance(rule, Independent):
-        tokens[:, 1:] = draw(q[:, 1:], u[:, :children])
+        tokens[:, 1:] = sample(q[:, 1:], u[:, :children])
     else:
         tokens[:, 1:] = q[0, 0].topk(children).indices
     table = torch.full((1, children + 1, children), -1)
     table[0, 0] = torch.arange(1, children + 1)
-    coins = Coins(u[:, children : 2 * children + 1], u[:, -2:])
-    verdict = verify_tree(p, q, tokens, table, 1, coins, rule)
-    counts = torch.bincount(verdict.tokens[:, 0], minlength=vocab)
-    return (counts / rows).numpy(), p[0, 0].numpy(), verdict.accepted.double().mean().item()
+    noise = StepNoise(u[:, children : 2 * children + 1], u[:, -2:])
+    verified = verify_tree(p, q, tokens, table, 1, noise, rule)
+    counts = torch.bincount(verified.tokens[:, 0], minlength=vocab)
+    return (counts / rows).numpy(), p[0, 0].numpy(), verified.accepted.double().mean().item()
 
 
-@pytest.mark.parametrize("rule", [Drawn(), Chosen()], ids=["drawn", "chosen"])
-def test_one_level_has_the_target_law(rule: ChildRule) -> None:
+@pytest.mark.parametrize("rule", [Sampled(), Chosen()], ids=["sampled", "chosen"])
+def test_one_level_has_the_target_distribution(rule: ChildRule) -> None:
     shares = []
     for children in (1, 2, 4, 5):
         found, wanted, accepted = level(rule, children)
@@ -267,21 +267,21 @@ def test_one_level_has_the_target_law(rule: ChildRule) -> None:
     assert shares == sorted(shares) and shares[-1] > 0.999  # all five tokens are children: one of them must stand
 
 
-def test_independent_children_have_the_target_law() -> None:
+def test_independent_children_have_the_target_distribution() -> None:
     shares = []
     for children in (1, 2, 4, 5):
         found, wanted, accepted = level(Independent(), children)
         assert np.abs(found - wanted).sum() / 2 < 0.004
         shares.append(accepted)
-    p, q = random_laws()
+    p, q = random_probs()
     assert shares == sorted(shares) and shares[0] == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.003)
 
 
 @pytest.mark.parametrize("children", [1, 2, 3, 8])
 def test_what_children_share_out_is_no_more_than_there_is(children: int) -> None:
-    """rho is the smallest divisor, found here by a fine search; what k children take then leaves a law, not a debt."""
-    laws = (torch.randn(6, 2, 9, generator=torch.Generator().manual_seed(3)) * 1.5).double().softmax(-1)
-    p, q = laws.unbind(1)
+    """rho is the smallest divisor, found here by a fine search; what k children take then leaves no debt."""
+    draft_probs = (torch.randn(6, 2, 9, generator=torch.Generator().manual_seed(3)) * 1.5).double().softmax(-1)
+    p, q = draft_probs.unbind(1)
     share = shared(p, q, torch.full((6,), children))
     taken = share.sum(-1, keepdim=True)
     left = p - share * (1 - (1 - taken) ** children) / taken
@@ -294,17 +294,17 @@ def test_what_children_share_out_is_no_more_than_there_is(children: int) -> None
         assert torch.allclose(share[row], torch.minimum(q[row], p[row] / rho), atol=1e-3)
 
 
-def test_a_draft_law_that_is_nearly_a_point_leaves_a_rest_that_counts() -> None:
-    laws = torch.tensor([[0.4, 0.1, 0.5], [1 - 1e-8, 5e-9, 5e-9]])
+def test_a_draft_distribution_that_is_nearly_a_point_leaves_a_rest_that_counts() -> None:
+    draft_probs = torch.tensor([[0.4, 0.1, 0.5], [1 - 1e-8, 5e-9, 5e-9]])
     for children in (2, 3):
-        found, wanted, _ = level(Drawn(), children, laws)
+        found, wanted, _ = level(Sampled(), children, draft_probs)
         assert np.abs(found - wanted).sum() / 2 < 0.004
 
 
-def test_children_are_drawn_without_replacement() -> None:
+def test_children_are_sampled_without_replacement() -> None:
     q = torch.tensor([0.5, 0.3, 0.2, 0.0]).expand(100_000, -1)
     u = torch.rand(100_000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = draw_children(q, u)
+    found = sample_children(q, u)
     assert (found[:, 3] == -1).all() and (found[:, :3].sort(-1).values == torch.arange(3)).all()
     assert (found[:, 0] == 0).double().mean().item() == pytest.approx(0.5, abs=0.01)
     first_b = found[found[:, 0] == 1]
@@ -317,9 +317,9 @@ def test_block_verification_keeps_at_least_as_much() -> None:
     p, q = ((torch.randn(gamma + 1, vocab, generator=g)).softmax(-1).expand(rows, -1, -1) for _ in range(2))
     q = q[:, :gamma]
     drafts = torch.stack([torch.multinomial(q[0, i], rows, True, generator=g) for i in range(gamma)], 1)
-    coins = Coins(*torch.rand(2, rows, gamma + 1, generator=g, dtype=torch.float64))
+    noise = StepNoise(*torch.rand(2, rows, gamma + 1, generator=g, dtype=torch.float64))
     token, block = (
-        rule(p, q, drafts, coins).accepted.double().mean().item() for rule in (verify_independent, verify_block)
+        rule(p, q, drafts, noise).accepted.double().mean().item() for rule in (verify_independent, verify_block)
     )
     assert block > token + 0.02
 

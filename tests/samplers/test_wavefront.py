@@ -115,12 +115,12 @@ def test_the_true_token_takes_the_place_of_its_stand_in() -> None:
     turns = ZipAR(2, 4).turns
     assert turns[2] == ((1, 1), (2, 4), 2)  # row 1 begins: token 1 is the newest of row 0, and stands in for token 3
     assert turns[4] == ((4 + 1, 4 + 1, 3), (6, 8, 4), 2)  # row 0 is complete: token 3 is fed at place 4
-    drawn = [place for turn in turns for place in turn.places[: turn.new]]
-    assert sorted(drawn) == list(range(16)) and len(turns) == 4 + 3 * 2
+    sampled = [place for turn in turns for place in turn.places[: turn.new]]
+    assert sorted(sampled) == list(range(16)) and len(turns) == 4 + 3 * 2
     assert max(turn.new for turn in turns) == ZipAR(2, 4).window == 2
 
 
-def test_passes_behind_the_last_change_nothing() -> None:
+def test_passes_after_the_last_change_nothing() -> None:
     noise = Noise(4, torch.arange(3))
     found, late = (decode(session("class"), ZipAR(2, GRID), TARGET, noise, every=n) for n in (1, 9))
     assert late.passes > found.passes and torch.equal(late.tokens, found.tokens)

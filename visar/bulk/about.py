@@ -36,7 +36,7 @@ def settings_of(model: ImageModel, given: Mapping[str, Any]) -> dict[str, Any]:
     params, kind = model.params_of(**given), model.family.tokens
     named = {f.name: f.metadata["only"] for f in fields(SamplingParams) if f.name in params.to_dict()}
     return {
-        name: UNUSED[name] if only not in ("", kind) else getattr(params, name)
+        name: UNUSED.get(name) if only not in ("", kind) else getattr(params, name)
         for name, only in named.items()
         if name != "seed"
     }

@@ -23,10 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         options = parser().parse_args(arguments)
-        if not options.run:
-            options.parser.print_help(sys.stderr)
+        run, command = options.__dict__.pop("run"), options.__dict__.pop("parser")
+        if not run:
+            command.print_help(sys.stderr)
             return 2
-        module, _, function = options.run.partition(":")
+        module, _, function = run.partition(":")
         with blamed():
             code: int = getattr(importlib.import_module(f"visar.cli.{module}"), function)(options)
         sys.stdout.flush()  # so that a closed pipe shows here

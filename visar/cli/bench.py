@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from visar.cli.common import load_model, samplers_of
 from visar.cli.output import check_json, show
+from visar.cli.parsers.base import STDOUT
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import writable_folder
@@ -82,7 +84,7 @@ def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any
     return 0
 
 
-NOT_COMPARED = {"run", "json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats"}
+NOT_COMPARED = {"json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats"}
 
 
 def _history(options: argparse.Namespace) -> list[BenchmarkRun]:
@@ -108,7 +110,7 @@ def _remember(options: argparse.Namespace, report: SpeedReport, before: list[Ben
 
     run = history.run_of(report, {k: v for k, v in vars(options).items() if k not in NOT_COMPARED})
     if options.against:
-        print(history.comparison(run, before))
+        print(history.comparison(run, before), file=sys.stderr if options.json == STDOUT else sys.stdout)
     if options.history:
         history.append(options.history, run)
 

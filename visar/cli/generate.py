@@ -15,7 +15,7 @@ from visar.cli.output import check_json, show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import output_folder, replacing
-from visar.params import CONTINUOUS, SamplingParams
+from visar.params import SamplingParams
 
 if TYPE_CHECKING:
     from visar.generation.stats import DecodeStats
@@ -68,14 +68,13 @@ def generate(options: argparse.Namespace) -> int:
 
 def chosen_sampler(options: argparse.Namespace, params: SamplingParams) -> AnySampler | None:
     """The sampler, or None if the options say nothing of it. Raises `VisarError` for settings the model has not."""
-    from visar.samplers import DEFAULT_CONTINUOUS, DEFAULT_SAMPLER
+    from visar.samplers import DEFAULTS
 
     tokens = tokens_of(options)
     params.check(tokens)
     if not options.sampler and not options.parameters and options.window is None:
         return None
-    default = DEFAULT_CONTINUOUS if tokens == CONTINUOUS else DEFAULT_SAMPLER
-    return configured(options.sampler or default, options.parameters, options.window)
+    return configured(options.sampler or DEFAULTS[tokens], options.parameters, options.window)
 
 
 def _write(

@@ -81,17 +81,16 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
     if options.npz and Path(options.npz).suffix != ".npz":
         raise VisarError(f"--npz writes a .npz file, not {options.npz}.")
     conditions = read_prompts(options.prompts) if options.prompts else read_classes(options.classes)
-    continuous = tokens_of(options) == CONTINUOUS
-    if continuous and options.tokens:
+    kind = tokens_of(options)
+    if kind == CONTINUOUS and options.tokens:
         raise VisarError("--tokens is for models of discrete tokens; this one's are vectors.")
     sampler = chosen_sampler(options, params)
     check_json(options)
-    default = DEFAULTS[tokens_of(options)]
     order = Interleaved(conditions)
     settings = settings_of(params)
     about: dict[str, Any] = {
         "format": FORMAT,
-        "sampler": default if sampler is None else method_of(sampler)["sampler"],
+        "sampler": DEFAULTS[kind] if sampler is None else method_of(sampler)["sampler"],
         "seed": settings.pop("seed"),
         "settings": settings,
         "conditions": {"kind": order.kind, "sha256": order.mark()},

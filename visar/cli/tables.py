@@ -98,4 +98,4 @@ def _named(kind: str, name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _told(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items())
-    return "/".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -199,7 +199,7 @@ class Eagle(DraftKind):
             return None
         own, sizes = lantern.converted(state, target.model.head_dim, path)
         with unfilled():
-            made = EagleHead(**sizes)  # type: ignore[arg-type]
+            made = EagleHead(**sizes)
         return fill(made, own, path)
 
     def check(self, model: EagleHead, target: DrafterTarget, path: str | Path) -> None:

@@ -13,7 +13,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
 from visar.engine.session import Session, require_finite
 from visar.engine.tree import Tree
-from visar.kernels.attention import Sight
+from visar.kernels.attention import AttentionMetadata
 
 
 class DecoderSession(Session):
@@ -143,7 +143,7 @@ class DecoderSession(Session):
             self.features[self.cache.rows, slots + 1] = h
         return h
 
-    def _pass(self, x: Tensor, slots: Tensor, at: Tensor, seen: Sight | Tensor, visible: int) -> Tensor:
+    def _pass(self, x: Tensor, slots: Tensor, at: Tensor, seen: AttentionMetadata | Tensor, visible: int) -> Tensor:
         """Logits of embeddings x [rows, W, dim], of which each sees what is `seen` of the slots before `visible`."""
         visible -= self.folded
         self.bytes_read += len(x) * visible * self.cache.bytes_per_slot
@@ -160,7 +160,7 @@ class DecoderSession(Session):
         slots = (self.follows(count, None, first) + self.prefix - 1).repeat(self.halves, 1)
         at = slots if tree is None else (positions + self.prefix - 1).repeat(self.halves, 1)
         root = (self.root_slots() - self.folded).repeat(self.halves)
-        sight = Sight(root, first, None if tree is None else tree.ancestors, self.bias)
+        sight = AttentionMetadata(root, first, None if tree is None else tree.ancestors, self.bias)
         return self.guided(self._pass(x, slots, at, sight, self.visible(first + count)), positions)
 
     def forward_at(self, tokens: Tensor, places: Tensor, written: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from visar.kernels.law import guide
+from visar.kernels.target_probs import guide
 
 
 @dataclass(frozen=True)

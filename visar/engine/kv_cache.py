@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visar.engine.decoder import Attend
-from visar.kernels.attention import Sight, decode_attention
+from visar.kernels.attention import AttentionMetadata, decode_attention
 from visar.kernels.rotary_append import rotary_append
 
 
@@ -27,17 +27,18 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(2))
         self.rows = torch.arange(rows, device=device)[:, None]
 
-    def attend(self, slots: Tensor, seen: Sight | Tensor, visible: int) -> Attend:
+    def attend(self, slots: Tensor, seen: AttentionMetadata | Tensor, visible: int) -> Attend:
         """Attention of a pass written at `slots` [rows, W], which reads the first `visible` slots.
 
-        `seen` says which of them each input sees: a `Sight`, or a mask [rows, W, visible], bool or added to the logits.
+        `seen` says which of them each input sees: an `AttentionMetadata`, or a mask [rows, W, visible], bool or added
+        to the logits.
         """
         mask = seen.unsqueeze(1) if isinstance(seen, Tensor) else None
 
         def attend(layer: int, qkv: Tensor, table: Tensor) -> Tensor:
             k, v = self.keys[layer], self.values[layer]
             q = rotary_append(qkv, table, k, v, slots)
-            if isinstance(seen, Sight):
+            if isinstance(seen, AttentionMetadata):
                 return decode_attention(q, k, v, seen, visible).to(qkv.dtype)
             q, k, v = (t.transpose(1, 2) for t in (q, k[:, :visible], v[:, :visible]))
             bias = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visar.errors import VisarError
 from visar.kernels import noise as made
-from visar.kernels.noise import Race
+from visar.kernels.noise import ExponentialNoise
 
 _MASK = 0xFFFFFFFF
 IMAGES = 2**24  # image indices
@@ -79,8 +79,10 @@ class Noise:
 
     def exponential(self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int) -> Tensor:
         """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]: argmin of E/p over tokens is a draw from p."""
-        return self.race(purpose, positions, passes, vocab).make()
+        return self.lazy_exponential(purpose, positions, passes, vocab).make()
 
-    def race(self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int) -> Race:
+    def lazy_exponential(
+        self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int
+    ) -> ExponentialNoise:
         """The variables of `exponential`, unmade: what draws with them may not need them all at once."""
-        return Race(self.key, self.images, self.keys, positions, passes, purpose, vocab)
+        return ExponentialNoise(self.key, self.images, self.keys, positions, passes, purpose, vocab)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -37,8 +37,7 @@ def run(
     callback: StepCallback | None,
 ) -> tuple[Decoded, MaskedStats]:
     """Tokens and stats for encoded conditions, one row each. Raises `VisarError` as `ImageModel.generate` does."""
-    family = model.family
-    assert isinstance(family, ContinuousFamily) and params.guidance_scale is not None
+    family = cast(ContinuousFamily, model.family)
     target = ContinuousTarget(1.0 if params.temperature is None else params.temperature)
     length = family.layout.length
     forced = None if params.forced_tokens is None else checked_forced(family, params.forced_tokens)
@@ -49,8 +48,8 @@ def run(
     fixed = None if forced is None else forced[order[:, : length - free]]
     draft = model.drafters.of(method)
     session = family.session(
-        encoded, order, scale=params.guidance_scale, schedule=params.guidance_schedule or "linear", given=fixed,
-        graphs=model.row_graphs, draft=draft,
+        encoded, order, scale=cast(float, params.guidance_scale), schedule=params.guidance_schedule or "linear",
+        given=fixed, graphs=model.row_graphs, draft=draft,
     )  # fmt: skip
     # Every pass makes the host wait, so the loop may look as well.
     result = model.run(session, method, target, noise, callback, given, every=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -31,11 +31,12 @@ def run(
     callback: StepCallback | None,
 ) -> tuple[Decoded, DecodeStats]:
     """Tokens and stats for encoded conditions, one row each. Raises `VisarError` as `ImageModel.generate` does."""
-    family = model.family
-    assert isinstance(family, DiscreteFamily) and params.guidance_scale is not None
+    family = cast(DiscreteFamily, model.family)
     method = model.sampler_of(sampler, window)
     target = target_of(family, params)
-    guidance = Guidance(params.guidance_scale, -1 if params.guidance_interval is None else params.guidance_interval)
+    guidance = Guidance(
+        cast(float, params.guidance_scale), -1 if params.guidance_interval is None else params.guidance_interval
+    )
     call = Call(family, model.drafters.of(method), encoded, method, target, guidance)
     # A bar alone need not make a GPU wait after every pass.
     every = None if callback is None else 1

@@ -32,10 +32,10 @@ class Call(NamedTuple):
         """Equal for calls that one captured step can serve."""
         parts = [self.family.model] + ([] if self.drafter is None else [self.drafter])
         weights = tuple(p.data_ptr() for part in parts for p in part.parameters())
-        forced = self.target.forced is not None
+        given = self.target.forced is not None, self.target.allowed is not None
         shapes = tuple((e.shape, e.dtype) for e in self.encoded)
-        target = replace(self.target, forced=None)
-        return weights, shapes, self.method, target, forced, self.guidance, self.family.layout
+        target = replace(self.target, forced=None, allowed=None)
+        return weights, shapes, self.method, target, given, self.guidance, self.family.layout
 
     def session(self) -> Session:
         """A new session, with the drafter that the sampler needs; a `VisarError` where memory does not do."""

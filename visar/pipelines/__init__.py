@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from visar.generation.output import ImageOutput
-from visar.pipelines.base import ImagePipeline
+from visar.pipelines.base import FILES, ImagePipeline
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.text_to_image import TextToImagePipeline
+
+PIPELINES: dict[str, type[ImagePipeline]] = {"prompt": TextToImagePipeline, "class": ClassToImagePipeline}
 
 
 def load(name: str | Path, **options: Any) -> ImagePipeline:
@@ -17,7 +19,8 @@ def load(name: str | Path, **options: Any) -> ImagePipeline:
     A file takes `vq=` or `vae=`, its tokenizer or autoencoder, and `text_encoder`, `image_size` and `num_heads` where
     needed; the other `options` are those of `from_pretrained`. Raises `VisarError`.
     """
-    return ImagePipeline.load(name, **options)
+    files = {key: options.pop(key) for key in FILES if key in options}
+    return ImagePipeline.opened(name, files, options, PIPELINES)  # type: ignore[no-any-return]
 
 
 __all__ = ["ClassToImagePipeline", "ImageOutput", "ImagePipeline", "TextToImagePipeline", "load"]

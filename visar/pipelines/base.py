@@ -91,19 +91,21 @@ class ImagePipeline(DiffusionPipeline):
         `cache_dir`, `token` and `local_files_only`, and components by name that replace those of the folder. Raises
         `VisarError` for an unknown name or keyword, a missing or damaged file, and weights that are not finite.
         """
-        return cls._loaded(name, {}, options)
-
-    @classmethod
-    def load(cls, name: str | Path, **options: Any) -> ImagePipeline:
-        """As `visar.load`."""
-        return ImagePipeline._loaded(name, {key: options.pop(key) for key in FILES if key in options}, options)
+        return cls.opened(name, {}, options)
 
     @classmethod
     def _of_files(cls, model: str | Path, **files: Any) -> Self:
-        return cls._loaded(model, files, {})
+        return cls.opened(model, files, {})
 
     @classmethod
-    def _loaded(cls, name: str | Path, files: dict[str, Any], options: dict[str, Any]) -> Any:
+    def opened(
+        cls,
+        name: str | Path,
+        files: Mapping[str, Any],
+        options: dict[str, Any],
+        kinds: Mapping[str, type[ImagePipeline]] = MappingProxyType({}),
+    ) -> Any:
+        """A pipeline of `name` with its `files`, of this class or of that which `kinds` has for its conditions."""
         loading = {key: options.pop(key) for key in LOADING if key in options}
         hub = {key: loading[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in loading}
         source = open_source(
@@ -119,14 +121,7 @@ class ImagePipeline(DiffusionPipeline):
                 raise unknown("keyword", key, [*LOADING, *(FILES if source.files else sorted(parts))])
         device, dtype = _device_of(loading.get("device_map")), _dtype_of(loading)
         model = ImageModel(family.load(source), source.folder)
-        kind = cls
-        if cls is ImagePipeline:
-            from visar import pipelines
-
-            kind = (
-                pipelines.TextToImagePipeline if model.family.condition == "prompt" else pipelines.ClassToImagePipeline
-            )
-        pipe = kind(image_model=model)
+        pipe = kinds.get(model.family.condition, cls)(image_model=model)
         given = [value for value in (device, dtype) if value is not None]
         return pipe.to(*given) if given else pipe
 

@@ -96,7 +96,7 @@ def train_drafter(
 
 def same_run(drafter: Any, target: Decoder, folder: Path) -> None:
     """Note in the folder of a run what is trained there; a `VisarError` if that is another drafter."""
-    own = {**drafter.config} | {"target": fingerprint(target)}
+    own = dict(drafter.config) | {"target": fingerprint(target)}
     note = writable_folder(folder) / "drafter.json"
     if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(own)):
         raise VisarError(f"{folder} is a run with other settings or of another target; give another folder.")

@@ -16,6 +16,7 @@ from torch import Tensor
 from visar.drafters import fingerprint
 from visar.errors import VisarError
 from visar.files import replacing
+from visar.generation.model import ImageModel
 
 
 def generate_tokens(
@@ -33,6 +34,7 @@ def generate_tokens(
     They are kept in `file`; `settings` go to the model's call. Of several processes all but one only `waits`. Raises
     `VisarError` where the file is damaged, or was made otherwise.
     """
+    model = ImageModel.of(model)
     made_of = (fingerprint(model.family.model), model.family.layout.rows, list(conditions), sorted(settings.items()))
     mark = hashlib.sha256(repr(made_of).encode()).hexdigest()
 

@@ -102,7 +102,7 @@ def test_another_file_is_an_error(tmp_path: Path, line: str) -> None:
 
 def test_the_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "runs.jsonl"
-    given = ["bench", "--model", str(text_folder), "--samplers", "ar", "--images", "1", "--repeats", "1"]
+    given = ["bench", "--model", str(text_folder), "--samplers", "ar", "--num-images", "1", "--repeats", "1"]
     assert main([*given, "--history", str(file), "--against", str(file)]) == 0
     assert "None of 0 earlier runs is comparable" in capsys.readouterr().out
     assert main([*given, "--history", str(file), "--against", str(file)]) == 0

@@ -1,4 +1,4 @@
-"""Samplers of continuous tokens have the joint law of plain decoding, and planted mistakes do not pass."""
+"""Samplers of continuous tokens have the joint distribution of plain decoding, and planted mistakes do not pass."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def case_of(name: str) -> Case:
 
 
 @pytest.mark.parametrize("name", ["mar", "mar-headspec", "cspd-exact"])
-def test_exact_samplers_have_the_joint_law(name: str) -> None:
+def test_exact_samplers_have_the_joint_distribution(name: str) -> None:
     cases = tuple(case_of(n) for n in SHORT)
     rows = verify_continuous([name], 4096, mutants=False, cases=cases)
     assert len(rows) == sum(c.fits(get_sampler(name)) for c in cases) >= 8
@@ -119,15 +119,15 @@ def test_verify_of_both_families(capsys: pytest.CaptureFixture[str], monkeypatch
     assert last.endswith("SOME ROWS FAIL.") and "chi-square" not in last
 
 
-# The model whose law is known
+# The model whose distribution is known
 
 
-def test_the_law_is_that_of_a_direct_simulation() -> None:
+def test_the_distribution_is_that_of_a_direct_simulation() -> None:
     """An image of two passes, written out."""
     world = World.random(3, unit=WIDE, seed=2)
     setting = Setting(passes=2, head_steps=6, scale=1.5, temperature=0.9)
     order, rng, n = np.array([2, 0, 1]), np.random.default_rng(1), 200_000
-    gain, variance = world.token_law(setting)
+    gain, variance = world.token_distribution(setting)
     x = np.zeros((n, 3, 2))
     for asked, before, scale in (([2], [], 1 + 0.5 / 3), ([0, 1], [2], 1 + 0.5 * 2 / 3)):  # floor(3 cos(pi/4)) = 2
         for i in asked:
@@ -135,14 +135,14 @@ def test_the_law_is_that_of_a_direct_simulation() -> None:
                     for h, b in ((0, 1), (1, 2))]  # fmt: skip
             mean = (said[1] + scale * (said[0] - said[1])) @ world.turn.T + world.shift
             x[:, i] = gain * mean + rng.normal(size=(n, 2)) * variance**0.5
-    law = world.law(setting, order, 1, np.zeros((0, 2)))
-    assert abs(normality_z(torch.from_numpy(law.whiten(x[:, order].reshape(n, -1))), 2)) < EXACT_LIMIT
+    distribution = world.distribution(setting, order, 1, np.zeros((0, 2)))
+    assert abs(normality_z(torch.from_numpy(distribution.whiten(x[:, order].reshape(n, -1))), 2)) < EXACT_LIMIT
 
 
-def test_the_law_of_a_token_is_not_that_of_the_clean_token() -> None:
-    """What is tested is the sampler of so many steps; with more, it comes to the law that the head was made for."""
+def test_the_distribution_of_a_token_is_not_that_of_the_clean_token() -> None:
+    """What is tested is the sampler of so many steps; with more, it comes to what the head was made for."""
     world = replace(World.random(2, seed=1), final=np.full(2, 1.0), level=np.full((2, 2), -1.0))  # variance: posterior
-    few, many = (world.token_law(Setting(1, t)) for t in (6, 500))
+    few, many = (world.token_distribution(Setting(1, t)) for t in (6, 500))
     assert np.allclose(many[0], 1, atol=0.01) and np.allclose(many[1], world.variance, rtol=0.02)
     assert abs(few[1] / world.variance - 1).max() > 0.1
 

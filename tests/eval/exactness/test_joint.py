@@ -1,4 +1,4 @@
-"""The core claim: exact samplers have the joint law of sequential sampling, and planted mistakes do not pass."""
+"""The core claim: exact samplers have the joint distribution of sequential sampling, and known-bad ones do not."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from visar.eval.exactness.joint import (
     verify,
 )
 from visar.eval.exactness.mutants import MUTANTS
-from visar.eval.exactness.tabular import Law, TabularModel, TabularSession, joint, reference_law
+from visar.eval.exactness.tabular import Settings, TabularModel, TabularSession, joint, reference_probs
 from visar.samplers import SAMPLERS, SpeculativeJacobi, State, get_sampler, samplers_for
-from visar.samplers.verification import Coins, Verdict
+from visar.samplers.verification import StepNoise, Verified
 
 SEQUENCES = 32_768
 PLAIN = CASES[0]
@@ -44,7 +44,7 @@ EXACT = distinct()
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("eagle-top", "speculative-tree") else []) for n in EXACT]
 )
-def test_exact_samplers_have_the_joint_law(name: str) -> None:
+def test_exact_samplers_have_the_joint_distribution(name: str) -> None:
     rows = verify([name], SEQUENCES, seed=0, mutants=False)
     has_init = hasattr(get_sampler(name), "init")
     assert len(rows) == sum(has_init or c.init == "uniform" for c in CASES)
@@ -90,23 +90,23 @@ def test_unknown_samplers_are_errors_of_the_user() -> None:
 
 
 @dataclass(frozen=True)
-class NeighbourCoins(SpeculativeJacobi):
-    """Exact in law, but a row uses its neighbour's coins: its tokens depend on the batch."""
+class NeighbourNoise(SpeculativeJacobi):
+    """Exact in distribution, but a row uses its neighbour's uniforms: its tokens depend on the batch."""
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
-        return super().verify(p, q, drafts, coins._replace(accept=coins.accept.roll(1, 0)), state)
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
+        return super().verify(p, q, drafts, noise._replace(accept=noise.accept.roll(1, 0)), state)
 
 
 @dataclass(frozen=True)
 class LockStep(SpeculativeJacobi):
-    """Commits only what all rows accept: exact in law, but a row's passes depend on the batch."""
+    """Commits only what all rows accept: exact in distribution, but a row's passes depend on the batch."""
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, coins: Coins, state: State) -> Verdict:
-        verdict = super().verify(p, q, drafts, coins, state)
-        return Verdict(verdict.tokens, verdict.accepted.min().expand_as(verdict.accepted))
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
+        verified = super().verify(p, q, drafts, noise, state)
+        return Verified(verified.tokens, verified.accepted.min().expand_as(verified.accepted))
 
 
-@pytest.mark.parametrize("kind", [NeighbourCoins, LockStep])
+@pytest.mark.parametrize("kind", [NeighbourNoise, LockStep])
 def test_same_alone_sees_rows_that_lean_on_each_other(kind: type[SpeculativeJacobi]) -> None:
     for sampler, expected in ((SpeculativeJacobi(coupling="maximal"), True), (kind(coupling="maximal"), False)):
         sampler = configured(sampler, PLAIN)
@@ -122,8 +122,8 @@ def test_batch_size_does_not_change_a_token() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_the_joint_law_is_a_law(case: Case) -> None:
-    p = joint(case.build(), case.law)
+def test_the_joint_distribution_is_a_distribution(case: Case) -> None:
+    p = joint(case.build(), case.settings)
     assert p.shape == (case.vocab**case.length,) and (p >= 0).all()
     assert p.sum() == pytest.approx(1, abs=1e-12)
     assert (p > 0).sum() > 10 and p.max() < 0.5  # not one sequence that anything would find
@@ -137,27 +137,29 @@ def row(vocab: int, prefix: tuple[int, ...]) -> int:
 
 def test_joint_is_the_product_of_conditionals() -> None:
     model = TabularModel.full_prefix(3, 3, seed=1)
-    law = Law(scale=1.7, top_p=0.9)
-    p = joint(model, law)
+    settings = Settings(scale=1.7, top_p=0.9)
+    p = joint(model, settings)
     for sequence in itertools.product(range(3), repeat=3):
         expected = 1.0
         for n, token in enumerate(sequence):
             at = row(3, sequence[:n])
-            expected *= reference_law(model.cond[at].numpy(), model.uncond[at].numpy(), n, law)[token]
+            expected *= reference_probs(model.cond[at].numpy(), model.uncond[at].numpy(), n, settings)[token]
         assert p[values(torch.tensor([sequence]), 3)[0]] == pytest.approx(expected, abs=1e-7)
 
 
-def test_reference_law_by_hand() -> None:
+def test_reference_distribution_by_hand() -> None:
     cond, uncond = np.log([0.1, 0.2, 0.3, 0.4]), np.log([0.25] * 4)
-    assert reference_law(cond, uncond, 0, Law()) == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert reference_law(cond, uncond, 0, Law(temperature=0.5)) == pytest.approx(np.array([1, 4, 9, 16]) / 30)
-    assert reference_law(cond, uncond, 0, Law(top_k=2)) == pytest.approx([0, 0, 3 / 7, 4 / 7])
-    assert reference_law(cond, uncond, 0, Law(top_p=0.6)) == pytest.approx([0, 0, 3 / 7, 4 / 7])
-    assert reference_law(cond, uncond, 0, Law(top_p=0.8)) == pytest.approx([0, 2 / 9, 3 / 9, 4 / 9])
-    assert reference_law(cond, uncond, 2, Law(scale=2.0)) == pytest.approx(np.array([1, 4, 9, 16]) / 30)
-    assert reference_law(cond, uncond, 2, Law(scale=2.0, interval=1)) == pytest.approx(np.array([1, 4, 9, 16]) / 30)
-    assert reference_law(cond, uncond, 3, Law(scale=2.0, interval=1)) == pytest.approx([0.1, 0.2, 0.3, 0.4])
-    assert reference_law(cond, uncond, 1, Law(forced=(-1, 2))).tolist() == [0, 0, 1, 0]
+    assert reference_probs(cond, uncond, 0, Settings()) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert reference_probs(cond, uncond, 0, Settings(temperature=0.5)) == pytest.approx(np.array([1, 4, 9, 16]) / 30)
+    assert reference_probs(cond, uncond, 0, Settings(top_k=2)) == pytest.approx([0, 0, 3 / 7, 4 / 7])
+    assert reference_probs(cond, uncond, 0, Settings(top_p=0.6)) == pytest.approx([0, 0, 3 / 7, 4 / 7])
+    assert reference_probs(cond, uncond, 0, Settings(top_p=0.8)) == pytest.approx([0, 2 / 9, 3 / 9, 4 / 9])
+    assert reference_probs(cond, uncond, 2, Settings(scale=2.0)) == pytest.approx(np.array([1, 4, 9, 16]) / 30)
+    assert reference_probs(cond, uncond, 2, Settings(scale=2.0, interval=1)) == pytest.approx(
+        np.array([1, 4, 9, 16]) / 30
+    )
+    assert reference_probs(cond, uncond, 3, Settings(scale=2.0, interval=1)) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert reference_probs(cond, uncond, 1, Settings(forced=(-1, 2))).tolist() == [0, 0, 1, 0]
 
 
 def test_the_session_gives_the_row_of_the_prefix_and_forgets_rejected_drafts() -> None:
@@ -186,16 +188,16 @@ def zs(truth: np.ndarray, tested: np.ndarray, sequences: int, repeats: int) -> n
 
 
 @pytest.mark.parametrize("name", ["plain", "top-k 2, V 5", "forced positions", "V 8, N 5, top-k 3"])
-def test_chi_square_z_of_the_right_law_is_standard_normal(name: str) -> None:
+def test_chi_square_z_of_the_right_distribution_is_standard_normal(name: str) -> None:
     case = case_of(name)
-    p = joint(case.build(), case.law)
+    p = joint(case.build(), case.settings)
     z = zs(p, p, SEQUENCES, 400)
     assert abs(z.mean()) < 0.2 and 0.85 < z.std() < 1.2
     assert (abs(z) < EXACT_LIMIT).mean() > 0.99
 
 
 def test_chi_square_z_detects_three_percent() -> None:
-    p = joint(PLAIN.build(), PLAIN.law)
+    p = joint(PLAIN.build(), PLAIN.settings)
     q = p * np.where(np.random.default_rng(1).permutation(len(p)) % 2, 1.03, 0.97)
     z = zs(q / q.sum(), p, 131_072, 50)
     assert z.mean() > EXACT_LIMIT and z.min() > 2

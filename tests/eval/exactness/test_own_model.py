@@ -50,7 +50,7 @@ def failed(names: dict[str, Any], make: str = "make", reference: Callable[[Tenso
 
 
 def joint_z(names: dict[str, Any], make: str, sampler: str) -> float:
-    """The joint law of a sampler with a window of 3, without any plain check."""
+    """The joint distribution of a sampler with a window of 3, without any plain check."""
     with torch.inference_mode():
         return next(joint_rows(subject_of(names[make], PLAIN["logits"]), sampler, SEQUENCES, 0)).z
 
@@ -81,7 +81,8 @@ SLOTS = "slots = self.follows(tokens.shape[1], None, first)"
 PLACES = "places = self.follows(tokens.shape[1], tree, first)"
 CONDITION = "torch.where((slots == 0)[..., None], self.condition, self.model.tokens(tokens))"
 
-# name: (what is changed, the check that names it, words of its sentence, the sampler whose joint law shows it or none)
+# name: (what is changed, the check that names it, words of its sentence, the sampler whose joint distribution shows it
+# or none)
 MISTAKES: dict[str, tuple[tuple[str, str], str, str, str]] = {
     "positions off by one": (
         ("self.model.places(places.clamp_max(self.length - 1))",
@@ -150,7 +151,7 @@ def test_mistakes_are_named(name: str) -> None:
         if mistake[-1]
     ],
 )
-def test_mistakes_show_in_the_joint_law(name: str) -> None:
+def test_mistakes_show_in_the_joint_distribution(name: str) -> None:
     change, check, _, sampler = MISTAKES[name]
     make = "make_tree" if check == "trees" else "make"
     assert joint_z(world(change), make, sampler) > MUTANT_LIMIT
@@ -219,7 +220,7 @@ def test_ten_tokens_of_two_values_are_verified() -> None:
 
 def test_a_function_that_sees_ahead_is_noticed() -> None:
     def bag(tokens: Tensor) -> Tensor:
-        """Every law depends on all tokens."""
+        """Every distribution depends on all tokens."""
         total = torch.zeros(len(tokens), 4).scatter_add(1, tokens, torch.ones(tokens.shape))
         return total[:, None].expand(-1, tokens.shape[1] + 1, -1)
 
@@ -227,11 +228,13 @@ def test_a_function_that_sees_ahead_is_noticed() -> None:
         return CallableSession(bag, batch, 4, 4)
 
     assert "causal mask" in verify_session(make, None, ["sjd"])[0][-1].message
-    with pytest.raises(VisarError, match="reference's law of position 0 depends on tokens from that position on"):
+    with pytest.raises(
+        VisarError, match="reference's distribution of position 0 depends on tokens from that position on"
+    ):
         verify_session(make, bag)
 
 
-def test_a_function_of_wrong_shape_or_without_laws() -> None:
+def test_a_function_of_wrong_shape_or_without_distributions() -> None:
     def short(tokens: Tensor) -> Tensor:
         return torch.zeros(len(tokens), tokens.shape[1], 4)
 
@@ -248,7 +251,7 @@ def test_a_function_of_wrong_shape_or_without_laws() -> None:
         session.forward(torch.zeros(2, 3, dtype=torch.long), get_sampler("speculative-tree").tables[0])
 
 
-def test_masked_tokens_are_never_drawn() -> None:
+def test_masked_tokens_are_never_sampled() -> None:
     def masked(tokens: Tensor) -> Tensor:
         return torch.tensor([0.0, -torch.inf, 1.0, 0.0]).expand(len(tokens), tokens.shape[1] + 1, 4)
 

@@ -1,4 +1,4 @@
-"""Samplers of continuous tokens on the weights of a small random model, where no law is known."""
+"""Samplers of continuous tokens on the weights of a small random model, where no distribution is known."""
 
 from __future__ import annotations
 

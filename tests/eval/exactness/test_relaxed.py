@@ -1,4 +1,4 @@
-"""Relaxed acceptance: exact where nothing is relaxed, another law where something is, and the tables it reads."""
+"""Relaxed acceptance: exact where nothing is relaxed, another distribution where something is, and its tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visar.samplers import BeamTree, CoolSD, GroupedJacobi, Lantern, LanternPlus
 from visar.samplers import neighbours as tables
 from visar.samplers.neighbours import nearest, neighbours
 from visar.samplers.relaxed import Pooled
-from visar.samplers.tree_verification import ChildRule, Chosen, Drawn
+from visar.samplers.tree_verification import ChildRule, Chosen, Sampled
 
 TREE = "2x2x1"
 NAMES = ("plain", "top-p 0.7", "guidance 2.5", "forced positions", "N 7, W 3")
@@ -54,7 +54,7 @@ def test_with_nothing_relaxed_every_token_is_that_of_the_exact_sampler(name: str
      CoolSD(drafter="model", omega=3.0), GroupedJacobi(group=2, gap=0.5)],
     ids=lambda s: s.name,
 )  # fmt: skip
-def test_relaxed_samplers_have_another_law_and_take_fewer_passes(sampler: Sampler) -> None:
+def test_relaxed_samplers_have_another_distribution_and_take_fewer_passes(sampler: Sampler) -> None:
     sampler = configured(sampler, CASES[0])
     z, speed, _ = measure(sampler, CASES[0], 16_384, seed=0)
     _, exact_speed, _ = measure(configured(PAIRS[sampler.name][1], CASES[0]), CASES[0], 16_384, seed=0)
@@ -62,8 +62,8 @@ def test_relaxed_samplers_have_another_law_and_take_fewer_passes(sampler: Sample
     assert not sampler.exact
 
 
-def rows(*laws: list[float]) -> Tensor:
-    return torch.tensor(laws)
+def rows(*draft_probs: list[float]) -> Tensor:
+    return torch.tensor(draft_probs)
 
 
 def test_pooling_stops_at_the_first_neighbour_that_is_too_much() -> None:
@@ -74,7 +74,7 @@ def test_pooling_stops_at_the_first_neighbour_that_is_too_much() -> None:
     # 0: takes 1 (0.1), not 2 (0.4 in all), and then not 3. 2: takes 3 (0.2) and 1 (0.3). 3: takes 2 (0.3), not 1.
     assert gain.tolist() == pytest.approx([0.1, 0.3, 0.3])
     assert torch.allclose(moved, rows([0.5, 0, 0.3, 0.2], [0.4, 0, 0.6, 0], [0.4, 0.1, 0, 0.5]))
-    share, _ = Pooled(table, Drawn(), share=1.0).pooled(r, y)  # as much again as the token's own
+    share, _ = Pooled(table, Sampled(), share=1.0).pooled(r, y)  # as much again as the token's own
     assert share.tolist() == pytest.approx([0.1, 0.3, 0.0])
 
 
@@ -90,7 +90,7 @@ def test_neighbours_are_those_of_normalised_codes() -> None:
         assert found.tolist() == distance.argsort()[:7].tolist()
 
 
-def test_a_table_is_made_once_and_a_damaged_one_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_made_once_and_a_damaged_one_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISAR_CACHE", str(tmp_path / "new"))
     monkeypatch.setattr(tables, "_known", {})
     codes = torch.randn(30, 4, generator=torch.Generator().manual_seed(1))

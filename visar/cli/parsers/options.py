@@ -139,7 +139,7 @@ def sampler_options(parser: CommandParser, *, several: str = "") -> None:
         group.add_argument(
             "--sampler",
             metavar="SAMPLER",
-            help="a name of `visar samplers` (default: scd, or mar-headspec for continuous tokens)",
+            help="a name of `visar samplers`, or FILE.py:NAME (default: scd, or mar-headspec for continuous tokens)",
         )
     group.add_argument("--window", type=whole(), metavar="N", help="tokens per pass, for samplers with a window")
     drafter_option(group)

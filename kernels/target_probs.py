@@ -1,9 +1,9 @@
-"""From logits to the law that is sampled, without a sort: guidance, temperature, top-k, softmax, top-p, forced tokens.
+"""From logits to the target distribution, without a sort: guidance; temperature, top-k, softmax, top-p, forced tokens.
 
 Where a sort would give the k-th largest logit, and the probability at which the nucleus ends, the Triton form finds
 both by bisection over the bits of the number, two bits at a time: the order of floats is that of their bits. Masses are
-summed as integers, in units of 2**-60, so that the sums are exact in any order and a row has one law wherever it
-stands.
+summed as integers, in units of 2**-60, so that the sums are exact in any order and a row has one distribution wherever
+it stands.
 """
 
 from __future__ import annotations
@@ -45,40 +45,31 @@ def guide_triton(cond: Tensor, uncond: Tensor, scale: float, guided: Tensor | No
     return out
 
 
-def law(
+def target_probs(
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     forced: Tensor | None = None,
-    *,
-    uncond: Tensor | None = None,
-    scale: float = 1.0,
-    guided: Tensor | None = None,
 ) -> Tensor:
-    """The law [B, W, V], fp32, of logits [B, W, V]; `visar.samplers.distribution.Target` says what the numbers mean.
+    """The target distribution [B, W, V], fp32, of guided logits [B, W, V]; see `visar.samplers.distribution.Target`.
 
-    `forced` [B, W] are tokens that are certain, -1 where there is none. With `uncond` the logits are guided first, by
-    `scale` and where `guided`, as in `guide`. Gradients pass through the plain form alone.
+    `forced` [B, W] are tokens that are certain, -1 where there is none. Gradients pass through the plain form alone.
     """
     learning = torch.is_grad_enabled() and logits.requires_grad
     fits = not learning and logits.shape[-1] < MOST
-    form = law_triton if fits and use_triton(logits) else law_torch
-    return form(logits, temperature, top_k, top_p, forced, uncond=uncond, scale=scale, guided=guided)
+    form = target_probs_triton if fits and use_triton(logits) else target_probs_torch
+    return form(logits, temperature, top_k, top_p, forced)
 
 
-def law_torch(
+def target_probs_torch(
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     forced: Tensor | None = None,
-    *,
-    uncond: Tensor | None = None,
-    scale: float = 1.0,
-    guided: Tensor | None = None,
 ) -> Tensor:
-    x = (logits.float() if uncond is None else guide_torch(logits, uncond, scale, guided)) / temperature
+    x = logits.float() / temperature
     if 0 < top_k < x.shape[-1]:
         least = x.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
         x = torch.where(x < least, -torch.inf, x)
@@ -93,8 +84,8 @@ def law_torch(
 def nucleus(p: Tensor, top_p: float) -> Tensor:
     """Keep the largest probabilities up to and with the one that passes `top_p`, renormalised.
 
-    Of equal ones at the end the first tokens stay, so that equal logits give equal laws in whatever window they were
-    computed.
+    Of equal ones at the end the first tokens stay, so that equal logits give equal distributions in whatever window
+    they were computed.
     """
     ordered = descending(p)
     count = (ordered.cumsum(-1) - ordered <= top_p).sum(-1, keepdim=True)
@@ -111,16 +102,12 @@ def descending(p: Tensor) -> Tensor:
     return p.sort(dim=-1, descending=True).values
 
 
-def law_triton(
+def target_probs_triton(
     logits: Tensor,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     forced: Tensor | None = None,
-    *,
-    uncond: Tensor | None = None,
-    scale: float = 1.0,
-    guided: Tensor | None = None,
 ) -> Tensor:
     """`law_torch` as one launch, a program for each row.
 
@@ -130,16 +117,14 @@ def law_triton(
     """
     logits = _rows(logits)
     batch, window, size = logits.shape
-    other = logits if uncond is None else _rows(uncond)
     out = torch.empty(batch, window, size, device=logits.device)
     tokens = out if forced is None else forced.expand(batch, window)
     if out.numel():
         whole = size <= RESIDENT
         block = max(triton.next_power_of_2(size), 128) if whole else BLOCK
-        _law[(batch * window,)](
-            out, logits, other, *_flags(guided, logits), tokens, float(scale), float(temperature), top_k, float(top_p),
-            size, window, *logits.stride()[:2], *other.stride()[:2], *tokens.stride()[:2], fused=uncond is not None,
-            some=guided is not None, by_count=0 < top_k < size, by_mass=top_p < 1, certain=forced is not None,
+        _target_probs[(batch * window,)](
+            out, logits, tokens, float(temperature), top_k, float(top_p), size, window, *logits.stride()[:2],
+            *tokens.stride()[:2], by_count=0 < top_k < size, by_mass=top_p < 1, certain=forced is not None,
             whole=whole, block=block, num_warps=16 if block > 4096 else 8 if block > 1024 else 4,
         )  # fmt: skip
     return out
@@ -158,15 +143,10 @@ def _flags(guided: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:
 
 
 @jit
-def _scores(  # type: ignore[no-untyped-def]
-    cond, uncond, on, scale, temperature, start, size, fused: tl.constexpr, block: tl.constexpr
-):
-    """Guided logits over temperature, from the token `start` on, fp32; -inf behind the end."""
+def _scores(logits, temperature, start, size, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logits over temperature, from the token `start` on, fp32; -inf behind the end."""
     at = start + tl.arange(0, block)
-    x = tl.load(cond + at, at < size, float("-inf")).to(tl.float32)
-    if fused:
-        u = tl.load(uncond + at, at < size, 0.0).to(tl.float32)
-        x = tl.where(at < size, tl.where(on, u + scale * (x - u), x), float("-inf"))
+    x = tl.load(logits + at, at < size, float("-inf")).to(tl.float32)
     return tl.div_rn(x, tl.zeros_like(x) + temperature)
 
 
@@ -217,22 +197,16 @@ def _final(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _law(  # type: ignore[no-untyped-def]
-    out, cond, uncond, guided, guided_row, guided_column, forced, scale, temperature, top_k, top_p, size, width,
-    cond_row, cond_column, uncond_row, uncond_column, forced_row, forced_column, fused: tl.constexpr,
-    some: tl.constexpr, by_count: tl.constexpr, by_mass: tl.constexpr, certain: tl.constexpr, whole: tl.constexpr,
-    block: tl.constexpr,
+def _target_probs(  # type: ignore[no-untyped-def]
+    out, logits, forced, temperature, top_k, top_p, size, width, logits_row, logits_column, forced_row, forced_column,
+    by_count: tl.constexpr, by_mass: tl.constexpr, certain: tl.constexpr, whole: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0).to(tl.int64)
     row, column = place // width, place % width
     out += place * size
-    cond += row * cond_row + column * cond_column
-    uncond += row * uncond_row + column * uncond_column
-    on = size > 0
-    if some:
-        on = tl.load(guided + row * guided_row + column * guided_column) != 0
+    logits += row * logits_row + column * logits_column
     lane = tl.arange(0, block)
-    x = _scores(cond, uncond, on, scale, temperature, 0, size, fused, block)
+    x = _scores(logits, temperature, 0, size, block)
 
     least = tl.full((), float("-inf"), tl.float32)
     if by_count:
@@ -245,7 +219,7 @@ def _law(  # type: ignore[no-untyped-def]
             else:
                 sums = tl.zeros([block], tl.int64)
                 for start in range(0, size, block):
-                    y = _scores(cond, uncond, on, scale, temperature, start, size, fused, block)
+                    y = _scores(logits, temperature, start, size, block)
                     sums += _reached(_ranked(y), one, two, three)
                 counts = tl.sum(sums)
             found = tl.where((counts & 0x1FFFFF) >= top_k, one, found)
@@ -262,16 +236,16 @@ def _law(  # type: ignore[no-untyped-def]
     else:
         highest = x
         for start in range(block, size, block):
-            highest = tl.maximum(highest, _scores(cond, uncond, on, scale, temperature, start, size, fused, block))
+            highest = tl.maximum(highest, _scores(logits, temperature, start, size, block))
         peak = tl.max(highest)
         sum_e = tl.zeros([block], tl.float32)
         for start in range(0, size, block):
-            y = _scores(cond, uncond, on, scale, temperature, start, size, fused, block)
+            y = _scores(logits, temperature, start, size, block)
             sum_e += tl.exp(tl.where(y < least, float("-inf"), y) - peak)
         total = tl.zeros([block], tl.float32) + tl.sum(sum_e)
         masses = tl.zeros([block], tl.int64)
         for start in range(0, size, block):
-            y = _scores(cond, uncond, on, scale, temperature, start, size, fused, block)
+            y = _scores(logits, temperature, start, size, block)
             p = tl.div_rn(tl.exp(tl.where(y < least, float("-inf"), y) - peak), total)
             masses += _mass(p)
             tl.store(out + start + lane, p, start + lane < size)

@@ -1,4 +1,4 @@
-"""Draws from laws over the vocabulary: by inverse CDF with one uniform, and by an exponential race."""
+"""Samples from distributions over the vocabulary: by inverse CDF with one uniform, and by an exponential noise."""
 
 from __future__ import annotations
 
@@ -6,50 +6,57 @@ import torch
 from torch import Tensor
 
 from visar.kernels.backend import jit, tl, triton, use_triton
-from visar.kernels.noise import Race, exponentials, race_place
+from visar.kernels.noise import ExponentialNoise, exponentials, noise_counter
 
 
-def draw(weights: Tensor, u: Tensor) -> Tensor:
+def sample(weights: Tensor, u: Tensor) -> Tensor:
     """Tokens [...] by inverse CDF from unnormalised weights [..., V], with one uniform [...] each.
 
-    The token is the first whose cumulative weight is above u times the total. The sums are in float64, so that a law
-    over 200,000 tokens keeps its tail.
+    The token is the first whose cumulative weight is above u times the total. The sums are in float64, so that a
+    distribution over 200,000 tokens keeps its tail.
     """
-    return draw_triton(weights, u) if use_triton(weights) else draw_torch(weights, u)
+    return sample_triton(weights, u) if use_triton(weights) else sample_torch(weights, u)
 
 
-def draw_torch(weights: Tensor, u: Tensor) -> Tensor:
+def sample_torch(weights: Tensor, u: Tensor) -> Tensor:
     cdf = weights.cumsum(-1, dtype=torch.float64)
     at = torch.searchsorted(cdf, (u.to(cdf.dtype) * cdf[..., -1]).unsqueeze(-1), right=True).squeeze(-1)
     return at.clamp_max(weights.shape[-1] - 1)
 
 
-def draw_triton(weights: Tensor, u: Tensor) -> Tensor:
+def sample_triton(weights: Tensor, u: Tensor) -> Tensor:
     """`draw_torch` as one launch; it reads each row twice, and its sums are rounded in another order."""
     size = weights.shape[-1]
     w, v = _rows(weights), u.double().expand(weights.shape[:-1])
     v = v.reshape(w.shape[:2])
     out = torch.empty(v.shape, dtype=torch.long, device=w.device)
     if out.numel():
-        _draw[(out.numel(),)](out, w, v, size, w.shape[1], *w.stride(), *v.stride(), **tiles(size))
+        _sample[(out.numel(),)](out, w, v, size, w.shape[1], *w.stride(), *v.stride(), **tiles(size))
     return out.view(weights.shape[:-1])
 
 
-def race_draw(p: Tensor, race: Race) -> Tensor:
-    """Tokens [B, W] that win the race: argmax p/e, a draw from p [B, W, V]; the first of equals wins."""
-    return race_draw_triton(p, race) if use_triton(p) else race_draw_torch(p, race)
+def sample_gumbel(p: Tensor, exponential: ExponentialNoise) -> Tensor:
+    """Tokens [B, W] that win the exponential noise: argmax p/e, a sample from p [B, W, V]; the first of equals wins."""
+    return sample_gumbel_triton(p, exponential) if use_triton(p) else sample_gumbel_torch(p, exponential)
 
 
-def race_draw_torch(p: Tensor, race: Race) -> Tensor:
-    return (p / race.make()).argmax(-1)
+def sample_gumbel_torch(p: Tensor, exponential: ExponentialNoise) -> Tensor:
+    return (p / exponential.make()).argmax(-1)
 
 
-def race_draw_triton(p: Tensor, race: Race) -> Tensor:
+def sample_gumbel_triton(p: Tensor, exponential: ExponentialNoise) -> Tensor:
     """`race_draw_torch` as one launch that reads p once and makes the noise in registers."""
     out = torch.empty(p.shape[:2], dtype=torch.long, device=p.device)
     if out.numel():
-        _race_draw[(out.numel(),)](
-            out, p, p.shape[-1], p.shape[1], *p.stride(), *race.arguments(), **race.constants(), **tiles(p.shape[-1])
+        _sample_gumbel[(out.numel(),)](
+            out,
+            p,
+            p.shape[-1],
+            p.shape[1],
+            *p.stride(),
+            *exponential.arguments(),
+            **exponential.constants(),
+            **tiles(p.shape[-1]),
         )
     return out
 
@@ -81,7 +88,7 @@ def _left(p, q, p_step, q_step, spare, at, size, two: tl.constexpr):  # type: ig
 def inverse_cdf(  # type: ignore[no-untyped-def]
     p, q, p_step, q_step, spare, equal, u, size, two: tl.constexpr, block: tl.constexpr
 ):
-    """A token drawn with u from the row p, or where `spare` from (p - q)+, if that has a mass of `equal` or more.
+    """A token sampled with u from the row p, or where `spare` from (p - q)+, if that has a mass of `equal` or more.
 
     For use inside other kernels: pointers to rows with their steps, `u` float64; q is not read unless `two`. Two
     sweeps over the row: one for the total, one for the block in which the cumulative weight passes u times it.
@@ -119,8 +126,8 @@ def inverse_cdf(  # type: ignore[no-untyped-def]
 
 
 @jit
-def race_winner(p, p_step, size, c1, c2, c3, k0, k1, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The token of the row p that wins the race of this place; for use inside other kernels."""
+def gumbel_winner(p, p_step, size, c1, c2, c3, k0, k1, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The token of the row p that wins the exponential noise of this place; for use inside other kernels."""
     lane = tl.arange(0, block)
     best = tl.full([block], -1.0, tl.float32)
     winner = tl.zeros([block], tl.int32)
@@ -135,7 +142,7 @@ def race_winner(p, p_step, size, c1, c2, c3, k0, k1, block: tl.constexpr):  # ty
 
 
 @jit
-def _draw(  # type: ignore[no-untyped-def]
+def _sample(  # type: ignore[no-untyped-def]
     out, weights, u, size, width, row_step, column_step, step, u_row, u_column, block: tl.constexpr
 ):
     place = tl.program_id(0)
@@ -146,15 +153,15 @@ def _draw(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _race_draw(  # type: ignore[no-untyped-def]
+def _sample_gumbel(  # type: ignore[no-untyped-def]
     out, weights, size, width, row_step, column_step, step, key, images, keys, positions, passes, image_step, key_step,
-    race_row, race_column, purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
+    noise_row, noise_column, purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     row, column = (place // width).to(tl.int64), (place % width).to(tl.int64)
-    c1, c2, c3, k0, k1 = race_place(
-        key, images, keys, positions, passes, image_step, key_step, race_row, race_column, row, column, purpose,
+    c1, c2, c3, k0, k1 = noise_counter(
+        key, images, keys, positions, passes, image_step, key_step, noise_row, noise_column, row, column, purpose,
         turn_read,
     )  # fmt: skip
     p = weights + row * row_step + column * column_step
-    tl.store(out + place, race_winner(p, step, size, c1, c2, c3, k0, k1, block))
+    tl.store(out + place, gumbel_winner(p, step, size, c1, c2, c3, k0, k1, block))

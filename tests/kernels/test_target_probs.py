@@ -1,4 +1,4 @@
-"""The law without a sort against a sort in float64: extreme logits, ties, cuts, forced tokens, rows of any length."""
+"""Target probabilities without a sort against a sort: extreme logits, ties, cuts, forced tokens, any length."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.helpers.compiled import compiled, in_a_process
-from visar.kernels import law as laws
+from visar.kernels import target_probs as kernel
 from visar.kernels.backend import backend, triton
-from visar.kernels.law import _guide, _law, guide, guide_torch, law, law_torch
+from visar.kernels.target_probs import _guide, _target_probs, guide, target_probs, target_probs_torch
 
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 
@@ -21,7 +21,7 @@ NEAR = 2e-6  # how near to top_p rounding in fp32 may decide
 
 
 def slow(x: np.ndarray, temperature: float, top_k: int, top_p: float) -> tuple[np.ndarray, np.ndarray]:
-    """One law in float64 from the logits that fp32 gives, and the tokens at which rounding may cut either way."""
+    """One distribution in float64 from the logits that fp32 gives, and the tokens where rounding may cut either way."""
     x = (x.astype(np.float32) / np.float32(temperature)).astype(np.float64)
     if 0 < top_k < len(x):
         x = np.where(x < np.sort(x)[-top_k], -np.inf, x)
@@ -67,16 +67,16 @@ def check_settings(device: str) -> None:
     for vocab in (2, 7, 1000, 2048) if device != "cpu" else (2, 7, 500):
         for temperature, top_k, top_p in SETTINGS:
             x = random(vocab).to(device)
-            same(law(x, temperature, top_k, top_p), x, temperature, top_k, top_p)
+            same(target_probs(x, temperature, top_k, top_p), x, temperature, top_k, top_p)
     for top_k in (7, 8, 100):  # as many as there are, and more
         x = random(7).to(device)
-        same(law(x, 1.0, top_k), x, 1.0, 0, 1.0)
+        same(target_probs(x, 1.0, top_k), x, 1.0, 0, 1.0)
     x = random(300).to(device)
-    assert (law(x, top_p=1 - 1e-9) > 0).sum() > 0.99 * x.numel()  # nothing that matters is dropped
+    assert (target_probs(x, top_p=1 - 1e-9) > 0).sum() > 0.99 * x.numel()  # nothing that matters is dropped
     half = random(300).bfloat16().to(device)
-    assert torch.equal(law(half, 0.9, 20, 0.8), law(half.float(), 0.9, 20, 0.8))
+    assert torch.equal(target_probs(half, 0.9, 20, 0.8), target_probs(half.float(), 0.9, 20, 0.8))
     view = random(300).to(device)[:, :, 3:203]
-    assert torch.equal(law(view[:, 1:], 0.9, 20, 0.8), law(view[:, 1:].contiguous(), 0.9, 20, 0.8))
+    assert torch.equal(target_probs(view[:, 1:], 0.9, 20, 0.8), target_probs(view[:, 1:].contiguous(), 0.9, 20, 0.8))
 
 
 def check_extremes(device: str) -> None:
@@ -89,22 +89,24 @@ def check_extremes(device: str) -> None:
     x = torch.tensor(rows, device=device)[None]
     for top_k in (0, 1, 2, 5):
         for top_p in (1.0, 0.9, 0.4):
-            same(law(x, 1.0, top_k, top_p), x, 1.0, top_k, top_p)
-    ties = law(torch.zeros(1, 1, 100, device=device), 1.0, 0, 0.305)  # equal ones are cut in the order of the tokens
+            same(target_probs(x, 1.0, top_k, top_p), x, 1.0, top_k, top_p)
+    ties = target_probs(
+        torch.zeros(1, 1, 100, device=device), 1.0, 0, 0.305
+    )  # equal ones are cut in the order of the tokens
     kept = int((ties > 0).sum())
     assert kept == 31 and (ties[0, 0, :kept] > 0).all()
-    exactly = law(torch.zeros(1, 1, 4, device=device), 1.0, 0, 0.5)  # reaching top_p is not passing it
+    exactly = target_probs(torch.zeros(1, 1, 4, device=device), 1.0, 0, 0.5)  # reaching top_p is not passing it
     assert exactly.tolist() == [[pytest.approx([1 / 3, 1 / 3, 1 / 3, 0.0])]]
 
 
 def check_forced(device: str) -> None:
     x = random(50).to(device)
     forced = torch.tensor([[-1, 3], [49, 0]], device=device)
-    p, free = law(x, 0.8, 10, 0.9, forced), law(x, 0.8, 10, 0.9)
+    p, free = target_probs(x, 0.8, 10, 0.9, forced), target_probs(x, 0.8, 10, 0.9)
     point = torch.eye(50, device=device)
     assert torch.equal(p, torch.stack([torch.stack([free[0, 0], point[3]]), point[[49, 0]]]))
     wide = torch.full((2, 5), -1, device=device)
-    assert torch.equal(law(x, 0.8, 10, 0.9, wide[:, 1:3]), free)
+    assert torch.equal(target_probs(x, 0.8, 10, 0.9, wide[:, 1:3]), free)
 
 
 def check_guidance(device: str) -> None:
@@ -121,10 +123,7 @@ def check_guidance(device: str) -> None:
                 torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-5)
                 if guided is not None:
                     assert got.dtype == torch.float32 and torch.equal(got[~guided], c.float()[~guided])
-    # The law of guided logits, without the logits.
     c, u = (torch.randn(2, 3, 40, generator=g) * 4).to(device).split(1)
-    fused = law(c, 0.9, 20, 0.95, uncond=u, scale=7.5, guided=flags[:1])
-    same(fused, guide_torch(c, u, 7.5, flags[:1]), 0.9, 20, 0.95)
     part = guide(c[:, 1:], u[:, 1:], 2.0)
     assert torch.equal(part, guide(c, u, 2.0)[:, 1:])
 
@@ -133,12 +132,12 @@ def check_places(device: str) -> None:
     """Bit for bit, wherever a row stands."""
     row = random(100, seed=2)[1, 0].to(device)
     other = random(100, seed=3).to(device)
-    alone = law(row.view(1, 1, -1), 0.9, 9, 0.7)[0, 0]
+    alone = target_probs(row.view(1, 1, -1), 0.9, 9, 0.7)[0, 0]
     for b in range(2):
         for k in range(2):
             x = other.clone()
             x[b, k] = row
-            assert torch.equal(law(x, 0.9, 9, 0.7)[b, k], alone)
+            assert torch.equal(target_probs(x, 0.9, 9, 0.7)[b, k], alone)
 
 
 CHECKS = [check_settings, check_extremes, check_forced, check_guidance, check_places]
@@ -162,8 +161,8 @@ def test_kernel_under_the_interpreter(check: Callable[[str], None]) -> None:
 @pytest.mark.parametrize("check", [check_extremes, check_forced, check_guidance, check_places])
 def test_kernel_in_blocks_under_the_interpreter(check: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is longer than a program's registers is read again and again; here, all of it."""
-    monkeypatch.setattr(laws, "RESIDENT", 0)
-    monkeypatch.setattr(laws, "BLOCK", 16)
+    monkeypatch.setattr(kernel, "RESIDENT", 0)
+    monkeypatch.setattr(kernel, "BLOCK", 16)
     with backend("triton"):
         check("cpu")
 
@@ -173,19 +172,19 @@ def test_kernel_in_blocks_under_the_interpreter(check: Callable[[str], None], mo
 def test_large_rows_under_the_interpreter(vocab: int) -> None:
     x = random(vocab)[1:]
     with backend("triton"):
-        same(law(x, 1.0, 2000, 0.95), x, 1.0, 2000, 0.95)
+        same(target_probs(x, 1.0, 2000, 0.95), x, 1.0, 2000, 0.95)
         forced = torch.tensor([[-1, vocab - 1]])
-        assert law(x, forced=forced)[0, 1].nonzero().tolist() == [[vocab - 1]]
+        assert target_probs(x, forced=forced)[0, 1].nonzero().tolist() == [[vocab - 1]]
 
 
 @needs_triton
 def test_gradients_take_the_plain_form() -> None:
     x = random(20).requires_grad_()
     with backend("triton"):
-        law(x, 0.9, 5)[0, 0].amax().backward()
+        target_probs(x, 0.9, 5)[0, 0].amax().backward()
         assert x.grad is not None and x.grad.abs().sum() > 0
         with torch.no_grad():
-            torch.testing.assert_close(law(x, 0.9, 5), law_torch(x, 0.9, 5))
+            torch.testing.assert_close(target_probs(x, 0.9, 5), target_probs_torch(x, 0.9, 5))
 
 
 @needs_triton
@@ -205,17 +204,17 @@ def test_kernel_on_a_gpu(check: Callable[[str], None]) -> None:
 def test_large_rows_on_a_gpu(vocab: int) -> None:
     x = random(vocab).cuda()
     for settings in ((1.0, 2000, 1.0), (1.0, 0, 0.9), (0.8, 5000, 0.95)):
-        same(law(x, *settings), x, *settings)
+        same(target_probs(x, *settings), x, *settings)
 
 
 if __name__ == "__main__":
-    types = {n: "i32" for n in (*_law.arg_names, *_guide.arg_names)} | {"out": "*fp32", "guided": "*i1"}
+    types = {n: "i32" for n in (*_target_probs.arg_names, *_guide.arg_names)} | {"out": "*fp32", "guided": "*i1"}
     types |= {"forced": "*i64", "scale": "fp32", "temperature": "fp32", "top_p": "fp32"}
     for dtype in ("*fp32", "*bf16"):
-        types |= {"cond": dtype, "uncond": dtype}
+        types |= {"cond": dtype, "uncond": dtype, "logits": dtype}
         compiled(_guide, types, dict(some=True, block=1024))
-    every = dict(fused=True, some=True, by_count=True, by_mass=True, certain=True)
-    one = dict(fused=False, some=False, by_count=True, by_mass=False, certain=False)
-    for whole, block in ((True, 16384), (False, laws.BLOCK)):  # 16,384 and 184,622 tokens
+    every = dict(by_count=True, by_mass=True, certain=True)
+    one = dict(by_count=True, by_mass=False, certain=False)
+    for whole, block in ((True, 16384), (False, kernel.BLOCK)):  # 16,384 and 184,622 tokens
         for constants in (every, one):
-            compiled(_law, types, constants | dict(whole=whole, block=block), 16)
+            compiled(_target_probs, types, constants | dict(whole=whole, block=block), 16)

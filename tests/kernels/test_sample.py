@@ -1,4 +1,4 @@
-"""Draws against plain sums in float64, at the ends of laws, and races against the noise made in full."""
+"""Samples against plain sums in float64, at the ends of distributions, and races against the noise made in full."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tests.helpers.compiled import compiled, in_a_process
 from visar.kernels.backend import backend, triton
-from visar.kernels.draw import _draw, _race_draw, draw, race_draw, tiles
-from visar.kernels.noise import Race
+from visar.kernels.noise import ExponentialNoise
+from visar.kernels.sample import _sample, _sample_gumbel, sample, sample_gumbel, tiles
 
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 
@@ -38,28 +38,28 @@ def uniform(shape: torch.Size) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
-def check_draw(device: str) -> None:
+def check_sample(device: str) -> None:
     for vocab in (2, 7, 1000, 16387):
         w = weights(vocab)
         u = uniform(w.shape[:-1])
         expected = [[slow(w[b, k], float(u[b, k])) for k in range(3)] for b in range(2)]
-        assert draw(w.to(device), u.to(device)).tolist() == expected
-        assert draw(w.double().to(device), u.to(device)).tolist() == expected
-    # Shapes: none, one, four; and laws that are views.
+        assert sample(w.to(device), u.to(device)).tolist() == expected
+        assert sample(w.double().to(device), u.to(device)).tolist() == expected
+    # Shapes: none, one, four; and distributions that are views.
     w = weights(50, (4, 3, 2, 2)).to(device)
     u = uniform(w.shape[:-1]).to(device)
-    whole = draw(w, u)
+    whole = sample(w, u)
     assert whole.shape == u.shape
-    assert torch.equal(draw(w[1, 2, 1, 0], u[1, 2, 1, 0]), whole[1, 2, 1, 0])
-    assert torch.equal(draw(w[:, 1, 1, 0], u[:, 1, 1, 0]), whole[:, 1, 1, 0])
-    assert torch.equal(draw(w[:, 1, :, 0], u[:, 1, :, 0]), whole[:, 1, :, 0])
+    assert torch.equal(sample(w[1, 2, 1, 0], u[1, 2, 1, 0]), whole[1, 2, 1, 0])
+    assert torch.equal(sample(w[:, 1, 1, 0], u[:, 1, 1, 0]), whole[:, 1, 1, 0])
+    assert torch.equal(sample(w[:, 1, :, 0], u[:, 1, :, 0]), whole[:, 1, :, 0])
     one = w[1:2, 1:2, 1, 0].expand(2, 3, -1)
-    assert torch.equal(draw(one, u[:2, :, 1, 0]), draw(one.contiguous(), u[:2, :, 1, 0].contiguous()))
-    flat = torch.full((), 0.25, device=device).expand(2, 3, 8)  # a uniform law is a number
-    assert torch.equal(draw(flat, u[:2, :, 1, 0]), (u[:2, :, 1, 0] * 8).long())
+    assert torch.equal(sample(one, u[:2, :, 1, 0]), sample(one.contiguous(), u[:2, :, 1, 0].contiguous()))
+    flat = torch.full((), 0.25, device=device).expand(2, 3, 8)  # a uniform distribution is a number
+    assert torch.equal(sample(flat, u[:2, :, 1, 0]), (u[:2, :, 1, 0] * 8).long())
     turned = weights(6, (9,)).to(device).T  # tokens side by side in no row
-    assert torch.equal(draw(turned, u.flatten()[:6]), draw(turned.contiguous(), u.flatten()[:6]))
-    assert draw(w[:0], u[:0]).shape == u[:0].shape
+    assert torch.equal(sample(turned, u.flatten()[:6]), sample(turned.contiguous(), u.flatten()[:6]))
+    assert sample(w[:0], u[:0]).shape == u[:0].shape
 
 
 def check_ends(device: str) -> None:
@@ -69,7 +69,7 @@ def check_ends(device: str) -> None:
         w[:, 1:-1] += 1e-12
         w[:, 0] = w[:, -1] = 0
         for u, expected in ((LOWEST, 1), (HIGHEST, vocab - 2)):
-            at = draw(w, torch.full((6,), u, dtype=torch.float64, device=device))
+            at = sample(w, torch.full((6,), u, dtype=torch.float64, device=device))
             assert (w.gather(-1, at[:, None]) > 0).all()
             assert (at == expected).all() or vocab > 3
         # All weight in one token, wherever its block.
@@ -77,37 +77,37 @@ def check_ends(device: str) -> None:
             point = torch.zeros(2, vocab, device=device)
             point[:, token] = 1e-20
             ends = torch.tensor([LOWEST, HIGHEST], dtype=torch.float64, device=device)
-            assert draw(point, ends).tolist() == [token, token]
-        nothing = draw(torch.zeros(1, vocab, device=device), torch.tensor([0.5], device=device).double())
+            assert sample(point, ends).tolist() == [token, token]
+        nothing = sample(torch.zeros(1, vocab, device=device), torch.tensor([0.5], device=device).double())
         assert nothing.tolist() == [vocab - 1]
 
 
-def race(vocab: int, device: str, width: int = 3) -> Race:
+def gumbel_max(vocab: int, device: str, width: int = 3) -> ExponentialNoise:
     images, at = torch.arange(2, device=device), torch.arange(2 * width, device=device).view(2, width)
     key = torch.tensor([5, 6], device=device)
-    return Race(key, images, images + 9, at, torch.tensor(2, device=device), 3, vocab)
+    return ExponentialNoise(key, images, images + 9, at, torch.tensor(2, device=device), 3, vocab)
 
 
-def check_race(device: str) -> None:
+def check_gumbel(device: str) -> None:
     for vocab, width in ((2, 3), (7, 3), (1000, 3), (8195, 1)):
-        p, noise = weights(vocab, (2, width)).to(device), race(vocab, device, width)
-        made, winners = noise.make(), race_draw(p, noise)
+        p, noise = weights(vocab, (2, width)).to(device), gumbel_max(vocab, device, width)
+        made, winners = noise.make(), sample_gumbel(p, noise)
         assert torch.equal(winners, (p / made).argmax(-1))
-        assert torch.equal(race_draw(p[:, 1:], noise[:, 1:]), winners[:, 1:])
+        assert torch.equal(sample_gumbel(p[:, 1:], noise[:, 1:]), winners[:, 1:])
         one = torch.full((), 1 / vocab, device=device).expand(2, width, vocab)
-        assert torch.equal(race_draw(one, noise), made.argmin(-1))
-    nothing = race_draw(torch.zeros(2, 1, 9000, device=device), race(9000, device, 1))
+        assert torch.equal(sample_gumbel(one, noise), made.argmin(-1))
+    nothing = sample_gumbel(torch.zeros(2, 1, 9000, device=device), gumbel_max(9000, device, 1))
     assert (nothing == 0).all()
 
 
-@pytest.mark.parametrize("check", [check_draw, check_ends, check_race])
+@pytest.mark.parametrize("check", [check_sample, check_ends, check_gumbel])
 def test_plain_form(check: object) -> None:
     with backend("torch"):
         check("cpu")  # type: ignore[operator]
 
 
 @needs_triton
-@pytest.mark.parametrize("check", [check_draw, check_ends, check_race])
+@pytest.mark.parametrize("check", [check_sample, check_ends, check_gumbel])
 def test_kernel_under_the_interpreter(check: object) -> None:
     with backend("triton"):
         check("cpu")  # type: ignore[operator]
@@ -122,7 +122,7 @@ def test_the_tail_of_a_large_vocabulary_under_the_interpreter() -> None:
     tail = float(w[1].double()) * (vocab - 1)
     u = (1 + torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64) * tail) / (1 + tail)
     with backend("triton"):
-        at = draw(w.expand(3, -1), u).double() / vocab
+        at = sample(w.expand(3, -1), u).double() / vocab
     torch.testing.assert_close(at, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), rtol=0, atol=1e-4)
 
 
@@ -133,16 +133,16 @@ def test_kernels_compile() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_draw, check_ends, check_race])
+@pytest.mark.parametrize("check", [check_sample, check_ends, check_gumbel])
 def test_kernel_on_a_gpu(check: object) -> None:
     check("cuda")  # type: ignore[operator]
 
 
 if __name__ == "__main__":
-    types = {n: "i32" for n in (*_draw.arg_names, *_race_draw.arg_names)}
+    types = {n: "i32" for n in (*_sample.arg_names, *_sample_gumbel.arg_names)}
     types |= {n: "*i64" for n in ("out", "key", "images", "keys", "positions", "passes")}
     types |= {"weights": "*fp32", "u": "*fp64"}
     for vocab in (1000, 16384):  # 184,622 are walked over in the blocks of 16,384
         block, warps = tiles(vocab).values()
-        compiled(_draw, types, dict(step=1, block=block), warps)
-        compiled(_race_draw, types, dict(step=1, purpose=3, turn_read=True, block=block), warps)
+        compiled(_sample, types, dict(step=1, block=block), warps)
+        compiled(_sample_gumbel, types, dict(step=1, purpose=3, turn_read=True, block=block), warps)
