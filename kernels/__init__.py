@@ -1,1 +1,1 @@
-"""Kernels, each beside its plain-torch reference. They know tensors only."""
+"""Kernels, each next to its plain-torch reference. They know tensors only."""

@@ -1,9 +1,11 @@
-"""Decode attention: a few query rows per sequence against a static KV cache, which holds more slots than are seen.
+"""Decode attention: a few query rows per sequence against a static KV cache, which holds more slots than a query
+attends to.
 
 The Triton form is flash decoding: the slots are split among programs, each of which runs the online softmax of
-FlashAttention (Dao 2023, arXiv:2307.08691) over its part, and a second, small kernel joins the parts. What a query
-sees is worked out inside from the row's root slot and a tree's packed ancestor sets: no mask is ever written, and the
-host never asks the device how far a row is. The torch form builds one mask per pass and calls PyTorch's own attention.
+FlashAttention (Dao 2023, arXiv:2307.08691) over its part, and a second, small kernel joins the parts. A program works
+out what its queries attend to from the row's root slot and a tree's packed ancestor sets: no mask is ever written, and
+the host never asks the device how far a row is. The torch form builds one mask per pass and calls PyTorch's own
+attention.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ PROGRAMS = 256
 
 @dataclass(frozen=True, eq=False)
 class AttentionMetadata:
-    """What the inputs of a pass see of the cache; one object serves all layers.
+    """Which slots of the cache the inputs of a pass attend to; one object serves all layers.
 
     `root` [R], int64, is the slot of each row's root, the first input of a chain or tree, of which the pass feeds the
-    nodes `first`..`first` + W - 1; node j lies in slot root + j. Without `ancestors` an input sees all slots up to its
-    own. With them ([A, T], int64, bit i of node j set where i is j or above it, at most 63 nodes, row r having those of
-    row r % A, since the halves of guidance are stacked) it sees the slots before the root and the nodes of its bits.
-    `bias` [R], fp32, makes slot 0 a pseudo-key, whose logit is shifted by it: log n for n keys that are all 0, whose
-    mean value the slot holds, and -inf for none.
+    nodes `first`..`first` + W - 1; node j lies in slot root + j. Without `ancestors` an input attends to all slots up
+    to its own. With them ([A, T], int64, bit i of node j set where i is j or above it, at most 63 nodes, row r having
+    those of row r % A, as the unconditional batch comes after the conditional one) it attends to the slots before the
+    root and the nodes of its bits. `bias` [R], fp32, makes slot 0 a pseudo-key, whose logit is shifted by it: log n for
+    n keys that are all 0, whose mean value the slot holds, and -inf for none.
     """
 
     root: Tensor
@@ -51,10 +53,10 @@ class AttentionMetadata:
             raise VisarError(f"{len(self.root)} rows do not share {len(self.ancestors)} trees evenly.")
 
     def mask(self, queries: int, visible: int) -> Tensor | None:
-        """What `queries` inputs see of the first `visible` slots, [R, queries, visible], made once and kept.
+        """Which of the first `visible` slots `queries` inputs attend to, [R, queries, visible], made once.
 
-        It is bool, or with a bias fp32 to be added to the logits, and None where all is seen; on a GPU it is never
-        None, because the host does not look at `root` there.
+        It is bool, or with a bias fp32 to be added to the logits, and None where nothing is masked; on a GPU it is
+        never None, because the host does not look at `root` there.
         """
         key = queries, visible
         if key not in self._masks:
@@ -64,22 +66,22 @@ class AttentionMetadata:
     def _all_visible(self, queries: int, visible: int) -> bool:
         if queries > 1 or self.bias is not None or self.root.device.type != "cpu":
             return False
-        chain = self.ancestors is None or self.first == 0  # a root sees what any input does that lies there
-        return chain and int(self.root.min()) + self.first + 1 >= visible
+        to_root = self.ancestors is None or self.first == 0  # a root attends as an input of a chain does
+        return to_root and int(self.root.min()) + self.first + 1 >= visible
 
     def _mask(self, queries: int, visible: int) -> Tensor:
         slot = torch.arange(visible, device=self.root.device)
         node = slot - self.root[:, None]  # [R, visible], negative before the root
         own = torch.arange(self.first, self.first + queries, device=slot.device)
         if self.ancestors is None:
-            sees = node[:, None] <= own[:, None]
+            allowed = node[:, None] <= own[:, None]
         else:
-            # Bit 63 is never set, so the nodes behind the last one are seen by none.
+            # Bit 63 is never set, so nothing attends to nodes after the last one.
             bits = self.ancestors[:, self.first : self.first + queries].repeat(len(node) // len(self.ancestors), 1)
-            sees = (bits[..., None] >> node.clamp(0, MOST_NODES)[:, None] & 1).bool() | (node < 0)[:, None]
+            allowed = (bits[..., None] >> node.clamp(0, MOST_NODES)[:, None] & 1).bool() | (node < 0)[:, None]
         if self.bias is None:
-            return sees
-        mask = torch.zeros(sees.shape, device=slot.device).masked_fill_(~sees, -torch.inf)
+            return allowed
+        mask = torch.zeros(allowed.shape, device=slot.device).masked_fill_(~allowed, -torch.inf)
         mask[..., 0] += self.bias[:, None]
         return mask
 
@@ -89,8 +91,8 @@ def decode_attention(
 ) -> Tensor:
     """Attention [R, W, H, D] of queries q [R, W, H, D] to the first `visible` slots of keys and values [R, S, H, D].
 
-    `metadata` says which of them a query sees; one that sees none gives 0. `scale` is 1 / sqrt(D) unless given. The
-    cache may have any strides as long as D is contiguous; [R, H, S, D] in memory is the fastest on a CPU. A
+    `metadata` says which of them a query attends to; one that attends to none gives 0. `scale` is 1 / sqrt(D) unless
+    given. The cache may have any strides as long as D is contiguous; [R, H, S, D] in memory is the fastest on a CPU. A
     `VisarError` for W over 128 or D over 256; D over 128 runs in torch on a GPU too.
     """
     _, queries, _, dim = q.shape
@@ -145,7 +147,7 @@ def _attend(  # type: ignore[no-untyped-def]
     here, lanes = w < queries, d < dim
     at_root = tl.load(root + row).to(tl.int32)
     own = first + w  # the node of each query
-    last = tl.minimum(first + (tl.program_id(1) + 1) * block_q, first + queries)  # no query here sees node `last`
+    last = tl.minimum(first + (tl.program_id(1) + 1) * block_q, first + queries)  # no query here attends to node `last`
     end = tl.minimum(tl.minimum(start + part, visible), at_root + last)
 
     # Strides are passed in units, so that the compiler knows what divides them and loads several numbers at once.
@@ -177,13 +179,13 @@ def _attend(  # type: ignore[no-untyped-def]
         node = s - at_root
         if is_tree:
             bit = tl.minimum(tl.maximum(node, 0), 63).to(tl.int64)  # bit 63 is never set
-            sees = ((bits[:, None] >> bit[None, :]) & 1) == 1
-            sees = sees | (node < 0)[None, :]
+            allowed = ((bits[:, None] >> bit[None, :]) & 1) == 1
+            allowed = allowed | (node < 0)[None, :]
         else:
-            sees = node[None, :] <= own[:, None]
-        logits = tl.where(sees & (s < end)[None, :], logits, float("-inf"))
+            allowed = node[None, :] <= own[:, None]
+        logits = tl.where(allowed & (s < end)[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))
-        zero = tl.where(higher == float("-inf"), 0.0, higher)  # a query that has seen nothing yet: no inf - inf
+        zero = tl.where(higher == float("-inf"), 0.0, higher)  # a query with all slots masked so far: no inf - inf
         old, weights = tl.exp2(top - zero), tl.exp2(logits - zero[:, None])
         total = total * old + tl.sum(weights, 1)
         sum_v = sum_v * old[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
@@ -218,7 +220,7 @@ def _join(  # type: ignore[no-untyped-def]
     for part in range(splits):
         at = part * lines + line
         weight = tl.exp2(tl.load(maxima + at, line < lines, float("-inf")) - highest)
-        # A split that saw nothing has weight 0, and may have written nothing.
+        # A split whose slots are all masked has weight 0, and may have written nothing.
         v = tl.load(sums_v + at[:, None] * dim + d[None, :], (weight > 0)[:, None] & lanes, 0.0)
         result += v * weight[:, None]
     result = result / tl.where(total == 0, 1.0, total)[:, None]

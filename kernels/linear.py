@@ -1,8 +1,9 @@
 """Linear layers of few rows: on a CPU with weights laid out once as oneDNN wants them, elsewhere as the library does.
 
-`F.linear` hands oneDNN the plain weight, which it lays out anew in every call. That costs as much as the product itself
-where there are few rows, as in decoding, so the layout is kept: a second copy of the weights, made on first use and
-made again when the weight has changed. What follows the product (SiLU, a factor, a residual) is done on its way out.
+`F.linear` hands oneDNN the plain weight, which it lays out again in every call. That takes as long as the product
+itself where there are few rows, as in decoding, so the layout is cached: a second copy of the weights, made on first
+use and made again when the weight has changed. What follows the product (SiLU, a factor, a residual) is done on its way
+out.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def linear(
 ) -> Tensor:
     """x [..., K] @ weight [N, K] + bias, then SiLU if asked for, then `times` [..., N] or `plus` [..., N] if given.
 
-    The packed form rounds to bfloat16 once, behind the last of them; the plain form after each.
+    The packed form rounds to bfloat16 once, after the last of them; the plain form after each.
     """
     if (packed := _packed_weight(x, weight)) is None:
         return epilogue(F.linear(x, weight, bias), silu, times, plus)
@@ -62,7 +63,7 @@ def linear(
 
 
 def epilogue(y: Tensor, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
-    """What `linear` does behind the product."""
+    """What `linear` does after the product."""
     if silu:
         y = F.silu(y)
     if times is not None:
@@ -74,9 +75,9 @@ def _packed_weight(x: Tensor, weight: Tensor) -> Tensor | None:
     """The weight as oneDNN wants it; None where the plain layout is used: on a GPU, in training, without oneDNN."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype or weight.is_inference():
         return None
-    kept = _packed.get(id(weight))
-    if kept is not None and kept.of() is weight and kept.state == _state(weight):
-        return kept.weight
+    cached = _packed.get(id(weight))
+    if cached is not None and cached.of() is weight and cached.state == _state(weight):
+        return cached.weight
     if not packs(weight.dtype) or not _room_for(weight):
         return None
     key = id(weight)

@@ -1,6 +1,6 @@
 """The library's noise (`visar.engine.rng`) from its counters: words of Philox, uniforms, and exponential noise.
 
-A Triton form makes all of it in one launch. A `ExponentialNoise` says which Exp(1) variables are meant without making
+A Triton form makes all of it in one launch. An `ExponentialNoise` says which Exp(1) variables are meant without making
 them, so that a kernel that needs one per token of a vocabulary computes them in registers (`exponentials`) instead of
 reading them.
 """
@@ -169,7 +169,7 @@ def noise_counter(  # type: ignore[no-untyped-def]
     key, images, keys, positions, passes, image_step, key_step, row_step, column_step, row, column,
     purpose: tl.constexpr, turn_read: tl.constexpr,
 ):  # fmt: skip
-    """Counter words 1 to 3 and the two words of the seed, for one place of a `ExponentialNoise`; all scalars."""
+    """Counter words 1 to 3 and the two words of the seed, for one position of an `ExponentialNoise`; all scalars."""
     own = tl.load(keys + row * key_step)
     turn = passes
     if turn_read:
@@ -181,7 +181,7 @@ def noise_counter(  # type: ignore[no-untyped-def]
 
 @jit
 def exponentials(first, c1, c2, c3, k0, k1, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Exp(1) variables [block], fp32, of the tokens first.. of a place; `first` and `block` are multiples of 4."""
+    """Exp(1) variables [block], fp32, of the tokens first.. of a position; `first` and `block` are multiples of 4."""
     c0 = (first // 4 + tl.arange(0, block // 4)).to(tl.uint32)
     zero = c0 ^ c0
     a, b, c, d = philox_rounds(c0, zero + c1, zero + c2, zero + c3, zero + k0, zero + k1)
@@ -225,11 +225,11 @@ def _exponential(  # type: ignore[no-untyped-def]
     out, key, images, keys, positions, passes, image_step, key_step, row_step, column_step, vocab, width,
     purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0)
+    program = tl.program_id(0)
     c1, c2, c3, k0, k1 = noise_counter(
-        key, images, keys, positions, passes, image_step, key_step, row_step, column_step, place // width,
-        place % width, purpose, turn_read,
+        key, images, keys, positions, passes, image_step, key_step, row_step, column_step, program // width,
+        program % width, purpose, turn_read,
     )  # fmt: skip
     first = tl.program_id(1) * block
     at = first + tl.arange(0, block)
-    tl.store(out + place.to(tl.int64) * vocab + at, exponentials(first, c1, c2, c3, k0, k1, block), at < vocab)
+    tl.store(out + program.to(tl.int64) * vocab + at, exponentials(first, c1, c2, c3, k0, k1, block), at < vocab)

@@ -1,4 +1,4 @@
-"""Rotary positions and the KV cache's new slots in one launch: what stands between a layer's QKV product and attention.
+"""Rotary positions and the KV cache's new slots in one launch: the step between a layer's QKV product and attention.
 
 Adjacent pairs turn (RoFormer, Su et al. 2021, arXiv:2104.09864, as LlamaGen has it), in fp32, as
 `visar.families.llamagen.rotary.rotate` does.
@@ -26,7 +26,8 @@ def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slot
 def rotary_append_torch(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     """`rotary_append` in plain torch, which is also what runs on a CPU."""
     heads = keys.shape[2]
-    # A pair is a complex number, which is several times as fast on a CPU as turning halves, and gives the same bits.
+    # A pair is a complex number, which is several times as fast on a CPU as turning the two parts, and gives the same
+    # bits.
     pairs = torch.view_as_complex(qkv[:, :, : 2 * heads].float().unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * torch.view_as_complex(table).unsqueeze(2)).flatten(-2).to(keys.dtype)
     q, k = turned.chunk(2, dim=2)

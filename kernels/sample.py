@@ -1,4 +1,4 @@
-"""Samples from distributions over the vocabulary: by inverse CDF with one uniform, and by an exponential noise."""
+"""Samples from distributions over the vocabulary: by inverse CDF with one uniform, and by exponential noise."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sample_triton(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def sample_gumbel(p: Tensor, exponential: ExponentialNoise) -> Tensor:
-    """Tokens [B, W] that win the exponential noise: argmax p/e, a sample from p [B, W, V]; the first of equals wins."""
+    """Tokens [B, W] by exponential noise: argmax p/e, a sample from p [B, W, V]; the first of equals is taken."""
     return sample_gumbel_triton(p, exponential) if use_triton(p) else sample_gumbel_torch(p, exponential)
 
 
@@ -77,7 +77,7 @@ def _rows(weights: Tensor) -> Tensor:
 
 @jit
 def _left(p, q, p_step, q_step, spare, at, size, two: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The weights at `at`, float64, 0 behind the end: p, or where `spare` what is left of it when q is taken."""
+    """The weights at `at`, float64, 0 after the end: p, or where `spare` p less q."""
     w = tl.load(p + at * p_step, at < size, 0.0)
     if two:
         w = tl.maximum(w - tl.load(q + at * q_step, at < tl.where(spare, size, 0), 0.0), 0.0)
@@ -127,7 +127,7 @@ def inverse_cdf(  # type: ignore[no-untyped-def]
 
 @jit
 def gumbel_winner(p, p_step, size, c1, c2, c3, k0, k1, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The token of the row p that wins the exponential noise of this place; for use inside other kernels."""
+    """The argmax of p/e over the row p, for the exponential noise of this position; for use inside other kernels."""
     lane = tl.arange(0, block)
     best = tl.full([block], -1.0, tl.float32)
     winner = tl.zeros([block], tl.int32)
@@ -145,11 +145,11 @@ def gumbel_winner(p, p_step, size, c1, c2, c3, k0, k1, block: tl.constexpr):  # 
 def _sample(  # type: ignore[no-untyped-def]
     out, weights, u, size, width, row_step, column_step, step, u_row, u_column, block: tl.constexpr
 ):
-    place = tl.program_id(0)
-    row, column = (place // width).to(tl.int64), (place % width).to(tl.int64)
+    program = tl.program_id(0)
+    row, column = (program // width).to(tl.int64), (program % width).to(tl.int64)
     p = weights + row * row_step + column * column_step
     goal = tl.load(u + row * u_row + column * u_column)
-    tl.store(out + place, inverse_cdf(p, p, step, step, False, 0.0, goal, size, False, block))
+    tl.store(out + program, inverse_cdf(p, p, step, step, False, 0.0, goal, size, False, block))
 
 
 @jit
@@ -157,11 +157,11 @@ def _sample_gumbel(  # type: ignore[no-untyped-def]
     out, weights, size, width, row_step, column_step, step, key, images, keys, positions, passes, image_step, key_step,
     noise_row, noise_column, purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0)
-    row, column = (place // width).to(tl.int64), (place % width).to(tl.int64)
+    program = tl.program_id(0)
+    row, column = (program // width).to(tl.int64), (program % width).to(tl.int64)
     c1, c2, c3, k0, k1 = noise_counter(
         key, images, keys, positions, passes, image_step, key_step, noise_row, noise_column, row, column, purpose,
         turn_read,
     )  # fmt: skip
     p = weights + row * row_step + column * column_step
-    tl.store(out + place, gumbel_winner(p, step, size, c1, c2, c3, k0, k1, block))
+    tl.store(out + program, gumbel_winner(p, step, size, c1, c2, c3, k0, k1, block))

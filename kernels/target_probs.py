@@ -2,8 +2,8 @@
 
 Where a sort would give the k-th largest logit, and the probability at which the nucleus ends, the Triton form finds
 both by bisection over the bits of the number, two bits at a time: the order of floats is that of their bits. Masses are
-summed as integers, in units of 2**-60, so that the sums are exact in any order and a row has one distribution wherever
-it stands.
+summed as integers, in units of 2**-60, so that the sums are exact in any order and a row has the same distribution
+at any position of a batch or window.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visar.kernels.backend import jit, tl, triton, use_triton
 
-RESIDENT = 16384  # tokens that a program keeps in registers
+RESIDENT = 16384  # tokens that a program holds in registers
 BLOCK = 8192  # and how many at a time, of more
 MOST = 2**21  # a program counts no further
 
@@ -33,7 +33,7 @@ def guide_torch(cond: Tensor, uncond: Tensor, scale: float, guided: Tensor | Non
 
 
 def guide_triton(cond: Tensor, uncond: Tensor, scale: float, guided: Tensor | None = None) -> Tensor:
-    """`guide_torch` as one launch, which reads both halves and writes one in fp32."""
+    """`guide_torch` as one launch, which reads the logits of both batches and writes one in fp32."""
     cond, uncond = _rows(cond), _rows(uncond)
     batch, window, size = cond.shape
     out = torch.empty(batch, window, size, device=cond.device)
@@ -109,7 +109,7 @@ def target_probs_triton(
     top_p: float = 1.0,
     forced: Tensor | None = None,
 ) -> Tensor:
-    """`law_torch` as one launch, a program for each row.
+    """`target_probs_torch` as one launch, a program for each row.
 
     A row of up to 16,384 tokens is read once and written once, 8 V bytes from fp32 logits; in between it stays in
     registers. A longer one is read again in every step of a bisection, from the L2 cache: 19 times for top-k, 18 more
@@ -144,7 +144,7 @@ def _flags(guided: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:
 
 @jit
 def _scores(logits, temperature, start, size, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logits over temperature, from the token `start` on, fp32; -inf behind the end."""
+    """Logits over temperature, from the token `start` on, fp32; -inf after the end."""
     at = start + tl.arange(0, block)
     x = tl.load(logits + at, at < size, float("-inf")).to(tl.float32)
     return tl.div_rn(x, tl.zeros_like(x) + temperature)
@@ -185,7 +185,7 @@ def _reaching(p, one, two, three):  # type: ignore[no-untyped-def]
 def _final(  # type: ignore[no-untyped-def]
     p, cut, room, share, before, token, at, by_mass: tl.constexpr, certain: tl.constexpr
 ):
-    """What becomes of the probabilities p of the tokens `at`, behind `before` others that equal the cut."""
+    """The final probabilities of the tokens `at` with probabilities p, after `before` others that equal the cut."""
     if by_mass:
         rank = p.to(tl.int32, bitcast=True)
         equal = rank == cut
@@ -201,9 +201,9 @@ def _target_probs(  # type: ignore[no-untyped-def]
     out, logits, forced, temperature, top_k, top_p, size, width, logits_row, logits_column, forced_row, forced_column,
     by_count: tl.constexpr, by_mass: tl.constexpr, certain: tl.constexpr, whole: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64)
-    row, column = place // width, place % width
-    out += place * size
+    program = tl.program_id(0).to(tl.int64)
+    row, column = program // width, program % width
+    out += program * size
     logits += row * logits_row + column * logits_column
     lane = tl.arange(0, block)
     x = _scores(logits, temperature, 0, size, block)
@@ -280,8 +280,8 @@ def _target_probs(  # type: ignore[no-untyped-def]
         each = tl.maximum(_mass(cut.to(tl.float32, bitcast=True)), 1)
         equal = (reaching - above) // each
         room = tl.minimum((limit - above) // each + 1, equal)
-        kept = tl.where(cut == 0, reaching, above + room * each)
-        share = kept.to(tl.float32) * 8.673617379884035e-19
+        remaining = tl.where(cut == 0, reaching, above + room * each)
+        share = remaining.to(tl.float32) * 8.673617379884035e-19
 
     token = tl.full((), -1, tl.int64)
     if certain:
@@ -302,8 +302,8 @@ def _guide(  # type: ignore[no-untyped-def]
     out, cond, uncond, guided, guided_row, guided_column, scale, size, width, cond_row, cond_column, uncond_row,
     uncond_column, some: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0).to(tl.int64)
-    row, column = place // width, place % width
+    program = tl.program_id(0).to(tl.int64)
+    row, column = program // width, program % width
     at = tl.program_id(1) * block + tl.arange(0, block)
     inside = at < size
     c = tl.load(cond + row * cond_row + column * cond_column + at, inside, 0.0).to(tl.float32)
@@ -311,4 +311,4 @@ def _guide(  # type: ignore[no-untyped-def]
     both = u + scale * (c - u)
     if some:
         both = tl.where(tl.load(guided + row * guided_row + column * guided_column) != 0, both, c)
-    tl.store(out + place * size + at, both, inside)
+    tl.store(out + program * size + at, both, inside)

@@ -1,9 +1,10 @@
 """Verification of a drafted window as one launch: the rules of `visar.samplers.verification`, which are its reference.
 
-A program has one column of one row. It finds by itself which drafts stand before it, for that takes two numbers of each
-draft, and then does what its column needs: it keeps the draft, samples from the residual (p - q)+, samples from p, or
-uses the exponential noise that all drafts of a position share. So no program waits for another, and a column that keeps
-its draft reads next to nothing: only p of the others is read, twice for a sample, q where there is a residual.
+A program has one column of one row. It finds by itself which drafts are accepted before it, for that takes two numbers
+of each draft, and then does what its column needs: it accepts the draft, samples from the residual (p - q)+, samples
+from p, or uses the exponential noise that all drafts of a position share. So no program waits for another, and a column
+that accepts its draft reads next to nothing: only p of the others is read, twice for a sample, q where there is a
+residual.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def verify_triton(
     exponential: ExponentialNoise | None,
     equal: float,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [B, W] of the window after the test, and how many drafts stood [B].
+    """Tokens [B, W] of the window after the test, and how many drafts were accepted [B].
 
     `p` [B, W, V], `q` [B, W-1, V], which may be expanded, `drafts` [B, W-1], uniforms `accept` and `sample` [B, W],
     float64. A residual with less mass than `equal` gives way to p. The rule "gumbel" needs `exponential`.
@@ -59,8 +60,8 @@ def _verify(  # type: ignore[no-untyped-def]
     passes, image_step, key_step, noise_row, noise_column, purpose: tl.constexpr, turn_read: tl.constexpr, rule:
     tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0)
-    row, own = (place // window).to(tl.int64), (place % window).to(tl.int64)
+    program = tl.program_id(0)
+    row, own = (program // window).to(tl.int64), (program % window).to(tl.int64)
     p += row * p_row
     q += row * q_row
 
@@ -71,33 +72,33 @@ def _verify(  # type: ignore[no-untyped-def]
     u = tl.load(accept + row * accept_row + column * accept_column, is_draft, 0.0)
     own_q = tl.load(q + column * q_column + d * q_step, is_draft, 0.0).to(tl.float64)
     own_p = tl.load(p + column * p_column + d * p_step, is_draft, 0.0).to(tl.float64)
-    kept = u * own_q < own_p
-    first = tl.min(tl.where(is_draft & ~kept, column, window - 1))  # the first that does not
+    is_accepted = u * own_q < own_p
+    first = tl.min(tl.where(is_draft & ~is_accepted, column, window - 1))  # the first rejected one
     if own == 0:
         tl.store(accepted + row, first)
 
     if rule == "maximal":
-        accepts = tl.max(tl.where(column == own, (is_draft & kept).to(tl.int32), 0)) > 0
+        accepts = tl.max(tl.where(column == own, (is_draft & is_accepted).to(tl.int32), 0)) > 0
         spare = own < window - 1
     else:
         accepts = own < first
         spare = (own == first) & (own < window - 1)
     if accepts:
-        tl.store(tokens + place, tl.load(drafts + row * draft_row + own * draft_column))
+        tl.store(tokens + program, tl.load(drafts + row * draft_row + own * draft_column))
     else:
         p += own * p_column
         if rule == "gumbel":
             if spare:
                 goal = tl.load(sample + row * sample_row + own * sample_column)
                 q += own * q_column
-                tl.store(tokens + place, inverse_cdf(p, q, p_step, q_step, True, equal, goal, size, True, block))
+                tl.store(tokens + program, inverse_cdf(p, q, p_step, q_step, True, equal, goal, size, True, block))
             else:
                 c1, c2, c3, k0, k1 = noise_counter(
                     key, images, keys, positions, passes, image_step, key_step, noise_row, noise_column, row, own,
                     purpose, turn_read,
                 )  # fmt: skip
-                tl.store(tokens + place, gumbel_winner(p, p_step, size, c1, c2, c3, k0, k1, block))
+                tl.store(tokens + program, gumbel_winner(p, p_step, size, c1, c2, c3, k0, k1, block))
         else:
             goal = tl.load(sample + row * sample_row + own * sample_column)
             q += own * q_column  # of the last column there is none, and none is read
-            tl.store(tokens + place, inverse_cdf(p, q, p_step, q_step, spare, equal, goal, size, True, block))
+            tl.store(tokens + program, inverse_cdf(p, q, p_step, q_step, spare, equal, goal, size, True, block))

@@ -16,7 +16,7 @@ from visar.samplers.distribution import Target
 
 @dataclass
 class State:
-    """A decoding in progress; samplers that keep more have a subclass.
+    """A decoding in progress; samplers with more state have a subclass.
 
     `tokens` [B, N + W]: row b holds its committed tokens, then the drafts of its window. `commit_pass` [B, N + W]: the
     pass that committed each token. `passes`: a scalar on the device, so that a captured graph counts by itself.
@@ -46,7 +46,7 @@ class State:
         return self.tokens.gather(1, (session.positions(window) - 1).clamp_min(0))
 
     def commit(self, session: Session, tokens: Tensor, accepted: Tensor) -> Tensor:
-        """Write the window `tokens` [B, W], keep the first `accepted` + 1 of them, and return the counts kept [B]."""
+        """Write the window `tokens` [B, W], commit the first `accepted` + 1, and return the counts committed [B]."""
         window = tokens.shape[1]
         at = session.positions(window)
         count = torch.minimum(accepted + 1, session.length - session.lengths)
@@ -61,7 +61,7 @@ class State:
 class Sampler(Protocol):
     """`exact` says whether images have the distribution of sequential sampling; `window` is W, the inputs per pass.
 
-    One whose host decides something within a step says `capturable = False`, and is never made a CUDA graph.
+    One whose host chooses something within a step says `capturable = False`, and is never made a CUDA graph.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Trees that every round shapes anew, level by level, by a beam over the drafts of the level before."""
+"""Trees that are built in every pass, level by level, by a beam over the drafts of the level before."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from visar.samplers.speculative import Children, drafter_of
 from visar.samplers.tree_verification import ChildRule, Chosen, Sampled, verify_tree
 from visar.samplers.verification import StepNoise
 
-LATER = 1e-9  # what a level costs, so that a child never ranks before its parent
+LATER = 1e-9  # taken off per level, so that a child never ranks before its parent
 
 
 class Drafted(NamedTuple):
     """A tree for each row: `tokens` [B, T - 1] of its drafts, -1 where there is none, and draft distributions `q` [B,
     T, V].
 
-    `fed` [B, T]: the number that the drafter knows a node by, -1 for those it was not given; their `q` is not theirs.
-    Where the rule asks for no distributions there are none, and `q` is [B, T, 1] of zeros.
+    `fed` [B, T]: the number that the drafter knows a node by, -1 for those it was not given, whose rows of `q` mean
+    nothing. Where the rule asks for no distributions there are none, and `q` is [B, T, 1] of zeros.
     """
 
     tree: Tree
@@ -53,7 +53,7 @@ class BeamState(State):
 class BeamTree(Registered):
     """A beam of `beam` nodes is extended `depth` times; `nodes` drafts are tested.
 
-    Children "chosen": the most likely continuations; of all that were seen, the `nodes` most likely are kept (EAGLE-2,
+    Children "chosen": the most likely continuations; the `nodes` most likely of all are tested (EAGLE-2,
     Li et al. 2024, arXiv:2406.16858). Children "sampled": stochastic beam search (Kool et al. 2019, arXiv:1903.06059),
     so the siblings of a node are sampled from its distribution without replacement and none may be dropped (RSD-S, Jeon
     et al. 2024, arXiv:2402.14160); `nodes` is 0. Both are exact, each with a rule of its own.
@@ -118,26 +118,26 @@ class BeamTree(Registered):
         above: list[Tensor] = []  # and whose they are
         beams: list[Tensor] = []  # by level, which of the children are extended
         score = torch.zeros(batch, 1, dtype=torch.float64, device=device)
-        chain = score
+        log_probs = score
         logits, first = drafter.root(state.tokens, session.lengths), 0
         for level in range(self.depth):
             count = known.parents.shape[1] - first
             q = state.target.probs(logits, session.follows(count, known, first))
             draft_probs.append(q)
-            joint = chain[..., None] + q.double().log()
+            joint = log_probs[..., None] + q.double().log()
             ranked = self._ranked(joint, score, session, state, first)
             best = ranked.topk(each)  # [B, count, each]
             value = best.values.flatten(1)
             tokens.append(torch.where(value > -torch.inf, best.indices.flatten(1), -1))
             values.append(value - LATER * level)
             above.append(torch.arange(first, first + count, device=device).repeat_interleave(each).expand(batch, -1))
-            kept = value.topk(min(self.beam, value.shape[1])).indices.sort().values
-            beams.append(kept)
+            extended = value.topk(min(self.beam, value.shape[1])).indices.sort().values
+            beams.append(extended)
             if level + 1 < self.depth:
-                score, fed = value.gather(1, kept), tokens[-1].gather(1, kept)
-                chain = joint.gather(-1, best.indices).flatten(1).gather(1, kept)
+                score, fed = value.gather(1, extended), tokens[-1].gather(1, extended)
+                log_probs = joint.gather(-1, best.indices).flatten(1).gather(1, extended)
                 first = known.parents.shape[1]
-                known = Tree.of(torch.cat([known.parents, above[-1].gather(1, kept)], dim=1), level + 1)
+                known = Tree.of(torch.cat([known.parents, above[-1].gather(1, extended)], dim=1), level + 1)
                 logits = drafter.extend(fed.clamp_min(0), known, first)
         found = self._chosen(tokens, values, above, beams)
         if not state.rule.reads_q:
@@ -187,7 +187,7 @@ def numbers(like: Tensor, first: int) -> Tensor:
 
 
 def siblings(tree: Tree, most: int) -> Tensor:
-    """The children [R, T, most] of every node, in their order in the tree, -1 behind the last."""
+    """The children [R, T, most] of every node, in their order in the tree, -1 after the last."""
     p = tree.parents
     before = (p[:, :, None] == p[:, None, :]).tril(-1).sum(-1)  # siblings that come first
     table = torch.full((*p.shape, most + 1), -1, device=p.device)

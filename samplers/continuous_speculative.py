@@ -3,10 +3,10 @@
 Both denoise with the same noise, and a draft is judged by the last step alone: P and Q are the two models'
 distributions of the token given their own second-last states. `cspd-exact` is that idea done exactly: given the shared
 noise, accepting y from Q with probability min(1, P(y) / Q(y)) gives P, whatever the states were, and P averaged over
-the noise is the target's distribution. It needs a last step with noise, a target that sees the drafts before the one it
-judges, and an end at the first rejection. `cspd` is the published rule, which multiplies the ratio by the quotient of
-the other steps' standard deviations, with the released code's one pass that judges all drafts and sees none of them;
-either moves the distribution.
+the noise is the target's distribution. It needs a last step with noise, a target that is given the drafts before the
+one it judges, and an end at the first rejection. `cspd` is the published rule, which multiplies the ratio by the
+quotient of the other steps' standard deviations, with the released code's one pass that judges all drafts and is given
+none of them; either moves the distribution.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def last_step(chain: Chain, condition: Tensor, start: Tensor, normals: Tensor) -
 class ContinuousSpeculative(Registered):
     """Drafts of `gamma` tokens, one token in each pass of the draft model, after a share `prefill` by the target alone.
 
-    `factor` multiplies ratios as published; `nested` judges each draft with those before it in sight, in `gamma` rows
+    `factor` multiplies ratios as published; `nested` judges each draft given those before it, in `gamma` rows
     of one pass; `truncate` ends at the first rejection. Exact with nested and truncate and without factor: then the
     distribution is that of `mar` with as many passes as tokens and `last_noise`.
     """
@@ -123,18 +123,18 @@ class ContinuousSpeculative(Registered):
         start, normals = (t.unflatten(0, (b, gamma)) for t in (bank.start, bank.steps))
         fresh = state.noise.normals(Purpose.DRAFT, ask, turn, session.dim)
         # The draft model, token by token.
-        canvas, seen, gaussians, spreads = state.tokens, [], [], []
+        canvas, canvases, gaussians, spreads = state.tokens, [], [], []
         with session.drafting():
             for j in range(gamma):
-                seen.append(canvas)
+                canvases.append(canvas)
                 have = (session.lengths + j).clamp(max=n - 1)
-                place = ask[:, j : j + 1]
-                told = session.draft.after(canvas, rows, have, place, 1 + have[:, None])
+                position = ask[:, j : j + 1]
+                told = session.draft.after(canvas, rows, have, position, 1 + have[:, None])
                 gaussian, spread = last_step(state.draft_chain, told[:, 0], start[:, j], normals[:, j])
                 gaussians.append(gaussian)
                 spreads.append(spread)
                 sampled = gaussian.sample(fresh[:, j])[:, None]
-                written = canvas.scatter(1, place[..., None].expand_as(sampled), sampled)
+                written = canvas.scatter(1, position[..., None].expand_as(sampled), sampled)
                 canvas = torch.where(inside[:, j, None, None], written, canvas)
         drafts = canvas.gather(1, ask[..., None].expand(-1, -1, session.dim))
         q = Gaussian(*(torch.stack([gaussian[i] for gaussian in gaussians], 1) for i in (0, 1)))
@@ -142,7 +142,7 @@ class ContinuousSpeculative(Registered):
         have = at.clamp(max=n - 1)
         if self.nested:
             told = session.after(
-                torch.stack(seen, 1).flatten(0, 1), rows.repeat_interleave(gamma), have.flatten(),
+                torch.stack(canvases, 1).flatten(0, 1), rows.repeat_interleave(gamma), have.flatten(),
                 ask.flatten()[:, None], 1 + have.flatten()[:, None],
             ).flatten(0, 1)  # fmt: skip
         else:
@@ -151,41 +151,41 @@ class ContinuousSpeculative(Registered):
         p = Gaussian(*(t.unflatten(0, (b, gamma)) for t in flat))
         log_factor = torch.stack(spreads, 1) - spread.unflatten(0, (b, gamma)) if self.factor else None
         uniforms = state.noise.uniforms(Purpose.STEP, ask, turn)[0]
-        kept = self._kept(drafts, p, q, log_factor, uniforms) & inside
-        run = kept.int().cumprod(1).sum(1)
+        is_accepted = self._accepts(drafts, p, q, log_factor, uniforms) & inside
+        run = is_accepted.int().cumprod(1).sum(1)
         room = inside.sum(1)
         first = torch.arange(gamma, device=device) == run[:, None]
-        wrong = (first if self.truncate else ~kept) & inside
+        wrong = (first if self.truncate else ~is_accepted) & inside
         if bool(wrong.any()):
             drafts[wrong] = self._replacement(drafts, p, q, log_factor, wrong, ask, state, turn)
         count = (run + 1).minimum(room) if self.truncate else room
         session.tested += int(count.sum())
-        session.accepted += int((run if self.truncate else kept.sum(1)).sum())
+        session.accepted += int((run if self.truncate else is_accepted.sum(1)).sum())
         now = torch.arange(gamma, device=device) < count[:, None]
         old = state.tokens.gather(1, ask[..., None].expand_as(drafts))
-        for j in range(gamma):  # one by one: places behind the end repeat the last
-            place, keep = ask[:, j : j + 1], now[:, j : j + 1]
-            token = torch.where(keep[..., None], drafts[:, j : j + 1], old[:, j : j + 1])
+        for j in range(gamma):  # one by one: positions past the end repeat the last
+            position, committed = ask[:, j : j + 1], now[:, j : j + 1]
+            token = torch.where(committed[..., None], drafts[:, j : j + 1], old[:, j : j + 1])
             state.tokens = torch.where(
-                keep[..., None], state.tokens.scatter(1, place[..., None].expand_as(token), token), state.tokens
+                committed[..., None], state.tokens.scatter(1, position[..., None].expand_as(token), token), state.tokens
             )
-            state.commit_pass = torch.where(keep, state.commit_pass.scatter(1, place, turn), state.commit_pass)
+            state.commit_pass = torch.where(committed, state.commit_pass.scatter(1, position, turn), state.commit_pass)
         session.commit(count)
 
-    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, uniforms: Tensor) -> Tensor:
-        """Which drafts [B, gamma] pass their test."""
+    def _accepts(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, uniforms: Tensor) -> Tensor:
+        """Which drafts [B, gamma] are accepted."""
         return accepts(drafts, p, q, uniforms, 0.0 if log_factor is None else log_factor)
 
     def _replacement(
         self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, wrong: Tensor, ask: Tensor,
         state: MaskedState, turn: int,
     ) -> Tensor:  # fmt: skip
-        """What stands for the rejected drafts [R, d], `wrong` [B, gamma] saying which."""
+        """The tokens [R, d] that replace the rejected drafts, which `wrong` [B, gamma] marks."""
         which = wrong.nonzero()[:, 0]
 
-        places = ask[wrong]
-        turns = torch.full_like(places, turn)
-        trials = residual_trials(state.noise.of(which), places, turns, drafts.shape[-1], TRIALS)
+        positions = ask[wrong]
+        turns = torch.full_like(positions, turn)
+        trials = residual_trials(state.noise.of(which), positions, turns, drafts.shape[-1], TRIALS)
         one, other = p.at(wrong), q.at(wrong)  # type: ignore[arg-type]
         if log_factor is None:
             return replaced(drafts[wrong], one, other, trials)

@@ -1,4 +1,4 @@
-"""Chains of drafts whose length follows what is expected of them."""
+"""Chains of drafts that end where a rejection is likely."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ LEVELS = 24  # of entropy, half a nat each
 
 @dataclass
 class DynamicState(State):
-    """`seen` [2, B, levels]: drafts tested and drafts accepted, by the entropy of what they were sampled from."""
+    """`counts` [2, B, levels]: drafts tested and drafts accepted, by the entropy of their draft distribution."""
 
-    seen: Tensor
+    counts: Tensor
 
 
 @register_sampler("specdec++", paper="stop rule of SpecDec++, Huang et al. 2024, arXiv:2405.19715", drafter="model")
@@ -36,14 +36,15 @@ class DynamicSpeculative(Speculative):
 
     The threshold on 1 - prod(a_i) is that of SpecDec++ (Huang et al. 2024, arXiv:2405.19715). Where the paper trains a
     head to predict the acceptance a_i of a draft, here each image counts it as it goes, by the entropy of the draft
-    distribution, so any drafter will do; what was never tried is expected to stand. Exact: what was sampled is always
-    tested, and whether one more draft is sampled depends on what came before it. The host waits for the device after
+    distribution, so any drafter will do; a level of entropy without
+    tests counts as always accepted. Exact: every draft that was sampled is tested, and whether one more is sampled
+    depends on the drafts before it. The host waits for the device after
     every draft.
     """
 
     gamma: int = option(8, "drafts in the longest chain", 1, 16)
     stop: float = option(0.5, "a chain ends where a rejection is more likely than this", 0.01, 0.99)
-    capturable: ClassVar[bool] = False  # how long a chain gets is decided by the host
+    capturable: ClassVar[bool] = False  # the host chooses the length of a chain
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,15 +55,15 @@ class DynamicSpeculative(Speculative):
 
     def begin(self, session: Session, target: Target, noise: Noise) -> DynamicState:
         drafter_of(session, self.drafter)
-        seen = torch.zeros(2, session.batch, LEVELS, dtype=torch.float64, device=session.device)
-        return DynamicState.empty(session, target, noise, self.window, seen=seen)
+        counts = torch.zeros(2, session.batch, LEVELS, dtype=torch.float64, device=session.device)
+        return DynamicState.empty(session, target, noise, self.window, counts=counts)
 
     def draft(
         self, drafter: Drafter, session: Session, state: DynamicState, at: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Drafts [B, n], -1 behind the end of a row's chain, and their distributions [B, n, V], 0 there."""
-        tested, stood = state.seen
-        rates = (stood + 1) / (tested + 1)
+        """Drafts [B, n], -1 after the end of a row's chain, and their distributions [B, n, V], 0 there."""
+        tested, accepted = state.counts
+        rates = (accepted + 1) / (tested + 1)
         goes_on = torch.ones(session.batch, dtype=torch.bool, device=session.device)
         chance = torch.ones(session.batch, dtype=torch.float64, device=session.device)
         drafts, draft_probs = [], []
@@ -80,15 +81,15 @@ class DynamicSpeculative(Speculative):
 
     def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
         there = drafts.clamp_min(0)
-        kept = accepts(p[:, :-1], q, there, noise.accept[:, :-1]) & (drafts >= 0)
-        return replaced(p, q, there, kept, noise)  # behind the end of a chain q is 0, and the residual p
+        is_accepted = accepts(p[:, :-1], q, there, noise.accept[:, :-1]) & (drafts >= 0)
+        return replaced(p, q, there, is_accepted, noise)  # after the end of a chain q is 0, and the residual p
 
     def learn(self, state: DynamicState, q: Tensor, drafts: Tensor, verified: Verified) -> None:
         column, first = torch.arange(drafts.shape[1], device=q.device), verified.accepted[:, None]
         tested = (drafts >= 0) & (column <= first)
         at = level(q)
-        state.seen[0].scatter_add_(1, at, tested.double())
-        state.seen[1].scatter_add_(1, at, (tested & (column < first)).double())
+        state.counts[0].scatter_add_(1, at, tested.double())
+        state.counts[1].scatter_add_(1, at, (tested & (column < first)).double())
 
 
 def level(probs: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Couplings of Gaussian distributions, as pure functions on tensors: the continuous counterpart of `verification`.
 
-A draft y sampled from Q is kept with probability min(1, P(y) / Q(y)), and else replaced by a sample from the residual
-(P - Q)+ / Z; the outcome has the distribution P (Leviathan et al. 2023, arXiv:2211.17192). Covariances here are
-diagonal. Ratios are of logarithms and in float64: sixteen standard deviations of 0.006 multiply to 6e-36.
+A draft y sampled from Q is accepted with probability min(1, P(y) / Q(y)), or else replaced by a sample from the
+residual (P - Q)+ / Z; the outcome has the distribution P (Leviathan et al. 2023, arXiv:2211.17192). Covariances here
+are diagonal. Ratios are of logarithms and in float64: sixteen standard deviations of 0.006 multiply to 6e-36.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def log_ratio(y: Tensor, p: Gaussian, q: Gaussian) -> Tensor:
 
 
 def accepts(y: Tensor, p: Gaussian, q: Gaussian, uniforms: Tensor, log_factor: Tensor | float = 0.0) -> Tensor:
-    """Which drafts [...] pass, for uniform uniforms [...]. A `log_factor` other than 0 makes the rule relaxed."""
+    """Which drafts [...] are accepted, for uniforms [...]. A `log_factor` other than 0 makes the rule relaxed."""
     return uniforms.log() < log_ratio(y, p, q) + log_factor
 
 
@@ -72,7 +72,7 @@ def residual(p: Gaussian, q: Gaussian, trials: Trials, log_factor: Tensor | None
     is below 1 that may be all but empty, so after 2**10 trials the row takes a sample from P.
     """
     most = MOST_TRIALS if log_factor is None else MOST_RELAXED_TRIALS
-    # What overflowed has no distribution; whoever looks at the tokens will see it.
+    # Rows that overflowed have no distribution; their tokens become NaN.
     rows = torch.stack([*p, *q]).isfinite().all(0).all(-1).nonzero()[:, 0]
     out = torch.full_like(p.mean, math.nan)
     tried = block = 0
@@ -94,7 +94,7 @@ def residual(p: Gaussian, q: Gaussian, trials: Trials, log_factor: Tensor | None
 
 
 def replaced(y: Tensor, p: Gaussian, q: Gaussian, trials: Trials) -> Tensor:
-    """What stands for rejected drafts y [R, d]: the mirror image where covariances agree, else a sample by trial."""
+    """What replaces rejected drafts y [R, d]: the mirror image where covariances agree, else a sample by trial."""
     out = reflected(y, p, q)
     differ = (p.std != q.std).any(-1).nonzero()[:, 0]
     if len(differ):

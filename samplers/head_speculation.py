@@ -2,8 +2,8 @@
 
 A step of the head needs the network's guess of the clean token, and that guess hardly changes from one step to the
 next. So the next steps are drafted with the guess frozen, the network looks at all drafted states in one call, and each
-step is kept or replaced by the coupling of the two Gaussians. After De Bortoli et al. 2025 (arXiv:2501.05370) and Hu et
-al. 2025 (arXiv:2505.03983), who do it to whole images; a token of 16 numbers has far closer Gaussians.
+step is accepted or replaced by the coupling of the two Gaussians. After De Bortoli et al. 2025 (arXiv:2501.05370) and
+Hu et al. 2025 (arXiv:2505.03983), who do it to whole images; a token of 16 numbers has far closer Gaussians.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TRIALS = 32  # sampled at once
 class HeadSpeculation(MaskedAutoregressive):
     """`mar` with up to `draft` head steps in one call of the network.
 
-    With `adaptive` a token's window doubles when all its drafts are kept and shrinks to what was kept when not, from
-    one call to the next; without, it always is `draft`.
+    With `adaptive` a token's window doubles when all its drafts are accepted, and else shrinks to the accepted ones,
+    from one call to the next; without, it always is `draft`.
     """
 
     draft: int = option(8, "head steps in one call of the network, at most", 1, 64)
@@ -61,12 +61,12 @@ class HeadSpeculation(MaskedAutoregressive):
             steps = at[which] + turn
             found = chain.evaluate(states[which, turn], steps, condition[row[which]])
             kernel = Gaussian(*chain.kernel(states[which, turn], steps, found))
-            # Every draft but the one behind the last state, which is sampled from the target's own step.
+            # Every draft but the one after the last state, which is sampled from the target's own step.
             tested = turn < size[which] - 1
-            kept = self._tested(states, drafts, kernel, which, turn, steps, tested, uniforms[row])
+            is_accepted = self._tested(states, drafts, kernel, which, turn, steps, tested, uniforms[row])
             passed = inside.new_zeros(len(row), width)
-            passed[which[tested], turn[tested]] = kept
-            run = passed.int().cumprod(1).sum(1)  # drafts kept before the first rejection
+            passed[which[tested], turn[tested]] = is_accepted
+            run = passed.int().cumprod(1).sum(1)  # drafts before the first rejection
             session.tested += int((run + 1).minimum(size - 1).sum())
             session.accepted += int(run.sum())
             # Where it ends, in the list of states: `run` states further, and one step from there.
@@ -90,11 +90,11 @@ class HeadSpeculation(MaskedAutoregressive):
     def _drafted(
         chain: Chain, x: Tensor, at: Tensor, guess: Tensor | None, row: Tensor, bank: NoiseBank, width: int
     ) -> tuple[Tensor, Gaussian]:
-        """States [r, width, d] from x on, and the distributions of those behind the first, [r, width - 1, d]."""
+        """States [r, width, d] from x on, and the distributions of those after the first, [r, width - 1, d]."""
         if guess is None or width == 1:
             none = x.new_empty(len(x), 0, x.shape[1])
             return x[:, None], Gaussian(none, none)
-        # What lies behind the end is not looked at.
+        # Steps past the end are not read.
         steps = (at[:, None] + torch.arange(width - 1, device=at.device)).clamp(max=chain.steps - 1)
         states, mean, std = chain.draft(x, steps, guess, bank.steps[row[:, None], steps])
         return torch.cat([x[:, None], states], 1), Gaussian(mean, std)
@@ -103,7 +103,7 @@ class HeadSpeculation(MaskedAutoregressive):
         self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
         tested: Tensor, uniforms: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Whether each of the tested drafts passes."""
+        """Whether each of the tested drafts is accepted."""
         rows, turns = which[tested], turn[tested]
         if not len(rows):
             return tested.new_zeros(0)
@@ -114,12 +114,12 @@ class HeadSpeculation(MaskedAutoregressive):
         self, states: Tensor, drafts: Gaussian, own: Gaussian, run: Tensor, at: Tensor, bank: NoiseBank, row: Tensor,
         rejected: Tensor,
     ) -> Tensor:  # fmt: skip
-        """What stands for the first rejected draft of these rows."""
+        """The token that replaces the first rejected draft of these rows."""
         turn = run[rejected]
         gaussian = Gaussian(drafts.mean[rejected, turn], drafts.std[rejected, turn])
         tokens, steps = row[rejected], at[rejected] + turn
 
-        trials = residual_trials(bank.noise.of(tokens), bank.places[tokens, 0], steps, states.shape[-1], TRIALS)
+        trials = residual_trials(bank.noise.of(tokens), bank.positions[tokens, 0], steps, states.shape[-1], TRIALS)
         return replaced(states[rejected, turn + 1], own.at(rejected), gaussian, trials)
 
     def _next(self, window: Tensor, run: Tensor, size: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ def check_window(window: int) -> None:
 class SpeculativeJacobi(Registered):
     """Speculative Jacobi decoding (SJD, Teng et al. 2024, arXiv:2410.01699) and its coupled forms (MC-SJD / SCD).
 
-    `window` is W, the inputs of a pass, of which W - 1 are drafts. `coupling` says how a draft behind a rejection
-    follows its predecessor: "independent" samples it anew (SJD), "maximal" and "gumbel" make the two coincide as often
+    `window` is W, the inputs of a pass, of which W - 1 are drafts. `coupling` says how a draft after a rejection
+    follows its predecessor: "independent" samples it again (SJD), "maximal" and "gumbel" make the two coincide as often
     as they can. `init` is the distribution of a position that enters the window (see `visar.samplers.windows`); "above"
     needs `grid`, the cells in a row of the image, which the pipelines fill in. All of them are exact.
     """

@@ -1,7 +1,7 @@
 """Plain decoding of a masked model (MAR, Li et al. 2024, arXiv:2406.11838), the baseline of its family.
 
-In each of K passes the model looks at what is decided, and the head samples the next few places of every row's order,
-independently of one another. How many, a cosine decides: single ones first, then more and more.
+In each of K passes the model reads the tokens so far, and the head samples the next few positions of every row's order,
+independently of one another. Their number follows a cosine: single ones first, then more and more.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ContinuousTarget:
 
 @dataclass
 class MaskedState:
-    """A decoding in progress: `tokens` [B, N, d], 0 where undecided, and the pass that decided each, [B, N]."""
+    """A decoding in progress: `tokens` [B, N, d], 0 where not sampled yet, and the pass that sampled each, [B, N]."""
 
     target: ContinuousTarget
     noise: Noise
@@ -47,10 +47,10 @@ class MaskedState:
     draft_chain: Chain | None = None
     passes: int = 0
 
-    def write(self, places: Tensor, tokens: Tensor) -> None:
-        """Decide the tokens [B, n, d] at `places` [B, n]."""
-        self.tokens.scatter_(1, places[..., None].expand_as(tokens), tokens)
-        self.commit_pass.scatter_(1, places, self.passes)
+    def write(self, positions: Tensor, tokens: Tensor) -> None:
+        """Write the tokens [B, n, d] at `positions` [B, n]."""
+        self.tokens.scatter_(1, positions[..., None].expand_as(tokens), tokens)
+        self.commit_pass.scatter_(1, positions, self.passes)
 
 
 class MaskedSampler(Protocol):
@@ -74,13 +74,13 @@ AnySampler = Sampler | MaskedSampler
 
 
 def plan(length: int, passes: int) -> list[tuple[int, int]]:
-    """For each pass: how many tokens it decides, and what guidance takes for the number decided after it.
+    """For each pass: how many tokens it samples, and the number of known tokens that guidance assumes after it.
 
     The cosine schedule of MaskGIT, with at least one token per pass. In the last pass the two differ: the reference
     counts one token as still hidden there.
     """
     if not 1 <= passes <= length:
-        raise VisarError(f"{length} tokens are decided in 1 to {length} passes, not {passes}.")
+        raise VisarError(f"{length} tokens are sampled in 1 to {length} passes, not {passes}.")
     out, hidden = [], length
     for i in range(passes):
         left = max(1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (i + 1) / passes))))
@@ -100,39 +100,40 @@ def checked_latest(latest: int) -> None:
 class NoiseBank:
     """The noise of some tokens' chains, sampled at once: `start` [R, d], `steps` [R, T, d], `uniforms` [R, T].
 
-    It is keyed by place and step alone, so a step that is drafted again gets the noise that it had; nothing that was
-    decided before depended on it.
+    It is keyed by position and step alone, so a step that is drafted again gets the same noise; no token that was
+    sampled before depends on it.
     """
 
     noise: Noise  # of R rows
-    places: Tensor  # [R, 1]
+    positions: Tensor  # [R, 1]
     start: Tensor
     steps: Tensor
 
     @staticmethod
-    def sample(noise: Noise, rows: Tensor, places: Tensor, chain: Chain) -> NoiseBank:
-        """For the tokens at `places` [R] of the rows [R] of the batch."""
-        own, at = noise.of(rows), places[:, None]
-        steps = torch.arange(chain.steps, device=places.device).expand(len(places), -1)
+    def sample(noise: Noise, rows: Tensor, positions: Tensor, chain: Chain) -> NoiseBank:
+        """For the tokens at `positions` [R] of the rows [R] of the batch."""
+        own, at = noise.of(rows), positions[:, None]
+        steps = torch.arange(chain.steps, device=positions.device).expand(len(positions), -1)
         bank = own.normals(Purpose.SHARED, at.expand_as(steps), steps, chain.dim)
         return NoiseBank(own, at, own.normals(Purpose.INIT, at, 0, chain.dim)[:, 0], bank)
 
     def uniforms(self) -> Tensor:
         """A uniform for each step, float64 [R, T]."""
-        steps = torch.arange(self.steps.shape[1], device=self.places.device).expand(len(self.places), -1)
-        return self.noise.uniforms(Purpose.STEP, self.places.expand_as(steps), steps)[0]
+        steps = torch.arange(self.steps.shape[1], device=self.positions.device).expand(len(self.positions), -1)
+        return self.noise.uniforms(Purpose.STEP, self.positions.expand_as(steps), steps)[0]
 
 
-def residual_trials(noise: Noise, places: Tensor, turns: Tensor, dim: int, count: int) -> Trials:
-    """Noise for `gaussian.residual`, `count` trials at a time, for the tokens at `places` [R] of the rows of `noise`.
+def residual_trials(noise: Noise, positions: Tensor, turns: Tensor, dim: int, count: int) -> Trials:
+    """Noise for `gaussian.residual`, `count` trials at a time, for the tokens at `positions` [R] of the rows of
+    `noise`.
 
-    `turns` [R] tell apart what is sampled for one place more than once. A uniform is the distribution's function of one
-    more normal.
+    `turns` [R] tell apart what is sampled for one position more than once. A uniform is the distribution's function of
+    one more normal.
     """
 
     def trials(block: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        at, turn = (t[rows, None].expand(-1, count) for t in (places, turns))
-        number = block * count + torch.arange(count, device=places.device)
+        at, turn = (t[rows, None].expand(-1, count) for t in (positions, turns))
+        number = block * count + torch.arange(count, device=positions.device)
         sampled = noise.of(rows).normals(Purpose.RESIDUAL, at, turn, dim + 1, number)
         return sampled[..., :dim], torch.special.ndtr(sampled[..., dim].double())
 
@@ -194,12 +195,12 @@ class MaskedAutoregressive(Registered):
         todo = plan(session.length - session.given, self.steps)
         if state.passes >= len(todo):
             return
-        count, decided = todo[state.passes]
+        count, known = todo[state.passes]
         done = session.given + sum(n for n, _ in todo[: state.passes])
         ask = session.order[:, done : done + count]
         rows = torch.arange(session.batch, device=session.device)
         condition = session.context(
-            state.tokens, rows, session.order[:, :done], ask, torch.full_like(ask, session.given + decided)
+            state.tokens, rows, session.order[:, :done], ask, torch.full_like(ask, session.given + known)
         )
         if self.last_head_steps:
             state.chain = self.chain_of(session, state.target, state.passes)

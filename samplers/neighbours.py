@@ -16,7 +16,7 @@ from visar.files import replacing
 
 
 def cache_folder() -> Path:
-    """Where tables are kept: `$VISAR_CACHE`, or `visar` in the user's cache folder."""
+    """The folder of the tables: `$VISAR_CACHE`, or `visar` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("VISAR_CACHE") or Path(base) / "visar")
 
@@ -49,7 +49,7 @@ def neighbours(codebook: Tensor, k: int) -> Tensor:
         file = cache_folder() / f"neighbours-{mark}-{k}.safetensors"
         try:
             table = load_file(file)["nearest"].long()
-        except Exception:  # not there, cut off, or unreadable: it is made anew
+        except Exception:  # not there, cut off, or unreadable: it is made again
             table = nearest(codebook, k).cpu()
             _save(file, table)
         _known[mark, k] = table
@@ -62,4 +62,4 @@ def _save(file: Path, table: Tensor) -> None:
         with replacing(file) as temporary:
             save_file({"nearest": table.int().contiguous()}, temporary)
     except OSError:
-        pass  # a cache that cannot be written costs a second the next time
+        pass  # without a cache the table is made again, in about a second

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 class Parameter:
     """One option of a sampler.
 
-    `kind`: bool, int, float or str. `low` and `high` bound what makes sense, which is narrower than what a sampler
+    `kind`: bool, int, float or str. `low` and `high` bound what makes sense, which is less than what a sampler
     accepts. `choices`: the values of a field that names one, else empty.
     """
 

@@ -1,4 +1,4 @@
-"""The samplers by name. `@register_sampler` stands beside a sampler's class; importing this file needs no torch."""
+"""The samplers by name. `@register_sampler` decorates a sampler's class; importing this file needs no torch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def register_sampler(
 ) -> Callable[[C], C]:
     """Register the class below under `name`; see `SamplerSpec` for the arguments.
 
-    `preset` are values of the class's fields that this name stands for, as is `drafter` where the class has such a
+    `preset` are values of the class's fields under this name, as is `drafter` where the class has such a
     field. A class may have several names; the nearest is listed first. All arguments must be literals: the catalogue
     (`visar.samplers.catalogue`) reads them without running the file.
     """
@@ -212,12 +212,12 @@ def check_sampler(sampler: Any, tokens: str | None = None) -> Any:
     return sampler
 
 
-def load_sampler(place: str) -> Any:
+def load_sampler(spec: str) -> Any:
     """The sampler that `FILE.py:NAME` names, or that a class or function of this name makes when called.
 
     The file is run, so it must be code that you trust.
     """
-    found = user_code.load(place, "--sampler", "sampler")
+    found = user_code.load(spec, "--sampler", "sampler")
     if isinstance(found, type) or (callable(found) and not hasattr(found, "step")):
         with user_code.blamed():
             found = found()

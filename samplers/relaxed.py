@@ -1,7 +1,7 @@
 """Relaxed acceptance: faster than exact verification, and the images have another distribution. Each says so, by name.
 
 What each parameter does to the distribution is measured in `docs/relaxed.md`. At its neutral value, every rule here
-makes the same decisions as the exact rule that it relaxes.
+accepts the same drafts as the exact rule that it relaxes.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def check_neighbours(k: int) -> None:
 class Lantern(BeamTree):
     """LANTERN (Jang et al. 2024, arXiv:2410.03355): the `k` nearest codes are pooled while their mass is below `delta`.
 
-    The tree is EAGLE-2's. `delta` bounds how far one test moves the distribution of one child; it does not bound what
-    becomes of the image.
+    The tree is EAGLE-2's. `delta` bounds how far one test moves the distribution of one child; it does not bound
+    how far the image's distribution moves.
     """
 
     k: int = option(1000, "codes nearest to a draft that are pooled with it", 1, 16384)
@@ -148,8 +148,8 @@ class CoolSD(Speculative):
         w = (self.omega * torch.exp(-self.nu * torch.arange(self.gamma, device=p.device))).clamp_min(1).double()
         index = drafts.unsqueeze(-1)
         own, proposed = (probs.gather(-1, index).squeeze(-1).double() for probs in (p[:, :-1], q))
-        kept = noise.accept[:, :-1] * proposed < w * own
-        return replaced(p, q, drafts, kept, noise)
+        is_accepted = noise.accept[:, :-1] * proposed < w * own
+        return replaced(p, q, drafts, is_accepted, noise)
 
 
 @register_sampler("gsd", paper="GSD, So et al. 2025", exact=False)
@@ -184,5 +184,5 @@ class GroupedJacobi(SpeculativeJacobi):
         own = target.gather(-1, index)
         near = ((target.gather(-1, members) - own).abs() < self.gap) | (members == index)
         mass = [torch.where(near, probs.gather(-1, members), 0).double().sum(-1) for probs in (target, q)]
-        kept = (noise.accept[:, :-1] * mass[1] < mass[0]) & (own.squeeze(-1) > 0)
-        return replaced(p, q, drafts, kept, noise)
+        is_accepted = (noise.accept[:, :-1] * mass[1] < mass[0]) & (own.squeeze(-1) > 0)
+        return replaced(p, q, drafts, is_accepted, noise)

@@ -51,7 +51,7 @@ class Speculative(Registered):
     """Speculative sampling (Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318).
 
     A draft model proposes a chain of `gamma` tokens. `verification` "block" (Sun et al. 2024, arXiv:2403.10444) tests
-    the chain as a whole, and keeps at least as much of it. Both are exact.
+    the chain as a whole, and accepts at least as much of it. Both are exact.
     """
 
     gamma: int = option(4, "drafts in a chain", 1, 16)
@@ -158,7 +158,7 @@ class TreeSpeculative(Registered):
 
     @cached_property
     def tables(self) -> tuple[Tree, Tensor]:
-        """The tree, and the children [1, T, C] of its nodes, -1 behind the last."""
+        """The tree, and the children [1, T, C] of its nodes, -1 after the last."""
         most = max(map(len, self.shape.children))
         table = [[*c, *[-1] * (most - len(c))] for c in self.shape.children]
         return Tree.of(self.shape.parents), torch.tensor(table)[None]

@@ -1,6 +1,6 @@
 """Verification of draft trees: a walk from the root that accepts at most one child of each node.
 
-The distributions p [B, T, V] are those of the target behind each node, q [B, T, V] those that the children of each node
+The distributions p [B, T, V] are those of the target after each node, q [B, T, V] those that the children of each node
 were sampled from. The rules differ in how the children of one node are tested, one after the other, in the order in
 which they were sampled. Every rule gets the distribution that is still to be met, r, and the distribution that the
 child at hand was sampled from, c, both [B, V], normalised.
@@ -20,7 +20,7 @@ from visar.samplers.verification import EQUAL, StepNoise, sample
 
 
 class VerifiedTree(NamedTuple):
-    """`path` [B, D]: accepted nodes, -1 behind the last; `tokens` [B, D + 1]: theirs and one more; `accepted` [B]."""
+    """`path` [B, D]: accepted nodes, then -1; `tokens` [B, D + 1]: their tokens and one more; `accepted` [B]."""
 
     path: Tensor
     tokens: Tensor
@@ -38,7 +38,7 @@ class ChildRule(ABC):
 
     @abstractmethod
     def accepts(self, r: Tensor, c: Tensor, y: Tensor, u: Tensor) -> Tensor:
-        """Whether y stands, [B] bool, for uniforms u [B]."""
+        """Whether y is accepted, [B] bool, for uniforms u [B]."""
 
     @abstractmethod
     def left(self, r: Tensor, c: Tensor, y: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def shared(p: Tensor, q: Tensor, children: Tensor, steps: int = 40) -> Tensor:
 def sample_children(q: Tensor, u: Tensor) -> Tensor:
     """Tokens [..., C] sampled one after the other from q [..., V] without replacement, for uniforms u [..., C].
 
-    Where the distribution has fewer than C tokens, -1 stands for those that it could not give.
+    Where the distribution has fewer than C tokens, the missing ones are -1.
     """
     c = q.clone()
     out = []
@@ -151,7 +151,7 @@ def verify_tree(
     """Walk down a tree of `depth` levels.
 
     `tokens` [B, T] of the nodes, -1 where there is none; `children` [R, T, C], the children of each node in draft
-    order, -1 behind the last; `uniforms.accept` [B, T], one for each node's own test, `uniforms.sample` [B, depth + 1],
+    order, -1 after the last; `uniforms.accept` [B, T], one for each node's own test, `uniforms.sample` [B, depth + 1],
     one for the last token at each depth. The path is at most as long as the tree is deep; exactness is that of `rule`.
     """
     batch = torch.arange(len(p), device=p.device)
@@ -171,9 +171,9 @@ def verify_tree(
             y = tokens[batch, child.clamp_min(0)]
             tested = alive & (here < 0) & (child >= 0) & (y >= 0)
             y = y.clamp_min(0)
-            stands = tested & node_rule.accepts(r, c, y, noise.accept[batch, child.clamp_min(0)])
-            fails = (tested & ~stands)[:, None]
-            here = torch.where(stands, child, here)
+            is_accepted = tested & node_rule.accepts(r, c, y, noise.accept[batch, child.clamp_min(0)])
+            fails = (tested & ~is_accepted)[:, None]
+            here = torch.where(is_accepted, child, here)
             r = torch.where(fails, normalised(node_rule.left(r, c, y), r), r)
             if (rest := node_rule.next_proposal(c, y)) is not None:
                 # However small: what remains of q is what the next child was sampled from.

@@ -11,7 +11,7 @@ whatever q is, if
 
 `verify_block` is the exception: it looks at a chain as a whole, has its own proof, and is for draft models only.
 
-The rules differ only in what becomes of the drafts behind the first rejection. All of them return the tokens
+The rules differ only in what becomes of the drafts after the first rejection. All of them return the tokens
 [B, W] of the whole window, the first `accepted` + 1 of which are committed; the others are the next drafts, and
 their distribution is p. Proof: Leviathan et al. 2023 (arXiv:2211.17192) per position, and the chain rule.
 """
@@ -42,7 +42,7 @@ class StepNoise(NamedTuple):
 
 
 class Verified(NamedTuple):
-    """`tokens` [B, W] of the window after the test; the drafts before position `accepted` [B] stood."""
+    """`tokens` [B, W] of the window after the test; the drafts before position `accepted` [B] were accepted."""
 
     tokens: Tensor
     accepted: Tensor
@@ -57,7 +57,7 @@ def gumbel_max(p: Tensor, e: Tensor | ExponentialNoise) -> Tensor:
 
 
 def fused(rule: Rule) -> Callable[[Check], Check]:
-    """One launch where kernels are Triton's; elsewhere what it decorates, which says what is meant."""
+    """One launch where kernels are Triton's; elsewhere the function that it decorates, which is the reference."""
 
     def decorate(plain: Check) -> Check:
         @functools.wraps(plain)
@@ -83,26 +83,26 @@ def accepts(p: Tensor, q: Tensor, drafts: Tensor, u: Tensor) -> Tensor:
     return u * q.gather(-1, at).squeeze(-1).double() < p.gather(-1, at).squeeze(-1).double()
 
 
-def leading(kept: Tensor) -> Tensor:
-    """How many drafts stand before the first that does not, [B], for kept [B, W-1]."""
-    return kept.long().cumprod(-1).sum(-1)
+def leading(is_accepted: Tensor) -> Tensor:
+    """The number of drafts before the first rejected one, [B], for `is_accepted` [B, W-1]."""
+    return is_accepted.long().cumprod(-1).sum(-1)
 
 
-def _columns(kept: Tensor) -> Tensor:
-    return torch.arange(kept.shape[1] + 1, device=kept.device)
+def _columns(is_accepted: Tensor) -> Tensor:
+    return torch.arange(is_accepted.shape[1] + 1, device=is_accepted.device)
 
 
 @fused("independent")
 def verify_independent(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
-    """Speculative Jacobi decoding (Teng et al. 2024, arXiv:2410.01699): drafts behind a rejection are sampled again."""
+    """Speculative Jacobi decoding (Teng et al. 2024, arXiv:2410.01699): drafts after a rejection are sampled again."""
     return replaced(p, q, drafts, accepts(p[:, :-1], q, drafts, noise.accept[:, :-1]), noise)
 
 
-def replaced(p: Tensor, q: Tensor, drafts: Tensor, kept: Tensor, noise: StepNoise) -> Verified:
-    """The first draft that is not among those `kept` [B, W-1] is sampled from the residual, those behind it from p."""
-    accepted = leading(kept)
-    column, first = _columns(kept), accepted[:, None]
-    # One sample serves all columns: from the residual at the first rejection, from p behind it.
+def replaced(p: Tensor, q: Tensor, drafts: Tensor, is_accepted: Tensor, noise: StepNoise) -> Verified:
+    """Sample the first draft that is not accepted [B, W-1] from the residual, and those after it from p."""
+    accepted = leading(is_accepted)
+    column, first = _columns(is_accepted), accepted[:, None]
+    # One sample serves all columns: from the residual at the first rejection, from p after it.
     rejected = (column == first)[:, :-1, None]
     weights = torch.cat([torch.where(rejected, residual(p[:, :-1], q), p[:, :-1]), p[:, -1:]], dim=1)
     fresh = sample(weights, noise.sample)
@@ -111,7 +111,8 @@ def replaced(p: Tensor, q: Tensor, drafts: Tensor, kept: Tensor, noise: StepNois
 
 
 def verify_block(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
-    """Block verification (Sun et al. 2024, arXiv:2403.10444): the longest prefix of the chain that stands as a whole.
+    """Block verification (Sun et al. 2024, arXiv:2403.10444): the longest prefix of the chain that is accepted as a
+    whole.
 
     For drafts that were sampled one after the other from q, as a draft model samples them; Jacobi drafts are not.
     """
@@ -121,14 +122,14 @@ def verify_block(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Veri
     for i in range(drafts.shape[1]):
         weight.append((weight[-1] * ratio[:, i, 0]).clamp_max(1))
     w = torch.stack(weight, 1)
-    # The residual behind each proper prefix, and behind the whole chain p itself.
+    # The residual after each proper prefix; after the whole chain it is p itself.
     left = torch.cat([(w[:, :-1, None] * p[:, :-1] - q).clamp_min(0), p[:, -1:].double()], dim=1)
     mass = left[:, 1:-1].sum(-1)
     short = mass + 1 - w[:, 1:-1]
-    stands = torch.cat([torch.where(short < EQUAL, 1.0, mass / short.clamp_min(EQUAL)), w[:, -1:]], dim=1)
+    chance = torch.cat([torch.where(short < EQUAL, 1.0, mass / short.clamp_min(EQUAL)), w[:, -1:]], dim=1)
     column = _columns(drafts)
-    kept = (noise.accept[:, :-1] < stands).long() * column[1:]
-    accepted = kept.amax(-1)
+    is_accepted = (noise.accept[:, :-1] < chance).long() * column[1:]
+    accepted = is_accepted.amax(-1)
     rows = torch.arange(len(p), device=p.device)
     weights = left[rows, accepted]
     weights = torch.where(weights.sum(-1, keepdim=True) < EQUAL, p[rows, accepted].double(), weights)
@@ -138,26 +139,26 @@ def verify_block(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Veri
 
 @fused("maximal")
 def verify_maximal(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
-    """Coupled speculative Jacobi decoding, maximal coupling (MC-SJD): every draft is tested, also behind a rejection.
+    """Coupled speculative Jacobi decoding, maximal coupling (MC-SJD): every draft is tested, also after a rejection.
 
-    A draft behind the first rejection becomes a sample of p that equals the old draft as often as possible.
+    A draft after the first rejection becomes a sample of p that equals the old draft as often as possible.
     """
-    kept = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
+    is_accepted = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
     fresh = sample(torch.cat([residual(p[:, :-1], q), p[:, -1:]], dim=1), noise.sample)
-    tokens = torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1)
-    return Verified(tokens, leading(kept))
+    tokens = torch.cat([torch.where(is_accepted, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1)
+    return Verified(tokens, leading(is_accepted))
 
 
 @fused("gumbel")
 def verify_gumbel(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
     """Coupled speculative Jacobi decoding, Gumbel coupling: drafts of a position share their exponential noise.
 
-    The residual is sampled with fresh noise; it must not see `noise.exponential`, which made the draft.
+    The residual is sampled with fresh noise; it must not use `noise.exponential`, which made the draft.
     """
     assert noise.exponential is not None
-    kept = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
-    accepted = leading(kept)
-    column, first = _columns(kept), accepted[:, None]
+    is_accepted = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
+    accepted = leading(is_accepted)
+    column, first = _columns(is_accepted), accepted[:, None]
     shared = gumbel_max(p, noise.exponential)
     # The residual is needed in one column of each row only.
     at = accepted.clamp_max(q.shape[1] - 1)
@@ -169,7 +170,7 @@ def verify_gumbel(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Ver
 
 
 def verify_greedy(p: Tensor, drafts: Tensor) -> Verified:
-    """Jacobi decoding (Song et al. 2021, arXiv:2002.03629): drafts stand while they equal the argmax of p."""
+    """Jacobi decoding (Song et al. 2021, arXiv:2002.03629): drafts are accepted while they equal the argmax of p."""
     best = p.argmax(-1)
     return Verified(best, leading(best[:, :-1] == drafts))
 

@@ -1,4 +1,4 @@
-"""Rows of an image decoded side by side, each a few tokens behind the one above."""
+"""Rows of an image decoded side by side, each a few tokens after the one above."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from visar.samplers.verification import sample
 
 
 class Turn(NamedTuple):
-    """A pass: token `feeds[i]` is the input of place `places[i]`; the first `new` of them are sampled."""
+    """A pass: token `feeds[i]` is the input of position `positions[i]`; the first `new` of them are sampled."""
 
     feeds: tuple[int, ...]
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
     new: int
 
 
@@ -39,14 +39,14 @@ class ZipAR(Registered):
     """ZipAR (He et al. 2024, arXiv:2412.04062): a row begins when the one above is `ahead` tokens ahead of it.
 
     Relaxed: a token is sampled from its distribution given what is there of the tokens before it. The first token of a
-    row needs the last one of the row above, which is not there yet; the newest one of that row stands in for it, and is
+    row needs the last one of the row above, which is not there yet; the newest one of that row is used instead, and is
     replaced in the cache when the true one comes. With `ahead` as large as the `grid` this is plain decoding.
     """
 
     ahead: int = option(8, "tokens that the row above is ahead", 1, 64)
     grid: int = field(default=0, compare=False)  # filled in by the pipeline
     exact: ClassVar[bool] = False
-    capturable: ClassVar[bool] = False  # the host keeps its schedule
+    capturable: ClassVar[bool] = False  # the schedule runs on the host
 
     def __post_init__(self) -> None:
         if self.ahead < 1:
@@ -68,22 +68,22 @@ class ZipAR(Registered):
         size, lag = self.grid, self.lag
         turns = []
         for now in range(size + (size - 1) * lag):
-            feeds, places, late = [], [], []
+            feeds, positions, late = [], [], []
             for row in range(size):
                 column = now - row * lag
-                first = row * size  # the place that begins a row
+                first = row * size  # the position that begins a row
                 if column == size and lag < size and row + 1 < size:
-                    late.append(first + size)  # a row is complete: its last token takes the place of its stand-in
+                    late.append(first + size)  # a row is complete: its last token replaces the one used instead
                 if not 0 <= column < size:
                     continue
                 newest = first + column - 1 if column or lag == size else first - size + lag - 1
                 feeds.append(newest)
-                places.append(first + column)
-            turns.append(Turn((*feeds, *(place - 1 for place in late)), (*places, *late), len(places)))
+                positions.append(first + column)
+            turns.append(Turn((*feeds, *(position - 1 for position in late)), (*positions, *late), len(positions)))
         return turns
 
     def reached(self, now: int) -> list[int]:
-        """How many tokens each row has once the pass `now` is done; their places are written by then, too."""
+        """How many tokens each row has once the pass `now` is done; their positions are written by then, too."""
         return [min(max(now + 1 - row * self.lag, 0), self.grid) for row in range(self.grid)]
 
     def begin(self, session: Session, target: Target, noise: Noise) -> WavefrontState:
@@ -98,12 +98,12 @@ class ZipAR(Registered):
             return  # where the host looks at the rows from time to time only
         turn = self.turns[now]
         state.turn += 1
-        places = torch.tensor(turn.places, device=device)
+        positions = torch.tensor(turn.positions, device=device)
         column = torch.arange(self.grid, device=device)
         written = (column < torch.tensor(self.reached(now), device=device)[:, None]).flatten()
         feeds = torch.tensor(turn.feeds, device=device).clamp_min(0).expand(session.batch, -1)
-        logits = session.forward_at(state.tokens.gather(1, feeds), places, written)
-        at = places[: turn.new].expand(session.batch, -1)
+        logits = session.forward_at(state.tokens.gather(1, feeds), positions, written)
+        at = positions[: turn.new].expand(session.batch, -1)
         p = state.target.probs(logits[:, : turn.new], at)
         tokens = sample(p, state.noise.uniforms(Purpose.STEP, at, state.passes)[1])
         state.tokens.scatter_(1, at, tokens)

@@ -1,6 +1,6 @@
-"""What stands in a position that enters the window, each with the distribution it was really sampled from.
+"""Drafts for positions that enter the window, each with the distribution it was really sampled from.
 
-A distribution that is known before the position is looked at keeps the sampler exact; a copied token is a point mass.
+The sampler stays exact while that distribution is known before the draft is sampled; a copied token is a point mass.
 Forced positions hold their forced token, as a point mass, and are accepted for free.
 """
 

@@ -1,4 +1,4 @@
-"""Trees from measured acceptance: which drafts are worth a place in the pass (as Sequoia, Chen et al. 2024, asks).
+"""Trees from measured acceptance: which drafts are worth testing (as Sequoia, Chen et al. 2024, asks).
 
 Run as `python -m visar.eval.benchmark.calibrate`; the paths that it prints are a `tree` for samplers that draft a
 static one.
@@ -60,7 +60,7 @@ class Watched(TreeSpeculative):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="icons")
-    parser.add_argument("--drafter", help="folder of a drafter, where none lies beside the model")
+    parser.add_argument("--drafter", help="folder of a drafter, where none is next to the model")
     parser.add_argument("--kind", default="eagle", help="eagle, medusa, hydra or model")
     parser.add_argument("--children", type=int, default=5, help="of each node that is watched")
     parser.add_argument("--levels", type=int, default=2, help="that are watched; deeper ones count as the last")

@@ -3,8 +3,8 @@ short table.
 
 Runs without network and without weights of its own beyond the embedded models, and ends in less than 8 minutes: what is
 not done by then is left out, and said to be. Timings of published sizes use random weights of the true shapes and are
-labelled so: they say what a pass costs, not what is accepted. `--dry-run` does all of it on the CPU, with tiny shapes
-and under Triton's interpreter, and says nothing about speed.
+labelled so: they give the time of a pass and no acceptance rate. `--dry-run` does all of it on the CPU, with tiny
+shapes and under Triton's interpreter, and says nothing about speed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TINY = (
 
 @dataclass
 class Run:
-    """What is run where, and the figures that come with the checks."""
+    """What is run where, and the measurements that come with the checks."""
 
     device: torch.device
     dry: bool
@@ -77,10 +77,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Check:
-    """One line: `good` is None where a figure has no right or wrong."""
+    """One line: `good` is None where a result has no right or wrong."""
 
     name: str
-    figure: str
+    result: str
     good: bool | None = None
 
 
@@ -102,7 +102,7 @@ def same_noise(run: Run) -> Iterator[Check]:
 def kernels(run: Run) -> Iterator[Check]:
     """Each Triton kernel against its torch form, its time and the bandwidth that it reaches."""
     if triton is None:
-        yield Check("kernels", "Triton is not installed: plain torch runs in their place")
+        yield Check("kernels", "Triton is not installed: plain torch runs instead")
         return
     run.bandwidth = bandwidth(run.device, 8 if run.dry else 256)
     sizes = kernel_checks.TINY if run.dry else kernel_checks.XL
@@ -111,13 +111,13 @@ def kernels(run: Run) -> Iterator[Check]:
         for case in kernel_checks.cases(sizes, run.device, dtype):
             o = kernel_checks.run(case, sizes, run.device, 1 if run.dry else 20)
             run.kernels.append(o)
-            figure = f"off by {o.difference:.1e}, {o.microseconds:.1f} us, torch {o.torch_microseconds:.1f} us"
+            result = f"off by {o.difference:.1e}, {o.microseconds:.1f} us, torch {o.torch_microseconds:.1f} us"
             share = f", {o.gb_per_second:.0f} GB/s, {o.gb_per_second / run.bandwidth:.0%} of a copy"
-            yield Check(f"{case.name}, {kind}", figure + share, o.same)
+            yield Check(f"{case.name}, {kind}", result + share, o.same)
 
 
 def shape_rows(run: Run) -> Iterator[Check]:
-    """What a pass of published shapes costs; random weights."""
+    """The time of a pass of published shapes; random weights."""
     chosen = TINY if run.dry else tuple(SHAPES[n] for n in shapes.DEFAULTS["cuda"])
     options: dict[str, Any] = {} if not run.dry else dict(windows=(1, 4), repeats=1, passes=2)
     for shape in chosen:
@@ -134,8 +134,8 @@ def shape_rows(run: Run) -> Iterator[Check]:
             run.shapes.append(row)
             ms = " / ".join(f"{t:.2f}" for t in row.ms_per_pass.values())
             windows = ", ".join(str(w) for w in row.ms_per_pass)
-            figure = f"{ms} ms/pass at W = {windows}, {row.of_bandwidth[1]:.0%} of bandwidth"
-            yield Check(name, f"{figure}, AR {row.seconds_per_image:.2f} s/image, eager {row.eager_ratio:.1f} x AR")
+            result = f"{ms} ms/pass at W = {windows}, {row.of_bandwidth[1]:.0%} of bandwidth"
+            yield Check(name, f"{result}, AR {row.seconds_per_image:.2f} s/image, eager {row.eager_ratio:.1f} x AR")
 
 
 def profiles(run: Run) -> Iterator[Check]:
@@ -150,20 +150,20 @@ def profiles(run: Run) -> Iterator[Check]:
             shares = ", ".join(f"{group} {share:.0%}" for group, share in p.shares.items())
             # The host looks whether all rows are done at every fourth pass at most; more than that is a fault.
             few = None if run.device.type == "cpu" else p.waits <= 0.26
-            figure = f"{p.ms_per_pass:.2f} ms/pass, {p.launches:.0f} launches, {p.waits:.2f} waits; {shares}"
-            yield Check(f"profile of icons, {name}{mode}", figure, few)
+            result = f"{p.ms_per_pass:.2f} ms/pass, {p.launches:.0f} launches, {p.waits:.2f} waits; {shares}"
+            yield Check(f"profile of icons, {name}{mode}", result, few)
 
 
 def same_images(run: Run) -> Iterator[Check]:
-    """In fp32 the GPU must draw what the CPU draws; a near tie may flip a token and change what follows it."""
+    """In fp32 the GPU must generate the CPU's images; a near tie may flip a token and change what follows it."""
     torch.backends.cuda.matmul.allow_tf32 = False
     pipes = [run.model("icons", device=d) for d in (torch.device("cpu"), run.device)]
     prompts = run.images(8)
     for name in ("ar", "scd", "eagle") if run.dry else samplers_for("discrete"):
         tokens = [pipe(prompts, sampler=name, output_type="tokens").tokens.cpu() for pipe in pipes]
         same = (tokens[0] == tokens[1]).all(1).sum().item()
-        figure = f"{same} of {len(prompts)}"
-        yield Check(f"icons fp32, {name}: images equal to the CPU's", figure, same >= len(prompts) - 1)
+        result = f"{same} of {len(prompts)}"
+        yield Check(f"icons fp32, {name}: images equal to the CPU's", result, same >= len(prompts) - 1)
 
 
 def continuous(run: Run, name: str) -> Any:
@@ -173,15 +173,15 @@ def continuous(run: Run, name: str) -> Any:
 
 
 def same_continuous_images(run: Run) -> Iterator[Check]:
-    """The same of continuous tokens, which rounding moves a little and a flipped test by more."""
+    """As `same_images`, for continuous tokens, which rounding moves a little and a flipped test by more."""
     pipes = [run.model("icons-mar", device=d) for d in (torch.device("cpu"), run.device)]
     prompts = run.images(8)
     for name in ("mar", "mar-headspec") if run.dry else samplers_for("continuous"):
         sampler = continuous(run, name)
         tokens = [pipe(prompts, sampler=sampler, output_type="tokens").tokens.cpu() for pipe in pipes]
         same = int(((tokens[0] - tokens[1]).abs().amax((1, 2)) < 0.05).sum())
-        figure = f"{same} of {len(prompts)}"
-        yield Check(f"icons-mar fp32, {name}: images within 0.05 of the CPU's", figure, same >= len(prompts) - 2)
+        result = f"{same} of {len(prompts)}"
+        yield Check(f"icons-mar fp32, {name}: images within 0.05 of the CPU's", result, same >= len(prompts) - 2)
 
 
 def icons_speed(run: Run) -> Iterator[Check]:
@@ -190,12 +190,11 @@ def icons_speed(run: Run) -> Iterator[Check]:
     names = ("ar", "scd") if run.dry else MEASURED
     for batch in (1,) if run.dry else (1, 8):
         report = compare(
-            pipe, {n: get_sampler(n) for n in names}, batch=batch, images=1 if run.dry else max(batch, 4),
-            repeats=1,
-        )  # fmt: skip
+            pipe, {n: get_sampler(n) for n in names}, batch=batch, images=1 if run.dry else max(batch, 4), repeats=1
+        )
         for r in report.rows:
-            figure = f"{r.nfe:.0f} NFE, {r.ms_per_pass:.2f} ms/pass, {r.seconds_per_image:.3f} s/image"
-            yield Check(f"icons, batch {batch}, {r.sampler}", f"{figure}, {r.time_ratio:.2f} of AR's time")
+            result = f"{r.nfe:.0f} NFE, {r.ms_per_pass:.2f} ms/pass, {r.seconds_per_image:.3f} s/image"
+            yield Check(f"icons, batch {batch}, {r.sampler}", f"{result}, {r.time_ratio:.2f} of AR's time")
 
 
 def continuous_speed(run: Run) -> Iterator[Check]:
@@ -206,8 +205,8 @@ def continuous_speed(run: Run) -> Iterator[Check]:
     for batch in (1,) if run.dry else (1, 8):
         for r in compare(pipe, samplers, batch=batch, images=1 if run.dry else max(batch, 2), repeats=1).rows:
             assert r.head is not None
-            figure = f"{r.head.rounds_per_pass:.1f} head rounds/pass, {r.seconds_per_image:.3f} s/image"
-            yield Check(f"icons-mar, batch {batch}, {r.sampler}", f"{figure}, {r.time_ratio:.2f} of mar's time")
+            result = f"{r.head.rounds_per_pass:.1f} head rounds/pass, {r.seconds_per_image:.3f} s/image"
+            yield Check(f"icons-mar, batch {batch}, {r.sampler}", f"{result}, {r.time_ratio:.2f} of mar's time")
 
 
 # In this order, so that what is left out where time is short is what matters least.
@@ -240,10 +239,10 @@ def carry_out(run: Run, seconds: float = SECONDS) -> dict[str, list[Check]]:
 def report_text(run: Run, rows: dict[str, list[Check]]) -> str:
     """The checks, then the tables of shapes and profiles."""
     said = {True: "ok", False: "FAILED", None: ""}
-    lines = [(s, r.name, r.figure, said[r.good]) for s, checks in rows.items() for r in checks]
+    lines = [(s, r.name, r.result, said[r.good]) for s, checks in rows.items() for r in checks]
     title = f"{device_title(run.device)}, torch {torch.__version__}"
-    parts = [title + (", dry run: figures mean nothing" if run.dry else "")]
-    parts.append(table(("SECTION", "CHECK", "FIGURE", ""), lines))
+    parts = [title + (", dry run: results mean nothing" if run.dry else "")]
+    parts.append(table(("SECTION", "CHECK", "RESULT", ""), lines))
     if run.profiles:
         parts.append(profile_text(list(run.profiles.items()), ("ICONS",)))
     if run.shapes:

@@ -28,7 +28,7 @@ from visar.samplers.verification import StepNoise
 
 @dataclass(frozen=True)
 class Sizes:
-    """`rows` are both halves of guidance; `layers` caches are used in turn, so that none of them stays on the chip."""
+    """`rows` with both batches; `layers` caches are used in turn, so that none of them stays on the chip."""
 
     rows: int
     slots: int
@@ -136,21 +136,20 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     table = (torch.arange(s.vocab, device=device)[:, None] + torch.arange(1, s.top_k + 1, device=device)) % s.vocab
     yield Case(
         "pooling of neighbours", lambda i: pool(p[:, 0], p[:, 0].argmax(-1), table, 0.3, 0.0), 8 * batch * s.vocab, 1e-5
-    )  # fmt: skip
+    )
 
     with backend("torch"):
         drafts = sample(q, u[:, 1:])
         step_noise = StepNoise(v, u, lazy.make())
     rules: dict[Rule, Callable[..., Any]] = {
-        "independent": verification.verify_independent, "maximal": verification.verify_maximal,
+        "independent": verification.verify_independent,
+        "maximal": verification.verify_maximal,
         "gumbel": verification.verify_gumbel,
-    }  # fmt: skip
+    }
     for name, rule in rules.items():
         own = functools.partial(verify_triton, name, p, q, drafts, v, u, lazy, verification.EQUAL)
         plain = functools.partial(rule, p, q, drafts, step_noise)
-        yield Case(
-            f"verification, {name}", _any(own), 4 * count, 0.01, _any(plain)
-        )  # fmt: skip
+        yield Case(f"verification, {name}", _any(own), 4 * count, 0.01, _any(plain))
 
 
 def _any(call: Callable[[], Any]) -> Callable[[int], Any]:

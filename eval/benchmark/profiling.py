@@ -1,9 +1,9 @@
 """Where the time of a pass goes: attention, linear layers, the rest of the model, sampling and verification, waiting.
 
 torch.profiler over steady passes of the real loop. Named ranges are put around the session's pass, guidance, the target
-law and the sampler's step from outside while it runs, so that the engine carries none of this. Times are those of
-operators on a CPU and of kernels on a GPU; what they do not fill of a pass, timed without the profiler, is launch gaps
-and Python. Passes that are replayed from a CUDA graph have no operators: their kernels are told apart by name.
+distribution and the sampler's step from outside while it runs, so that the engine carries none of this. Times are those
+of operators on a CPU and of kernels on a GPU; what they do not fill of a pass, timed without the profiler, is launch
+gaps and Python. Passes that are replayed from a CUDA graph have no operators: their kernels are told apart by name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TITLES = {
     ATTENTION: "ATTENTION", GEMM: "GEMM", MODEL: "NORM+ELEMENTWISE", SAMPLING: "SAMPLING+VERIFICATION",
     HOST: "GAPS/HOST",
 }  # fmt: skip
-WINDOW, MODEL_RANGE, LAW, VERIFY = "visar::window", "visar::model", "visar::law", "visar::verify"
+WINDOW, MODEL_RANGE, TARGET_PROBS, VERIFY = "visar::window", "visar::model", "visar::target_probs", "visar::verify"
 
 # Operators below a model's range, outermost first; linear layers call some of the others inside.
 _LINEAR_OPS = re.compile(r"linear|addmm|::_?mm$|_mm$|mkldnn.*pointwise|onednn", re.I)
@@ -44,9 +44,10 @@ _ATTENTION_OPS = re.compile(r"scaled_dot_product|::b?matmul|::bmm|baddbmm|softma
 _ATTENTION_KERNELS = re.compile(r"fmha|flash|attention|attend|_split_kv|_join", re.I)
 _LINEAR_KERNELS = re.compile(r"gemm|gemv|nvjet|cutlass|cublas|splitk|xmma|matmul|_mm_|_linear", re.I)
 _SAMPLING_KERNELS = re.compile(
-    r"law|guide|draw|verify|noise|uniforms|exponential|_pool|philox|softmax|topk|top_k|radix|sort|scan|cumsum|searchsorted|multinomial|argmax|"
-    r"gather|scatter|aggregate", re.I,
-)  # fmt: skip
+    r"target_probs|guide|_sample|verify|noise|uniforms|exponential|_pool|philox|softmax|topk|top_k|radix|sort|scan|cumsum|searchsorted|multinomial|argmax|"
+    r"gather|scatter|aggregate",
+    re.I,
+)
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -56,7 +57,7 @@ class PassProfile:
 
     `launches`: kernels on a GPU (a graph's too), operators called by Python on a CPU. Per pass, within the loop:
     `host_reads` of a tensor's value by Python, `waits` of the host for the GPU, `copies_to_host`. `kernels` are the
-    costliest, by name, ms per pass.
+    slowest, by name, ms per pass.
     """
 
     sampler: str
@@ -82,7 +83,7 @@ def profile_passes(
     graph: Graph | None = None,
 ) -> PassProfile:
     """Profile `passes` passes of `sampler` in the middle of a fresh session's image."""
-    if (schedule := getattr(sampler, "turns", None)) is not None:  # a fixed one, behind which passes do nothing
+    if (schedule := getattr(sampler, "turns", None)) is not None:  # a fixed one, after which passes do nothing
         passes = min(passes, (len(schedule) - warm) // 2)
     cuda = session.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
@@ -104,29 +105,29 @@ def profile_passes(
     inside = [e for e in events if e.device_type == DeviceType.CPU and _within(e, window)]
     names = Counter(e.name for e in inside)
     copies = sum("Memcpy DtoH" in e.name for e in events if e.device_type == DeviceType.CUDA)
-    costs = Counter[str]()
+    times = Counter[str]()
     if cuda:
         kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith("visar::")]
         shares, launches = _gpu_shares(inside, kernels, timed.ms_per_pass * timed.passes), float(len(kernels))
         for e in kernels:
-            costs[e.name] += e.device_time_total
+            times[e.name] += e.device_time_total
     else:
         shares = _cpu_shares(inside, timed.ms_per_pass * timed.passes)
         launches = float(sum(_is_op(e) and not _is_op(e.cpu_parent) for e in inside))
         for e in inside:
-            costs[e.name] += e.self_cpu_time_total if _is_op(e) else 0
+            times[e.name] += e.self_cpu_time_total if _is_op(e) else 0
     n = timed.passes
     return PassProfile(
         sampler.name, sampler.window, timed.ms_per_pass, n, shares, launches / n,
         names["aten::_local_scalar_dense"] / n, sum(names[w] for w in _WAITS) / n, copies / n,
-        {name: us / 1e3 / n for name, us in costs.most_common(12) if us > 0},
+        {name: us / 1e3 / n for name, us in times.most_common(12) if us > 0},
     )  # fmt: skip
 
 
 def profile_model(
     model: Any, sampler: Any, *, passes: int = 24, warm: int = 8, graph: Graph | None = None, **call: Any
 ) -> PassProfile:
-    """The same of one image of a model, with whatever drafter its sampler needs; `call` goes to its call."""
+    """As `profile_passes`, for one image of a model, with the drafter of its sampler; `call` goes to its call."""
     from visar.eval.benchmark.speed import conditions
     from visar.generation.model import ImageModel
     from visar.params import DISCRETE
@@ -149,7 +150,7 @@ def profile_model(
 
 
 def profile_text(rows: Sequence[tuple[Any, ...]], header: tuple[str, ...]) -> str:
-    """A table of profiles, the last of each row, behind what `header` names."""
+    """A table of profiles, the last of each row, after the columns that `header` names."""
     lines = []
     for *names, p in rows:
         shares = [f"{100 * p.shares[group]:.0f}%" for group in TITLES]
@@ -161,9 +162,9 @@ def profile_text(rows: Sequence[tuple[Any, ...]], header: tuple[str, ...]) -> st
 
 @contextmanager
 def ranges(sampler: Any) -> Iterator[None]:
-    """Name what runs: passes of models, drafters' ones too, guidance and the target law, and the sampler's own step."""
+    """Name what runs: passes of models and drafters, guidance, the target distribution, and the sampler's own step."""
     named = (
-        (type(sampler), "step", VERIFY), (LlamaGenSession, "guided", LAW), (Target, "probs", LAW),
+        (type(sampler), "step", VERIFY), (LlamaGenSession, "guided", TARGET_PROBS), (Target, "probs", TARGET_PROBS),
         (LlamaGenSession, "forward", MODEL_RANGE), (LlamaGenSession, "forward_at", MODEL_RANGE),
         (Timed, "root", MODEL_RANGE), (Timed, "extend", MODEL_RANGE),
     )  # fmt: skip
@@ -204,16 +205,16 @@ def _is_op(event: Any) -> bool:
 
 def group_of_operator(event: Any) -> str:
     """The group of a CPU event by the innermost range around it and the operators between the two."""
-    chain = []
+    names = []
     while event is not None and not event.name.startswith("visar::"):
-        chain.append(event.name)
+        names.append(event.name)
         event = event.cpu_parent
     around = WINDOW if event is None else event.name
-    if not chain:
+    if not names:
         return HOST  # a range's own time: Python
     if around != MODEL_RANGE:
         return SAMPLING
-    for name in reversed(chain):
+    for name in reversed(names):
         if _LINEAR_OPS.search(name):
             return GEMM
         if _ATTENTION_OPS.search(name):
@@ -238,14 +239,14 @@ def _cpu_shares(events: list[Any], milliseconds: float) -> dict[str, float]:
 def _gpu_shares(operators: list[Any], kernels: list[Any], milliseconds: float) -> dict[str, float]:
     """A kernel belongs to the operator that launched it, or by its name to what it is."""
     totals = dict.fromkeys(TITLES, 0.0)
-    unseen = Counter[str]()  # launched by nothing that the profiler saw: by a graph
+    unattributed = Counter[str]()  # launched by no operator of the profile: by a graph
     for e in kernels:
-        unseen[e.name] += e.device_time_total
+        unattributed[e.name] += e.device_time_total
     for e in operators:
         for kernel in e.kernels:
             totals[group_of_launch(e, kernel.name)] += kernel.duration
-            unseen[kernel.name] -= kernel.duration
-    for name, left in unseen.items():
+            unattributed[kernel.name] -= kernel.duration
+    for name, left in unattributed.items():
         totals[group_of_kernel(name)] += max(left, 0.0)
     return _filled(totals, milliseconds)
 
@@ -255,7 +256,7 @@ def group_of_launch(event: Any, kernel: str) -> str:
     if _is_op(event):
         group = group_of_operator(event)
     else:
-        group = MODEL if event.name == MODEL_RANGE else SAMPLING if event.name in (LAW, VERIFY) else HOST
+        group = MODEL if event.name == MODEL_RANGE else SAMPLING if event.name in (TARGET_PROBS, VERIFY) else HOST
         if group == HOST:
             return group_of_kernel(kernel)
     if group == MODEL:  # one of our own kernels, which is no operator of torch

@@ -1,7 +1,7 @@
-"""What a pass of a published shape costs: `visar bench --shapes`. Weights are random, and every result says so.
+"""The time of a pass of a published shape: `visar bench --shapes`. Weights are random, and every result says so.
 
 A pass is timed in the middle of an image, where the cache has its mean length, so that its time by the number of
-passes is that of an image. It is held against the bytes that it cannot but read (weights without embedding tables,
+passes is that of an image. It is compared with the bytes that it must read (weights without embedding tables,
 keys and values of what is committed) and against the eager loop that is published, at the same shape.
 """
 
@@ -22,7 +22,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.memory import GIB, free_memory
 from visar.engine.rng import Noise
 from visar.errors import VisarError, unknown
-from visar.eval.benchmark.eager_loop import EagerLoop, draw
+from visar.eval.benchmark.eager_loop import EagerLoop, sample_tokens
 from visar.eval.benchmark.profiling import PassProfile, profile_passes, profile_text
 from visar.eval.benchmark.speed import bandwidth, device_title
 from visar.eval.benchmark.steady import Steady, steady
@@ -68,7 +68,8 @@ class Shape:
         return 2 * self.gpt.layers * self.gpt.dim * rows * slots
 
     def streamed(self, batch: int, dtype: torch.dtype) -> int:
-        """Bytes that a pass cannot but read: weights, and both halves of half an image behind one condition slot.
+        """Bytes that a pass must read: weights, and keys and values of both batches for half an image after one
+        condition slot.
 
         A caption's slots have keys that are all zero, and so count as one, which is exact.
         """
@@ -77,13 +78,13 @@ class Shape:
     def needed(self, batch: int, window: int, dtype: torch.dtype, device: torch.device) -> int:
         """Bytes that measuring it takes, estimated: weights, cache, and what is made of the logits.
 
-        On a CPU linear layers keep a second copy of their weights, in the order in which it reads them.
+        On a CPU linear layers have a second copy of their weights, in the order in which it reads them.
         """
         copies = 2 if device.type == "cpu" else 1
         slots = self.gpt.condition_length + self.grid**2 + window
         weights = (self.parameters + (copies - 1) * self.weights) * dtype.itemsize
-        laws = 12 * batch * window * self.gpt.vocab * 4  # both halves, guided, two laws, sums in float64
-        return weights + self.cache(2 * batch, slots) * dtype.itemsize + laws
+        probs = 12 * batch * window * self.gpt.vocab * 4  # both batches, guided, two distributions, sums in float64
+        return weights + self.cache(2 * batch, slots) * dtype.itemsize + probs
 
 
 def _published() -> dict[str, Shape]:
@@ -94,9 +95,7 @@ def _published() -> dict[str, Shape]:
         size = spec.name.rsplit("-", 1)[1].upper()
         for pixels in spec.pixels:
             name = f"{size}-{pixels}"
-            shapes[name] = Shape(
-                name, spec.shape, spec.condition, pixels // spec.downsample, spec.guidance, spec.top_k
-            )  # fmt: skip
+            shapes[name] = Shape(name, spec.shape, spec.condition, pixels // spec.downsample, spec.guidance, spec.top_k)
     return shapes
 
 
@@ -110,7 +109,7 @@ DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.bfloat16, torch.float32)}
 class ShapeRow:
     """One shape with random weights at one batch and dtype; times are medians, by window.
 
-    `streamed_gb`: what a pass cannot but read, 10**9 bytes; `of_bandwidth`: that over the time and over the bandwidth
+    `streamed_gb`: the bytes that a pass must read, in 10**9; `of_bandwidth`: that over the time and over the bandwidth
     of a copy; `seconds_per_image`: of plain decoding, a pass by the number of tokens over the batch; `eager_ms`: a
     token of the published eager loop. `peak_gib` and `capture_seconds` are a GPU's, the latter where a graph was
     captured. A row with a `note` was not measured.
@@ -170,7 +169,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Llam
     model = model.to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for t in (*model.parameters(), *model.buffers()):
-        # Spreads of trained models, so that nothing overflows and laws are neither flat nor certain.
+        # Spreads of trained models, so that nothing overflows and distributions are neither flat nor certain.
         t.fill_(1.0) if t.ndim == 1 else t.uniform_(-0.035, 0.035, generator=generator)
     return model
 
@@ -235,11 +234,9 @@ def _problem(shape: Shape, batch: int, window: int, dtype: torch.dtype, device: 
 
 def _plain_row(
     shape: Shape, batch: int, window: int, dtype: torch.dtype, device: torch.device, **more: Any
-) -> ShapeRow:  # fmt: skip
+) -> ShapeRow:
     needed, streamed = shape.needed(batch, window, dtype, device) / GIB, shape.streamed(batch, dtype) / 1e9
-    return ShapeRow(
-        shape.name, batch, str(dtype).removeprefix("torch."), shape.grid**2, needed, streamed, **more
-    )  # fmt: skip
+    return ShapeRow(shape.name, batch, str(dtype).removeprefix("torch."), shape.grid**2, needed, streamed, **more)
 
 
 def condition_of(shape: Shape, batch: int) -> tuple[Tensor, Tensor | None]:
@@ -259,7 +256,7 @@ def sampler_of(window: int) -> Sampler:
 
 
 def eager_ms(model: LlamaGen, shape: Shape, batch: int, passes: int) -> float:
-    """Milliseconds per token of the published eager loop in the middle of an image, drawing included."""
+    """Milliseconds per token of the published eager loop in the middle of an image, sampling included."""
     condition, mask = condition_of(shape, batch)
     loop = EagerLoop(model, condition, mask, length=shape.grid**2, grid=shape.grid, guidance=Guidance(shape.guidance))
     loop.skip_to(shape.grid**2 // 2)
@@ -269,7 +266,7 @@ def eager_ms(model: LlamaGen, shape: Shape, batch: int, passes: int) -> float:
     def run(count: int) -> None:
         nonlocal tokens
         for _ in range(count):
-            tokens = draw(loop.step(tokens), 1.0, shape.top_k)
+            tokens = sample_tokens(loop.step(tokens), 1.0, shape.top_k)
         synchronize(model.device)
 
     run(2)
@@ -336,8 +333,8 @@ def shapes_text(report: ShapeReport) -> str:
         ms = [f"{r.ms_per_pass[w]:.2f}" if w in r.ms_per_pass else "-" for w in windows]
         captured = f"{max(r.capture_seconds.values()):.2f}" if r.capture_seconds else "-"
         of = f"{100 * r.of_bandwidth[1]:.0f}%" if r.of_bandwidth else "-"
-        figures = [_figure(x) for x in (r.seconds_per_image, r.eager_ms, r.eager_ratio, r.peak_gib)]
-        lines.append((r.name, r.dtype, r.batch, *ms, f"{r.streamed_gb:.2f}", of, *figures, captured))
+        numbers = [_number(x) for x in (r.seconds_per_image, r.eager_ms, r.eager_ratio, r.peak_gib)]
+        lines.append((r.name, r.dtype, r.batch, *ms, f"{r.streamed_gb:.2f}", of, *numbers, captured))
         notes += [r.note] if r.note else []
         profiles += [(r.name, r.dtype, r.batch, p) for p in r.profiles.values()]
     parts = [table(header, lines), *notes]
@@ -345,11 +342,11 @@ def shapes_text(report: ShapeReport) -> str:
         parts += ["", profile_text(profiles, ("SHAPE", "DTYPE", "BATCH"))]
     return "\n".join([
         *parts,
-        f"Random weights of the published shapes, guidance on: what a pass costs, nothing of acceptance or images. "
+        f"Random weights of the published shapes, guidance on: the time of a pass, without acceptance or images. "
         f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of an image; copy "
         f"bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
     ])  # fmt: skip
 
 
-def _figure(x: float | None) -> str:
+def _number(x: float | None) -> str:
     return "-" if x is None else f"{x:.2f}"

@@ -27,8 +27,8 @@ PROMPTS = tuple(f"{thing}, {style}" for thing in THINGS for style in ("3d", "not
 
 
 @dataclass(frozen=True)
-class HeadFigures:
-    """Of a masked model, in the words of `MaskedStats`; `steps` is K where it is fixed, `head_steps` is T."""
+class HeadStats:
+    """Of a masked model, as in `MaskedStats`; `steps` is K where it is fixed, `head_steps` is T."""
 
     steps: int | None
     head_steps: int
@@ -51,13 +51,13 @@ class SpeedRow:
     nfe: float
     tokens_per_pass: float
     ms_per_pass: float
-    draft_share: float | None  # within a CUDA graph it cannot be told
+    draft_share: float | None  # within a CUDA graph it cannot be measured
     seconds_per_image: float
     images_per_second: float
     gb_per_second: float
     nfe_ratio: float
     time_ratio: float
-    head: HeadFigures | None = None
+    head: HeadStats | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def compare(
 ) -> SpeedReport:
     """Decode the same `images` images with each sampler, `repeats` times, samplers in turn, after one warm-up each.
 
-    Times are those of decoding: the text encoder and the image decoder cost the same for all and are left out.
+    Times are those of decoding: the text encoder and the image decoder take the same for all and are left out.
     """
     if not samplers:
         raise VisarError("No sampler was given.")
@@ -122,13 +122,13 @@ def compare(
     wanted = conditions(model, images)
     groups = [wanted[i : i + batch] for i in range(0, images, batch)]
 
-    heads: dict[str, HeadFigures] = {}
+    heads: dict[str, HeadStats] = {}
 
     def once(name: str, sampler: Any) -> dict[str, float]:
         stats = [model.generate(g, sampler=sampler, seed=seed, output_type="tokens", **settings).stats for g in groups]
         seconds, passes = sum(s.seconds for s in stats), sum(s.nfe for s in stats)
         if masked := [s for s in stats if isinstance(s, MaskedStats)]:
-            heads[name] = _head_figures(masked)
+            heads[name] = _head_stats(masked)
         return {
             "nfe": passes / len(groups),
             "tokens_per_pass": sum(s.tokens for s in stats) / sum(max(s.passes_per_image) for s in stats),
@@ -148,14 +148,14 @@ def compare(
     medians = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in runs.items()}
     base = medians[next(iter(samplers))]
 
-    def figures(name: str) -> dict[str, Any]:
+    def medians_of(name: str) -> dict[str, Any]:
         share = medians[name]["draft_share"]
         return medians[name] | {"draft_share": None if math.isnan(share) else share}
 
     rows = [
         SpeedRow(
             sampler=name, exact=sampler.exact,
-            window=None if name in heads else model.sampler_of(sampler).window, **figures(name),
+            window=None if name in heads else model.sampler_of(sampler).window, **medians_of(name),
             nfe_ratio=medians[name]["nfe"] / base["nfe"],
             time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"], head=heads.get(name),
         )
@@ -168,11 +168,11 @@ def compare(
     )  # fmt: skip
 
 
-def _head_figures(stats: list[MaskedStats]) -> HeadFigures:
+def _head_stats(stats: list[MaskedStats]) -> HeadStats:
     """Means over batches; samplers are deterministic, so repeats do not differ."""
     tested, passes = sum(s.tested for s in stats), sum(s.nfe for s in stats)
     rounds = sum(s.head_rounds for s in stats)
-    return HeadFigures(
+    return HeadStats(
         stats[0].parameters.get("steps"), stats[0].head_steps, rounds / passes,
         rounds / sum(s.tokens for s in stats), statistics.mean(s.evaluations_per_token for s in stats),
         sum(s.accepted for s in stats) / tested if tested else None,

@@ -2,7 +2,7 @@
 
 The cache that a pass reads grows with the image; in the middle it has its mean length. So the rows are moved there
 without decoding what comes before, and put back whenever they come near the end: any number of passes can be timed, and
-all of them cost what the mean pass costs. What the tokens are does not matter for that.
+all of them take as long as the mean pass. The values of the tokens do not matter for that.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def steady(
     graph: Graph | None = None,
     traced: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Steady:
-    """Time `passes` passes of `sampler` behind `warm` others, on a fresh session moved to the middle of its image.
+    """Time `passes` passes of `sampler` after `warm` others, on a fresh session moved to the middle of its image.
 
     `every`: after how many passes the host takes part, and rows are put back; by default each on a CPU and every
     fourth on a GPU, and both counts are rounded up to multiples of it. A `graph` is captured before the first pass that
-    is timed, if `warm` is 3 or more. `traced()` is entered for as many passes more, behind those that are timed. Raises
+    is timed, if `warm` is 3 or more. `traced()` is entered for as many passes more, after those that are timed. Raises
     `VisarError` where the decoding ends too early.
     """
     every = every or (1 if session.device.type == "cpu" else 4)

@@ -36,7 +36,9 @@ from visar.samplers import (
 )
 
 MUTANT_IMAGES = 16384
-SAME = 0.02  # standard deviations by which other matrix shapes may move a token; another decision moves it by about one
+SAME = (
+    0.02  # standard deviations by which other matrix shapes may move a token; another test result moves it by about one
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Case:
 
     `passes` is not for samplers with a draft model, which is the target `disturbed` by so much; `same_last` gives it
     the target's variance in the last step. `window` is of drafted head steps, `gamma` of drafted tokens. `unit` is the
-    width of tokens; 0 chooses it. `swing` moves the variance's place from one head step to the next.
+    width of tokens; 0 chooses it. `swing` moves the variance from one head step to the next.
     """
 
     name: str
@@ -77,7 +79,7 @@ class Case:
         return not self.only or self.only in kinds
 
     def setting(self, sampler: Any) -> Setting:
-        """What the sampler's distribution depends on here. One with a draft model decides a token in each pass."""
+        """What the sampler's distribution depends on here. One with a draft model samples a token in each pass."""
         drafts = isinstance(sampler, ContinuousSpeculative)
         passes = self.tokens - self.given if drafts else self.passes
         last_noise = drafts or self.last_noise
@@ -122,7 +124,7 @@ RELAXED_CASES = ("plain", "guidance 2.5, linear")
 
 
 class Kind(NamedTuple):
-    """What the images of a case take turns in: the order of the places [N] and the condition."""
+    """What the images of a case take turns in: the order of the positions [N] and the condition."""
 
     order: np.ndarray[Any, np.dtype[np.int64]]
     condition: int
@@ -155,9 +157,7 @@ def model_of(case: Case, sampler: Any) -> Model:
 def configured(sampler: Any, case: Case) -> Any:
     """The sampler with the fields of the case that it has."""
     if isinstance(sampler, ContinuousSpeculative):
-        return replace(
-            sampler, gamma=case.gamma, head_steps=case.head_steps, latest=case.latest, prefill=case.prefill
-        )  # fmt: skip
+        return replace(sampler, gamma=case.gamma, head_steps=case.head_steps, latest=case.latest, prefill=case.prefill)
     wanted: dict[str, Any] = {"steps": case.passes, "head_steps": case.head_steps, "last_noise": case.last_noise}
     wanted["latest"] = case.latest or sampler.latest
     if sampler.last_head_steps:
@@ -223,7 +223,7 @@ def measure(sampler: Any, case: Case, images: int, seed: int, batch: int = 8192)
 def same_alone(sampler: Any, case: Case, measured: Measured, seed: int, images: int = 16) -> bool:
     """Whether image i is the same alone, in a batch of 8, and in the large batch that was measured.
 
-    The same up to rounding (`SAME`), as matrix shapes differ, and with every token decided in the same pass.
+    The same up to rounding (`SAME`), as matrix shapes differ, and with every token sampled in the same pass.
     """
     parts = [*torch.arange(images // 2).split(1), *torch.arange(images).split(8)]
     for part in parts:
@@ -261,7 +261,7 @@ def verify_continuous(
     report: Callable[[Row], None] = lambda row: None,
     cases: tuple[Case, ...] = CASES,
 ) -> list[Row]:
-    """Test samplers of continuous tokens on every case, then planted mistakes; `report` sees each row as it comes.
+    """Test samplers of continuous tokens on every case, then known-bad samplers; `report` gets each row as it comes.
 
     Relaxed samplers are not judged: their rows say how far their distribution is from the one that they approximate, as
     the divergence of the fitted Gaussian in nats per image.

@@ -1,6 +1,7 @@
-"""Mistakes of samplers of continuous tokens, planted on purpose: `visar verify` must catch every one of them.
+"""Known-bad samplers of continuous tokens: `visar verify` must reject every one of them.
 
-Most are in published code; the table says where each shows. Those of noise alone are made by noise that is wrong.
+Most mistakes are in published code; the table says where each shows. Those of noise alone are made by noise that is
+wrong.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.eval.exactness.head_mutants import (
     DraftStd,
-    KeptBehind,
     Mirrored,
     NormalAsUniform,
+    NoTruncation,
     OneBank,
     StaleGuidance,
     StepFromTarget,
@@ -46,8 +47,8 @@ class WrongNoise(Noise):
         return self.like(super().of(rows))
 
 
-class OnePlace(WrongNoise):
-    """The noise of all head steps is that of the first place."""
+class OnePosition(WrongNoise):
+    """The noise of all head steps is that of the first position."""
 
     def normals(
         self, purpose: Purpose, positions: Tensor, passes: Tensor | int, dim: int, trial: Tensor | int = 0
@@ -104,9 +105,9 @@ class OneScale(ContinuousSpeculative):
 class InvertedFactor(ContinuousSpeculative):
     """The published factor upside down, as released."""
 
-    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, uniforms: Tensor) -> Tensor:
+    def _accepts(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, uniforms: Tensor) -> Tensor:
         assert log_factor is not None
-        return super()._kept(drafts, p, q, -log_factor, uniforms)
+        return super()._accepts(drafts, p, q, -log_factor, uniforms)
 
     def _replacement(
         self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, wrong: Tensor, ask: Tensor,
@@ -120,8 +121,8 @@ class InvertedFactor(ContinuousSpeculative):
 class Tempered(ContinuousSpeculative):
     """Tests with both standard deviations times 2, and the right residual; the release has 42."""
 
-    def _kept(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, uniforms: Tensor) -> Tensor:
-        return super()._kept(drafts, Gaussian(p.mean, 2 * p.std), Gaussian(q.mean, 2 * q.std), log_factor, uniforms)
+    def _accepts(self, drafts: Tensor, p: Gaussian, q: Gaussian, log_factor: Tensor | None, uniforms: Tensor) -> Tensor:
+        return super()._accepts(drafts, Gaussian(p.mean, 2 * p.std), Gaussian(q.mean, 2 * q.std), log_factor, uniforms)
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,14 @@ class Capped(ContinuousSpeculative):
     ) -> tuple[Tensor, Tensor]:
         """What the first trial gave that was taken, [R, d], and whether one was, [R]."""
         number = torch.arange(PUBLISHED_TRIALS)
-        places, noise = ask[wrong][:, None].expand(-1, len(number)), state.noise.of(wrong.nonzero()[:, 0])
+        positions, noise = ask[wrong][:, None].expand(-1, len(number)), state.noise.of(wrong.nonzero()[:, 0])
         one, other = (Gaussian(gaussian.mean[:, None], gaussian.std[:, None]) for gaussian in (p, q))
-        x = one.sample(noise.normals(Purpose.RESIDUAL, places, turn, p.mean.shape[-1], number))
-        taken = self._uniforms(noise, places, turn, number) < -torch.expm1(-log_ratio(x, one, other))
+        x = one.sample(noise.normals(Purpose.RESIDUAL, positions, turn, p.mean.shape[-1], number))
+        taken = self._uniforms(noise, positions, turn, number) < -torch.expm1(-log_ratio(x, one, other))
         return x[torch.arange(len(x)), taken.int().argmax(1)], taken.any(1)
 
-    def _uniforms(self, noise: Noise, places: Tensor, turn: int, number: Tensor) -> Tensor:
-        return noise.uniforms(Purpose.ORDER, places, turn, number)[0]
+    def _uniforms(self, noise: Noise, positions: Tensor, turn: int, number: Tensor) -> Tensor:
+        return noise.uniforms(Purpose.ORDER, positions, turn, number)[0]
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,8 @@ class UniformAsTrial(Capped):
     ) -> Tensor:  # fmt: skip
         return self._tried(p.at(wrong), q.at(wrong), wrong, ask, state, turn)[0]  # type: ignore[arg-type]
 
-    def _uniforms(self, noise: Noise, places: Tensor, turn: int, number: Tensor) -> Tensor:
-        return noise.uniforms(Purpose.STEP, places, turn)[0]
+    def _uniforms(self, noise: Noise, positions: Tensor, turn: int, number: Tensor) -> Tensor:
+        return noise.uniforms(Purpose.STEP, positions, turn)[0]
 
 
 class Mutant(NamedTuple):
@@ -188,7 +189,7 @@ MUTANTS = (
     Mutant("mar: guidance a pass late", StaleGuidance(), "guidance 2.5, linear"),
     Mutant("mar: one noise bank", OneBank(), "plain"),
     Mutant("head: untested", Untested(), "plain"),
-    Mutant("head: kept behind", KeptBehind(), "L 5, T 12"),
+    Mutant("head: no truncation", NoTruncation(), "L 5, T 12"),
     Mutant("head: draft's std", DraftStd(), "moving variance"),
     Mutant("head: wrong reflection", Mirrored(), "moving variance"),
     Mutant("head: residual is p", StepFromTarget(), "plain"),
@@ -197,12 +198,12 @@ MUTANTS = (
     Mutant("cspd: Sigma inverted", InvertedFactor(**EXACT | {"factor": True}), "plain"),
     Mutant("cspd: std doubled", Tempered(**EXACT), "plain"),
     Mutant("cspd: residual is p", FromTarget(**EXACT), "plain"),
-    Mutant("cspd: kept behind", ContinuousSpeculative(**EXACT, truncate=False), "plain"),
+    Mutant("cspd: no truncation", ContinuousSpeculative(**EXACT, truncate=False), "plain"),
     Mutant("cspd: prefix only", ContinuousSpeculative(**EXACT | {"nested": False}), "plain"),
     Mutant("cspd: zero at trial 100", Capped(**EXACT), "close draft"),
     Mutant("cspd: drafts' means", WithNoise(**EXACT, kind=NoDraftNoise), "plain"),
     Mutant("cspd: sample as uniform", WithNoise(**EXACT, kind=DraftNormalAsUniform), "plain"),
     Mutant("cspd: uniform as trial", UniformAsTrial(**EXACT), "plain"),
-    Mutant("cspd: one noise bank", WithNoise(**EXACT, kind=OnePlace), "plain"),
+    Mutant("cspd: one noise bank", WithNoise(**EXACT, kind=OnePosition), "plain"),
     Mutant("cspd: one scale", OneScale(**EXACT), "guidance 2.5, linear"),
 )

@@ -1,4 +1,4 @@
-"""Mistakes of plain decoding of a masked model and of speculation in its head, planted for `continuous_mutants`."""
+"""Known-bad samplers for `continuous_mutants`: plain decoding of a masked model, and speculation in its head."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from visar.samplers.gaussian import Gaussian, reflected
 from visar.samplers.masked import MaskedState, NoiseBank
 
 
-def retold(session: MaskedSession, decided: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """From now on guidance takes decided(decided, known) for the number of tokens there are."""
+def retold(session: MaskedSession, count: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """From now on guidance takes count(told, known) for the number of tokens there are."""
     plain = session.context
 
     def context(
         tokens: Tensor, rows: Tensor, known: Tensor, ask: Tensor, told: Tensor, valid: Tensor | None = None
     ) -> Tensor:
-        return plain(tokens, rows, known, ask, decided(told, known), valid)
+        return plain(tokens, rows, known, ask, count(told, known), valid)
 
     session.context = context  # type: ignore[method-assign, assignment]
 
@@ -39,7 +39,7 @@ class StaleGuidance(MaskedAutoregressive):
 
 @dataclass(frozen=True)
 class OneBank(MaskedAutoregressive):
-    """The noise of an image's tokens is that of its first place."""
+    """The noise of an image's tokens is that of its first position."""
 
     def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
         rows = torch.arange(len(bank.start))
@@ -50,7 +50,7 @@ class OneBank(MaskedAutoregressive):
 
 @dataclass(frozen=True)
 class Untested(HeadSpeculation):
-    """Every draft is kept."""
+    """Every draft is accepted."""
 
     def _tested(
         self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
@@ -60,16 +60,16 @@ class Untested(HeadSpeculation):
 
 
 @dataclass(frozen=True)
-class KeptBehind(HeadSpeculation):
-    """Drafts behind a rejected one stay: only the last of a window can be lost."""
+class NoTruncation(HeadSpeculation):
+    """Drafts after a rejected one are accepted: only the last of a window can be lost."""
 
     def _tested(
         self, states: Tensor, drafts: Gaussian, kernel: Gaussian, which: Tensor, turn: Tensor, steps: Tensor,
         tested: Tensor, uniforms: Tensor,
     ) -> Tensor:  # fmt: skip
-        kept = super()._tested(states, drafts, kernel, which, turn, steps, tested, uniforms)
+        is_accepted = super()._tested(states, drafts, kernel, which, turn, steps, tested, uniforms)
         end = torch.zeros(len(states), dtype=torch.long).scatter_reduce(0, which, turn, "amax")
-        return kept | (turn + 1 < end[which])[tested]
+        return is_accepted | (turn + 1 < end[which])[tested]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class StepFromTarget(HeadSpeculation):
     ) -> Tensor:  # fmt: skip
         tokens, steps = row[rejected], (at + run)[rejected]
         noise = bank.noise.of(tokens)
-        normals = noise.normals(Purpose.RESIDUAL, bank.places[tokens], steps[:, None], states.shape[-1])
+        normals = noise.normals(Purpose.RESIDUAL, bank.positions[tokens], steps[:, None], states.shape[-1])
         return own.at(rejected).sample(normals[:, 0])
 
 
@@ -124,5 +124,5 @@ class NormalAsUniform(HeadSpeculation):
     """The draft's own normal is its uniform."""
 
     def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
-        wrong = UniformOfNormal(bank.noise, bank.places, bank.start, bank.steps)
+        wrong = UniformOfNormal(bank.noise, bank.positions, bank.start, bank.steps)
         return super().sample(session, chain, condition, wrong)

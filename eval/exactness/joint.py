@@ -83,8 +83,8 @@ CASES = (
 class Row:
     """A line of the table. `alone`: whether rows decoded alone and in eights gave the same tokens as in the batch.
 
-    `acceptance`: the share of tested drafts that were kept, and `distance`: what lies between the distribution of a
-    relaxed sampler and the one it approximates, where these are measured.
+    `acceptance`: the acceptance rate, and `distance`: from the distribution of a relaxed sampler to the one that it
+    approximates, where these are measured.
     """
 
     sampler: str
@@ -108,9 +108,7 @@ class Row:
 
 def configured(sampler: Sampler, case: Case) -> Sampler:
     """The sampler with the window, init and grid of the case, where it has such fields, and a tree of a few nodes."""
-    wanted: dict[str, Any] = {
-        "window": case.window, "gamma": case.window - 1, "init": case.init, "grid": case.grid
-    }  # fmt: skip
+    wanted: dict[str, Any] = {"window": case.window, "gamma": case.window - 1, "init": case.init, "grid": case.grid}
     has = values_of(sampler)
     if isinstance(sampler, BeamTree):  # small enough that drafts are left out
         wanted |= {"beam": min(sampler.beam, 3), "depth": min(sampler.depth, 3), "nodes": min(sampler.nodes, 12)}
@@ -259,7 +257,7 @@ def verify(
     cases: tuple[Case, ...] = CASES,
     report: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
-    """Test samplers on every case, then show that planted mistakes are caught; `report` sees each row as it comes."""
+    """Test samplers on every case, then known-bad samplers, which must fail; `report` gets each row as it comes."""
     check_exact(names or ())
 
     def rows() -> Iterator[Row]:

@@ -1,8 +1,9 @@
 """A masked model of continuous tokens whose sampler's joint distribution is known in closed form.
 
 Its head is the best denoiser of a Gaussian: told m, it guesses the clean token m + k (x - root m). So every head step
-is affine in x with a variance of its own, and a token given m is Gaussian. What the model says of a place is an affine
-function of the known tokens. So whole images are Gaussian as well, for any order, plan, guidance and temperature.
+is affine in x with a variance of its own, and a token given m is Gaussian. What the model says of a position is an
+affine function of the known tokens. So whole images are Gaussian as well, for any order, plan, guidance and
+temperature.
 
 `World.session` gives the session, in which `MARSession`, `DiffusionChain` and `FlowChain` are real.
 `World.distribution` gives mean and covariance by linear algebra in float64, from formulas of its own: it shares no code
@@ -29,7 +30,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What the distribution of a decoding depends on beside the model.
+    """What the distribution of a decoding depends on besides the model.
 
     `head` is "diffusion" or "flow"; `latest` is the noisiest training step that is used.
     """
@@ -46,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class GaussianDistribution:
-    """`mean` [D] and `covariance` [D, D] of the free tokens' numbers, in the order in which they are decided."""
+    """`mean` [D] and `covariance` [D, D] of the free tokens' numbers, in the order in which they are sampled."""
 
     mean: Array
     covariance: Array
@@ -61,11 +62,11 @@ class GaussianDistribution:
 
 @dataclass(frozen=True)
 class World:
-    """N places, tokens of d numbers, `classes` conditions and one more for none.
+    """N positions, tokens of d numbers, `classes` conditions and one more for none.
 
-    Of place i it says base[class, i] + sum over known j of (pull[h, i, j] x_j + known[h, i, j]), with h = 0 under a
+    Of position i it says base[class, i] + sum over known j of (pull[h, i, j] x_j + known[h, i, j]), with h = 0 under a
     condition and 1 without; the head turns that into m by the affine map (`turn`, `shift`). Clean tokens have variance
-    `variance` in the eyes of the head. Its place of a step's log variance is level[h], or `final` at the last step, and
+    `variance` for the head. Its log variance of a step is interpolated by level[h], or `final` at the last step, and
     moves from step to step by `swing`.
     """
 
@@ -121,8 +122,8 @@ class World:
     def dim(self) -> int:
         return self.base.shape[2]
 
-    def place(self, time: Array) -> Array:
-        """The place of the log variance at training steps [n], with and without a condition, [2, n, d]."""
+    def interpolation(self, time: Array) -> Array:
+        """The interpolation of the log variance at training steps [n], with and without a condition, [2, n, d]."""
         moved = self.level[:, None] + self.swing * np.cos(time / 90 + np.arange(self.dim)[:, None]).T
         return np.where(time[:, None] == 0, self.final, moved)
 
@@ -136,7 +137,7 @@ class World:
     def distribution(self, setting: Setting, order: Array, condition: int, given: Array) -> GaussianDistribution:
         """The joint distribution of the tokens at order[m:], for the tokens `given` [m, d] at order[:m].
 
-        With x = L x + c + e over all numbers, L strictly lower triangular in the order of decision and e the tokens'
+        With x = L x + c + e over all numbers, L strictly lower triangular in the order of sampling and e the tokens'
         own noise of variance V: mean (I - L)^-1 c, covariance (I - L)^-1 V (I - L)^-T.
         """
         n, d = self.length, self.dim
@@ -191,7 +192,9 @@ def diffusion_steps(world: World, setting: Setting) -> list[tuple[Array, Array, 
         k = world.variance * root / (world.variance * now[i] + 1 - now[i])  # of the clean token given x
         of_clean = beta[i] * before[i] ** 0.5 / (1 - now[i])
         of_noisy = (1 - before[i]) * (1 - beta[i]) ** 0.5 / (1 - now[i])
-        share = (world.place(time[i : i + 1])[0, 0] + 1) / 2  # guidance leaves the variance to the conditional half
+        share = (
+            world.interpolation(time[i : i + 1])[0, 0] + 1
+        ) / 2  # guidance takes the variance of the conditional batch
         std = np.exp(0.5 * (share * np.log(beta[i]) + (1 - share) * np.log(posterior[i])))
         out.append((of_clean * k + of_noisy, of_clean * (1 - k * root), std if i or setting.last_noise else 0 * std))
     return out[::-1]
@@ -213,7 +216,7 @@ def flow_steps(world: World, setting: Setting) -> list[tuple[Array, Array, Array
 
 
 class LinearHead(nn.Module):
-    """What `HeadNet` is called for, of a `World`; its vectors are [what is said of a place, 0 or 1 (no condition)]."""
+    """The `HeadNet` of a `World`; its vectors are [the model's output at a position, 0 or 1 (no condition)]."""
 
     table: Tensor
 
@@ -226,7 +229,7 @@ class LinearHead(nn.Module):
             self.cond_embed.bias.copy_(torch.tensor(world.shift))
         bar = np.repeat(alphas_bar()[:, None], d, 1)
         gain = world.variance * bar**0.5 / (world.variance * bar + 1 - bar)
-        rows = [bar**0.5, (1 - bar) ** 0.5, gain, *world.place(np.arange(1000.0))]
+        rows = [bar**0.5, (1 - bar) ** 0.5, gain, *world.interpolation(np.arange(1000.0))]
         self.register_buffer("table", torch.tensor(np.stack(rows), dtype=torch.float32))
 
     def time_embed(self, times: Tensor) -> Tensor:
@@ -234,15 +237,15 @@ class LinearHead(nn.Module):
         return times
 
     def at(self, x: Tensor, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise and the variance's place, both [R, d], for x [R, d], training steps [R] and z [R, d + 1]."""
-        root, share, gain, place, other = self.table[:, times]
+        """The noise and the variance's interpolation, both [R, d], for x [R, d], steps [R] and z [R, d + 1]."""
+        root, share, gain, own, other = self.table[:, times]
         mean = self.cond_embed(z)
         clean = mean + gain * (x - root * mean)
-        return (x - root * clean) / share, torch.where(z[:, -1:] > 0, other, place)
+        return (x - root * clean) / share, torch.where(z[:, -1:] > 0, other, own)
 
 
 class LinearMAR(nn.Module):
-    """What `MARSession` asks of a `MAR`, of a `World`. A slot is [base of all places, 0 or 1 (no condition)]."""
+    """What `MARSession` asks of a `MAR`, of a `World`. A slot is [base of all positions, 0 or 1 (no condition)]."""
 
     base: Tensor
     pull: Tensor
@@ -256,7 +259,7 @@ class LinearMAR(nn.Module):
         self.diffloss = SimpleNamespace(net=LinearHead(world))
         flag = np.eye(len(world.base))[-1:].T
         self.register_buffer("base", torch.tensor(np.hstack([world.base.reshape(-1, n * d), flag])).float())
-        # As maps of all known numbers [N d] to what is said of all places [N d].
+        # As maps of all known numbers [N d] to what is said of all positions [N d].
         pull = world.pull.transpose(0, 2, 4, 1, 3).reshape(2, n * d, n * d)
         known = world.known.transpose(0, 2, 1, 3).reshape(2, n, n * d)
         self.register_buffer("pull", torch.tensor(pull).float())
@@ -269,12 +272,12 @@ class LinearMAR(nn.Module):
         return self.base[-1:].expand(batch, -1)[:, None]
 
     def forward(self, tokens: Tensor, known: Tensor, slots: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The vector of every place, [G, N, d + 1]."""
-        seen = tokens.new_zeros(tokens.shape[:2])
-        seen = seen.scatter(1, known, torch.ones_like(known, dtype=seen.dtype) if valid is None else valid.to(seen))
-        x = (tokens * seen[..., None]).flatten(1)
+        """The vector of every position, [G, N, d + 1]."""
+        given = tokens.new_zeros(tokens.shape[:2])
+        given = given.scatter(1, known, torch.ones_like(known, dtype=given.dtype) if valid is None else valid.to(given))
+        x = (tokens * given[..., None]).flatten(1)
         flag = slots[:, 0, -1:]
-        with_it, without = (x @ self.pull[h] + seen @ self.known[h] for h in (0, 1))
+        with_it, without = (x @ self.pull[h] + given @ self.known[h] for h in (0, 1))
         said = slots[:, 0, :-1] + torch.where(flag > 0, without, with_it)
         return torch.cat([said.view(tokens.shape), flag[:, None].expand(-1, tokens.shape[1], -1)], dim=-1)
 

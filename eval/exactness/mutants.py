@@ -1,4 +1,4 @@
-"""Mistakes that published samplers make, planted on purpose: `visar verify` must catch every one of them."""
+"""Known-bad samplers with the mistakes of published ones: `visar verify` must reject every one of them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from visar.samplers.verification import StepNoise, Verified, accepts, gumbel_max
 
 @dataclass(frozen=True)
 class StaleDraftProbs(SpeculativeJacobi):
-    """A draft that is kept after the first rejection keeps the distribution it was sampled from a pass earlier."""
+    """A draft that stays after the first rejection has the distribution it was sampled from a pass earlier."""
 
     def next_draft_probs(self, p: Tensor, q: Tensor, verified: Verified, inputs: Tensor) -> Tensor:
-        kept = (verified.tokens[:, :-1] == inputs[:, 1:])[..., None]
-        return torch.cat([torch.where(kept, q, p[:, :-1]), p[:, -1:]], dim=1)
+        unchanged = (verified.tokens[:, :-1] == inputs[:, 1:])[..., None]
+        return torch.cat([torch.where(unchanged, q, p[:, :-1]), p[:, -1:]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class RewarpedResidual(SpeculativeJacobi):
     """The residual goes through temperature, top-k and top-p a second time."""
 
     def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
-        kept = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
+        is_accepted = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
         r = residual(p[:, :-1], q)
         positions = torch.zeros(r.shape[:2], dtype=torch.long)
         again = replace(state.target, forced=None).probs(r.log(), positions)
         fresh = sample(torch.cat([again, p[:, -1:]], dim=1), noise.sample)
-        return Verified(torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(kept))
+        return Verified(
+            torch.cat([torch.where(is_accepted, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(is_accepted)
+        )
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ class NoResidual(SpeculativeJacobi):
     """A rejected draft is replaced by a sample from p."""
 
     def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
-        kept = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
+        is_accepted = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])
         fresh = sample(p, noise.sample)
-        return Verified(torch.cat([torch.where(kept, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(kept))
+        return Verified(
+            torch.cat([torch.where(is_accepted, drafts, fresh[:, :-1]), fresh[:, -1:]], dim=1), leading(is_accepted)
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class ReusedGumbel(SpeculativeJacobi):
 
 @dataclass(frozen=True)
 class LongestPath(SpeculativeJacobi):
-    """The chain is tested twice with independent uniforms, and the longer outcome is taken."""
+    """The chain is tested twice with independent uniforms, and the longer result is taken."""
 
     def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
         one = super().verify(p, q, drafts, noise, state)
@@ -131,7 +135,7 @@ class ChosenBeamAsSampled(BeamTree):
 
 @dataclass(frozen=True)
 class PaddedWithZero(TreeSpeculative):
-    """Where the distribution could give no more children, token 0 stands, and is tested."""
+    """Where the distribution could give no more children, token 0 is tested instead."""
 
     def draft(
         self, drafter: Drafter, tree: Tree, session: Session, state: TreeState, u: Tensor

@@ -1,6 +1,6 @@
-"""Whether rows of numbers are independent standard normals, as one figure z that is about standard normal if they are.
+"""Whether rows of numbers are independent standard normals, as one number z that is about standard normal if they are.
 
-Marginals are not enough: products of two coordinates, and of a row with the next one, see what those do not.
+Marginals are not enough: products of two coordinates, and of a row with the next one, show more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`visar verify --session`: is somebody's model wrapped as a Session in the right way? docs/own-model.md is its page.
+"""`visar verify --session`: checks your own model wrapped as a Session; see docs/own-model.md.
 
 First the plain checks of `visar.eval.exactness.session_checks`, each of which names a mistake; where they pass, the
 joint distribution of every exact sampler on this session, as in `visar.eval.exactness.joint`. The probabilities come
@@ -101,7 +101,7 @@ def subject_of(make: Make, reference: Logits | None) -> Subject:
     every = torch.cat(parts)  # [V**(N-1), N, V]
     rows, effects = [], []
     for n in range(length):
-        same = every[:, n].unflatten(0, (vocab**n, -1))  # those of one prefix side by side
+        same = every[:, n].unflatten(0, (vocab**n, -1))  # those of one prefix next to one another
         if reference is not None and far(same, same[:, :1]).max() > TOLERANCE:
             raise VisarError(
                 f"The reference's logits of position {n} depend on tokens from that position on; they must be causal."
@@ -117,7 +117,7 @@ def subject_of(make: Make, reference: Logits | None) -> Subject:
 
 
 class Flattened(Session):
-    """Another distribution of the same session, so that what it drafts is not always kept."""
+    """Another distribution of the same session, so that its drafts are not always accepted."""
 
     def __init__(self, inner: Session):
         super().__init__(inner.batch, inner.length, inner.vocab, inner.device)
@@ -215,9 +215,9 @@ def verify_files(session: str, reference: str | None, **settings: Any) -> tuple[
         return verify_session(make, probs, **settings)
 
 
-def function(place: str, flag: str) -> Callable[..., Any]:
+def function(spec: str, flag: str) -> Callable[..., Any]:
     """The function of a `FILE.py:NAME`; a `VisarError` where it is none."""
-    found = user_code.load(place, flag)
+    found = user_code.load(spec, flag)
     if not callable(found):
-        raise VisarError(f"{place.rpartition(':')[0]} has something that is no function {place.rpartition(':')[2]!r}.")
+        raise VisarError(f"{spec.rpartition(':')[0]} has something that is no function {spec.rpartition(':')[2]!r}.")
     return found

@@ -24,7 +24,7 @@ from visar.samplers.masked import NoiseBank, plan
 
 
 class Ranks(NamedTuple):
-    """`ranks` [B, F] of the free tokens as they were decided, 0 to `fresh`; `z` is about standard normal if exact."""
+    """`ranks` [B, F] of the free tokens in sampling order, 0 to `fresh`; `z` is about standard normal if exact."""
 
     ranks: Tensor
     z: float
@@ -43,7 +43,7 @@ def rank_test(
 
     A token and the others are compared along a random direction of its own. z is that of the worst of the chi-square
     tests of each token's ranks and of the correlations of each with the next, corrected for their number. With 4,000
-    images it sees a mean that is off by a tenth of a token's standard deviation.
+    images it finds a mean that is off by a tenth of a token's standard deviation.
     """
     target = target or ContinuousTarget()
     tokens = decode(make(images), sampler, target, Noise(seed, images)).tokens
@@ -55,9 +55,9 @@ def rank_test(
         sampler = MaskedAutoregressive(free, sampler.head_steps, latest=sampler.latest, last_noise=True)
     rows, parts, done = torch.arange(len(images)), [], session.given
     directions = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
-    for turn, (count, decided) in enumerate(plan(free, sampler.steps)):
+    for turn, (count, known) in enumerate(plan(free, sampler.steps)):
         ask = session.order[:, done : done + count]
-        told = torch.full_like(ask, session.given + decided)
+        told = torch.full_like(ask, session.given + known)
         condition = session.context(tokens, rows, session.order[:, :done], ask, told).flatten(0, 1)
         chain = sampler.chain_of(session, target, turn)
 
@@ -83,5 +83,6 @@ def rank_z(ranks: Tensor, cells: int) -> float:
     chi2 = ((counts - n / cells).square() / (n / cells)).sum(1)
     scores = (ranks - (cells - 1) / 2) / math.sqrt((cells**2 - 1) / 12)
     lags = (scores[:, 1:] * scores[:, :-1]).double().sum(0) / math.sqrt(n)
-    return worst(torch.cat([log_p_chi2(chi2, cells - 1), log_p_chi2(chi2.sum()[None], free * (cells - 1)),
-                            log_p_normals(lags)]))  # fmt: skip
+    return worst(
+        torch.cat([log_p_chi2(chi2, cells - 1), log_p_chi2(chi2.sum()[None], free * (cells - 1)), log_p_normals(lags)])
+    )

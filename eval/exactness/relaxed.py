@@ -2,7 +2,7 @@
 to enumerate.
 
 Run as `python -m visar.eval.exactness.relaxed`; it prints the table of `docs/relaxed.md`. The toy models are small and
-their drafts good, so the figures say how a parameter acts and what it does not bound, not what it costs on a large
+their drafts good, so the results show how a parameter acts and what it does not bound, not its effect on a large
 model.
 """
 
@@ -93,7 +93,7 @@ def main() -> int:
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print(table(
-        ("SAMPLER", "RELAXED BY", "TV OF THE JOINT LAW", "OF AN EXACT SAMPLE", "TOKENS/PASS"),
+        ("SAMPLER", "RELAXED BY", "TV OF THE JOINT DISTRIBUTION", "OF AN EXACT SAMPLE", "TOKENS/PASS"),
         [
             (family, amount or "exact", f"{m.distance:.3f}", f"{m.noise:.3f}", f"{m.tokens_per_pass:.2f}")
             for family, amount, m in rows

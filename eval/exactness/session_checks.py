@@ -29,7 +29,7 @@ from visar.eval.exactness.session_subject import (
 
 
 def condition_first(subject: Subject) -> str | None:
-    """The token that is fed in the condition's place is ignored."""
+    """The token that is fed at the condition's slot is ignored."""
     for window in (1, 3):
         tokens = random_tokens(subject, seed=1)[:, :window]
         other = torch.cat([(tokens[:, :1] + 1) % subject.vocab, tokens[:, 1:]], dim=1)
@@ -37,7 +37,7 @@ def condition_first(subject: Subject) -> str | None:
         distance = far(one, two)[:, : subject.length]
         if distance.max() > TOLERANCE:
             return (
-                "While nothing is committed the first token fed is to be ignored: the condition stands in its place; "
+                "While nothing is committed the first token fed is to be ignored: the condition is fed instead; "
                 f"here logits depend on it ({worst(distance)})."
             )
     return None
@@ -50,7 +50,7 @@ def rows_apart(subject: Subject) -> str | None:
     alone = torch.cat([walked(subject.make(1, 1), row[None], subject.length) for row in tokens])
     distance = far(together, alone)
     if distance.max() > TOLERANCE:
-        return f"A row of the batch has other logits than alone: it sees the other rows ({worst(distance)})."
+        return f"A row of the batch has other logits than alone: it depends on the other rows ({worst(distance)})."
     return None
 
 
@@ -74,55 +74,58 @@ def as_reference(subject: Subject) -> str | None:
 def windows(subject: Subject) -> str | None:
     """A pass of W tokens gives the logits of W passes of one, wherever it begins."""
     for window in (2, 3, subject.length + 2):
-        for behind in range(subject.length):
+        for committed in range(subject.length):
             tokens = random_tokens(subject, seed=4)
 
-            def found(drafts: Tensor, behind: int = behind, window: int = window) -> Tensor:
+            def found(drafts: Tensor, committed: int = committed, window: int = window) -> Tensor:
                 session = subject.make(ROWS, window)
-                if behind:
-                    walked(session, drafts, behind)
+                if committed:
+                    walked(session, drafts, committed)
                 return probs(session, inputs(session, drafts, window))
 
             given = found(tokens)
-            distance = ahead(subject, tokens, torch.full((ROWS,), behind), given)
+            distance = ahead(subject, tokens, torch.full((ROWS,), committed), given)
             if distance.max() <= TOLERANCE:
                 continue
-            for token in range(1, min(window, subject.length - behind)):  # does one before see the token fed here?
+            for token in range(
+                1, min(window, subject.length - committed)
+            ):  # does one before attend to the token fed here?
                 other = tokens.clone()
-                other[:, behind + token - 1] += 1
+                other[:, committed + token - 1] += 1
                 if far(given, found(other % subject.vocab))[:, :token].max() > TOLERANCE:
                     return (
-                        "A token of a pass sees tokens that are fed behind it: the causal mask of a pass of several "
-                        f"tokens is wrong (W {window} behind {behind} tokens, {worst(distance, behind)})."
+                        "A token of a pass attends to tokens that are fed after it: the causal mask of a pass of "
+                        f"several tokens is wrong (W {window} after {committed} tokens, {worst(distance, committed)})."
                     )
             return (
-                f"A pass of {window} tokens gives other logits than {window} passes of one: does each token see what "
-                f"is before it, at its own position? (behind {behind} tokens, {worst(distance, behind)})"
+                f"A pass of {window} tokens gives other logits than {window} passes of one: does each token attend "
+                "to the tokens before it, at its own position? "
+                f"(after {committed} tokens, {worst(distance, committed)})"
             )
     return None
 
 
 def rollback(subject: Subject) -> str | None:
     """Drafts that were fed and not committed leave no trace."""
-    for behind in range(subject.length - 1):
-        for kept in range(min(2, subject.length - 1 - behind)):
+    for committed in range(subject.length - 1):
+        for accepted in range(min(2, subject.length - 1 - committed)):
             for window in (1, 2):  # of the passes that follow
                 tokens = random_tokens(subject, seed=5)
                 session = subject.make(ROWS, 4)
-                if behind:
-                    walked(session, tokens, behind)
+                if committed:
+                    walked(session, tokens, committed)
                 drafts = tokens.clone()
-                drafts[:, behind + kept :] = (drafts[:, behind + kept :] + 1) % subject.vocab
+                drafts[:, committed + accepted :] = (drafts[:, committed + accepted :] + 1) % subject.vocab
                 probs(session, inputs(session, drafts, 4))
-                commit(session, torch.full((ROWS,), kept + 1))
-                for at in range(behind + kept + 1, subject.length):
+                commit(session, torch.full((ROWS,), accepted + 1))
+                for at in range(committed + accepted + 1, subject.length):
                     distance = ahead(
                         subject, tokens, session.lengths.cpu(), probs(session, inputs(session, tokens, window))
                     )
                     if distance.max() > TOLERANCE:
                         return (
                             "A draft that was rejected leaves a trace: a pass must overwrite what the cache holds from "
-                            "the first slot it is fed on, and see nothing that lies behind its own tokens "
+                            "the first slot it is fed on, and attend to nothing after its own tokens "
                             f"({worst(distance, at)})."
                         )
                     commit(session, torch.ones(ROWS, dtype=torch.long))
@@ -152,53 +155,54 @@ def in_parts(subject: Subject) -> str | None:
     tokens = random_tokens(subject, seed=8)
     session = subject.make(ROWS, 5)
     walked(session, tokens, subject.length - 1)
-    for behind in range(subject.length):
-        session.lengths.fill_(behind)
+    for committed in range(subject.length):
+        session.lengths.fill_(committed)
         whole = inputs(session, tokens, 4)
         found = torch.cat([probs(session, whole[:, :2]), probs(session, whole[:, 2:], None, 2)], dim=1)
         distance = ahead(subject, tokens, session.lengths.cpu(), found)
         if distance[:, :2].max() > TOLERANCE:
             return (
-                "After `lengths` was set back the logits are wrong: what a pass sees must follow from `lengths` alone, "
-                f"or the session cannot draft for another ({worst(distance, behind)})."
+                "After `lengths` was set back the logits are wrong: what a pass attends to must follow from `lengths` "
+                f"alone, or the session cannot draft for another ({worst(distance, committed)})."
             )
         if distance.max() > TOLERANCE:
             return (
-                "A pass that is fed in parts gives other logits: with first > 0 the tokens stand behind those of the "
-                f"passes before, at `follows(W, tree, first)` ({worst(distance, behind)})."
+                "A pass that is fed in parts gives other logits: with first > 0 the tokens come after those of the "
+                f"passes before, at `follows(W, tree, first)` ({worst(distance, committed)})."
             )
     return None
 
 
 def trees(subject: Subject) -> str | None:
-    """The nodes of a tree see what is above them alone, and `keep` moves a path to the front."""
+    """The nodes of a tree attend only to what is above them, and `keep` moves a path to the front."""
     tree = Tree.of([-1, 0, 0, 1, 2])
     paths = {0: [], 1: [1], 2: [2], 3: [1, 3], 4: [2, 4]}
-    for behind in range(subject.length - 3):
+    for committed in range(subject.length - 3):
         tokens = random_tokens(subject, seed=9)
         session = subject.make(ROWS, 5)
-        if behind:
-            walked(session, tokens, behind)
+        if committed:
+            walked(session, tokens, committed)
         drafts = random_tokens(subject, seed=10)[:, :5]
         drafts[:, 2] = (drafts[:, 1] + 1) % subject.vocab
         drafts[:, 0] = inputs(session, tokens, 1)[:, 0]
         found = probs(session, drafts, tree)
         for node, path in paths.items():
-            branch = torch.cat([tokens[:, :behind], drafts[:, path], tokens[:, behind + len(path) :]], dim=1)
-            distance = far(found[:, node], subject.along(branch)[:, behind + len(path)])
+            branch = torch.cat([tokens[:, :committed], drafts[:, path], tokens[:, committed + len(path) :]], dim=1)
+            distance = far(found[:, node], subject.along(branch)[:, committed + len(path)])
             if distance.max() > TOLERANCE:
                 return (
-                    "A node of a tree has other logits than a chain of the same tokens: it sees the committed tokens "
-                    f"and the nodes above it, at the position of its depth (node {node}, {float(distance.max()):.2g})."
+                    "A node of a tree has other logits than a chain of the same tokens: it attends to the committed "
+                    "tokens and the nodes above it, at the position of its depth "
+                    f"(node {node}, {float(distance.max()):.2g})."
                 )
         session.keep(torch.tensor([2, 4], device=session.device).expand(ROWS, -1))
         commit(session, torch.full((ROWS,), 3))
-        branch = torch.cat([tokens[:, :behind], drafts[:, [2, 4]], tokens[:, behind + 2 :]], dim=1)
+        branch = torch.cat([tokens[:, :committed], drafts[:, [2, 4]], tokens[:, committed + 2 :]], dim=1)
         distance = ahead(subject, branch, session.lengths.cpu(), probs(session, inputs(session, branch, 1)))
         if distance.max() > TOLERANCE:
             return (
-                "After keep(path) the logits are wrong: the path's nodes are to lie in the slots behind the root, "
-                f"first read, then written ({worst(distance, behind + 3)})."
+                "After keep(path) the logits are wrong: the path's nodes are to lie in the slots after the root, "
+                f"first read, then written ({worst(distance, committed + 3)})."
             )
     return None
 

@@ -70,7 +70,7 @@ def probs_of(logits: Tensor, what: str) -> Tensor:
         row, token = bad[0].tolist()
         raise VisarError(
             f"{what} gave logits that are no distribution (NaN or infinite), first in row {row} at token {token} of "
-            f"{probs.shape[1]}; they must be numbers, behind the end of the sequence too."
+            f"{probs.shape[1]}; they must be numbers, after the end of the sequence too."
         )
     return probs
 
@@ -115,13 +115,13 @@ def ahead(subject: Subject, tokens: Tensor, lengths: Tensor, found: Tensor) -> T
 
 
 def random_tokens(subject: Subject, seed: int, batch: int = ROWS) -> Tensor:
-    """Sequences [batch, 2N]: the longest window, N + 2 tokens behind N - 1, is fed so many past the end."""
+    """Sequences [batch, 2N]: the longest window, N + 2 tokens after N - 1, reaches that far past the end."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(subject.vocab, (batch, 2 * subject.length), generator=generator)
 
 
 def worst(distance: Tensor, lengths: Tensor | int = 0) -> str:
-    """Where a distance [B, W] of a pass behind `lengths` is largest, in words."""
+    """Where a distance [B, W] of a pass after `lengths` is largest, in words."""
     row, token = divmod(int(distance.argmax()), distance.shape[1])
-    behind = lengths if isinstance(lengths, int) else int(lengths[row])
-    return f"position {behind + token}: total variation {float(distance.max()):.2g}"
+    committed = lengths if isinstance(lengths, int) else int(lengths[row])
+    return f"position {committed + token}: total variation {float(distance.max()):.2g}"

@@ -1,4 +1,4 @@
-"""Target models small enough to enumerate: a table of logits for every prefix, behind the Session interface."""
+"""Target models small enough to enumerate: a table of logits for every prefix, as a Session."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from visar.engine.tree import Tree
 class TabularModel:
     """Logits of the next token after every prefix; the prefix (x_0..x_{L-1}) is row offset[L] + its value base V.
 
-    `cond` and `uncond` [rows, V] are the two halves that guidance combines.
+    `cond` and `uncond` [rows, V] are the conditional and unconditional logits that guidance combines.
     """
 
     vocab: int
@@ -57,7 +57,7 @@ class TabularModel:
 class TabularSession(Session):
     """Decode a `TabularModel`. Its `history` is a cache: a pass overwrites what it feeds, nothing is ever cleared.
 
-    Slot n holds the token fed at position n - 1, slot 0 what stands for the condition; the nodes of a tree lie one
+    Slot n holds the token fed at position n - 1, slot 0 the condition; the nodes of a tree lie one
     after the other from the root's slot on, as in the cache of a transformer.
     """
 
@@ -123,13 +123,13 @@ def reference_probs(cond: np.ndarray, uncond: np.ndarray, position: int, setting
     if settings.top_k:
         ranked = ranked[: settings.top_k]
     if settings.top_p < 1:
-        total, mass, kept = sum(weights[v] for v in ranked), 0.0, []
+        total, mass, nucleus = sum(weights[v] for v in ranked), 0.0, []
         for v in ranked:
-            kept.append(v)
+            nucleus.append(v)
             mass += weights[v] / total
             if mass > settings.top_p:
                 break
-        ranked = kept
+        ranked = nucleus
     out = np.zeros(vocab)
     for v in ranked:
         out[v] = weights[v]

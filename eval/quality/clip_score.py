@@ -1,6 +1,6 @@
 """CLIP score: the cosine between features of an image and of its caption (Hessel et al. 2021, arXiv:2104.08718).
 
-Published figures differ in network, prefix, factor and resizing, which the protocol decides. Images and captions are
+Published scores differ in network, prefix, factor and resizing, which the protocol sets. Images and captions are
 paired by id.
 """
 

@@ -1,7 +1,7 @@
 """Did the faster sampler change the images? Two folders made from the same prompts, compared image by image.
 
-One question has three sides: are the images of one law (all together, and prompt by prompt), do they follow their
-prompts as well as before, and how many are the very same. What chance does is shown beside it: by relabelling within
+It answers three questions: have the images the same distribution (all together, and prompt by prompt), do they follow
+their prompts as well as before, and how many are equal. The effect of chance is shown next to it: by relabelling within
 pairs, and by further folders of the first sampler under other seeds.
 """
 
@@ -32,7 +32,7 @@ LEVEL = 0.01  # how rarely seed noise alone may be called a change
 
 @dataclass(frozen=True)
 class Shift:
-    """A figure of A and of B, and the mean difference B - A over pairs with its 95% interval."""
+    """A metric of A and of B, and the mean difference B - A over pairs with its 95% interval."""
 
     a: float
     b: float
@@ -87,12 +87,12 @@ class Comparison:
 
     @property
     def changed(self) -> bool:
-        """Whether B has another law than A; seed noise alone says so once in a hundred times."""
+        """Whether B has another distribution than A; seed noise alone says so once in a hundred times."""
         return self.p < LEVEL
 
     @property
-    def verdict(self) -> str:
-        """A sentence."""
+    def conclusion(self) -> str:
+        """The result in one sentence."""
         t = self.overall
         if self.same == 1:
             return f"The same: all {self.images} images are equal in every pixel."
@@ -109,24 +109,24 @@ class Comparison:
         return ", ".join(name for name, p in self.found.items() if p < LEVEL)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"p": self.p, "changed": self.changed, "verdict": self.verdict}
+        return asdict(self) | {"p": self.p, "changed": self.changed, "conclusion": self.conclusion}
 
 
 class Remembering(Extractor):
-    """An extractor that looks at equal images once, as one folder is compared with many; `prepare` comes first."""
+    """An extractor that computes equal images once, as one folder is compared with many; `prepare` comes first."""
 
     def __init__(self, extract: Extractor, prepare: str = "none"):
         self.inner, self.name, self.weights, self.resize = extract, extract.name, extract.weights, extract.resize
         self.versions, self.prepare = extract.versions, PREPARE[prepare]
-        self.seen: dict[bytes, Tensor] = {}
+        self.known_features: dict[bytes, Tensor] = {}
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         keys = [_digest(image) for image in images]
-        new = {key: i for i, key in enumerate(keys) if key not in self.seen}
+        new = {key: i for i, key in enumerate(keys) if key not in self.known_features}
         if new:
             found = self.inner(self.prepare(images[list(new.values())]))["pool"]
-            self.seen.update(zip(new, found, strict=True))
-        return {"pool": torch.stack([self.seen[key] for key in keys])}
+            self.known_features.update(zip(new, found, strict=True))
+        return {"pool": torch.stack([self.known_features[key] for key in keys])}
 
 
 def scores_by(protocol: Protocol, extract: Any) -> Callable[[ImageFolder, Sequence[str]], Tensor]:
@@ -181,7 +181,7 @@ def prompt_of(folder: ImageFolder, i: str) -> Hashable:
 
 
 def mean_shift(a: Tensor, b: Tensor) -> Shift:
-    """Figures [n] of the images of A and of B, in pairs, and their mean difference (a normal interval and test)."""
+    """Metrics [n] of the images of A and of B, in pairs, and their mean difference (a normal interval and test)."""
     gap = (b - a).double()
     mean, error = float(gap.mean()), float(gap.std() / math.sqrt(len(gap)))
     p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(mean == 0)
@@ -189,20 +189,20 @@ def mean_shift(a: Tensor, b: Tensor) -> Shift:
 
 
 def reference_shift(a: Tensor, b: Tensor, reference: Tensor, resamples: int = 999, seed: int = 0) -> Shift:
-    """Energy distances of features A and B [n, D] to those of a reference [m, D]; pairs are drawn again (bootstrap)."""
+    """Energy distances of features A and B [n, D] to those of a reference [m, D]; pairs are resampled (bootstrap)."""
     a, b, reference = a.double(), b.double(), reference.double()
     n = len(a)
     own = float(torch.cdist(reference, reference).sum() / (len(reference) * (len(reference) - 1)))
     to_a, to_b = (2 * torch.cdist(x, reference).mean(1) for x in (a, b))
     in_a, in_b = torch.cdist(a, a), torch.cdist(b, b)
     g = torch.Generator().manual_seed(seed)
-    draws = [torch.ones(n)] + [
+    counts = [torch.ones(n)] + [
         torch.bincount(torch.randint(n, (n,), generator=g), minlength=n).float() for _ in range(resamples)
     ]
-    w = torch.stack(draws).double()
+    w = torch.stack(counts).double()
 
     def distance(to: Tensor, inside: Tensor) -> Tensor:
-        # An image drawn twice is no pair of two.
+        # An image that is sampled twice is no pair of two.
         pairs = ((w @ inside) * w).sum(1) / (n * n - w.square().sum(1))
         return (w @ to) / n - pairs - own
 

@@ -2,7 +2,7 @@
 
 Everything is paired by id and never by order. JPEG is refused by default because it changes FID (Parmar et al. 2022,
 arXiv:2104.11222); lossy WebP is JPEG by another name. An image with transparent pixels is refused: what it looks like
-depends on what lies behind it.
+depends on the images after it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ImageFolder:
         """Look at every file's header, and read none in full.
 
         `jpeg_allowed` and `mixed_allowed` (sizes) are for sets of photographs, as COCO is. `captions` is a JSON file
-        {id: caption}, for images without a manifest and without `<stem>.txt` beside each.
+        {id: caption}, for images without a manifest and without `<stem>.txt` next to each.
         """
         path = Path(path)
         if not path.exists():
@@ -106,7 +106,7 @@ class ImageFolder:
         if without := [name for name in self.ids if name not in self.captions]:
             raise VisarError(
                 f"{what} needs a caption for every image, and {len(without)} of {self.path} have none, as "
-                f"{without[0]!r}: give a manifest, <stem>.txt beside each image, or a JSON file of captions."
+                f"{without[0]!r}: give a manifest, <stem>.txt next to each image, or a JSON file of captions."
             )
 
     def _read(self, name: str) -> Tensor:
@@ -140,7 +140,7 @@ class ImageFolder:
 
 
 def has_images(path: Path) -> bool:
-    """Whether this is a folder, or an .npz with images in it, perhaps beside moments, as ADM's references are."""
+    """Whether this is a folder, or an .npz with images in it, perhaps next to moments, as ADM's references are."""
     if path.is_dir() or not path.is_file() or not zipfile.is_zipfile(path):
         return path.is_dir()
     with zipfile.ZipFile(path) as archive:
@@ -207,7 +207,7 @@ def _look(file: Path, jpeg_allowed: bool) -> tuple[str, tuple[int, int]]:
         raise VisarError(f"{file} is a {form} file; images must be PNG or lossless WebP.")
     if (form == "jpeg" or lossy) and not jpeg_allowed:
         name = "lossy WebP" if lossy else "JPEG"
-        raise VisarError(f"{file} is {name}, which changes the figures; images must be PNG or lossless WebP.")
+        raise VisarError(f"{file} is {name}, which changes the metrics; images must be PNG or lossless WebP.")
     return form, size
 
 

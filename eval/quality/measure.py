@@ -1,4 +1,4 @@
-"""Figures of images by a named protocol, and moments of reference images to take them against."""
+"""Metrics of images by a named protocol, and moments of reference images to take them against."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _NEEDS = {  # features of every image, where moments do not do
 
 
 @dataclass
-class _Seen:
+class _Measured:
     """What was taken of a set of images, by the name of the features: moments, and those of every image [n, D]."""
 
     moments: dict[str, Moments]
@@ -91,10 +91,10 @@ def measure(
     weights: str | None = None,
     extractor: Extractor | None = None,
 ) -> Result:
-    """Measure the images as the protocol says; every image is looked at once.
+    """Measure the images as the protocol says; every image is read once.
 
     `reference`: images, moments of `reference_stats`, or published mu and sigma; metrics that it cannot serve are
-    left out and named. `seed` draws KID's subsets. `weights`: a file of the extractor's. `extractor`: one that is
+    left out and named. `seed` chooses KID's subsets. `weights`: a file of the extractor's. `extractor`: one that is
     loaded. Errors: too few images, another size or format, captions that are missing, features that are no numbers.
     """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
@@ -108,9 +108,10 @@ def measure(
         raise VisarError(f"Protocol {protocol.label} compares with nothing, and a reference was given.")
     against = None if reference is None else _Reference(reference, protocol)
     left_out = {
-        name: reason for name, metric in protocol.metrics.items()
+        name: reason
+        for name, metric in protocol.metrics.items()
         if against is not None and metric["kind"] in COMPARING and (reason := against.cannot(metric))
-    }  # fmt: skip
+    }
     metrics = {name: metric for name, metric in protocol.metrics.items() if name not in left_out}
     if not metrics:
         raise VisarError(f"The reference serves no metric of {protocol.label}: {next(iter(left_out.values()))}.")
@@ -118,7 +119,7 @@ def measure(
         images.require_captions(f"Protocol {protocol.label}")
     extract = _extractor(protocol, extractor, device, weights)
 
-    other, hashes = _Seen({}, {}), {}
+    other, hashes = _Measured({}, {}), {}
     if against is not None:
         against.must_fit(protocol, extract)
         asked = [m for m in metrics.values() if m["kind"] in COMPARING]
@@ -145,7 +146,7 @@ def measure(
         elif metric["kind"] == "kid":
             mean, std = kid(
                 own.features["pool"], other.features["pool"], metric["subsets"], metric["subset_size"], seed
-            )  # fmt: skip
+            )
             values[name], spread[name] = mean, (mean - std, mean + std)
         else:
             values[name] = _value(metric, own, other, device)
@@ -203,32 +204,32 @@ def reference_stats(
 
 def _look(
     images: ImageFolder, extract: Extractor, protocol: Protocol, metrics: list[dict[str, Any]], batch: int
-) -> _Seen:
+) -> _Measured:
     """Run the images through the extractor once, and take what the metrics need."""
     moments = {metric["features"]: Moments() for metric in metrics if metric["kind"] == "frechet"}
-    kept: dict[str, list[Tensor]] = {_NEEDS[m["kind"]]: [] for m in metrics if m["kind"] in _NEEDS}
-    if not moments and not kept:
-        return _Seen({}, {})
+    collected: dict[str, list[Tensor]] = {_NEEDS[m["kind"]]: [] for m in metrics if m["kind"] in _NEEDS}
+    if not moments and not collected:
+        return _Measured({}, {})
     for part in images.batches(size=batch):
         found = extract(PREPARE[protocol.prepare](part))
-        for name in {*moments, *kept}:
+        for name in {*moments, *collected}:
             if not bool(found[name].isfinite().all()):
                 raise VisarError(f"Images of {images.path} have {extract.name} features that are NaN or infinite.")
         for name, of in moments.items():
             of.add(found[name])
-        for name, features in kept.items():
+        for name, features in collected.items():
             features.append(found[name])
-    return _Seen(moments, {name: torch.cat(features) for name, features in kept.items()})
+    return _Measured(moments, {name: torch.cat(features) for name, features in collected.items()})
 
 
-def _value(metric: Mapping[str, Any], own: _Seen, other: _Seen, device: torch.device | str) -> float:
+def _value(metric: Mapping[str, Any], own: _Measured, other: _Measured, device: torch.device | str) -> float:
     """A metric that is one number. Distances between all images are taken on a GPU where there is one."""
     if metric["kind"] == "frechet":
         return frechet_distance(own.moments[metric["features"]], other.moments[metric["features"]])
     if metric["kind"] == "inception_score":
         return inception_score(own.features["logits"], metric["split"])
-    place = device if torch.device(device).type == "cuda" else "cpu"  # others lack float64
-    x, y = own.features["pool"].to(place), other.features["pool"].to(place)
+    where = device if torch.device(device).type == "cuda" else "cpu"  # others lack float64
+    x, y = own.features["pool"].to(where), other.features["pool"].to(where)
     if metric["kind"] == "cmmd":
         return cmmd(x, y)
     # recall is precision with the sets changed over
@@ -274,7 +275,7 @@ def _enough(protocol: Protocol, n: int, who: str) -> None:
         raise VisarError(f"{who} {protocol.label} needs {protocol.least} or more images, and there are {n}.")
     if n < protocol.warn_below:
         warnings.warn(
-            f"{who} {protocol.label} has {n} of the {protocol.wanted} images wanted: figures of under "
+            f"{who} {protocol.label} has {n} of the {protocol.wanted} images wanted: metrics of under "
             f"{protocol.warn_below} are biased or uncertain, and compare with those of equal counts only.",
             stacklevel=3,
-        )  # fmt: skip
+        )

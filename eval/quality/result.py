@@ -1,7 +1,7 @@
-"""What a measurement says: figures, each with everything that it depends on.
+"""The result of a measurement: metrics, each with everything that it depends on.
 
-A figure is never printed bare: protocol and version, network and hash of its weights, reference, count, resizing, file
-format, library versions and seed stand in one line with it.
+A metric is never printed alone: protocol and version, network and hash of its weights, reference, count, resizing, file
+format, library versions and seed are on the same line.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a list of samplers does to one model: their speed, their images, and whether these changed.
 
-Every sampler draws the same prompts under the same seed into a folder of its own, and is compared with the first, which
-is drawn once more under another seed: that is what chance does. The page is made by `visar.eval.report.page`.
+Every sampler generates the same prompts under the same seed into a folder of its own, and is compared with the first,
+which is sampled once more under another seed, to show the effect of chance. The page is made by
+`visar.eval.report.page`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Worst:
 
 @dataclass(frozen=True)
 class Entry:
-    """A sampler's folder and what became of its images; the first sampler is compared with its own other seed."""
+    """A sampler's folder and the comparison of its images; the first sampler is compared with its own other seed."""
 
     label: str
     exact: bool
@@ -90,9 +91,9 @@ def make_report(
     tell: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> Report:
-    """Draw `count` images with each sampler into folders in `out`, measure speed at batch 1, and compare.
+    """Generate `count` images with each sampler into folders in `out`, measure speed at batch 1, and compare.
 
-    A report that was cut short goes on: images that are there are not drawn again. `tell` gets a line for each
+    A report that was cut short goes on: images that are there are not generated again. `tell` gets a line for each
     sampler. `settings` go to the pipeline. Raises `VisarError` for fewer than two samplers, and as `sample_images`
     and `compare` do.
     """
@@ -101,7 +102,7 @@ def make_report(
         raise VisarError("A report compares 2 or more samplers; the first is what the others are compared with.")
     labels = list(samplers)
 
-    def drawn(label: str, folder: str, at: int) -> ImageFolder:
+    def sampled(label: str, folder: str, at: int) -> ImageFolder:
         told = sample_images(
             model, conditions, out / IMAGES / folder, count=count, sampler=samplers[label], batch=batch, seed=at,
             name=name, progress=progress, **settings,
@@ -110,14 +111,14 @@ def make_report(
         return ImageFolder.open(out / IMAGES / folder)
 
     names = {label: _slug(label) for label in labels}
-    first = drawn(labels[0], names[labels[0]], seed)
-    again = drawn(labels[0], f"{names[labels[0]]}-seed-{seed + 1}", seed + 1)
+    first = sampled(labels[0], names[labels[0]], seed)
+    again = sampled(labels[0], f"{names[labels[0]]}-seed-{seed + 1}", seed + 1)
     entries = [_entry(labels[0], samplers[labels[0]], first, again, extract, reference, clip, worst)]
     for label in labels[1:]:
-        images = drawn(label, names[label], seed)
+        images = sampled(label, names[label], seed)
         entries.append(_entry(label, samplers[label], first, images, extract, reference, clip, worst))
     for entry in entries:
-        tell(f"{entry.label}{OTHER_SEED if entry is entries[0] else ''}: {entry.comparison.verdict}")
+        tell(f"{entry.label}{OTHER_SEED if entry is entries[0] else ''}: {entry.comparison.conclusion}")
     speed = compare_speed(model, samplers, images=speed_images, repeats=1, seed=seed, **settings)
     by = "score against its prompt" if clip else "distance of its features from those of its pair"
     return Report(name, seed, settings, speed, tuple(entries), by)

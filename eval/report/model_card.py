@@ -1,8 +1,8 @@
-"""The figures and contact sheets of a trained model's card.
+"""The metrics and contact sheets of a trained model's card.
 
 `python -m visar.eval.report.model_card --data images --styles 3d,noto,flat --out FOLDER` measures reconstruction PSNR
-and next-token cross-entropy (of a MAR the loss of its head) on the training set and on both hold-outs, beside a bigram
-baseline, and draws prompts of each kind that a fixed seed chooses, not a hand.
+and next-token cross-entropy (of a MAR the loss of its head) on the training set and on both hold-outs, next to a bigram
+baseline, and generates prompts of each kind, chosen by a fixed seed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from visar.training.tokenizer import psnr
 
 TITLES = {
     "train": "prompts of training images",
-    "unseen-style": "known concept, drawing never seen",
-    "unseen-concept": "concept never seen",
+    "unseen-style": "known concept, drawing not in training",
+    "unseen-concept": "concept not in training",
 }
 
 
-def masked_figures(model: ImageModel, data: ImageSet, size: int, most: int = 256) -> dict[str, dict[str, float]]:
+def masked_metrics(model: ImageModel, data: ImageSet, size: int, most: int = 256) -> dict[str, dict[str, float]]:
     """Per split: the number of images, PSNR in dB, and the head's loss with half to all of the tokens hidden."""
     pixels = data.pixels(size)
     parts = model.family.components
@@ -50,10 +50,10 @@ def masked_figures(model: ImageModel, data: ImageSet, size: int, most: int = 256
     return out
 
 
-def figures(model: ImageModel, data: ImageSet, size: int, most: int = 400) -> dict[str, dict[str, float]]:
+def metrics(model: ImageModel, data: ImageSet, size: int, most: int = 400) -> dict[str, dict[str, float]]:
     """Per split: the number of images, PSNR in dB, cross-entropy and that of a bigram in nats per token."""
     if model.family.tokens == CONTINUOUS:
-        return masked_figures(model, data, size)
+        return masked_metrics(model, data, size)
     parts = model.family.components
     pixels = data.pixels(size)
     tokens = tokenize(parts["vq"], pixels)
@@ -104,7 +104,7 @@ def recognition(model: ImageModel, data: ImageSet, size: int, count: int = 96, s
 
 
 def chosen(data: ImageSet, split: str, count: int, seed: int) -> list[str]:
-    """Prompts of different concepts of a split, drawn by a seed."""
+    """Prompts of different concepts of a split, chosen by a seed."""
     prompts = sorted({data.records[i].concept: data.records[i].prompt() for i in data.indices(split)}.values())
     return random.Random(seed).sample(prompts, min(count, len(prompts)))
 
@@ -116,13 +116,11 @@ def sheet(model: ImageModel, prompts: list[str], columns: int = 8, scale: int = 
     ]
     side, text = images[0].width * scale, 14
     canvas = Image.new("RGB", (columns * side, -(-len(images) // columns) * (side + text)), "white")
-    draw = ImageDraw.Draw(canvas)
+    pen = ImageDraw.Draw(canvas)
     for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         x, y = i % columns * side, i // columns * (side + text)
         canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        draw.text(
-            (x + 2, y + side), prompt if len(prompt) <= side // 6 else prompt[: side // 6 - 1] + "…", fill="black"
-        )
+        pen.text((x + 2, y + side), prompt if len(prompt) <= side // 6 else prompt[: side // 6 - 1] + "…", fill="black")
     return canvas
 
 
@@ -145,8 +143,8 @@ def main() -> int:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2
     model.bar = {"disable": True}
-    report = {**figures(model, data, given.size), "recognition": recognition(model, data, given.size, seed=given.seed)}
-    with replacing(folder / "figures.json") as temporary:
+    report = {**metrics(model, data, given.size), "recognition": recognition(model, data, given.size, seed=given.seed)}
+    with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
     for split, title in TITLES.items():

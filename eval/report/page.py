@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that needs no other, and the same in Markdown with its images beside it."""
+"""The page of a report: one HTML file that needs no other, and the same in Markdown with its images next to it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ figcaption { font-size: 13px; color: #555; max-width: 14rem; }
 HEADER = (
     "sampler", "exact", "NFE", "tokens per pass", "ms per pass", "s per image", "NFE ratio", "time ratio",
     "same images", "same tokens", "energy distance", "seen from", "p", "from the reference", "change of score",
-    "verdict",
+    "conclusion",
 )  # fmt: skip
 
 
@@ -39,12 +39,12 @@ def write_page(report: Report, out: str | Path) -> list[Path]:
     """Write report.html, report.md, report.json, plot.svg and grid.webp into the folder `out`; give their paths."""
     folder = writable_folder(out)
     files = [folder / name for name in ("report.html", "report.md", "report.json", "plot.svg", "grid.webp")]
-    page, text, figures, plot, grid = files
+    page, text, data, plot, grid = files
     first = report.entries[0].label
     draw(_points(report), plot, x=f"NFE, as a share of {first}'s", y=f"energy distance from {first}'s images", floor=0)
     with replacing(grid) as temporary:
         _grid(report).save(temporary, quality=85)
-    with replacing(figures) as temporary:
+    with replacing(data) as temporary:
         temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     with replacing(text) as temporary:
         temporary.write_text(_markdown(report))
@@ -87,10 +87,10 @@ def _signed(low: float, high: float) -> str:
 
 
 def _shown(report: Report) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The table without columns that nothing is known of."""
+    """The table without empty columns."""
     rows = _cells(report)
-    kept = [i for i in range(len(HEADER)) if any(row[i] for row in rows)]
-    return tuple(HEADER[i] for i in kept), [tuple(row[i] for i in kept) for row in rows]
+    shown = [i for i in range(len(HEADER)) if any(row[i] for row in rows)]
+    return tuple(HEADER[i] for i in shown), [tuple(row[i] for i in shown) for row in rows]
 
 
 def _facts(report: Report) -> list[str]:
@@ -101,8 +101,8 @@ def _facts(report: Report) -> list[str]:
         f"{c.images} images of {c.prompts} prompts by {report.model}, seed {report.seed}"
         + (f", {settings}." if settings else "."),
         f"Compared with {first} under the same seed, image by image; {first} itself with its own seed "
-        f"{report.seed + 1}, which is what chance does.",
-        f"Energy distances of {c.features} features (weights {c.weights[:12]}): 0 on average where the law is one, so "
+        f"{report.seed + 1}, which shows the effect of chance.",
+        f"Energy distances of {c.features} features (weights {c.weights[:12]}): 0 on average if nothing changed, so "
         "below 0 as often as above. p: of relabelling within pairs, and of scores, times the number of tests.",
         f"Speed: {s.device}, {s.dtype}, {s.threads} threads, batch {s.batch}, {s.images} images, in one run; ratios "
         f"are against {first}. Intervals are of 95%.",
@@ -186,9 +186,9 @@ def _html(report: Report, plot: str, grid: bytes) -> str:
 
 
 def _row(cells: Sequence[str], changed: bool) -> str:
-    *figures, verdict = (html.escape(cell) for cell in cells)
+    *values, conclusion = (html.escape(cell) for cell in cells)
     mark = "changed" if changed else "same"
-    return "<tr>" + "".join(f"<td>{c}</td>" for c in figures) + f'<td class="text {mark}">{verdict}</td></tr>'
+    return "<tr>" + "".join(f"<td>{c}</td>" for c in values) + f'<td class="text {mark}">{conclusion}</td></tr>'
 
 
 def _worst(entry: Entry, report: Report) -> str:

@@ -1,4 +1,4 @@
-"""What speed costs, as an image: samplers by their speed and by how far they move the law or the images."""
+"""A plot of samplers by their speed and by how far they move the distribution or the images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visar.files import replacing, writable_folder
 
 
 class Point(NamedTuple):
-    """A sampler of a family (joined by a line), what stands beside its point, and where that lies."""
+    """A sampler of a family (joined by a line), the label of its point, and where that is."""
 
     family: str
     label: str

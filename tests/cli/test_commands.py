@@ -264,7 +264,7 @@ def test_an_interrupted_image_leaves_nothing(
 def test_verify_passes(capsys: Capture) -> None:
     assert run("verify", "--sequences", 16384, "--samplers", "ar,jacobi", "--no-mutants") == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[0].split() == ["SAMPLER", "CASE", "z", "TOKENS/PASS", "VERDICT"]
+    assert out.splitlines()[0].split() == ["SAMPLER", "CASE", "z", "TOKENS/PASS", "RESULT"]
     assert out.endswith("All rows pass.\n") and "FAILED" not in out and "mutant" not in out
 
 

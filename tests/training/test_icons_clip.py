@@ -17,7 +17,7 @@ from tests.helpers.tiny import WORDS, image_folder
 from visar.cli import main
 from visar.errors import VisarError
 from visar.eval.quality.extractors import get_extractor
-from visar.eval.quality.extractors.icons_clip import IconsClip, figures, icons_clip
+from visar.eval.quality.extractors.icons_clip import IconsClip, icons_clip, metrics
 from visar.eval.quality.measure import measure
 from visar.text_encoders.words import WordEncoder
 from visar.training.clip import (
@@ -139,7 +139,7 @@ def test_a_run_learns_its_images_and_loads_as_it_was(data: ImageSet, words: Word
     drawn = data.pixels(16)
     prompts = [r.prompt() for r in data.records]
     assert torch.equal(again.scores(drawn, prompts), kept.scores(drawn, prompts))
-    report = figures(again, data)
+    report = metrics(again, data)
     assert list(report) == ["train"] and report["train"]["auc"] > 0.9 and report["train"]["higher"] > 0.9
     assert report["train"]["top1"] == report["train"]["top1_of_all"] == log["train_top1"]
 

@@ -84,9 +84,7 @@ def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any
     return 0
 
 
-NOT_COMPARED = {
-    "parser", "json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats",
-}  # fmt: skip
+NOT_COMPARED = {"parser", "json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats"}
 
 
 def _history(options: argparse.Namespace) -> list[BenchmarkRun]:

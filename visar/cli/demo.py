@@ -36,7 +36,7 @@ def demo(options: argparse.Namespace) -> int:
         _, url, shared = page.launch(
             server_name=options.host, server_port=port, share=options.share, quiet=True, prevent_thread_lock=True,
             theme=theme(), css=css(), footer_links=[], ssr_mode=False,
-            max_file_size=0, enable_monitoring=False,  # nobody leaves files here, nor sees what others do
+            max_file_size=0, enable_monitoring=False,  # no uploads, no list of what others do
         )  # fmt: skip
     except (OSError, ValueError) as error:
         raise VisarError(f"The demo could not be served on {options.host}:{port}: {error}.") from error

@@ -163,7 +163,7 @@ def _described(found: Comparison) -> str:
     """The conclusion, and every number it rests on."""
     t = found.overall
     lines = [
-        found.verdict,
+        found.conclusion,
         f"{found.images} pairs of {found.prompts} prompts: {100 * found.same:.1f}% of the images are the same, "
         f"pixels differ by {found.levels:.2f} of 255"
         + ("" if found.tokens is None else f", {100 * found.tokens:.1f}% of the tokens are the same")

@@ -52,7 +52,7 @@ def verify(options: argparse.Namespace) -> int:
     text = (
         f"{' '.join(tests)} Exact: |z| < {EXACT_LIMIT:g}, and the same tokens in batches of 1, 8 and all"
         f"{', continuous ones up to rounding' if continuous or not names else ''}. "
-        f"Known-bad samplers: |z| > {MUTANT_LIMIT:g}. {_verdict(good)}"
+        f"Known-bad samplers: |z| > {MUTANT_LIMIT:g}. {_result(good)}"
     )
     show(options, text, [_said(row) for row in rows])
     return 0 if good else 1
@@ -77,34 +77,34 @@ def verify_own(options: argparse.Namespace, names: list[str] | None) -> int:
         options.session, options.reference, names=names, sequences=options.sequences, seed=options.seed, report=line
     )
     good = all(c.passed for c in checks) and all(r.passed for r in rows)
-    unseen = "" if options.reference else " A mistake of those is not seen; --reference sees it."
+    unseen = "" if options.reference else " Only --reference finds a mistake in those."
     source = "the reference" if options.reference else "the session's own passes of one token"
     text = checks[-1].message or (
         f"Joint distribution over all sequences against {source}, chi-square z.{unseen} Exact: |z| < {EXACT_LIMIT:g}, "
-        f"and the same tokens in batches of 1, 8 and all. {_verdict(good)}"
+        f"and the same tokens in batches of 1, 8 and all. {_result(good)}"
     )
     told = {"checks": [_said(c) for c in checks], "rows": [_said(r) for r in rows], "reference": options.reference}
     show(options, text, told)
     return 0 if good else 1
 
 
-def _verdict(good: bool) -> str:
+def _result(good: bool) -> str:
     return "All rows pass." if good else "SOME ROWS FAIL."
 
 
-def _cells(first: str, case: str, z: str, tokens_per_pass: str, verdict: str) -> str:
+def _cells(first: str, case: str, z: str, tokens_per_pass: str, result: str) -> str:
     """A line of the table, whose rows are printed as they come."""
-    return f"{first:26}  {case:22}  {z:>8}  {tokens_per_pass:>11}  {verdict}"
+    return f"{first:26}  {case:22}  {z:>8}  {tokens_per_pass:>11}  {result}"
 
 
 def _heads(first: str) -> str:
-    return _cells(first, "CASE", "z", "TOKENS/PASS", "VERDICT")
+    return _cells(first, "CASE", "z", "TOKENS/PASS", "RESULT")
 
 
 def _line(row: Row) -> str:
     good = {"exact": "exact", "mutant": "caught", "relaxed": f"relaxed, {row.distance or 0:.2f} nats"}[row.kind]
-    verdict = good if row.passed else "FAILED"
-    return _cells(row.sampler, row.case, f"{row.z:.1f}", f"{row.tokens_per_pass:.2f}", verdict)
+    result = good if row.passed else "FAILED"
+    return _cells(row.sampler, row.case, f"{row.z:.1f}", f"{row.tokens_per_pass:.2f}", result)
 
 
 def _said(found: Check | Row) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class EagleHead(Component):
 
     `aux_layers` are layers of the target whose outputs are fused with its last hidden state into the one that is read;
     `target` is the fingerprint of the model that it was trained for. With `codes` it is as LANTERN's released ones are
-    (`visar.drafters.lantern`): no norms but one, a token embedding of its own, and code 0 in the place of a caption.
+    (`visar.drafters.lantern`): no norms but one, a token embedding of its own, and code 0 instead of a caption.
     """
 
     kind = "eagle"
@@ -76,12 +76,11 @@ class EagleHead(Component):
 
 
 class EagleDrafter(Drafter):
-    """Drafts up to `depth` tokens deep. The session must keep its hidden states.
+    """Drafts up to `depth` tokens deep. The session must store its hidden states.
 
     Slot s of the drafter holds the token at the target's slot s next to the target's hidden state at s - 1, and
-    predicts what follows s. A round feeds the last `depth` + 1 slots again: all that the round before accepted, now
-    with true hidden states. What it drafts lies after the root as in the target's cache, and is overwritten in the next
-    round.
+    predicts the token after s. A pass feeds the last `depth` + 1 slots again: all that the pass before accepted, now
+    with true hidden states. Its drafts lie after the root as in the target's cache, and the next pass overwrites them.
     """
 
     def __init__(self, session: DecoderSession, model: EagleHead, depth: int):
@@ -175,17 +174,17 @@ class EagleDrafter(Drafter):
 class EagleLoss(DraftLoss[EagleHead]):
     """Unrolled on its own predictions: EAGLE-3's training-time test (Li et al. 2025, arXiv:2503.01840)."""
 
-    def steps(self, seen: TargetPass) -> list[Tensor]:
+    def steps(self, target_pass: TargetPass) -> list[Tensor]:
         out: list[Tensor] = []
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        before = self.drafter.fuse(seen.hidden)
-        back, rows = seen.distance, len(seen.x)
+        before = self.drafter.fuse(target_pass.hidden)
+        back, rows = target_pass.distance, len(target_pass.x)
         for step in range(self.depth):
             # Of the true hidden states, all that are `step` slots back; of each prediction since, the slot on the way.
-            masks = [(back >= step) & seen.valid[:, None] | ((back == 0) & (step == 0))]
+            masks = [(back >= step) & target_pass.valid[:, None] | ((back == 0) & (step == 0))]
             masks += [(back == step - j).expand(rows, -1, -1) for j in range(1, step + 1)]
-            before = self.drafter(seen.x, later(before, 1), seen.table, attention(masks, keys, values))
+            before = self.drafter(target_pass.x, later(before, 1), target_pass.table, attention(masks, keys, values))
             out.append(self.drafter.norm(before[:, self.prefix - 1 :]))
         return out
 

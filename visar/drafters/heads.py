@@ -1,7 +1,7 @@
 """Draft heads on the target's hidden state, head i for the token i after the root.
 
-Medusa's (Cai et al. 2024, arXiv:2401.10774) see nothing but the hidden state one slot before the root; Hydra's (Ankner
-et al. 2024, arXiv:2402.05109) see the root and the draft tokens on the way as well.
+Medusa's (Cai et al. 2024, arXiv:2401.10774) read nothing but the hidden state one slot before the root; Hydra's (Ankner
+et al. 2024, arXiv:2402.05109) read the root and the draft tokens on the way as well.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class DraftHeads(Component):
 
 
 class HeadsDrafter(Drafter):
-    """Drafts up to `depth` tokens deep, without a cache. The session must keep its hidden states."""
+    """Drafts up to `depth` tokens deep, without a cache. The session must store its hidden states."""
 
     def __init__(self, session: DecoderSession, model: DraftHeads, depth: int):
         if session.features is None:
@@ -101,10 +101,11 @@ class HeadsDrafter(Drafter):
 class HeadsLoss(DraftLoss[DraftHeads]):
     """Head i from the hidden state before the root, and the embeddings of the root and the i - 1 tokens after it."""
 
-    def steps(self, seen: TargetPass) -> list[Tensor]:
-        embeddings = [later(seen.x, back)[:, self.prefix - 1 :] for back in range(self.depth)]
+    def steps(self, target_pass: TargetPass) -> list[Tensor]:
+        embeddings = [later(target_pass.x, back)[:, self.prefix - 1 :] for back in range(self.depth)]
         return [
-            self.drafter(later(seen.hidden, i + 1)[:, self.prefix - 1 :], embeddings[i::-1]) for i in range(self.depth)
+            self.drafter(later(target_pass.hidden, i + 1)[:, self.prefix - 1 :], embeddings[i::-1])
+            for i in range(self.depth)
         ]
 
 

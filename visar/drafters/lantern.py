@@ -1,7 +1,7 @@
 """LANTERN's released drafters (Jang et al. 2024, arXiv:2410.03355) for LlamaGen, by a table of their keys.
 
 They are EAGLE-1's: a layer without a norm before its attention, and hidden states that go into the target's head as
-they are. The token embedding in the file is kept, because it is not that of the target's input. No caption reaches them
+they are. The token embedding in the file is used, because it is not that of the target's input. No caption reaches them
 but through the hidden states: its slots hold code 0, and all but the first are attended to, padding too.
 """
 

@@ -58,7 +58,7 @@ class DraftLoss(nn.Module, Generic[D]):
         self._target = lambda: target  # no submodule: neither saved nor copied with the drafter
 
     @abstractmethod
-    def steps(self, seen: TargetPass) -> list[Tensor]:
+    def steps(self, target_pass: TargetPass) -> list[Tensor]:
         """What the output head reads, [rows, N, dim], for the tokens drafted first, second, ... after the root.
 
         Row i of step k is drafted k steps after its root: from the target's hidden states before it, and what was
@@ -67,26 +67,28 @@ class DraftLoss(nn.Module, Generic[D]):
 
     def forward(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
         """The loss: KL(p || q) + TV(p, q) of the guided distributions, each step weighing 0.8 of the one before."""
-        seen = self.run_target(condition, mask, tokens)
-        loss = seen.target_probs.new_zeros(())
-        for step, log_probs in enumerate(self.log_draft_probs(seen)):
-            p, log_q = seen.target_probs[:, step:], log_probs[:, step:]
+        target_pass = self.run_target(condition, mask, tokens)
+        loss = target_pass.target_probs.new_zeros(())
+        for step, log_probs in enumerate(self.log_draft_probs(target_pass)):
+            p, log_q = target_pass.target_probs[:, step:], log_probs[:, step:]
             kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
             tv = (p - log_q.exp()).abs().sum(-1) / 2
             loss = loss + 0.8**step * (kl + tv).mean()
         return loss
 
     @torch.no_grad()
-    def acceptance(self, seen: TargetPass) -> list[float]:
+    def acceptance(self, target_pass: TargetPass) -> list[float]:
         """The acceptance rate at each depth: the mean of 1 - TV of the distributions as samplers use them."""
-        logs = self.log_draft_probs(seen)
-        draft_probs = (self.sampling.probs(log_q * self.sampling.temperature, seen.positions) for log_q in logs)
-        return [torch.minimum(seen.target_probs, q)[:, n:].sum(-1).mean().item() for n, q in enumerate(draft_probs)]
+        logs = self.log_draft_probs(target_pass)
+        draft_probs = (self.sampling.probs(log_q * self.sampling.temperature, target_pass.positions) for log_q in logs)
+        return [
+            torch.minimum(target_pass.target_probs, q)[:, n:].sum(-1).mean().item() for n, q in enumerate(draft_probs)
+        ]
 
-    def log_draft_probs(self, seen: TargetPass) -> Iterator[Tensor]:
+    def log_draft_probs(self, target_pass: TargetPass) -> Iterator[Tensor]:
         """Per step the draft distribution [B, N, V] of every token, in logs, before top-k and top-p."""
-        for hidden in self.steps(seen):
-            logits = self._guided(self.logits(hidden), seen.positions)
+        for hidden in self.steps(target_pass):
+            logits = self._guided(self.logits(hidden), target_pass.positions)
             yield (logits / self.sampling.temperature).log_softmax(-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -104,10 +106,10 @@ class DraftLoss(nn.Module, Generic[D]):
         valid = F.pad(mask.bool(), (0, len(slot) - self.prefix), value=True).repeat(len(x) // len(tokens), 1)
         table, none = self._table(target.model, x), x.new_zeros(())
         given, distance = (condition, mask, tokens), slot[:, None] - slot
-        seen = TargetPass(given, x, none, table, valid, distance, positions, none)
-        hidden = target.model.run(x, table, attention([seen.causal()], [], []), self.aux_layers)
+        target_pass = TargetPass(given, x, none, table, valid, distance, positions, none)
+        hidden = target.model.run(x, table, attention([target_pass.causal()], [], []), self.aux_layers)
         logits = self._guided(target.model.logits(hidden[:, self.prefix - 1 :]), positions)
-        return seen._replace(hidden=hidden, target_probs=self.sampling.probs(logits, positions))
+        return target_pass._replace(hidden=hidden, target_probs=self.sampling.probs(logits, positions))
 
     @property
     def prefix(self) -> int:

@@ -46,12 +46,16 @@ class Skip(TargetLayers):
         return SkippedLayers(list(range(target.model.config.num_layers)), target=fingerprint(target.model))
 
     def search(self, loss: DraftLoss[Any], batch: Sequence[Tensor], layers: int) -> SkippedLayers:
-        """Skip layers one by one, each time the one that costs the least acceptance, until `layers` are left."""
-        seen, target, chosen = loss.run_target(*batch), loss.drafter.config.target, list(loss.drafter.config.layers)
+        """Skip layers one by one, each time the one that lowers acceptance least, until `layers` are left."""
+        target_pass, target, chosen = (
+            loss.run_target(*batch),
+            loss.drafter.config.target,
+            list(loss.drafter.config.layers),
+        )
         while len(chosen) > layers:
             scores: dict[int, float] = {}
             for layer in chosen:
                 loss.drafter = SkippedLayers([i for i in chosen if i != layer], target=target)
-                scores[layer] = loss.acceptance(seen)[0]
+                scores[layer] = loss.acceptance(target_pass)[0]
             chosen.remove(max(scores, key=lambda layer: scores[layer]))
         return SkippedLayers(chosen, target=target)

@@ -14,10 +14,10 @@ from visar.drafters.loss import DraftLoss, TargetPass, attention
 class SmallModelLoss(DraftLoss[Any]):
     """It has embeddings and an output head of its own: the target is its teacher."""
 
-    def steps(self, seen: TargetPass) -> list[Tensor]:
-        condition, _, tokens = seen.given
+    def steps(self, target_pass: TargetPass) -> list[Tensor]:
+        condition, _, tokens = target_pass.given
         x = self._target().embedded(self.drafter, condition, tokens, self.guidance.active)
-        hidden = self.drafter.run(x, self._table(self.drafter, x), attention([seen.causal()], [], []))
+        hidden = self.drafter.run(x, self._table(self.drafter, x), attention([target_pass.causal()], [], []))
         return [hidden[:, self.prefix - 1 :]]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from visar.drafters.loss import DraftLoss, TargetPass, attention
 class TargetLayersLoss(DraftLoss[Any]):
     """Every token is drafted from the true ones before it, so one step says it all."""
 
-    def steps(self, seen: TargetPass) -> list[Tensor]:
+    def steps(self, target_pass: TargetPass) -> list[Tensor]:
         blocks, norm = self.drafter.blocks(self._target().model)
-        x, attend = seen.x, attention([seen.causal()], [], [])
+        x, attend = target_pass.x, attention([target_pass.causal()], [], [])
         for i, block in enumerate(blocks):
-            x = block(x, seen.table, attend, i)
+            x = block(x, target_pass.table, attend, i)
         return [norm(x[:, self.prefix - 1 :])]
 
 

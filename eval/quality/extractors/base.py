@@ -1,4 +1,4 @@
-"""What every feature extractor is: uint8 images in, named features out, and the facts that a figure must carry."""
+"""What every feature extractor is: uint8 images in, named features out, and the facts that a result must carry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Features = Callable[[Tensor], dict[str, Tensor]]
 class Extractor(ABC):
     """Turns uint8 images [B, 3, H, W] of any size into float32 features on the CPU.
 
-    `name` is how figures call it, `weights` the sha256 (hex) of its weights, `resize` its resizing in words, and
+    `name` is its name in results, `weights` the sha256 (hex) of its weights, `resize` its resizing in words, and
     `versions` the libraries that its features depend on. Every image's features are its own: the rest of a batch
     does not matter.
     """
@@ -32,9 +32,7 @@ class Extractor(ABC):
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Features by name: always "pool" [B, D]; some also have "spatial" [B, S] and "logits" [B, C]."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise VisarError(
-                f"Features are of uint8 images [B, 3, H, W], not of {images.dtype} {[*images.shape]}."
-            )  # fmt: skip
+            raise VisarError(f"Features are of uint8 images [B, 3, H, W], not of {images.dtype} {[*images.shape]}.")
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is off by a thousandth
         with torch.inference_mode(), exact:
             return {name: found.float().cpu() for name, found in self.extract(images).items()}

@@ -42,7 +42,7 @@ class Clip(Extractor):
         return {"pool": torch.nn.functional.normalize(self.model.encode_image(x), dim=1)}
 
     def texts(self, captions: Sequence[str]) -> Tensor:
-        """Text features [B, D] of length 1, float32 on the CPU; a caption of too many tokens is cut, its end kept."""
+        """Text features [B, D] of length 1, float32 on the CPU; captions too long are cut before the end token."""
         with torch.inference_mode():
             features = self.model.encode_text(self.tokenizer(list(captions)).to(self.device))
             return torch.nn.functional.normalize(features, dim=1).float().cpu()

@@ -1,8 +1,8 @@
-"""Features of `icons-clip`, the small CLIP that is shipped: whether a drawing follows its prompt, with no download.
+"""Features of `icons-clip`, the small CLIP that is shipped: whether an image follows its prompt, with no download.
 
 It knows drawings of the styles and words it was trained on and nothing else, so its scores are reported under its own
 name and compare with those of no published CLIP (Radford et al. 2021, arXiv:2103.00020).
-`python -m visar.eval.quality.extractors.icons_clip --data images` prints the figures of its card.
+`python -m visar.eval.quality.extractors.icons_clip --data images` prints the metrics of its card.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def icons_clip(device: torch.device | str = "cpu", weights: str | Path | None = 
     return IconsClip(model, words, device, {"open_clip": open_clip.__version__})
 
 
-def figures(clip: IconsClip, data: ImageSet, most: int = 1024, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Per split: retrieval among the captions of the split and among all, and right captions beside wrong ones.
+def metrics(clip: IconsClip, data: ImageSet, most: int = 1024, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Per split: retrieval among the captions of the split and among all, and right captions against wrong ones.
 
     `higher` is how often the right caption scores above the wrong one, which is another concept's in the same style,
-    of the same image; `auc` the same over any two images, as a threshold would see it.
+    of the same image; `auc` the same over any two images, as with one threshold.
     """
     rng, out = random.Random(seed), {}
     pixels = data.pixels(clip.size)
@@ -124,12 +124,12 @@ def pair_scores(
 
 
 def main() -> int:
-    options = argparse.ArgumentParser(description="The figures of the card of icons-clip.")
+    options = argparse.ArgumentParser(description="The metrics of the card of icons-clip.")
     options.add_argument("--data", required=True, help="folder or zip of captioned images")
     options.add_argument("--model", help="folder of `visar train clip` (default: the shipped model)")
     given = options.parse_args()
     try:
-        print(json.dumps(figures(icons_clip(weights=given.model), ImageSet(given.data)), indent=2))
+        print(json.dumps(metrics(icons_clip(weights=given.model), ImageSet(given.data)), indent=2))
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2

@@ -36,7 +36,7 @@ class Inception(Extractor):
     """ "pool" [B, 2048]; "logits" [B, 1008] without the bias, as ADM's; "spatial" [B, 2023] for sFID.
 
     The spatial features (Nash et al. 2021, arXiv:2103.03841) are what ADM's evaluator calls `mixed_6/conv:0`: the first
-    7 channels of the 1x1 branch of `Mixed_6d`, behind its ReLU, 17 x 17, with the channel last as TensorFlow lays it
+    7 channels of the 1x1 branch of `Mixed_6d`, after its ReLU, 17 x 17, with the channel last as TensorFlow lays it
     out, so that published `mu_s` and `sigma_s` fit.
     """
 

@@ -1,6 +1,6 @@
 """EfficientNet-lite0 features: the extractor that needs no download.
 
-Its distances are reported under its name, `efflite0`. They are not FID, and no published figure compares with them.
+Its distances are reported under its name, `efflite0`. They are not FID, and no published result compares with them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from visar.eval.quality.extractors.base import Extractor, frozen, missing_extra, weights_hash
 
-_PARTS = {
-    "_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier",
-}  # fmt: skip
+_PARTS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
 _INSIDE = {  # of a block, without and with an expansion
     False: {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"},
     True: {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
@@ -62,13 +60,13 @@ def lite0(device: torch.device | str = "cpu") -> Lite0:
 
 def _renamed(weights: dict[str, Tensor], stages: list[int]) -> dict[str, Tensor]:
     """The tensors by timm's names, for the number of blocks in each stage."""
-    places = [f"blocks.{stage}.{i}" for stage, count in enumerate(stages) for i in range(count)]
+    names = [f"blocks.{stage}.{i}" for stage, count in enumerate(stages) for i in range(count)]
     expands = {key.split(".")[1] for key in weights if "._expand_conv." in key}
     out: dict[str, Any] = {}
     for key, tensor in weights.items():
         if block := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
             number, part, rest = block.groups()
-            out[f"{places[int(number)]}.{_INSIDE[number in expands][part]}.{rest}"] = tensor
+            out[f"{names[int(number)]}.{_INSIDE[number in expands][part]}.{rest}"] = tensor
         else:
             part, _, rest = key.partition(".")
             out[f"{_PARTS[part]}.{rest}"] = tensor

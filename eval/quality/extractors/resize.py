@@ -32,9 +32,9 @@ def tf1_bilinear(images: Tensor, size: int) -> Tensor:
 
 def _tf1_places(old: int, new: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Of each output pixel: both input pixels, and how far it lies from the first to the second."""
-    place = torch.arange(new, dtype=torch.float32, device=device) * torch.tensor(old / new, dtype=torch.float32)
-    low = place.long()
-    return low, (low + 1).clamp(max=old - 1), place - low
+    position = torch.arange(new, dtype=torch.float32, device=device) * torch.tensor(old / new, dtype=torch.float32)
+    low = position.long()
+    return low, (low + 1).clamp(max=old - 1), position - low
 
 
 def torch_bilinear(images: Tensor, size: int) -> Tensor:

@@ -27,7 +27,7 @@ class TimmBackbone(Extractor):
         self.weights = weights_hash(model)
         self.mean, self.std = (
             torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1).to(device) for key in ("mean", "std")
-        )  # fmt: skip
+        )
 
     def extract(self, images: Tensor) -> dict[str, Tensor]:
         x = pil_bicubic(images, self.size, clip=True).to(self.device) / 255

@@ -84,7 +84,7 @@ class Moments:
         self.merge(Moments(mu, x.T @ x, len(x)))
 
     def merge(self, other: Moments) -> None:
-        """Take in what other moments have seen (Chan, Golub and LeVeque 1983)."""
+        """Add the samples of other moments (Chan, Golub and LeVeque 1983)."""
         if self.n is None or other.n is None:
             raise VisarError("Moments of an unknown number of images cannot be merged.")
         if not other.n:

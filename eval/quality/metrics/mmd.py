@@ -24,8 +24,8 @@ class Kid(NamedTuple):
 def kid(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Kid:
     """Kernel Inception distance (Binkowski et al. 2018, arXiv:1801.01401) of features [n, D] and [m, D].
 
-    MMD^2 without bias, of the kernel (x.y / D + 1)^3, over random subsets; it may come out below 0. Subsets are drawn
-    as torch-fidelity draws them, so both give one number for one seed.
+    MMD^2 without bias, of the kernel (x.y / D + 1)^3, over random subsets; it may come out below 0. Subsets are sampled
+    as in torch-fidelity, so both give one number for one seed.
     """
     _check(x, y)
     if min(len(x), len(y)) < subset_size or subset_size < 2:

@@ -1,6 +1,6 @@
-"""Named protocols of image evaluation: small versioned files, so that a figure says all of how it was taken.
+"""Named protocols of image evaluation: small versioned files, so that a result says exactly how it was measured.
 
-A file is never edited in a way that moves its figures without a new version.
+A file is never edited in a way that changes its results without a new version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ COMPARING = {"frechet", "precision", "recall", "kid", "cmmd"}  # these need a re
 
 @dataclass(frozen=True)
 class Protocol:
-    """How figures of that name are taken.
+    """How metrics of that name are measured.
 
     `extractor` is a name of `get_extractor`, `prepare` of `visar.eval.quality.extractors.resize.PREPARE`. `pixels`: the
     side that images must have, or None. `formats` of the files. `wanted` images is what papers use; under `least` is an
@@ -44,7 +44,7 @@ class Protocol:
 
     @property
     def label(self) -> str:
-        """Name and version, as figures carry it."""
+        """Name and version, as results carry it."""
         return f"{self.name}@{self.version}"
 
 

@@ -10,7 +10,7 @@ from tests.helpers.tiny import GPT, class_gpt, text_gpt
 from visar.engine.guidance import Guidance
 from visar.engine.loop import decode
 from visar.engine.rng import Noise
-from visar.eval.benchmark.eager_loop import EagerLoop, draw, generate
+from visar.eval.benchmark.eager_loop import EagerLoop, generate, sample_tokens
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.session import LlamaGenSession
 from visar.samplers import Autoregressive, Target
@@ -83,7 +83,7 @@ def test_draws_have_the_target_law(temperature: float, top_k: int) -> None:
     logits[3] = logits.topk(5).values[-1]  # a tie with the fifth is kept
     p = Target(temperature, top_k).probs(logits[None, None], torch.zeros(1, 1, dtype=torch.long))[0, 0]
     count = 40_000
-    seen = torch.bincount(draw(logits.expand(count, -1), temperature, top_k), minlength=8)
+    seen = torch.bincount(sample_tokens(logits.expand(count, -1), temperature, top_k), minlength=8)
     assert (seen[p == 0] == 0).all()
     z = (seen - count * p) / (count * p * (1 - p)).clamp_min(1e-9).sqrt()
     assert z[p > 0].abs().max() < 4.5 or top_k == 1

@@ -29,7 +29,7 @@ def test_dry_run(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(kernel_checks, "cases", lambda *_: iter(few))
     assert main(["--dry-run", "--json", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "FAILED" not in out.replace(" 0 FAILED.", "") and "dry run: figures mean nothing" in out
+    assert "FAILED" not in out.replace(" 0 FAILED.", "") and "dry run: results mean nothing" in out
     assert "Random weights" in out and "WAITS/PASS" in out
     found = json.loads(path.read_text())
     assert list(found["checks"]) == list(gpu_check.SECTIONS)
@@ -114,7 +114,7 @@ def test_what_is_out_of_time_is_left_out_and_said(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu_check, "SECTIONS", {"a": slow, "b": slow})
     rows = carry_out(Run(CPU, True), seconds=100)
     assert [c.name for c in rows["a"]] == ["check 0", "check 1", "check 2", "a"]
-    assert [(c.figure, c.good) for c in rows["b"]] == [("the rest was left out after 100 s", None)]
+    assert [(c.result, c.good) for c in rows["b"]] == [("the rest was left out after 100 s", None)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

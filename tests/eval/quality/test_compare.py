@@ -75,16 +75,16 @@ def test_planted_changes_are_seen(plain: ImageFolder, tmp_path: Path, change: An
     b = folder(tmp_path / "b", change(drawn(COUNT, 1) if shared else drawn(COUNT, 2)))
     found = compare(plain, b, Cells())
     if change is dropped_class and shared:
-        assert found.verdict.startswith("Mixed up: 30 of 1200 images are those of another prompt")
+        assert found.conclusion.startswith("Mixed up: 30 of 1200 images are those of another prompt")
     else:
-        assert found.changed and found.verdict.startswith("Changed: "), found.verdict
+        assert found.changed and found.conclusion.startswith("Changed: "), found.conclusion
 
 
 def test_seed_noise_is_no_change(plain: ImageFolder, tmp_path: Path) -> None:
     a2, a3 = (folder(tmp_path / f"a{seed}", drawn(COUNT, seed)) for seed in (5, 6))
     independent = compare(plain, a2, Cells(), seeds=[a3])
     assert not independent.changed and independent.same == 0 and independent.seeds[0].p > 0.01
-    assert independent.verdict.startswith("No change seen in 1200 pairs")
+    assert independent.conclusion.startswith("No change seen in 1200 pairs")
     b = folder(tmp_path / "b", drawn(COUNT, 7, shared=1))
     coupled = compare(plain, b, Cells())
     assert not coupled.changed and coupled.same == 0.5 and coupled.overall.least < independent.overall.least
@@ -93,7 +93,7 @@ def test_seed_noise_is_no_change(plain: ImageFolder, tmp_path: Path) -> None:
 def test_the_same_folder_is_the_same(plain: ImageFolder) -> None:
     found = compare(plain, plain, Cells())
     assert (found.same, found.levels, found.p, found.changed) == (1, 0, 1, False)
-    assert found.verdict == "The same: all 1200 images are equal in every pixel."
+    assert found.conclusion == "The same: all 1200 images are equal in every pixel."
 
 
 def test_what_is_counted(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert found.levels == pytest.approx(gap / (8 * SIZE * SIZE * 3))
     assert found.clip is not None and (found.clip.a, found.clip.b, found.clip.difference) == (3.5, 5.5, 2.0)
     assert found.clip.low == pytest.approx(2 - 1.96 * (8 / 7 / 8) ** 0.5)
-    assert found.changed and "how well they follow their prompts" in found.verdict
+    assert found.changed and "how well they follow their prompts" in found.conclusion
     x, y, z = (Cells()(next(f.batches()))["pool"].double() for f in (a, b, reference))
     assert found.reference is not None
     assert found.reference.a == pytest.approx(float(energy(x, z))) and found.reference.b == pytest.approx(

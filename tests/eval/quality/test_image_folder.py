@@ -138,7 +138,7 @@ def refused(path: Path, **options: bool) -> str:
 
 
 @pytest.mark.parametrize("write, message", [
-    (lambda p: save(p / "a.jpg"), "is JPEG, which changes the figures"),
+    (lambda p: save(p / "a.jpg"), "is JPEG, which changes the metrics"),
     (lambda p: save(p / "a.png", format="JPEG"), "is JPEG"),  # whatever it is called
     (lambda p: save(p / "a.webp", quality=80), "is lossy WebP"),
     (lambda p: save(p / "a.webp", quality=80, exif=b"Exif\0\0", icc_profile=b"x"), "is lossy WebP"),

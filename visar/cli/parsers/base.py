@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from visar.errors import VisarError
 
-Group = Any  # argparse keeps the type of its groups to itself
+Group = Any  # argparse has no public type for its groups
 STDOUT = "-"
 RENAMED = {"--output": "--out", "--images": "--num-images", "--num-pictures": "--num-images", "--target": "--model"}
 

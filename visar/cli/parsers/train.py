@@ -167,7 +167,7 @@ def assemble(p: CommandParser) -> None:
         "--words", required=True, metavar="MODEL|PATH", help=f"{WORDS}, or an embedded model that has such words"
     )
     p.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help="the model's default")
-    p.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="the model's default; 0 keeps all tokens")
+    p.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="the model's default; 0 for all tokens")
     output = p.add_argument_group("Output")
     output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the model")
     output.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the saved model")
