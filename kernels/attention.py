@@ -56,7 +56,7 @@ class AttentionMetadata:
         """Which of the first `visible` slots `queries` inputs attend to, [R, queries, visible], made once.
 
         It is bool, or with a bias fp32 to be added to the logits, and None where nothing is masked; on a GPU it is
-        never None, because the host does not look at `root` there.
+        never None, because the host does not read `root` there.
         """
         key = queries, visible
         if key not in self._masks:

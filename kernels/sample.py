@@ -13,7 +13,7 @@ def sample(weights: Tensor, u: Tensor) -> Tensor:
     """Tokens [...] by inverse CDF from unnormalised weights [..., V], with one uniform [...] each.
 
     The token is the first whose cumulative weight is above u times the total. The sums are in float64, so that a
-    distribution over 200,000 tokens keeps its tail.
+    distribution over 200,000 tokens does not lose its tail.
     """
     return sample_triton(weights, u) if use_triton(weights) else sample_torch(weights, u)
 
@@ -126,19 +126,19 @@ def inverse_cdf(  # type: ignore[no-untyped-def]
 
 
 @jit
-def gumbel_winner(p, p_step, size, c1, c2, c3, k0, k1, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def gumbel_argmax(p, p_step, size, c1, c2, c3, k0, k1, block: tl.constexpr):  # type: ignore[no-untyped-def]
     """The argmax of p/e over the row p, for the exponential noise of this position; for use inside other kernels."""
     lane = tl.arange(0, block)
     best = tl.full([block], -1.0, tl.float32)
-    winner = tl.zeros([block], tl.int32)
+    token = tl.zeros([block], tl.int32)
     for start in range(0, size, block):
         at = start + lane
         w = tl.load(p + at * p_step, at < size, 0.0)
         score = tl.div_rn(w, exponentials(start, c1, c2, c3, k0, k1, block))
         score = tl.where(at < size, score, -1.0)
-        winner = tl.where(score > best, at, winner)
+        token = tl.where(score > best, at, token)
         best = tl.maximum(best, score)
-    return tl.min(tl.where(best == tl.max(best), winner, size - 1))
+    return tl.min(tl.where(best == tl.max(best), token, size - 1))
 
 
 @jit
@@ -164,4 +164,4 @@ def _sample_gumbel(  # type: ignore[no-untyped-def]
         turn_read,
     )  # fmt: skip
     p = weights + row * row_step + column * column_step
-    tl.store(out + program, gumbel_winner(p, step, size, c1, c2, c3, k0, k1, block))
+    tl.store(out + program, gumbel_argmax(p, step, size, c1, c2, c3, k0, k1, block))

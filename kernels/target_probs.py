@@ -82,7 +82,7 @@ def target_probs_torch(
 
 
 def nucleus(p: Tensor, top_p: float) -> Tensor:
-    """Keep the largest probabilities up to and with the one that passes `top_p`, renormalised.
+    """The largest probabilities up to and with the one that passes `top_p`, renormalised; the others are 0.
 
     Of equal ones at the end the first tokens stay, so that equal logits give equal distributions in whatever window
     they were computed.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from visar.kernels.backend import jit, tl, triton
 from visar.kernels.noise import ExponentialNoise, noise_counter
-from visar.kernels.sample import gumbel_winner, inverse_cdf, tiles
+from visar.kernels.sample import gumbel_argmax, inverse_cdf, tiles
 
 Rule = Literal["independent", "maximal", "gumbel"]
 MOST = 128  # inputs in a window
@@ -97,7 +97,7 @@ def _verify(  # type: ignore[no-untyped-def]
                     key, images, keys, positions, passes, image_step, key_step, noise_row, noise_column, row, own,
                     purpose, turn_read,
                 )  # fmt: skip
-                tl.store(tokens + program, gumbel_winner(p, p_step, size, c1, c2, c3, k0, k1, block))
+                tl.store(tokens + program, gumbel_argmax(p, p_step, size, c1, c2, c3, k0, k1, block))
         else:
             goal = tl.load(sample + row * sample_row + own * sample_column)
             q += own * q_column  # of the last column there is none, and none is read

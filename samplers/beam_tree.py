@@ -85,7 +85,7 @@ class BeamTree(Registered):
         return 1 + (self.nodes or self.beam * self.depth)
 
     def rule(self, session: Session) -> ChildRule:
-        """How a child is tested; a method so that `visar verify` can plant mistakes in it."""
+        """How a child is tested; a method that the known-bad samplers of `visar verify` override."""
         return Sampled() if self.children == "sampled" else Chosen()
 
     def begin(self, session: Session, target: Target, noise: Noise) -> BeamState:

@@ -20,9 +20,9 @@ from visar.kernels.target_probs import target_probs
 class Target:
     """How logits become the target distribution.
 
-    `allowed` [V], bool, are the tokens that free positions may have. `top_k` 0 keeps all tokens; ties with the k-th are
-    kept. `top_p` drops what comes after the token at which the cumulative probability passes it. `forced` [length],
-    long, fixes the tokens at its non-negative entries, allowed or not.
+    `allowed` [V], bool, are the tokens that free positions may have. `top_k` 0 is no limit, and ties with the k-th
+    count as among them. `top_p` drops what comes after the token at which the cumulative probability passes it.
+    `forced` [length], long, fixes the tokens at its non-negative entries, allowed or not.
     """
 
     temperature: float = 1.0

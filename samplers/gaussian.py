@@ -1,7 +1,7 @@
 """Couplings of Gaussian distributions, as pure functions on tensors: the continuous counterpart of `verification`.
 
 A draft y sampled from Q is accepted with probability min(1, P(y) / Q(y)), or else replaced by a sample from the
-residual (P - Q)+ / Z; the outcome has the distribution P (Leviathan et al. 2023, arXiv:2211.17192). Covariances here
+residual (P - Q)+ / Z; the result has the distribution P (Leviathan et al. 2023, arXiv:2211.17192). Covariances here
 are diagonal. Ratios are of logarithms and in float64: sixteen standard deviations of 0.006 multiply to 6e-36.
 """
 

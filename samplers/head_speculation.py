@@ -1,9 +1,9 @@
 """Speculation inside a diffusion head: exact, with no second network.
 
 A step of the head needs the network's guess of the clean token, and that guess hardly changes from one step to the
-next. So the next steps are drafted with the guess frozen, the network looks at all drafted states in one call, and each
-step is accepted or replaced by the coupling of the two Gaussians. After De Bortoli et al. 2025 (arXiv:2501.05370) and
-Hu et al. 2025 (arXiv:2505.03983), who do it to whole images; a token of 16 numbers has far closer Gaussians.
+next. So the next steps are drafted with the guess frozen, the network evaluates all drafted states in one call, and
+each step is accepted or replaced by the coupling of the two Gaussians. After De Bortoli et al. 2025 (arXiv:2501.05370)
+and Hu et al. 2025 (arXiv:2505.03983), who do it to whole images; a token of 16 numbers has far closer Gaussians.
 """
 
 from __future__ import annotations

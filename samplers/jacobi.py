@@ -114,12 +114,12 @@ class SpeculativeJacobi(Registered):
             shared=self._exponential_noise(session, state, new),
         )
         fresh = new >= end[:, None]
-        kept = shift(self.next_draft_probs(p, state.draft_probs, verified, inputs), count)
-        torch.where(fresh[..., None], draft_probs, kept, out=state.draft_probs)
+        shifted = shift(self.next_draft_probs(p, state.draft_probs, verified, inputs), count)
+        torch.where(fresh[..., None], draft_probs, shifted, out=state.draft_probs)
         state.tokens.scatter_(1, new, torch.where(fresh, drafts, state.tokens.gather(1, new)))
 
     def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
-        """The rule of this coupling; a method so that `visar verify` can plant mistakes in it."""
+        """The rule of this coupling; a method that the known-bad samplers of `visar verify` override."""
         return RULES[self.coupling](p, q, drafts, noise)
 
     def next_draft_probs(self, p: Tensor, q: Tensor, verified: Verified, inputs: Tensor) -> Tensor:

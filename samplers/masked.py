@@ -158,14 +158,14 @@ class MaskedAutoregressive(Registered):
     `latest` is the noisiest of the 1000 training steps that is used, 0 being what the model wants; the published
     sampler begins at 999, where the error of the network is multiplied by 20,000. With `last_head_steps` T falls
     linearly to it over the passes; that and `latest` 950 is DiSA (Zhao et al. 2025, arXiv:2505.20297), another
-    distribution. `last_noise` keeps the noise of the last head step.
+    distribution. `last_noise` adds noise in the last head step.
     """
 
     steps: int = option(64, "passes of the model, at most one per token", 1, 256)
     head_steps: int = option(100, "steps of the diffusion head in a pass", 2, 1000)
     last_head_steps: int = option(0, "steps that the head falls to over the passes; 0 for as many in all", 0, 1000)
     latest: int = option(0, "the noisiest training step that is used; 0 for the model's own", 0, 999)
-    last_noise: bool = option(False, "keep the noise of the last head step")
+    last_noise: bool = option(False, "add noise in the last head step")
     tokens: ClassVar[str] = "continuous"
     window: ClassVar[int] = 2**16  # no bound on the tokens of a pass
 

@@ -1,6 +1,6 @@
 """What a sampler's fields are: their kind, range and meaning, for forms, tables and the command line.
 
-A field says it where it stands, `window: int = option(16, "inputs of a pass", 2, 64)`; what is checked stays with the
+A field declares it, `window: int = option(16, "inputs of a pass", 2, 64)`; what is checked stays with the
 sampler, whose `__post_init__` has the last word. Fields without `option` are no choice of a user of a named sampler:
 they make it another one of the table, or the pipeline fills them in.
 """

@@ -138,7 +138,8 @@ def spec_of(name: str) -> SamplerSpec:
 
 
 def get_sampler(sampler: Any, **parameters: Any) -> Any:
-    """A sampler by name or as `FILE.py:NAME` (`load_sampler`), or the one given, with these parameters; None keeps one.
+    """A sampler by name or as `FILE.py:NAME` (`load_sampler`), or the one given, with these parameters; None changes
+    none.
 
     Raises `VisarError` for an unknown name, a parameter that the sampler does not have, or a value that it refuses.
     """

@@ -105,7 +105,7 @@ class Speculative(Registered):
         return torch.cat(drafts, dim=1), torch.cat(draft_probs, dim=1)
 
     def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
-        """The rule; a method so that `visar verify` can plant mistakes in it."""
+        """The rule; a method that the known-bad samplers of `visar verify` override."""
         return (verify_block if self.verification == "block" else verify_independent)(p, q, drafts, noise)
 
 
@@ -173,7 +173,7 @@ class TreeSpeculative(Registered):
         return self.shape.depth
 
     def rule(self, session: Session) -> ChildRule:
-        """How a child is tested; a method so that `visar verify` can plant mistakes in it."""
+        """How a child is tested; a method that the known-bad samplers of `visar verify` override."""
         return RULES[self.children]()
 
     def begin(self, session: Session, target: Target, noise: Noise) -> TreeState:

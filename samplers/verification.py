@@ -9,9 +9,9 @@ whatever q is, if
 3. whether a position is committed never depends on later positions;
 4. p is a function of the position and its prefix alone.
 
-`verify_block` is the exception: it looks at a chain as a whole, has its own proof, and is for draft models only.
+`verify_block` is the exception: it tests a chain as a whole, has its own proof, and is for draft models only.
 
-The rules differ only in what becomes of the drafts after the first rejection. All of them return the tokens
+The rules differ only in the drafts after the first rejection. All of them return the tokens
 [B, W] of the whole window, the first `accepted` + 1 of which are committed; the others are the next drafts, and
 their distribution is p. Proof: Leviathan et al. 2023 (arXiv:2211.17192) per position, and the chain rule.
 """

@@ -95,7 +95,7 @@ class ZipAR(Registered):
         # The schedule is no matter of chance: the host knows it, and how far every row is.
         now, device = state.turn, session.device
         if now == len(self.turns):
-            return  # where the host looks at the rows from time to time only
+            return  # all rows are done, and the host has not checked yet
         turn = self.turns[now]
         state.turn += 1
         positions = torch.tensor(turn.positions, device=device)

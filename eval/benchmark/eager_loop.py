@@ -3,7 +3,7 @@
 It is written from the description of that loop and lives in the benchmark alone; it is no sampler. What makes it slow
 is what makes the published one slow: every step reads the whole padded cache under an explicit boolean mask, computes
 the conditional and the unconditional rows as one batch, and launches each operation by itself. Nothing is slower than
-it must be for that: no copies of the cache, no look at the device from the host.
+it must be for that: no copies of the cache, no read from the device by the host.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _rotated(x: Tensor, table: Tensor) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, temperature: float = 1.0, top_k: int = 0) -> Tensor:
-    """Tokens [B] from logits [B, V]: temperature, top-k with ties kept, softmax, and torch's global generator."""
+    """Tokens [B] from logits [B, V]: temperature, top-k with ties, softmax, and torch's global generator."""
     x = logits / max(temperature, 1e-5)
     if top_k > 0:
         x = x.masked_fill(x < torch.topk(x, min(top_k, x.shape[-1])).values[..., -1:], -torch.inf)

@@ -203,7 +203,7 @@ def _microseconds(call: Callable[[int], Any], inputs: int, device: torch.device,
             for i in range(inputs):
                 call(i)
         replay: Callable[[], Any] = graph.replay
-    except RuntimeError:  # what looks at the device cannot be captured
+    except RuntimeError:  # code that reads from the device cannot be captured
 
         def replay() -> None:
             for i in range(inputs):

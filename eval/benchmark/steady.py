@@ -60,7 +60,7 @@ def steady(
     every = every or (1 if session.device.type == "cpu" else 4)
     passes, warm = (-(-n // every) * every for n in (passes, warm))
     middle = session.length // 2
-    last = max(middle, session.length - every * sampler.window)  # from where the next look would find rows complete
+    last = max(middle, session.length - every * sampler.window)  # from where the next check would find rows complete
     start = end = 0.0
     tracing: AbstractContextManager[Any] = nullcontext()
 

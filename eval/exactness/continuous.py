@@ -2,8 +2,8 @@
 known.
 
 The distribution comes from `visar.eval.exactness.linear_gaussian`, which shares no code with the engine; its test is
-`normality_z` of the whitened images. A distribution of each token alone would not do: a sampler that never looks at the
-tokens before passes that.
+`normality_z` of the whitened images. A distribution of each token alone would not do: a sampler that ignores the tokens
+before passes that.
 """
 
 from __future__ import annotations

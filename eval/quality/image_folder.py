@@ -49,7 +49,7 @@ class ImageFolder:
     def open(
         path: str | Path, jpeg_allowed: bool = False, mixed_allowed: bool = False, captions: str | Path | None = None
     ) -> ImageFolder:
-        """Look at every file's header, and read none in full.
+        """Read every file's header, and no file in full.
 
         `jpeg_allowed` and `mixed_allowed` (sizes) are for sets of photographs, as COCO is. `captions` is a JSON file
         {id: caption}, for images without a manifest and without `<stem>.txt` next to each.

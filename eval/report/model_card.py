@@ -28,7 +28,7 @@ from visar.training.tokenizer import psnr
 
 TITLES = {
     "train": "prompts of training images",
-    "unseen-style": "known concept, drawing not in training",
+    "unseen-style": "known concept, image not in training",
     "unseen-concept": "concept not in training",
 }
 

@@ -21,7 +21,7 @@ from visar.errors import VisarError
 def tf1_bilinear(images: Tensor, size: int) -> Tensor:
     """TensorFlow 1's ResizeBilinear (corners not aligned), as in the Inception graph of FID and of ADM's evaluator.
 
-    Output pixel i looks at input i * (old / new), with no half-pixel shift and no antialiasing.
+    Output pixel i reads input i * (old / new), with no half-pixel shift and no antialiasing.
     """
     x = images.float()
     (top, bottom, dy), (left, right, dx) = (_tf1_places(old, size, x.device) for old in x.shape[2:])
