@@ -113,9 +113,9 @@ def test_a_whole_row_ahead_is_plain_decoding(kind: str) -> None:
 
 def test_the_true_token_takes_the_place_of_its_stand_in() -> None:
     turns = ZipAR(2, 4).turns
-    assert turns[2] == ((1, 1), (2, 4), 2)  # row 1 begins: token 1 is the newest of row 0, and stands in for token 3
-    assert turns[4] == ((4 + 1, 4 + 1, 3), (6, 8, 4), 2)  # row 0 is complete: token 3 is fed at place 4
-    sampled = [place for turn in turns for place in turn.places[: turn.new]]
+    assert turns[2] == ((1, 1), (2, 4), 2)  # row 1 begins: token 1 is the newest of row 0, and is used for token 3
+    assert turns[4] == ((4 + 1, 4 + 1, 3), (6, 8, 4), 2)  # row 0 is complete: token 3 is fed at position 4
+    sampled = [position for turn in turns for position in turn.positions[: turn.new]]
     assert sorted(sampled) == list(range(16)) and len(turns) == 4 + 3 * 2
     assert max(turn.new for turn in turns) == ZipAR(2, 4).window == 2
 

@@ -19,10 +19,10 @@ from visar.eval.benchmark import profiling
 from visar.eval.benchmark.profiling import (
     GEMM,
     HOST,
-    TARGET_PROBS,
     MODEL,
     MODEL_RANGE,
     SAMPLING,
+    TARGET_PROBS,
     TITLES,
     VERIFY,
     group_of_kernel,
@@ -210,6 +210,10 @@ def test_groups_of_operators(names: tuple[str, ...], group: str) -> None:
         ("pytorch_flash::flash_fwd_splitkv_kernel", "attention"),
         ("void at::native::sbtopk::gatherTopK<float>", SAMPLING),
         ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float>", SAMPLING),
+        ("_target_probs", SAMPLING),  # our own kernels, by the names of their functions
+        ("_guide", SAMPLING),
+        ("_sample_gumbel", SAMPLING),
+        ("_verify", SAMPLING),
         ("void at::native::vectorized_elementwise_kernel<4, silu>", MODEL),
     ],
 )
