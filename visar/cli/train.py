@@ -54,10 +54,16 @@ def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
 
 
 def tokenizer(options: argparse.Namespace) -> int:
-    from visar.training.tokenizer import train_tokenizer
+    from dataclasses import replace
 
+    from visar.training.tokenizer import SMALL_VQ, train_tokenizer
+
+    if options.patch < 1 or options.perceptual < 0:
+        raise VisarError("--patch must be 1 or more, and --perceptual not below 0.")
+    start = _component("vq.VQModel", options.init).float() if options.init else None
     data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
-    train_tokenizer(data, options.size, config)
+    sizes = replace(SMALL_VQ, patch=options.patch)
+    train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied)
     return 0
 
 

@@ -26,6 +26,14 @@ def train(commands: Commands) -> None:
 
     tokenizer = kinds.add_parser("tokenizer", help="train a VQ tokenizer")
     _training_options(tokenizer, minutes=21, batch=16, lr=1.5e-3)
+    tokenizer.add_argument("--init", metavar="FOLDER", help="the weights to go on from; may be of a smaller --patch")
+    tokenizer.add_argument(
+        "--patch", type=int, default=1, help="pixels along one side that the first convolution reads at once (default: 1)"
+    )
+    tokenizer.add_argument(
+        "--perceptual", type=float, default=0.0, help="weight of the perceptual term; needs the extra eval (default: 0)"
+    )
+    tokenizer.add_argument("--varied", action="store_true", help="zoom, shift and recolour pictures in training")
     tokenizer.set_defaults(run=_runner("train", "tokenizer"))
 
     autoencoder = kinds.add_parser("autoencoder", help="train a KL autoencoder for continuous tokens")

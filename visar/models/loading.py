@@ -12,6 +12,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +104,7 @@ def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.f
     try:
         c = VQConfig.infer(state)
         with torch.device("meta"):
-            vq = VQModel(c.codebook_size, c.code_dim, c.channels, c.channel_multipliers, c.res_blocks, c.z_channels)
+            vq = VQModel(**asdict(c))
     except KeyError as error:
         raise _missing(error.args[0], path) from error
     except (ValueError, IndexError) as error:

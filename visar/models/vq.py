@@ -2,10 +2,14 @@
 
 A convolutional encoder and decoder around a codebook of L2-normalised vectors. `VQConfig.infer` reads every size from
 the shapes of a state dict, so the published files and the small tokenizer of `icons` load through the same code.
+
+One size is not LlamaGen's: with `patch` above 1 the first convolution reads, and the last one writes, blocks of pixels
+as channels (pixel shuffle, Shi et al. 2016, arXiv:1609.05158), which saves the costly levels at full resolution.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,17 +30,18 @@ class VQConfig:
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     res_blocks: int = 2
     z_channels: int = 256
+    patch: int = 1
 
     @property
     def downsample(self) -> int:
         """Pixels per token along one side."""
-        return 2 ** (len(self.channel_multipliers) - 1)
+        return self.patch * 2 ** (len(self.channel_multipliers) - 1)
 
     @staticmethod
     def infer(state: Mapping[str, Tensor]) -> VQConfig:
         """Read the sizes from the shapes of a tokenizer's state dict."""
         codebook_size, code_dim = state["quantize.embedding.weight"].shape
-        channels = state["encoder.conv_in.weight"].shape[0]
+        channels, inputs = state["encoder.conv_in.weight"].shape[:2]
         levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
         blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.conv_blocks.0.res."))
         widths = [state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
@@ -47,6 +52,7 @@ class VQConfig:
             channel_multipliers=tuple(w // channels for w in widths),
             res_blocks=blocks,
             z_channels=state["quant_conv.weight"].shape[1],
+            patch=math.isqrt(inputs // 3),
         )
 
 
@@ -131,7 +137,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [c.channels * m for m in c.channel_multipliers]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, c.channels, 3, padding=1)
+        self.patch = c.patch
+        self.conv_in = nn.Conv2d(3 * c.patch**2, c.channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
             Level(
                 widths[i - 1] if i else c.channels, widths[i], c.res_blocks, i == last, Downsample if i < last else None
@@ -143,7 +150,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], c.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch))
         for block in (*self.conv_blocks, *self.mid):
             x = block(x)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -156,6 +163,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [c.channels * m for m in reversed(c.channel_multipliers)]
         last = len(widths) - 1
+        self.patch = c.patch
         self.conv_in = nn.Conv2d(c.z_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList(
@@ -163,13 +171,13 @@ class Decoder(nn.Module):
             for i in range(len(widths))
         )
         self.norm_out = _norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], 3 * c.patch**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.conv_in(z)
         for block in (*self.mid, *self.conv_blocks):
             z = block(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(z))), self.patch)
 
 
 class Codebook(nn.Module):
@@ -203,9 +211,10 @@ class VQModel(ModelMixin, ConfigMixin):
         channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
         res_blocks: int = 2,
         z_channels: int = 256,
+        patch: int = 1,
     ):
         super().__init__()
-        c = VQConfig(codebook_size, code_dim, channels, tuple(channel_multipliers), res_blocks, z_channels)
+        c = VQConfig(codebook_size, code_dim, channels, tuple(channel_multipliers), res_blocks, z_channels, patch)
         self.sizes = c
         self.encoder = Encoder(c)
         self.decoder = Decoder(c)
