@@ -115,10 +115,16 @@ def ar(options: argparse.Namespace) -> int:
 
     if options.dim % options.heads or options.dim // options.heads % 4:
         raise VisarError("--dim must be a multiple of --heads, and their ratio a multiple of 4.")
+    if options.variants < 0:
+        raise VisarError("--variants must be 0 or more.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
     vq = VQModel.from_pretrained(_folder(options.tokenizer), low_cpu_mem_usage=False).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
-    train_ar(data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn)
+    start = _component("llamagen.LlamaGen", options.init) if options.init else None
+    train_ar(
+        data, options.size, config, vq.float(), encoder, options.dim, options.layers, options.heads, options.ffn,
+        variants=options.variants, weights=options.weigh, start=start,
+    )  # fmt: skip
     return 0
 
 

@@ -28,7 +28,10 @@ def train(commands: Commands) -> None:
     _training_options(tokenizer, minutes=21, batch=16, lr=1.5e-3)
     tokenizer.add_argument("--init", metavar="FOLDER", help="the weights to go on from; may be of a smaller --patch")
     tokenizer.add_argument(
-        "--patch", type=int, default=1, help="pixels along one side that the first convolution reads at once (default: 1)"
+        "--patch",
+        type=int,
+        default=1,
+        help="pixels along one side that the first convolution reads at once (default: 1)",
     )
     tokenizer.add_argument(
         "--perceptual", type=float, default=0.0, help="weight of the perceptual term; needs the extra eval (default: 0)"
@@ -72,6 +75,15 @@ def train(commands: Commands) -> None:
     ar.add_argument("--layers", type=int, default=6)
     ar.add_argument("--heads", type=int, default=4)
     ar.add_argument("--ffn", type=int, default=768)
+    ar.add_argument("--init", metavar="FOLDER", help="the `gpt` folder of a run of the same sizes to go on from")
+    ar.add_argument(
+        "--variants", type=int, default=0, metavar="N",
+        help="learn N zoomed, shifted and recoloured variants of each picture (default: the picture alone)",
+    )  # fmt: skip
+    ar.add_argument(
+        "--weigh", type=_weights, default={}, metavar="NAME=W,...",
+        help="take pictures of these styles or groups W times as often",
+    )  # fmt: skip
     ar.set_defaults(run=_runner("train", "ar"))
 
     drafter = kinds.add_parser("drafter", help="train a drafter on what a model draws itself")
@@ -137,3 +149,11 @@ def _training_options(p: argparse.ArgumentParser, minutes: float, batch: int, lr
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="auto")
     p.add_argument("--no-compile", action="store_true")
+
+
+def _weights(text: str) -> dict[str, float]:
+    pairs = [part.rpartition("=") for part in text.split(",") if part]
+    try:
+        return {name.strip(): float(weight) for name, _, weight in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=WEIGHT,...") from error

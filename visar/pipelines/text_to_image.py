@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -119,6 +120,9 @@ class TextToImagePipeline(ImagePipeline):
         if num_images_per_prompt < 1:
             raise VisarError(f"num_images_per_prompt must be 1 or more, not {num_images_per_prompt}.")
         features, mask = self.text_encoder.encode(prompts)
+        if isinstance(self.text_encoder, WordEncoder):
+            for note in self.text_encoder.notes(prompts):
+                warnings.warn(note, stacklevel=2)
         each = num_images_per_prompt
         return self._generate(
             features.repeat_interleave(each, 0), mask.repeat_interleave(each, 0),

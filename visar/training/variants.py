@@ -1,32 +1,41 @@
 """Variants of pictures for training: zoomed, shifted, mirrored where that keeps the meaning, and slightly recoloured.
 
 A model that sees a thing in one token string only learns the string; among many strings of a thing it learns the thing.
-White stays white, and no part of a drawing is cut off.
+White stays white, and no part of a drawing is cut off. Tokens of variants are computed once, and kept.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from visar.training.data import Record
+from visar.errors import VisarError
+from visar.files import replacing
+from visar.models.vq import VQModel
 from visar.models.words import words_of
+from visar.training.data import PictureSet, Record, to_unit
+from visar.training.loop import step_seed
 
 ZOOM = (0.85, 1.1)
 SHIFT = 5 / 128  # of the side
-INK = 0.12  # how much stronger or weaker each colour's ink may get
+INK = 0.08  # how much stronger or weaker each colour's ink may get
 PAPER = 250  # at least so bright in all colours is background
 
 # Words of things that a mirror makes wrong: writing, dials, directions, hands named by their side.
-ONE_WAY = frozenset(
-    "letter letters alphabet number numbers digit text word words writing abc abcd latin symbol keycap sign button arrow "
-    "arrows left right leftwards rightwards clockwise counterclockwise clock watch oclock o'clock thirty time calendar "
-    "date math plus minus input score hundred points japanese ideograph kanji katakana hiragana music note notes clef "
-    "sos vs ok cool free new up atm wc id cl ng soon end back top on bank banknote yen dollar euro pound currency "
-    "keyboard newspaper book books passport ticket label credit card license chess map globe flag playing mahjong "
-    "dice domino question mark signpost speed thermometer scale zodiac".split()
-)
+_ONE_WAY = """
+    letter letters alphabet number numbers digit text writing abc keycap sign arrow arrows left right leftwards
+    rightwards facing clockwise clock watch oclock thirty calendar date score hundred japanese music musical note notes
+    keyboard newspaper ticket label credit license identification map globe flag playing mahjong question exclamation
+    speedometer banknote atm sos stop quarter waxing waning first crescent bus police ambulance
+"""
+ONE_WAY = frozenset(_ONE_WAY.split())
 
 
 def mirrors(record: Record) -> bool:
@@ -73,3 +82,62 @@ def _placed(start: int, end: int, length: int, side: int, chance: float) -> int:
     middle = side / 2 + ((start + end) / 2 - side / 2) * length / (end - start)
     at = round(middle - length / 2 + side * SHIFT * (2 * chance - 1))
     return min(max(at, 0), side - length)
+
+
+class VariantTokens:
+    """The tokens of `count` variants of each picture of a set, computed when first asked for, and then kept.
+
+    The first variant is the picture as it is. Which variants there are depends on the seed alone. With a `file`, `save`
+    keeps what is computed there, and a run that goes on begins with it. Raises `VisarError` where the file is damaged,
+    or of another tokenizer or set.
+    """
+
+    def __init__(self, vq: VQModel, data: PictureSet, size: int, count: int, file: Path | None = None, seed: int = 0):
+        self.vq, self.seed, self.file = vq, seed, file
+        self.pixels = data.pixels(size)
+        self.mirrored = [mirrors(r) for r in data.records]
+        kept = torch.int16 if vq.sizes.codebook_size <= 2**15 else torch.int32
+        self.tokens = torch.full((len(self.pixels), count, (size // vq.sizes.downsample) ** 2), -1, dtype=kept)
+        named = [vq.sizes, size, count, seed, ZOOM, SHIFT, INK, [r.file for r in data.records]]
+        mark = hashlib.sha256(repr(named).encode())
+        for tensor in (*vq.encoder.parameters(), *vq.quant_conv.parameters(), vq.quantize.embedding.weight):
+            mark.update(tensor.detach().float().cpu().numpy().tobytes())
+        self.mark = mark.hexdigest()
+        if file is not None and file.exists():
+            self.tokens = self._saved(file)
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[int], variants: Sequence[int], batch: int = 32) -> Tensor:
+        """Ids [n, h*w], long, of the given variant of each of the given pictures."""
+        wanted = dict.fromkeys(zip(rows, variants, strict=True))
+        missing = [(i, k) for i, k in wanted if self.tokens[i, k, 0] < 0]
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            x = torch.cat([self._picture(i, k) for i, k in part])
+            ids = self.vq.encode(to_unit(x.to(self.vq.device))).cpu().to(self.tokens.dtype)
+            for (i, k), row in zip(part, ids, strict=True):
+                self.tokens[i, k] = row
+        return self.tokens[list(rows), list(variants)].long()
+
+    def _picture(self, row: int, k: int) -> Tensor:
+        x = self.pixels[row : row + 1]
+        if k == 0:
+            return x
+        return vary(x, torch.Generator().manual_seed(step_seed(self.seed, k, row)), torch.tensor([self.mirrored[row]]))
+
+    def save(self) -> None:
+        """Keep what is computed in the file, if there is one."""
+        if self.file is not None:
+            with replacing(self.file) as part:
+                save_file({"tokens": self.tokens}, part, {"of": self.mark})
+
+    def _saved(self, file: Path) -> Tensor:
+        try:
+            with safe_open(file, "pt") as saved:
+                tokens: Tensor = saved.get_tensor("tokens")
+                found = saved.metadata()["of"]
+        except Exception as error:
+            raise VisarError(f"{file} is damaged; delete it to have the variants made anew.") from error
+        if found != self.mark or tokens.shape != self.tokens.shape:
+            raise VisarError(f"{file} holds tokens of another tokenizer or other pictures; give another folder.")
+        return tokens
