@@ -63,7 +63,7 @@ def tokenizer(options: argparse.Namespace) -> int:
     start = _component("vq.VQModel", options.init).float() if options.init else None
     data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
     sizes = replace(SMALL_VQ, patch=options.patch)
-    train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied)
+    train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied, options.decoder_only)
     return 0
 
 

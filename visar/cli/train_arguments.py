@@ -37,6 +37,9 @@ def train(commands: Commands) -> None:
         "--perceptual", type=float, default=0.0, help="weight of the perceptual term; needs the extra eval (default: 0)"
     )
     tokenizer.add_argument("--varied", action="store_true", help="zoom, shift and recolour pictures in training")
+    tokenizer.add_argument(
+        "--decoder-only", action="store_true", help="leave encoder and codes of --init as they are, and so all tokens"
+    )
     tokenizer.set_defaults(run=_runner("train", "tokenizer"))
 
     autoencoder = kinds.add_parser("autoencoder", help="train a KL autoencoder for continuous tokens")

@@ -111,13 +111,16 @@ def train_tokenizer(
     start: VQModel | None = None,
     perceptual: float = 0.0,
     varied: bool = False,
+    decoder_only: bool = False,
 ) -> VQModel:
     """Train on the `train` split at `size` pixels; saves `vq/` in diffusers layout in `config.out`; returns the EMA.
 
     `start` is what to go on from, of the same sizes or, as far as pixels go, smaller ones. `perceptual` is the weight
     of that term. With `varied`, pictures are zoomed, shifted and recoloured (`visar.training.variants`), not only
-    flipped.
+    flipped. With `decoder_only`, tokens stay what they are under `start`: a GPT that was trained on them remains right.
     """
+    if decoder_only and start is None:
+        raise VisarError("A decoder alone is trained behind weights that are there: give those to go on from.")
     if size % sizes.downsample:
         raise VisarError(f"The size must be a multiple of {sizes.downsample} pixels, not {size}.")
     torch.manual_seed(config.seed)
@@ -125,6 +128,9 @@ def train_tokenizer(
     train = pixels[data.indices("train")]
     held = pixels[(data.indices("unseen-concept") or data.indices("train"))[:256]]
     loss = TokenizerLoss(_started(start, sizes), perceptual=perceptual)
+    if decoder_only:
+        for part in (loss.vq.encoder, loss.vq.quant_conv, loss.vq.quantize):
+            part.requires_grad_(False)
 
     def batch_at(step: int, rank: int) -> tuple[Tensor]:
         g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
@@ -136,7 +142,7 @@ def train_tokenizer(
         return (part,)
 
     def after_step(module: TokenizerLoss, step: int) -> None:
-        if step == 20 or (step % 100 == 0 and step < 2000):
+        if not decoder_only and (step == 20 or (step % 100 == 0 and step < 2000)):
             module.revive(batch_at(step + 10**8, 0)[0].to(module.clock.device), idle=15 if step == 20 else 100)
 
     def evaluate(ema: TokenizerLoss) -> dict[str, float]:
