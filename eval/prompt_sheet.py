@@ -1,7 +1,7 @@
 """A contact sheet of what people type first, to be looked at.
 
-`python -m visar.eval.prompt_sheet --model FOLDER --out sheet.png` draws every prompt of `PROMPTS`, `--seeds` images
-each, at the model's own settings; what stands in a row is of one prompt.
+`python -m visar.eval.prompt_sheet --model FOLDER --out sheet.png` generates `--seeds` images for every prompt of
+`PROMPTS`, at the model's own settings. Images side by side are of one prompt, which stands below them.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def main() -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             prompts = tuple(f"{p}, {given.style}" if given.style else p for p in PROMPTS)
-            drawn = prompt_sheet(pipe, prompts, given.seeds)
+            sheet = prompt_sheet(pipe, prompts, given.seeds)
         with replacing(Path(given.out)) as temporary:
-            drawn.save(temporary, "PNG")
+            sheet.save(temporary, "PNG")
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2

@@ -65,10 +65,10 @@ def test_weights_of_styles_and_groups(tmp_path: Path) -> None:
     shares = _shares(data, {"noto": 0.5, "food": 0.25})
     wanted = [(0.5 if r.style == "noto" else 1) * (0.25 if r.group else 1) for r in data.records]
     assert shares == wanted and len(set(shares)) >= 3
-    for weights, message in (({"oil": 1.0}, "No picture has the style or group 'oil'"), ({"noto": -1.0}, "0 or more")):
+    for weights, message in (({"oil": 1.0}, "No image has the style or group 'oil'"), ({"noto": -1.0}, "0 or more")):
         with pytest.raises(VisarError, match=message):
             _shares(data, weights)
-    with pytest.raises(VisarError, match="no picture is left"):
+    with pytest.raises(VisarError, match="no image is left"):
         _shares(data, {"noto": 0.0, "flat": 0.0})
 
 
@@ -125,6 +125,6 @@ def test_the_command(words: WordEncoder, tmp_path: Path, capsys: pytest.CaptureF
     assert len(rows) == 2 and (tmp_path / "b" / "gpt" / "config.json").exists()
     assert ar("--out", tmp_path / "c", "--variants", -1) == 2
     assert ar("--out", tmp_path / "c", "--weigh", "oil=1") == 2
-    assert "No picture has the style or group 'oil'" in capsys.readouterr().err
+    assert "No image has the style or group 'oil'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         ar("--out", tmp_path / "c", "--weigh", "noto=much")

@@ -96,7 +96,7 @@ def test_tokens_of_variants_are_kept(tmp_path: Path) -> None:
     again.vq = None  # type: ignore[assignment]  # it is not needed for what is kept
     assert torch.equal(again([0, 1, 1, 4], [0, 1, 2, 1]), first)
     alone = VariantTokens(vq, data, 16, 3)
-    assert torch.equal(alone([4, 1], [1, 2]), first[[3, 2]])  # and depends on nothing but picture, variant and seed
+    assert torch.equal(alone([4, 1], [1, 2]), first[[3, 2]])  # and depends on nothing but image, variant and seed
     other = VariantTokens(vq, data, 16, 3, seed=1)
     assert torch.equal(other([0], [0])[0], first[0])
 
@@ -105,7 +105,7 @@ def test_tokens_of_another_run_are_refused(tmp_path: Path) -> None:
     data, file = PictureSet(picture_folder(tmp_path / "set", 3, size=16)), tmp_path / "variants.safetensors"
     VariantTokens(tokenizer(), data, 16, 2, file).save()
     for vq, count in ((tokenizer(1), 2), (tokenizer(), 3)):
-        with pytest.raises(VisarError, match="another tokenizer or other pictures"):
+        with pytest.raises(VisarError, match="another tokenizer or other images"):
             VariantTokens(vq, data, 16, count, file)
     file.write_bytes(b"half")
     with pytest.raises(VisarError, match="is damaged; delete it"):

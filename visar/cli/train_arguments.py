@@ -36,7 +36,7 @@ def train(commands: Commands) -> None:
     tokenizer.add_argument(
         "--perceptual", type=float, default=0.0, help="weight of the perceptual term; needs the extra eval (default: 0)"
     )
-    tokenizer.add_argument("--varied", action="store_true", help="zoom, shift and recolour pictures in training")
+    tokenizer.add_argument("--varied", action="store_true", help="zoom, shift and recolour images in training")
     tokenizer.add_argument(
         "--decoder-only", action="store_true", help="leave encoder and codes of --init as they are, and so all tokens"
     )
@@ -81,11 +81,11 @@ def train(commands: Commands) -> None:
     ar.add_argument("--init", metavar="FOLDER", help="the `gpt` folder of a run of the same sizes to go on from")
     ar.add_argument(
         "--variants", type=int, default=0, metavar="N",
-        help="learn N zoomed, shifted and recoloured variants of each picture (default: the picture alone)",
+        help="learn N zoomed, shifted and recoloured variants of each image (default: the image alone)",
     )  # fmt: skip
     ar.add_argument(
         "--weigh", type=_weights, default={}, metavar="NAME=W,...",
-        help="take pictures of these styles or groups W times as often",
+        help="take images of these styles or groups W times as often",
     )  # fmt: skip
     ar.set_defaults(run=_runner("train", "ar"))
 

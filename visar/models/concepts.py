@@ -116,7 +116,7 @@ def concepts(model: str | Path) -> Concepts:
 
 
 def listed(styles: Sequence[str], things: Iterable[tuple[str, str]], texts: Iterable[str]) -> Concepts:
-    """Of the styles, the (group, name) of each training picture, and all texts of training."""
+    """Of the styles, the (group, name) of each training image, and all texts of training."""
     from visar.models.words import words_of
 
     groups: dict[str, set[str]] = {}

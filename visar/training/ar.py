@@ -152,9 +152,9 @@ def train_ar(
 ) -> LlamaGen:
     """Train on the `train` split; saves `gpt/` in diffusers layout in `config.out`; returns the EMA.
 
-    With `variants`, as many of each picture are learnt (`visar.training.variants`), prompts are as people
-    type them, and few inputs are corrupted; without, each picture has one token string, and heavy corruption and the
-    model's own mistakes keep it from being learnt by heart. `weights` says how often pictures of a style or group are
+    With `variants`, as many of each image are learnt (`visar.training.variants`), prompts are as people
+    type them, and few inputs are corrupted; without, each image has one token string, and heavy corruption and the
+    model's own mistakes keep it from being learnt by heart. `weights` says how often images of a style or group are
     taken, 1 being normal. `start` is a GPT of these sizes to go on from. The text encoder with the list of what is
     known is saved beside the GPT.
     """
@@ -222,16 +222,16 @@ def train_ar(
 
 
 def _shares(data: PictureSet, weights: Mapping[str, float]) -> list[float]:
-    """How often each picture is taken: the product of the weights of its style and its group."""
+    """How often each image is taken: the product of the weights of its style and its group."""
     names = {name for r in data.records for name in (r.style, r.group)}
     for name, weight in weights.items():
         if name not in names:
-            raise VisarError(f"No picture has the style or group {name!r}.")
+            raise VisarError(f"No image has the style or group {name!r}.")
         if not 0 <= weight < math.inf:
             raise VisarError(f"The weight of {name!r} must be 0 or more, not {weight}.")
     shares = [weights.get(r.style, 1.0) * weights.get(r.group, 1.0) for r in data.records]
     if not any(shares[i] for i in data.indices("train")):
-        raise VisarError("With these weights no picture is left for training.")
+        raise VisarError("With these weights no image is left for training.")
     return shares
 
 

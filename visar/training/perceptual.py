@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Perceptual(nn.Module):
-    """The distance of two batches of pictures [B, 3, H, W] in [-1, 1]: a scalar, 0 for equal ones.
+    """The distance of two batches of images [B, 3, H, W] in [-1, 1]: a scalar, 0 for equal ones.
 
     `stages` of the network are used behind its stem; none of its weights is trained. Raises `VisarError` where the
     extra is missing.

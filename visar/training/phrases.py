@@ -7,7 +7,7 @@ import re
 
 from visar.training.data import Record
 
-# A prompt without a style stands for this one in half of its pictures, and seldom for any other.
+# A prompt without a style stands for this one in half of its images, and seldom for any other.
 DEFAULT_STYLE = "3d"
 LEFT_OUT = (0.5, 0.05)  # of the default style, of others
 
@@ -30,7 +30,7 @@ def plural(noun: str) -> str:
 
 
 def typed(record: Record, rng: random.Random) -> str:
-    """A prompt for the record's picture, varied as users vary it."""
+    """A prompt for the record's image, varied as users vary it."""
     words, chance = record.caption, rng.random()
     if chance < 0.2:
         words = head(words, record.group)

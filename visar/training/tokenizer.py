@@ -85,7 +85,7 @@ def psnr(vq: VQModel, pixels: Tensor, batch: int = 64) -> float:
 def enlarged(vq: VQModel, patch: int) -> VQModel:
     """A tokenizer of `patch` times the pixels that starts as `vq` between a reduction by means and its repetition.
 
-    It gives the tokens that `vq` gives for the reduced picture, and learns the detail from there.
+    It gives the tokens that `vq` gives for the reduced image, and learns the detail from there.
     """
     sizes = replace(vq.sizes, patch=vq.sizes.patch * patch)
     state, area = vq.state_dict(), patch**2
@@ -116,7 +116,7 @@ def train_tokenizer(
     """Train on the `train` split at `size` pixels; saves `vq/` in diffusers layout in `config.out`; returns the EMA.
 
     `start` is what to go on from, of the same sizes or, as far as pixels go, smaller ones. `perceptual` is the weight
-    of that term. With `varied`, pictures are zoomed, shifted and recoloured (`visar.training.variants`), not only
+    of that term. With `varied`, images are zoomed, shifted and recoloured (`visar.training.variants`), not only
     flipped. With `decoder_only`, tokens stay what they are under `start`: a GPT that was trained on them remains right.
     """
     if decoder_only and start is None:

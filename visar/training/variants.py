@@ -1,7 +1,7 @@
-"""Variants of pictures for training: zoomed, shifted, mirrored where that keeps the meaning, and slightly recoloured.
+"""Variants of images for training: zoomed, shifted, mirrored where that keeps the meaning, and slightly recoloured.
 
 A model that sees a thing in one token string only learns the string; among many strings of a thing it learns the thing.
-White stays white, and no part of a drawing is cut off. Tokens of variants are computed once, and kept.
+White stays white, and no part of an object is cut off. Tokens of variants are computed once, and kept.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ ONE_WAY = frozenset(_ONE_WAY.split())
 
 
 def mirrors(record: Record) -> bool:
-    """Whether the record's picture means the same in a mirror; signs and symbols never do."""
+    """Whether the record's image means the same in a mirror; signs and symbols never do."""
     if record.group in ("symbols", "flags"):
         return False
     return ONE_WAY.isdisjoint(words_of(record.caption))
 
 
 def vary(pixels: Tensor, g: torch.Generator, mirrored: Tensor | None = None) -> Tensor:
-    """A variant of each of the uint8 pictures [n, 3, H, W] on white; `mirrored` [n] says which may be flipped (all).
+    """A variant of each of the uint8 images [n, 3, H, W] on white; `mirrored` [n] says which may be flipped (all).
 
-    Zoom is uniform in `ZOOM` and the shift in +-`SHIFT` of the side, both less where a drawing would be cut; half of
+    Zoom is uniform in `ZOOM` and the shift in +-`SHIFT` of the side, both less where an object would be cut; half of
     those that may be are flipped; the ink of each colour is scaled by 1 +- `INK`.
     """
     n, _, height, width = pixels.shape
@@ -85,9 +85,9 @@ def _placed(start: int, end: int, length: int, side: int, chance: float) -> int:
 
 
 class VariantTokens:
-    """The tokens of `count` variants of each picture of a set, computed when first asked for, and then kept.
+    """The tokens of `count` variants of each image of a set, computed when first asked for, and then kept.
 
-    The first variant is the picture as it is. Which variants there are depends on the seed alone. With a `file`, `save`
+    The first variant is the image as it is. Which variants there are depends on the seed alone. With a `file`, `save`
     keeps what is computed there, and a run that goes on begins with it. Raises `VisarError` where the file is damaged,
     or of another tokenizer or set.
     """
@@ -108,18 +108,18 @@ class VariantTokens:
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[int], variants: Sequence[int], batch: int = 32) -> Tensor:
-        """Ids [n, h*w], long, of the given variant of each of the given pictures."""
+        """Ids [n, h*w], long, of the given variant of each of the given images."""
         wanted = dict.fromkeys(zip(rows, variants, strict=True))
         missing = [(i, k) for i, k in wanted if self.tokens[i, k, 0] < 0]
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
-            x = torch.cat([self._picture(i, k) for i, k in part])
+            x = torch.cat([self._image(i, k) for i, k in part])
             ids = self.vq.encode(to_unit(x.to(self.vq.device))).cpu().to(self.tokens.dtype)
             for (i, k), row in zip(part, ids, strict=True):
                 self.tokens[i, k] = row
         return self.tokens[list(rows), list(variants)].long()
 
-    def _picture(self, row: int, k: int) -> Tensor:
+    def _image(self, row: int, k: int) -> Tensor:
         x = self.pixels[row : row + 1]
         if k == 0:
             return x
@@ -139,5 +139,5 @@ class VariantTokens:
         except Exception as error:
             raise VisarError(f"{file} is damaged; delete it to have the variants made anew.") from error
         if found != self.mark or tokens.shape != self.tokens.shape:
-            raise VisarError(f"{file} holds tokens of another tokenizer or other pictures; give another folder.")
+            raise VisarError(f"{file} holds tokens of another tokenizer or other images; give another folder.")
         return tokens
