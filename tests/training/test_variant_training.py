@@ -86,13 +86,15 @@ def test_a_style_of_weight_0_is_never_taken(words: WordEncoder, tmp_path: Path) 
 
 def test_attention_with_a_gradient_is_the_same() -> None:
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 7, 4, generator=g).requires_grad_() for _ in range(3))
+    whole = [torch.randn(2, 3, 7, 4, generator=g) for _ in range(3)]
     mask = torch.zeros(2, 1, 7, 7).masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -torch.inf)
-    got, wanted = attended(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
-    ours, theirs = (torch.autograd.grad(x.sin().sum(), (q, k, v)) for x in (got, wanted))
+    fine, coarse = ([x.to(t).requires_grad_() for x in whole] for t in (torch.float32, torch.bfloat16))
+    wanted, got = F.scaled_dot_product_attention(*fine, attn_mask=mask), attended(*coarse, mask.bfloat16())
+    assert "Attention" not in type(got.grad_fn).__name__ and "Attention" in type(attended(*fine, mask).grad_fn).__name__
+    torch.testing.assert_close(got.float(), wanted, rtol=0, atol=0.03)
+    ours, theirs = (torch.autograd.grad(x.sin().sum(), of) for x, of in ((got, coarse), (wanted, fine)))
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        torch.testing.assert_close(a.float(), b, rtol=0, atol=0.05)
 
 
 def test_padded_captions_with_a_gradient() -> None:
@@ -102,9 +104,10 @@ def test_padded_captions_with_a_gradient() -> None:
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
     with torch.no_grad():
         wanted = gpt(features, ids, mask)
-    got = gpt(features, ids, mask)
-    assert got.requires_grad and got.isfinite().all()
-    torch.testing.assert_close(got.detach(), wanted, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gpt(features, ids, mask)
+    assert got.requires_grad
+    torch.testing.assert_close(got.detach().float(), wanted, rtol=0, atol=0.05)
 
 
 @pytest.mark.filterwarnings("ignore:Words not known")

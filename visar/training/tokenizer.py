@@ -146,13 +146,12 @@ def train_tokenizer(
             module.revive(batch_at(step + 10**8, 0)[0].to(module.clock.device), idle=15 if step == 20 else 100)
 
     def evaluate(ema: TokenizerLoss) -> dict[str, float]:
+        if distributed()[0] == 0:
+            ema.vq.save_pretrained(config.out / "vq")  # complete at every moment
         ids = ema.vq.encode(to_unit(held.to(ema.clock.device)))
         return {"psnr_held_out": round(psnr(ema.vq, held), 2), "codes_used": ids.unique().numel()}
 
-    ema = fit(loss, batch_at, config, evaluate, after_step)
-    if distributed()[0] == 0:
-        ema.vq.save_pretrained(config.out / "vq")
-    return ema.vq
+    return fit(loss, batch_at, config, evaluate, after_step).vq
 
 
 def _started(start: VQModel | None, sizes: VQConfig) -> VQModel:
