@@ -31,11 +31,9 @@ EXACT = ("ar", "sjd", "scd", "scd-gumbel")
 @pytest.fixture(scope="module")
 def stripes() -> Iterator[Any]:
     module = types.ModuleType("stripes_family")
-    before = dict(registry._REGISTERED)
     exec(compile(CODE, "own-family.md", "exec"), vars(module))
     yield module
-    registry._REGISTERED.clear()
-    registry._REGISTERED.update(before)
+    del registry._REGISTERED["stripes"]
 
 
 @pytest.fixture(scope="module")
