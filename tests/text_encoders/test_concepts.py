@@ -1,4 +1,4 @@
-"""What a model knows: the list beside its text encoder, and notes on prompts of what it does not know."""
+"""What a model knows: the list next to its text encoder, and notes on prompts of what it does not know."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_unknown_thing_names_the_nearest(encoder: WordEncoder) -> None:
     assert encoder.notes(["xyzzy cat"]) == []  # `encode` says that this word is left out
 
 
-def test_the_list_is_kept_beside_the_encoder(encoder: WordEncoder, tmp_path: Path) -> None:
+def test_the_list_is_kept_with_the_encoder(encoder: WordEncoder, tmp_path: Path) -> None:
     encoder.save_pretrained(tmp_path / "text_encoder")
     loaded = WordEncoder.from_pretrained(tmp_path / "text_encoder")
     assert loaded.concepts == encoder.concepts == concepts(tmp_path)

@@ -140,7 +140,7 @@ def train_ar(
     type them, and few inputs are corrupted; without, each image has one token string, and heavy corruption and the
     model's own mistakes keep it from being learnt by heart. `weights` says how often images of a style or group are
     taken, 1 being normal. `start` is a GPT of these sizes to go on from. The text encoder with the list of what is
-    known is saved beside the GPT.
+    known is saved next to the GPT.
     """
     if size % vq.sizes.downsample:
         raise VisarError(f"The size must be a multiple of {vq.sizes.downsample} pixels, not {size}.")
