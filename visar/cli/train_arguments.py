@@ -78,7 +78,11 @@ def train(commands: Commands) -> None:
     ar.add_argument("--layers", type=int, default=6)
     ar.add_argument("--heads", type=int, default=4)
     ar.add_argument("--ffn", type=int, default=768)
-    ar.add_argument("--init", metavar="FOLDER", help="the `gpt` folder of a run of the same sizes to go on from")
+    ar.add_argument(
+        "--init",
+        metavar="FOLDER",
+        help="the `gpt` folder of a run to go on from, of the same sizes or with fewer layers",
+    )
     ar.add_argument(
         "--variants", type=int, default=0, metavar="N",
         help="learn N zoomed, shifted and recoloured variants of each image (default: the image alone)",
