@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.families.llamagen.gpt import LlamaGen, initialise
+from visar.families.llamagen.gpt import Block, LlamaGen, initialise
 from visar.families.llamagen.vq import VQModel
 from visar.text_encoders.concepts import Concepts, listed
 from visar.text_encoders.words import WordEncoder
@@ -139,8 +139,8 @@ def train_ar(
     With `variants`, as many of each image are learnt (`visar.training.variants`), prompts are as people
     type them, and few inputs are corrupted; without, each image has one token string, and heavy corruption and the
     model's own mistakes keep it from being learnt by heart. `weights` says how often images of a style or group are
-    taken, 1 being normal. `start` is a GPT of these sizes to go on from. The text encoder with the list of what is
-    known is saved next to the GPT.
+    taken, 1 being normal. `start` is a GPT of these sizes, or with fewer layers, to go on from. The text encoder with
+    the list of what is known is saved next to the GPT.
     """
     if size % vq.sizes.downsample:
         raise VisarError(f"The size must be a multiple of {vq.sizes.downsample} pixels, not {size}.")
@@ -220,10 +220,18 @@ def _shares(data: ImageSet, weights: Mapping[str, float]) -> list[float]:
 
 
 def _continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:
+    """`fresh` with the weights of `start`; layers that `start` lacks come last, and at first add nothing."""
     ours, theirs = fresh.config, start.config
-    if differing := ", ".join(f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k]):
-        raise VisarError(f"The model to go on from has other sizes: {differing}.")
-    return start.float().train().requires_grad_(True)
+    differing = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k] and k != "num_layers"]
+    if differing or theirs.num_layers > ours.num_layers:
+        wrong = differing or [f"{theirs.num_layers} layers, more than {ours.num_layers}"]
+        raise VisarError(f"The model to go on from has other sizes: {', '.join(wrong)}.")
+    initialise(fresh).load_state_dict(start.float().state_dict(), strict=False)
+    for block in list(fresh.layers)[theirs.num_layers :]:
+        assert isinstance(block, Block)
+        nn.init.zeros_(block.attention.wo.weight)
+        nn.init.zeros_(block.feed_forward.w2.weight)
+    return fresh
 
 
 def _known(data: ImageSet, train: list[int]) -> Concepts:

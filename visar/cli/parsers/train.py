@@ -94,7 +94,7 @@ def ar(p: CommandParser) -> None:
         help="take images of a style or group X times as often",
     )
     model = p.add_argument_group("Model")
-    model.add_argument("--init", metavar="FOLDER", help="start from this GPT, the folder `gpt` of a run of these sizes")
+    model.add_argument("--init", metavar="FOLDER", help="start from this GPT, which may have fewer --layers")
     model.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the folder `vq` of a tokenizer run")
     model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
     _sizes(model, dim=(256, "width"), layers=(6, "layers"), heads=(4, "attention heads"), ffn=(768, "inner width"))
