@@ -89,9 +89,9 @@ def decode_attention(
 ) -> Tensor:
     """Attention [R, W, H, D] of queries q [R, W, H, D] to the first `visible` slots of keys and values [R, S, H, D].
 
-    `sight` says which of them a query sees; one that sees none gives 0. `scale` is 1 / sqrt(D) unless given. The cache
-    may have any strides as long as D is contiguous; [R, H, S, D] in memory is the fastest on a CPU. A `VisarError` for
-    W over 128 or D over 256; D over 128 runs in torch on a GPU too.
+    `metadata` says which of them a query sees; one that sees none gives 0. `scale` is 1 / sqrt(D) unless given. The
+    cache may have any strides as long as D is contiguous; [R, H, S, D] in memory is the fastest on a CPU. A
+    `VisarError` for W over 128 or D over 256; D over 128 runs in torch on a GPU too.
     """
     _, queries, _, dim = q.shape
     if queries > MOST_QUERIES:

@@ -1,7 +1,8 @@
-"""The library's noise (`visar.engine.rng`) from its counters: words of Philox, uniforms, and exponential races.
+"""The library's noise (`visar.engine.rng`) from its counters: words of Philox, uniforms, and exponential noise.
 
-A Triton form makes all of it in one launch. A `Race` says which Exp(1) variables are meant without making them, so that
-a kernel that needs one per token of a vocabulary computes them in registers (`exponentials`) instead of reading them.
+A Triton form makes all of it in one launch. A `ExponentialNoise` says which Exp(1) variables are meant without making
+them, so that a kernel that needs one per token of a vocabulary computes them in registers (`exponentials`) instead of
+reading them.
 """
 
 from __future__ import annotations
@@ -141,11 +142,11 @@ class ExponentialNoise:
         return exponential(self.key, self.images, self.keys, self.positions, self.passes, self.purpose, self.vocab)
 
     def __getitem__(self, at: tuple[slice, slice]) -> ExponentialNoise:
-        """The races of some columns, `exponential noise[:, 1:]`."""
+        """The noise of some columns, `noise[:, 1:]`."""
         return replace(self, positions=self.positions[at])
 
     def arguments(self) -> tuple[Any, ...]:
-        """What a kernel is given to make them: the arguments of `race_place`."""
+        """What a kernel is given to make them: the arguments of `noise_counter`."""
         return (
             self.key, self.images, self.keys, self.positions, self.passes, self.images.stride(0), self.keys.stride(0),
             *self.positions.stride(),
@@ -168,7 +169,7 @@ def noise_counter(  # type: ignore[no-untyped-def]
     key, images, keys, positions, passes, image_step, key_step, row_step, column_step, row, column,
     purpose: tl.constexpr, turn_read: tl.constexpr,
 ):  # fmt: skip
-    """Counter words 1 to 3 and the two words of the seed, for one place of a `Race`; all scalars."""
+    """Counter words 1 to 3 and the two words of the seed, for one place of a `ExponentialNoise`; all scalars."""
     own = tl.load(keys + row * key_step)
     turn = passes
     if turn_read:

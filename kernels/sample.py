@@ -25,7 +25,7 @@ def sample_torch(weights: Tensor, u: Tensor) -> Tensor:
 
 
 def sample_triton(weights: Tensor, u: Tensor) -> Tensor:
-    """`draw_torch` as one launch; it reads each row twice, and its sums are rounded in another order."""
+    """`sample_torch` as one launch; it reads each row twice, and its sums are rounded in another order."""
     size = weights.shape[-1]
     w, v = _rows(weights), u.double().expand(weights.shape[:-1])
     v = v.reshape(w.shape[:2])
@@ -45,7 +45,7 @@ def sample_gumbel_torch(p: Tensor, exponential: ExponentialNoise) -> Tensor:
 
 
 def sample_gumbel_triton(p: Tensor, exponential: ExponentialNoise) -> Tensor:
-    """`race_draw_torch` as one launch that reads p once and makes the noise in registers."""
+    """`sample_gumbel_torch` as one launch that reads p once and makes the noise in registers."""
     out = torch.empty(p.shape[:2], dtype=torch.long, device=p.device)
     if out.numel():
         _sample_gumbel[(out.numel(),)](

@@ -2,7 +2,7 @@
 
 A program has one column of one row. It finds by itself which drafts stand before it, for that takes two numbers of each
 draft, and then does what its column needs: it keeps the draft, samples from the residual (p - q)+, samples from p, or
-runs the exponential noise that all drafts of a position share. So no program waits for another, and a column that keeps
+uses the exponential noise that all drafts of a position share. So no program waits for another, and a column that keeps
 its draft reads next to nothing: only p of the others is read, twice for a sample, q where there is a residual.
 """
 
@@ -34,7 +34,7 @@ def verify_triton(
     """Tokens [B, W] of the window after the test, and how many drafts stood [B].
 
     `p` [B, W, V], `q` [B, W-1, V], which may be expanded, `drafts` [B, W-1], uniforms `accept` and `sample` [B, W],
-    float64. A residual with less mass than `equal` gives way to p. The rule "gumbel" needs the `exponential noise`.
+    float64. A residual with less mass than `equal` gives way to p. The rule "gumbel" needs `exponential`.
     """
     batch, window, size = p.shape
     tokens = torch.empty(batch, window, dtype=torch.long, device=p.device)
@@ -64,7 +64,7 @@ def _verify(  # type: ignore[no-untyped-def]
     p += row * p_row
     q += row * q_row
 
-    # Which drafts stand: u q(d) < p(d), as in `keeps`.
+    # Which drafts are accepted: u q(d) < p(d), as in `accepts`.
     column = tl.arange(0, columns).to(tl.int64)
     is_draft = column < window - 1
     d = tl.load(drafts + row * draft_row + column * draft_column, is_draft, 0)

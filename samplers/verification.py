@@ -150,10 +150,9 @@ def verify_maximal(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Ve
 
 @fused("gumbel")
 def verify_gumbel(p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
-    """Coupled speculative Jacobi decoding, Gumbel coupling: all drafts of one position share the exponential noise of
-    `uniforms.exponential noise`.
+    """Coupled speculative Jacobi decoding, Gumbel coupling: drafts of a position share their exponential noise.
 
-    The residual is sampled with fresh noise; it must not see the exponential noise that made the draft.
+    The residual is sampled with fresh noise; it must not see `noise.exponential`, which made the draft.
     """
     assert noise.exponential is not None
     kept = accepts(p[:, :-1], q, drafts, noise.accept[:, :-1])

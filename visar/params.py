@@ -31,10 +31,15 @@ def setting(
     choices: tuple[str, ...] = (),
     only: str = "",
     flag: bool = True,
+    slider: tuple[float, float, float] | None = None,
 ) -> Any:
-    """A field of `SamplingParams`: what it means, its range, the `only` kind of tokens that has it, and whether the
-    command line has a flag for it."""
-    about = {"help": help, "low": low, "high": high, "choices": choices, "only": only, "flag": flag}
+    """A field of `SamplingParams`: what it means, its range, and the `only` kind of tokens that has it.
+
+    `flag` says whether the command line and the demo have it; `slider` is the demo's: least, most and step.
+    """
+    about = {
+        "help": help, "low": low, "high": high, "choices": choices, "only": only, "flag": flag, "slider": slider,
+    }  # fmt: skip
     return field(default=default, compare=default is not None or flag, metadata=about)
 
 
@@ -48,15 +53,22 @@ class SamplingParams:
     """
 
     seed: int | None = setting(0, "seed of all random numbers", low=-(2**63), high=2**64 - 1)
-    guidance_scale: float | None = setting(None, "strength of classifier-free guidance; 1 is none")
+    guidance_scale: float | None = setting(None, "strength of classifier-free guidance; 1 is none", slider=(0, 20, 0.1))
     guidance_interval: int | None = setting(
         None, "the last position with guidance; -1 guides all", low=-1, only=DISCRETE, flag=False
     )
     guidance_schedule: str | None = setting(None, "guidance over the passes", choices=SCHEDULES, only=CONTINUOUS)
-    temperature: float | None = setting(None, "randomness; 1 is the model's own", low=0.0)
-    top_k: int | None = setting(None, "sample among the K most likely tokens; 0 keeps all", low=0, only=DISCRETE)
+    temperature: float | None = setting(None, "randomness; 1 is the model's own", low=0.0, slider=(0.05, 5, 0.05))
+    top_k: int | None = setting(
+        None, "sample among the K most likely tokens; 0 keeps all", low=0, only=DISCRETE, slider=(0, 5000, 1)
+    )
     top_p: float | None = setting(
-        None, "sample among the most likely tokens of this total probability", low=0.0, high=1.0, only=DISCRETE
+        None,
+        "sample among the most likely tokens of this total probability",
+        low=0.0,
+        high=1.0,
+        only=DISCRETE,
+        slider=(0.05, 1, 0.01),
     )
     forced_tokens: Tensor | None = setting(None, "tokens that are given", flag=False)
 

@@ -201,7 +201,7 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("zebra", "No word of the prompt 'zebra' is known"),
         ("zebra -o TMP/new/folder", "No word of the prompt 'zebra' is known"),
         ("cat --num-heads 4", "a number of heads are given with a published file of weights"),
-        ("--class 1", "makes images from a prompt: give prompts."),
+        ("--class 1", "is called with a prompt, not a class; give prompts"),
         ("cat --sampler scd-gumbl", "Unknown sampler 'scd-gumbl'. Did you mean 'scd-gumbel'?"),
         ("cat --sampler SCD", "Unknown sampler 'SCD'. Did you mean 'scd'?"),
         ("cat --window 1", "window must be 2 or more tokens, not 1"),

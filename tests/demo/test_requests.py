@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from tests.pipelines.test_masked import masked_folder  # noqa: F401  (a fixture)
 from visar.demo.desk import Desk
 from visar.demo.models import DemoModel, named
-from visar.demo.requests import COLDEST, GUIDANCE, SEEDS, TEMPERATURE, Limits, Request, checked
+from visar.demo.requests import SEEDS, Limits, Request, checked, page_settings
 from visar.errors import VisarError
+from visar.params import SamplingParams
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import SAMPLERS, get_sampler, samplers_for, spec_of
 from visar.samplers.parameters import Parameter
@@ -22,6 +24,9 @@ EVERY = {name: spec.options for name, spec in SAMPLERS.items()}
 DISCRETE, CONTINUOUS = (samplers_for(kind) for kind in ("discrete", "continuous"))
 FREE = [(name, p) for name, found in EVERY.items() for p in found.values()]
 ENDS = [(name, p) for name, p in FREE if p.kind in (int, float)]
+SETTINGS: dict[str, Any] = dict(
+    seed=0, guidance_scale=2.0, guidance_schedule="linear", temperature=1.0, top_k=0, top_p=1.0
+)
 JUNK: list[Any] = [
     math.nan, math.inf, -math.inf, 10**400, -(10**400), 1e308, True, "", "7", "\x00", "../../etc/passwd", [], [1], {},
     {"a": 1}, "x" * 10_000_000,
@@ -49,8 +54,10 @@ def is_one(sampler: Any, name: str) -> bool:
 
 
 def ask(model: DemoModel, *samplers: str, of: dict[str, Any] | None = None, **other: Any) -> Request:
-    values: Any = dict(prompt="red heart", label=0, images=1, seed=0, guidance=2.0, temperature=1.0) | other
-    return checked(model, samplers=[(s, of or {}) for s in samplers or (model.baseline,)], limits=LIMITS, **values)
+    settings = SETTINGS | {name: other.pop(name) for name in SETTINGS if name in other}
+    values: Any = dict(prompt="red heart", label=0, images=1) | other
+    chosen = [(s, of or {}) for s in samplers or (model.baseline,)]
+    return checked(model, samplers=chosen, settings=settings, limits=LIMITS, **values)
 
 
 def sentence(*wanted: Any, **named: Any) -> str:
@@ -69,14 +76,17 @@ def sentence(*wanted: Any, **named: Any) -> str:
     ("what", "low", "high", "said"),
     [
         ("images", 1, LIMITS.images, "The number of images must be from 1 to 4"),
-        ("seed", 0, SEEDS - 1, "The seed must be from 0 to 2147483647"),
-        ("guidance", 0, GUIDANCE, "Guidance must be from 0 to 20"),
-        ("temperature", COLDEST, TEMPERATURE, "The temperature must be from 0.05 to 5"),
+        ("seed", 0, SEEDS - 1, "Seed must be from 0 to 2147483647"),
+        ("guidance_scale", 0, 20, "Guidance scale must be from 0 to 20"),
+        ("temperature", 0.05, 5, "Temperature must be from 0.05 to 5"),
+        ("top_k", 0, 5000, "Top k must be from 0 to 5000"),
+        ("top_p", 0.05, 1, "Top p must be from 0.05 to 1"),
     ],
 )
 def test_bounds(models: Any, what: str, low: float, high: float, said: str) -> None:
     for value in (low, high, float(low), float(high)):
-        assert getattr(ask(models["text"], **{what: value}), what) == value
+        request = ask(models["text"], **{what: value})
+        assert getattr(request.params if what in SETTINGS else request, what) == value
     for value in (low - 1, high + 1):
         assert sentence(models["text"], **{what: value}) == f"{said}, not {value:.10g}."
     for junk in (None, *JUNK):
@@ -86,14 +96,29 @@ def test_bounds(models: Any, what: str, low: float, high: float, said: str) -> N
 def test_what_must_be_whole(models: Any) -> None:
     assert type(ask(models["text"], images=2.0).images) is int
     assert sentence(models["text"], images=1.5) == "The number of images must be a whole number, not 1.5."
-    assert sentence(models["text"], seed=0.1) == "The seed must be a whole number, not 0.1."
-    assert ask(models["text"], guidance=1.5).settings["guidance_scale"] == 1.5
-    assert sentence(models["text"], guidance=20.0000001) == "Guidance must be from 0 to 20, not 20.0000001."
+    assert sentence(models["text"], seed=0.1) == "Seed must be a whole number, not 0.1."
+    assert ask(models["text"], guidance_scale=1.5).params.guidance_scale == 1.5
+    assert sentence(models["text"], guidance_scale=20.0000001) == "Guidance scale must be from 0 to 20, not 20.0000001."
 
 
 def test_the_settings_are_what_was_asked_for(models: Any) -> None:
-    request = ask(models["text"], images=3, seed=17, guidance=1.5, temperature=0.5)
-    assert request.settings == dict(num_images=3, seed=17, guidance_scale=1.5, temperature=0.5)
+    request = ask(models["text"], images=3, seed=17, guidance_scale=1.5, temperature=0.5, top_k=7, top_p=0.9)
+    wanted = SamplingParams(seed=17, guidance_scale=1.5, temperature=0.5, top_k=7, top_p=0.9)
+    assert request.settings == dict(num_images=3, params=wanted)
+    masked = ask(models["masked"], guidance_schedule="linear", top_k=7).params
+    assert (masked.guidance_schedule, masked.top_k) == ("linear", None)
+    assert sentence(models["masked"], guidance_schedule="up").startswith("Guidance schedule must be constant or linear")
+
+
+def test_the_page_has_a_box_for_every_setting_with_a_flag(models: Any) -> None:
+    boxes = {f.name for f in fields(SamplingParams) if f.metadata["flag"]}
+    assert set(page_settings()) == boxes == set(SETTINGS)
+    assert set(page_settings("discrete")) | {"guidance_schedule"} == boxes
+    assert all(m["slider"] or m["choices"] or name == "seed" for name, m in page_settings().items())
+
+
+def test_the_settings_are_named(models: Any) -> None:
+    request = ask(models["text"])
     assert (request.title, request.tokens, request.labels) == ("red heart", 25, ["ar"])
 
 
@@ -198,11 +223,11 @@ def test_what_passes_the_check_is_drawn_or_refused_in_a_sentence(models: Any, na
     slow = {"head_steps": 12, "last_head_steps": 5, "latest": 400, "steps": 9}  # at their ends
     low, high = ({p.name: slow.get(p.name, getattr(p, end)) for p in free} for end in ("low", "high"))
     drawn = 0
-    for of, guidance, temperature in ((low, 0, COLDEST), (high, GUIDANCE, TEMPERATURE), (slow, 2.0, 1.0)):
+    for of, guidance, temperature in ((low, 0, 0.05), (high, 20, 5), (slow, 2.0, 1.0)):
         if of is slow and drawn:
             continue  # not all ends go together; something must
         try:
-            request = ask(model, name, of=of, guidance=guidance, temperature=temperature)
+            request = ask(model, name, of=of, guidance_scale=guidance, temperature=temperature)
             *_, (_, frame) = desk.serve(desk.ask("me", request))
         except VisarError as error:
             assert str(error).endswith(".")
@@ -217,7 +242,7 @@ def test_what_passes_the_check_is_drawn_or_refused_in_a_sentence(models: Any, na
 
 def test_labels_tell_samplers_apart(models: Any) -> None:
     def labels(*samplers: tuple[str, dict[str, Any]]) -> list[str]:
-        return checked(models["text"], "red", None, samplers, 1, 0, 2.0, 1.0, LIMITS).labels
+        return checked(models["text"], "red", None, samplers, 1, SETTINGS, LIMITS).labels
 
     assert labels(("ar", {}), ("scd", {})) == ["ar", "scd"]
     assert labels(("scd", {"window": 4}), ("scd", {"window": 8})) == ["scd, window 4", "scd, window 8"]
@@ -230,9 +255,9 @@ def test_models_by_name(text_pipe: Any, class_pipe: Any) -> None:
     found = named([("icons", text_pipe), ("/models/of/mine", class_pipe), ("elsewhere/mine", text_pipe)])
     assert list(found) == ["icons", "mine", "mine (2)"] and found["mine"].model is class_pipe.image_model
     assert found["icons"].default_sampler == "scd" and found["icons"].baseline == "ar"
-    assert found["icons"].guidance == 2.0 and found["mine (2)"].temperature == 1.0
+    assert found["icons"].default("guidance_scale") == 2.0 and found["mine (2)"].default("temperature") == 1.0
 
 
 def test_the_masked_models_defaults(models: Any) -> None:
     model = models["masked"]
-    assert (model.default_sampler, model.baseline, model.guidance, model.temperature) == ("mar-headspec", "mar", 2.0, 1)
+    assert (model.default_sampler, model.baseline, model.default("guidance_scale")) == ("mar-headspec", "mar", 2.0)

@@ -100,7 +100,8 @@ def test_the_command_line_generates_samples_and_measures(
 def test_the_demo_decodes_it(folder: Path) -> None:
     model = named([("stripes", load(folder))])["stripes"]
     assert "scd" in model.samplers and "eagle" not in model.samplers
-    request = checked(model, "wide", None, [("scd", {"window": 4})], 1, 5, 1.0, 1.0, Limits())
+    settings = dict(seed=5, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0)
+    request = checked(model, "wide", None, [("scd", {"window": 4})], 1, settings, Limits())
     frames: list[Any] = []
     out = _decoding(request, request.samplers[0])(frames.append)
     assert out.images[0].size == (20, 12) and frames

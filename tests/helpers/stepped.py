@@ -103,9 +103,13 @@ def job_of(pipe: Any, machine: threading.Lock | None = None, prompt: str = "red 
 
 
 def request_of(model: DemoModel, prompt: str = "red heart", *samplers: str, **values: Any) -> Request:
-    given: Any = dict(label=3, images=1, seed=0, guidance=2.0, temperature=1.0) | values
+    settings: Any = dict(
+        seed=0, guidance_scale=2.0, guidance_schedule="linear", temperature=1.0, top_k=0, top_p=1.0
+    )  # fmt: skip
+    settings |= {name: values.pop(name) for name in settings if name in values}
     chosen = [(s, {"steps": 4, "head_steps": 6, "window": 6}) for s in samplers or ("ar",)]
-    return checked(model, prompt, samplers=chosen, limits=Limits(), **given)
+    given: Any = dict(label=3, images=1) | values
+    return checked(model, prompt, samplers=chosen, settings=settings, limits=Limits(), **given)
 
 
 def alone(request: Request, number: int = 0) -> Any:
@@ -113,8 +117,7 @@ def alone(request: Request, number: int = 0) -> Any:
     model: Any = request.model.model
     model = model.model if isinstance(model, Stepped) else model
     return model.generate(
-        request.condition, sampler=request.samplers[number], seed=request.seed, guidance_scale=request.guidance,
-        temperature=request.temperature, num_images=request.images,
+        request.condition, sampler=request.samplers[number], num_images=request.images, params=request.params,
     )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ def test_the_widest_window_under_the_interpreter() -> None:
 
 
 @needs_triton
-def test_a_wider_window_and_a_exponential_noise_that_is_made_take_the_plain_rules(
+def test_a_wider_window_and_noise_that_is_made_take_the_plain_rules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*arguments: object) -> None:

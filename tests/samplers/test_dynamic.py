@@ -8,11 +8,10 @@ from torch import Tensor
 
 from visar.engine.drafter import SessionDrafter
 from visar.engine.rng import Noise
-from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.eval.exactness.tabular import TabularModel, TabularSession
-from visar.samplers import DynamicSpeculative, Speculative, State, Target
+from visar.samplers import DynamicSpeculative, State, Target
 from visar.samplers.dynamic import LEVELS, level
 
 MODEL = TabularModel.markov(4, 12, seed=3)
@@ -38,14 +37,12 @@ def test_what_was_never_tried_is_drafted_to_the_end() -> None:
     session, state = begun(DynamicSpeculative(gamma=5), MODEL)
     DynamicSpeculative(gamma=5).step(session, state)
     assert session.inputs == 6 and bool((session.lengths == 6).all())  # the drafter is the target: all stands
-    assert state.seen is not None
     assert torch.equal(state.seen[0], state.seen[1]) and bool((state.seen[0].sum(-1) == 5).all())
 
 
 def test_a_drafter_that_fails_is_asked_for_less() -> None:
     sampler = DynamicSpeculative(gamma=5, stop=0.3)
     session, state = begun(sampler, MODEL)
-    assert state.seen is not None
     state.seen[0].fill_(9.0)  # of nine drafts at every level none stood
     sampler.step(session, state)
     assert session.inputs == 2
@@ -58,7 +55,6 @@ def test_drafts_after_the_end_of_a_chain_are_never_committed() -> None:
     """Rows with chains of 1 and of 5 in one pass: the short ones commit two tokens at most."""
     sampler = DynamicSpeculative(gamma=5, stop=0.3)
     session, state = begun(sampler, MODEL)
-    assert state.seen is not None
     state.seen[0, 1:].fill_(9.0)
     sampler.step(session, state)
     assert session.lengths[0] == 6 and bool((session.lengths[1:] == 2).all())
@@ -68,7 +64,6 @@ def test_only_what_was_tested_is_counted() -> None:
     sampler = DynamicSpeculative(gamma=4)
     session, state = begun(sampler, TabularModel.markov(4, 12, seed=8), batch=64)
     sampler.step(session, state)
-    assert state.seen is not None
     tested, stood = state.seen.sum(-1)
     assert torch.equal(stood.long(), session.lengths - 1)
     assert torch.equal(tested.long(), session.lengths.clamp_max(4)) and bool((tested > stood).any())
@@ -88,10 +83,3 @@ def test_entropy_levels() -> None:
 def test_bad_input(fields: dict[str, float], message: str) -> None:
     with pytest.raises(VisarError, match=message):
         DynamicSpeculative(**fields)  # type: ignore[arg-type]
-
-
-def test_a_chain_of_fixed_length_learns_nothing() -> None:
-    session = TabularSession(MODEL, 2, 4)
-    session.drafter = SessionDrafter(TabularSession(MODEL, 2, 5))
-    state = Speculative(gamma=3).begin(session, Target(), Noise(0, torch.arange(2)))
-    assert state.seen is None and isinstance(session, Session)

@@ -22,6 +22,7 @@ from visar.samplers import ContinuousSpeculative, HeadSpeculation, MaskedAutoreg
 
 PROMPTS = ("a red heart, 3d", "a lion, 3d", "a green apple, 3d", "a pizza, 3d")
 SHARE = 0.4  # of the head rounds of plain decoding
+IMAGES = 64  # the mistake is at z = 17 with as many, which take 40 s of one core a sampler
 
 
 @cache
@@ -96,6 +97,6 @@ def ranked(sampler: Any, images: int) -> float:
 @pytest.mark.slow
 def test_ranks_on_the_shipped_weights() -> None:
     few: dict[str, Any] = {"steps": 4, "head_steps": 12}
-    assert abs(ranked(MaskedAutoregressive(**few), 512)) < EXACT_LIMIT
-    assert abs(ranked(HeadSpeculation(**few, draft=6), 512)) < EXACT_LIMIT
-    assert ranked(Untested(**few, draft=12, adaptive=False), 512) > MUTANT_LIMIT
+    assert abs(ranked(MaskedAutoregressive(**few), IMAGES)) < EXACT_LIMIT
+    assert abs(ranked(HeadSpeculation(**few, draft=6), IMAGES)) < EXACT_LIMIT
+    assert ranked(Untested(**few, draft=12, adaptive=False), IMAGES) > MUTANT_LIMIT

@@ -84,7 +84,9 @@ def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any
     return 0
 
 
-NOT_COMPARED = {"json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats"}
+NOT_COMPARED = {
+    "parser", "json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats",
+}  # fmt: skip
 
 
 def _history(options: argparse.Namespace) -> list[BenchmarkRun]:

@@ -1,4 +1,4 @@
-"""The boxes that say what is drawn: model, prompt or class, images, seed, guidance, temperature."""
+"""The boxes that say what is made: model, prompt or class, images, and a box for each setting of `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from visar.demo.models import DemoModel
-from visar.demo.requests import COLDEST, GUIDANCE, SEEDS, TEMPERATURE, Limits, Request, checked
+from visar.demo.requests import SEEDS, Limits, Request, checked, label_of, page_settings
 from visar.errors import VisarError
 
 PROMPTS = ["a red heart, 3d", "a lion, noto", "a green apple, flat", "a sailboat, 3d"]
@@ -33,52 +33,61 @@ class Conditions:
         self.label = gr.Number(0, label=_class_label(first), visible=bool(first.classes))
 
     def chances(self, limits: Limits) -> None:
-        """The boxes for images, seed, guidance and temperature."""
+        """The boxes for images and settings."""
         first = next(iter(self.models.values()))
+        self.settings: dict[str, Any] = {}
         with gr.Row():
             self.images = gr.Slider(1, limits.images, value=1, step=1, label="Images", visible=limits.images > 1)
             with gr.Column(min_width=140):
-                self.seed = gr.Number(0, label="Seed", elem_classes="visar-seed")
+                self.settings["seed"] = seed = gr.Number(0, label=label_of("seed"), elem_classes="visar-seed")
                 dice = gr.Button("Another seed", size="sm")
-        self.guidance = gr.Slider(0, GUIDANCE, value=first.guidance, step=0.1, label="Guidance", info="1 is none.")
-        self.temperature = gr.Slider(
-            COLDEST,
-            TEMPERATURE,
-            value=first.temperature,
-            step=0.05,
-            label="Temperature",
-            info="1 is the model as it is.",
-        )  # fmt: skip
-        dice.click(lambda: secrets.randbelow(SEEDS), None, self.seed, queue=False, api_visibility="private")
+        for name, about in page_settings().items():
+            if name not in self.settings:
+                self.settings[name] = _box(name, about, first)
+        dice.click(lambda: secrets.randbelow(SEEDS), None, seed, queue=False, api_visibility="private")
 
     @property
     def components(self) -> list[Any]:
-        return [self.model, self.prompt, self.label, self.images, self.seed, self.guidance, self.temperature]
+        return [self.model, self.prompt, self.label, self.images, *self.settings.values()]
 
     @property
     def dependent(self) -> list[Any]:
         """Those that depend on the model."""
-        return [self.prompt, self.examples, self.label, self.guidance, self.temperature]
+        return [self.prompt, self.examples, self.label, *(b for name, b in self.settings.items() if name != "seed")]
 
     def of_model(self, name: str) -> list[Any]:
         """Updates of `dependent` when this model was chosen."""
-        model = self.models[name]
+        model, about = self.models[name], page_settings()
         return [
             gr.update(visible=not model.classes),
             gr.update(visible=not model.classes),
             gr.update(visible=bool(model.classes), label=_class_label(model)),
-            model.guidance,
-            model.temperature,
+            *(gr.update(**_shown(s, about[s], model)) for s in self.settings if s != "seed"),
         ]
 
     def request(self, values: Sequence[Any], samplers: list[tuple[str, dict[str, Any]]], limits: Limits) -> Request:
         """What the values of `components` ask for; a `VisarError` where it is not allowed."""
-        name, prompt, label, images, seed, guidance, temperature = values
+        name, prompt, label, images, *rest = values
         if not isinstance(name, str) or name not in self.models:
             raise VisarError(f"There is no model {name!r} here; there are {', '.join(self.models)}.")
-        return checked(
-            self.models[name], prompt, label, samplers, images, seed, guidance, temperature, limits
-        )  # fmt: skip
+        settings = dict(zip(self.settings, rest, strict=True))
+        return checked(self.models[name], prompt, label, samplers, images, settings, limits)
+
+
+def _shown(name: str, about: Mapping[str, Any], model: DemoModel) -> dict[str, Any]:
+    """A setting's value on a model, and whether the model has it."""
+    has = about["only"] in ("", model.tokens)
+    unused = about["choices"][0] if about["choices"] else about["slider"][0]
+    return {"value": model.default(name) if has else unused, "visible": has}
+
+
+def _box(name: str, about: Mapping[str, Any], model: DemoModel) -> Any:
+    info = f"{about['help'][:1].upper()}{about['help'][1:]}."
+    common: dict[str, Any] = {"label": label_of(name), "info": info, **_shown(name, about, model)}
+    if about["choices"]:
+        return gr.Dropdown(list(about["choices"]), **common)
+    low, high, step = about["slider"]
+    return gr.Slider(low, high, step=step, **common)
 
 
 def _class_label(model: DemoModel) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.generation.model import ImageModel
+from visar.params import SamplingParams
 from visar.samplers import DEFAULTS, spec_of
 
 
@@ -29,7 +30,7 @@ class DemoModel:
 
     @property
     def default_sampler(self) -> str:
-        return DEFAULTS[self.model.family.tokens]
+        return DEFAULTS[self.tokens]
 
     @property
     def baseline(self) -> str:
@@ -37,12 +38,13 @@ class DemoModel:
         return next(name for name in ("ar", "mar") if name in self.samplers)
 
     @property
-    def guidance(self) -> float:
-        return float(self.model.family.defaults.guidance_scale or 1.0)
+    def tokens(self) -> str:
+        """The kind of its tokens."""
+        return self.model.family.tokens
 
-    @property
-    def temperature(self) -> float:
-        return float(self.model.family.defaults.temperature or 1.0)
+    def default(self, setting: str) -> Any:
+        """Its own value of a setting of `SamplingParams`."""
+        return getattr(SamplingParams().resolved(self.model.family.defaults), setting)
 
     def parameters(self, sampler: str) -> dict[str, Any]:
         """A sampler's defaults on this model: no more passes than it has tokens."""

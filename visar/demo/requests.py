@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any
 
 from visar.demo.models import DemoModel
 from visar.errors import VisarError, unknown
+from visar.params import SamplingParams
 from visar.samplers import get_sampler, values_of
 from visar.samplers.parameters import parameters_of
 
 SEEDS = 2**31  # fewer than there are: whole numbers that every browser shows as they are
-GUIDANCE, COLDEST, TEMPERATURE = 20.0, 0.05, 5.0
 TEXT = 400  # characters of a sampler's parameter
 
 
@@ -34,17 +34,16 @@ class Request:
     condition: str | int
     samplers: tuple[Any, ...]
     images: int
-    seed: int
-    guidance: float
-    temperature: float
-    settings: dict[str, Any] = field(init=False)
+    params: SamplingParams
 
-    def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "settings",
-            dict(num_images=self.images, seed=self.seed, guidance_scale=self.guidance,
-                 temperature=self.temperature),
-        )  # fmt: skip
+    @property
+    def seed(self) -> int:
+        return self.params.seed or 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the model's call is told besides condition, sampler and callback."""
+        return {"params": self.params, "num_images": self.images}
 
     @property
     def tokens(self) -> int:
@@ -68,28 +67,49 @@ class Request:
         return f"class {self.condition}" if isinstance(self.condition, int) else self.condition
 
 
+def page_settings(tokens: str | None = None) -> dict[str, Any]:
+    """The metadata of the settings that the page has boxes for, by name; of those for one kind of tokens, or of all."""
+    found = {f.name: f.metadata for f in fields(SamplingParams) if f.metadata["flag"]}
+    return {name: m for name, m in found.items() if tokens is None or m["only"] in ("", tokens)}
+
+
+def label_of(setting: str) -> str:
+    """What the page calls a setting."""
+    return setting[:1].upper() + setting[1:].replace("_", " ")
+
+
 def checked(
     model: DemoModel,
     prompt: str | None,
     label: float | None,
     samplers: Sequence[tuple[str, Mapping[str, Any]]],
     images: float | None,
-    seed: float | None,
-    guidance: float | None,
-    temperature: float | None,
+    settings: Mapping[str, Any],
     limits: Limits,
 ) -> Request:
     """The request, or a `VisarError` that says what is allowed.
 
-    `samplers`: names with the values of their parameters; values of parameters that a sampler has not are left out.
-    `label` is the class, where the model draws classes, and `prompt` is not read then.
+    `samplers`: names with the values of their parameters; values of parameters that a sampler has not are left out, as
+    are `settings` that the model has not. `label` is the class, where the model takes classes, and `prompt` is not read
+    then.
     """
     condition = _whole("The class", label, 0, model.classes - 1) if model.classes else _text(prompt, limits)
-    return Request(
-        model, condition, tuple(_sampler(model, name, values) for name, values in samplers),
-        _whole("The number of images", images, 1, limits.images), _whole("The seed", seed, 0, SEEDS - 1),
-        _number("Guidance", guidance, 0, GUIDANCE), _number("The temperature", temperature, COLDEST, TEMPERATURE),
-    )  # fmt: skip
+    chosen = tuple(_sampler(model, name, values) for name, values in samplers)
+    count = _whole("The number of images", images, 1, limits.images)
+    given = {name: _setting(name, about, settings.get(name)) for name, about in page_settings(model.tokens).items()}
+    return Request(model, condition, chosen, count, SamplingParams(**given))
+
+
+def _setting(name: str, about: Mapping[str, Any], value: Any) -> Any:
+    what = label_of(name)
+    if about["choices"]:
+        if value not in about["choices"]:
+            raise VisarError(f"{what} must be {' or '.join(about['choices'])}, not {str(value)[:TEXT]!r}.")
+        return value
+    if about["slider"] is None:
+        return _whole(what, value, 0, SEEDS - 1)
+    low, high, step = about["slider"]
+    return (_whole if step == 1 else _number)(what, value, low, high)
 
 
 def _text(prompt: Any, limits: Limits) -> str:

@@ -22,7 +22,7 @@ from visar.engine.loop import Decoded, Snapshot, decode
 from visar.errors import VisarError
 from visar.families.base import Family
 from visar.families.registry import family_of
-from visar.families.source import Source, open_source
+from visar.families.source import Source, check_condition, open_source
 from visar.generation import continuous, discrete
 from visar.generation.drafting import Drafters
 from visar.generation.output import ImageOutput, as_output, checked_output
@@ -61,7 +61,9 @@ class ImageModel:
         Raises `VisarError` for what is not there, is damaged, or is of no known family.
         """
         source = name if isinstance(name, Source) else open_source(name, **options)
-        return cls(family_of(source).load(source), source.folder)
+        family = family_of(source).load(source)
+        check_condition(source.name, family.condition, source.condition)
+        return cls(family, source.folder)
 
     @staticmethod
     def of(model: Any) -> ImageModel:

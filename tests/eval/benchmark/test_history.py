@@ -102,13 +102,14 @@ def test_another_file_is_an_error(tmp_path: Path, line: str) -> None:
 
 def test_the_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "runs.jsonl"
-    given = ["bench", "--model", str(text_folder), "--samplers", "ar", "--num-images", "1", "--repeats", "1"]
+    given = ["bench", "--model", str(text_folder), "--samplers", "ar", "-n", "1", "--repeats", "1"]
     assert main([*given, "--history", str(file), "--against", str(file)]) == 0
     assert "None of 0 earlier runs is comparable" in capsys.readouterr().out
     assert main([*given, "--history", str(file), "--against", str(file)]) == 0
     assert "\nar       1.00  " in capsys.readouterr().out and len(history.load(file)) == 2
-    assert main([*given, "--against", str(file), "--temperature", "0.5"]) == 0
-    assert "None of 2 earlier runs is comparable" in capsys.readouterr().out and len(history.load(file)) == 2
+    assert main([*given, "--against", str(file), "--temperature", "0.5", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"] and "None of 2 earlier runs is comparable" in err and len(history.load(file)) == 2
     (tmp_path / "other.txt").write_text("a letter\n")
     for more, message in (
         (("--profile", "--history", str(file)), "go with neither --shapes nor --profile"),

@@ -30,6 +30,7 @@ from visar.samplers import SAMPLERS, SpeculativeJacobi, State, get_sampler, samp
 from visar.samplers.verification import StepNoise, Verified
 
 SEQUENCES = 32_768
+FEWER = SEQUENCES // 2  # a bias that is at MUTANT_LIMIT with SEQUENCES is at half of it here, beyond EXACT_LIMIT
 PLAIN = CASES[0]
 
 
@@ -45,7 +46,7 @@ EXACT = distinct()
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("eagle-top", "speculative-tree") else []) for n in EXACT]
 )
 def test_exact_samplers_have_the_joint_distribution(name: str) -> None:
-    rows = verify([name], SEQUENCES, seed=0, mutants=False)
+    rows = verify([name], FEWER, seed=0, mutants=False)
     has_init = hasattr(get_sampler(name), "init")
     assert len(rows) == sum(has_init or c.init == "uniform" for c in CASES)
     assert not [r for r in rows if not r.passed]
