@@ -206,7 +206,7 @@ def continuous_speed(run: Run) -> Iterator[Check]:
     for batch in (1,) if run.dry else (1, 8):
         for r in compare(pipe, samplers, batch=batch, images=1 if run.dry else max(batch, 2), repeats=1).rows:
             assert r.head is not None
-            figure = f"{r.head.rounds_per_pass:.1f} head rounds/pass, {r.seconds_per_image:.3f} s/image"
+            figure = f"{r.head.calls_per_pass:.1f} head rounds/pass, {r.seconds_per_image:.3f} s/image"
             yield Check(f"icons-mar, batch {batch}, {r.sampler}", f"{figure}, {r.time_ratio:.2f} of mar's time")
 
 

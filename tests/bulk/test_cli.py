@@ -113,7 +113,7 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
              "--set", "steps=4", "--set", "head_steps=6", "--batch", 2, "--out", tmp_path / "a"]  # fmt: skip
     assert run(*given) == 0
     lines = manifest(tmp_path / "a")
-    assert [line["index"] for line in lines] == [0, 0, 1, 1] and lines[0]["stats"]["head_rounds"] == 16  # 4 of 6 steps
+    assert [line["index"] for line in lines] == [0, 0, 1, 1] and lines[0]["stats"]["denoiser_calls"] == 16  # 4 of 6 steps
     assert len(set(images(tmp_path / "a").values())) == 4
     (tmp_path / "a" / "000002.png").unlink()
     before = images(tmp_path / "a")

@@ -174,7 +174,7 @@ class Visitor:
         return self.wait("done, ")
 
     def figure(self, name: str, where: str = "#figures") -> float:
-        text = self.page.inner_text(f'{where} [data-figure="{name}"]')
+        text = self.page.inner_text(f'{where} [data-metric="{name}"]')
         return float(text.replace(",", ""))
 
     def images(self, where: str = "#images") -> list[Image.Image]:
@@ -296,7 +296,7 @@ def test_words_that_are_not_known_are_told(visitor: Visitor) -> None:
 def test_compare(visitor: Visitor, pipe: TextToImagePipeline) -> None:
     visitor.page.get_by_role("tab", name="Compare").click()
     visitor.page.click("#compare")
-    visitor.page.wait_for_selector('#compare-ratio [data-figure="NFE ratio"]')
+    visitor.page.wait_for_selector('#compare-ratio [data-metric="NFE ratio"]')
     nfes = []
     for side, sampler in (("left", "ar"), ("right", "scd")):
         images, nfe = expected(pipe, "a red heart, 3d", sampler=sampler, seed=0)

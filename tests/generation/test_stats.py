@@ -23,7 +23,7 @@ from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 
 def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> DecodeStats:
     masked = dict(
-        head_steps=100, head_rounds=700, rounds_per_pass=70.04, evaluations_per_token=81.6, tested=50, accepted=20
+        denoising_steps=100, denoiser_calls=700, calls_per_pass=70.04, evaluations_per_token=81.6, tested=50, accepted=20
     )
     made = kind(
         sampler="sjd", parameters={"window": 16, "init": "uniform"}, exact=True, exactness="exact", seed=7,

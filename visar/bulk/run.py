@@ -195,7 +195,7 @@ def _line(order: Interleaved, i: int, row: int, stats: DecodeStats) -> Line:
         "draft_seconds": None if stats.draft_seconds is None else stats.draft_seconds / stats.images,
     }
     if isinstance(stats, MaskedStats):
-        figures["head_rounds"] = stats.head_rounds
+        figures["denoiser_calls"] = stats.denoiser_calls
     line: Line = {"id": f"{i:06d}", "file": f"{i:06d}.png", order.kind: condition.value}
     if condition.id is not None:
         line["prompt_id"] = condition.id

@@ -69,13 +69,13 @@ def figures(stats: DecodeStats | None) -> str:
         ("seconds", f"{stats.seconds:.2f}", "of decoding" + _capture(stats)),
     ]
     if isinstance(stats, MaskedStats):
-        tiles.append(("head rounds per pass", f"{stats.rounds_per_pass:.1f}", f"of {stats.head_steps} steps"))
+        tiles.append(("denoiser calls per pass", f"{stats.calls_per_pass:.1f}", f"of {stats.denoising_steps} steps"))
     cells = "".join(
-        f'<div><dt>{name}</dt><dd data-figure="{name}">{value}</dd><small>{what}</small></div>'
+        f'<div><dt>{name}</dt><dd data-metric="{name}">{value}</dd><small>{what}</small></div>'
         for name, value, what in tiles
     )
     kind = exactness(stats.sampler, stats.exactness)
-    return f'<dl class="visar-figures">{cells}</dl><p class="visar-exactness">{kind}</p>'
+    return f'<dl class="visar-metrics">{cells}</dl><p class="visar-exactness">{kind}</p>'
 
 
 def exactness(name: str, kind: str) -> str:
@@ -94,8 +94,8 @@ def ratio(frames: Mapping[str, Frame]) -> str:
     passes, seconds = other.nfe / base.nfe, _seconds(other) / _seconds(base)
     text = (
         f'<p class="visar-ratio"><b>{html.escape(right)}</b> against <b>{html.escape(left)}</b>: '
-        f'<b data-figure="NFE ratio">{passes:.2f}</b> of the passes ({other.nfe} and {base.nfe}), '
-        f'<b data-figure="time ratio">{seconds:.2f}</b> of the time '
+        f'<b data-metric="NFE ratio">{passes:.2f}</b> of the passes ({other.nfe} and {base.nfe}), '
+        f'<b data-metric="time ratio">{seconds:.2f}</b> of the time '
         f"({_seconds(other):.2f} s and {_seconds(base):.2f} s). One run on this machine, one after the other.</p>"
     )
     if base.exact and other.exact:

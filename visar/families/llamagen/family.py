@@ -174,7 +174,7 @@ class LlamaGenFamily(DiscreteFamily):
     @property
     def bytes_per_pass(self) -> int:
         embedding = self.gpt.tok_embeddings.weight
-        return super().bytes_per_pass - embedding.numel() * embedding.element_size()  # of which rows alone are read
+        return super().bytes_per_pass - embedding.numel() * embedding.element_size()  # a pass reads only rows of it
 
     def bytes_per_image(self, window: int, guided: bool) -> int:
         slots = min(self.gpt.config.condition_length, 2) + self.layout.length + window
