@@ -43,7 +43,8 @@ class HeadSpeculation(MaskedAutoregressive):
 
     def sample(self, session: MaskedSession, denoiser: Denoiser, condition: Tensor, bank: NoiseBank) -> Tensor:
         if denoiser.temperature == 0:
-            return denoiser.denoise(condition, bank.start, bank.steps)  # without noise there are no densities to compare
+            # Without noise there are no densities to compare.
+            return denoiser.denoise(condition, bank.start, bank.steps)
         device, total = bank.start.device, len(bank.start)
         uniforms = bank.uniforms()
         out = torch.empty_like(bank.start)

@@ -11,7 +11,7 @@ import torch
 from tests.eval.exactness.test_ranks import tiny
 from tests.helpers.recording import Recorder
 from tests.helpers.worlds import LARGE, conditions_of, made, session_of, world
-from visar.engine.graphs import WARM, Graph, SessionCache, RowGraphs, Rows, refill
+from visar.engine.graphs import WARM, Graph, RowGraphs, Rows, SessionCache, refill
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise

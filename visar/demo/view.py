@@ -1,4 +1,4 @@
-"""What a visitor sees of a frame, as HTML that loads nothing: images, maps, curves, figures and sentences."""
+"""Frames as HTML that loads nothing: images, maps, curves, metrics and sentences."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from visar.viz import Curve, commit_curve, heat_map, to_svg
 
 IN_WORDS = {
     "exact": "Exact: images have the distribution of plain sampling.",
-    "relaxed": "Relaxed: images have another distribution than plain sampling gives.",
+    "relaxed": "Relaxed: images do not have the distribution of plain sampling.",
 }
 
 
 def images(request: Request | None, frame: Frame | None, label: str = "", most: int | None = None) -> str:
-    """Every image beside the map of tokens kept by each pass; grey is what is not decided yet.
+    """Each image next to its map of accepted tokens per pass, under the heading `label`.
 
-    Headed by `label`; the colours of the map end at `most` tokens.
+    The colours of the map end at `most` tokens.
     """
     if frame is None or request is None:
         what = f"{label}: waits for the other" if label else "Images appear here while they are decoded"
@@ -40,10 +40,10 @@ def images(request: Request | None, frame: Frame | None, label: str = "", most: 
         if done:
             shown = f'<a href="{source}" download="{name}" title="Save as PNG">{shown}</a>'
         caption = f"image {i + 1}" if len(frame.images) > 1 else ("click to save it" if done else "being decoded")
-        drawn = to_svg(heat_map(frame.commit_pass, i, most=most, missing="given" if done else "not yet"))
+        plot = to_svg(heat_map(frame.commit_pass, i, most=most, missing="given" if done else "not yet"))
         cells.append(
             f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
-            f'<figure class="visar-map">{drawn}<figcaption>tokens kept by each pass</figcaption></figure>'
+            f'<figure class="visar-map">{plot}<figcaption>tokens accepted by each pass</figcaption></figure>'
         )
     head = f'<h4 class="visar-head">{html.escape(label)}</h4>' if label else ""
     return head + "".join(f'<div class="visar-row">{cell}</div>' for cell in cells)
@@ -51,15 +51,15 @@ def images(request: Request | None, frame: Frame | None, label: str = "", most: 
 
 def curves(frames: Mapping[str, Frame], length: int) -> str:
     """Committed tokens against passes and seconds, a curve for each sampler."""
-    drawn = [
+    runs = [
         Curve(label, frame.passes, frame.tokens, frame.seconds)  # type: ignore[arg-type]
         for label, frame in frames.items()
     ]
-    return f'<div class="visar-curves">{to_svg(commit_curve(drawn, length))}</div>' if drawn else ""
+    return f'<div class="visar-curves">{to_svg(commit_curve(runs, length))}</div>' if runs else ""
 
 
-def figures(stats: DecodeStats | None) -> str:
-    """The figures of a decoding, each with its unit, and in words whether it is exact; None before its end."""
+def metrics(stats: DecodeStats | None) -> str:
+    """The metrics of a decoding with units, and whether it is exact; empty before its end."""
     if stats is None:
         return ""
     tiles = [
@@ -86,7 +86,7 @@ def exactness(name: str, kind: str) -> str:
 
 
 def ratio(frames: Mapping[str, Frame]) -> str:
-    """Two runs in a sentence, passes and time apart; nothing before both are done."""
+    """A sentence that compares passes and time of two runs; empty before both are done."""
     done = [(name, frame.stats) for name, frame in frames.items() if frame.stats is not None]
     if len(done) < 2:
         return ""
@@ -101,13 +101,13 @@ def ratio(frames: Mapping[str, Frame]) -> str:
     if base.exact and other.exact:
         text += (
             "<p>Both are exact. Equal seeds need not give equal images: exact means that the images of all seeds "
-            "together have one distribution, not that two samplers give the same one.</p>"
+            "together have one distribution, not that two samplers give the same image.</p>"
         )
     return text
 
 
 def progress(label: str, frame: Frame, others: Mapping[str, Frame] = MappingProxyType({})) -> str:
-    """Where a sampler is, or that it is done, and so are the `others`."""
+    """The progress of a sampler, and whether it and the `others` are done."""
     if frame.stats is None:
         return status(f"{label}: {frame.passes[-1]} passes, {frame.tokens[-1]:.0f} tokens.", "busy")
     said = f"{label}: done, {frame.stats.nfe} passes in {frame.stats.seconds:.2f} seconds."

@@ -73,7 +73,7 @@ class Graph:
             except RuntimeError as error:
                 self._failed = True
                 reason = str(error).splitlines()[0]
-                logging.getLogger("visar").warning("A step could not be captured as a CUDA graph, and is slower: %s", reason)
+                logging.getLogger("visar").warning("A step could not be captured, so it is slower: %s", reason)
                 step()
                 return
             self.seconds += time.perf_counter() - start

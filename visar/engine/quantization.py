@@ -60,7 +60,7 @@ def integer_product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> 
     rows, own = planes(x)
     out = torch.ops.onednn.qlinear_pointwise(
         rows, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )  # fmt: skip
+    )
     hi, lo = out.chunk(2)
     return torch.add(lo, hi, alpha=128).mul_(own)
 

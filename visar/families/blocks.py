@@ -89,7 +89,7 @@ def _middle(width: int, groups: int) -> nn.ModuleList:
 class Encoder(nn.Module):
     """Images [B, 3, H, W] to maps [B, outputs, h, w]; one level for each of `widths`, the largest map first.
 
-    `channels` is the width before the first level; with `attention` the last level has attention after every residual block.
+    `channels` is the width before the first level; `attention` adds it after each block of the last level.
     """
 
     def __init__(

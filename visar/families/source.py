@@ -140,9 +140,13 @@ def _files(
         if not file.is_file():
             raise VisarError(f"There is no weights file {file}.")
     return Source(
-        str(name), files=files, image_size=image_size, num_heads=num_heads, text_encoder=text_encoder,
+        str(name),
+        files=files,
+        image_size=image_size,
+        num_heads=num_heads,
+        text_encoder=text_encoder,
         condition=condition,
-    )  # fmt: skip
+    )
 
 
 def check_condition(name: str, own: str, wanted: str | None) -> None:
@@ -185,10 +189,14 @@ def download(hub_id: str, hub: HubOptions, subfolder: str | None = None) -> Path
     try:
         return Path(
             snapshot_download(
-                hub_id, revision=hub.revision, cache_dir=hub.cache_dir, token=hub.token,
-                local_files_only=hub.local_files_only, allow_patterns=wanted,
+                hub_id,
+                revision=hub.revision,
+                cache_dir=hub.cache_dir,
+                token=hub.token,
+                local_files_only=hub.local_files_only,
+                allow_patterns=wanted,
             )
-        )  # fmt: skip
+        )
     except Exception as error:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
 

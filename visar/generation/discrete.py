@@ -67,6 +67,9 @@ def target_of(family: DiscreteFamily, params: SamplingParams) -> Target:
         forced = own if forced is None else torch.where(own >= 0, own, forced.long())
     allowed = {} if family.allowed is None else {"allowed": family.allowed}
     return Target(
-        1.0 if params.temperature is None else params.temperature, params.top_k or 0,
-        1.0 if params.top_p is None else params.top_p, None if forced is None else forced.long(), **allowed,
-    )  # fmt: skip
+        1.0 if params.temperature is None else params.temperature,
+        params.top_k or 0,
+        1.0 if params.top_p is None else params.top_p,
+        None if forced is None else forced.long(),
+        **allowed,
+    )

@@ -131,7 +131,7 @@ class ImageModel:
         return sampler
 
     def params_of(self, params: SamplingParams | None = None, **settings: Any) -> SamplingParams:
-        """The settings of a call, with this model's defaults. Raises `VisarError` for one that the model does not have."""
+        """The settings of a call, with this model's defaults. Raises `VisarError` for one that it does not have."""
         asked = SamplingParams.of(params, **settings)
         asked.check(self.family.tokens)
         return asked.resolved(self.family.defaults)

@@ -87,6 +87,8 @@ def joined(outputs: Sequence[ImageOutput]) -> ImageOutput:
     elif isinstance(first, np.ndarray):
         images = np.stack(images)
     return ImageOutput(
-        images, torch.cat([o.tokens for o in outputs]), torch.cat([o.commit_pass for o in outputs]),
+        images,
+        torch.cat([o.tokens for o in outputs]),
+        torch.cat([o.commit_pass for o in outputs]),
         outputs[0].stats.joined([o.stats for o in outputs[1:]]),
-    )  # fmt: skip
+    )

@@ -22,8 +22,8 @@ class Progress:
 
     `tokens` [B, N], of a masked model [B, N, d]; tokens that are not committed yet are drafts. `commit_pass` [B, N] is
     the pass that committed each token, -1 if none has; `lengths` [B] the number of committed tokens, in raster order up
-    to the first gap, or at any positions in a masked model. `known` [B, N] marks committed and given tokens. The tensors
-    are copies. An exception in a callback stops the decoding and reaches the caller.
+    to the first gap, or at any positions in a masked model. `known` [B, N] marks committed and given tokens. The
+    tensors are copies. An exception in a callback stops the decoding and reaches the caller.
     """
 
     passes: int

@@ -44,9 +44,11 @@ class Call(NamedTuple):
         target = c.family.drafting
         kind = None if c.drafter is None else kind_of(c.drafter, target)
         made = c.family.session(
-            c.encoded, window=c.method.window, guidance=c.guidance,
+            c.encoded,
+            window=c.method.window,
+            guidance=c.guidance,
             aux_layers=None if kind is None else kind.aux_layers(c.drafter),
-        )  # fmt: skip
+        )
         made.codebook = c.family.codebook
         if kind is not None:
             depth: int = c.method.depth  # type: ignore[attr-defined]
@@ -78,7 +80,7 @@ class Sessions:
             if session.drafter is not None:
                 session.drafter.start(*call.encoded)
         result = decode(session, graph)
-        self.cache.give(key, session, graph)  # only after success: a failed decoding leaves the buffers in an unknown state
+        self.cache.give(key, session, graph)  # only after success: a failure leaves unknown buffers
         return session, result
 
     def _made(self, call: Call) -> Session:

@@ -150,10 +150,10 @@ class DecodeStats:
 class MaskedStats(DecodeStats):
     """Metrics of a masked model, whose passes each call the diffusion head many times in sequence.
 
-    `denoising_steps` is T, the steps that are left of those asked for. `denoiser_calls`: sequential calls of the target's
-    head, over all passes, and `calls_per_pass` their mean: T in plain decoding. `evaluations_per_token`: rows of those
-    calls for each sampled token, T in plain decoding. `tested` and `accepted` count drafts, up to and with the first
-    that is rejected.
+    `denoising_steps` is T, the steps that are left of those asked for. `denoiser_calls`: sequential calls of the
+    target's head, over all passes, and `calls_per_pass` their mean: T in plain decoding. `evaluations_per_token`: rows
+    of those calls for each sampled token, T in plain decoding. `tested` and `accepted` count drafts, up to and with the
+    first that is rejected.
     """
 
     denoising_steps: int

@@ -213,7 +213,7 @@ class ImagePipeline(DiffusionPipeline):
         self.image_model.load_drafter(path)
 
     def usable_samplers(self) -> list[str]:
-        """Names of the samplers that decode it as it is: those that need no drafter, or one that is there."""
+        """Names of the samplers that need no drafter, or one that the model has."""
         return self.image_model.usable_samplers()
 
     def quantize(self, weights: str) -> None:

@@ -63,7 +63,7 @@ class ClassToImagePipeline(ImagePipeline):
         num_inference_steps: int | None = None,
         **settings: Any,
     ) -> ImageOutput:
-        """Decode `num_images_per_prompt` images for each class id. Other arguments are those of `TextToImagePipeline`."""
+        """Decode `num_images_per_prompt` images for each class id. See `TextToImagePipeline` for the rest."""
         return self._generate(
             class_labels, num_images_per_prompt=num_images_per_prompt, params=params, generator=generator,
             height=height, width=width, callback_on_step_end=callback_on_step_end,

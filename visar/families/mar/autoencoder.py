@@ -99,10 +99,13 @@ class KLAutoencoder(Component):
         try:
             with unfilled():
                 made = cls(
-                    tuple(config["block_out_channels"]), config["layers_per_block"], config["latent_channels"],
-                    config["norm_num_groups"], config["down_block_types"][-1].startswith("Attn"),
+                    tuple(config["block_out_channels"]),
+                    config["layers_per_block"],
+                    config["latent_channels"],
+                    config["norm_num_groups"],
+                    config["down_block_types"][-1].startswith("Attn"),
                     config["scaling_factor"],
-                )  # fmt: skip
+                )
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise VisarError(f"{path} has no configuration of an AutoencoderKL: {error!r}.") from error
         own = made.state_dict()

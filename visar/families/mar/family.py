@@ -54,8 +54,10 @@ class MARFamily(ContinuousFamily):
             guidance_scale = 3.0 if text else 2.9
         self.components = {"mar": mar, "vae": vae} | ({"text_encoder": text_encoder} if text else {})
         self.settings = {
-            "guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule, "temperature": temperature,
-        }  # fmt: skip
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "temperature": temperature,
+        }
         self.defaults = SamplingParams(**self.settings)
         self.condition, self.classes = ("prompt", 0) if text else ("class", c.classes)
         self.layout, self.token_dim = Layout(c.grid, c.grid), c.token_dim
