@@ -106,7 +106,7 @@ def test_one_scale_for_two_maps() -> None:
     assert shared.to_rgba(2) == the_map(heat_map(many, most=8)).to_rgba(2) != alone.to_rgba(2)
     with pytest.raises(VisarError, match="A pass committed 8 tokens: most must be 8 or more, not 7"):
         heat_map(many, most=7)
-    with pytest.raises(VisarError, match="colours must go up to so many or more, not 0"):
+    with pytest.raises(VisarError, match="or more, not 0"):
         heat_map(torch.full((4,), -1), most=0)
 
 

@@ -297,8 +297,8 @@ def test_what_does_not_fit_a_layout(
         (geneval_run, "dpg", "new", "DPG-Bench names images by the item_id"),
         (tmp_path / "dot", "dpg", "new", "give each prompt an id without . / and \\, not 'a.b'."),
         (tmp_path / "two", "dpg", "new", "DPG-Bench takes 4 images of each prompt; sample with -n 4."),
-        (dpg_run, "dpg", "full", "is in the way: give a folder that is new or empty."),
-        (geneval_run, "geneval", "two.jsonl", "is in the way: give a folder that is new or empty."),
+        (dpg_run, "dpg", "full", "exists: give a folder that is new or empty."),
+        (geneval_run, "geneval", "two.jsonl", "exists: give a folder that is new or empty."),
         (dpg_run, "npz", "full", "is a folder; give a .npz file."),
         (tmp_path / "none", "npz", "a.npz", "holds no run of `visar sample`."),
     ):
