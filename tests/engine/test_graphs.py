@@ -81,8 +81,7 @@ def test_a_step_that_cannot_be_captured_is_taken_by_the_host(caplog: pytest.LogC
     same(found, plain)
     assert found.replays == 0
     assert [r.message for r in caplog.records] == [
-        "A step could not be captured, so it is slower: "
-        "CUDA error: operation not permitted when stream is capturing"
+        "A step could not be captured, so it is slower: CUDA error: operation not permitted when stream is capturing"
     ]
 
 

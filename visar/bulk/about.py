@@ -60,7 +60,7 @@ def method_of(sampler: Any) -> dict[str, Any]:
 
 
 def machine(model: ImageModel) -> dict[str, Any]:
-    """What rounding can depend on: device, threads and versions."""
+    """Device, threads and versions, on which rounding can depend."""
     device = model.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or "cpu",
@@ -74,7 +74,7 @@ def machine(model: ImageModel) -> dict[str, Any]:
 
 
 def changed(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> str:
-    """How a machine differs from the last one of a run, in words; "" if it is one of the run's machines."""
+    """The differences of a machine from the last one of a run, in words; "" if the run has used it."""
     if not old or new in old:
         return ""
     last = old[-1]

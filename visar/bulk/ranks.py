@@ -50,9 +50,9 @@ class Ranks:
             message = str(error)
         messages: list[str | None] = [None] * self.world
         dist.all_gather_object(messages, message, group=self.group)
-        told = next((m for m in messages if m is not None), None)
-        if told is not None:
-            raise (ToldElsewhere if self.rank else VisarError)(told)
+        first = next((m for m in messages if m is not None), None)
+        if first is not None:
+            raise (ToldElsewhere if self.rank else VisarError)(first)
         return result  # type: ignore[return-value]
 
     def first(self, step: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""What the engine and drafters ask of a transformer over image tokens: its layers, and the arithmetic of one pass."""
+"""The interface of a transformer over image tokens: its layers, and the arithmetic of one pass."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def decode(
     def step() -> None:
         sampler.step(session, state)
 
-    passes, told = 0, 0.0
+    passes, in_callbacks = 0, 0.0
     while True:
         if graph is None:
             step()
@@ -91,10 +91,10 @@ def decode(
                 synchronize(session.device)
             now, length = time.perf_counter(), session.length
             commits = state.commit_pass[:, :length]
-            callback(Snapshot(passes, now - start - told, state.tokens[:, :length], commits, session.lengths))
+            callback(Snapshot(passes, now - start - in_callbacks, state.tokens[:, :length], commits, session.lengths))
             if waits:
                 synchronize(session.device)
-            told += time.perf_counter() - now
+            in_callbacks += time.perf_counter() - now
         ending = passes >= fewest and (passes - fewest) % every == 0
         if ending or (session.watched and passes % every == 0):
             least = int(session.lengths.min())
@@ -103,7 +103,7 @@ def decode(
             if isinstance(session, Session) and session.watched and session.reached(least) and graph is not None:
                 graph.forget()
     synchronize(session.device)
-    seconds = time.perf_counter() - start - told
+    seconds = time.perf_counter() - start - in_callbacks
     session.check()
     if session.drafter is not None:
         session.drafter.check()

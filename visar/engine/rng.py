@@ -22,7 +22,7 @@ SPAN = made.SPAN  # positions, and passes
 
 
 class Purpose(IntEnum):
-    """What a random number is for. Numbers of different purposes are independent."""
+    """The purpose of a random number. Numbers of different purposes are independent."""
 
     STEP = 1  # a pass at a position: the uniforms of a test and of a sample, or a draft that enters the window
     INIT = 2  # the drafts of the first window; the noise that a continuous token starts from

@@ -128,7 +128,7 @@ class Family(ABC):
 
     @property
     def weights(self) -> str:
-        """How the weights are stored: "native", or as `quantize` rounded them."""
+        """The storage of the weights: "native", "int8" or "fp8"."""
         return "native"
 
     @property

@@ -1,4 +1,4 @@
-"""Where a model is: an embedded name, a folder, files, or a hub id. Nothing is loaded here."""
+"""The source of a model: an embedded name, a folder, files, or a hub id. Nothing is loaded here."""
 
 from __future__ import annotations
 

@@ -239,11 +239,11 @@ class ImageModel:
 
     def settings_of(self, params: SamplingParams) -> dict[str, Any]:
         """The settings of a call for its stats."""
-        told = {name: value for name, value in params.to_dict().items() if value is not None and name != "seed"}
-        told["dtype"] = str(self.dtype).removeprefix("torch.")
+        settings = {name: value for name, value in params.to_dict().items() if value is not None and name != "seed"}
+        settings["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.family.tokens == DISCRETE:
-            told["weights"] = self.family.weights  # 8-bit weights are another target model
-        return told | {"device": str(self.device)}
+            settings["weights"] = self.family.weights  # 8-bit weights are another target model
+        return settings | {"device": str(self.device)}
 
 
 @contextmanager

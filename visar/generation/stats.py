@@ -106,8 +106,8 @@ class DecodeStats:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as values that JSON supports."""
-        told: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return told | {"gb_per_second": self.gb_per_second}
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return values | {"gb_per_second": self.gb_per_second}
 
     def __str__(self) -> str:
         images = f"{self.images} image{'' if self.images == 1 else 's'}"

@@ -71,7 +71,7 @@ class KLAutoencoder(Component):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """As other components, and from the folder of a diffusers `AutoencoderKL`."""
+        """As `Component.from_pretrained`; also reads the folder of a diffusers `AutoencoderKL`."""
         named, config = read_config(folder)
         if named != "AutoencoderKL":
             return super().from_pretrained(folder)

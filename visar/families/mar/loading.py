@@ -24,7 +24,7 @@ def load_mar(path: str | Path, *, ema: bool = True, num_heads: int | None = None
     """The MAR of a published file, in fp32, in evaluation mode and without gradients, on the CPU.
 
     A checkpoint has the weights twice; `ema` takes the averaged ones, which gave the published results. A file of
-    weights only is taken as it is. `num_heads` is needed only for sizes that were never published.
+    weights only is read as such. `num_heads` is needed only for sizes that were never published.
 
     Raises `VisarError` for a checkpoint without averaged weights, as `load_state` does, and for a tensor that is
     missing, unexpected or of another shape.
