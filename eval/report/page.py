@@ -29,9 +29,9 @@ figcaption { font-size: 13px; color: #555; max-width: 14rem; }
 .changed { color: #a40000; } .same { color: #2d6a2d; }
 """
 HEADER = (
-    "sampler", "exact", "NFE", "tokens per pass", "ms per pass", "s per image", "NFE ratio", "time ratio",
+    "sampler", "distribution", "NFE", "tokens per pass", "ms per pass", "s per image", "NFE ratio", "time ratio",
     "same images", "same tokens", "energy distance", "seen from", "p", "from the reference", "change of score",
-    "verdict",
+    "result",
 )  # fmt: skip
 
 
@@ -101,9 +101,9 @@ def _facts(report: Report) -> list[str]:
         f"{c.images} images of {c.prompts} prompts by {report.model}, seed {report.seed}"
         + (f", {settings}." if settings else "."),
         f"Compared with {first} under the same seed, image by image; {first} itself with its own seed "
-        f"{report.seed + 1}, which is what chance does.",
-        f"Energy distances of {c.features} features (weights {c.weights[:12]}): 0 on average where the law is one, so "
-        "below 0 as often as above. p: of relabelling within pairs, and of scores, times the number of tests.",
+        f"{report.seed + 1}, which shows chance.",
+        f"Energy distances of {c.features} features (weights {c.weights[:12]}): 0 on average where distributions are "
+        "equal, so below 0 as often as above. p: of permutations within pairs, and of scores, times the number of tests.",
         f"Speed: {s.device}, {s.dtype}, {s.threads} threads, batch {s.batch}, {s.images} images, in one run; ratios "
         f"are against {first}. Intervals are of 95%.",
     ]

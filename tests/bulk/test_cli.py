@@ -160,7 +160,7 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
         ("--prompts TMP/p.txt --guidance-scale nan", "--guidance-scale must be a finite number"),
         ("--prompts TMP/p.txt --device cuda:99", "Device 'cuda:99' is not there"),
         ("--prompts TMP/p.txt --model icns", "Unknown model 'icns'. Did you mean 'icons'?"),
-        ("--classes 1", "makes images from a prompt: give prompts."),
+        ("--classes 1", "is called with a prompt, not a class; give prompts"),
         ("--classes 3-1", "Classes are given as 0-999 or 1,5,7-9, or as a file of these, not as '3-1'."),
         ("--classes 1,2,1", "Class 1 is given twice"),
         ("--classes 1,cat", "not as 'cat'."),

@@ -107,9 +107,7 @@ def test_published_class_files(tmp_path: Path) -> None:
     same.set_progress_bar_config(disable=True)
     assert torch.equal(tokens(same, [1, 6], guidance_scale=1.5), out.tokens)
     assert (pipe.config.guidance_scale, pipe.config.top_k) == (4.0, 2000)
-    with pytest.raises(
-        VisarError, match=r"gpt\.pt is called with a class, not a prompt; load it with visar.load, or ClassToImage"
-    ):
+    with pytest.raises(VisarError, match=r"gpt\.pt is called with a class, not a prompt; give --class"):
         TextToImagePipeline.from_single_file(tmp_path / "gpt.pt", vq=tmp_path / "vq.pt", num_heads=2)
     with pytest.raises(VisarError, match="multiple of 2 pixels, not 9"):
         ClassToImagePipeline.from_single_file(tmp_path / "gpt.pt", vq=tmp_path / "vq.pt", image_size=9)
@@ -126,9 +124,7 @@ def test_published_text_files(t5_folder: Path, tmp_path: Path) -> None:
     again = TextToImagePipeline.from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     assert torch.equal(tokens(again, ["red heart", "car"]), together)
-    with pytest.raises(
-        VisarError, match=r"gpt\.pt is called with a prompt, not a class; load it with visar.load, or TextToImage"
-    ):
+    with pytest.raises(VisarError, match=r"gpt\.pt is called with a prompt, not a class; give prompts"):
         ClassToImagePipeline.from_single_file(**files)
     other = published(tmp_path, text_gpt(length=6, features=12))
     with pytest.raises(VisarError, match=r"has features of 16, but .* was trained on features of 12"):
@@ -299,7 +295,7 @@ def test_names_that_lead_nowhere(class_folder: Path, tmp_path: Path, monkeypatch
     for name, message in {
         "icon": "Unknown model 'icon'. Did you mean 'icons'",
         tmp_path / "none": "There is no model folder",
-        class_folder: "class is called with a class, not a prompt; load it with visar.load, or ClassToImagePipeline",
+        class_folder: "class is called with a class, not a prompt; give --class or --classes",
         "owner/name": "Could not download 'owner/name' from the hub: ConnectionError",
     }.items():
         with pytest.raises(VisarError, match=message):

@@ -79,9 +79,7 @@ def fast(name: str) -> Any:
 
 def test_the_front_loads_the_masked_family(pipe: Any) -> None:
     assert type(pipe) is TextToImagePipeline and pipe.image_model.family.pixels == (6, 6)
-    with pytest.raises(
-        VisarError, match=r"is called with a prompt, not a class; load it with visar.load, or TextToImagePipeline"
-    ):
+    with pytest.raises(VisarError, match=r"is called with a prompt, not a class; give prompts"):
         ClassToImagePipeline.from_pretrained(pipe.image_model.folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from visar.errors import VisarError
@@ -118,13 +119,7 @@ def load_model(options: argparse.Namespace, condition: str | None = None) -> Ima
     from visar.generation.model import ImageModel
 
     device = device_of(options.device)
-    model = ImageModel.load(source_of(options))
-    own = model.family.condition
-    if condition is not None and own != condition:
-        wanted = "prompts" if own == "prompt" else "--class IDs (--classes for many)"
-        raise VisarError(
-            f"{options.model} makes images from {'a prompt' if own == 'prompt' else 'a class'}: give {wanted}."
-        )
+    model = ImageModel.load(replace(source_of(options), condition=condition))
     for drafter in getattr(options, "drafter", ()):
         model.load_drafter(drafter)
     model.to(device)

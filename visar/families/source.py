@@ -152,8 +152,11 @@ def _files(
 def check_condition(name: str, own: str, wanted: str | None) -> None:
     """Raise `VisarError` unless the `wanted` kind of condition, if any, is the model's `own`."""
     if wanted not in (None, own):
-        pipeline = "TextToImagePipeline" if own == "prompt" else "ClassToImagePipeline"
-        raise VisarError(f"{name} is called with a {own}, not a {wanted}; load it with visar.load, or {pipeline}.")
+        flag, pipeline = ("prompts", "Text") if own == "prompt" else ("--class or --classes", "Class")
+        raise VisarError(
+            f"{name} is called with a {own}, not a {wanted}; give {flag} on the command line, and use "
+            f"{pipeline}ToImagePipeline or visar.load in Python."
+        )
 
 
 def resolve(name_or_path: str | Path) -> Path | str:

@@ -5,6 +5,7 @@ The pipelines wrap it in diffusers' API; command line, demo, bulk runs and evalu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,10 +20,10 @@ from typing_extensions import Self
 
 from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
-from visar.errors import VisarError
+from visar.errors import NotInTraining, VisarError
 from visar.families.base import Family
 from visar.families.registry import family_of
-from visar.families.source import Source, open_source
+from visar.families.source import Source, check_condition, open_source
 from visar.generation import continuous, discrete
 from visar.generation.drafting import Drafters
 from visar.generation.output import ImageOutput, as_output, checked_output
@@ -61,7 +62,9 @@ class ImageModel:
         Raises `VisarError` for a missing or damaged model, or one of no known family.
         """
         source = name if isinstance(name, Source) else open_source(name, **options)
-        return cls(family_of(source).load(source), source.folder)
+        family = family_of(source).load(source)
+        check_condition(source.name, family.condition, source.condition)
+        return cls(family, source.folder)
 
     @staticmethod
     def of(model: Any) -> ImageModel:
@@ -169,6 +172,8 @@ class ImageModel:
         self._check_modules()
         with undisturbed(self.device), torch.inference_mode():
             encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
+            for note in self.family.notes(values):
+                warnings.warn(note, NotInTraining, stacklevel=2)
             noise = noise_of(keys, first_image, params.seed or 0, self.device)
             result, stats = RUN[self.family.tokens](self, encoded, noise, params, sampler, window, callback)
         # No inference mode: outputs are ordinary tensors.
