@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from visar.engine.chain import Chain
+from visar.engine.denoising import Denoiser
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
@@ -29,17 +29,17 @@ from visar.samplers.registry import Registered, register_sampler
 TRIALS = 64
 
 
-def last_step(chain: Chain, condition: Tensor, start: Tensor, normals: Tensor) -> tuple[Gaussian, Tensor]:
+def last_step(denoiser: Denoiser, condition: Tensor, start: Tensor, normals: Tensor) -> tuple[Gaussian, Tensor]:
     """The distribution of the last step [R, d] after the others, and the log of those others' standard deviations'
     product [R].
 
     `start` [R, d]; `normals` [R, T, d], of which the last are not used.
     """
     x, spread = start, start.new_zeros(len(start), dtype=torch.float64)
-    for i in range(chain.steps):
+    for i in range(denoiser.steps):
         step = torch.full((len(x),), i, device=x.device)
-        gaussian = Gaussian(*chain.kernel(x, step, chain.evaluate(x, step, condition)))
-        if i < chain.steps - 1:
+        gaussian = Gaussian(*denoiser.kernel(x, step, denoiser.evaluate(x, step, condition)))
+        if i < denoiser.steps - 1:
             x = gaussian.sample(normals[:, i])
             spread = spread + gaussian.std.double().log().sum(-1)
     return gaussian, spread
@@ -86,12 +86,12 @@ class ContinuousSpeculative(Registered):
         if target.temperature == 0:
             raise VisarError(f"Sampler {self.name!r} compares densities, and at temperature 0 there are none.")
         shape = (session.batch, session.length)
-        chain = session.chain(self.head_steps, target.temperature, self.latest, last_noise=True)
-        if not chain.last_noise:
+        denoiser = session.denoiser(self.head_steps, target.temperature, self.latest, last_noise=True)
+        if not denoiser.last_noise:
             raise VisarError(f"Sampler {self.name!r} compares densities, and this head's last step has no noise.")
         return MaskedState(
             target, noise, session.start.clone(), torch.full(shape, -1, dtype=torch.long, device=session.device),
-            chain, session.draft.chain(self.head_steps, target.temperature, self.latest, last_noise=True),
+            denoiser, session.draft.denoiser(self.head_steps, target.temperature, self.latest, last_noise=True),
         )  # fmt: skip
 
     def step(self, session: MaskedSession, state: MaskedState) -> None:
@@ -107,19 +107,19 @@ class ContinuousSpeculative(Registered):
         ask = session.order.gather(1, session.lengths[:, None])
         rows = torch.arange(session.batch, device=session.device)
         condition = session.after(state.tokens, rows, session.lengths, ask, 1 + session.lengths[:, None])
-        bank = NoiseBank.sample(state.noise, rows, ask.flatten(), state.chain)
-        state.write(ask, state.chain.denoise(condition[:, 0], bank.start, bank.steps)[:, None])
+        bank = NoiseBank.sample(state.noise, rows, ask.flatten(), state.denoiser)
+        state.write(ask, state.denoiser.denoise(condition[:, 0], bank.start, bank.steps)[:, None])
         session.commit(1)
 
     def _speculate(self, session: MaskedSession, state: MaskedState) -> None:
-        assert session.draft is not None and state.draft_chain is not None
+        assert session.draft is not None and state.draft_denoiser is not None
         b, n, gamma = session.batch, session.length, self.gamma
         device, turn = session.device, state.passes
         rows = torch.arange(b, device=device)
         at = session.lengths[:, None] + torch.arange(gamma, device=device)
         inside = at < n
         ask = session.order.gather(1, at.clamp(max=n - 1))
-        bank = NoiseBank.sample(state.noise, rows.repeat_interleave(gamma), ask.flatten(), state.chain)
+        bank = NoiseBank.sample(state.noise, rows.repeat_interleave(gamma), ask.flatten(), state.denoiser)
         start, normals = (t.unflatten(0, (b, gamma)) for t in (bank.start, bank.steps))
         fresh = state.noise.normals(Purpose.DRAFT, ask, turn, session.dim)
         # The draft model, token by token.
@@ -130,7 +130,7 @@ class ContinuousSpeculative(Registered):
                 have = (session.lengths + j).clamp(max=n - 1)
                 position = ask[:, j : j + 1]
                 told = session.draft.after(canvas, rows, have, position, 1 + have[:, None])
-                gaussian, spread = last_step(state.draft_chain, told[:, 0], start[:, j], normals[:, j])
+                gaussian, spread = last_step(state.draft_denoiser, told[:, 0], start[:, j], normals[:, j])
                 gaussians.append(gaussian)
                 spreads.append(spread)
                 sampled = gaussian.sample(fresh[:, j])[:, None]
@@ -147,7 +147,7 @@ class ContinuousSpeculative(Registered):
             ).flatten(0, 1)  # fmt: skip
         else:
             told = session.after(state.tokens, rows, session.lengths, ask, 1 + have).flatten(0, 1)
-        flat, spread = last_step(state.chain, told, bank.start, bank.steps)
+        flat, spread = last_step(state.denoiser, told, bank.start, bank.steps)
         p = Gaussian(*(t.unflatten(0, (b, gamma)) for t in flat))
         log_factor = torch.stack(spreads, 1) - spread.unflatten(0, (b, gamma)) if self.factor else None
         uniforms = state.noise.uniforms(Purpose.STEP, ask, turn)[0]

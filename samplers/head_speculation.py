@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visar.engine.chain import Chain
+from visar.engine.denoising import Denoiser
 from visar.engine.masked_session import MaskedSession
 from visar.errors import VisarError
 from visar.samplers.gaussian import Gaussian, accepts, replaced
@@ -41,9 +41,10 @@ class HeadSpeculation(MaskedAutoregressive):
         if not 1 <= self.draft <= 1000:
             raise VisarError(f"draft must be from 1 to 1000 head steps, not {self.draft}.")
 
-    def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
-        if chain.temperature == 0:
-            return chain.denoise(condition, bank.start, bank.steps)  # without noise there are no densities to compare
+    def sample(self, session: MaskedSession, denoiser: Denoiser, condition: Tensor, bank: NoiseBank) -> Tensor:
+        if denoiser.temperature == 0:
+            # Without noise there are no densities to compare.
+            return denoiser.denoise(condition, bank.start, bank.steps)
         device, total = bank.start.device, len(bank.start)
         uniforms = bank.uniforms()
         out = torch.empty_like(bank.start)
@@ -52,15 +53,15 @@ class HeadSpeculation(MaskedAutoregressive):
         x, at, guess = bank.start, torch.zeros_like(row), None
         window = torch.ones_like(row)  # the first guess has to be made before anything can be drafted
         while len(row):
-            size = window.minimum(chain.steps - at)
+            size = window.minimum(denoiser.steps - at)
             width = int(size.max())
-            states, drafts = self._drafted(chain, x, at, guess, row, bank, width)
+            states, drafts = self._drafted(denoiser, x, at, guess, row, bank, width)
             # One call for all states [r, width, d] that count.
             inside = torch.arange(width, device=device) < size[:, None]
             which, turn = inside.nonzero(as_tuple=True)
             steps = at[which] + turn
-            found = chain.evaluate(states[which, turn], steps, condition[row[which]])
-            kernel = Gaussian(*chain.kernel(states[which, turn], steps, found))
+            found = denoiser.evaluate(states[which, turn], steps, condition[row[which]])
+            kernel = Gaussian(*denoiser.kernel(states[which, turn], steps, found))
             # Every draft but the one after the last state, which is sampled from the target's own step.
             tested = turn < size[which] - 1
             is_accepted = self._tested(states, drafts, kernel, which, turn, steps, tested, uniforms[row])
@@ -80,7 +81,7 @@ class HeadSpeculation(MaskedAutoregressive):
             x, guess = fresh, found[end]
             at = at + run + 1
             window = self._next(window, run, size)
-            done = at == chain.steps
+            done = at == denoiser.steps
             out[row[done]] = x[done]
             go = ~done
             row, x, at, guess, window = row[go], x[go], at[go], guess[go], window[go]
@@ -88,15 +89,15 @@ class HeadSpeculation(MaskedAutoregressive):
 
     @staticmethod
     def _drafted(
-        chain: Chain, x: Tensor, at: Tensor, guess: Tensor | None, row: Tensor, bank: NoiseBank, width: int
+        denoiser: Denoiser, x: Tensor, at: Tensor, guess: Tensor | None, row: Tensor, bank: NoiseBank, width: int
     ) -> tuple[Tensor, Gaussian]:
         """States [r, width, d] from x on, and the distributions of those after the first, [r, width - 1, d]."""
         if guess is None or width == 1:
             none = x.new_empty(len(x), 0, x.shape[1])
             return x[:, None], Gaussian(none, none)
         # Steps past the end are not read.
-        steps = (at[:, None] + torch.arange(width - 1, device=at.device)).clamp(max=chain.steps - 1)
-        states, mean, std = chain.draft(x, steps, guess, bank.steps[row[:, None], steps])
+        steps = (at[:, None] + torch.arange(width - 1, device=at.device)).clamp(max=denoiser.steps - 1)
+        states, mean, std = denoiser.draft(x, steps, guess, bank.steps[row[:, None], steps])
         return torch.cat([x[:, None], states], 1), Gaussian(mean, std)
 
     def _tested(

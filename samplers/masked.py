@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from visar.engine.chain import Chain
+from visar.engine.denoising import Denoiser
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
@@ -43,8 +43,8 @@ class MaskedState:
     noise: Noise
     tokens: Tensor
     commit_pass: Tensor
-    chain: Chain
-    draft_chain: Chain | None = None
+    denoiser: Denoiser
+    draft_denoiser: Denoiser | None = None
     passes: int = 0
 
     def write(self, positions: Tensor, tokens: Tensor) -> None:
@@ -110,12 +110,12 @@ class NoiseBank:
     steps: Tensor
 
     @staticmethod
-    def sample(noise: Noise, rows: Tensor, positions: Tensor, chain: Chain) -> NoiseBank:
+    def sample(noise: Noise, rows: Tensor, positions: Tensor, denoiser: Denoiser) -> NoiseBank:
         """For the tokens at `positions` [R] of the rows [R] of the batch."""
         own, at = noise.of(rows), positions[:, None]
-        steps = torch.arange(chain.steps, device=positions.device).expand(len(positions), -1)
-        bank = own.normals(Purpose.SHARED, at.expand_as(steps), steps, chain.dim)
-        return NoiseBank(own, at, own.normals(Purpose.INIT, at, 0, chain.dim)[:, 0], bank)
+        steps = torch.arange(denoiser.steps, device=positions.device).expand(len(positions), -1)
+        bank = own.normals(Purpose.SHARED, at.expand_as(steps), steps, denoiser.dim)
+        return NoiseBank(own, at, own.normals(Purpose.INIT, at, 0, denoiser.dim)[:, 0], bank)
 
     def uniforms(self) -> Tensor:
         """A uniform for each step, float64 [R, T]."""
@@ -188,7 +188,7 @@ class MaskedAutoregressive(Registered):
         return MaskedState(
             target, noise, session.start.clone(),
             torch.full((session.batch, session.length), -1, dtype=torch.long, device=session.device),
-            self.chain_of(session, target, 0),
+            self.denoiser_of(session, target, 0),
         )  # fmt: skip
 
     def step(self, session: MaskedSession, state: MaskedState) -> None:
@@ -203,20 +203,20 @@ class MaskedAutoregressive(Registered):
             state.tokens, rows, session.order[:, :done], ask, torch.full_like(ask, session.given + known)
         )
         if self.last_head_steps:
-            state.chain = self.chain_of(session, state.target, state.passes)
-        bank = NoiseBank.sample(state.noise, rows.repeat_interleave(count), ask.flatten(), state.chain)
-        sampled = self.sample(session, state.chain, condition.flatten(0, 1), bank)
+            state.denoiser = self.denoiser_of(session, state.target, state.passes)
+        bank = NoiseBank.sample(state.noise, rows.repeat_interleave(count), ask.flatten(), state.denoiser)
+        sampled = self.sample(session, state.denoiser, condition.flatten(0, 1), bank)
         state.write(ask, sampled.unflatten(0, ask.shape))
         session.commit(count)
         state.passes += 1
 
-    def chain_of(self, session: MaskedSession, target: ContinuousTarget, turn: int) -> Chain:
+    def denoiser_of(self, session: MaskedSession, target: ContinuousTarget, turn: int) -> Denoiser:
         if not self.last_head_steps:
-            return session.chain(self.head_steps, target.temperature, self.latest, self.last_noise)
+            return session.denoiser(self.head_steps, target.temperature, self.latest, self.last_noise)
         left = (self.steps - 1 - turn) / (self.steps - 1) if self.steps > 1 else 1.0
         steps = self.last_head_steps + int(left * (self.head_steps - self.last_head_steps))
-        return session.chain(steps, target.temperature, self.latest, self.last_noise)
+        return session.denoiser(steps, target.temperature, self.latest, self.last_noise)
 
-    def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+    def sample(self, session: MaskedSession, denoiser: Denoiser, condition: Tensor, bank: NoiseBank) -> Tensor:
         """Tokens [R, d] under conditions [R, K]."""
-        return chain.denoise(condition, bank.start, bank.steps)
+        return denoiser.denoise(condition, bank.start, bank.steps)

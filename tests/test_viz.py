@@ -61,7 +61,7 @@ def test_map_of_a_raster_model(text_pipe: TextToImagePipeline, sampler: str) -> 
         assert cells.tolist() == counted(out.commit_pass[image])
         assert (cells == 1).all() == (sampler == "ar")
     most = max(map(max, counted(out.commit_pass[0])))
-    assert scale_texts(heat_map(out)) == ("tokens kept by the pass", [str(n) for n in range(1, most + 1)])
+    assert scale_texts(heat_map(out)) == ("tokens accepted by the pass", [str(n) for n in range(1, most + 1)])
 
 
 def test_map_of_a_masked_model_with_given_cells() -> None:
@@ -104,9 +104,9 @@ def test_one_scale_for_two_maps() -> None:
     few, many = torch.arange(16) // 2, torch.arange(16) // 8
     alone, shared = the_map(heat_map(few)), the_map(heat_map(few, most=8))
     assert shared.to_rgba(2) == the_map(heat_map(many, most=8)).to_rgba(2) != alone.to_rgba(2)
-    with pytest.raises(VisarError, match="A pass kept 8 tokens: colours must go up to so many or more, not 7"):
+    with pytest.raises(VisarError, match="A pass committed 8 tokens: most must be 8 or more, not 7"):
         heat_map(many, most=7)
-    with pytest.raises(VisarError, match="colours must go up to so many or more, not 0"):
+    with pytest.raises(VisarError, match="or more, not 0"):
         heat_map(torch.full((4,), -1), most=0)
 
 

@@ -1,4 +1,4 @@
-"""Figures that belong to nobody: matplotlib without pyplot, so that threads draw at once and no window is asked for."""
+"""Matplotlib figures without pyplot, so that threads can plot in parallel and no window is needed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GREY = "#767676"  # text that is legible on white and on black
+GREY = "#767676"  # legible on white and on black
 _saving = threading.Lock()
 
 
 def require_matplotlib() -> None:
-    """Raise `VisarError` where matplotlib is not installed."""
+    """Raise `VisarError` if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -33,15 +33,15 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float, label: str) -> Figure:
-    """An empty figure of so many inches that shows itself in a notebook; `label` says to a screen reader what it is.
+    """An empty figure, `width` x `height` in inches, which notebooks display; `label` is for screen readers.
 
-    Raises `VisarError` where matplotlib is not installed.
+    Raises `VisarError` if matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=144, label=label)
-    vars(figure)["_repr_html_"] = partial(to_svg, figure)  # matplotlib's own shows nothing without pyplot
+    vars(figure)["_repr_html_"] = partial(to_svg, figure)  # matplotlib's own method needs pyplot
     return figure
 
 
@@ -58,9 +58,9 @@ def quiet(axes: Axes) -> None:
 
 @contextmanager
 def saving(fonttype: Literal["path", "none"] = "path") -> Iterator[None]:
-    """Within it the same figure gives the same file, and text of an SVG is drawn as paths or stays text ("none").
+    """In this block equal figures give equal files, and text of an SVG becomes paths or stays text ("none").
 
-    One at a time: matplotlib's settings are those of the whole process.
+    One thread at a time, because matplotlib's settings are global.
     """
     import matplotlib
 
@@ -69,9 +69,9 @@ def saving(fonttype: Literal["path", "none"] = "path") -> Iterator[None]:
 
 
 def to_svg(figure: Figure) -> str:
-    """An inline `<svg>` as wide as there is room for: transparent, its text is text, and it loads nothing.
+    """An inline `<svg>` that fills the available width: transparent, with selectable text, and without external files.
 
-    The same figure gives the same text; ids of different figures on a page differ.
+    Equal figures give equal SVGs; ids of different figures on a page differ.
     """
     buffer = io.StringIO()
     nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}

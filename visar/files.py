@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Atomic files: written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visar.errors import VisarError
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path`; it becomes `path` if the block succeeds, and vanishes if not."""
+    """Give a temporary path in the folder of `path`; it is renamed to `path` if the block succeeds, else removed."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
@@ -24,7 +24,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def output_folder(path: str | Path) -> Iterator[Path]:
-    """`writable_folder`, whose new folders are taken away again if the block fails and left them empty."""
+    """`writable_folder`; if the block fails, new folders that are empty are removed."""
     path = Path(path)
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -37,7 +37,7 @@ def output_folder(path: str | Path) -> Iterator[Path]:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """The folder `path`, made if need be; a `VisarError` if nothing can be written there."""
+    """The folder `path`, made if needed. Raises `VisarError` if it is not writable."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

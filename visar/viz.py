@@ -1,7 +1,7 @@
-"""Plots of decodings: where passes kept many tokens, how fast tokens come, and samplers beside one another.
+"""Plots of decodings: maps of accepted tokens, curves of committed tokens, and comparisons of samplers.
 
-Each function makes a matplotlib figure without pyplot, that shows itself in a notebook; `to_svg` turns it into text for
-a page. Colours are told apart by colour-blind people too, and hatches and line styles say the same again.
+Each function makes a matplotlib figure without pyplot, which notebooks display; `to_svg` turns it into SVG. Colours are
+safe for colour-blind readers, with hatches and line styles in addition.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Curve", "commit_curve", "compare", "heat_map", "to_svg", "tokens_per
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 LINES = ("-", "--", "-.", ":")
-FEW = 16  # so many integers have a colour of their own
+FEW = 16  # up to this number, each integer has its own colour
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Curve:
 
     @classmethod
     def of(cls, label: str, commit_pass: Any, seconds: float | None = None) -> Self:
-        """The curve of an image from its row of `commit_pass` [N], every pass taking the same part of `seconds`.
+        """The curve of an image from its row of `commit_pass` [N], with equal time for each pass.
 
-        `seconds` is what the image's own passes took. Tokens that were given are there before the first pass.
+        `seconds` is the time of the image's own passes. Given tokens count from the start.
         """
         row = _array(commit_pass)
         if row.ndim != 1:
@@ -66,26 +66,26 @@ def heat_map(
     commit_pass: Any, row: int = 0, *, image: Any = None, over: bool = False, most: int | None = None,
     missing: str = "given",
 ) -> Figure:  # fmt: skip
-    """For every cell of an image, how many tokens were committed by the pass that committed it.
+    """A map of an image: for each cell, how many tokens its pass committed.
 
-    `commit_pass` [B, N] or [N] is that of an `ImageOutput`, or the output itself, whose image is then drawn beside
-    the map. `image` (PIL or [H, W, 3]) is drawn beside it, or with `over` beneath it in grey. Colours go up to `most`
-    tokens, by default the most there are; give it to compare maps. Cells of -1 are hatched, and called `missing`.
-    Raises `VisarError` for an image that is not there, if N is not a square, or if `most` is too few.
+    `commit_pass` [B, N] or [N] is that of an `ImageOutput`, or the output itself, whose image is then shown next to the
+    map. `image` (PIL or [H, W, 3]) is shown next to it, or with `over` below it in grey. Colours go up to `most`
+    tokens, by default the largest number; give it to compare maps. Cells of -1 are hatched, and labelled `missing`.
+    Raises `VisarError` for a missing image, if N is not a square, or if `most` is too small.
     """
     images = getattr(commit_pass, "images", None)
     passes = _row(getattr(commit_pass, "commit_pass", commit_pass), row)
     if image is None and images is not None:
         image = images[row]
-    if image is not None and hasattr(image, "detach"):  # [3, H, W] in [0, 1], as output_type="pt" has it
+    if image is not None and hasattr(image, "detach"):  # [3, H, W] in [0, 1], of output_type="pt"
         image = image.detach().cpu().float().permute(1, 2, 0).numpy()
     counts = tokens_per_pass(passes)
     least = max(1, int(counts.max()))
     if most is not None and most < least:
-        raise VisarError(f"A pass kept {least} tokens: colours must go up to so many or more, not {most}.")
+        raise VisarError(f"A pass committed {least} tokens: most must be {least} or more, not {most}.")
     side = 2.6  # inches
-    beside = image is not None and not over
-    figure = new_figure((side + 0.15) * (2 if beside else 1) + 0.75, side + 0.2, "Tokens kept by each pass, as a map")
+    pair = image is not None and not over
+    figure = new_figure((side + 0.15) * (2 if pair else 1) + 0.75, side + 0.2, "Map of tokens accepted by each pass")
     width, height = figure.get_size_inches()
 
     def square(left: float) -> Axes:
@@ -96,25 +96,25 @@ def heat_map(
         return axes
 
     left = 0.1
-    if beside:
+    if pair:
         square(left).imshow(np.asarray(image), aspect="auto")
         left += side + 0.15
     axes = square(left)
     edge = counts.shape[0]
     extent = (0.0, float(edge), float(edge), 0.0)
     if image is not None and over:
-        grey = np.asarray(image)[..., :3].mean(-1)  # colours are those of the map alone
+        grey = np.asarray(image)[..., :3].mean(-1)  # only the map has colours
         axes.imshow(grey, cmap="gray", extent=extent, aspect="auto")
     cmap, norm, ticks = _scale(least if most is None else most)
     shown = np.ma.masked_less(counts, 0)
-    drawn = axes.imshow(
+    cells = axes.imshow(
         shown, cmap=cmap, norm=norm, extent=extent, alpha=0.6 if over else 1, interpolation="nearest", aspect="auto"
     )
     if (counts < 0).any():
         _hatch(axes, counts < 0, missing)
     bar = figure.add_axes(((left + side + 0.1) / width, 0.1 / height, 0.14 / width, side / height))
-    scale = figure.colorbar(drawn, cax=bar, ticks=ticks)
-    scale.set_label("tokens kept by the pass", color=GREY, fontsize=9)
+    scale = figure.colorbar(cells, cax=bar, ticks=ticks)
+    scale.set_label("tokens accepted by the pass", color=GREY, fontsize=9)
     scale.ax.tick_params(which="both", color=GREY, labelcolor=GREY, labelsize=8, length=2)
     scale.ax.minorticks_off()
     scale.outline.set_edgecolor(GREY)  # type: ignore[operator]
@@ -124,7 +124,7 @@ def heat_map(
 def tokens_per_pass(commit_pass: Any) -> np.ndarray:
     """For each cell [side, side] the number of tokens that its pass committed; -1 for cells that no pass committed.
 
-    Raises `VisarError` if `commit_pass` [N] is not that of a square.
+    Raises `VisarError` unless N of `commit_pass` [N] is a square.
     """
     row = _row(commit_pass, 0)
     side = math.isqrt(row.size)
@@ -148,16 +148,18 @@ def commit_curve(curves: Sequence[Curve], length: int, *, stacked: bool = False)
     width, height = 4.0 if columns == 1 else 7.2, 2.9 * rows
     figure = new_figure(width, height, "Committed tokens against passes and seconds")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
-    # Fixed margins, so that a plot that is drawn anew while tokens come does not jump.
+    # Fixed margins, so that a plot that is updated during decoding does not jump.
     figure.subplots_adjust(
         0.55 / width, 0.5 / height, 1 - 0.12 / width, 1 - 0.1 / height, wspace=0.06, hspace=0.5 / 2.3
     )
     panels[0].plot([0, length], [0, length], ":", color=GREY, linewidth=1.2, label="one token per pass")
     for i, curve in enumerate(curves):
         style: dict[str, Any] = {
-            "color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)], "linewidth": 1.8,
-            "label": curve.label.replace("$", r"\$").lstrip("_"),  # to matplotlib both mean something
-        }  # fmt: skip
+            "color": COLOURS[i % len(COLOURS)],
+            "linestyle": LINES[i % len(LINES)],
+            "linewidth": 1.8,
+            "label": curve.label.replace("$", r"\$").lstrip("_"),  # special characters of matplotlib
+        }
         panels[0].plot(curve.passes, curve.tokens, **style)
         if curve.seconds is not None:
             panels[1].plot(curve.seconds, curve.tokens, **style)
@@ -168,16 +170,16 @@ def commit_curve(curves: Sequence[Curve], length: int, *, stacked: bool = False)
         axes.set_ylim(0, length * 1.03)
     for axes in panels[: None if stacked else 1]:
         axes.set_ylabel("committed tokens")
-    # Curves lie above the diagonal: this corner is free.
+    # Curves are above the diagonal: this corner is free.
     panels[0].legend(loc="lower right", fontsize=8, labelcolor=GREY, frameon=False)
     return figure
 
 
 def compare(runs: Sequence[DecodeStats] | Mapping[str, Any]) -> Figure:
-    """Samplers side by side: passes (NFE) and what a pass cost, apart; bars of relaxed ones are hatched.
+    """Samplers side by side: passes (NFE) and ms per pass in separate panels; bars of relaxed ones are hatched.
 
-    `runs` are the `stats` of several calls, or what `visar bench --json` wrote, read by `json.load`. Raises
-    `VisarError` if there is nothing to draw.
+    `runs` are the `stats` of several calls, or a report of `visar bench --json`, read by `json.load`. Raises
+    `VisarError` if there are no samplers.
     """
     if isinstance(runs, Mapping):
         if not isinstance(runs.get("rows"), Sequence) or not all("nfe" in row for row in runs["rows"]):
@@ -193,8 +195,8 @@ def compare(runs: Sequence[DecodeStats] | Mapping[str, Any]) -> Figure:
     figure = new_figure(7.2, 1.25 + 0.3 * len(rows), "Passes and milliseconds per pass of samplers")
     figure.set_layout_engine("constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, place, unit, form in ((panels[0], 2, "passes (NFE)", ".1f"), (panels[1], 3, "ms per pass", ".2f")):
-        values = [float(row[place]) for row in rows]
+    for axes, column, unit, form in ((panels[0], 2, "passes (NFE)", ".1f"), (panels[1], 3, "ms per pass", ".2f")):
+        values = [float(row[column]) for row in rows]
         bars = axes.barh(range(len(rows)), values, height=0.62, color=[COLOURS[0 if row[1] else 1] for row in rows])
         for bar, row in zip(bars, rows, strict=True):
             if not row[1]:
@@ -204,10 +206,10 @@ def compare(runs: Sequence[DecodeStats] | Mapping[str, Any]) -> Figure:
         quiet(axes)
         axes.grid(False)
         axes.set_xlabel(unit)
-        axes.set_xlim(0, max(values) * 1.18)  # room for the figures
+        axes.set_xlim(0, max(values) * 1.18)  # room for the numbers
     panels[0].set_yticks(range(len(rows)), [row[0] for row in rows])
     panels[0].invert_yaxis()
-    _laws_legend(figure, {row[1] for row in rows})
+    _exactness_legend(figure, {row[1] for row in rows})
     figure.suptitle(f"one run, this machine ({'; '.join(where)})", fontsize=9, color=GREY)
     return figure
 
@@ -228,7 +230,7 @@ def _row(commit_pass: Any, image: int) -> np.ndarray:
 
 
 def _scale(most: int) -> tuple[Any, Any, Any]:
-    """Colours, how counts become colours, and the figures beside them; few integers have a colour each."""
+    """The colour map, its norm, and ticks for counts of 1 to `most`; up to `FEW` have one colour each."""
     from matplotlib import colormaps, colors, ticker
 
     if most > FEW:
@@ -238,7 +240,7 @@ def _scale(most: int) -> tuple[Any, Any, Any]:
 
 
 def _hatch(axes: Axes, cells: np.ndarray, name: str) -> None:
-    """Hatch the cells [side, side] that are true, and say what they are."""
+    """Hatch the cells [side, side] that are true, with `name` in the legend."""
     from matplotlib.patches import Patch, PathPatch
     from matplotlib.path import Path
 
@@ -248,11 +250,11 @@ def _hatch(axes: Axes, cells: np.ndarray, name: str) -> None:
     axes.legend(handles=[Patch(label=name, **style)], loc="lower right", fontsize=8)
 
 
-def _laws_legend(figure: Figure, laws: set[bool]) -> None:
-    """What the colours of bars mean."""
+def _exactness_legend(figure: Figure, found: set[bool]) -> None:
+    """The legend of the bars' colours."""
     from matplotlib.patches import Patch
 
-    exact = Patch(color=COLOURS[0], label="exact: the model's own law")
-    relaxed = Patch(facecolor=COLOURS[1], hatch="////", edgecolor="white", label="relaxed: another law")
-    handles = [patch for patch, law in ((exact, True), (relaxed, False)) if law in laws]
+    exact = Patch(color=COLOURS[0], label="exact: the model's own distribution")
+    relaxed = Patch(facecolor=COLOURS[1], hatch="////", edgecolor="white", label="relaxed: another distribution")
+    handles = [patch for patch, kind in ((exact, True), (relaxed, False)) if kind in found]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False, labelcolor=GREY)

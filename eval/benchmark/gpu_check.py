@@ -198,14 +198,14 @@ def icons_speed(run: Run) -> Iterator[Check]:
 
 
 def continuous_speed(run: Run) -> Iterator[Check]:
-    """The embedded MAR: head rounds, and time against plain decoding."""
+    """The embedded MAR: denoiser calls, and time against plain decoding."""
     pipe = run.model("icons-mar")
     plain, spec = continuous(run, "mar"), continuous(run, "mar-headspec")
     samplers = {"mar": plain} | {f"draft {n}": get_sampler(spec, draft=n) for n in ((2,) if run.dry else (4, 8, 16))}
     for batch in (1,) if run.dry else (1, 8):
         for r in compare(pipe, samplers, batch=batch, images=1 if run.dry else max(batch, 2), repeats=1).rows:
             assert r.head is not None
-            result = f"{r.head.rounds_per_pass:.1f} head rounds/pass, {r.seconds_per_image:.3f} s/image"
+            result = f"{r.head.calls_per_pass:.1f} denoiser calls/pass, {r.seconds_per_image:.3f} s/image"
             yield Check(f"icons-mar, batch {batch}, {r.sampler}", f"{result}, {r.time_ratio:.2f} of mar's time")
 
 

@@ -28,12 +28,12 @@ PROMPTS = tuple(f"{thing}, {style}" for thing in THINGS for style in ("3d", "not
 
 @dataclass(frozen=True)
 class HeadStats:
-    """Of a masked model, as in `MaskedStats`; `steps` is K where it is fixed, `head_steps` is T."""
+    """Of a masked model, as in `MaskedStats`; `steps` is K where it is fixed, `denoising_steps` is T."""
 
     steps: int | None
-    head_steps: int
-    rounds_per_pass: float
-    rounds_per_token: float
+    denoising_steps: int
+    calls_per_pass: float
+    calls_per_token: float
     evaluations_per_token: float
     acceptance: float | None
 
@@ -171,9 +171,9 @@ def compare(
 def _head_stats(stats: list[MaskedStats]) -> HeadStats:
     """Means over batches; samplers are deterministic, so repeats do not differ."""
     tested, passes = sum(s.tested for s in stats), sum(s.nfe for s in stats)
-    rounds = sum(s.head_rounds for s in stats)
+    calls = sum(s.denoiser_calls for s in stats)
     return HeadStats(
-        stats[0].parameters.get("steps"), stats[0].head_steps, rounds / passes,
-        rounds / sum(s.tokens for s in stats), statistics.mean(s.evaluations_per_token for s in stats),
+        stats[0].parameters.get("steps"), stats[0].denoising_steps, calls / passes,
+        calls / sum(s.tokens for s in stats), statistics.mean(s.evaluations_per_token for s in stats),
         sum(s.accepted for s in stats) / tested if tested else None,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visar.engine.chain import Chain
+from visar.engine.denoising import Denoiser
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.samplers import ContinuousTarget, HeadSpeculation, MaskedAutoregressive
@@ -41,10 +41,10 @@ class StaleGuidance(MaskedAutoregressive):
 class OneBank(MaskedAutoregressive):
     """The noise of an image's tokens is that of its first position."""
 
-    def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+    def sample(self, session: MaskedSession, denoiser: Denoiser, condition: Tensor, bank: NoiseBank) -> Tensor:
         rows = torch.arange(len(bank.start))
         return super().sample(
-            session, chain, condition, NoiseBank.sample(bank.noise, rows, torch.zeros_like(rows), chain)
+            session, denoiser, condition, NoiseBank.sample(bank.noise, rows, torch.zeros_like(rows), denoiser)
         )
 
 
@@ -123,6 +123,6 @@ class UniformOfNormal(NoiseBank):
 class NormalAsUniform(HeadSpeculation):
     """The draft's own normal is its uniform."""
 
-    def sample(self, session: MaskedSession, chain: Chain, condition: Tensor, bank: NoiseBank) -> Tensor:
+    def sample(self, session: MaskedSession, denoiser: Denoiser, condition: Tensor, bank: NoiseBank) -> Tensor:
         wrong = UniformOfNormal(bank.noise, bank.positions, bank.start, bank.steps)
-        return super().sample(session, chain, condition, wrong)
+        return super().sample(session, denoiser, condition, wrong)

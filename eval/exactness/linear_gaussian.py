@@ -5,7 +5,7 @@ is affine in x with a variance of its own, and a token given m is Gaussian. What
 affine function of the known tokens. So whole images are Gaussian as well, for any order, plan, guidance and
 temperature.
 
-`World.session` gives the session, in which `MARSession`, `DiffusionChain` and `FlowChain` are real.
+`World.session` gives the session, in which `MARSession`, `DiffusionDenoiser` and `FlowDenoiser` are real.
 `World.distribution` gives mean and covariance by linear algebra in float64, from formulas of its own: it shares no code
 with the engine.
 """
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from visar.engine.chain import Chain, FlowChain
+from visar.engine.denoising import Denoiser, FlowDenoiser
 from visar.families.mar.session import MARSession
 
 WIDE, NARROW = 1.0, 0.0064  # units of tokens: as wide as noise, or as the last head step's own noise
@@ -285,7 +285,7 @@ class LinearMAR(nn.Module):
 class FlowSession(MARSession):
     """The same with a rectified-flow head; guidance is of the mean, which is guidance of the velocity."""
 
-    def make_chain(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Chain:
+    def make_denoiser(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Denoiser:
         head: Any = self.mar.diffloss.net
         world: World = self.mar.world  # type: ignore[assignment]
         variance, c = torch.tensor(world.variance).float(), world.dim + 1
@@ -298,4 +298,4 @@ class FlowSession(MARSession):
             k = variance * t / (variance * t**2 + (1 - t) ** 2)
             return (mean + k * (x - t * mean) - x) / (1 - t)
 
-        return FlowChain(velocity, self.dim, steps, temperature, FLOW_LAST)
+        return FlowDenoiser(velocity, self.dim, steps, temperature, FLOW_LAST)

@@ -59,7 +59,7 @@ def rank_test(
         ask = session.order[:, done : done + count]
         told = torch.full_like(ask, session.given + known)
         condition = session.context(tokens, rows, session.order[:, :done], ask, told).flatten(0, 1)
-        chain = sampler.chain_of(session, target, turn)
+        denoiser = sampler.denoiser_of(session, target, turn)
 
         def along(x: Tensor, at: Tensor = ask) -> Tensor:
             return (x * directions.gather(1, at[..., None].expand_as(x))).sum(-1)
@@ -68,8 +68,8 @@ def rank_test(
         rank = torch.zeros_like(ask)
         for k in range(fresh):
             noise = Noise(seed + 1 + k, images)
-            bank = NoiseBank.sample(noise, rows.repeat_interleave(count), ask.flatten(), chain)
-            rank += along(chain.denoise(condition, bank.start, bank.steps).unflatten(0, ask.shape)) < own
+            bank = NoiseBank.sample(noise, rows.repeat_interleave(count), ask.flatten(), denoiser)
+            rank += along(denoiser.denoise(condition, bank.start, bank.steps).unflatten(0, ask.shape)) < own
         parts.append(rank)
         done += count
     ranks = torch.cat(parts, 1)

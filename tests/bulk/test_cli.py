@@ -70,7 +70,7 @@ def test_sample(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
              "--temperature", 0.8, "--guidance-scale", 1.5, "--out", tmp_path / "a"]  # fmt: skip
     assert run(*given) == 0
     out, err = capsys.readouterr()
-    assert out.startswith(f"sjd (exact): 5 images in {tmp_path / 'a'}, 5 of them drawn now, ")
+    assert out.startswith(f"sjd (exact): 5 images in {tmp_path / 'a'}, 5 of them sampled now, ")
     assert err == "visar: note: Words not known to this model were left out: zebra.\n"  # and no bar: this is no tty
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (about["model"], about["batch"], about["count"], about["seed"]) == (str(text_folder), 3, 5, 4)
@@ -79,7 +79,7 @@ def test_sample(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
                                  "temperature": 0.8, "top_k": 9, "top_p": 0.9}  # fmt: skip
     assert run(*given, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["images"], found["drawn"], found["exact"], found["folder"]) == (5, 0, True, str(tmp_path / "a"))
+    assert (found["images"], found["sampled"], found["exact"], found["folder"]) == (5, 0, True, str(tmp_path / "a"))
 
 
 def test_its_images_are_those_of_generate(text_folder: Path, tmp_path: Path) -> None:
@@ -113,12 +113,13 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
              "--set", "steps=4", "--set", "head_steps=6", "--batch", 2, "--out", tmp_path / "a"]  # fmt: skip
     assert run(*given) == 0
     lines = manifest(tmp_path / "a")
-    assert [line["index"] for line in lines] == [0, 0, 1, 1] and lines[0]["stats"]["head_rounds"] == 16  # 4 of 6 steps
+    assert [line["index"] for line in lines] == [0, 0, 1, 1]
+    assert lines[0]["stats"]["denoiser_calls"] == 16  # 4 of 6 steps
     assert len(set(images(tmp_path / "a").values())) == 4
     (tmp_path / "a" / "000002.png").unlink()
     before = images(tmp_path / "a")
     capsys.readouterr()
-    assert run(*given) == 0 and "1 of them drawn now" in capsys.readouterr().out
+    assert run(*given) == 0 and "1 of them sampled now" in capsys.readouterr().out
     assert before.items() < images(tmp_path / "a").items()
     assert run(*given, "--tokens") == 2
     assert "--tokens is for models of discrete tokens; this one's are vectors." in capsys.readouterr().err
@@ -296,8 +297,8 @@ def test_what_does_not_fit_a_layout(
         (geneval_run, "dpg", "new", "DPG-Bench names images by the item_id"),
         (tmp_path / "dot", "dpg", "new", "give each prompt an id without . / and \\, not 'a.b'."),
         (tmp_path / "two", "dpg", "new", "DPG-Bench takes 4 images of each prompt; sample with -n 4."),
-        (dpg_run, "dpg", "full", "is in the way: give a folder that is new or empty."),
-        (geneval_run, "geneval", "two.jsonl", "is in the way: give a folder that is new or empty."),
+        (dpg_run, "dpg", "full", "exists: give a folder that is new or empty."),
+        (geneval_run, "geneval", "two.jsonl", "exists: give a folder that is new or empty."),
         (dpg_run, "npz", "full", "is a folder; give a .npz file."),
         (tmp_path / "none", "npz", "a.npz", "holds no run of `visar sample`."),
     ):

@@ -65,7 +65,7 @@ while killed(out / str(at), at):
     # Once more, so that what two kills leave is there together.
     killed(out / str(at), 4)
     saved = len(list((out / str(at)).glob("[!.]*.png")))
-    drawn = run(out / str(at)).drawn
+    drawn = run(out / str(at)).sampled
     assert drawn <= 3 - saved + 1, at  # at most one image was saved and had no line yet
     at += 1
 print(at)
@@ -216,7 +216,7 @@ def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alo
     assert "manifest.jsonl" not in names(folder.path) and [n for n in names(folder.path) if ".partial." in n]
     drawn = (COUNT, COUNT, COUNT - len(folder.done()))
     for line, out, number in zip(printed, (two, many, killed), drawn, strict=True):  # rank 0 alone prints
-        assert line.startswith(f"scd (exact): {COUNT} images in {out}, {number} of them drawn now, ")
+        assert line.startswith(f"scd (exact): {COUNT} images in {out}, {number} of them sampled now, ")
 
     ours = [line for line in done.stderr.splitlines() if line.startswith("visar:")]
     assert not new.exists() and len(ours) == 2

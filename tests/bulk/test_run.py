@@ -117,10 +117,10 @@ def test_the_run_is_described_first(go: Callable[..., Any], tmp_path: Path, monk
 def test_what_comes_back(go: Callable[..., Any], tmp_path: Path) -> None:
     done = go()
     lines = manifest(tmp_path / "own")
-    assert (done.images, done.drawn, done.sampler, done.exact) == (7, 7, "scd", True)
+    assert (done.images, done.sampled, done.sampler, done.exact) == (7, 7, "scd", True)
     assert done.passes == pytest.approx(sum(line["stats"]["passes"] for line in lines) / 7)
-    assert str(done).startswith(f"scd (exact): 7 images in {tmp_path / 'own'}, 7 of them drawn now, ")
-    assert go().drawn == 0
+    assert str(done).startswith(f"scd (exact): 7 images in {tmp_path / 'own'}, 7 of them sampled now, ")
+    assert go().sampled == 0
 
 
 def test_defaults(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_run_goes_on(
     else:
         assert not (tmp_path / "own").exists()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "own").glob("[!.]*.png")}
-    assert go().drawn == 7 - after
+    assert go().sampled == 7 - after
     assert len(before) == after and all(p.stat().st_mtime_ns == time for p, time in before.items())
     assert images(tmp_path / "own") == images(whole) and told(tmp_path / "own") == told(whole)
     assert names(tmp_path / "own") == names(whole)
@@ -194,7 +194,7 @@ def test_a_line_cut_short(go: Callable[..., Any], whole: Path, tmp_path: Path, p
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "finish", stop)
-        assert go().drawn == 4
+        assert go().sampled == 4
     assert seen == [list(range(7))]
     assert images(folder) == images(whole) and told(folder) == told(whole) and names(folder) == names(whole)
 
@@ -204,7 +204,7 @@ def test_a_cut_line_of_another_rank(go: Callable[..., Any], whole: Path, tmp_pat
     cut = unfinished(whole, folder, 3)
     (folder / ".journal.1").write_bytes((folder / ".journal.0").read_bytes() + cut[:40])
     (folder / ".journal.0").unlink()
-    assert go().drawn == 4
+    assert go().sampled == 4
     assert told(folder) == told(whole) and names(folder) == names(whole)
 
 
@@ -214,7 +214,7 @@ def test_damaged_lines_are_left_out(go: Callable[..., Any], whole: Path, tmp_pat
     unfinished(whole, folder, 3)
     lines = (folder / ".journal.0").read_bytes().splitlines(keepends=True)
     (folder / ".journal.0").write_bytes(lines[0] + bytes(40) + b'\n{"id": \n[1]\n{"file": "000002.png"}\n' + lines[1])
-    assert go().drawn == 5
+    assert go().sampled == 5
     assert images(folder) == images(whole) and told(folder) == told(whole)
 
 
@@ -228,7 +228,7 @@ def test_a_image_that_is_not_whole_is_drawn_again(
         image = tmp_path / "own" / "000004.png"
         data = image.read_bytes()
         image.unlink() if damage == "gone" else image.write_bytes(data[: len(data) // 2 if damage == "half" else 0])
-        assert go().drawn == drawn
+        assert go().sampled == drawn
         assert images(tmp_path / "own") == images(whole) and told(tmp_path / "own") == told(whole)
 
 
@@ -246,7 +246,7 @@ def test_more_images_later(go: Callable[..., Any], whole: Path, tmp_path: Path) 
     """Those that are there stay; the new ones are those of a run of this length."""
     go(count=3)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "own").glob("*.png")}
-    assert go(count=7).drawn == 4
+    assert go(count=7).sampled == 4
     assert images(tmp_path / "own") == images(whole) and told(tmp_path / "own") == told(whole)
     assert all(p.stat().st_mtime_ns == time for p, time in before.items())
     with pytest.raises(VisarError, match=r"holds a run of 7 images; give -n 7 or more\.$"):
@@ -255,7 +255,7 @@ def test_more_images_later(go: Callable[..., Any], whole: Path, tmp_path: Path) 
 
 def test_more_images_of_a_batch_that_was_begun(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
     go(count=5)
-    assert go(count=7).drawn == 2
+    assert go(count=7).sampled == 2
     assert [line["tokens"] for line in manifest(tmp_path / "own")] == [line["tokens"] for line in manifest(whole)]
     assert images(tmp_path / "own")["000005.png"] == images(whole)["000005.png"]
 
@@ -344,7 +344,7 @@ def test_two_live_runs(go: Callable[..., Any], whole: Path, tmp_path: Path, monk
             with pytest.raises(VisarError, match=r"Another run is at work in .*; wait until it ends, or give another"):
                 go()
             assert [n for n in names(tmp_path / "own") if n != ".lock.0"] == [n for n in before if n != ".lock.0"]
-    assert go().drawn == 4 and names(tmp_path / "own") == names(whole)
+    assert go().sampled == 4 and names(tmp_path / "own") == names(whole)
 
 
 def test_a_damaged_description(go: Callable[..., Any], tmp_path: Path) -> None:
@@ -366,4 +366,4 @@ def test_a_full_disk_is_one_sentence(
         patch.setattr(Image.Image, "save", full)
         with pytest.raises(VisarError, match=r"^Cannot write to .*own: No space left on device\.$"):
             go()
-    assert go().drawn == 4 and told(tmp_path / "own") == told(whole)
+    assert go().sampled == 4 and told(tmp_path / "own") == told(whole)

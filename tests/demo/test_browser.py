@@ -151,7 +151,7 @@ class Visitor:
     def sampler(self, name: str, label: str = "") -> None:
         """Choose a sampler, and wait until its own parameters are there."""
         self.choose("Sampler", label or name)
-        self.wait(rf"^{name} ", ".visar-law")
+        self.wait(rf"^{name} ", ".visar-exactness")
         self.page.wait_for_timeout(500)  # boxes that were not there are mounted a moment later
 
     def set(self, parameter: str, value: Any) -> None:
@@ -173,8 +173,8 @@ class Visitor:
         self.wait("Waiting|passes, ")
         return self.wait("done, ")
 
-    def figure(self, name: str, where: str = "#figures") -> float:
-        text = self.page.inner_text(f'{where} [data-figure="{name}"]')
+    def metric(self, name: str, where: str = "#metrics") -> float:
+        text = self.page.inner_text(f'{where} [data-metric="{name}"]')
         return float(text.replace(",", ""))
 
     def images(self, where: str = "#images") -> list[Image.Image]:
@@ -215,16 +215,16 @@ def test_two_samplers_give_what_the_pipeline_gives(visitor: Visitor, pipe: TextT
     visitor.generate()
     images, nfe = expected(pipe, "a red heart, 3d", sampler="scd", seed=7)
     assert [p.tobytes() for p in visitor.images()] == images
-    assert visitor.figure("NFE") == nfe < 200
-    assert "Exact" in visitor.page.inner_text("#figures")
+    assert visitor.metric("NFE") == nfe < 200
+    assert "Exact" in visitor.page.inner_text("#metrics")
     visitor.keep("generate")
 
     visitor.sampler("ar")
     visitor.generate()
     images, nfe = expected(pipe, "a red heart, 3d", sampler="ar", seed=7)
     assert [p.tobytes() for p in visitor.images()] == images
-    assert visitor.figure("NFE") == nfe == 257
-    assert abs(visitor.figure("tokens per pass") - 1) < 0.01
+    assert visitor.metric("NFE") == nfe == 257
+    assert abs(visitor.metric("tokens per pass") - 1) < 0.01
 
 
 def test_a_samplers_own_parameters_are_shown_and_used(visitor: Visitor, pipe: TextToImagePipeline) -> None:
@@ -233,8 +233,8 @@ def test_a_samplers_own_parameters_are_shown_and_used(visitor: Visitor, pipe: Te
     visitor.set("window", 8)
     visitor.generate()
     images, nfe = expected(pipe, "a red heart, 3d", sampler=get_sampler("gsd", group=3, window=8), seed=0)
-    assert [p.tobytes() for p in visitor.images()] == images and visitor.figure("NFE") == nfe
-    assert "Relaxed" in visitor.page.inner_text("#figures")
+    assert [p.tobytes() for p in visitor.images()] == images and visitor.metric("NFE") == nfe
+    assert "Relaxed" in visitor.page.inner_text("#metrics")
 
 
 def test_the_image_comes_while_it_is_decoded_and_stops_when_asked(visitor: Visitor, hold: Path) -> None:
@@ -258,7 +258,7 @@ def test_the_image_comes_while_it_is_decoded_and_stops_when_asked(visitor: Visit
     assert visitor.wait("nothing to stop")
     visitor.sampler("ar")
     visitor.generate()  # and the next one is served
-    assert visitor.figure("NFE") == 257
+    assert visitor.metric("NFE") == 257
 
 
 @pytest.mark.parametrize(
@@ -296,15 +296,15 @@ def test_words_that_are_not_known_are_told(visitor: Visitor) -> None:
 def test_compare(visitor: Visitor, pipe: TextToImagePipeline) -> None:
     visitor.page.get_by_role("tab", name="Compare").click()
     visitor.page.click("#compare")
-    visitor.page.wait_for_selector('#compare-ratio [data-figure="NFE ratio"]')
+    visitor.page.wait_for_selector('#compare-ratio [data-metric="NFE ratio"]')
     nfes = []
     for side, sampler in (("left", "ar"), ("right", "scd")):
         images, nfe = expected(pipe, "a red heart, 3d", sampler=sampler, seed=0)
         assert [p.tobytes() for p in visitor.images(f"#compare-images-{side}")] == images
-        assert visitor.figure("NFE", f"#compare-figures-{side}") == nfe
+        assert visitor.metric("NFE", f"#compare-metrics-{side}") == nfe
         nfes.append(nfe)
-    assert visitor.figure("NFE ratio", "#compare-ratio") == pytest.approx(nfes[1] / nfes[0], abs=0.006)
-    assert 0 < visitor.figure("time ratio", "#compare-ratio") < 2
+    assert visitor.metric("NFE ratio", "#compare-ratio") == pytest.approx(nfes[1] / nfes[0], abs=0.006)
+    assert 0 < visitor.metric("time ratio", "#compare-ratio") < 2
     assert "All done: ar and scd." in visitor.page.inner_text("#compare-status")
     visitor.keep("compare")
 
@@ -341,7 +341,7 @@ def test_a_full_queue_is_a_sentence(browser: Any, address: str, hold: Path) -> N
 def test_who_leaves_does_not_hold_up_the_next(browser: Any, address: str, hold: Path) -> None:
     away = Visitor(browser, address)
     away.choose("Model", "icons-mar")
-    away.wait("mar-headspec", ".visar-law")
+    away.wait("mar-headspec", ".visar-exactness")
     away.sampler("mar-256")
     away.page.click("#generate")
     away.wait("40 passes")
@@ -356,11 +356,11 @@ def test_who_leaves_does_not_hold_up_the_next(browser: Any, address: str, hold: 
 
 def test_a_model_of_continuous_tokens(visitor: Visitor) -> None:
     visitor.choose("Model", "icons-mar")
-    visitor.wait("mar-headspec", ".visar-law")
+    visitor.wait("mar-headspec", ".visar-exactness")
     visitor.set("steps", 16)
     visitor.generate()
-    assert visitor.figure("NFE") == 16
-    assert 0 < visitor.figure("head rounds per pass") < 100
+    assert visitor.metric("NFE") == 16
+    assert 0 < visitor.metric("denoiser calls per pass") < 100
     visitor.keep("continuous")
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.eval.exactness.test_ranks import tiny
 from tests.helpers.recording import Recorder
 from tests.helpers.worlds import LARGE, conditions_of, made, session_of, world
-from visar.engine.graphs import WARM, Graph, Kept, RowGraphs, Rows, refill
+from visar.engine.graphs import WARM, Graph, RowGraphs, Rows, SessionCache, refill
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
@@ -67,7 +67,7 @@ def test_the_unconditional_half_is_left_when_guidance_is_over(
     short = session("text", name, IMAGES, guidance=guidance)
     found = decode(short, sampler, TARGET, Noise(1, IMAGES), graph=Graph(record) if graphs else None)
     assert torch.equal(found.tokens, plain.tokens)
-    assert long.halves == 2 and short.halves == 1
+    assert long.batches == 2 and short.batches == 1
     assert found.bytes_read < plain.bytes_read
     assert record.captures == (2 if graphs else 0)
 
@@ -81,8 +81,7 @@ def test_a_step_that_cannot_be_captured_is_taken_by_the_host(caplog: pytest.LogC
     same(found, plain)
     assert found.replays == 0
     assert [r.message for r in caplog.records] == [
-        "A step could not be captured, and is slower for it: "
-        "CUDA error: operation not permitted when stream is capturing"
+        "A step could not be captured, so it is slower: CUDA error: operation not permitted when stream is capturing"
     ]
 
 
@@ -114,7 +113,7 @@ def test_the_recorder_catches_what_a_graph_would_not_do(monkeypatch: pytest.Monk
 
 
 def test_graphs_are_bounded() -> None:
-    kept = Kept(limit=2)
+    kept = SessionCache(limit=2)
     for key in "abc":
         kept.give(key, key.upper(), Graph())
     assert len(kept) == 2 and kept.take("a") is None
@@ -180,7 +179,7 @@ def test_a_captured_diffusion_head(name: str, monkeypatch: pytest.MonkeyPatch) -
     for _ in range(2):
         found, captured = decoded(graphs)
         assert torch.allclose(found.tokens, plain.tokens, atol=1e-4)
-        assert [c.rounds for c in captured.chains] == [c.rounds for c in session.chains]
-        assert [c.evaluations for c in captured.chains] == [c.evaluations for c in session.chains]
+        assert [c.calls for c in captured.denoisers] == [c.calls for c in session.denoisers]
+        assert [c.evaluations for c in captured.denoisers] == [c.evaluations for c in session.denoisers]
         captures.append(record.captures)
     assert captures[0] == captures[1] > 0

@@ -46,7 +46,7 @@ def test_calls_of_one_shape_share_a_graph(
         if made is not None:
             assert record.captures == made and found.stats.graph_passes > 0
             assert found.stats.draft_seconds == (0 if name in ("ar", "scd") else None)
-    assert len(sessions.kept) == 3
+    assert len(sessions.cache) == 3
 
 
 def test_a_session_that_a_callback_broke_off_is_not_kept(
@@ -60,10 +60,10 @@ def test_a_session_that_a_callback_broke_off_is_not_kept(
     record = Recorder(monkeypatch)
     sessions = text_pipe.image_model.sessions = Sessions(record)
     text_pipe(PROMPTS, seed=2, sampler="ar", output_type="tokens")
-    assert len(sessions.kept) == 1
+    assert len(sessions.cache) == 1
     with pytest.raises(InterruptedError):
         text_pipe(PROMPTS, seed=3, sampler="ar", callback=stop)
-    assert len(sessions.kept) == 0
+    assert len(sessions.cache) == 0
     again = text_pipe(PROMPTS, seed=1, sampler="ar", output_type="tokens")
     assert record.captures == 2 and torch.equal(again.tokens, expected)
 
@@ -74,7 +74,7 @@ def test_a_schedule_of_the_host_is_not_captured(
     record = Recorder(monkeypatch)
     text_pipe.image_model.sessions = Sessions(record)
     assert text_pipe("red heart", sampler="zipar").stats.graph_passes == 0
-    assert record.captures == 0 and not len(text_pipe.image_model.sessions.kept)
+    assert record.captures == 0 and not len(text_pipe.image_model.sessions.cache)
 
 
 def test_too_little_memory_is_said_before(text_pipe: TextToImagePipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,12 @@ from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 
 def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> DecodeStats:
     masked = dict(
-        head_steps=100, head_rounds=700, rounds_per_pass=70.04, evaluations_per_token=81.6, tested=50, accepted=20
+        denoising_steps=100,
+        denoiser_calls=700,
+        calls_per_pass=70.04,
+        evaluations_per_token=81.6,
+        tested=50,
+        accepted=20,
     )
     made = kind(
         sampler="sjd", parameters={"window": 16, "init": "uniform"}, exact=True, exactness="exact", seed=7,
@@ -84,15 +89,15 @@ def test_table() -> None:
     }
     masked = dict(Table(stats_of(MaskedStats)._repr_html_()).rows)
     head = masked.pop("diffusion head")
-    assert head == "70.0 rounds per pass, 82 evaluations per token, 40% of drafts accepted" and masked == rows
+    assert head == "70.0 calls per pass, 82 evaluations per token, 40% of drafts accepted" and masked == rows
     assert "drafts" not in stats_of(MaskedStats, tested=0)._repr_html_()
 
 
-def test_law_in_words() -> None:
+def test_exactness_in_words() -> None:
     relaxed = stats_of(exact=False, exactness="relaxed")
     assert (
         dict(Table(relaxed._repr_html_()).rows)["distribution"]
-        == "relaxed: images have another distribution than the model's own"
+        == "relaxed: images do not have the model's distribution"
     )
     greedy = stats_of(exact=False, exactness="exact for greedy decoding; does not sample")
     assert dict(Table(greedy._repr_html_()).rows)["distribution"] == greedy.exactness

@@ -136,7 +136,7 @@ def test_callback(text_pipe: TextToImagePipeline) -> None:
         for row, n in enumerate(progress.lengths.tolist()):
             assert torch.equal(progress.tokens[row, :n], out.tokens[row, :n])
             assert (flat[row, n:] == 128).all() and not (flat[row, :n] == 128).all()
-            assert torch.equal(progress.decided[row], torch.arange(TOKENS) < n)
+            assert torch.equal(progress.known[row], torch.arange(TOKENS) < n)
             assert torch.equal(progress.commit_pass[row, :n], out.commit_pass[row, :n])
     assert [p.seconds for p in seen] == sorted(p.seconds for p in seen)
     assert seen[0].seconds > 0 and seen[-1].seconds <= out.stats.seconds
@@ -152,8 +152,8 @@ def test_images_on_the_way(text_pipe: TextToImagePipeline) -> None:
         assert image.size == out.images[row].size
         cells = torch.from_numpy(np.array(image)).unfold(0, 2, 2).unfold(1, 2, 2).flatten(0, 1)
         grey = (cells == 128).flatten(1).all(1)
-        assert torch.equal(grey, ~half.decided[row])
-    drafts = torch.where(half.decided, half.tokens, (half.tokens + 1) % 24)
+        assert torch.equal(grey, ~half.known[row])
+    drafts = torch.where(half.known, half.tokens, (half.tokens + 1) % 24)
     others = replace(half, tokens=drafts).images()
     for a, b in zip(half.images(), others, strict=True):
         assert a.tobytes() == b.tobytes()

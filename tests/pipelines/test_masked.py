@@ -90,18 +90,18 @@ def test_every_sampler_draws_and_says_what_it_did(pipe: Any, name: str) -> None:
     assert [i.size for i in out.images] == [(6, 6)] * 4 and out.tokens.shape == (4, GRID**2, 4)
     assert stats.exact == spec_of(name).exact and stats.exactness == spec_of(name).exactness
     assert stats.nfe == max(stats.passes_per_image) == int(out.commit_pass.max()) + 1
-    assert (out.commit_pass >= 0).all() and stats.head_rounds > 0
-    assert json.loads(json.dumps(stats.to_dict()))["head_rounds"] == stats.head_rounds and name.split("-")[0] in str(
-        stats
-    )
+    assert (out.commit_pass >= 0).all() and stats.denoiser_calls > 0
+    assert json.loads(json.dumps(stats.to_dict()))["denoiser_calls"] == stats.denoiser_calls
+    assert name.split("-")[0] in str(stats)
 
 
 def test_plain_decoding_counts_all_head_steps_and_speculation_fewer(pipe: Any) -> None:
     plain = pipe("red heart", sampler=MaskedAutoregressive(steps=4, head_steps=40)).stats
     fewer = pipe("red heart", sampler=HeadSpeculation(steps=4, head_steps=40)).stats
     # Of 40 steps those above the model's `latest` are one.
-    assert plain.rounds_per_pass == plain.evaluations_per_token == plain.head_steps == 21 and plain.acceptance is None
-    assert fewer.rounds_per_pass < 21 < fewer.evaluations_per_token and 0 < fewer.acceptance < 1
+    assert plain.calls_per_pass == plain.evaluations_per_token == plain.denoising_steps == 21
+    assert plain.acceptance is None
+    assert fewer.calls_per_pass < 21 < fewer.evaluations_per_token and 0 < fewer.acceptance < 1
 
 
 def test_a_image_depends_on_seed_and_prompt_alone(pipe: Any) -> None:
@@ -154,8 +154,8 @@ def test_what_was_given_is_decided_from_the_first_pass(pipe: Any) -> None:
     forced = torch.full((GRID**2, pipe.mar.config.token_dim), float("nan"))
     forced[:3] = 0.5
     pipe("red heart", sampler=MaskedAutoregressive(**FAST), forced_tokens=forced, callback=seen.append)
-    assert seen[0].decided[0, :3].all() and (seen[0].commit_pass[0, :3] == -1).all()
-    assert [int(p.decided.sum()) for p in seen] == [int(p.lengths) for p in seen]
+    assert seen[0].known[0, :3].all() and (seen[0].commit_pass[0, :3] == -1).all()
+    assert [int(p.known.sum()) for p in seen] == [int(p.lengths) for p in seen]
     assert not (seen[0].preview()[0].flatten(0, 1)[:3] == 128).all(-1).any()
 
 
@@ -310,7 +310,7 @@ def test_the_command_line_knows_the_family(
     quick = ["--set", "steps=4", "--set", "head_steps=6"]
     assert main(["generate", "red heart", *model, *quick, "--set", "adaptive=false", "--json", "-o", out]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["sampler"] == "mar-headspec" and found["parameters"]["adaptive"] is False and found["head_rounds"]
+    assert found["sampler"] == "mar-headspec" and found["parameters"]["adaptive"] is False and found["denoiser_calls"]
     out = str(tmp_path / "b.png")
     assert main(["generate", "red heart", *model, "--sampler", "scd", "-o", out]) == 2
     assert "For continuous ones there are" in capsys.readouterr().err
@@ -329,7 +329,7 @@ def test_bench_shows_the_head(masked_folder: Path, tmp_path: Path, capsys: pytes
     assert "DENOISER CALLS/PASS" in lines[0] and [line.split()[0] for line in lines[1:5]] == samplers.split(",")
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     assert (
-        rows[0]["head"]["rounds_per_pass"] == rows[0]["head"]["head_steps"] == 4
+        rows[0]["head"]["calls_per_pass"] == rows[0]["head"]["denoising_steps"] == 4
         and rows[1]["nfe"] == 2
         and rows[3]["head"]["acceptance"] is not None
     )

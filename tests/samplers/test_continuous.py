@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.plain_mar import TINY, N, plain_bars, plain_pass, plain_tables, plain_times, random_weights, tiny
-from visar.engine.chain import Chain
+from visar.engine.denoising import Denoiser
 from visar.engine.loop import decode
 from visar.engine.rng import Noise
 from visar.errors import VisarError
-from visar.families.mar.chain import DiffusionChain
+from visar.families.mar.denoising import DiffusionDenoiser
 from visar.families.mar.diffusion import HeadNet, Schedule
 from visar.families.mar.session import MARSession
 from visar.families.mar.transformer import MAR
@@ -127,7 +127,7 @@ def test_sampling(cfg: float, schedule: str, temperature: float, passes: int) ->
         noise,
         torch.arange(3).repeat_interleave(N),
         torch.arange(N).repeat(3),
-        DiffusionChain(mar.diffloss.net, Schedule(T), 3),
+        DiffusionDenoiser(mar.diffloss.net, Schedule(T), 3),
     )
     first, later = (t.unflatten(0, (3, N)) for t in (bank.start, bank.steps))
     tokens, masks = plain_sampling(mar, labels, orders, passes, cfg, schedule, temperature, first, later)
@@ -144,14 +144,14 @@ def test_fewer_head_steps_towards_the_end() -> None:
     decode(session, MaskedAutoregressive(5, 50, 5, latest=950), ContinuousTarget(), Noise(0, torch.arange(1)))
     counts = [5 + int((4 - s) / 4 * 45) for s in range(5)]
     assert counts == [50, 38, 27, 16, 5]
-    assert [c.steps for c in session.chains[-5:]] == [len(plain_times(k, 950)) for k in counts]
+    assert [c.steps for c in session.denoisers[-5:]] == [len(plain_times(k, 950)) for k in counts]
 
 
 def test_a_model_may_want_less_noisy_steps_alone() -> None:
     def times(latest: int, sampler: MaskedAutoregressive) -> list[int]:
         session = MARSession(tiny(latest=latest), torch.tensor([0]), torch.randperm(N)[None])
         decode(session, sampler, ContinuousTarget(), Noise(0, torch.arange(1)))
-        return session.chains[0].times.tolist()
+        return session.denoisers[0].times.tolist()
 
     assert times(999, MaskedAutoregressive(2, 10))[0] == 999 and times(900, MaskedAutoregressive(2, 10))[0] == 900
     assert times(900, MaskedAutoregressive(2, 10, latest=950))[0] == 950
@@ -162,11 +162,11 @@ def test_a_model_may_want_less_noisy_steps_alone() -> None:
 
 def test_drafts_in_closed_form_are_those_step_by_step() -> None:
     torch.manual_seed(0)
-    chain = DiffusionChain(HeadNet(3, 8, 16, 1), Schedule(30), 3, temperature=0.9)
+    denoiser = DiffusionDenoiser(HeadNet(3, 8, 16, 1), Schedule(30), 3, temperature=0.9)
     x, guess = torch.randn(5, 3), torch.randn(5, 6)
     steps = torch.tensor([0, 3, 11, 20, 21])[:, None] + torch.arange(8)
     normals = torch.randn(5, 8, 3)
-    found, wanted = chain.draft(x, steps, guess, normals), Chain.draft(chain, x, steps, guess, normals)
+    found, wanted = denoiser.draft(x, steps, guess, normals), Denoiser.draft(denoiser, x, steps, guess, normals)
     for a, b in zip(found, wanted, strict=True):
         assert a.shape == (5, 8, 3) and torch.allclose(a, b, atol=2e-6, rtol=1e-5)
-    assert chain.draft(x, torch.full((5, 8), 29), guess, normals)[0].isfinite().all()  # behind the end, thrown away
+    assert denoiser.draft(x, torch.full((5, 8), 29), guess, normals)[0].isfinite().all()  # behind the end, thrown away

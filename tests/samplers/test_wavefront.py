@@ -139,5 +139,5 @@ def test_bad_input() -> None:
     with pytest.raises(VisarError, match="zipar needs grid"):
         decode(session("class"), ZipAR(), Target(), Noise(0, torch.arange(3)))
     tabular = TabularSession(TabularModel.markov(3, 4, seed=0), 1, 2)
-    with pytest.raises(VisarError, match="TabularSession decodes in raster order alone"):
+    with pytest.raises(VisarError, match="TabularSession decodes in raster order only"):
         decode(tabular, ZipAR(1, 2), Target(), Noise(0, torch.arange(1)))

@@ -37,7 +37,7 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a red heart", "--model", "icons-mar", "--json", "-o", str(out)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["sampler"], found["exact"], found["nfe"], found["tokens"]) == ("mar-headspec", True, 64, 256)
-    assert found["rounds_per_pass"] <= SHARE * found["head_steps"]
+    assert found["calls_per_pass"] <= SHARE * found["denoising_steps"]
     image = Image.open(out)
     assert (image.size, image.mode) == ((64, 64), "RGB") and len(image.getcolors(4096) or range(4096)) > 16
 

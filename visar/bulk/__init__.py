@@ -1,4 +1,4 @@
-"""Bulk sampling: many images into a folder, resumable, on any number of processes, and out of it for evaluators."""
+"""Bulk sampling: many images into a folder, resumable, with any number of processes, and exports for evaluators."""
 
 from visar.bulk.conditions import Condition, read_classes, read_prompts
 from visar.bulk.export import LAYOUTS, export, export_dpg, export_geneval, export_npz

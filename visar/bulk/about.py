@@ -1,4 +1,4 @@
-"""What run it is: all that decides its images, and the machine and versions that made them."""
+"""The description of a run: everything that its images depend on, and machines and versions."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from visar.params import SamplingParams
 from visar.samplers import values_of
 
 FORMAT = 1  # of the folder
-# What run.json says of settings that models of other tokens alone have; runs of earlier versions go on with these.
+# Values in run.json of settings that this kind of model does not have, so that earlier versions' runs can continue.
 UNUSED = {"guidance_interval": -1, "guidance_schedule": None, "top_k": 0, "top_p": 1.0}
-SAMPLE = 4096  # numbers of each tensor that the mark of the weights reads
+SAMPLE = 4096  # numbers of each tensor in the hash of the weights
 
 
 def sampler_of(model: ImageModel, sampler: Any) -> Any:
-    """The sampler that the model would use, as an object. Raises `VisarError` if it is of another kind of tokens."""
+    """The sampler as an object. Raises `VisarError` if it is for another kind of tokens."""
     return model.sampler_of(sampler)
 
 
 def settings_of(model: ImageModel, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, with the model's own in the place of None. Raises `VisarError` for a setting that it does not have."""
+    """`given`, with the model's default for None. Raises `VisarError` for a setting that the model does not have."""
     if given.get("forced_tokens") is not None:
-        raise VisarError("Many images have no forced tokens; call the model for those.")
+        raise VisarError("Bulk runs take no forced tokens; call the model for those.")
     params, kind = model.params_of(**given), model.family.tokens
     named = {f.name: f.metadata["only"] for f in fields(SamplingParams) if f.name in params.to_dict()}
     return {
@@ -43,7 +43,7 @@ def settings_of(model: ImageModel, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_mark(model: ImageModel) -> str:
-    """A hash of every part's tensors: names, shapes, and up to `SAMPLE` numbers of each, evenly spread."""
+    """A hash of all components' tensors: names, shapes, and up to `SAMPLE` evenly spaced numbers of each."""
     mark = hashlib.sha256()
     for part, module in sorted(model.family.components.items()):
         for name, tensor in sorted(module.state_dict().items() if hasattr(module, "state_dict") else ()):
@@ -60,7 +60,7 @@ def method_of(sampler: Any) -> dict[str, Any]:
 
 
 def machine(model: ImageModel) -> dict[str, Any]:
-    """What rounding may depend on: device, threads and versions."""
+    """Device, threads and versions, on which rounding can depend."""
     device = model.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or "cpu",
@@ -74,7 +74,7 @@ def machine(model: ImageModel) -> dict[str, Any]:
 
 
 def changed(old: Sequence[Mapping[str, Any]], new: Mapping[str, Any]) -> str:
-    """How a machine differs from those that worked on a run before, in words; "" if it is one of them."""
+    """The differences of a machine from the last one of a run, in words; "" if the run has used it."""
     if not old or new in old:
         return ""
     last = old[-1]

@@ -1,4 +1,4 @@
-"""What is drawn: prompts or classes from a file, and which of them each image of a run has."""
+"""The conditions of a run: prompts or classes from a file, and the one of each image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visar.errors import VisarError
 
 @dataclass(frozen=True)
 class Condition:
-    """`value`: a prompt or a class id. `id` is the name that a file gave it, `metadata` the file's other fields."""
+    """`value`: a prompt or a class id. `id` is its name in the file, `metadata` the file's other fields."""
 
     value: str | int
     id: str | int | None = None
@@ -25,8 +25,8 @@ class Condition:
 def read_prompts(file: str | Path) -> list[Condition]:
     """The prompts of a .txt file, one in each line, or of a .jsonl file of {"prompt": ..., "id": ...} objects.
 
-    Other fields of an object are kept as its metadata. Raises `VisarError` for a file that cannot be read, a line that
-    is empty or no such object, and an id that is given twice.
+    Other fields of an object are its metadata. Raises `VisarError` for a file that cannot be read, an empty or invalid
+    line, and an id that is given twice.
     """
     path = Path(file)
     if path.suffix not in (".txt", ".jsonl"):
@@ -50,7 +50,7 @@ def read_prompts(file: str | Path) -> list[Condition]:
 def read_classes(text: str) -> list[Condition]:
     """Classes such as "0-999" or "1,5,7-9", or a file with such a list in each line.
 
-    Raises `VisarError` for what is no list of classes, and for a class that is named twice.
+    Raises `VisarError` for an invalid list, and for a class that is given twice.
     """
     lines = _lines(Path(text)) if Path(text).is_file() else [text]
     classes: list[int] = []
@@ -72,7 +72,7 @@ def read_classes(text: str) -> list[Condition]:
 class Interleaved:
     """Images by id: image i has condition i % P, and its image index counts earlier images of the same value.
 
-    The image index is i // P, unless conditions repeat. So nothing depends on how many images there are.
+    The image index is i // P, unless conditions repeat. It does not depend on the number of images.
     """
 
     def __init__(self, conditions: Sequence[Condition]):
@@ -91,8 +91,8 @@ class Interleaved:
         return self.conditions[i % len(self.conditions)]
 
     def index(self, i: int) -> int:
-        turn, place = divmod(i, len(self.conditions))
-        return turn * self._times[self.condition(i).value] + self._before[place]
+        turn, number = divmod(i, len(self.conditions))
+        return turn * self._times[self.condition(i).value] + self._before[number]
 
     def mark(self) -> str:
         """A hash of all conditions, with their ids and metadata."""
@@ -101,7 +101,7 @@ class Interleaved:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file that has at least one; a last line end begins no further line."""
+    """The lines of a file. Raises `VisarError` if there are none, or the file cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:

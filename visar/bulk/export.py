@@ -1,4 +1,4 @@
-"""A finished run in the layouts that evaluators read.
+"""Export a finished run in the layouts of evaluators.
 
 - ADM's evaluator (github.com/openai/guided-diffusion, evaluations/): an .npz file with `arr_0`, uint8 [N, H, W, 3], and
   for classes `arr_1`, int64 [N].
@@ -31,7 +31,7 @@ DPG_IMAGES = 4
 def export(folder: str | Path, layout: str, out: str | Path) -> int:
     """Write the finished run in `folder` to `out` in one of `LAYOUTS`; returns the number of images.
 
-    Raises `VisarError` for an unfinished run, a run that does not fit the layout, and an output that is in the way.
+    Raises `VisarError` for an unfinished run, a run that does not fit the layout, and an output that exists.
     """
     if layout not in LAYOUTS:
         raise unknown("layout", layout, LAYOUTS)
@@ -39,16 +39,14 @@ def export(folder: str | Path, layout: str, out: str | Path) -> int:
 
 
 def export_npz(folder: str | Path, out: str | Path) -> int:
-    """The file of ADM's evaluator, images in the order of their ids; they are streamed, never all in memory."""
+    """The file of ADM's evaluator, images in the order of their ids, streamed."""
     run = RunFolder(folder)
     lines = run.finished()
     size = np.asarray(Image.open(run.image(0)).convert("RGB")).shape
     path = Path(out)
     if path.is_dir():
         raise VisarError(f"{out} is a folder; give a .npz file.")
-    with (
-        output_folder(path.parent), replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive
-    ):  # fmt: skip
+    with output_folder(path.parent), replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             _header(file, (len(lines), *size), np.dtype(np.uint8))
             for line in lines:
@@ -64,7 +62,7 @@ def export_npz(folder: str | Path, out: str | Path) -> int:
 
 
 def export_geneval(folder: str | Path, out: str | Path) -> int:
-    """GenEval's folder, of a run by the prompts of its evaluation_metadata.jsonl."""
+    """GenEval's folder, of a run with the prompts of its evaluation_metadata.jsonl."""
     run = RunFolder(folder)
     prompts = _by_prompt(run, "geneval")
     if any("tag" not in lines[0].get("metadata", {}) for lines in prompts):
@@ -133,10 +131,10 @@ def _header(file: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
 
 @contextmanager
 def _new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder that becomes `path` when it is filled; `path` must not be there, or be empty."""
+    """A folder that is renamed to `path` when it is filled. Raises `VisarError` unless `path` is new or empty."""
     out = Path(path)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise VisarError(f"{out} is in the way: give a folder that is new or empty.")
+        raise VisarError(f"{out} exists: give a folder that is new or empty.")
     with output_folder(out.parent):
         made = out.with_name(f".{out.name}.{os.getpid()}.partial")
         made.mkdir()

@@ -1,7 +1,7 @@
-"""The folder of a run: images, what is known of each, and that no kill leaves anything half-written in it.
+"""The folder of a run: images and a line about each, consistent even after a kill.
 
-An image is written under a temporary name and renamed; then its line goes to the journal of its rank. So a line means
-a whole image, and an image without a line is drawn again. A finished run has its lines in `manifest.jsonl`.
+An image is written under a temporary name and renamed; then its line is added to the journal of its rank. So a line
+means a complete image, and an image without a line is sampled again. A finished run has its lines in `manifest.jsonl`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from PIL import Image
 from visar.errors import VisarError
 from visar.files import replacing
 
-PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every whole PNG file
-# What makes an image; anything else in run.json is told, and may change when a run goes on.
+PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every complete PNG file
+# The fields that images depend on; the others in run.json may change when a run continues.
 IDENTITY = (
     "format", "weights", "drafters", "sampler", "parameters", "settings", "seed", "conditions", "batch", "dtype",
     "tokens",
@@ -38,13 +38,13 @@ class RunFolder:
     def image(self, i: int) -> Path:
         return self.path / f"{i:06d}.png"
 
-    def drawn(self) -> int:
-        """How many images are there, whole or not."""
+    def count_images(self) -> int:
+        """The number of image files, complete or not."""
         with os.scandir(self.path) as entries:
             return sum(entry.name.endswith(".png") and not entry.name.startswith(".") for entry in entries)
 
     def about(self) -> dict[str, Any] | None:
-        """What run it is, None if there is none; a `VisarError` if its file is damaged."""
+        """The run's description, None if there is none. Raises `VisarError` if its file is damaged."""
         try:
             found = json.loads(self._run.read_text())
         except (FileNotFoundError, NotADirectoryError):
@@ -56,14 +56,14 @@ class RunFolder:
         return found
 
     def check(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The run that is there, None if there is none.
+        """The description of the folder's run, None if there is none.
 
-        Raises `VisarError` if it differs from `about`, of which parts may be missing, if it has more images, or if
-        there are images of something else.
+        Raises `VisarError` if it differs from `about`, which may have fewer fields, if it has more images, or if the
+        folder has images of something else.
         """
         found = self.about()
         if found is None:
-            if self.path.is_dir() and self.drawn():
+            if self.path.is_dir() and self.count_images():
                 raise VisarError(f"{self.path} holds images of something else; give another folder.")
             return None
         pairs = [pair for key in IDENTITY if key in about for pair in _pairs(key, found.get(key), about[key])]
@@ -81,18 +81,18 @@ class RunFolder:
             _to_disk(file)
 
     def forget_if_empty(self) -> None:
-        """Take run.json away again if no image was drawn."""
-        if not self.drawn():
+        """Remove run.json if there are no images."""
+        if not self.count_images():
             self._run.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what killed runs left under temporary names. Only with the locks of all ranks."""
+        """Remove temporary files of killed runs. Only with the locks of all ranks."""
         for pattern in (".*.partial.*", ".visar.*"):
             for file in self.path.glob(pattern):
                 file.unlink(missing_ok=True)
 
     def done(self) -> dict[int, Line]:
-        """The lines of all images that are there, by id."""
+        """The lines of all complete images, by id."""
         found: dict[int, Line] = {}
         for file in (self.manifest, *sorted(self.path.glob(".journal.*"))):
             if file.exists():
@@ -100,11 +100,11 @@ class RunFolder:
         return {i: line for i, line in sorted(found.items()) if is_whole(self.image(i))}
 
     def finish(self, count: int) -> None:
-        """Merge the journals into the manifest; a `VisarError` if images are missing."""
+        """Merge the journals into the manifest. Raises `VisarError` if images are missing."""
         lines = self.done()
         missing = sum(i not in lines for i in range(count))
         if missing:
-            raise VisarError(f"{missing} images of {self.path} are gone; start the run again to have them drawn.")
+            raise VisarError(f"{missing} images of {self.path} are gone; start the run again to sample them.")
         with replacing(self.manifest) as temporary, open(temporary, "w") as file:
             file.writelines(json.dumps(lines[i]) + "\n" for i in range(count))
             _to_disk(file)
@@ -112,7 +112,7 @@ class RunFolder:
             journal.unlink()
 
     def finished(self) -> list[Line]:
-        """The manifest; a `VisarError` if there is no run, or one that is not finished."""
+        """The lines of the manifest. Raises `VisarError` if there is no finished run."""
         about = self.about()
         if about is None:
             raise VisarError(f"{self.path} holds no run of `visar sample`.")
@@ -126,9 +126,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self, rank: int, world: int = 1) -> Iterator[None]:
-        """Hold the lock of a rank; rank 0 looks that no rank of a larger job is still at work, too.
+        """Hold the lock of a rank; rank 0 also checks that no rank of a larger job is still running.
 
-        The kernel releases it when the process ends in any way. Raises `VisarError` if another run has it.
+        The kernel releases it when the process ends. Raises `VisarError` if another run has it.
         """
         with self._lock(rank):
             if rank == 0:
@@ -164,7 +164,7 @@ class RunFolder:
 
 
 class Journal:
-    """Writes images and then their lines, in that order, each on the disk before the next."""
+    """Writes each image and then its line, and syncs each to the disk."""
 
     def __init__(self, folder: RunFolder, rank: int):
         self._folder = folder
@@ -172,7 +172,7 @@ class Journal:
         self._mended = False
 
     def write(self, image: Image.Image, line: Line) -> None:
-        """Write an image as its line's "file", then the line. Raises `VisarError` where the disk is full, say."""
+        """Write an image as its line's "file", then the line. Raises `VisarError` if that fails."""
         try:
             with replacing(self._folder.path / line["file"]) as temporary, open(temporary, "wb") as file:
                 image.save(file, format="PNG")
@@ -188,7 +188,7 @@ class Journal:
 
 
 def is_whole(image: Path) -> bool:
-    """Whether a PNG file is there to its end."""
+    """Whether a PNG file is complete."""
     try:
         with open(image, "rb") as file:
             file.seek(-len(PNG_END), os.SEEK_END)
@@ -203,7 +203,7 @@ def _to_disk(file: Any) -> None:
 
 
 def _whole_lines(file: Path) -> Iterator[Line]:
-    """The lines of images; what is cut short or damaged is left out, so that its image is drawn again."""
+    """The valid lines; images of damaged lines are sampled again."""
     for text in file.read_bytes().split(b"\n")[:-1]:
         try:
             line = json.loads(text)
@@ -214,7 +214,7 @@ def _whole_lines(file: Path) -> Iterator[Line]:
 
 
 def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What is to be equal, by name; tables entry by entry."""
+    """Pairs of values to compare, by name; dicts entry by entry."""
     if isinstance(new, dict) and isinstance(old, dict):
         for key in new:
             yield from _pairs(key, old.get(key), new[key])

@@ -1,4 +1,4 @@
-"""The processes of a run, as torchrun starts them: what they decide together before and after they draw apart."""
+"""The processes of a run, started by torchrun, and their synchronization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from visar.errors import VisarError
 
-PATIENCE = timedelta(hours=24)  # a rank that is done waits for the slowest
+PATIENCE = timedelta(hours=24)  # of a finished rank for the slowest
 T = TypeVar("T")
 
 
@@ -23,7 +23,7 @@ class ToldElsewhere(VisarError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `world`; `group` is theirs in `torch.distributed`, None being the default."""
+    """This process is number `rank` of `world`; `group` of `torch.distributed` has all, None is the default group."""
 
     rank: int = 0
     world: int = 1
@@ -36,7 +36,7 @@ class Ranks:
             raise VisarError("Several ranks need torch.distributed; start them with torchrun and use join_ranks.")
 
     def agree(self, step: Callable[[], T]) -> T:
-        """Run `step` on every rank, wait for all, and return what this rank's gave.
+        """Run `step` on every rank, wait for all, and return this rank's result.
 
         If any rank's `step` raises `VisarError`, all raise: rank 0 the first of these errors, the others
         `ToldElsewhere`.
@@ -50,13 +50,13 @@ class Ranks:
             message = str(error)
         messages: list[str | None] = [None] * self.world
         dist.all_gather_object(messages, message, group=self.group)
-        told = next((m for m in messages if m is not None), None)
-        if told is not None:
-            raise (ToldElsewhere if self.rank else VisarError)(told)
+        first = next((m for m in messages if m is not None), None)
+        if first is not None:
+            raise (ToldElsewhere if self.rank else VisarError)(first)
         return result  # type: ignore[return-value]
 
     def first(self, step: Callable[[], T]) -> T:
-        """Run `step` on rank 0 alone, and give its result to all; errors as in `agree`."""
+        """Run `step` on rank 0 only, and return its result on all; errors as in `agree`."""
         result = self.agree(lambda: step() if self.rank == 0 else None)
         if self.world > 1:
             box = [result]
@@ -67,7 +67,7 @@ class Ranks:
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """The ranks of a torchrun job, over gloo on the host; of a process that was started alone, itself."""
+    """The ranks of a torchrun job, over gloo on the host; a single rank for other processes."""
     if dist.is_initialized():
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield Ranks(dist.get_rank(), dist.get_world_size(), group)

@@ -1,4 +1,4 @@
-"""Bulk sampling: images by id into a folder, by any number of processes, going on after a kill."""
+"""Bulk sampling: images by id into a folder, with any number of processes; a killed run can continue."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from visar.params import DISCRETE
 
 @dataclass(frozen=True)
 class Sampled:
-    """A finished run, `drawn` of whose `images` this call drew, on all ranks.
+    """A finished run; this call sampled `sampled` of its `images`, on all ranks.
 
-    `passes` and `seconds` are means over all images; an image's seconds are its even share of its batch's.
+    `passes` and `seconds` are means over all images; an image's seconds are those of its batch over the batch size.
     """
 
     folder: Path
     images: int
-    drawn: int
+    sampled: int
     sampler: str
     exact: bool
     passes: float
@@ -43,7 +43,7 @@ class Sampled:
     def __str__(self) -> str:
         kind = "exact" if self.exact else "relaxed"
         return (
-            f"{self.sampler} ({kind}): {self.images} images in {self.folder}, {self.drawn} of them drawn now, "
+            f"{self.sampler} ({kind}): {self.images} images in {self.folder}, {self.sampled} of them sampled now, "
             f"{self.passes:.1f} passes and {self.seconds:.2f} s per image"
         )
 
@@ -64,15 +64,15 @@ def sample_images(
     progress: bool = False,
     **settings: Any,
 ) -> Sampled:
-    """Draw `count` images, by default one of each condition, into the folder `out`; a run that is there goes on.
+    """Sample `count` images, by default one of each condition, into the folder `out`; continues a run in it.
 
     `conditions`: prompts, or class ids for a class model; image i has condition i % P. `batch`: images decoded at
-    once. `tokens` puts each image's tokens in the manifest. `settings`: guidance_scale, guidance_interval,
-    guidance_schedule, temperature, top_k and top_p, as the pipeline takes them. `name` and `drafters` are those for
-    run.json. With several `ranks` all of them call this with the same arguments, on one shared folder. `progress` shows
-    a bar on rank 0; bars of the pipeline's own are the caller's to disable.
+    once. `tokens` adds each image's tokens to the manifest. `settings`: guidance_scale, guidance_interval,
+    guidance_schedule, temperature, top_k and top_p, as in `SamplingParams`. `name` and `drafters` are for run.json.
+    With several `ranks` all of them call this with the same arguments, on one shared folder. `progress` shows a bar on
+    rank 0; it does not disable the model's own bar.
 
-    Raises `VisarError` for bad input, for a folder with another run, and where another run is at work in it.
+    Raises `VisarError` for bad input, for a folder with another run, and if another run is working in it.
     """
     model = ImageModel.of(model)
     order, count = _checked(model, conditions, count, batch, tokens)
@@ -107,30 +107,34 @@ def sample_images(
         batches = [range(b, min(b + batch, count)) for b in range(0, count, batch)]
         own = [ids for ids in batches if not missing.isdisjoint(ids)][ranks.rank :: ranks.world]
         bar = tqdm(
-            total=count, initial=count - len(missing), unit="image", smoothing=0, file=sys.stderr,
+            total=count,
+            initial=count - len(missing),
+            unit="image",
+            smoothing=0,
+            file=sys.stderr,
             disable=bool(ranks.rank) or not progress,
-        )  # fmt: skip
+        )
         try:
             journal = Journal(folder, ranks.rank)
             with bar:
                 for ids in own:
-                    _draw(model, order, ids, missing, journal, method, seed, tokens, settings)
-                    bar.update(folder.drawn() - bar.n)  # those of all ranks
-                ranks.agree(lambda: None)  # all have drawn their part
+                    _sample_batch(model, order, ids, missing, journal, method, seed, tokens, settings)
+                    bar.update(folder.count_images() - bar.n)  # of all ranks
+                ranks.agree(lambda: None)  # wait for all
                 bar.update(count - bar.n)
             ranks.first(lambda: folder.finish(count))
         except BaseException:
-            if ranks.world == 1:  # with more, another one may be about to write
+            if ranks.world == 1:  # with more, another rank may be about to write
                 folder.forget_if_empty()
             raise
-        # Before the locks are given back: nobody changes the folder meanwhile.
+        # While the locks are held, so that nobody changes the folder.
         return _summary(folder, len(missing))
 
 
 def _checked(
     model: ImageModel, conditions: Sequence[Condition | str | int], count: int | None, batch: int, tokens: bool
 ) -> tuple[Interleaved, int]:
-    """The order of the images, and how many there are; `VisarError` for what the model cannot make."""
+    """The order of the images, and their number. Raises `VisarError` for bad input."""
     order = Interleaved([c if isinstance(c, Condition) else Condition(c) for c in conditions])
     count = len(order.conditions) if count is None else count
     if count < 1:
@@ -141,31 +145,31 @@ def _checked(
         raise VisarError(f"There are at most {IMAGES} images of one condition.")
     family = model.family
     if tokens and family.tokens != DISCRETE:
-        raise VisarError("Tokens are saved of models of discrete tokens; this one's are vectors.")
+        raise VisarError("Only discrete tokens can be saved; those of this model are vectors.")
     if order.kind != family.condition:
         raise VisarError(f"This model makes images from a {family.condition}, and it was given a {order.kind}.")
     values: list[Any] = [c.value for c in order.conditions]
     family.check_conditions(values)
     if family.condition == "prompt":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they come again when the image is made
+            warnings.simplefilter("ignore")  # repeated when the image is made
             family.encode(values)
     return order, count
 
 
 def _begin(folder: RunFolder, about: dict[str, Any], here: Mapping[str, Any]) -> list[int]:
-    """Clear the folder, say what run it is, and return the ids that are missing. Under the locks of all ranks."""
+    """Clear the folder, write run.json, and return the missing ids. Only with the locks of all ranks."""
     folder.clear()
     found = folder.check(about)
     before = found["machines"] if found else []
     if difference := changed(before, here):
-        warnings.warn(f"The run goes on elsewhere ({difference}): rounding may differ.", stacklevel=2)
+        warnings.warn(f"The run continues on another machine ({difference}): rounding may differ.", stacklevel=2)
     folder.describe(about | {"machines": before if here in before else [*before, here]})
     done = folder.done()
     return [i for i in range(about["count"]) if i not in done]
 
 
-def _draw(
+def _sample_batch(
     model: ImageModel,
     order: Interleaved,
     ids: Sequence[int],
@@ -176,7 +180,7 @@ def _draw(
     tokens: bool,
     settings: Mapping[str, Any],
 ) -> None:
-    """One call of the pipeline; only the `wanted` ones of its images are written."""
+    """One call of the model, of which only the `wanted` images are written."""
     values = [order.condition(i).value for i in ids]
     indices = [order.index(i) for i in ids]
     out = model.generate(values, sampler=method, seed=seed, first_image=indices, **settings)
@@ -187,9 +191,9 @@ def _draw(
 
 
 def _line(order: Interleaved, i: int, row: int, stats: DecodeStats) -> Line:
-    """What the manifest says of image i, which was one row of a call."""
+    """The manifest's line of image i, one row of a call."""
     condition = order.condition(i)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "passes": stats.passes_per_image[row],
         "batch": stats.images,
         "nfe": stats.nfe,
@@ -197,7 +201,7 @@ def _line(order: Interleaved, i: int, row: int, stats: DecodeStats) -> Line:
         "draft_seconds": None if stats.draft_seconds is None else stats.draft_seconds / stats.images,
     }
     if isinstance(stats, MaskedStats):
-        figures["head_rounds"] = stats.head_rounds
+        metrics["denoiser_calls"] = stats.denoiser_calls
     line: Line = {"id": f"{i:06d}", "file": f"{i:06d}.png", order.kind: condition.value}
     if condition.id is not None:
         line["prompt_id"] = condition.id
@@ -206,17 +210,17 @@ def _line(order: Interleaved, i: int, row: int, stats: DecodeStats) -> Line:
         "seed": stats.seed,
         "sampler": stats.sampler,
         "exact": stats.exact,
-        "stats": figures,
+        "stats": metrics,
     }
     return line | ({"metadata": dict(condition.metadata)} if condition.metadata else {})
 
 
-def _summary(folder: RunFolder, drawn: int) -> Sampled:
+def _summary(folder: RunFolder, sampled: int) -> Sampled:
     lines = folder.finished()
     return Sampled(
         folder=folder.path,
         images=len(lines),
-        drawn=drawn,
+        sampled=sampled,
         sampler=lines[0]["sampler"],
         exact=lines[0]["exact"],
         passes=statistics.fmean(line["stats"]["passes"] for line in lines),

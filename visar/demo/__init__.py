@@ -1,1 +1,1 @@
-"""The demo in a browser: images while they are decoded, what each pass kept, and two samplers side by side."""
+"""The demo in a browser: images during decoding, accepted tokens of each pass, and two samplers side by side."""

@@ -1,4 +1,4 @@
-"""The page: what it looks like, and what its buttons do. Everything that decides anything is in the files beside it."""
+"""The page: its layout, and its buttons' events."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from visar.demo.requests import Limits, Request
 from visar.errors import VisarError
 
 INTRO = (
-    "# visar\nImage autoregressive models, decoded in fewer passes of the network. Grey is what is not decided yet. "
-    "An **exact** sampler gives every image with the probability that plain decoding gives it; a **relaxed** one "
+    "# visar\nImage autoregressive models, decoded in fewer passes of the network. Grey cells are not sampled yet. "
+    "An **exact** sampler samples from the same distribution as plain decoding; a **relaxed** one "
     "does not."
 )
 
-# In a narrow window the results lie far below the button.
+# In a narrow window the results are far below the button.
 SHOW = "(...args) => { if (innerWidth < 800) document.getElementById('%s').scrollIntoView(); return args; }"
 
 Frames = Iterator[tuple[int, Frame]]
-Draw = Callable[[Request, Frames], Iterator[list[Any]]]  # what the page's outputs show of each frame
+Render = Callable[[Request, Frames], Iterator[list[Any]]]  # values of the page's outputs for each frame
 
 
 def theme() -> gr.themes.Base:
-    """Fonts that are on the visitor's machine: nothing is loaded from elsewhere."""
+    """Fonts of the visitor's machine: the page loads none."""
     return gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
@@ -42,7 +42,7 @@ def css() -> str:
 
 
 def build(models: Mapping[str, DemoModel], limits: Limits) -> gr.Blocks:
-    """The page for models that are loaded; nothing that a browser sends names a file."""
+    """The page for loaded models; no request of a browser can name a file."""
     desk = Desk(limits)
 
     def leave(request: gr.Request) -> None:
@@ -68,22 +68,24 @@ def _generate_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) -
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
                 stop = gr.Button("Stop", variant="stop", elem_id="stop")
             controls = SamplerControls.build(models, "Sampler", first.default_sampler)
-            conditions.chances(limits)
+            conditions.add_settings(limits)
         with gr.Column(scale=3, min_width=320, elem_classes="visar-results"):
             status = gr.HTML(view.status("Ready."), elem_id="status")
             images = gr.HTML(view.images(None, None), elem_id="images")
-            figures = gr.HTML(elem_id="figures")
+            metrics = gr.HTML(elem_id="metrics")
             curves = gr.HTML(elem_id="curves")
 
-    def draw(request: Request, frames: Frames) -> Iterator[list[Any]]:
+    def render(request: Request, frames: Frames) -> Iterator[list[Any]]:
         (label,) = request.labels
         for _, frame in frames:
             yield [
-                view.progress(label, frame), view.images(request, frame), view.figures(frame.stats),
+                view.progress(label, frame),
+                view.images(request, frame),
+                view.metrics(frame.stats),
                 view.curves({label: frame}, request.tokens),
-            ]  # fmt: skip
+            ]
 
-    _wire(desk, limits, conditions, [controls], go, stop, [status, images, figures, curves], draw)
+    _wire(desk, limits, conditions, [controls], go, stop, [status, images, metrics, curves], render)
     _follow(conditions, [(controls, lambda model: model.default_sampler)])
 
 
@@ -97,7 +99,7 @@ def _compare_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) ->
                 stop = gr.Button("Stop", variant="stop", elem_id="compare-stop")
             left = SamplerControls.build(models, "First sampler", first.baseline)
             right = SamplerControls.build(models, "Second sampler", first.default_sampler)
-            conditions.chances(limits)
+            conditions.add_settings(limits)
         with gr.Column(scale=3, min_width=320, elem_classes="visar-results"):
             status = gr.HTML(
                 view.status("Ready. Both samplers get the same prompt and seed."), elem_id="compare-status"
@@ -108,9 +110,9 @@ def _compare_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) ->
             with gr.Row():
                 for side in ("left", "right"):
                     with gr.Column(min_width=280):
-                        panes += [gr.HTML(elem_id=f"compare-{what}-{side}") for what in ("images", "figures")]
+                        panes += [gr.HTML(elem_id=f"compare-{what}-{side}") for what in ("images", "metrics")]
 
-    def draw(request: Request, frames: Frames) -> Iterator[list[Any]]:
+    def render(request: Request, frames: Frames) -> Iterator[list[Any]]:
         last: dict[str, Frame] = {}
         for number, frame in frames:
             label = request.labels[number]
@@ -119,18 +121,18 @@ def _compare_tab(models: Mapping[str, DemoModel], limits: Limits, desk: Desk) ->
             shown: list[Any] = [view.progress(label, frame, last), view.ratio(last), view.curves(last, request.tokens)]
             for name in request.labels:
                 now = last.get(name)
-                shown += [view.images(request, now, name, most), view.figures(now.stats if now else None)]
+                shown += [view.images(request, now, name, most), view.metrics(now.stats if now else None)]
             yield shown
 
-    _wire(desk, limits, conditions, [left, right], go, stop, [status, ratio, curves, *panes], draw)
+    _wire(desk, limits, conditions, [left, right], go, stop, [status, ratio, curves, *panes], render)
     _follow(conditions, [(left, lambda model: model.baseline), (right, lambda model: model.default_sampler)])
 
 
 def _wire(
     desk: Desk, limits: Limits, conditions: Conditions, controls: list[SamplerControls], go: gr.Button, stop: gr.Button,
-    outputs: list[Any], draw: Draw,
+    outputs: list[Any], render: Render,
 ) -> None:  # fmt: skip
-    """Asking checks a request and gives it a ticket at once; running it waits for its turn.
+    """Connect the buttons: a click checks the request and gives it a ticket at once, then waits for its turn.
 
     The first of `outputs` is the status.
     """
@@ -150,12 +152,12 @@ def _wire(
             return "", view.status(str(error), "error")
 
     def run(name: str) -> Iterator[list[Any]]:
-        yield [gr.skip() for _ in outputs]  # a turn without frames leaves the page as it is
+        yield [gr.skip() for _ in outputs]  # without frames the page does not change
         if not name:
             return
         try:
             wanted = desk.request(name)
-            yield from draw(wanted, desk.serve(name))
+            yield from render(wanted, desk.serve(name))
         except Stopped as stopped:
             yield only_status(view.status(str(stopped), "info"))
         except VisarError as error:
@@ -173,9 +175,9 @@ def _wire(
     def halt(request: gr.Request) -> Any:
         match desk.stop(str(request.session_hash)):
             case "work":
-                return gr.skip()  # the request itself says where it stopped
+                return gr.skip()  # the request reports where it stopped
             case "waiting":
-                return view.status("Taken back; it had not begun.")
+                return view.status("Cancelled before it began.")
             case _:
                 return view.status("There is nothing to stop.")
 
@@ -191,7 +193,7 @@ def _wire(
 
 
 def _follow(conditions: Conditions, sides: list[tuple[SamplerControls, Callable[[DemoModel], str]]]) -> None:
-    """The boxes follow the model and the sampler that are chosen; `sides` have what is chosen of a new model."""
+    """Update the boxes when a model or sampler is chosen; `sides` give the sampler to choose for a new model."""
     quick: dict[str, Any] = dict(queue=False, api_visibility="private", show_progress="hidden")
 
     def of_model(name: str) -> list[Any]:

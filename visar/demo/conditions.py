@@ -1,4 +1,4 @@
-"""The boxes that say what is made: model, prompt or class, images, and a box for each setting of `SamplingParams`."""
+"""The boxes of a request: model, prompt or class, images, and a box for each setting of `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ PROMPTS = ["a red heart, 3d", "a lion, noto", "a green apple, flat", "a sailboat
 
 
 class Conditions:
-    """Made inside the layout at work, what is drawn first and `chances` wherever they are to stand.
-
-    The first model is chosen.
-    """
+    """Boxes for model and prompt in the current layout; `add_settings` adds the others. The first model is chosen."""
 
     def __init__(self, models: Mapping[str, DemoModel], limits: Limits):
         self.models = models
         first = next(iter(models.values()))
         self.model = gr.Dropdown(list(models), value=first.name, label="Model", visible=len(models) > 1)
         self.prompt = gr.Textbox(
-            value=PROMPTS[0], label="Prompt", max_lines=3, max_length=limits.prompt, visible=not first.classes,
+            value=PROMPTS[0],
+            label="Prompt",
+            max_lines=3,
+            max_length=limits.prompt,
+            visible=not first.classes,
             elem_classes="visar-prompt",
-        )  # fmt: skip
+        )
         self.examples = gr.Examples(PROMPTS, self.prompt, label="Try", visible=not first.classes).dataset
         self.label = gr.Number(0, label=_class_label(first), visible=bool(first.classes))
 
-    def chances(self, limits: Limits) -> None:
+    def add_settings(self, limits: Limits) -> None:
         """The boxes for images and settings."""
         first = next(iter(self.models.values()))
         self.settings: dict[str, Any] = {}
@@ -52,11 +53,11 @@ class Conditions:
 
     @property
     def dependent(self) -> list[Any]:
-        """Those that depend on the model."""
+        """The components that depend on the model."""
         return [self.prompt, self.examples, self.label, *(b for name, b in self.settings.items() if name != "seed")]
 
     def of_model(self, name: str) -> list[Any]:
-        """Updates of `dependent` when this model was chosen."""
+        """Updates of `dependent` for a chosen model."""
         model, about = self.models[name], page_settings()
         return [
             gr.update(visible=not model.classes),
@@ -66,7 +67,7 @@ class Conditions:
         ]
 
     def request(self, values: Sequence[Any], samplers: list[tuple[str, dict[str, Any]]], limits: Limits) -> Request:
-        """What the values of `components` ask for; a `VisarError` where it is not allowed."""
+        """The request for the values of `components`. Raises `VisarError` if it is not allowed."""
         name, prompt, label, images, *rest = values
         if not isinstance(name, str) or name not in self.models:
             raise VisarError(f"There is no model {name!r} here; there are {', '.join(self.models)}.")
@@ -75,7 +76,7 @@ class Conditions:
 
 
 def _shown(name: str, about: Mapping[str, Any], model: DemoModel) -> dict[str, Any]:
-    """A setting's value on a model, and whether the model has it."""
+    """A setting's value for a model, and whether the model has it."""
     has = about["only"] in ("", model.tokens)
     unused = about["choices"][0] if about["choices"] else about["slider"][0]
     return {"value": model.default(name) if has else unused, "visible": has}

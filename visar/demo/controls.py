@@ -1,7 +1,7 @@
 """A sampler's dropdown and its parameters' boxes, made from its fields.
 
-Every parameter that any sampler of the demo has gets one box; those of the chosen sampler are shown, with its own
-defaults, ranges and help.
+Each parameter of any sampler in the demo has one box; those of the chosen sampler are shown, with its defaults, ranges
+and help.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from visar.samplers.parameters import Parameter, parameters_of
 
 
 def shown_parameters(model: DemoModel, sampler: str) -> dict[str, Parameter]:
-    """What a visitor may set of a sampler, with the defaults that it has on this model."""
+    """The parameters of a sampler, with its defaults for this model."""
     return parameters_of(get_sampler(sampler, **model.parameters(sampler)))
 
 
 def _box_of(p: Parameter, visible: bool) -> Any:
-    """A component for a parameter, or with the same arguments an update of one."""
+    """A component for a parameter, which also serves as an update."""
     info = f"{p.help[:1].upper()}{p.help[1:]}"
     common: dict[str, Any] = dict(
         value=p.default,
@@ -50,15 +50,15 @@ class SamplerControls:
 
     models: Mapping[str, DemoModel]
     sampler: Any
-    law: Any
+    exactness: Any
     boxes: dict[str, Any]
 
     @staticmethod
     def build(models: Mapping[str, DemoModel], label: str, chosen: str) -> SamplerControls:
-        """Inside the layout at work; `chosen` is a sampler of the first model."""
+        """The components, in the current layout; `chosen` is a sampler of the first model."""
         first = next(iter(models.values()))
         sampler = gr.Dropdown(choices_of(first), value=chosen, label=label, elem_classes="visar-sampler")
-        law = gr.HTML(in_words(chosen))
+        exactness = gr.HTML(exactness_of(chosen))
         own = shown_parameters(first, chosen)
         every: dict[str, Parameter] = {}
         for model in models.values():
@@ -66,7 +66,7 @@ class SamplerControls:
                 every |= {k: p for k, p in shown_parameters(model, name).items() if k not in every}
         with gr.Row():
             boxes = {name: _box_of(own.get(name, p), name in own) for name, p in every.items()}
-        return SamplerControls(models, sampler, law, boxes)
+        return SamplerControls(models, sampler, exactness, boxes)
 
     @property
     def components(self) -> list[Any]:
@@ -75,22 +75,22 @@ class SamplerControls:
 
     @property
     def outputs(self) -> list[Any]:
-        """What `of_model` updates; the sampler first, and then what `choose` updates."""
-        return [self.sampler, self.law, *self.boxes.values()]
+        """The components that `of_model` updates; those after the first are updated by `choose`."""
+        return [self.sampler, self.exactness, *self.boxes.values()]
 
     def named(self, values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
-        """The sampler's name, and its parameters out of the values of all boxes."""
+        """The sampler's name, and the values of all boxes by name."""
         name, *rest = values
         return name, dict(zip(self.boxes, rest, strict=True))
 
     def choose(self, model: str, sampler: str) -> list[Any]:
-        """Updates of the law and of the boxes, when a sampler was chosen."""
+        """Updates for a chosen sampler."""
         own = shown_parameters(self.models[model], sampler)
         boxes = [_box_of(own[name], True) if name in own else gr.update(visible=False) for name in self.boxes]
-        return [in_words(sampler), *boxes]
+        return [exactness_of(sampler), *boxes]
 
     def of_model(self, model: str, chosen: str) -> list[Any]:
-        """Updates of everything, when another model was chosen."""
+        """Updates for a chosen model."""
         return [gr.update(choices=choices_of(self.models[model]), value=chosen), *self.choose(model, chosen)]
 
 
@@ -103,6 +103,6 @@ def _short(name: str) -> str:
     return spec_of(name).exactness.partition(";")[0]
 
 
-def in_words(sampler: str) -> str:
+def exactness_of(sampler: str) -> str:
     spec = spec_of(sampler)
     return f'<p class="visar-exactness">{view.exactness(spec.name, spec.exactness)}<br><small>{spec.paper}</small></p>'

@@ -1,4 +1,4 @@
-"""Who waits and who is served: a ticket for each request, one request for each visitor."""
+"""The queue: a ticket for each request, one request for each visitor."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from visar.errors import VisarError
 from visar.generation.output import ImageOutput
 from visar.generation.progress import StepCallback
 
-TICKETS = 4096  # that are kept, used ones among them
+TICKETS = 4096  # in memory, used ones included
 
 
 @dataclass
 class Ticket:
-    """A request of a visitor, and the job that serves it while it does."""
+    """A request of a visitor, and its job while it is served."""
 
     visitor: str
     request: Request
@@ -30,12 +30,12 @@ class Ticket:
 
     @property
     def at_work(self) -> bool:
-        """Whether it is being served; one that was stopped is not, once its last pass is over."""
+        """Whether it is being served; a stopped one is until its last pass ends."""
         return self.job is not None and not (self.revoked and self.job.over)
 
 
 class Desk:
-    """Requests by their tickets. Decodings take turns, whoever asks, because they share models and the machine."""
+    """Requests by their tickets. Decodings take turns, because they share models and the machine."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -43,30 +43,30 @@ class Desk:
         self._lock, self._machine = threading.Lock(), threading.Lock()
 
     def ask(self, visitor: str, request: Request) -> str:
-        """A ticket for a request; one of the visitor's that still waits is given up for it.
+        """A ticket for a request; it replaces a waiting one of the same visitor.
 
-        Raises `VisarError` while one of the visitor's is being served.
+        Raises `VisarError` while a request of the visitor is being served.
         """
         with self._lock:
             for ticket in self._of(visitor):
                 if ticket.at_work:
                     raise VisarError("Your last request is still at work; stop it first, or wait for its images.")
-                ticket.revoked = True  # so it is not served when its turn comes
+                ticket.revoked = True  # not served when its turn comes
             name = secrets.token_hex(16)
             self._tickets[name] = Ticket(visitor, request)
             while len(self._tickets) > TICKETS:
                 idle = [n for n, t in self._tickets.items() if not t.at_work]
-                # What was given up goes first, so that nobody pushes others out by asking again and again.
+                # Revoked tickets go first, so that repeated requests of one visitor do not push out others.
                 del self._tickets[min(idle, key=lambda n: not self._tickets[n].revoked)]
             return name
 
     def request(self, name: str) -> Request:
-        """What a ticket asks for; a `VisarError` for one that there is not."""
+        """The request of a ticket. Raises `VisarError` for an unknown ticket."""
         with self._lock:
             return self._ticket(name).request
 
     def stop(self, visitor: str) -> str:
-        """End what a visitor has at work or waiting: "work", "waiting", or "" where there is nothing."""
+        """Stop a visitor's running or waiting request: returns "work", "waiting", or "" if there is none."""
         with self._lock:
             found = [t for t in self._of(visitor) if not t.revoked]
             for ticket in found:
@@ -76,10 +76,10 @@ class Desk:
             return "" if not found else "work" if any(t.job is not None for t in found) else "waiting"
 
     def serve(self, name: str) -> Generator[tuple[int, Frame], None, None]:
-        """The frames of a ticket's decodings, each with the number of its sampler; none where it was served before.
+        """The frames of a ticket's decodings, each with the number of its sampler; none if it was served before.
 
-        That happens: who asks again while waiting has two turns, and the first serves what was asked for last.
-        Raises `Stopped` for one that was given up, and `VisarError` for one that there is not.
+        A visitor who asks again while waiting has two turns, and the first serves the last request. Raises `Stopped`
+        for a revoked ticket, and `VisarError` for an unknown one.
         """
         with self._lock:
             ticket = self._ticket(name)
@@ -109,7 +109,7 @@ class Desk:
 
 
 def _decoding(request: Request, sampler: Any) -> Decode:
-    """What makes the images of a request with one of its samplers."""
+    """The function that makes the images of a request with one of its samplers."""
 
     def decode(callback: StepCallback) -> ImageOutput:
         return request.model.model.generate(request.condition, sampler=sampler, callback=callback, **request.settings)

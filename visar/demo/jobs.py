@@ -1,4 +1,4 @@
-"""One decoding in a thread of its own: watched through frames, and stopped between two passes."""
+"""One decoding in its own thread: it gives frames, and can be stopped between two passes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from visar.generation.output import ImageOutput
 from visar.generation.progress import Progress, StepCallback
 from visar.generation.stats import DecodeStats
 
-WARM = 3  # passes that are thrown away before the clock starts
-PATIENCE = 30.0  # seconds after which nobody will draw a frame any more
+WARM = 3  # passes before the clock starts
+PATIENCE = 30.0  # seconds that a frame waits for the page
 BEFORE = "Stopped before it began."
 
 Decode = Callable[[StepCallback], ImageOutput]
@@ -35,10 +35,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Frame:
-    """What there is to see of B images: the images, `commit_pass` [B, N], and how the tokens came.
+    """The state of B images: the images, `commit_pass` [B, N], and the series of committed tokens.
 
     After `passes[i]` passes and `seconds[i]`, `tokens[i]` tokens of an image were committed, the mean over the batch.
-    `stats` is there when it is done; `notes` are sentences for the visitor.
+    The last frame has `stats`; `notes` are sentences for the visitor.
     """
 
     images: list[Image.Image]
@@ -51,21 +51,21 @@ class Frame:
 
     @property
     def most(self) -> int:
-        """The most tokens of one image that one pass kept; 1 before the first."""
+        """The most tokens of one image that one pass committed; 1 before the first."""
         return max((int(row[row >= 0].bincount().max()) for row in self.commit_pass if (row >= 0).any()), default=1)
 
 
 class Job:
-    """`decode` makes the images and calls back after every pass; a frame is made every `every` seconds.
+    """`decode` makes the images and calls back after every pass; there is a frame every `every` seconds.
 
-    The decoding rests while a frame is made and looked at, so drawing takes nothing from its time. It is stopped by
-    `stop`, by leaving the loop over `frames`, when a frame is not looked at for `PATIENCE` seconds, and after `limit`
+    Decoding pauses while a frame is made and shown, so that rendering does not affect its time. It is stopped by
+    `stop`, by leaving the loop over `frames`, when a frame is not taken for `PATIENCE` seconds, and after `limit`
     seconds, with a `VisarError`. It begins when it has the lock `machine`.
     """
 
     def __init__(self, decode: Decode, machine: threading.Lock, every: float = 0.3, limit: float = 600):
         self.decode, self.machine, self.every, self.limit = decode, machine, every, limit
-        self._stop, self._drawn = threading.Event(), threading.Event()
+        self._stop, self._taken = threading.Event(), threading.Event()
         self._frames: queue.Queue[Frame | BaseException] = queue.Queue()
         self._passes, self._seconds, self._tokens = [0], [0.0], [0.0]
         self._began = self._shown = 0.0
@@ -73,15 +73,15 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether it has ended, and left the machine."""
+        """Whether it has ended, and released the machine."""
         return self._over.is_set()
 
     def stop(self) -> None:
-        """Ask it to end after the pass at work."""
+        """End after the current pass."""
         self._stop.set()
 
     def frames(self) -> Generator[Frame, None, None]:
-        """Frames until the last one, which has `stats`. Raises `Stopped`, or what the decoding raised."""
+        """Frames until the last one, which has `stats`. Raises `Stopped`, or the decoding's exception."""
         _at_work.add(self)
         self._thread.start()
         try:
@@ -91,9 +91,9 @@ class Job:
                     try:
                         raise found
                     finally:
-                        del found  # its traceback holds this frame: a cycle, and with it all that the decoding held
+                        del found  # its traceback refers to this frame: a cycle that would hold the decoding's memory
                 yield found
-                self._drawn.set()
+                self._taken.set()
                 if found.stats is not None:
                     return
         finally:
@@ -116,7 +116,7 @@ class Job:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """The machine, as soon as it is free; `Stopped` where the job is stopped before."""
+        """Wait for the machine and hold it. Raises `Stopped` if the job is stopped before."""
         while not self.machine.acquire(timeout=0.05):
             if self._stop.is_set():
                 raise Stopped(BEFORE)
@@ -135,10 +135,10 @@ class Job:
         self._seconds.append(progress.seconds)
         self._tokens.append(float(progress.lengths.float().mean()))
         if time.monotonic() - self._shown >= self.every:
-            self._drawn.clear()
+            self._taken.clear()
             self._frames.put(Frame(progress.images(), progress.commit_pass.cpu(), *self._series()))
             patience = time.monotonic() + PATIENCE
-            while not self._drawn.wait(0.05):
+            while not self._taken.wait(0.05):
                 self._go_on(progress)
                 if time.monotonic() > patience:
                     raise Stopped("Stopped, because nobody was looking.")
@@ -158,7 +158,7 @@ class Job:
 
 
 def end_all(seconds: float = 60) -> None:
-    """Stop all jobs and wait for their ends: Python must not leave while a thread of it is inside of torch."""
+    """Stop all jobs and wait for their ends: Python must not exit while a thread runs torch."""
     for job in (jobs := list(_at_work)):
         job.stop()
     for job in jobs:
@@ -166,7 +166,7 @@ def end_all(seconds: float = 60) -> None:
 
 
 def warm_up(decode: Decode, stopped: threading.Event) -> None:
-    """Run a few passes for nothing, so that what is done once (packing weights, first launches) is not timed."""
+    """Run a few passes, so that one-time work (packing weights, first launches) is not timed."""
 
     def enough(progress: Progress) -> None:
         if progress.passes >= WARM or stopped.is_set():
@@ -178,14 +178,14 @@ def warm_up(decode: Decode, stopped: threading.Event) -> None:
 
 @contextmanager
 def warned() -> Iterator[list[str]]:
-    """What visar warns of in this thread meanwhile; all other warnings go where they went before."""
+    """The warnings of visar in this thread during the block; other warnings are not changed."""
     said: list[str] = []
     mine, package = threading.get_ident(), str(Path(visar.__file__).parent)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         elsewhere = warnings.showwarning
 
-        # Filters and this hook are the process's: a warning of another thread comes here too, and is no note of ours.
+        # Filters and this hook are global, so warnings of other threads come here too.
         def show(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:
             if category is UserWarning and threading.get_ident() == mine and filename.startswith(package):
                 said.append(str(message))

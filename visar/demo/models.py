@@ -1,4 +1,4 @@
-"""The models of a demo: loaded once when it starts; a browser names one of them and never a path."""
+"""The models of a demo, loaded once at its start; a browser can name these only, not a path."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from visar.samplers import DEFAULTS, spec_of
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A loaded model, by the name that the page shows; its images are of classes or of prompts."""
+    """A loaded model, by the name that the page shows."""
 
     name: str
     model: ImageModel
 
     @property
     def classes(self) -> int:
-        """How many classes it knows; 0 for a model of prompts."""
+        """The number of classes; 0 for a model of prompts."""
         return self.model.family.classes
 
     @property
@@ -34,7 +34,7 @@ class DemoModel:
 
     @property
     def baseline(self) -> str:
-        """Plain decoding, which others are compared with."""
+        """Plain decoding, the reference of comparisons."""
         return next(name for name in ("ar", "mar") if name in self.samplers)
 
     @property
@@ -43,11 +43,11 @@ class DemoModel:
         return self.model.family.tokens
 
     def default(self, setting: str) -> Any:
-        """Its own value of a setting of `SamplingParams`."""
+        """The model's default of a setting of `SamplingParams`."""
         return getattr(SamplingParams().resolved(self.model.family.defaults), setting)
 
     def parameters(self, sampler: str) -> dict[str, Any]:
-        """A sampler's defaults on this model: no more passes than it has tokens."""
+        """A sampler's defaults for this model, with at most as many passes as tokens."""
         found = spec_of(sampler).parameters()
         if "steps" in found:
             found["steps"] = min(found["steps"], self.model.family.layout.length)
@@ -55,7 +55,7 @@ class DemoModel:
 
 
 def named(models: Iterable[tuple[str, Any]]) -> Mapping[str, DemoModel]:
-    """The models by name: that of their folder or file, with a number where two are called alike."""
+    """The models by name: that of their folder or file, with a number for equal names."""
     found: dict[str, DemoModel] = {}
     for given, model in models:
         name = own = Path(given).name or given

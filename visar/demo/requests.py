@@ -1,4 +1,4 @@
-"""What a visitor may ask for, and what is refused, before anything is queued."""
+"""Requests of visitors, and their validation before they are queued."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from visar.params import SamplingParams
 from visar.samplers import get_sampler, values_of
 from visar.samplers.parameters import parameters_of
 
-SEEDS = 2**31  # fewer than there are: whole numbers that every browser shows as they are
+SEEDS = 2**31  # fewer than allowed elsewhere: every browser shows these exactly
 TEXT = 400  # characters of a sampler's parameter
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What is allowed: images and characters of a request, seconds of a decoding, requests that wait."""
+    """Limits: images and characters of a request, seconds of a decoding, waiting requests."""
 
     images: int = 4
     prompt: int = 300
@@ -28,7 +28,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """Images that were asked for, one decoding for each of `samplers`; made by `checked` alone."""
+    """Requested images, one decoding for each of `samplers`; made by `checked` only."""
 
     model: DemoModel
     condition: str | int
@@ -42,17 +42,17 @@ class Request:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the model's call is told besides condition, sampler and callback."""
+        """Arguments of the model's call besides condition, sampler and callback."""
         return {"params": self.params, "num_images": self.images}
 
     @property
     def tokens(self) -> int:
-        """Those of one image."""
+        """Tokens of one image."""
         return self.model.model.family.layout.length
 
     @property
     def labels(self) -> list[str]:
-        """The samplers' names, with the parameters in which two of one name differ."""
+        """The samplers' names, with differing parameters if two have one name."""
         names = [s.name for s in self.samplers]
         if len(set(names)) == len(names):
             return names
@@ -63,18 +63,18 @@ class Request:
 
     @property
     def title(self) -> str:
-        """What the images are of, in words."""
+        """The condition, in words."""
         return f"class {self.condition}" if isinstance(self.condition, int) else self.condition
 
 
 def page_settings(tokens: str | None = None) -> dict[str, Any]:
-    """The metadata of the settings that the page has boxes for, by name; of those for one kind of tokens, or of all."""
+    """The metadata of the settings with boxes on the page, by name; all, or those for one kind of `tokens`."""
     found = {f.name: f.metadata for f in fields(SamplingParams) if f.metadata["flag"]}
     return {name: m for name, m in found.items() if tokens is None or m["only"] in ("", tokens)}
 
 
 def label_of(setting: str) -> str:
-    """What the page calls a setting."""
+    """The label of a setting."""
     return setting[:1].upper() + setting[1:].replace("_", " ")
 
 
@@ -87,11 +87,10 @@ def checked(
     settings: Mapping[str, Any],
     limits: Limits,
 ) -> Request:
-    """The request, or a `VisarError` that says what is allowed.
+    """The request. Raises `VisarError` with the allowed values.
 
-    `samplers`: names with the values of their parameters; values of parameters that a sampler has not are left out, as
-    are `settings` that the model has not. `label` is the class, where the model takes classes, and `prompt` is not read
-    then.
+    `samplers`: names with the values of their parameters. Parameters that a sampler does not have, and `settings` that
+    the model does not have, are ignored. A model of classes uses `label`, others use `prompt`.
     """
     condition = _whole("The class", label, 0, model.classes - 1) if model.classes else _text(prompt, limits)
     chosen = tuple(_sampler(model, name, values) for name, values in samplers)
@@ -119,7 +118,7 @@ def _text(prompt: Any, limits: Limits) -> str:
     text = " ".join(prompt.split())
     if len(text) > limits.prompt:
         raise VisarError(f"The prompt has {len(text)} characters; at most {limits.prompt} are allowed.")
-    if any("\ud800" <= c <= "\udfff" for c in text):  # halves of characters, which cannot be sent back
+    if any("\ud800" <= c <= "\udfff" for c in text):  # lone surrogates, which cannot be encoded
         raise VisarError("The prompt has characters that are no text.")
     return text
 
@@ -141,11 +140,11 @@ def _sampler(model: DemoModel, name: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _number(what: str, value: Any, low: float, high: float) -> float:
-    """The number, within bounds; browsers send None for an empty box, and what they like for the rest."""
+    """The number, within bounds. Raises `VisarError`; a browser may send anything, and None for an empty box."""
     allowed = f"from {_shown(low)} to {_shown(high)}"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise VisarError(f"{what} must be a number {allowed}.")
-    if not low <= value <= high:  # before it is made a float, for which whole numbers can be too large
+    if not low <= value <= high:  # before the conversion to float, which can overflow
         raise VisarError(f"{what} must be {allowed}, not {_shown(value)}.")
     return float(value)
 
@@ -158,7 +157,7 @@ def _whole(what: str, value: Any, low: float, high: float) -> int:
 
 
 def _shown(value: float) -> str:
-    """All digits of what people write, so that a bound and what is just beyond it look different."""
+    """The number with all digits, so that a bound and a value just beyond it look different."""
     if abs(value) >= 1e15:
         return "a number so large" if value > 0 else "one so far below"
     return str(int(value)) if value == int(value) else str(value)

@@ -1,4 +1,4 @@
-"""What a visitor sees of a frame, as HTML that loads nothing: images, maps, curves, figures and sentences."""
+"""Frames as HTML that loads nothing: images, maps, curves, metrics and sentences."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from visar.viz import Curve, commit_curve, heat_map, to_svg
 
 IN_WORDS = {
     "exact": "Exact: images have the distribution of plain sampling.",
-    "relaxed": "Relaxed: images have another distribution than plain sampling gives.",
+    "relaxed": "Relaxed: images do not have the distribution of plain sampling.",
 }
 
 
 def images(request: Request | None, frame: Frame | None, label: str = "", most: int | None = None) -> str:
-    """Every image beside the map of tokens kept by each pass; grey is what is not decided yet.
+    """Each image next to its map of accepted tokens per pass, under the heading `label`.
 
-    Headed by `label`; the colours of the map end at `most` tokens.
+    The colours of the map end at `most` tokens.
     """
     if frame is None or request is None:
         what = f"{label}: waits for the other" if label else "Images appear here while they are decoded"
@@ -40,10 +40,10 @@ def images(request: Request | None, frame: Frame | None, label: str = "", most: 
         if done:
             shown = f'<a href="{source}" download="{name}" title="Save as PNG">{shown}</a>'
         caption = f"image {i + 1}" if len(frame.images) > 1 else ("click to save it" if done else "being decoded")
-        drawn = to_svg(heat_map(frame.commit_pass, i, most=most, missing="given" if done else "not yet"))
+        plot = to_svg(heat_map(frame.commit_pass, i, most=most, missing="given" if done else "not yet"))
         cells.append(
             f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
-            f'<figure class="visar-map">{drawn}<figcaption>tokens kept by each pass</figcaption></figure>'
+            f'<figure class="visar-map">{plot}<figcaption>tokens accepted by each pass</figcaption></figure>'
         )
     head = f'<h4 class="visar-head">{html.escape(label)}</h4>' if label else ""
     return head + "".join(f'<div class="visar-row">{cell}</div>' for cell in cells)
@@ -51,15 +51,15 @@ def images(request: Request | None, frame: Frame | None, label: str = "", most: 
 
 def curves(frames: Mapping[str, Frame], length: int) -> str:
     """Committed tokens against passes and seconds, a curve for each sampler."""
-    drawn = [
+    runs = [
         Curve(label, frame.passes, frame.tokens, frame.seconds)  # type: ignore[arg-type]
         for label, frame in frames.items()
     ]
-    return f'<div class="visar-curves">{to_svg(commit_curve(drawn, length))}</div>' if drawn else ""
+    return f'<div class="visar-curves">{to_svg(commit_curve(runs, length))}</div>' if runs else ""
 
 
-def figures(stats: DecodeStats | None) -> str:
-    """The figures of a decoding, each with its unit, and in words whether it is exact; None before its end."""
+def metrics(stats: DecodeStats | None) -> str:
+    """The metrics of a decoding with units, and whether it is exact; empty before its end."""
     if stats is None:
         return ""
     tiles = [
@@ -69,13 +69,13 @@ def figures(stats: DecodeStats | None) -> str:
         ("seconds", f"{stats.seconds:.2f}", "of decoding" + _capture(stats)),
     ]
     if isinstance(stats, MaskedStats):
-        tiles.append(("head rounds per pass", f"{stats.rounds_per_pass:.1f}", f"of {stats.head_steps} steps"))
+        tiles.append(("denoiser calls per pass", f"{stats.calls_per_pass:.1f}", f"of {stats.denoising_steps} steps"))
     cells = "".join(
-        f'<div><dt>{name}</dt><dd data-figure="{name}">{value}</dd><small>{what}</small></div>'
+        f'<div><dt>{name}</dt><dd data-metric="{name}">{value}</dd><small>{what}</small></div>'
         for name, value, what in tiles
     )
     kind = exactness(stats.sampler, stats.exactness)
-    return f'<dl class="visar-figures">{cells}</dl><p class="visar-exactness">{kind}</p>'
+    return f'<dl class="visar-metrics">{cells}</dl><p class="visar-exactness">{kind}</p>'
 
 
 def exactness(name: str, kind: str) -> str:
@@ -86,7 +86,7 @@ def exactness(name: str, kind: str) -> str:
 
 
 def ratio(frames: Mapping[str, Frame]) -> str:
-    """Two runs in a sentence, passes and time apart; nothing before both are done."""
+    """A sentence that compares passes and time of two runs; empty before both are done."""
     done = [(name, frame.stats) for name, frame in frames.items() if frame.stats is not None]
     if len(done) < 2:
         return ""
@@ -94,20 +94,20 @@ def ratio(frames: Mapping[str, Frame]) -> str:
     passes, seconds = other.nfe / base.nfe, _seconds(other) / _seconds(base)
     text = (
         f'<p class="visar-ratio"><b>{html.escape(right)}</b> against <b>{html.escape(left)}</b>: '
-        f'<b data-figure="NFE ratio">{passes:.2f}</b> of the passes ({other.nfe} and {base.nfe}), '
-        f'<b data-figure="time ratio">{seconds:.2f}</b> of the time '
+        f'<b data-metric="NFE ratio">{passes:.2f}</b> of the passes ({other.nfe} and {base.nfe}), '
+        f'<b data-metric="time ratio">{seconds:.2f}</b> of the time '
         f"({_seconds(other):.2f} s and {_seconds(base):.2f} s). One run on this machine, one after the other.</p>"
     )
     if base.exact and other.exact:
         text += (
             "<p>Both are exact. Equal seeds need not give equal images: exact means that the images of all seeds "
-            "together have one distribution, not that two samplers give the same one.</p>"
+            "together have one distribution, not that two samplers give the same image.</p>"
         )
     return text
 
 
 def progress(label: str, frame: Frame, others: Mapping[str, Frame] = MappingProxyType({})) -> str:
-    """Where a sampler is, or that it is done, and so are the `others`."""
+    """The progress of a sampler, and whether it and the `others` are done."""
     if frame.stats is None:
         return status(f"{label}: {frame.passes[-1]} passes, {frame.tokens[-1]:.0f} tokens.", "busy")
     said = f"{label}: done, {frame.stats.nfe} passes in {frame.stats.seconds:.2f} seconds."

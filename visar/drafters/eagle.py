@@ -122,7 +122,7 @@ class EagleDrafter(Drafter):
         else:
             known = tokens.gather(1, (slots - s.prefix).clamp_min(0))
             x = self._embedded(torch.where(slots < s.prefix, 0, known))
-        slots = slots.repeat(s.halves, 1)
+        slots = slots.repeat(s.batches, 1)
         assert s.features is not None
         hidden = self.model.fuse(s.features[s.cache.rows, slots])
         h = self._run(x, hidden, slots, slots, self._mask(slots, s.visible(1)))
@@ -135,10 +135,10 @@ class EagleDrafter(Drafter):
         if tree is None:
             parents = torch.arange(first - 1, first + count - 1, device=s.device).expand(len(x), -1)
         else:
-            parents = tree.parents[:, first : first + count].expand(s.batch, -1).repeat(s.halves, 1)
+            parents = tree.parents[:, first : first + count].expand(s.batch, -1).repeat(s.batches, 1)
         hidden = self.drafted.gather(1, parents[..., None].expand(-1, -1, self.drafted.shape[-1]))
-        slots = (s.follows(count, None, first) + s.prefix - 1).repeat(s.halves, 1)
-        at = (s.follows(count, tree, first) + s.prefix - 1).repeat(s.halves, 1)
+        slots = (s.follows(count, None, first) + s.prefix - 1).repeat(s.batches, 1)
+        at = (s.follows(count, tree, first) + s.prefix - 1).repeat(s.batches, 1)
         h = self._run(x, hidden, slots, at, self._mask(slots, s.visible(first + count), tree, first))
         # Leaves of the level before were not fed, and nothing asks for what would follow them.
         gap = self.drafted.new_zeros(len(x), first - self.drafted.shape[1], h.shape[-1])
@@ -153,10 +153,10 @@ class EagleDrafter(Drafter):
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         embedding = self.model.embedding or self.session.model.tok_embeddings
-        return embedding(tokens).repeat(self.session.halves, 1, 1)
+        return embedding(tokens).repeat(self.session.batches, 1, 1)
 
     def _mask(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
-        mask = self.session.sees(slots, visible, tree, first)
+        mask = self.session.attention_mask(slots, visible, tree, first)
         if self.model.embedding is not None:
             slot, own = torch.arange(visible, device=mask.device), slots[..., None]
             mask = mask | (slot < self.session.prefix) & (slot <= own)
@@ -165,7 +165,7 @@ class EagleDrafter(Drafter):
 
     def _run(self, x: Tensor, hidden: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
         self.bytes_read += self._weights + len(x) * mask.shape[-1] * self.cache.bytes_per_slot
-        return self.model(x, hidden, self.session.turned(at), self.cache.attend(slots, mask, mask.shape[-1]))
+        return self.model(x, hidden, self.session.rotary_rows(at), self.cache.attend(slots, mask, mask.shape[-1]))
 
     def _logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         return self.session.guided(self.session.model.logits(self.model.norm(hidden)), positions)

@@ -71,19 +71,19 @@ class HeadsDrafter(Drafter):
         s = self.session
         assert s.features is not None
         root = s.root_slots()[:, None]
-        hidden = s.features[s.cache.rows, root.repeat(s.halves, 1)]  # one slot late, so that of the slot before
+        hidden = s.features[s.cache.rows, root.repeat(s.batches, 1)]  # one slot late, so that of the slot before
         self.hidden = hidden[..., : self.model.config.dim]
         self.path, self.first = [s.embedded(tokens, root)], 0
         return self._logits(s.positions(1))
 
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
         s, count = self.session, tokens.shape[1]
-        x = s.model.tok_embeddings(tokens).repeat(s.halves, 1, 1)
+        x = s.model.tok_embeddings(tokens).repeat(s.batches, 1, 1)
         if tree is None:
             above = torch.zeros(len(x), count, 1, dtype=torch.long, device=s.device)
         else:
             # The level before was given from its first node on, and those that were not have no children.
-            parents = tree.parents[:, first : first + count].expand(s.batch, -1).repeat(s.halves, 1)
+            parents = tree.parents[:, first : first + count].expand(s.batch, -1).repeat(s.batches, 1)
             above = (parents - self.first)[..., None]
         self.path = [p.gather(1, above.expand(-1, -1, p.shape[-1])) for p in self.path] + [x]
         self.first = first

@@ -1,6 +1,6 @@
 """Modules that are saved and loaded as a folder: `config.json` and one safetensors file, laid out as diffusers does.
 
-huggingface_hub's model mixin would save no code here: it fills in what a file lacks, and has other file names.
+huggingface_hub's model mixin is not used: it fills in missing tensors silently, and has other file names.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Config(Mapping[str, Any]):
         return f"Config({self.__dict__})"
 
     def replace(self, **changes: Any) -> Config:
-        """The same with other values for some of its names."""
+        """A copy with `changes`."""
         return Config(self.__dict__ | changes)
 
 
 class Component(nn.Module):
-    """A module whose constructor arguments are its `config`, and that goes to a folder and comes back."""
+    """A module that saves to a folder and loads from it. Its constructor arguments are its `config`."""
 
     config: Config
 
@@ -79,7 +79,7 @@ class Component(nn.Module):
         return next(self.parameters()).dtype
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the folder; floating-point tensors are stored as `dtype` if one is given, also one of 8 bits."""
+        """Write the folder; `dtype`, if given, is that of floating-point tensors in the file and may have 8 bits."""
         folder = writable_folder(folder)
         state = {
             key: value.detach().to(device="cpu", dtype=dtype if value.is_floating_point() else None).contiguous()
@@ -94,10 +94,10 @@ class Component(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """From a folder that `save_pretrained` or diffusers wrote: in evaluation mode, on the CPU, in fp32.
+        """Load a folder that `save_pretrained` or diffusers wrote: in evaluation mode, on the CPU, in fp32.
 
-        The weights need their memory once. Raises `VisarError` for a file that is missing or damaged, for a tensor that
-        is missing, superfluous, of another shape or not finite, and for the folder of another class.
+        The weights are in memory once. Raises `VisarError` for a missing or damaged file, for a tensor that is missing,
+        unexpected, of another shape or not finite, and for the folder of another class.
         """
         named, config = read_config(folder)
         if named != cls.__name__:
@@ -116,7 +116,7 @@ class Component(nn.Module):
 
 @contextmanager
 def unfilled() -> Iterator[None]:
-    """Modules made within have tensors on the meta device, which `fill` replaces."""
+    """Modules made in this context have tensors on the meta device, which `fill` replaces."""
     with torch.device("meta"), _Initialisation():
         yield
 
@@ -131,7 +131,7 @@ class _Initialisation(TorchFunctionMode):
 
 
 def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
-    """The class that the `config.json` of a folder names, and the arguments. Raises `VisarError` where it cannot."""
+    """The class name and the arguments in a folder's `config.json`. Raises `VisarError` if it is not readable."""
     path = Path(folder) / "config.json"
     try:
         found = json.loads(path.read_text())
@@ -161,10 +161,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def own_tensors(
     tensors: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = torch.float32
 ) -> dict[str, Tensor]:
-    """Copies, of which floating-point ones have the `dtype`, if any. Raises `VisarError` for a NaN or an infinity."""
+    """Copies; floating-point tensors are converted to `dtype`, if given. Raises `VisarError` for NaN or infinity."""
     state = {}
     for key, value in tensors.items():
-        # Types of 8 bits have no such test of their own.
+        # 8-bit types have no isfinite.
         if value.is_floating_point() and not (value.float() if value.itemsize == 1 else value).isfinite().all():
             raise VisarError(f"Tensor {key!r} of {path} holds a NaN or an infinity.")
         state[key] = value.to(dtype=dtype if value.is_floating_point() else None, copy=True)
@@ -172,9 +172,9 @@ def own_tensors(
 
 
 def fill(module: M, state: Mapping[str, Tensor], path: str | Path, names: Mapping[str, str] | None = None) -> M:
-    """Give a module on the meta device the tensors of `state`, which must be its own to the last one.
+    """Give a module on the meta device the tensors of `state`; raises `VisarError` unless names and shapes match.
 
-    `names` are the keys of `state` by those of the module, where they differ; messages name those of `state`.
+    `names` maps the module's keys to those of `state`, where they differ; messages name those of `state`.
     """
     wanted = module.state_dict()
     names = names or {key: key for key in wanted}

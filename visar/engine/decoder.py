@@ -1,4 +1,4 @@
-"""What the engine and drafters ask of a transformer over image tokens: its layers, and the arithmetic of one pass."""
+"""The interface of a transformer over image tokens: its layers, and the arithmetic of one pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 # (layer, qkv [B, W, 3 * heads, head_dim], table) -> attention output [B, W, heads, head_dim]. It rotates q and k by the
-# rotary rows `table`, so that what keeps a cache can rotate and write them at once.
+# rotary rows `table`, so that a KV cache can rotate and write them in one kernel.
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -37,10 +37,10 @@ class Decoder(Protocol):
     def run(self, x: Tensor, table: Tensor, attend: Attend, aux_layers: Collection[int] = ()) -> Tensor:
         """Normed hidden states [B, W, dim] for embeddings x [B, W, dim] at the rotary rows `table`.
 
-        After them stand the outputs of the layers `aux_layers`, if any are asked for: [B, W, dim * (1 + n)].
+        The outputs of the layers `aux_layers`, if any, are appended: [B, W, dim * (1 + n)].
         """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, W, V], fp32, of what `run` gives; auxiliary hidden states are ignored."""
+        """Logits [B, W, V], fp32, of the output of `run`; auxiliary hidden states are ignored."""
         ...

@@ -19,14 +19,15 @@ from visar.kernels.attention import AttentionMetadata
 class DecoderSession(Session):
     """Decode `length` tokens after `prefix` condition slots; a subclass embeds its conditions (`embed`).
 
-    With guidance the model runs on 2B rows, the conditional batch first; both see the same drafts. `table` [slots, ...]
-    holds the rotary rows of all input positions. The cache has room for `window` - 1 tokens past the end, so the last
-    window needs no special shape. Where `aux_layers` are given, the hidden states that the output head reads are kept
-    for a drafter, and with them the outputs of those layers: `features` [rows, 1 + slots, dim * (1 + aux_layers)], one
-    slot late. The first `folded` slots are not in the cache, for families that can do without them.
+    `batches` is 2 with guidance, else 1: the model runs on `batches` * B rows, the conditional batch first, with the
+    same drafts in both. `table` [slots, ...] holds the rotary rows of all input positions. The cache has room for
+    `window` - 1 tokens past the end, so the last window needs no special shape. With `aux_layers`, the hidden states
+    that the output head reads and the outputs of those layers are stored for a drafter: `features`
+    [rows, 1 + slots, dim * (1 + aux_layers)], one slot late. The first `folded` slots are not in the cache, for
+    families that do not need them.
     """
 
-    bias: Tensor | None = None  # [rows], of families whose first slot of the cache stands for several keys
+    bias: Tensor | None = None  # [rows], for families whose first cache slot represents several keys
 
     def __init__(
         self,
@@ -44,9 +45,9 @@ class DecoderSession(Session):
         super().__init__(batch, length, model.config.vocab_size, model.device)
         self.model, self.guidance, self.table = model, guidance, table
         self.prefix, self.folded = prefix, folded
-        self.halves = 2 if guidance.active else 1
+        self.batches = 2 if guidance.active else 1
         self.watched = guidance.active and guidance.interval >= 0
-        rows, slots = batch * self.halves, prefix + length + window - 1
+        rows, slots = batch * self.batches, prefix + length + window - 1
         c, device = model.config, self.device
         self.cache = KVCache(c.num_layers, rows, slots - folded, c.num_heads, model.head_dim, model.dtype, device)
         self.aux_layers = aux_layers or ()
@@ -59,68 +60,68 @@ class DecoderSession(Session):
 
     @abstractmethod
     def embed(self, *condition: Tensor) -> Tensor:
-        """Embeddings [rows, prefix, dim] of conditions, with guidance those of the unconditional batch after them."""
+        """Embeddings [rows, prefix, dim] of conditions; with guidance, then those of the unconditional batch."""
 
     @torch.inference_mode()
     def start(self, *condition: Tensor) -> None:
-        """Begin images of these conditions, of the same shapes as before, in the same buffers."""
+        """Start new images in the same buffers, for conditions of the same shapes as before."""
         self.lengths.zero_()
         self.condition.copy_(self.embed(*(part.to(self.device) for part in condition)))
         if self.prefix > 1:
             self._prefill()
-        self.bytes_read = 0  # what is timed begins after the prefill
+        self.bytes_read = 0  # the clock starts after the prefill
 
     def _prefill(self) -> None:
         """Run all condition slots but the last, which is the first pass's root."""
         before = self.prefix - 1
         at = self._slot[:before].expand(len(self.condition), -1)
-        self._run(self.condition[:, :-1], at, at, self.cache.attend(at, self.sees(at, before), before))
+        self._run(self.condition[:, :-1], at, at, self.cache.attend(at, self.attention_mask(at, before), before))
 
     def root_slots(self) -> Tensor:
-        """The cache slots [B] of the last committed tokens, which the next pass is fed first."""
+        """The cache slots [B] of the last committed tokens, the first inputs of the next pass."""
         return self.lengths + self.prefix - 1
 
     def embedded(self, tokens: Tensor, slots: Tensor) -> Tensor:
         """Embeddings [rows, W, dim] at `slots` [B, W], of committed `tokens` [B, N] or of the condition's last slot."""
-        x = self.model.tok_embeddings(tokens.gather(1, (slots - self.prefix).clamp_min(0))).repeat(self.halves, 1, 1)
-        first = (slots == self.prefix - 1).repeat(self.halves, 1)[..., None]
+        x = self.model.tok_embeddings(tokens.gather(1, (slots - self.prefix).clamp_min(0))).repeat(self.batches, 1, 1)
+        first = (slots == self.prefix - 1).repeat(self.batches, 1)[..., None]
         return torch.where(first, self.condition[:, -1:], x)
 
-    def sees(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
-        """What inputs at `slots` [rows, W] see of the first `visible` slots, [rows, W, visible].
+    def attention_mask(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
+        """The mask [rows, W, visible], bool, of inputs at `slots` [rows, W] over the first `visible` slots.
 
-        That is what lies before them and is no padding, and themselves; behind the root, of a tree that they are the
-        nodes `first`.. of, only what is above them.
+        An input attends to itself and to earlier slots that are no padding. With a `tree`, of which the inputs are the
+        nodes `first`.., it attends after the root to its ancestors only.
         """
         slot = self._slot[:visible]
         mask = (slot <= slots[..., None]) & self.valid[:, None, :visible] | (slot == slots[..., None])
         if tree is not None:
             nodes = slot - self.root_slots()[:, None]
-            mask &= (tree.sees(first, slots.shape[1], nodes) | (nodes < 0)[:, None]).repeat(self.halves, 1, 1)
+            mask &= (tree.ancestor_mask(first, slots.shape[1], nodes) | (nodes < 0)[:, None]).repeat(self.batches, 1, 1)
         return mask
 
     def visible(self, count: int) -> int:
-        """The slots up to the last of `count` inputs. Asking a GPU for the lengths would make it wait, so all."""
+        """The number of slots up to the last of `count` inputs; on a GPU all slots, as reading `lengths` would wait."""
         if self.device.type != "cpu":
             return len(self._slot)
         return self.prefix - 1 + int(self.lengths.max()) + count
 
-    def turned(self, slots: Tensor) -> Tensor:
-        """The rows of the position table for slots [rows, W]; those past the end are clamped."""
+    def rotary_rows(self, slots: Tensor) -> Tensor:
+        """The rows of the rotary table for slots [rows, W]; slots past the end are clamped."""
         return self.table[slots.clamp_max(len(self.table) - 1)]
 
     def guided(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """Logits [B, W, V] of both halves together, for logits [rows, W, V] of the positions [B, W]."""
-        if self.halves == 1:
+        """Guided logits [B, W, V] for logits [rows, W, V] of the positions [B, W]."""
+        if self.batches == 1:
             return logits
         cond, uncond = logits.chunk(2)
         return self.guidance.combine(cond, uncond, positions)
 
     def drop_unconditional(self) -> None:
-        """Leave the unconditional half, which is of no use once guidance is over in all rows."""
-        if self.halves == 1:
+        """Drop the unconditional batch once guidance is over in all rows."""
+        if self.batches == 1:
             return
-        self.halves, self.watched = 1, False
+        self.batches, self.watched = 1, False
         self.cache.keep_rows(self.batch)
         self.condition, self.valid = self.condition[: self.batch], self.valid[: self.batch]
         if self.bias is not None:
@@ -131,61 +132,61 @@ class DecoderSession(Session):
             self.drafter.drop_unconditional()
 
     def reached(self, least: int) -> bool:
-        if self.halves == 1 or not self.guidance.over(least):
+        if self.batches == 1 or not self.guidance.over(least):
             return False
         self.drop_unconditional()
         return True
 
     def _run(self, x: Tensor, slots: Tensor, at: Tensor, attend: Attend) -> Tensor:
-        """Features of embeddings x [rows, W, dim] at `slots`, turned to the slots `at`, both [rows, W]."""
-        h = self.model.run(x, self.turned(at), attend, self.aux_layers)
+        """Features of embeddings x [rows, W, dim] at `slots`, rotated to the slots `at`, both [rows, W]."""
+        h = self.model.run(x, self.rotary_rows(at), attend, self.aux_layers)
         if self.features is not None:
             self.features[self.cache.rows, slots + 1] = h
         return h
 
-    def _pass(self, x: Tensor, slots: Tensor, at: Tensor, seen: AttentionMetadata | Tensor, visible: int) -> Tensor:
-        """Logits of embeddings x [rows, W, dim], of which each sees what is `seen` of the slots before `visible`."""
+    def _pass(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
+        """Logits of embeddings x [rows, W, dim], which attend by `mask` to the slots before `visible`."""
         visible -= self.folded
         self.bytes_read += len(x) * visible * self.cache.bytes_per_slot
-        self._logits = self.model.logits(self._run(x, slots, at, self.cache.attend(slots - self.folded, seen, visible)))
+        self._logits = self.model.logits(self._run(x, slots, at, self.cache.attend(slots - self.folded, mask, visible)))
         return self._logits
 
     def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
         count = tokens.shape[1]
-        x = self.model.tok_embeddings(tokens).repeat(self.halves, 1, 1)
+        x = self.model.tok_embeddings(tokens).repeat(self.batches, 1, 1)
         if first == 0:
-            fresh = (self.lengths == 0).repeat(self.halves)[:, None]
+            fresh = (self.lengths == 0).repeat(self.batches)[:, None]
             x[:, 0] = torch.where(fresh, self.condition[:, -1], x[:, 0])
         positions = self.follows(count, tree, first)
-        slots = (self.follows(count, None, first) + self.prefix - 1).repeat(self.halves, 1)
-        at = slots if tree is None else (positions + self.prefix - 1).repeat(self.halves, 1)
-        root = (self.root_slots() - self.folded).repeat(self.halves)
-        sight = AttentionMetadata(root, first, None if tree is None else tree.ancestors, self.bias)
-        return self.guided(self._pass(x, slots, at, sight, self.visible(first + count)), positions)
+        slots = (self.follows(count, None, first) + self.prefix - 1).repeat(self.batches, 1)
+        at = slots if tree is None else (positions + self.prefix - 1).repeat(self.batches, 1)
+        root = (self.root_slots() - self.folded).repeat(self.batches)
+        metadata = AttentionMetadata(root, first, None if tree is None else tree.ancestors, self.bias)
+        return self.guided(self._pass(x, slots, at, metadata, self.visible(first + count)), positions)
 
-    def forward_at(self, tokens: Tensor, places: Tensor, written: Tensor) -> Tensor:
-        x = self.model.tok_embeddings(tokens).repeat(self.halves, 1, 1)
-        x = torch.where((places == 0)[None, :, None], self.condition[:, -1:], x)
-        slots = (places + self.prefix - 1).expand(len(x), -1)
+    def forward_at(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:
+        x = self.model.tok_embeddings(tokens).repeat(self.batches, 1, 1)
+        x = torch.where((positions == 0)[None, :, None], self.condition[:, -1:], x)
+        slots = (positions + self.prefix - 1).expand(len(x), -1)
         there = torch.ones_like(self._slot, dtype=torch.bool)
         there[self.prefix - 1 :] = False
         there[self.prefix - 1 : self.prefix - 1 + len(written)] = written
         visible = self.prefix - 1 + len(written)
-        mask = (self.sees(slots, visible) & there[:visible])[..., self.folded :]
+        mask = (self.attention_mask(slots, visible) & there[:visible])[..., self.folded :]
         if self.bias is not None:
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
             mask[..., 0] = self.bias[:, None]
-        return self.guided(self._pass(x, slots, slots, mask, visible), places.expand(self.batch, -1))
+        return self.guided(self._pass(x, slots, slots, mask, visible), positions.expand(self.batch, -1))
 
     def keep(self, path: Tensor) -> None:
         root = self.root_slots()[:, None]
         to = root + torch.arange(1, path.shape[1] + 1, device=self.device)
-        source = torch.where(path > 0, root + path, to).repeat(self.halves, 1)
-        to = to.repeat(self.halves, 1)
+        source = torch.where(path > 0, root + path, to).repeat(self.batches, 1)
+        to = to.repeat(self.batches, 1)
         self.cache.move(source - self.folded, to - self.folded)
         if self.features is not None:
             self.features[self.cache.rows, to + 1] = self.features[self.cache.rows, source + 1]
 
     def check(self) -> None:
-        # What is not finite stays in the cache, so the last pass shows what happened in any before it.
+        # A value that is not finite stays in the cache, so the last pass shows an overflow in any earlier one.
         require_finite(self._logits, "The model's logits", self.model.dtype)

@@ -1,4 +1,4 @@
-"""Drafters propose tokens after the committed prefix of a Session, at a fraction of the cost of its passes."""
+"""Drafters propose tokens after the committed prefix of a Session, faster than its passes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class Drafter(ABC):
-    """A round of drafting is `root`, then `extend` for the nodes that shall have children, then `keep` for trees."""
+    """A round of drafting is `root`, then `extend` for each level of nodes with children, then `keep` for trees."""
 
     bytes_read: int = 0  # of weights and cache, by count
-    seconds: float = 0.0  # spent in drafting, of a `Timed` one
+    seconds: float = 0.0  # of drafting, measured by `Timed`
 
     @abstractmethod
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -28,24 +28,24 @@ class Drafter(ABC):
 
     @abstractmethod
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
-        """Guided logits [B, M, V] after the nodes `first`.. of the tree, whose tokens are [B, M]; None is a chain."""
+        """Guided logits [B, M, V] after the nodes `first`.. of a tree, or of a sequence, for their `tokens` [B, M]."""
 
     def check(self) -> None:  # noqa: B027 (as in a Session)
         """Raise `VisarError` if the last logits are not finite; called once, when all rows are done."""
 
     def start(self, *condition: Tensor) -> None:
-        """The session has begun other images, of this condition; nothing is allocated."""
+        """The session has started new images of this condition. Allocates nothing."""
         self.bytes_read, self.seconds = 0, 0.0
 
-    def drop_unconditional(self) -> None:  # noqa: B027 (what has no rows of its own has nothing to drop)
+    def drop_unconditional(self) -> None:  # noqa: B027 (not all have rows to drop)
         """The session has dropped the unconditional rows of its batch."""
 
-    def keep(self, path: Tensor) -> None:  # noqa: B027 (a drafter without a cache has nothing to keep)
+    def keep(self, path: Tensor) -> None:  # noqa: B027 (not all have a cache)
         """The round ends with the nodes `path` [B, D] accepted, -1 after the end."""
 
 
 class Timed(Drafter):
-    """A drafter whose own passes are timed: on a GPU by events, which nobody waits for before `check`."""
+    """A drafter with a clock: on a GPU by events, which are read in `check`."""
 
     def __init__(self, inner: Drafter, device: torch.device):
         self.inner, self.device = inner, device
@@ -74,7 +74,7 @@ class Timed(Drafter):
 
     def _timed(self, call: Callable[[], T]) -> T:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            result = call()  # within a graph there are no times
+            result = call()  # a graph cannot be timed inside
         elif self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             stream = torch.cuda.current_stream(self.device)
@@ -91,13 +91,13 @@ class Timed(Drafter):
 
 
 class SessionDrafter(Drafter):
-    """Any Session of the same vocabulary as a drafter: a smaller model with a cache of its own.
+    """Any Session of the same vocabulary as a drafter: a smaller model with its own cache.
 
-    A round feeds the last two committed tokens, because the last accepted draft may never have been fed before.
+    A round feeds the last two committed tokens, because the last accepted draft may not have been an input yet.
     """
 
     def __init__(self, session: Session, weights: int = 0):
-        """`weights`: the bytes of the model that a pass of the session reads."""
+        """`weights`: bytes of the model that a pass reads."""
         self.session = session
         self.weights = weights
         self._before = -1  # nodes before the root in this round: none in the first
@@ -142,5 +142,5 @@ class SessionDrafter(Drafter):
         known, inner = self._trees.get(id(tree), (None, None))
         if known is not tree:
             inner = tree.after(1)
-            self._trees = {id(tree): (tree, inner)}  # the tree is kept, so that its id stays its own
+            self._trees = {id(tree): (tree, inner)}  # holds the tree, so that its id is not reused
         return inner

@@ -1,8 +1,8 @@
-"""A sampler's whole step as one CUDA graph: model, guidance, law, verification and commit, replayed with one launch.
+"""A sampler's whole step as one CUDA graph: model, guidance, distribution, verification and commit in one launch.
 
-A pass of a small model is hundreds of kernels of a few microseconds, and a host that launches them one by one is slower
-than the GPU. A captured step is launched at once. It reads and writes the very tensors that it was captured with, so
-everything that an image depends on lies in tensors that are refilled: the session's buffers and the sampler's state.
+A pass of a small model is hundreds of kernels of a few microseconds, and launching them one by one takes the host
+longer than running them takes the GPU. A captured step reads and writes the tensors that it was captured with, so
+everything that an image depends on is in tensors that are refilled: the session's buffers and the sampler's state.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 Step = Callable[[], None]
-Capture = Callable[[Step], Step]  # records a step without taking it, and gives what takes it from then on
-WARM = 2  # steps before a capture: Triton compiles its kernels, cuBLAS makes its workspaces, drafters fall into step
+Capture = Callable[[Step], Step]  # records a step without running it, and returns a function that runs it
+WARM = 2  # steps before a capture: Triton compiles kernels, cuBLAS allocates workspaces, drafters run their first round
 
 
 def cuda_graph(step: Step) -> Step:
@@ -30,11 +30,11 @@ def cuda_graph(step: Step) -> Step:
 
 
 class Graph:
-    """The step of one sampler on one session, captured after a few that were taken one kernel at a time.
+    """The step of one sampler on one session, captured after `WARM` eager steps.
 
-    `state` is what the captured step works on, None before there is one; `replays` counts, of the decoding at work.
-    `seconds` are those that capturing took in it, and `uncounted` the bytes that replayed passes read, which the host
-    does not see. Where capture fails, the host goes on launching, and says so.
+    `state` is the state of the captured step, None before the first decoding. Of the current decoding, `replays`
+    counts replayed passes, `uncounted` the bytes that they read, and `seconds` is the time of the capture. If capture
+    fails, steps stay eager, with a warning.
     """
 
     def __init__(self, capture: Capture = cuda_graph):
@@ -48,9 +48,9 @@ class Graph:
         self.seconds = 0.0
 
     def begin(self, state: Any, drafts: bool) -> Any:
-        """The state to decode with: the captured one, filled with a fresh one, or the fresh one itself.
+        """The state to decode with: the captured one, refilled from `state`, or `state` itself.
 
-        A drafter's first round is not like the others, so with one (`drafts`) it is never replayed.
+        With a drafter (`drafts`) the first step is eager, because its first round differs from the others.
         """
         self.replays, self.uncounted, self.seconds = 0, 0, 0.0
         if self._replay is not None:
@@ -61,7 +61,7 @@ class Graph:
         return self.state
 
     def step(self, step: Step, bytes_read: Callable[[], int] = int) -> None:
-        """Take a step, by the host or by the graph; `bytes_read` is what the host has counted so far."""
+        """Run a step, eagerly or by the graph; `bytes_read` gives the bytes counted by the host so far."""
         if self._warm or self._failed:
             self._warm = max(self._warm - 1, 0)
             step()
@@ -73,12 +73,12 @@ class Graph:
             except RuntimeError as error:
                 self._failed = True
                 reason = str(error).splitlines()[0]
-                logging.getLogger("visar").warning("A step could not be captured, and is slower for it: %s", reason)
+                logging.getLogger("visar").warning("A step could not be captured, so it is slower: %s", reason)
                 step()
                 return
             self.seconds += time.perf_counter() - start
             self._bytes = bytes_read() - before
-            self.uncounted -= self._bytes  # the host counted a pass that it did not take
+            self.uncounted -= self._bytes  # the host counted a pass that did not run
         self._replay()
         self.replays += 1
         self.uncounted += self._bytes
@@ -89,9 +89,9 @@ class Graph:
 
 
 class Rows:
-    """A function of the rows of tensors as graphs, one for each power of two of rows; what is missing is filled up.
+    """A function of the rows of tensors as graphs, one for each power of two of rows, padded to that.
 
-    Rows must not know of one another. More of them than `most` go to the function itself.
+    Rows must be independent. More rows than `most` go to the function itself.
     """
 
     def __init__(self, function: Callable[..., Tensor], capture: Capture = cuda_graph, most: int = 4096):
@@ -115,7 +115,7 @@ class Rows:
         given = [x.new_zeros(size, *x.shape[1:]) for x in inputs]
         for static, x in zip(given, inputs, strict=True):
             static[: len(x)].copy_(x)
-        out = self.function(*given).clone()  # once by the host, before it is captured
+        out = self.function(*given).clone()  # eager once, before the capture
 
         def step() -> None:
             out.copy_(self.function(*given))
@@ -124,14 +124,14 @@ class Rows:
 
 
 class RowGraphs:
-    """Such functions by what they compute; of more than `limit` the one that was not used for longest goes."""
+    """`Rows` by key; beyond `limit` the least recently used is dropped."""
 
     def __init__(self, capture: Capture = cuda_graph, limit: int = 16):
         self.capture, self.limit = capture, limit
         self._made: OrderedDict[Hashable, Rows] = OrderedDict()
 
     def of(self, key: Hashable, function: Callable[..., Tensor]) -> Rows:
-        """The graphs of a function; equal keys mean functions that give the same."""
+        """The graphs of a function; equal keys must mean equal functions."""
         made = self._made.pop(key, None) or Rows(function, self.capture)
         self._made[key] = made
         if len(self._made) > self.limit:
@@ -139,31 +139,31 @@ class RowGraphs:
         return made
 
 
-class Kept:
-    """Sessions and their graphs, by what they were made for; the one that was not used for longest goes first."""
+class SessionCache:
+    """Sessions with their graphs, by key; beyond `limit` the least recently used is dropped."""
 
     def __init__(self, limit: int = 4):
         self.limit = limit
-        self._kept: OrderedDict[Hashable, tuple[Any, Graph]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Any, Graph]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     def take(self, key: Hashable) -> tuple[Any, Graph] | None:
-        """What was kept, which is then the caller's alone until it is given back."""
-        return self._kept.pop(key, None)
+        """Remove and return an entry, None if there is none; `give` puts it back."""
+        return self._entries.pop(key, None)
 
     def give(self, key: Hashable, session: Any, graph: Graph) -> None:
-        self._kept[key] = (session, graph)
-        while len(self._kept) > self.limit:
-            self._kept.popitem(last=False)
+        self._entries[key] = (session, graph)
+        while len(self._entries) > self.limit:
+            self._entries.popitem(last=False)
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._entries.clear()
 
 
 def refill(old: Any, new: Any) -> None:
-    """Give all tensors within `old` the values of those in `new`, in place; what is no tensor must be equal."""
+    """Copy all tensors in `new` into those of `old`. Raises `ValueError` unless everything else is equal."""
     if isinstance(old, Tensor):
         old.copy_(new)
     elif isinstance(old, (list, tuple)):

@@ -11,9 +11,9 @@ from visar.kernels.target_probs import guide
 
 @dataclass(frozen=True)
 class Guidance:
-    """Logits u + scale (c - u). With `interval` >= 0 only the tokens 0..interval + 1 are guided, the rest follow c.
+    """Logits u + scale (c - u). With `interval` >= 0 only the tokens 0..interval + 1 are guided, the rest use c.
 
-    That off-by-one is the reference's: it counts decoding steps, and the first token is drawn before step 0.
+    That off-by-one is the reference's: it counts decoding steps, and the first token is sampled before step 0.
     """
 
     scale: float = 1.0
@@ -21,7 +21,7 @@ class Guidance:
 
     @property
     def active(self) -> bool:
-        """Whether an unconditional half is needed at all."""
+        """Whether an unconditional batch is needed."""
         return self.scale != 1.0
 
     def over(self, position: int) -> bool:
@@ -29,5 +29,5 @@ class Guidance:
         return 0 <= self.interval < position - 1
 
     def combine(self, cond: Tensor, uncond: Tensor, positions: Tensor) -> Tensor:
-        """Guided logits [B, W, V] for logits of both halves and the absolute positions [B, W] they predict."""
+        """Guided logits [B, W, V] for logits of both batches and the absolute positions [B, W] they predict."""
         return guide(cond, uncond, self.scale, None if self.interval < 0 else positions <= self.interval + 1)

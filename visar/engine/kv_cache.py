@@ -14,7 +14,7 @@ from visar.kernels.rotary_append import rotary_append
 class KVCache:
     """Static keys and values, [layers, rows, slots, heads, head_dim] each. Rolling back is overwriting.
 
-    In memory the slots of one head lie side by side. On a CPU the cache is fp32 whatever the model is, because
+    In memory the slots of one head are contiguous. On a CPU the cache is fp32 whatever the model is, because
     attention of one token in bfloat16 takes twice as long there.
     """
 
@@ -27,36 +27,34 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(2))
         self.rows = torch.arange(rows, device=device)[:, None]
 
-    def attend(self, slots: Tensor, seen: AttentionMetadata | Tensor, visible: int) -> Attend:
+    def attend(self, slots: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Attend:
         """Attention of a pass written at `slots` [rows, W], which reads the first `visible` slots.
 
-        `seen` says which of them each input sees: an `AttentionMetadata`, or a mask [rows, W, visible], bool or added
-        to the logits.
+        `mask` is an `AttentionMetadata`, or a tensor [rows, W, visible], bool or added to the logits.
         """
-        mask = seen.unsqueeze(1) if isinstance(seen, Tensor) else None
 
         def attend(layer: int, qkv: Tensor, table: Tensor) -> Tensor:
             k, v = self.keys[layer], self.values[layer]
             q = rotary_append(qkv, table, k, v, slots)
-            if isinstance(seen, AttentionMetadata):
-                return decode_attention(q, k, v, seen, visible).to(qkv.dtype)
+            if isinstance(mask, AttentionMetadata):
+                return decode_attention(q, k, v, mask, visible).to(qkv.dtype)
             q, k, v = (t.transpose(1, 2) for t in (q, k[:, :visible], v[:, :visible]))
-            bias = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).to(qkv.dtype)
+            bias = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(1)).transpose(1, 2).to(qkv.dtype)
 
         return attend
 
     def move(self, source: Tensor, to: Tensor) -> None:
-        """Copy the slots `source` [rows, D] of all layers over the slots `to`; the two may overlap."""
+        """Copy the slots `source` [rows, D] of all layers to the slots `to`; the two may overlap."""
         for cache in (self.keys, self.values):
             cache[:, self.rows, to] = cache[:, self.rows, source]
 
     def keep_rows(self, count: int) -> None:
-        """Go on with the first `count` rows."""
+        """Drop all rows but the first `count`."""
         self.keys, self.values, self.rows = self.keys[:, :count], self.values[:, :count], self.rows[:count]
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes that one slot of one row takes over all layers."""
+        """Bytes of one slot of one row over all layers."""
         layers, _, _, heads, dim = self.keys.shape
         return 2 * layers * heads * dim * self.keys.element_size()

@@ -1,4 +1,4 @@
-"""Layers that all models are made of. They have the parameters and keys of torch's own, and run on visar's kernels."""
+"""Layers with the parameters and keys of torch's own, which run on visar's kernels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from visar.kernels.linear import linear
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, which on a CPU keeps its weight in the order that the processor reads."""
+    """`torch.nn.Linear`, which on a CPU stores its weight in the order that the processor reads."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, *, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
-        """x [..., K] -> [..., N]; then SiLU, a factor `times` and a summand `plus`, [..., N] each, if asked for."""
+        """x [..., K] -> [..., N]; then optionally SiLU, a factor `times` and a summand `plus`, [..., N] each."""
         return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
 
 
@@ -26,6 +26,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # A drafter in training has weights of more bits than the target's features that it reads.
+        # In training a drafter has weights of more bits than the target's features.
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,4 +1,4 @@
-"""The loop that runs a sampler's steps until every row is done, and what it measured."""
+"""The loop that runs a sampler's steps until every row is done, and its result."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class Snapshot(NamedTuple):
-    """How far a decoding is: `passes` run in `seconds`; `tokens` [B, N, ...], drafts among them; `commit_pass` [B, N],
-    -1 where nothing is committed; `lengths` [B] committed. The tensors are those at work, and change."""
+    """The state of a decoding after `passes` in `seconds`: `tokens` [B, N, ...], drafts included; `commit_pass` [B, N],
+    -1 where nothing is committed; `lengths` [B] committed. The tensors are not copies: the next pass changes them."""
 
     passes: int
     seconds: float
@@ -36,9 +36,9 @@ Callback = Callable[[Snapshot], None]
 
 
 class Decoded(NamedTuple):
-    """`tokens` [B, N], of masked models [B, N, d]; `commit_pass` [B, N], the pass that committed each; `passes` run;
-    `seconds` they took, without callbacks; of those, `capture_seconds` that went into making a CUDA graph; `bytes_read`
-    of cache by the model and of cache and weights by a drafter, by count; `replays`, the passes that a graph took."""
+    """`tokens` [B, N], of masked models [B, N, d]; `commit_pass` [B, N], the pass that committed each; the number of
+    `passes`; their `seconds`, without callbacks; of those, the `capture_seconds` of a CUDA graph; `bytes_read` of cache
+    by the model and of cache and weights by a drafter, by count; `replays`, the passes that a graph ran."""
 
     tokens: Tensor
     commit_pass: Tensor
@@ -62,11 +62,11 @@ def decode(
 ) -> Decoded:
     """Run `sampler` on a fresh session of its family.
 
-    `callback` is told, and the rows are looked at, after `every` passes: by default each on a CPU and every fourth on a
-    GPU, where a look makes the host wait. Neither counts the other's time, for which the host waits for the device
-    around each callback; without `waits` it does not, and `seconds` mean nothing. Passes that turn out to have been
-    idle are counted. With a `graph` steps are captured; one that was captured before must be of this very session,
-    started anew. Raises `VisarError` where the model's arithmetic overflowed.
+    After every `every` passes `callback` is called and the rows are checked for their end: by default after each pass
+    on a CPU and after every fourth on a GPU, where reading the lengths makes the host wait. Callbacks are not in
+    `seconds`; the host waits for the device around each, unless `waits` is false, and then `seconds` mean nothing. Idle
+    passes at the end are counted. With a `graph` steps are captured; one captured before must be of this session,
+    started again. Raises `VisarError` if the model's arithmetic overflowed.
     """
     every = every or (1 if session.device.type == "cpu" else 4)
     fewest = -(-session.length // sampler.window)
@@ -79,7 +79,7 @@ def decode(
     def step() -> None:
         sampler.step(session, state)
 
-    passes, told = 0, 0.0
+    passes, in_callbacks = 0, 0.0
     while True:
         if graph is None:
             step()
@@ -91,10 +91,10 @@ def decode(
                 synchronize(session.device)
             now, length = time.perf_counter(), session.length
             commits = state.commit_pass[:, :length]
-            callback(Snapshot(passes, now - start - told, state.tokens[:, :length], commits, session.lengths))
+            callback(Snapshot(passes, now - start - in_callbacks, state.tokens[:, :length], commits, session.lengths))
             if waits:
                 synchronize(session.device)
-            told += time.perf_counter() - now
+            in_callbacks += time.perf_counter() - now
         ending = passes >= fewest and (passes - fewest) % every == 0
         if ending or (session.watched and passes % every == 0):
             least = int(session.lengths.min())
@@ -103,7 +103,7 @@ def decode(
             if isinstance(session, Session) and session.watched and session.reached(least) and graph is not None:
                 graph.forget()
     synchronize(session.device)
-    seconds = time.perf_counter() - start - told
+    seconds = time.perf_counter() - start - in_callbacks
     session.check()
     if session.drafter is not None:
         session.drafter.check()
@@ -114,5 +114,5 @@ def decode(
 
 
 def _bytes_read(session: Session | MaskedSession) -> int:
-    """Those that the session and its drafter counted."""
+    """Bytes counted by the session and its drafter."""
     return getattr(session, "bytes_read", 0) + (0 if session.drafter is None else session.drafter.bytes_read)

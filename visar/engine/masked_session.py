@@ -1,4 +1,4 @@
-"""The session of a masked model: images whose continuous tokens are decided in an order of their own."""
+"""The session of a masked model: continuous tokens, sampled in any order."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from visar.engine.chain import Chain
+from visar.engine.denoising import Denoiser
 from visar.host import synchronize
 
 
 class MaskedSession(ABC):
-    """A batch of B images of `length` tokens of `dim` numbers; row b has decided the first `lengths[b]` of its order.
+    """A batch of B images of `length` tokens of `dim` numbers; row b has sampled the first `lengths[b]` of its order.
 
-    `order` [B, N] lists the places of each row as they are decided; the tokens `given` [B, m, d] of the first m of them
-    are there from the start. `start` [B, N, d] holds them, and 0 elsewhere.
-    A subclass gives what the head is told of a place, and the head. `chains` are those made so far, for what they
-    counted; `passes`, and `tested` and `accepted` drafts, are counted too.
+    `order` [B, N] lists each row's positions in the order of sampling; the tokens `given` [B, m, d] of the first m are
+    known from the start. `start` [B, N, d] holds them, and 0 elsewhere. A subclass gives the head's `context` and the
+    head. `denoisers` are those made so far, with their counts; `passes`, and `tested` and `accepted` drafts, are
+    counted too.
     """
 
     drafter: None = None  # the loop asks every session
@@ -36,46 +36,45 @@ class MaskedSession(ABC):
             self.start.scatter_(1, order[:, : self.given, None].expand_as(given), given.to(self.start))
         self.lengths = torch.full((self.batch,), self.given, dtype=torch.long, device=order.device)
         self.draft: MaskedSession | None = None  # for samplers that draft with a smaller model
-        self.chains: list[Chain] = []
+        self.denoisers: list[Denoiser] = []
         self.tested = self.accepted = 0
         self.draft_seconds = 0.0
         self.passes = 0
 
     @abstractmethod
     def context(
-        self, tokens: Tensor, rows: Tensor, known: Tensor, ask: Tensor, decided: Tensor, valid: Tensor | None = None
+        self, tokens: Tensor, rows: Tensor, known: Tensor, ask: Tensor, total: Tensor, valid: Tensor | None = None
     ) -> Tensor:
-        """A pass: what the head needs to know, [G, n, K], to draw the tokens at the places `ask` [G, n].
+        """A pass: the head's conditions [G, n, K] for the tokens at the positions `ask` [G, n].
 
-        `tokens` [G, N, d], of which those at the places `known` [G, m] are given, as far as `valid` [G, m]; `rows` [G]
-        are the rows of the batch that they belong to. `decided` [G, n] is the number of tokens that there will be with
-        those of the same step, by which guidance may go.
+        `tokens` [G, N, d] are known at the positions `known` [G, m] where `valid` [G, m]; `rows` [G] are their rows of
+        the batch. `total` [G, n] is the number of known tokens after this step, on which guidance may depend.
         """
 
-    def after(self, tokens: Tensor, rows: Tensor, count: Tensor, ask: Tensor, decided: Tensor) -> Tensor:
-        """`context` for rows [G] that have decided the first `count` [G] of their order, one more or less than others.
+    def after(self, tokens: Tensor, rows: Tensor, count: Tensor, ask: Tensor, total: Tensor) -> Tensor:
+        """`context` for rows [G] of which the first `count` [G] of their order are known.
 
-        `decided` is cut to N - 1, as the reference never counts all.
+        `total` is at most N - 1, as in the reference.
         """
         most = int(count.max())
         known = self.order[rows, :most]
         valid = torch.arange(most, device=count.device) < count[:, None]
         every = None if bool(valid.all()) else valid
-        return self.context(tokens, rows, known, ask, decided.clamp(max=self.length - 1), every)
+        return self.context(tokens, rows, known, ask, total.clamp(max=self.length - 1), every)
 
     @abstractmethod
-    def make_chain(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Chain:
-        """The head as a chain of `steps` steps; `latest` is the noisiest training step used, 0 for the usual."""
+    def make_denoiser(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Denoiser:
+        """The head with `steps` steps; `latest` is the noisiest training step used, 0 for the model's own."""
 
-    def chain(self, steps: int, temperature: float = 1.0, latest: int = 0, last_noise: bool = False) -> Chain:
-        """As `make_chain`, counted."""
-        made = self.make_chain(steps, temperature, latest, last_noise)
-        self.chains.append(made)
+    def denoiser(self, steps: int, temperature: float = 1.0, latest: int = 0, last_noise: bool = False) -> Denoiser:
+        """As `make_denoiser`, and adds it to `denoisers`."""
+        made = self.make_denoiser(steps, temperature, latest, last_noise)
+        self.denoisers.append(made)
         return made
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """Around what a draft model does: its time goes to `draft_seconds`."""
+        """Adds the time of the block, in which a draft model works, to `draft_seconds`."""
         synchronize(self.device)
         start = time.perf_counter()
         yield
@@ -83,8 +82,8 @@ class MaskedSession(ABC):
         self.draft_seconds += time.perf_counter() - start
 
     def commit(self, count: Tensor | int) -> None:
-        """Row b has decided `count[b]` more."""
+        """Row b has sampled `count[b]` more tokens."""
         self.lengths = self.lengths + count
 
     def check(self) -> None:  # noqa: B027 (a session may have nothing to check)
-        """The loop asks after the last pass. Nothing is kept between passes; the tokens themselves tell."""
+        """Called after the last pass; the caller checks the tokens."""

@@ -1,4 +1,4 @@
-"""What a decoding takes beside the weights, and what is free: said before, and not by an allocator in the middle."""
+"""Memory that decoding needs besides the weights, checked before it starts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from visar.errors import VisarError
 from visar.host import available_memory
 
 GIB = 2**30
-COPIES = 12  # of a pass's logits in fp32: both batches of guidance, distributions of window and drafts, sums in float64
+COPIES = 12  # of a pass's logits in fp32: both batches of guidance, distributions of window and drafts, float64 sums
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated: what a GPU has left with its allocator's reserve; what the system could give."""
+    """Bytes that can be allocated: on a GPU free memory and the allocator's reserve, else the system's."""
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
@@ -21,9 +21,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def decoding_bytes(model: Decoder, batches: int, slots: int, window: int) -> int:
-    """Bytes that one image takes besides the weights, estimated: keys and values, and what is made of the logits.
+    """Estimated bytes of one image besides the weights: keys and values, and tensors of the size of logits.
 
-    `batches` is 2 with guidance, `slots` are those of the cache.
+    `batches` is 2 with guidance, else 1; `slots` are those of the cache.
     """
     c = model.config
     number = 4 if model.device.type == "cpu" else model.dtype.itemsize
@@ -31,10 +31,10 @@ def decoding_bytes(model: Decoder, batches: int, slots: int, window: int) -> int
 
 
 def check_memory(each: int, batch: int, device: torch.device) -> None:
-    """Raise `VisarError` where `batch` images of `each` bytes do not fit; it says how many would."""
+    """Raise `VisarError` where `batch` images of `each` bytes do not fit. The message says how many would."""
     free = free_memory(device)
     if each * batch > free:
         raise VisarError(
-            f"{batch} images at once need about {each * batch / GIB:.1f} GiB beside the weights, and "
+            f"{batch} images at once need about {each * batch / GIB:.1f} GiB besides the weights, and "
             f"{free / GIB:.1f} GiB are free on {device}; {free // each} would fit."
         )

@@ -1,11 +1,11 @@
-"""Weights in 8 bits: half or a quarter of the bytes that a pass reads, for a model that is very nearly the same.
+"""Weights in 8 bits: a pass reads half or a quarter of the bytes.
 
 The linear layers of the blocks are rounded to int8 or float8 e4m3, with one symmetric scale for each output channel.
-Activations are not rounded to 8 bits; norms, embeddings and the output head stay native. What comes out is another
-model: samplers are exact for that one. `docs/quantization.md` has what it costs, and why it is not torchao's.
+Activations are not rounded to 8 bits; norms, embeddings and the output head stay native. The result is another
+model: samplers are exact for that one. `docs/quantization.md` has quality and speed, and says why not torchao.
 
-On a CPU with VNNI a row x becomes two planes of bytes, x = a (128 hi + lo), and the product one of integers, whose sums
-are exact: 15 bits of the activations are kept, where bfloat16 keeps 8. Elsewhere the weights are written out.
+On a CPU with VNNI a row x becomes two planes of bytes, x = a (128 hi + lo), and the product is one of integers with
+exact sums: activations have 15 bits, where bfloat16 has 8. Elsewhere the weights are converted in each pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from visar.kernels.linear import epilogue
 
 WEIGHTS = ("native", "int8", "fp8")
 NOT_SAVED = "A model with 8-bit weights is not saved; save the native one, which is quantised when loaded."
-ROWS = 16  # a hint for oneDNN's layout; any number may follow
+ROWS = 16  # a hint for oneDNN's layout; any number of rows works
 STORED = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
@@ -60,7 +60,7 @@ def integer_product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> 
     rows, own = planes(x)
     out = torch.ops.onednn.qlinear_pointwise(
         rows, 1.0, 128, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )  # fmt: skip
+    )
     hi, lo = out.chunk(2)
     return torch.add(lo, hi, alpha=128).mul_(own)
 
@@ -84,7 +84,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         weight, scale = self.weight.data, self.scale
         super()._apply(fn, recurse)
-        device = self.scale.device  # a conversion may move both, and rounds neither
+        device = self.scale.device  # `to` may move both, and must round neither
         self.weight.data, self.scale = weight.to(device), scale.to(device)
         _packed.pop(self, None)
         return self
@@ -112,18 +112,18 @@ class QuantizedLinear(nn.Module):
         return f"in_features={width}, out_features={out}, weights={self.weights}"
 
 
-# The weights of layers once more, as oneDNN wants them; a copy of a layer makes its own.
+# The weights of layers in oneDNN's layout. A copied layer packs its own.
 _packed: weakref.WeakKeyDictionary[QuantizedLinear, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 
 
 def multiplies_bytes() -> bool:
-    """Whether this CPU sums products of bytes in 32 bits (AVX512-VNNI); those before it may overflow on the way."""
+    """Whether this CPU sums products of bytes in 32 bits (AVX512-VNNI); older ones may overflow."""
     ours = hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
     return ours and torch.cpu._is_vnni_supported()
 
 
 def check(weights: str, device: torch.device) -> None:
-    """Raise `VisarError` for weights that there are not, or that the device cannot have."""
+    """Raise `VisarError` for unknown kinds of weights, and those that the device does not support."""
     if weights not in WEIGHTS:
         raise unknown("kind of weights", weights, WEIGHTS)
     if weights != "fp8":
@@ -136,9 +136,9 @@ def check(weights: str, device: torch.device) -> None:
 
 
 def quantize(gpt: Decoder, weights: str, head: bool = False) -> None:
-    """Round the linear layers of the blocks in place, and the output head if asked; once, and there is no way back.
+    """Round the linear layers of the blocks in place, and with `head` the output head. This cannot be undone.
 
-    With `head` no drafter is recognised any more: the signs of the head say whose it is.
+    With `head` drafters no longer recognise the model, because they compare the signs of its head.
     """
     modules: list[nn.Module] = list(gpt.layers.modules())
     if head:
@@ -149,13 +149,13 @@ def quantize(gpt: Decoder, weights: str, head: bool = False) -> None:
                 setattr(module, name, QuantizedLinear(child, weights))
     gpt.save_pretrained = _not_saved  # type: ignore[attr-defined]
     if gpt.device.type != "cpu":
-        say_once(f"{weights} weights save memory here and cost time: each pass writes them out in its own type.")
+        say_once(f"{weights} weights save memory here and take more time: each pass converts them.")
     elif not multiplies_bytes():
-        say_once("This CPU has no AVX512-VNNI: int8 weights save memory, and cost time.")
+        say_once("This CPU has no AVX512-VNNI: int8 weights save memory, and take more time.")
 
 
 def weights_of(gpt: nn.Module) -> str:
-    """What the layers are: one of `WEIGHTS`."""
+    """The kind of the layers' weights, one of `WEIGHTS`."""
     return next((m.weights for m in gpt.modules() if isinstance(m, QuantizedLinear)), "native")
 
 

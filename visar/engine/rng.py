@@ -1,7 +1,7 @@
-"""Counter-based noise: a pure function of (seed, key, image, position, pass, purpose), never of the order of calls.
+"""Counter-based noise: a pure function of (seed, key, image, position, pass, purpose), not of the order of calls.
 
 The same seed gives the same image whatever the batch, the rank or the restart. The noise is computed on the device
-from a pass counter that lives there, so a captured graph replays it with fresh values.
+from a pass counter there, so a captured graph replays it with fresh values.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ SPAN = made.SPAN  # positions, and passes
 
 
 class Purpose(IntEnum):
-    """What a random number is for. Numbers of different purposes are independent."""
+    """The purpose of a random number. Numbers of different purposes are independent."""
 
-    STEP = 1  # what a pass decides at a position: the coin of a test and a draw, or a draft that enters the window
-    INIT = 2  # the drafts of the first window; where a continuous token's chain starts
-    SHARED = 3  # the race that all drafts of one position share (Gumbel coupling); the noise of a chain, by its step
-    DRAFT = 4  # what a draft model proposes in a pass
-    RESIDUAL = 5  # what is tried in the place of a rejected continuous draft
-    ORDER = 6  # the order in which a masked model decides its places
+    STEP = 1  # a pass at a position: the uniforms of a test and of a sample, or a draft that enters the window
+    INIT = 2  # the drafts of the first window; the noise that a continuous token starts from
+    SHARED = 3  # exponential noise that all drafts of a position share (Gumbel coupling); the noise of denoising steps
+    DRAFT = 4  # the proposals of a draft model in a pass
+    RESIDUAL = 5  # the replacement of a rejected continuous draft
+    ORDER = 6  # the order in which a masked model samples its positions
 
 
 class Noise:
     """Noise for the rows of a batch.
 
     `seed` is any integer of 64 bits; `images` [B] are the rows' image indices, below 2**24; `keys` [B], of 32 bits,
-    tell apart rows of one index, as those of different prompts are. Positions and passes are below 2**16.
+    distinguish rows of the same index, such as those of different prompts. Positions and passes are below 2**16.
     """
 
     def __init__(self, seed: int, images: Tensor, keys: Tensor | None = None):
@@ -47,11 +47,11 @@ class Noise:
     def uniforms(
         self, purpose: Purpose, positions: Tensor, passes: Tensor | int, trial: Tensor | int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Two independent uniforms per position, each [B, W], float64, of 52 bits, never 0 and never 1."""
+        """Two independent uniforms per position, each [B, W], float64, of 52 bits, in (0, 1)."""
         return made.uniforms(self.key, self.images, self.keys, positions, passes, purpose, trial)
 
     def of(self, rows: Tensor) -> Noise:
-        """The noise of these rows of the batch [R], as a batch of its own."""
+        """The noise of the rows [R] as a batch."""
         own = Noise(0, self.images[rows], self.keys[rows])
         own.key = self.key
         return own
@@ -59,9 +59,9 @@ class Noise:
     def normals(
         self, purpose: Purpose, positions: Tensor, passes: Tensor | int, dim: int, trial: Tensor | int = 0
     ) -> Tensor:
-        """Standard normals [B, W, dim], fp32, for positions [B, W] (Box & Muller 1958), of 32 bits: none is beyond 6.8.
+        """Standard normals [B, W, dim], fp32, for positions [B, W] (Box & Muller 1958), of 32 bits: at most 6.8.
 
-        `trial`, a number or [W], tells apart further ones of the same position, pass and purpose.
+        `trial`, a number or [W], gives further ones for the same position, pass and purpose.
         """
         if dim > 2**14:
             raise VisarError(f"Tokens have at most {2**14} numbers, not {dim}.")
@@ -78,11 +78,11 @@ class Noise:
         return torch.stack(out, -1).flatten(-2)[..., :dim].float()
 
     def exponential(self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int) -> Tensor:
-        """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]: argmin of E/p over tokens is a draw from p."""
+        """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]: argmin of E/p over tokens is a sample from p."""
         return self.lazy_exponential(purpose, positions, passes, vocab).make()
 
     def lazy_exponential(
         self, purpose: Purpose, positions: Tensor, passes: Tensor | int, vocab: int
     ) -> ExponentialNoise:
-        """The variables of `exponential`, unmade: what draws with them may not need them all at once."""
+        """The variables of `exponential`, not yet computed: a kernel may compute them as it needs them."""
         return ExponentialNoise(self.key, self.images, self.keys, positions, passes, purpose, vocab)

@@ -1,4 +1,4 @@
-"""The Session: the only thing a sampler talks to. It hides the model, its cache, guidance and the rows' progress."""
+"""The Session: the only thing a sampler talks to. It owns the model, its cache, guidance and the rows' progress."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ def require_finite(values: Tensor, what: str, dtype: torch.dtype) -> None:
 class Session(ABC):
     """A batch of B sequences of `length` tokens, of which row b has committed `lengths[b]`.
 
-    A subclass gives `forward`. Rows progress independently, a rejected draft costs nothing to undo (the pointer simply
-    does not move), and every shape is fixed by B and W.
+    A subclass gives `forward`. Rows progress independently, a rejected draft is undone by not moving the row's length,
+    and every shape is fixed by B and W.
     """
 
     def __init__(self, batch: int, length: int, vocab: int, device: torch.device | str = "cpu"):
         self.batch, self.length, self.vocab = batch, length, vocab
         self.device = torch.device(device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
-        self.drafter: Drafter | None = None  # for samplers that draft with a model of their own
+        self.drafter: Drafter | None = None  # for samplers that need one
         self.prefill_passes = 0  # passes before the first that predicts
-        self.watched = False  # whether `reached` may have something to do
-        self.codebook: Tensor | None = None  # [V, D], for samplers that ask which tokens look alike
+        self.watched = False  # whether the loop should call `reached`
+        self.codebook: Tensor | None = None  # [V, D], for samplers that compare tokens
 
     def positions(self, window: int) -> Tensor:
         """The positions [B, W] that a pass of W tokens predicts: those after the committed prefix.
 
-        Near the end they run past `length`; what is predicted there is never committed.
+        Near the end some are past `length`; these are never committed.
         """
         return self.lengths[:, None] + torch.arange(window, device=self.device)
 
     def follows(self, count: int, tree: Tree | None = None, first: int = 0) -> Tensor:
-        """The positions [B, count] that a pass over the nodes `first`.. of a tree predicts, each behind its node."""
+        """The positions [B, count] that a pass over the nodes `first`.. of a tree predicts, each after its node."""
         if tree is None:
             return self.positions(first + count)[:, first:]
         return self.lengths[:, None] + tree.depths[:, first : first + count]
@@ -55,38 +55,38 @@ class Session(ABC):
     def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
         """One pass: guided logits [B, W, V], fp32, of the positions that follow the committed prefix.
 
-        `tokens` [B, W] are the last committed token, then W - 1 drafts. While nothing is committed the first one is
-        ignored: the condition stands in its place. With a `tree` they are its nodes, and each sees those above it
-        only. With `first` > 0 they are the nodes from there on, those before being in the cache from passes that
-        nothing was committed since.
+        `tokens` [B, W] are the last committed token, then W - 1 drafts. While nothing is committed, the condition
+        replaces the first. With a `tree` they are its nodes, and each attends only to its ancestors among them. With
+        `first` > 0 they are the nodes from `first` on; earlier passes since the last commit have cached the others.
         """
 
-    def forward_at(self, tokens: Tensor, places: Tensor, written: Tensor) -> Tensor:
-        """A pass that follows no order: guided logits [B, W, V], fp32, of the positions `places` [W].
+    def forward_at(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:
+        """A pass in any order: guided logits [B, W, V], fp32, of the `positions` [W].
 
-        The input of place n is token n - 1, `tokens` [B, W], and of place 0 the condition. Each sees itself and those
-        before it, as far as they are `written` [length]: fed in this pass or one before.
+        The input of position n is token n - 1, of `tokens` [B, W]; of position 0 it is the condition. Each attends to
+        itself and to earlier positions that are `written` [length]: inputs of this pass or one before. Raises
+        `VisarError` if the session supports raster order only.
         """
-        raise VisarError(f"{type(self).__name__} decodes in raster order alone.")
+        raise VisarError(f"{type(self).__name__} decodes in raster order only.")
 
     def keep(self, path: Tensor) -> None:
-        """Before a commit: the nodes `path` [B, D] of a tree, -1 behind its end, become the first D behind the root."""
-        raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts chains.")
+        """Before a commit: the nodes `path` [B, D] of a tree, -1 after its end, become the first D after the root."""
+        raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts sequences.")
 
     def start(self, *condition: Tensor) -> None:
-        """Begin other images, of conditions of the same shape, in the same buffers."""
+        """Start new images in the same buffers, for conditions of the same shapes."""
         raise VisarError(f"{type(self).__name__} cannot be started again.")
 
-    def drop_unconditional(self) -> None:  # noqa: B027 (a session may have one half only)
-        """Leave the unconditional half of the batch: no token from here on is guided."""
+    def drop_unconditional(self) -> None:  # noqa: B027 (a session may have one batch only)
+        """Drop the unconditional batch: no token from here on is guided."""
 
     def reached(self, least: int) -> bool:
-        """Told now and then that every row has `least` tokens; whether the shapes of passes are others from now on."""
+        """Called when every row has `least` tokens; returns whether the shapes of passes change."""
         return False
 
     def check(self) -> None:  # noqa: B027 (a session without a model has nothing to check)
-        """Raise `VisarError` if what the last pass gave is no law at all; called once, when all rows are done."""
+        """Raise `VisarError` if the last pass gave no distribution; called once, when all rows are done."""
 
     def commit(self, count: Tensor) -> None:
-        """Row b keeps the next `count[b]` tokens; counts that pass the end are an error of the sampler."""
+        """Row b commits its next `count[b]` tokens, at most those up to `length`."""
         self.lengths += count

@@ -17,7 +17,7 @@ class Tree(NamedTuple):
     """T nodes of R trees, R being 1 or the batch. Node 0 is the root, the last committed token; a parent comes first.
 
     `parents` [R, T], -1 for the root; `depths` [R, T]; `ancestors` [R, T], int64, of which bit i of node j is set where
-    i is j or above it.
+    i is j or an ancestor of j.
     """
 
     parents: Tensor
@@ -26,7 +26,7 @@ class Tree(NamedTuple):
 
     @staticmethod
     def of(parents: Tensor | Sequence[int], depth: int | None = None) -> Tree:
-        """The tree of `parents` [T] or [R, T], at most `depth` deep; a `VisarError` for more than 63 nodes."""
+        """The tree of `parents` [T] or [R, T], at most `depth` deep. Raises `VisarError` for more than 63 nodes."""
         p = torch.as_tensor(parents, dtype=torch.long)
         p = p[None] if p.ndim == 1 else p
         if p.shape[1] > MOST_NODES:
@@ -43,16 +43,16 @@ class Tree(NamedTuple):
         return Tree(*(t.to(device) for t in self))
 
     def after(self, nodes: int) -> Tree:
-        """The same tree after a chain of `nodes` more; what does not fit are leaves at its end."""
+        """This tree after a sequence of `nodes` more. Nodes beyond 63, the last leaves, are dropped."""
         if not nodes:
             return self
-        chain = Tree.of(torch.arange(-1, nodes - 1, device=self.parents.device))
+        before = Tree.of(torch.arange(-1, nodes - 1, device=self.parents.device))
         moved = (self.parents + nodes, self.depths + nodes, self.ancestors << nodes | (1 << nodes) - 1)
-        both = (torch.cat([a.expand(len(b), -1), b], dim=1) for a, b in zip(chain, moved, strict=True))
+        both = (torch.cat([a.expand(len(b), -1), b], dim=1) for a, b in zip(before, moved, strict=True))
         return Tree(*(t[:, :MOST_NODES] for t in both))
 
-    def sees(self, first: int, count: int, others: Tensor) -> Tensor:
-        """Whether the nodes `first`.. see the nodes `others` [R, S], any integers: [R, count, S] bool."""
+    def ancestor_mask(self, first: int, count: int, others: Tensor) -> Tensor:
+        """[R, count, S], bool: whether each of the nodes `first`.. is or descends from the nodes `others` [R, S]."""
         inside = (others >= 0) & (others < self.parents.shape[1])
         bits = self.ancestors[:, first : first + count, None] >> others.clamp(0, MOST_NODES - 1).unsqueeze(-2)
         return (bits & 1).bool() & inside.unsqueeze(-2)

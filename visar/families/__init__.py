@@ -1,1 +1,1 @@
-"""Model families, one folder each. `visar.families.registry` finds them; nothing heavy is imported before."""
+"""Model families, one folder each. `visar.families.registry` finds them without importing models."""

@@ -1,7 +1,7 @@
-"""What a family of models brings: how it is found and loaded, its conditions, its sessions, its pixels, its defaults.
+"""The interface of a model family: how it is found and loaded, its conditions, sessions, pixels and defaults.
 
-A family object is a loaded model. Everything above (generation, pipelines, command line, demo, evaluation) knows this
-interface alone; everything peculiar to one architecture stands behind it. `docs/own-family.md` has one in 60 lines.
+A family object is a loaded model. Generation, pipelines, command line, demo and evaluation know only this interface.
+`docs/own-family.md` has a family in 60 lines.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from visar.families.layout import Layout
     from visar.families.source import Source
 
-Encoded = tuple[Tensor, ...]  # of conditions: tensors with one row for each, as `session` takes them
+Encoded = tuple[Tensor, ...]  # tensors with one row for each condition, as `session` takes them
 
 
 class Family(ABC):
-    """A loaded model. `components` are its parts by the names of their folders, the first being the one that decodes.
+    """A loaded model. `components` are its parts by the names of their folders; the first one decodes.
 
-    `condition` is "prompt" or "class", `classes` how many of these there are. `settings` are what a saved folder keeps
-    beside the components; `defaults` are the settings of sampling where a caller gives none.
+    `condition` is "prompt" or "class", `classes` the number of classes. `settings` are saved with the components;
+    `defaults` are the settings of sampling where a caller gives none.
     """
 
     name: ClassVar[str]  # in the registry
     tokens: ClassVar[str] = DISCRETE  # or CONTINUOUS
-    required: ClassVar[frozenset[str]] = frozenset()  # names of components, and
-    optional: ClassVar[frozenset[str]] = frozenset()  # those that a model may have
+    required: ClassVar[frozenset[str]] = frozenset()  # names of components
+    optional: ClassVar[frozenset[str]] = frozenset()  # components that a model may have
     setting_names: ClassVar[tuple[str, ...]] = ()
 
     components: dict[str, Any]
@@ -50,7 +50,7 @@ class Family(ABC):
     classes: int = 0
     defaults: SamplingParams
     settings: dict[str, Any]
-    forced: Tensor | None = None  # [N], long: tokens that every image has, -1 elsewhere
+    forced: Tensor | None = None  # [N], long: tokens that every image has; -1 elsewhere
     allowed: Tensor | None = None  # [V], bool: tokens that the other positions may take
 
     # Finding and loading
@@ -58,16 +58,16 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, source: Source) -> bool:
-        """Whether the model at `source` is of this family; looks at names and configurations, never at weights."""
+        """Whether the model at `source` is of this family; reads names and configurations, never weights."""
 
     @classmethod
     @abstractmethod
     def load(cls, source: Source) -> Self:
-        """The model at a `source` that was recognised. Raises `VisarError` for what is missing, damaged or wrong."""
+        """The model at a `source` that was recognised. Raises `VisarError` for missing, damaged or wrong files."""
 
     @classmethod
     def of(cls, components: Mapping[str, Any], settings: Mapping[str, Any]) -> Self:
-        """The model made of loaded components and settings, as `TextToImagePipeline(**components)` gives them."""
+        """The model of loaded components and settings, as `TextToImagePipeline(**components)` gives them."""
         return cls(**components, **settings)
 
     # Conditions
@@ -77,7 +77,7 @@ class Family(ABC):
         """Tensors of the prompts or class ids. Raises `VisarError` for one that the model cannot take."""
 
     def check_conditions(self, conditions: Sequence[Any]) -> None:
-        """Raise `VisarError` for conditions that this model cannot take, before anything is computed."""
+        """Raise `VisarError` for conditions that this model cannot take."""
         if not conditions:
             raise VisarError(f"No {self.condition} was given.")
         if self.condition == "prompt":
@@ -107,10 +107,10 @@ class Family(ABC):
         """Height and width of an image."""
 
     def preview(self, tokens: Tensor) -> Tensor:
-        """One colour for each cell, [B, 3, rows, columns] in [0, 1]; a family may have a cheaper way than `decode`."""
+        """One colour for each cell, [B, 3, rows, columns] in [0, 1]. Families may override it with a faster way."""
         return F.adaptive_avg_pool2d(self.decode(tokens), (self.layout.rows, self.layout.columns))
 
-    # The model at work
+    # Decoding
 
     @property
     def model(self) -> Any:
@@ -128,12 +128,12 @@ class Family(ABC):
 
     @property
     def fastest_dtype(self) -> torch.dtype:
-        """What decoding is fastest in on the device that the model is on; the command line's default."""
+        """The dtype in which decoding is fastest on the model's device; the default of the command line."""
         return torch.bfloat16 if self.device.type != "cpu" or has_bfloat16() else torch.float32
 
     @property
     def weights(self) -> str:
-        """How the weights are stored: "native", or what `quantize` made them."""
+        """The storage of the weights: "native", "int8" or "fp8"."""
         return "native"
 
     @property
@@ -142,7 +142,7 @@ class Family(ABC):
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def bytes_per_image(self, window: int, guided: bool) -> int:
-        """Bytes that one image takes while it is decoded, besides the weights; 0 where that is not known."""
+        """Bytes of memory that decoding one image needs besides the weights; 0 if not known."""
         return 0
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -154,23 +154,23 @@ class Family(ABC):
 
     @property
     def drafting(self) -> Any:
-        """What drafters ask of their target: a `visar.drafters.base.DrafterTarget`; None where none can be attached."""
+        """The `visar.drafters.base.DrafterTarget` of this model; None if it takes no drafters."""
         return None
 
     def quantize(self, weights: str) -> None:
-        """Round the weights to 8 bits; "native" leaves them. Raises `VisarError` where a family cannot."""
+        """Round the weights to 8 bits; "native" leaves them. Raises `VisarError` if the family does not support it."""
         if weights != "native":
             raise VisarError(f"Weights of the family {self.name!r} cannot be rounded to 8 bits.")
 
     def check_saving(self) -> None:  # noqa: B027 (most can be saved)
-        """Raise `VisarError` where the model cannot be saved as it is."""
+        """Raise `VisarError` if the model cannot be saved."""
 
     def replace(self, name: str, component: Any) -> None:
-        """Put another component in the place of one."""
+        """Replace the component `name`."""
         self.components[name] = component
 
     def copy(self) -> Self:
-        """The same components under settings of their own."""
+        """A copy that shares the components."""
         other = copy.copy(self)
         other.components = dict(self.components)
         return other
@@ -185,16 +185,16 @@ class DiscreteFamily(Family):
     def session(
         self, encoded: Encoded, *, window: int, guidance: Guidance, aux_layers: Collection[int] | None = None
     ) -> Session:
-        """A session for passes of `window` tokens; with `aux_layers`, one that keeps hidden states for a drafter."""
+        """A session for passes of `window` tokens; with `aux_layers`, one that stores hidden states for a drafter."""
 
     @property
     def codebook(self) -> Tensor | None:
-        """[V, D], for samplers that ask which tokens look alike."""
+        """[V, D], for samplers that compare tokens."""
         return None
 
 
 class ContinuousFamily(Family):
-    """A family whose tokens are vectors, sampled in an order of their own."""
+    """A family whose tokens are vectors, sampled in any order."""
 
     tokens: ClassVar[str] = CONTINUOUS
     token_dim: int
@@ -212,8 +212,8 @@ class ContinuousFamily(Family):
         draft: Any = None,
     ) -> MaskedSession:
         """A session that samples in the `order` [B, N], of which the first tokens may be `given` [B, m, d]; with a
-        `draft` model, a session that has one of it to draft with."""
+        `draft` model, its `draft` is a session of that."""
 
     def bytes_read(self, session: Any) -> int:
-        """Bytes of weights that a finished session read."""
+        """Bytes of weights that a finished session has read."""
         return 0

@@ -1,5 +1,5 @@
-"""The convolutional encoder and decoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), which autoencoders
-of several families share. Names of modules are those of LlamaGen's published tokenizers."""
+"""The convolutional encoder and decoder of latent diffusion (Rombach et al. 2022, arXiv:2112.10752), for autoencoders
+of several families. Names of modules are those of LlamaGen's published tokenizers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, attention where there is any, then a change of resolution."""
+    """One resolution: residual blocks, optional attention, then a change of resolution."""
 
     def __init__(self, width_in: int, width: int, blocks: int, groups: int, attention: bool, resample: str = ""):
         super().__init__()
@@ -89,7 +89,7 @@ def _middle(width: int, groups: int) -> nn.ModuleList:
 class Encoder(nn.Module):
     """Images [B, 3, H, W] to maps [B, outputs, h, w]; one level for each of `widths`, the largest map first.
 
-    `channels` is the width before the first level; with `attention` the last level has it after every residual block.
+    `channels` is the width before the first level; `attention` adds it after each block of the last level.
     Blocks of `patch` x `patch` pixels enter as channels.
     """
 
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Maps [B, inputs, h, w] to images; mirrors the encoder of the same `widths`, with one more block in each level.
 
-    `conv_blocks.0` is the smallest map; with `attention` it has it.
+    `conv_blocks.0` is the smallest map, which has attention with `attention`.
     """
 
     def __init__(

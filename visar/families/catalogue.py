@@ -1,6 +1,6 @@
-"""The models that visar knows by name: those that are shipped, and what each family says of published ones.
+"""The models that visar knows by name: embedded ones, and published ones that the families list.
 
-Nothing here imports torch, so that `visar models` answers at once.
+Imports no torch, so that `visar models` starts fast.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from visar.errors import VisarError
 
 @dataclass(frozen=True)
 class Listing:
-    """A model by name. `condition` is "class" or "prompt"; `pixels` the sizes of its images, of one side.
+    """A model by name. `condition` is "class" or "prompt"; `pixels` are the side lengths of its images.
 
-    `weights` says where they are; `needs`, of a published model, which files must be given to load it.
+    `weights` says where the weights are; `needs`, of a published model, which files to give to load it.
     """
 
     name: str
@@ -50,7 +50,7 @@ def is_embedded(name: str) -> bool:
 
 
 def embedded_folder(name: str) -> Path:
-    """The folder of an embedded model. Raises `VisarError` where this installation lacks it."""
+    """The folder of an embedded model. Raises `VisarError` if this installation lacks it."""
     folder = Path(str(resources.files("visar.assets"))) / name
     if not folder.is_dir():
         raise VisarError(f"The embedded model {name!r} is missing from this installation ({folder}).")

@@ -1,4 +1,4 @@
-"""How the tokens of an image lie in its sequence: cells in raster order, perhaps with a token at each row's end."""
+"""The order of an image's tokens: cells in raster order, for some models with a token at the end of each row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """`rows` x `columns` cells, each one token; with `line_end` a token that is no cell follows every row."""
+    """`rows` x `columns` cells, each one token; with `line_end` one more token, which is no cell, follows each row."""
 
     rows: int
     columns: int
@@ -26,5 +26,5 @@ class Layout:
         return self.columns + int(self.line_end)
 
     def cells(self, tokens: Tensor) -> Tensor:
-        """[B, rows, columns, ...] of something [B, N, ...] that is given for each token."""
+        """[B, rows, columns, ...] for one value per token, [B, N, ...]."""
         return tokens.unflatten(1, (self.rows, self.stride))[:, :, : self.columns]

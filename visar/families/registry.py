@@ -1,4 +1,4 @@
-"""The families by name: every folder of this package that has a `family.py`, and those that register themselves."""
+"""The families by name: every folder of this package with a `family.py`, and registered ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REGISTERED: dict[str, type[Family]] = {}
 
 
 def register_family(family: type[Family]) -> type[Family]:
-    """A decorator: the class is found from now on under its `name`. Raises `VisarError` where that is taken."""
+    """A decorator that registers the class under its `name`. Raises `VisarError` if that is taken."""
     known = _REGISTERED.get(family.name)
     if known is not None and (known.__module__, known.__qualname__) != (family.__module__, family.__qualname__):
         raise VisarError(f"There is a family {family.name!r} already; choose another name.")
@@ -27,30 +27,30 @@ def register_family(family: type[Family]) -> type[Family]:
 
 
 def folders() -> list[str]:
-    """The packages within this one, by name: one for each family that ships."""
+    """The names of the packages in this one, one for each family that ships."""
     package = importlib.import_module("visar.families")
     return sorted(found.name for found in pkgutil.iter_modules(package.__path__) if found.ispkg)
 
 
 def families() -> Mapping[str, type[Family]]:
-    """All families, those that ship and those that were registered."""
+    """All families: those that ship and registered ones."""
     for name in folders():
         importlib.import_module(f"visar.families.{name}.family")
-    for point in entry_points(group="visar.families"):  # of installed packages, whose modules register theirs
+    for point in entry_points(group="visar.families"):  # modules of installed packages, which register their families
         point.load()
     return dict(_REGISTERED)
 
 
 def family_of(source: sources.Source) -> type[Family]:
-    """The family of a model, before its weights are read. Raises `VisarError` where none knows it."""
+    """The family of a model, by names and configurations only. Raises `VisarError` if none recognises it."""
     found = [family for family in families().values() if family.recognises(source)]
     if not found:
         raise VisarError(sources.unrecognised(source, families()))
-    return found[-1]  # what was registered last, so that a family of one's own goes first
+    return found[-1]  # the last registered, so that your own family takes precedence
 
 
 def family_of_components(names: Any) -> type[Family]:
-    """The family whose models are made of components of these names. Raises `VisarError` where there is none."""
+    """The family with components of these names. Raises `VisarError` if there is none."""
     given = set(names)
     for family in reversed(list(families().values())):
         if family.required and family.required <= given <= family.required | family.optional:

@@ -1,4 +1,4 @@
-"""What a user names as a model, looked at before anything is loaded: an embedded name, a folder, files, or a hub id."""
+"""The source of a model: an embedded name, a folder, files, or a hub id. Nothing is loaded here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")  # suffixes of files 
 
 @dataclass(frozen=True)
 class HubOptions:
-    """What `huggingface_hub` is told when a model is a hub id; the names are its own."""
+    """Arguments of `huggingface_hub` for a model that is a hub id."""
 
     revision: str | None = None
     cache_dir: str | Path | None = None
@@ -28,11 +28,11 @@ class HubOptions:
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is there, in a `folder` or as published `files` by their roles ("model", "vq", "vae").
+    """A model in a `folder`, or as published `files` by their roles ("model", "vq", "vae").
 
-    `variant` is that of the folder's files; `image_size` (pixels), `num_heads` and `text_encoder` say of published
-    files what these do not; `given` are components to be used in the place of those of the folder. `condition` is what
-    the model shall be called with, "prompt" or "class", where that is known.
+    `variant` is that of the folder's files; `image_size` (pixels), `num_heads` and `text_encoder` are for published
+    files; `given` are components to use instead of those in the folder. `condition` is the kind of condition that the
+    caller wants, "prompt" or "class", if known.
     """
 
     name: str
@@ -47,34 +47,34 @@ class Source:
 
     @cached_property
     def index(self) -> Mapping[str, Any]:
-        """The folder's `model_index.json`; empty where there is none. Raises `VisarError` for one that is damaged."""
+        """The folder's `model_index.json`; empty if there is none. Raises `VisarError` if it is damaged."""
         return _json(self.folder / "model_index.json") if self.folder is not None else {}
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The folder's own `config.json`, as models of transformers have one; empty where there is none."""
+        """The folder's own `config.json`, as models of transformers have; empty if there is none."""
         return _json(self.folder / "config.json") if self.folder is not None else {}
 
     @property
     def pipeline(self) -> str:
-        """The class of pipeline that a saved folder says it holds."""
+        """The pipeline class in the folder's index."""
         return str(self.index.get("_class_name", ""))
 
     def component_folder(self, part: str) -> Path:
-        """Where a component lies: in the folder, or in that of the embedded model that it is shared with."""
+        """The folder of a component: in this folder, or in that of the embedded model that it is shared with."""
         assert self.folder is not None
         shared = self.index.get("_parts_of", {})
         return (embedded_folder(shared[part]) if part in shared else self.folder) / part
 
     def component_class(self, part: str) -> str:
-        """The name of a component's class in the index. Raises `VisarError` where the index names none."""
+        """The name of a component's class in the index. Raises `VisarError` if there is none."""
         try:
             return str(self.index[part][1])
         except (TypeError, KeyError, IndexError) as error:
             raise VisarError(f"Could not load {part!r} from {self.folder}: {error!r} in model_index.json.") from error
 
     def settings(self, components: Iterable[str], names: Iterable[str]) -> dict[str, Any]:
-        """What the index holds besides components. Raises `VisarError` for a setting that is not among `names`."""
+        """The settings in the index. Raises `VisarError` for one that is not among `names`."""
         parts, known = set(components), set(names)
         found = {k: v for k, v in self.index.items() if not k.startswith("_") and k not in parts}
         for name in found:
@@ -97,16 +97,16 @@ def open_source(
     given: Mapping[str, Any] | None = None,
     condition: str | None = None,
 ) -> Source:
-    """The model of a name, folder, hub id or file; a file needs the one of its tokenizer (`vq`) or autoencoder (`vae`).
+    """The model of a name, folder, hub id or file; a file needs that of its tokenizer (`vq`) or autoencoder (`vae`).
 
-    Raises `VisarError` for what is not there, and for options that do not go together.
+    Raises `VisarError` for a missing model, and for options that exclude each other.
     """
     if (Path(name).suffix in WEIGHTS and not Path(name).is_dir()) or vq or vae:
         return _files(name, vq, vae, text_encoder, image_size, num_heads, condition)
     if any(value is not None for value in (text_encoder, image_size, num_heads)):
         raise VisarError(
             "A text encoder, an image size and a number of heads are given with a published file of weights; "
-            "a folder brings its own."
+            "a folder has its own."
         )
     folder = resolve(name)
     if isinstance(folder, str):
@@ -140,13 +140,17 @@ def _files(
         if not file.is_file():
             raise VisarError(f"There is no weights file {file}.")
     return Source(
-        str(name), files=files, image_size=image_size, num_heads=num_heads, text_encoder=text_encoder,
+        str(name),
+        files=files,
+        image_size=image_size,
+        num_heads=num_heads,
+        text_encoder=text_encoder,
         condition=condition,
-    )  # fmt: skip
+    )
 
 
 def check_condition(name: str, own: str, wanted: str | None) -> None:
-    """Raise `VisarError` where the model of this name takes its `own` condition and not the `wanted` one, if any."""
+    """Raise `VisarError` unless the `wanted` kind of condition, if any, is the model's `own`."""
     if wanted not in (None, own):
         flag, pipeline = ("prompts", "Text") if own == "prompt" else ("--class or --classes", "Class")
         raise VisarError(
@@ -156,10 +160,10 @@ def check_condition(name: str, own: str, wanted: str | None) -> None:
 
 
 def resolve(name_or_path: str | Path) -> Path | str:
-    """A folder for an embedded name or an existing folder, or the hub id "owner/name" as it was given.
+    """The folder of an embedded name or an existing folder, or the hub id "owner/name" unchanged.
 
-    Names go before folders of the same name: write "./icons" for a folder. Raises `VisarError` for a published model
-    whose weights are not shipped, for a file, and for a name that is nothing of all this.
+    Names take precedence over folders: write "./icons" for a folder. Raises `VisarError` for a published model whose
+    weights are not shipped, for a file, and for an unknown name.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     known = catalogue()
@@ -179,7 +183,7 @@ def resolve(name_or_path: str | Path) -> Path | str:
 
 
 def download(hub_id: str, hub: HubOptions, subfolder: str | None = None) -> Path:
-    """The folder of a hub id, of which only what visar can read is fetched. Raises `VisarError` where that fails."""
+    """The folder of a hub id; downloads only files that visar reads. Raises `VisarError` if that fails."""
     from huggingface_hub import snapshot_download
 
     within = f"{subfolder}/" if subfolder else ""
@@ -188,16 +192,20 @@ def download(hub_id: str, hub: HubOptions, subfolder: str | None = None) -> Path
     try:
         return Path(
             snapshot_download(
-                hub_id, revision=hub.revision, cache_dir=hub.cache_dir, token=hub.token,
-                local_files_only=hub.local_files_only, allow_patterns=wanted,
+                hub_id,
+                revision=hub.revision,
+                cache_dir=hub.cache_dir,
+                token=hub.token,
+                local_files_only=hub.local_files_only,
+                allow_patterns=wanted,
             )
-        )  # fmt: skip
+        )
     except Exception as error:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
 
 
 def unrecognised(source: Source, families: Iterable[str]) -> str:
-    """What to say of a model that no family knows."""
+    """The message for a model that no family recognises."""
     if source.folder is not None and not source.index and not source.config:
         return f"{source.folder} is not a saved pipeline: it has no readable model_index.json."
     what = source.pipeline or source.config.get("model_type") or "no model"

@@ -1,4 +1,4 @@
-"""Files of weights, whoever wrote them: tensors by key without what wrappers and trainers put around them."""
+"""Files of weights from any trainer: tensors by key, without wrappers' prefixes and nesting."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def load_state(
     names: Sequence[str] = NESTINGS,
     dtype: torch.dtype | None = torch.float32,
 ) -> dict[str, Tensor]:
-    """Tensors by key of a `.pt`, `.pth` or `.safetensors` file, on the CPU, in memory of their own.
+    """Tensors by key of a `.pt`, `.pth` or `.safetensors` file, on the CPU, not mapped to the file.
 
-    The weights may be the file itself or lie under one of `names`, of which the first that is there counts. With `ema`
-    they must lie under `ema`. Prefixes that wrappers add to all keys are removed, and so are tables and caches that are
-    no weights. Floating-point tensors are converted to `dtype`; None keeps what the file has.
+    The weights may be the file's top level or the first of `names` in it; with `ema` they must be under `ema`. Prefixes
+    that wrappers add to all keys are removed, and so are tables and caches. Floating-point tensors are converted to
+    `dtype`; None leaves them unchanged.
 
-    Raises `VisarError` for a file that cannot be read, holds no weights, or holds a NaN or an infinity.
+    Raises `VisarError` for a file that cannot be read, holds no weights, or holds NaN or infinity.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,7 +50,7 @@ def load_state(
 
 
 def shape_of(state: Mapping[str, Tensor], key: str, path: str | Path, dimensions: int = 2) -> tuple[int, ...]:
-    """The shape of a tensor that must be there and have so many dimensions; `path` is for messages."""
+    """The shape of a tensor. Raises `VisarError` if it is missing or has other `dimensions`; `path` is for messages."""
     if key not in state:
         raise missing(key, path)
     shape = tuple(state[key].shape)
@@ -63,7 +63,7 @@ def shape_of(state: Mapping[str, Tensor], key: str, path: str | Path, dimensions
 def load_part(kind: Any, folder: Path, name: str) -> Any:
     """One component of a saved folder; `name` is for messages.
 
-    Raises `VisarError` for what cannot be loaded, has too few or too many tensors, or holds a NaN or an infinity.
+    Raises `VisarError` if it cannot be loaded, has missing or unexpected tensors, or holds NaN or infinity.
     """
     try:
         part = kind.from_pretrained(folder)
@@ -72,7 +72,7 @@ def load_part(kind: Any, folder: Path, name: str) -> Any:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise VisarError(f"Could not load {name} from {folder}: {reason}") from error
-    if isinstance(part, nn.Module) and not isinstance(part, Component):  # which looks at its tensors itself
+    if isinstance(part, nn.Module) and not isinstance(part, Component):  # Component checks its own
         for key, tensor in part.state_dict().items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise VisarError(f"The weights of {name} are not finite: {key} holds NaN or infinity.")
@@ -83,7 +83,7 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # The training scripts store their arguments beside the weights, as a namespace of plain values.
+        # The training scripts store their arguments with the weights, as a namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -95,7 +95,7 @@ def _read(path: Path) -> Any:
 
 
 def _nested(content: Any, path: Path, names: Sequence[str], bare: bool) -> Mapping[str, Any]:
-    """What lies under the first of `names`, or else the file itself where `bare` and nothing in it is nested."""
+    """The first of `names` in the file, or the file's top level if `bare` and nothing in it is nested."""
     if not isinstance(content, Mapping):
         raise VisarError(f"{path} holds no weights by name.")
     for name in names:
@@ -108,7 +108,7 @@ def _nested(content: Any, path: Path, names: Sequence[str], bare: bool) -> Mappi
 
 
 def _without_prefix(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what data-parallel and compiling wrappers put before every key, in whatever order."""
+    """Without the prefixes of data-parallel and compiling wrappers, in any order."""
     result = dict(weights)
     while result and (found := [p for p in PREFIXES if all(k.startswith(p) for k in result)]):
         result = {k.removeprefix(found[0]): v for k, v in result.items()}

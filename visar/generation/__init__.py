@@ -1,1 +1,1 @@
-"""Generation: a loaded model, its samplers and drafters, and what one call of them gives. No diffusers in here."""
+"""Generation: a loaded model with its drafters, calls of it, and their outputs. Independent of diffusers."""

@@ -1,4 +1,4 @@
-"""One decoding of continuous tokens: the order of each image, the session of the call, the sampler, what it took."""
+"""One decoding of continuous tokens: orders of positions, session, sampler and stats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def sampling_orders(noise: Noise, length: int, given: Tensor | None) -> Tensor:
-    """The order [B, N] in which each image's positions are sampled: at random, those marked in `given` [N] first."""
+    """The order [B, N] in which each image's positions are sampled: random, those marked in `given` [N] first."""
     positions = torch.arange(length, device=noise.images.device)
     chances = noise.uniforms(Purpose.ORDER, positions.expand(len(noise.images), -1), 0)[0]
     return (chances if given is None else chances - given.double()).argsort(1)
@@ -51,18 +51,18 @@ def run(
         encoded, order, scale=cast(float, params.guidance_scale), schedule=params.guidance_schedule or "linear",
         given=fixed, graphs=model.row_graphs, draft=draft,
     )  # fmt: skip
-    # Every pass makes the host wait, so the loop may look as well.
+    # Each pass makes the host wait anyway, so check the rows after each.
     result = model.run(session, method, target, noise, callback, given, every=1)
     if not bool(result.tokens.isfinite().all()):
         raise VisarError("Tokens are not finite; use another guidance scale or temperature.")
-    rounds, evaluations = (sum(getattr(c, n) for c in session.chains) for n in ("rounds", "evaluations"))
+    calls, evaluations = (sum(getattr(d, n) for d in session.denoisers) for n in ("calls", "evaluations"))
     stats = MaskedStats.of(
         method, params, model.settings_of(params), session, result,
         nfe=result.passes, draft_seconds=session.draft_seconds, gigabytes=family.bytes_read(session) / 1e9,
         sampled=length - session.given,
-        head_steps=session.chains[0].steps,
-        head_rounds=rounds,
-        rounds_per_pass=rounds / result.passes,
+        denoising_steps=session.denoisers[0].steps,
+        denoiser_calls=calls,
+        calls_per_pass=calls / result.passes,
         evaluations_per_token=evaluations / ((length - session.given) * session.batch),
         tested=session.tested,
         accepted=session.accepted,
@@ -71,7 +71,7 @@ def run(
 
 
 def checked_forced(family: ContinuousFamily, tokens: Tensor) -> Tensor:
-    """The forced tokens [N, d] on the device, of which each is given whole or not at all."""
+    """The forced tokens [N, d] on the device. Raises `VisarError` unless each is given whole or NaN."""
     shape, found = (family.layout.length, family.token_dim), tokens.isfinite()
     if tuple(tokens.shape) != shape or not bool((found.all(-1) == found.any(-1)).all()):
         raise VisarError(f"forced_tokens must be {list(shape)}, each token given whole or NaN.")

@@ -1,4 +1,4 @@
-"""One decoding of discrete tokens: the session of the call, the sampler, and what it took."""
+"""One decoding of discrete tokens: session, sampler and stats."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(
         cast(float, params.guidance_scale), -1 if params.guidance_interval is None else params.guidance_interval
     )
     call = Call(family, model.drafters.of(method), encoded, method, target, guidance)
-    # A bar alone need not make a GPU wait after every pass.
+    # A progress bar alone does not need every pass of a GPU.
     every = None if callback is None else 1
     session, result = model.sessions.run(
         call,
@@ -46,7 +46,7 @@ def run(
     )
     draft_seconds: float | None = session.drafter.seconds if session.drafter is not None else 0.0
     if session.drafter is not None and result.replays:
-        draft_seconds = None  # what happens within a graph cannot be timed
+        draft_seconds = None  # a graph cannot be timed inside
     stats = DecodeStats.of(
         method, params, model.settings_of(params), session, result,
         nfe=result.passes + session.prefill_passes, draft_seconds=draft_seconds,
@@ -56,7 +56,7 @@ def run(
 
 
 def target_of(family: DiscreteFamily, params: SamplingParams) -> Target:
-    """The distribution that is sampled: the settings, the caller's forced tokens and the family's own."""
+    """The target of the settings, the caller's forced tokens and the family's own. Raises `VisarError`."""
     forced, own = params.forced_tokens, family.forced
     if forced is not None and (forced.is_floating_point() or forced.ndim != 1 or len(forced) != family.layout.length):
         raise VisarError(
@@ -67,6 +67,9 @@ def target_of(family: DiscreteFamily, params: SamplingParams) -> Target:
         forced = own if forced is None else torch.where(own >= 0, own, forced.long())
     allowed = {} if family.allowed is None else {"allowed": family.allowed}
     return Target(
-        1.0 if params.temperature is None else params.temperature, params.top_k or 0,
-        1.0 if params.top_p is None else params.top_p, None if forced is None else forced.long(), **allowed,
-    )  # fmt: skip
+        1.0 if params.temperature is None else params.temperature,
+        params.top_k or 0,
+        1.0 if params.top_p is None else params.top_p,
+        None if forced is None else forced.long(),
+        **allowed,
+    )

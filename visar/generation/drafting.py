@@ -1,4 +1,4 @@
-"""The drafters of a model: those that were given, and those that lie beside it in its folder."""
+"""The drafters of a model: loaded ones, and those in its folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from visar.params import CONTINUOUS
 
 
 class Drafters:
-    """By kind, loaded when a sampler first asks for one."""
+    """Drafters by kind, loaded when a sampler first needs one."""
 
     def __init__(self, family: Family, folder: Path | None):
         self.family, self.folder = family, folder
@@ -23,7 +23,7 @@ class Drafters:
         return self.family.drafting is not None and (kind in self.loaded or self._folder(kind) is not None)
 
     def load(self, path: str | Path) -> None:
-        """Load one. Raises `VisarError` where it is none, or does not fit the model."""
+        """Load one. Raises `VisarError` if it is no drafter, or does not fit the model."""
         target = self.family.drafting
         if target is None:
             raise VisarError(f"Models of the family {self.family.name!r} take no drafter.")
@@ -32,13 +32,13 @@ class Drafters:
         self.to()
 
     def find(self, kind: str) -> Any:
-        """The one of this kind, from the model's folder if it was not given; None if there is none."""
+        """The drafter of this kind, loaded from the model's folder if needed; None if there is none."""
         if kind not in self.loaded and self.has(kind) and (folder := self._folder(kind)) is not None:
             self.load(folder)
         return self.loaded.get(kind)
 
     def of(self, method: Any) -> Any:
-        """The drafter that a sampler needs, None if it needs none. Raises `VisarError` where it is missing."""
+        """The drafter that a sampler needs, None if it needs none. Raises `VisarError` if it is missing."""
         kind = "draft" if getattr(method, "needs_draft", False) else getattr(method, "drafter", None)
         if kind is None:
             return None
@@ -48,7 +48,7 @@ class Drafters:
         return found
 
     def to(self) -> None:
-        """Bring those of continuous tokens to where the model is; others follow their session."""
+        """Move drafters of continuous tokens to the model's device and dtype; sessions move the others."""
         if self.family.tokens == CONTINUOUS:
             for model in self.loaded.values():
                 model.to(self.family.device, self.family.dtype)

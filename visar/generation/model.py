@@ -1,6 +1,6 @@
-"""A model at work: a loaded family with its drafters and kept sessions, and one call for prompts or classes.
+"""`ImageModel`: a loaded family with its drafters and cached sessions, and one call for prompts or classes.
 
-The pipelines are this in the manner of diffusers; command line, demo, bulk runs and evaluation use it as it is.
+The pipelines wrap it in diffusers' API; command line, demo, bulk runs and evaluation use it directly.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RUN = {"discrete": discrete.run, "continuous": continuous.run}
 
 
 class ImageModel:
-    """A `family` that is loaded, ready to generate.
+    """A loaded `family`, ready to generate.
 
     ```python
     from visar.generation import ImageModel
@@ -49,17 +49,17 @@ class ImageModel:
 
     def __init__(self, family: Family, folder: Path | None = None):
         self.family = family
-        self.folder = folder  # where it was loaded from, and its drafters may lie
+        self.folder = folder  # of the model, where its drafters may be
         self.drafters = Drafters(family, folder)
         self.sessions = Sessions()
-        self.bar: dict[str, Any] = {}  # what tqdm is told; {"disable": True} shows none
+        self.bar: dict[str, Any] = {}  # options of tqdm; {"disable": True} shows no bar
         self._row_graphs: RowGraphs | None = None
 
     @classmethod
     def load(cls, name: str | Path | Source, **options: Any) -> Self:
         """The model of a name of `visar models`, a folder, a hub id or a file; `options` are those of `open_source`.
 
-        Raises `VisarError` for what is not there, is damaged, or is of no known family.
+        Raises `VisarError` for a missing or damaged model, or one of no known family.
         """
         source = name if isinstance(name, Source) else open_source(name, **options)
         family = family_of(source).load(source)
@@ -68,13 +68,13 @@ class ImageModel:
 
     @staticmethod
     def of(model: Any) -> ImageModel:
-        """The model of a pipeline, or the model itself."""
+        """The model of a pipeline, or the model itself. Raises `VisarError` for other objects."""
         found = getattr(model, "image_model", model)
         if not isinstance(found, ImageModel):
             raise VisarError(f"Give a pipeline or an ImageModel, not a {type(model).__name__}.")
         return found
 
-    # What it is
+    # Properties
 
     @property
     def device(self) -> torch.device:
@@ -86,11 +86,11 @@ class ImageModel:
 
     @property
     def samplers(self) -> Mapping[str, SamplerSpec]:
-        """Those that decode its kind of tokens."""
+        """The samplers for its kind of tokens."""
         return samplers_for(self.family.tokens)
 
     def usable_samplers(self) -> list[str]:
-        """Names of the samplers that decode it as it is: those that need no drafter, or one that is there."""
+        """Names of the samplers that need no drafter, or one that the model has."""
         return [n for n, spec in self.samplers.items() if not spec.drafter or self.drafters.has(spec.drafter)]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -103,8 +103,8 @@ class ImageModel:
     def quantize(self, weights: str) -> None:
         """Round the weights to "int8" or "fp8", on the device where they will be used; "native" leaves them.
 
-        What is decoded is then another model, and samplers are exact for that one: `docs/quantization.md` has what it
-        costs. It cannot be saved, trained or rounded again. Raises `VisarError` where it cannot be done.
+        The result is another model, and samplers are exact for that one: `docs/quantization.md` has quality and speed.
+        It cannot be saved, trained or rounded again. Raises `VisarError` if the model or device does not support it.
         """
         self.family.quantize(weights)
 
@@ -112,10 +112,10 @@ class ImageModel:
         """Give the model a drafter for the samplers that need one. Raises `VisarError` for one that does not fit."""
         self.drafters.load(path)
 
-    # What is asked of it
+    # Calls
 
     def sampler_of(self, sampler: Any = None, window: int | None = None) -> Any:
-        """The sampler that is meant, fitted to this model's images; a `VisarError` if it cannot decode them.
+        """A sampler fitted to this model's images. Raises `VisarError` if it cannot decode them.
 
         `sampler` is a name, FILE.py:NAME, an object, or None for the default; `window` replaces its own.
         """
@@ -124,8 +124,8 @@ class ImageModel:
         return self.fitted(method, default=sampler is None)
 
     def fitted(self, sampler: Any, default: bool = False, free: int | None = None) -> Any:
-        """The sampler with the cells in a row of this model's images, where it asks for them; the default one with no
-        more passes than there are tokens to sample (`free`)."""
+        """The sampler with this model's cells per row, if it has a `grid`; a default one with at most as many passes as
+        tokens to sample (`free`)."""
         names, layout = getattr(sampler, "__dataclass_fields__", {}), self.family.layout
         if "grid" in names and not sampler.grid:
             sampler = replace(sampler, grid=layout.stride)
@@ -155,10 +155,10 @@ class ImageModel:
         """Decode `num_images` images for each prompt or class id, condition by condition.
 
         `params`, or the same names as keywords (`visar.SamplingParams`), say how; `sampler` is a name of
-        `visar samplers`, FILE.py:NAME, or an object, and `window` replaces its W. One seed and condition give the same
-        image whatever else is in the call: a condition's images have the indices `first_image`, `first_image` + 1, ...,
-        or those that it gives for each image, so that a large set can be made in parts. `callback` gets a `Progress`
-        after every pass. Raises `VisarError` for what is out of range or not known.
+        `visar samplers`, FILE.py:NAME, or an object, and `window` replaces its W. The same seed and condition give the
+        same image in any batch: a condition's images have the indices `first_image`, `first_image` + 1, ..., or one for
+        each image, so that a large set can be made in parts. `callback` gets a `Progress` after every pass. Raises
+        `VisarError` for values that are out of range or unknown.
         """
         checked_output(output_type)
         params = self.params_of(params, **settings)
@@ -176,10 +176,8 @@ class ImageModel:
                 warnings.warn(note, NotInTraining, stacklevel=2)
             noise = noise_of(keys, first_image, params.seed or 0, self.device)
             result, stats = RUN[self.family.tokens](self, encoded, noise, params, sampler, window, callback)
-        with (
-            torch.no_grad(),
-            undisturbed(self.device),
-        ):  # outputs are ordinary tensors, whatever is done with them later
+        # No inference mode: outputs are ordinary tensors.
+        with torch.no_grad(), undisturbed(self.device):
             tokens, commit_pass = result.tokens.clone(), result.commit_pass.clone()
             images = as_output(lambda: self.family.decode(tokens), tokens, output_type)
         return ImageOutput(images=images, tokens=tokens, commit_pass=commit_pass, stats=stats)
@@ -197,13 +195,13 @@ class ImageModel:
         return values
 
     def _check_modules(self) -> None:
-        """Raise `VisarError` for what wraps or patches the model, and would have no effect on decoding."""
+        """Raise `VisarError` for wrappers and patches of the model that have no effect on decoding."""
         model = self.family.model
         name = type(model).__name__
         if name == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
             raise VisarError(
                 "torch.compile has no effect on this model: visar runs its layers itself, as CUDA graphs on a GPU. "
-                "Give the model as it was."
+                "Give the original model."
             )
         if name in ("DataParallel", "DistributedDataParallel"):
             raise VisarError(f"{name} does not split decoding; run `visar sample` under torchrun for several GPUs.")
@@ -224,7 +222,7 @@ class ImageModel:
         every: int | None = None,
         graph: Graph | None = None,
     ) -> Decoded:
-        """Run the sampler under the progress bar; `given` [N] marks tokens that no pass commits."""
+        """Run the sampler with a progress bar; `given` [N] marks tokens that no pass commits."""
 
         def tell(now: Snapshot) -> None:
             bar.update(int(now.lengths.sum()) - bar.n)
@@ -234,28 +232,28 @@ class ImageModel:
         quiet = self.bar.get("disable", False)
         with tqdm(**{"total": session.batch * session.length, "unit": "token", **self.bar}) as bar:
             done = decode(session, method, target, noise, None if quiet and callback is None else tell, every, graph)
-            bar.update(bar.total - bar.n)  # the last passes may be told to nobody
+            bar.update(bar.total - bar.n)  # there may be no callback after the last passes
             return done
 
     @property
     def row_graphs(self) -> RowGraphs | None:
-        """Those of a diffusion head, kept between calls; elsewhere than on CUDA none."""
+        """CUDA graphs of a diffusion head, cached between calls; None on other devices."""
         if self._row_graphs is None and self.device.type == "cuda":
             self._row_graphs = RowGraphs()
         return self._row_graphs
 
     def settings_of(self, params: SamplingParams) -> dict[str, Any]:
-        """What stats tell of a call's settings."""
-        told = {name: value for name, value in params.to_dict().items() if value is not None and name != "seed"}
-        told["dtype"] = str(self.dtype).removeprefix("torch.")
+        """The settings of a call for its stats."""
+        settings = {name: value for name, value in params.to_dict().items() if value is not None and name != "seed"}
+        settings["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.family.tokens == DISCRETE:
-            told["weights"] = self.family.weights  # other than native ones make another model, which is the target
-        return told | {"device": str(self.device)}
+            settings["weights"] = self.family.weights  # 8-bit weights are another target model
+        return settings | {"device": str(self.device)}
 
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Without a caller's autocast and default dtype, which would change the distribution that is sampled."""
+    """Disable a caller's autocast and default dtype, which would change the sampled distribution."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -1,4 +1,4 @@
-"""What a notebook shows of a pipeline's output: its images inline, and the figures below."""
+"""The HTML of an output in a notebook: images and a table of stats."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from PIL import Image
 from visar.generation.stats import DecodeStats
 
 MOST = 16  # images
-SIDE = 160  # pixels: larger images are made smaller, so that a notebook stays small
+SIDE = 160  # pixels; larger images are scaled down
 
 
 def output_html(images: Sequence[Image.Image], stats: DecodeStats) -> str:
-    """The first `MOST` images as PNG within the page, how many are left out, and the table of `stats`."""
+    """The first `MOST` images as inline PNG, the number of the others, and the table of `stats`."""
     shown = "".join(f'<img src="{_data_uri(image)}" alt="" style="width:{SIDE}px">' for image in images[:MOST])
     rest = len(images) - MOST
     more = f"<div>and {rest} more</div>" if rest > 0 else ""

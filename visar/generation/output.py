@@ -1,4 +1,4 @@
-"""What a call gives: images, tokens, the pass that committed each, and the stats."""
+"""The output of a call: images, tokens, the pass that committed each token, and stats."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class ImageOutput:
     """`images`: by `output_type` PIL images, a tensor [B, 3, H, W] in [0, 1] ("pt"), an array [B, H, W, 3] ("np"), the
     tokens ("latent") or None ("tokens"). `tokens` [B, N], of continuous models [B, N, d].
 
-    `commit_pass` [B, N] is the pass that committed each token, -1 for those that were given to a masked model; `stats`
-    says what the decoding took. Like an output of diffusers it can be indexed: `out[0]`, `out["images"]`.
+    `commit_pass` [B, N] is the pass that committed each token, -1 for tokens that were given to a masked model; `stats`
+    has metrics and settings. It can be indexed like an output of diffusers: `out[0]`, `out["images"]`.
     """
 
     images: Any
@@ -61,13 +61,13 @@ class ImageOutput:
 
 
 def checked_output(output_type: str) -> None:
-    """A `VisarError` for a kind of output that there is not."""
+    """Raise `VisarError` for an unknown kind of output."""
     if output_type not in OUTPUT_TYPES:
         raise VisarError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}.")
 
 
 def as_output(pixels: Any, tokens: Tensor, output_type: str) -> Any:
-    """What `output_type` asks for; `pixels` is called for images [B, 3, H, W] in [0, 1] where they are needed."""
+    """Images of the `output_type`; `pixels` gives [B, 3, H, W] in [0, 1] and is called only if needed."""
     if output_type == "tokens":
         return None
     if output_type == "latent":
@@ -79,7 +79,7 @@ def as_output(pixels: Any, tokens: Tensor, output_type: str) -> Any:
 
 
 def joined(outputs: Sequence[ImageOutput]) -> ImageOutput:
-    """The outputs of several calls as one, whose stats are of all of them together."""
+    """The outputs of several calls as one, with stats over all."""
     first = outputs[0].images
     images: Any = None if first is None else [image for out in outputs for image in out.images]
     if isinstance(first, Tensor):
@@ -87,6 +87,8 @@ def joined(outputs: Sequence[ImageOutput]) -> ImageOutput:
     elif isinstance(first, np.ndarray):
         images = np.stack(images)
     return ImageOutput(
-        images, torch.cat([o.tokens for o in outputs]), torch.cat([o.commit_pass for o in outputs]),
+        images,
+        torch.cat([o.tokens for o in outputs]),
+        torch.cat([o.commit_pass for o in outputs]),
         outputs[0].stats.joined([o.stats for o in outputs[1:]]),
-    )  # fmt: skip
+    )

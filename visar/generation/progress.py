@@ -1,4 +1,4 @@
-"""What a step callback is told, and the images it can make of it."""
+"""The argument of step callbacks, and images of it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ GREY = 0.5
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a decoding is, after `passes` passes in `seconds`; callbacks are not part of the time.
+    """The state of a decoding after `passes` in `seconds`, callbacks excluded.
 
-    `tokens` [B, N], of a masked model [B, N, d]; what is not committed yet is a draft. `commit_pass` [B, N] is the pass
-    that committed each token, -1 where none has; `lengths` [B] how many are committed, in raster order up to the first
-    gap, or wherever they lie in a masked model. `decided` [B, N] marks those that are committed or were given. They do
-    not change when the decoding goes on. A callback that raises stops the decoding; its exception reaches the caller.
+    `tokens` [B, N], of a masked model [B, N, d]; tokens that are not committed yet are drafts. `commit_pass` [B, N] is
+    the pass that committed each token, -1 if none has; `lengths` [B] the number of committed tokens, in raster order up
+    to the first gap, or at any positions in a masked model. `known` [B, N] marks committed and given tokens. The
+    tensors are copies. An exception in a callback stops the decoding and reaches the caller.
     """
 
     passes: int
@@ -31,34 +31,34 @@ class Progress:
     tokens: Tensor
     commit_pass: Tensor
     lengths: Tensor
-    decided: Tensor
+    known: Tensor
     family: Family
 
     @staticmethod
     def of(now: Snapshot, given: Tensor | None, family: Family) -> Progress:
-        """Of a snapshot, which is copied into ordinary tensors; `given` [N] marks tokens that no pass commits."""
+        """A copy of a snapshot; `given` [N] marks tokens that no pass commits."""
         with torch.inference_mode(False):
             commit_pass = now.commit_pass.clone()
-            decided = commit_pass >= 0 if given is None else (commit_pass >= 0) | given.clone()
+            known = commit_pass >= 0 if given is None else (commit_pass >= 0) | given.clone()
             return Progress(
-                now.passes, now.seconds, now.tokens.clone(), commit_pass, now.lengths.clone(), decided, family
+                now.passes, now.seconds, now.tokens.clone(), commit_pass, now.lengths.clone(), known, family
             )
 
     def preview(self) -> Tensor:
-        """Small RGB images, uint8 [B, rows, columns, 3], one pixel per token, undecided cells grey. Cheap."""
+        """Small RGB images, uint8 [B, rows, columns, 3], one pixel per token, grey where unknown. Fast."""
         with torch.inference_mode(False), torch.no_grad():
             return to_uint8(self._greyed(self.family.preview(self.tokens)))
 
     def images(self) -> list[Image.Image]:
-        """The images in their full size, undecided cells grey; costs a run of the image decoder."""
+        """The images in full size, grey where tokens are unknown. Runs the image decoder."""
         with torch.inference_mode(False), torch.no_grad():
-            # A draft under grey must not shine through: what a decoder makes of one cell reaches into its neighbours.
-            tokens = self.tokens.where(self.decided.view(*self.decided.shape, *[1] * (self.tokens.ndim - 2)), 0)
+            # A decoder's receptive field spans several cells, so replace drafts before decoding.
+            tokens = self.tokens.where(self.known.view(*self.known.shape, *[1] * (self.tokens.ndim - 2)), 0)
             return to_pil(self._greyed(self.family.decode(tokens)))
 
     def _greyed(self, pixels: Tensor) -> Tensor:
-        """Images [B, 3, H, W] with every undecided cell grey."""
-        cells = self.family.layout.cells(self.decided)[:, None]
+        """Images [B, 3, H, W] with every unknown cell grey."""
+        cells = self.family.layout.cells(self.known)[:, None]
         down, across = pixels.shape[-2] // cells.shape[-2], pixels.shape[-1] // cells.shape[-1]
         return torch.where(cells.repeat_interleave(down, 2).repeat_interleave(across, 3), pixels, GREY)
 

@@ -1,4 +1,4 @@
-"""The rows of a call: which image of its prompt each is, and the noise that follows from that alone."""
+"""The rows of a call: their image indices, and the noise that depends only on prompt and index."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from visar.errors import VisarError
 
 
 def noise_of(keys: Sequence[Hashable], first: int | Sequence[int], seed: int, device: torch.device) -> Noise:
-    """The noise of one row per key, which depends on key and image index alone; `first` as in `image_indices`."""
+    """The noise of one row per key, a function of key and image index; `first` as in `image_indices`."""
     hashes = torch.tensor([zlib.crc32(str(k).encode()) for k in keys], device=device)
     return Noise(seed, torch.tensor(image_indices(keys, first), device=device), hashes)
 
 
 def image_indices(keys: Sequence[Hashable], first: int | Sequence[int]) -> list[int]:
-    """One per key: `first`, `first` + 1, ... for each key by itself, or those of `first` if it says all of them."""
+    """One index per key: `first`, `first` + 1, ... for each key, or `first` itself if it is a sequence.
+
+    Raises `VisarError` for a wrong number of indices, and for indices out of range.
+    """
     if isinstance(first, int):
-        seen: dict[Hashable, int] = {}
+        following: dict[Hashable, int] = {}
         out = []
         for key in keys:
-            out.append(seen.get(key, first))
-            seen[key] = out[-1] + 1
+            out.append(following.get(key, first))
+            following[key] = out[-1] + 1
     else:
         out = list(first)
         if len(out) != len(keys):

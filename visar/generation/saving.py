@@ -1,4 +1,4 @@
-"""Saving a model as a folder that pipelines, the command line and diffusers' users read."""
+"""Save a model as a folder in diffusers' layout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from visar.families.base import Family
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
 
-# The class that the index names. Loaders of diffusers do not find it, and their errors then name it.
+# The class in the index. Loaders of diffusers do not find it, so their errors name it.
 PIPELINES = {"prompt": "visar.TextToImagePipeline", "class": "visar.ClassToImagePipeline"}
 
 
@@ -27,9 +27,9 @@ def save(
 ) -> None:
     """Write a model's folder in diffusers' layout, model_index.json last.
 
-    `dtypes` are those of the files, by component, by default what it has; they may be smaller than it could work in.
-    `parts_of` names components that are those of an embedded model, and are not written again. Raises `VisarError`
-    where the folder cannot be written, or the model cannot be saved as it is.
+    `dtypes` are those of the files by component, by default the component's; they may be smaller than it can run in.
+    `parts_of` maps components shared with an embedded model, which are not written, to its name. Raises `VisarError`
+    if the folder cannot be written, or the model cannot be saved.
     """
     family: Family = model.family
     family.check_saving()
@@ -55,7 +55,7 @@ def save(
 
 
 def _forget_origin(file: Path) -> None:
-    """Where a component of another library was loaded from means nothing elsewhere."""
+    """Remove the path that a component of another library was loaded from."""
     config = json.loads(file.read_text()) if file.exists() else {}
     if config.pop("_name_or_path", None):
         with replacing(file) as temporary:

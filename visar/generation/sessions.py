@@ -1,4 +1,4 @@
-"""The session of a call: made for it, or on a GPU kept from a call of the same shape together with its CUDA graph."""
+"""The session of a call: a new one, or on a GPU a cached one of the same shape with its CUDA graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visar.drafters.loading import kind_of
-from visar.engine.graphs import Capture, Graph, Kept, cuda_graph
+from visar.engine.graphs import Capture, Graph, SessionCache, cuda_graph
 from visar.engine.guidance import Guidance
 from visar.engine.memory import check_memory
 from visar.engine.session import Session
@@ -19,7 +19,7 @@ from visar.samplers import Sampler, Target
 
 
 class Call(NamedTuple):
-    """What a session is made for: encoded conditions, a sampler, and the distribution that it aims at."""
+    """The parameters of a session: encoded conditions, a sampler, and its target."""
 
     family: DiscreteFamily
     drafter: Any  # of one of `visar.drafters.DRAFTERS`, or None
@@ -29,7 +29,7 @@ class Call(NamedTuple):
     guidance: Guidance
 
     def key(self) -> Hashable:
-        """Equal for calls that one captured step can serve."""
+        """Equal for calls that can share a captured step."""
         parts = [self.family.model] + ([] if self.drafter is None else [self.drafter])
         weights = tuple(p.data_ptr() for part in parts for p in part.parameters())
         given = self.target.forced is not None, self.target.allowed is not None
@@ -38,15 +38,17 @@ class Call(NamedTuple):
         return weights, shapes, self.method, target, given, self.guidance, self.family.layout
 
     def session(self) -> Session:
-        """A new session, with the drafter that the sampler needs; a `VisarError` where memory does not do."""
+        """A new session with the sampler's drafter. Raises `VisarError` if memory is too small."""
         c, rows = self, len(self.encoded[0])
         check_memory(c.family.bytes_per_image(c.method.window, c.guidance.active), rows, c.family.device)
         target = c.family.drafting
         kind = None if c.drafter is None else kind_of(c.drafter, target)
         made = c.family.session(
-            c.encoded, window=c.method.window, guidance=c.guidance,
+            c.encoded,
+            window=c.method.window,
+            guidance=c.guidance,
             aux_layers=None if kind is None else kind.aux_layers(c.drafter),
-        )  # fmt: skip
+        )
         made.codebook = c.family.codebook
         if kind is not None:
             depth: int = c.method.depth  # type: ignore[attr-defined]
@@ -56,38 +58,38 @@ class Call(NamedTuple):
 
 
 class Sessions:
-    """Of one model. `capture` makes a step a graph; by default CUDA does, and elsewhere nothing is captured."""
+    """The sessions of one model. `capture` makes a step a graph; by default steps are captured on CUDA only."""
 
     def __init__(self, capture: Capture | None = None, limit: int = 4):
-        self.capture, self.kept = capture, Kept(limit)
+        self.capture, self.cache = capture, SessionCache(limit)
 
     def run(self, call: Call, decode: Callable[[Session, Graph | None], Any]) -> tuple[Session, Any]:
-        """The session of a call, and what `decode` makes of it."""
+        """The session of a call, and the result of `decode`."""
         capture = self.capture or (cuda_graph if call.family.device.type == "cuda" else None)
-        # A session that has left its unconditional batch cannot have it back.
+        # A session cannot restore its unconditional batch.
         if capture is None or not getattr(call.method, "capturable", True) or call.guidance.interval >= 0:
             session = self._made(call)
             graph = Graph(capture) if capture is not None and getattr(call.method, "capturable", True) else None
             return session, decode(session, graph)
         key = call.key()
-        if (kept := self.kept.take(key)) is None:
+        if (found := self.cache.take(key)) is None:
             session, graph = self._made(call), Graph(capture)
         else:
-            session, graph = kept
+            session, graph = found
             session.start(*call.encoded)
             if session.drafter is not None:
                 session.drafter.start(*call.encoded)
         result = decode(session, graph)
-        self.kept.give(key, session, graph)  # not where decoding failed: what it left there is not known
+        self.cache.give(key, session, graph)  # only after success: a failure leaves unknown buffers
         return session, result
 
     def _made(self, call: Call) -> Session:
         try:
             return call.session()
         except (VisarError, torch.OutOfMemoryError):
-            if not len(self.kept):
+            if not len(self.cache):
                 raise
-        self.kept.clear()
+        self.cache.clear()
         if call.family.device.type == "cuda":
             torch.cuda.empty_cache()
         return call.session()

@@ -1,4 +1,4 @@
-"""What a decoding says about itself: always the number of passes and the time of a pass, apart."""
+"""Metrics of a decoding; the number of passes and the time of a pass are always separate."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from visar.samplers import SAMPLERS, values_of
 class DecodeStats:
     """Metrics of one batch.
 
-    `exactness`: "exact", "relaxed", or in which sense it is neither; `nfe`: passes of the target model over the batch,
-    the prefill of a caption included; `passes_per_image`: decoding passes after which each image was complete;
-    `tokens_per_pass`: tokens of an image over the passes of the batch, which waits for its slowest image; `seconds`:
-    decoding without prefill, text encoder and image decoder, the device waited for; `draft_seconds`: the part of them
-    that the passes of a drafter took, None where CUDA graphs hide it; `ms_per_pass`: milliseconds, drafting included;
-    `gigabytes`: weights and cache read, by count and not by measurement; `graph_passes`: those that a CUDA graph took,
-    and `capture_seconds`: the part of `seconds` that went into making it, once for all calls of a shape.
+    `exactness`: "exact", "relaxed", or a phrase if it is neither; `nfe`: passes of the target model over the batch, the
+    prefill of a caption included; `passes_per_image`: decoding passes until each image was complete; `tokens_per_pass`:
+    tokens of an image over the passes of the batch, which ends with its slowest image; `seconds`: of decoding, without
+    prefill, text encoder and image decoder, with the device synchronized; `draft_seconds`: the part of them in the
+    drafter's passes, None if CUDA graphs hide it; `ms_per_pass`: milliseconds, drafting included; `gigabytes`: weights
+    and cache read, counted and not measured; `graph_passes`: those run by a CUDA graph; `capture_seconds`: the part of
+    `seconds` that made the graph, once for all calls of a shape.
     """
 
     sampler: str
@@ -61,7 +61,7 @@ class DecodeStats:
         sampled: int | None = None,
         **more: Any,
     ) -> Self:
-        """Those of a finished decoding; `sampled` is the number of tokens of an image that were not given."""
+        """The stats of a finished decoding; `sampled` is the number of tokens of an image that were not given."""
         tokens = session.length if sampled is None else sampled
         return cls(
             sampler=method.name,
@@ -85,7 +85,7 @@ class DecodeStats:
         )
 
     def joined(self, others: Sequence[DecodeStats]) -> Self:
-        """Those of several decodings with one sampler, one after the other; the seed is that of the first."""
+        """The stats of several consecutive decodings with one sampler; the seed is that of the first."""
         every: list[DecodeStats] = [self, *others]
         passes = sum(max(s.passes_per_image) for s in every)
         seconds = sum(s.seconds for s in every)
@@ -101,13 +101,13 @@ class DecodeStats:
 
     @property
     def gb_per_second(self) -> float:
-        """Bytes that had to be read over the time it took, in 10**9 per second."""
+        """`gigabytes` per second of decoding."""
         return self.gigabytes / self.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        told: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return told | {"gb_per_second": self.gb_per_second}
+        """All fields, as values that JSON supports."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return values | {"gb_per_second": self.gb_per_second}
 
     def __str__(self) -> str:
         images = f"{self.images} image{'' if self.images == 1 else 's'}"
@@ -117,13 +117,13 @@ class DecodeStats:
         )
 
     def __repr__(self) -> str:
-        return str(self)  # a notebook shows it; `to_dict` has everything
+        return str(self)  # short, for notebooks; `to_dict` has everything
 
     def _rows(self) -> list[tuple[str, str]]:
-        """What a notebook's table says: names and values."""
+        """The names and values of a notebook's table."""
         what = {
             "exact": "exact: images have the model's own distribution",
-            "relaxed": "relaxed: images have another distribution than the model's own",
+            "relaxed": "relaxed: images do not have the model's distribution",
         }.get(self.exactness, self.exactness)
         return [
             ("sampler", f"{self.sampler} {_listed(self.parameters)}".strip()),
@@ -136,7 +136,7 @@ class DecodeStats:
         ]
 
     def _repr_html_(self) -> str:
-        """A table for notebooks, light or dark."""
+        """A table for notebooks, for light and dark themes."""
         cell = "text-align:left;vertical-align:top;padding:2px 12px 2px 0;background:none;border:0"
         rows = "".join(
             f'<tr style="background:none"><td style="{cell};opacity:.65;white-space:nowrap">{name}</td>'
@@ -148,24 +148,24 @@ class DecodeStats:
 
 @dataclass(frozen=True, repr=False)
 class MaskedStats(DecodeStats):
-    """Metrics of a masked model, whose passes each run the diffusion head many times, one after the other.
+    """Metrics of a masked model, whose passes each call the diffusion head many times in sequence.
 
-    `head_steps` is T, the steps that are left of those asked for. `head_rounds`: evaluations of the target's head that
-    had to wait for one another, over all passes, and `rounds_per_pass` their mean: T in plain decoding.
-    `evaluations_per_token`: rows of those evaluations for each token drawn, T in plain decoding. `tested` and
-    `accepted` count drafts, up to and with the first that is rejected.
+    `denoising_steps` is T, the steps that are left of those asked for. `denoiser_calls`: sequential calls of the
+    target's head, over all passes, and `calls_per_pass` their mean: T in plain decoding. `evaluations_per_token`: rows
+    of those calls for each sampled token, T in plain decoding. `tested` and `accepted` count drafts, up to and with the
+    first that is rejected.
     """
 
-    head_steps: int
-    head_rounds: int
-    rounds_per_pass: float
+    denoising_steps: int
+    denoiser_calls: int
+    calls_per_pass: float
     evaluations_per_token: float
     tested: int
     accepted: int
 
     @property
     def acceptance(self) -> float | None:
-        """The share of tested drafts that were accepted; None where nothing is drafted."""
+        """The share of tested drafts that were accepted; None without drafts."""
         return self.accepted / self.tested if self.tested else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,23 +174,23 @@ class MaskedStats(DecodeStats):
     def __str__(self) -> str:
         drafts = "" if self.acceptance is None else f", {100 * self.acceptance:.0f}% of drafts accepted"
         return (
-            f"{super().__str__()}, {self.rounds_per_pass:.1f} head rounds/pass, "
+            f"{super().__str__()}, {self.calls_per_pass:.1f} denoiser calls/pass, "
             f"{self.evaluations_per_token:.0f} head evaluations/token{drafts}"
         )
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = super()._rows()
-        head = f"{self.rounds_per_pass:.1f} rounds per pass, {self.evaluations_per_token:.0f} evaluations per token"
+        head = f"{self.calls_per_pass:.1f} calls per pass, {self.evaluations_per_token:.0f} evaluations per token"
         drafts = "" if self.acceptance is None else f", {100 * self.acceptance:.0f}% of drafts accepted"
         return [*rows[:-1], ("diffusion head", head + drafts), rows[-1]]
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    """Names and values on one line; what is not set is left out."""
+    """Names and values on one line, without None."""
     return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
 
 
 def exactness_of(method: Any) -> str:
-    """ "exact", "relaxed", or what its registration says of it."""
+    """ "exact", "relaxed", or the exactness that it was registered with."""
     spec = SAMPLERS.get(method.name)
     return spec.exactness if spec is not None and spec.exact == method.exact else "exact" if method.exact else "relaxed"

@@ -1,4 +1,4 @@
-"""Pipelines in the manner of diffusers: from a prompt or a class to images."""
+"""Pipelines with diffusers' API: from a prompt or a class to images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PIPELINES: dict[str, type[ImagePipeline]] = {"prompt": TextToImagePipeline, "cla
 
 
 def load(name: str | Path, **options: Any) -> ImagePipeline:
-    """The right pipeline for a name of `visar models`, a folder, a hub id, or a published file, whatever its family.
+    """The right pipeline for a name of `visar models`, a folder, a hub id, or a published file, of any family.
 
     A file takes `vq=` or `vae=`, its tokenizer or autoencoder, and `text_encoder`, `image_size` and `num_heads` where
     needed; the other `options` are those of `from_pretrained`. Raises `VisarError`.

@@ -1,6 +1,6 @@
-"""Pipelines in the manner of diffusers: a thin skin over `ImageModel`, which knows no diffusers.
+"""Pipelines with diffusers' API over `ImageModel`, which is independent of diffusers.
 
-What diffusers' users are used to works, or is refused by a sentence that says what to use instead.
+Arguments of diffusers work, or raise a `VisarError` that says what to use instead.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from visar.params import SamplingParams, whole
 CALLBACK_INPUTS = ("tokens", "commit_pass", "lengths")  # tensors that `callback_on_step_end` may ask for
 LOADING = ("torch_dtype", "dtype", "device_map", "revision", "variant", "cache_dir", "token", "local_files_only",
            "subfolder")  # fmt: skip
-FILES = ("vq", "vae", "text_encoder", "image_size", "num_heads")  # what goes with a published file
+FILES = ("vq", "vae", "text_encoder", "image_size", "num_heads")  # arguments for published files
 
 
 class Origin(NamedTuple):
-    """Of a pipeline whose components may be given to another one, as diffusers' users do: what they do not tell."""
+    """Settings, folder and drafters of a pipeline, for another one made of its components."""
 
     settings: Mapping[str, Any]
     folder: Path | None
@@ -44,16 +44,16 @@ _ORIGINS: weakref.WeakKeyDictionary[Any, Origin] = weakref.WeakKeyDictionary()  
 
 
 class ImagePipeline(DiffusionPipeline):
-    """What both pipelines share. `image_model` is the model at work; the components are its family's."""
+    """The base of both pipelines, over `image_model`; the components are its family's."""
 
     image_model: ImageModel
-    condition: ClassVar[str]  # what it is called with: "prompt" or "class"
+    condition: ClassVar[str]  # "prompt" or "class"
     model_cpu_offload_seq = None
 
     def __init__(self, **components: Any):
         """The `components` of a family by name (`pipe.components`), and its settings, such as `guidance_scale`.
 
-        Settings that are not given, and drafters, are those of the pipeline that the components came from.
+        Missing settings, and drafters, are those of the pipeline that the components came from.
         """
         super().__init__()
         model = components.pop("image_model", None)
@@ -77,7 +77,7 @@ class ImagePipeline(DiffusionPipeline):
             model.family.replace(name, value)
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """What tqdm is told, such as `disable=True`."""
+        """Options of tqdm, such as `disable=True`."""
         super().set_progress_bar_config(**options)
         self.image_model.bar = options
 
@@ -105,7 +105,7 @@ class ImagePipeline(DiffusionPipeline):
         options: dict[str, Any],
         kinds: Mapping[str, type[ImagePipeline]] = MappingProxyType({}),
     ) -> Any:
-        """A pipeline of `name` with its `files`, of this class or of that which `kinds` has for its conditions."""
+        """A pipeline of `name` with its `files`, of this class or of the one in `kinds` for its kind of conditions."""
         loading = {key: options.pop(key) for key in LOADING if key in options}
         hub = {key: loading[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in loading}
         source = open_source(
@@ -172,13 +172,13 @@ class ImagePipeline(DiffusionPipeline):
     ) -> None:
         """Write a folder in diffusers' layout: safetensors and configs per component, and model_index.json last.
 
-        `dtypes` are those of the files, by component, by default what it has; they may be smaller than it could work
-        in. `parts_of` names components that are those of an embedded model, and are not written again. `push_to_hub`
-        uploads the folder to `repo_id` afterwards, `hub` being what huggingface_hub is told (token, private, ...).
-        Raises `VisarError` for what is not supported: pickled weights, variants and shards.
+        `dtypes` are those of the files by component, by default the component's; they may be smaller than it can run
+        in. `parts_of` maps components shared with an embedded model, which are not written, to its name. `push_to_hub`
+        then uploads the folder to `repo_id`; `hub` are options of huggingface_hub (token, private, ...). Raises
+        `VisarError` for pickled weights, variants and shards.
         """
         if not safe_serialization:
-            raise VisarError("Weights are written as safetensors alone; leave safe_serialization=True.")
+            raise VisarError("Weights are written as safetensors only; leave safe_serialization=True.")
         if variant is not None:
             raise VisarError("Variants of files are not written; give `dtypes`, or save to a folder of its own.")
         if max_shard_size is not None:
@@ -213,7 +213,7 @@ class ImagePipeline(DiffusionPipeline):
         self.image_model.load_drafter(path)
 
     def usable_samplers(self) -> list[str]:
-        """Names of the samplers that decode it as it is: those that need no drafter, or one that is there."""
+        """Names of the samplers that need no drafter, or one that the model has."""
         return self.image_model.usable_samplers()
 
     def quantize(self, weights: str) -> None:
@@ -243,7 +243,7 @@ class ImagePipeline(DiffusionPipeline):
         settings: dict[str, Any],
         **options: Any,
     ) -> Any:
-        """A call in diffusers' words, in the model's."""
+        """Translate a call with diffusers' arguments to one of the model."""
         family = self.image_model.family
         for what, value, own in (("height", height, family.pixels[0]), ("width", width, family.pixels[1])):
             if value is not None and whole(what, value) != own:
@@ -270,7 +270,7 @@ class ImagePipeline(DiffusionPipeline):
         def ask(values: Any, **given: Any) -> ImageOutput:
             return model.generate(values, params, sampler=sampler, callback=callback, **options, **given)
 
-        if len(seeds) > 1:  # each image under its own seed, as it would come out alone
+        if len(seeds) > 1:  # one call for each image, with its own seed
             rows = [conditions] if _rows(conditions) == 1 and isinstance(conditions, str | int) else list(conditions)
             each = [row for row in rows for _ in range(num_images_per_prompt)]
             out = joined([ask([row], seed=seed, **settings) for row, seed in zip(each, seeds, strict=True)])
@@ -281,7 +281,7 @@ class ImagePipeline(DiffusionPipeline):
 
 
 def _rows(conditions: Any) -> int:
-    """How many prompts or classes were given."""
+    """The number of prompts or classes."""
     return len(conditions) if isinstance(conditions, Sequence | Tensor) and not isinstance(conditions, str) else 1
 
 
@@ -290,10 +290,10 @@ CALL = ("sampler", "window", "num_images_per_prompt", "generator", "output_type"
 
 
 def seeds_of(generator: Any, images: int) -> list[int]:
-    """The seeds of a call: one for a `torch.Generator`, for a list of them one for each image.
+    """The seeds of a call: one for a `torch.Generator`; for a list of them, one for each image.
 
-    A seed is a number that the generator draws, so that successive calls with one generator give other images, and a
-    generator of the same seed the same ones again. Raises `VisarError` for anything else.
+    A seed is a random number of the generator, so that successive calls with one generator give different images, and
+    generators with equal seeds give equal images. Raises `VisarError` for other types.
     """
     generators = list(generator) if isinstance(generator, Sequence) else [generator]
     for one in generators:
@@ -305,14 +305,14 @@ def seeds_of(generator: Any, images: int) -> list[int]:
 
 
 def _with_steps(model: ImageModel, sampler: Any, steps: int | None) -> Any:
-    """The sampler with as many passes, where it has such a number."""
+    """The sampler with this number of passes. Raises `VisarError` if it has no fixed number."""
     if steps is None:
         return sampler
     method = model.sampler_of(sampler)
     if "steps" not in getattr(method, "__dataclass_fields__", {}):
         raise VisarError(
             f"num_inference_steps has no meaning for the sampler {method.name!r}, which ends when all tokens are "
-            "there; samplers of continuous tokens have steps."
+            "committed; samplers of continuous tokens have steps."
         )
     from visar.samplers import get_sampler
 
@@ -320,7 +320,7 @@ def _with_steps(model: ImageModel, sampler: Any, steps: int | None) -> Any:
 
 
 def _step_callback(pipe: Any, callback: Callable[..., Any], names: Sequence[str]) -> StepCallback:
-    """`callback(pipe, step, timestep, tensors)` as diffusers calls it, the step counting passes from 0."""
+    """`callback(pipe, step, timestep, tensors)` as in diffusers; the step counts passes from 0."""
     for name in names:
         if name not in CALLBACK_INPUTS:
             raise unknown("callback tensor", name, CALLBACK_INPUTS)
@@ -329,7 +329,7 @@ def _step_callback(pipe: Any, callback: Callable[..., Any], names: Sequence[str]
         changed = callback(pipe, now.passes - 1, now.passes - 1, {name: getattr(now, name) for name in names})
         if changed:
             raise VisarError(
-                f"callback_on_step_end cannot change {', '.join(changed)}: what is sampled would have another "
+                f"callback_on_step_end cannot change {', '.join(changed)}: that would change the sampled "
                 "distribution. Return nothing."
             )
 
@@ -345,22 +345,14 @@ def _dtype_of(loading: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def _device_of(device_map: Any) -> Any:
-    if device_map is None or (
-        isinstance(device_map, str | torch.device)
-        and device_map
-        not in (
-            "auto",
-            "balanced",
-            "sequential",
-            "balanced_low_0",
-        )
-    ):
+    spread = ("auto", "balanced", "sequential", "balanced_low_0")
+    if device_map is None or (isinstance(device_map, str | torch.device) and device_map not in spread):
         return device_map
     raise VisarError(f"device_map must be one device, such as 'cuda', not {device_map!r}: a model is on one device.")
 
 
 def _assembled(components: dict[str, Any]) -> ImageModel:
-    """The model of loose components, which may have come from another pipeline."""
+    """The model of components, which may be those of another pipeline."""
     modules = {name: value for name, value in components.items() if hasattr(value, "state_dict")}
     settings = {name: value for name, value in components.items() if name not in modules}
     family = family_of_components(modules)

@@ -34,7 +34,7 @@ class ClassToImagePipeline(ImagePipeline):
         """Load published files unchanged, LlamaGen's or MAR's.
 
         `gpt` and `vq`: LlamaGen's `c2i_*_{256,384}.pt` with `vq_ds16_c2i.pt`, or ds8; `image_size` in pixels, as the
-        GPT was trained, by default what the published file name says. `mar` and `vae`: MAR's `checkpoint-last.pth` with
+        GPT was trained, by default that of the published file name. `mar` and `vae`: MAR's `checkpoint-last.pth` with
         `kl16.ckpt`. `num_heads` is needed only for sizes that were never published. Raises `VisarError`.
         """
         if (gpt is None) != (vq is None) or (mar is None) != (vae is None) or (gpt is None) == (mar is None):
@@ -63,7 +63,7 @@ class ClassToImagePipeline(ImagePipeline):
         num_inference_steps: int | None = None,
         **settings: Any,
     ) -> ImageOutput:
-        """Decode `num_images_per_prompt` images for each class id; the rest as in `TextToImagePipeline`."""
+        """Decode `num_images_per_prompt` images for each class id. See `TextToImagePipeline` for the rest."""
         return self._generate(
             class_labels, num_images_per_prompt=num_images_per_prompt, params=params, generator=generator,
             height=height, width=width, callback_on_step_end=callback_on_step_end,

@@ -43,8 +43,8 @@ class TextToImagePipeline(ImagePipeline):
         """Load LlamaGen's published files unchanged.
 
         `gpt`: `t2i_XL_stage1_256.pt` or `t2i_XL_stage2_512.pt`; `vq`: `vq_ds16_t2i.pt`; `text_encoder`: a folder or
-        hub id of FLAN-T5-XL; `image_size` in pixels, as the GPT was trained, by default what the published file name
-        says; `num_heads` is needed only for sizes that were never published. Raises `VisarError`.
+        hub id of FLAN-T5-XL; `image_size` in pixels, as the GPT was trained, by default that of the published file
+        name; `num_heads` is needed only for sizes that were never published. Raises `VisarError`.
         """
         return cls._of_files(gpt, vq=vq, text_encoder=text_encoder, image_size=image_size, num_heads=num_heads)
 
@@ -72,12 +72,12 @@ class TextToImagePipeline(ImagePipeline):
         """Decode `num_images_per_prompt` images for each prompt, prompt by prompt.
 
         `params` or the same names as keywords (`SamplingParams`: seed, guidance_scale, temperature, top_k, top_p, ...)
-        say how; `sampler` is a name of `visar samplers`, FILE.py:NAME, or an object, and `window` replaces its W. One
-        seed and prompt give the same image whatever else is in the call; `seed=None` takes a random one, which the
-        stats report. A `generator` gives the seed by drawing it. A prompt's images have the indices `first_image`,
-        `first_image` + 1, ..., or those that it gives for each image. `callback` gets a `Progress` after every pass,
-        `callback_on_step_end` what diffusers gives. `num_inference_steps` is for samplers of continuous tokens.
-        Raises `VisarError` for what is out of range, or not known.
+        say how; `sampler` is a name of `visar samplers`, FILE.py:NAME, or an object, and `window` replaces its W. The
+        same seed and prompt give the same image in any batch; `seed=None` takes a random one, which the stats report. A
+        `generator` samples the seed. A prompt's images have the indices `first_image`, `first_image` + 1, ..., or one
+        for each image. `callback` gets a `Progress` after every pass, `callback_on_step_end` the arguments of
+        diffusers. `num_inference_steps` is for samplers of continuous tokens. Raises `VisarError` for values that are
+        out of range or unknown.
         """
         if negative_prompt not in (None, "", []):
             raise VisarError(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from visar.cli import main
-from visar.engine.chain import Chain
+from visar.engine.denoising import Denoiser
 from visar.engine.loop import decode
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
@@ -35,7 +35,7 @@ from visar.eval.exactness.joint import EXACT_LIMIT, MUTANT_LIMIT
 from visar.eval.exactness.linear_gaussian import WIDE, Setting, World
 from visar.eval.exactness.linear_gaussian import alphas_bar as own_alphas_bar
 from visar.eval.exactness.normality import normality_z
-from visar.families.mar.chain import DiffusionChain
+from visar.families.mar.denoising import DiffusionDenoiser
 from visar.families.mar.diffusion import Schedule, alphas_bar
 from visar.families.mar.session import MARSession
 from visar.samplers import ContinuousTarget, HeadSpeculation, MaskedAutoregressive, get_sampler, samplers_for
@@ -154,7 +154,7 @@ def test_the_model_has_its_own_schedule_right() -> None:
 # What is equal and not merely alike
 
 
-class ConstantChain(DiffusionChain):
+class ConstantDenoiser(DiffusionDenoiser):
     """A head whose guess does not depend on what it sees."""
 
     def guess(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
@@ -162,8 +162,8 @@ class ConstantChain(DiffusionChain):
 
 
 class ConstantSession(MARSession):
-    def make_chain(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Chain:
-        return ConstantChain(self.mar.diffloss.net, Schedule(steps), self.dim, temperature, last_noise)
+    def make_denoiser(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Denoiser:
+        return ConstantDenoiser(self.mar.diffloss.net, Schedule(steps), self.dim, temperature, last_noise)
 
 
 def images(session: MaskedSession, sampler: Any, temperature: float = 1.0, seed: int = 0) -> Tensor:
@@ -184,7 +184,7 @@ def test_a_constant_guess_is_never_rejected_and_gives_the_tokens_of_plain_decodi
     found = images(speculative, sampler)
     assert expected.std(0).min() > 0 and torch.allclose(found, expected, atol=1e-5)
     assert speculative.tested == speculative.accepted == 64 * 6 * 10  # the first step and the last one are not drafts
-    assert speculative.chains[0].rounds < plain.chains[0].rounds / 4
+    assert speculative.denoisers[0].calls < plain.denoisers[0].calls / 4
 
 
 def test_a_draft_model_that_is_the_target_is_never_rejected() -> None:

@@ -123,7 +123,7 @@ MISTAKES: dict[str, tuple[tuple[str, str], str, str, str]] = {
         (SLOTS, "slots = self.follows(tokens.shape[1], None, 0)"), "passes in parts", "first > 0", "",
     ),
     "siblings that are seen": (
-        ("tree.sees(first, slots.shape[1], nodes)", "((nodes >= 0) & (nodes <= 4))[:, None]"),
+        ("tree.ancestor_mask(first, slots.shape[1], nodes)", "((nodes >= 0) & (nodes <= 4))[:, None]"),
         "trees", "the nodes above it", "speculative-tree",
     ),
     "a path that is not moved": (

@@ -80,8 +80,8 @@ def test_what_is_no_such_autoencoder(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
         ({"block_out_channels": [8, 32]}, r"'encoder.down_blocks.1.*\[16, 8, 3, 3\], expected \[32, 8, 3, 3\]"),
-        ({"norm_num_groups": 5}, "a configuration that is none of an AutoencoderKL"),
-        ({"down_block_types": None}, "a configuration that is none of an AutoencoderKL"),
+        ({"norm_num_groups": 5}, "no configuration of an AutoencoderKL"),
+        ({"down_block_types": None}, "no configuration of an AutoencoderKL"),
         ({"_class_name": "VQModel"}, "holds a VQModel, not a KLAutoencoder"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))

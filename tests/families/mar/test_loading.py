@@ -137,7 +137,10 @@ def without(key: str) -> State:
         (mar_state() | {"z_proj.weight": torch.ones(3)}, r"'z_proj\.weight' .*\[3\], not two dimensions"),
         (mar_state() | {"encoder_pos_embed_learned": torch.ones(13, 16)}, r"\[13, 16\], not three dimensions"),
         (mar_state() | {"diffusion_pos_embed_learned": torch.ones(1, 8, 16)}, "8 tokens, which is not a square"),
-        (mar_state() | {"encoder_pos_embed_learned": torch.ones(1, 9, 16)}, "9 places in its encoder, too few for 9"),
+        (
+            mar_state() | {"encoder_pos_embed_learned": torch.ones(1, 9, 16)},
+            "9 positions in its encoder, too few for 9",
+        ),
         (mar_state() | {"decoder_pos_embed_learned": torch.ones(1, 12, 16)}, r"\[1, 12, 16\], expected \[1, 13, 16\]"),
         (mar_state() | {NORM: torch.full((16,), torch.nan)}, rf"'{NORM}' .*mar\.pth.* NaN"),
         (mar_state() | {NORM: 3}, rf"'{NORM}', which is not a tensor"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.helpers.plain_mar import TINY, N, drawn, linear, norm, normed, plain_pass, plain_tables, random_weights, tiny
 from visar.errors import VisarError
-from visar.families.mar.chain import DiffusionChain
+from visar.families.mar.denoising import DiffusionDenoiser
 from visar.families.mar.diffusion import HeadNet, Schedule, alphas_bar, interpolated_log_variance
 from visar.families.mar.session import MARSession
 from visar.families.mar.specs import MAR_MODELS, mar_arguments
@@ -134,12 +134,12 @@ def test_the_chain(guided: bool, last_noise: bool) -> None:
     """Guidance is of the noise alone; the variance is that of the conditional half, in the space of logarithms."""
     net = HeadNet(3, 16, 24, 2)
     random_weights(net)
-    chain = DiffusionChain(net, Schedule(T), 3, temperature=0.7, last_noise=last_noise)
+    denoiser = DiffusionDenoiser(net, Schedule(T), 3, temperature=0.7, last_noise=last_noise)
     x, step, c, u = drawn(R, 3), torch.arange(R) % T, drawn(R, 16, seed=2), drawn(R, 16, seed=3)
     scale = torch.linspace(0.5, 4, R)[:, None]
-    guess = chain.evaluate(x, step, torch.cat([c, u, scale], -1) if guided else c)
-    mean, std = chain.kernel(x, step, guess)
-    assert (chain.rounds, chain.evaluations) == (1, R)
+    guess = denoiser.evaluate(x, step, torch.cat([c, u, scale], -1) if guided else c)
+    mean, std = denoiser.kernel(x, step, guess)
+    assert (denoiser.calls, denoiser.evaluations) == (1, R)
     row = {key: torch.tensor([plain_tables(T)[i][key] for i in step])[:, None] for key in plain_tables(T)[0]}
     noise, place = net(x, row["time"][:, 0], c)
     if guided:
@@ -153,7 +153,7 @@ def test_the_chain(guided: bool, last_noise: bool) -> None:
     assert torch.allclose(guess, torch.cat([clean, place], -1), rtol=1e-4, atol=1e-4)
     assert torch.allclose(mean, row["clean"] * clean + row["noisy"] * x, rtol=1e-4, atol=1e-4)
     assert torch.allclose(std, spread, rtol=1e-4)
-    known = interpolated_log_variance(chain.schedule, step, place)
+    known = interpolated_log_variance(denoiser.schedule, step, place)
     assert torch.allclose((known / 2).exp()[step < T - 1] * 0.7, spread[step < T - 1], rtol=1e-4)
 
 
@@ -169,8 +169,8 @@ def test_the_head_is_never_rounded() -> None:
     session = MARSession(mar, torch.tensor([1]), order, 2.0)
     condition = session.context(session.start, torch.tensor([0]), order[:, :4], order[:, 4:], torch.full((1, 5), 5))
     x = torch.zeros(5, 3)
-    guess = session.chain(5).evaluate(x, torch.arange(5), condition[0])
+    guess = session.denoiser(5).evaluate(x, torch.arange(5), condition[0])
     assert condition.dtype == guess.dtype == torch.float32 and bool(guess.isfinite().all())
     mar.diffloss.bfloat16()
     with pytest.raises(VisarError, match="must be in float32, not bfloat16"):
-        session.chain(5)
+        session.denoiser(5)

@@ -1,4 +1,4 @@
-"""A LlamaGen as the target of drafters: what `visar.drafters.base.DrafterTarget` asks of a family."""
+"""A LlamaGen as the target of drafters, by `visar.drafters.base.DrafterTarget`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LlamaGenTarget:
         made = initialise(LlamaGen(**self._arguments() | sizes))
         own, its = made.cls_embedding, self.model.cls_embedding
         if isinstance(own, CaptionEmbedding) and isinstance(its, CaptionEmbedding):
-            own.uncond_embedding.copy_(its.uncond_embedding)  # what no caption looks like is not learnt
+            own.uncond_embedding.copy_(its.uncond_embedding)  # not trained, as in the target
         return made
 
     def with_layers(self, layers: Sequence[nn.Module], norm: nn.Module) -> LlamaGen:

@@ -66,9 +66,13 @@ class LlamaGenFamily(DiscreteFamily):
         top_k = usual.top_k if top_k is None else top_k
         self.settings = {"grid": grid, "guidance_scale": scale, "top_k": top_k}
         self.defaults = SamplingParams(
-            guidance_scale=scale, guidance_interval=-1, guidance_schedule="constant", temperature=1.0, top_k=top_k,
+            guidance_scale=scale,
+            guidance_interval=-1,
+            guidance_schedule="constant",
+            temperature=1.0,
+            top_k=top_k,
             top_p=1.0,
-        )  # fmt: skip
+        )
         self.condition = "prompt" if text else "class"
         self.classes = 0 if text else gpt.config.classes
         side = grid or gpt.config.grid
@@ -174,7 +178,7 @@ class LlamaGenFamily(DiscreteFamily):
     @property
     def bytes_per_pass(self) -> int:
         embedding = self.gpt.tok_embeddings.weight
-        return super().bytes_per_pass - embedding.numel() * embedding.element_size()  # of which rows alone are read
+        return super().bytes_per_pass - embedding.numel() * embedding.element_size()  # a pass reads only rows of it
 
     def bytes_per_image(self, window: int, guided: bool) -> int:
         slots = min(self.gpt.config.condition_length, 2) + self.layout.length + window

@@ -1,7 +1,7 @@
 """Load the published LlamaGen files (Sun et al. 2024, arXiv:2406.06525), GPT and VQ tokenizer, unchanged.
 
 Every size is read from the shapes of the tensors, so files of other sizes with the same keys load as well. Modules are
-built without memory and take over the tensors that were read, so the largest model needs its weights' memory once.
+built on the meta device and take over the tensors that were read, so the weights are in memory once.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def load_gpt(
 ) -> LlamaGen:
     """The GPT of a published file, in evaluation mode and without gradients, on the CPU.
 
-    `grid` is the number of tokens along one side; by default that of the published file of this name, else 16. The
+    `grid` is the number of tokens along one side, by default that of the published file of this name, else 16. The
     weights do not depend on it. `num_heads` is needed only for sizes that were never published.
 
-    Raises `VisarError` as `load_state` does, and for a tensor that is missing, superfluous or of another shape.
+    Raises `VisarError` as `load_state` does, and for a tensor that is missing, unexpected or of another shape.
     """
     path = Path(path)
     return gpt_of(load_state(path, ema=ema, dtype=dtype), path, grid or published_grid(path.name), num_heads)
@@ -46,7 +46,7 @@ def load_gpt(
 def gpt_of(
     state: Mapping[str, Tensor], path: str | Path, grid: int | None = None, num_heads: int | None = None
 ) -> LlamaGen:
-    """The GPT of a published file's tensors, which it takes over; else as `load_gpt`."""
+    """The GPT of a published file's tensors, without a copy; otherwise as `load_gpt`."""
     arguments = gpt_config(state, path, num_heads=num_heads)
     with unfilled():
         gpt = LlamaGen(**arguments, grid=grid or DEFAULT_GRID)
@@ -66,16 +66,15 @@ def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.f
     except KeyError as error:
         raise missing(error.args[0], path) from error
     except (ValueError, IndexError) as error:
-        raise VisarError(f"{path} is not a LlamaGen VQ tokenizer: its keys or shapes are of another kind.") from error
+        raise VisarError(f"{path} is not a LlamaGen VQ tokenizer: its keys or shapes do not match.") from error
     return fill(vq, state, path)
 
 
 def gpt_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
-    """The `LlamaGen(...)` arguments, all but the grid, that the shapes of a state dict tell; `path` is for messages.
+    """The `LlamaGen(...)` arguments except the grid, from the shapes of a state dict; `path` is for messages.
 
-    The number of heads is in no shape: it is that of the published model of the same size unless it is given.
+    No shape has the number of heads: by default it is that of the published model of the same size.
     """
-
     vocab, dim = shape_of(state, "tok_embeddings.weight", path)
     ffn, _ = shape_of(state, "layers.0.feed_forward.w1.weight", path)
     numbers = [k.split(".")[1] for k in state if k.startswith("layers.")]

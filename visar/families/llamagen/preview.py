@@ -1,4 +1,4 @@
-"""A cheap look at tokens: one colour per code, without the image decoder."""
+"""A fast preview of tokens: one colour per code, without the image decoder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class CodePreview:
     @staticmethod
     @torch.inference_mode()
     def fit(vq: VQModel, samples: int = 256) -> CodePreview:
-        """Fit colour as a quadratic function of the code to what the decoder makes of some codes standing alone."""
+        """Fit colour as a quadratic function of the code to decoded images of one code each."""
         codes = vq.quantize.codes.float()
         pick = torch.linspace(0, len(codes) - 1, min(samples, len(codes)), device=codes.device).long()
         patches = [vq.decode(part[:, None].expand(-1, 4), 2) for part in pick.split(32)]
-        seen = (torch.cat(patches).float().mean((2, 3)) / 2 + 0.5).clamp(0, 1)
+        colours = (torch.cat(patches).float().mean((2, 3)) / 2 + 0.5).clamp(0, 1)
 
         def terms(x: Tensor) -> Tensor:
             pairs = torch.einsum("ni,nj->nij", x, x).flatten(1)
             return torch.cat([torch.ones_like(x[:, :1]), x, pairs], dim=1)
 
-        # Quadratic terms repeat each other, so the least-squares solution is not unique: a little ridge picks one.
+        # The quadratic terms are redundant, so a small ridge penalty makes the solution unique.
         a = terms(codes[pick])
-        solution = torch.linalg.solve(a.T @ a + 1e-3 * torch.eye(a.shape[1], device=a.device), a.T @ seen)
+        solution = torch.linalg.solve(a.T @ a + 1e-3 * torch.eye(a.shape[1], device=a.device), a.T @ colours)
         return CodePreview((terms(codes) @ solution).clamp(0, 1))
 
     def __call__(self, tokens: Tensor, grid: int) -> Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 def rotary_table(condition_length: int, grid: int, head_dim: int, base: float = 10000.0) -> Tensor:
     """Table [condition_length + grid**2, head_dim / 2, 2] of (cos, sin), fp32, indexed by input position.
 
-    The first half of the pairs turns with the row, the second with the column. The condition rows are zero in *both*
-    cos and sin, so the queries and keys of condition tokens vanish. That is how the published weights were trained; an
-    identity rotation there silently gives wrong images.
+    The first half of the pairs rotates by the row, the second by the column. The condition rows are zero in *both*
+    cos and sin, so the queries and keys of condition tokens vanish. The published weights were trained so; an identity
+    rotation there gives wrong images.
     """
     quarter = head_dim // 4
     frequencies = base ** (-torch.arange(quarter, dtype=torch.float32) * 2 / (head_dim // 2))

@@ -13,7 +13,7 @@ from visar.families.llamagen.gpt import LlamaGen
 
 
 class LlamaGenSession(DecoderSession):
-    """Decode for class ids [B], or caption features [B, T, C] with the mask [B, T] of those that are no padding."""
+    """Decode for class ids [B], or caption features [B, T, C] with a mask [B, T] that is false for padding."""
 
     model: LlamaGen
 
@@ -40,24 +40,24 @@ class LlamaGenSession(DecoderSession):
     def embed(self, *condition: Tensor) -> Tensor:
         values, *masks = condition
         if masks:
-            self.valid[:, : self.prefix] = masks[0].repeat(self.halves, 1)
+            self.valid[:, : self.prefix] = masks[0].repeat(self.batches, 1)
         embed = self.model.cls_embedding
-        return torch.cat([embed(values)] + ([embed(embed.null_like(values))] if self.halves == 2 else []))
+        return torch.cat([embed(values)] + ([embed(embed.null_like(values))] if self.batches == 2 else []))
 
     def _prefill(self) -> None:
-        """Run all condition slots but the last, which is the first pass's root, and fold them into one of the cache.
+        """Run all condition slots but the last, which is the first pass's root, and fold them into one cache slot.
 
-        Their rotary rows are zero, and so are their queries and keys: each attends to all valid slots up to its own
-        alike, and whatever follows sees n keys of logit 0. Those are one key of logit log n whose value is their mean.
+        Their rotary rows are zero, and so are their queries and keys: each attends uniformly to the valid slots up to
+        its own, and later inputs find n keys of logit 0. One key of logit log n with the mean value is equivalent.
         """
         before = self.prefix - 1
         at = self._slot[:before].expand(len(self.condition), -1)
-        sees = self.sees(at, before).float()
-        share = sees / sees.sum(-1, keepdim=True)
+        mask = self.attention_mask(at, before).float()
+        share = mask / mask.sum(-1, keepdim=True)
         valid = self.valid[:, :before].float()
         count = valid.sum(-1, keepdim=True)
         assert self.bias is not None
-        self.bias.copy_(count[:, 0].log())  # -inf where there is none
+        self.bias.copy_(count[:, 0].log())  # -inf if none is valid
         mean = valid / count.clamp_min(1)
 
         def attend(layer: int, qkv: Tensor, _: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """LlamaGen's models by name: sizes, published files and recommended settings. A table of data that imports no torch.
 
-From Sun et al. 2024 (arXiv:2406.06525) and the README of its code. No weights of these are shipped; the loaders find
-the number of heads by a size, the only one that shapes do not show.
+From Sun et al. 2024 (arXiv:2406.06525) and the README of its code. No weights of these are shipped. The loaders
+look up the number of heads here, which no shape of a tensor has.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class TokenizerSpec:
 class ModelSpec:
     """One model.
 
-    `condition` is "class" or "text"; `pixels` are the image sizes it was trained at; `guidance` and `top_k` are what
-    the authors recommend for good-looking images (FID asks for others).
+    `condition` is "class" or "text"; `pixels` are the image sizes it was trained at; `guidance` and `top_k` are the
+    authors' recommendations for good-looking images (FID needs others).
     """
 
     name: str
@@ -155,7 +155,7 @@ def match_heads(layers: int, dim: int, ffn: int) -> int | None:
 
 
 def listings() -> list[Listing]:
-    """What `visar models` says of them, and what to do to load one."""
+    """The entries of these models in `visar models`."""
     return [
         Listing(
             spec.name,

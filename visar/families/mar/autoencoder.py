@@ -1,4 +1,4 @@
-"""The KL autoencoder of MAR (KL-16 of Rombach et al. 2022, arXiv:2112.10752); it reads the folders of diffusers too."""
+"""The KL autoencoder of MAR (KL-16 of Rombach et al. 2022, arXiv:2112.10752); it reads folders of diffusers too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from visar.engine.component import Component, fill, read_config, read_safetensor
 from visar.errors import VisarError
 from visar.families.blocks import Decoder, Encoder
 
-# What parts of our keys are called in latent diffusion and in diffusers.
+# Our names of modules, and those of latent diffusion and diffusers.
 PUBLISHED = {"mid.0": "mid.block_1", "mid.1": "mid.attn_1", "mid.2": "mid.block_2", "res": "block"}
 DIFFUSERS = {
     "mid.0": "mid_block.resnets.0",
@@ -39,9 +39,9 @@ DIFFUSERS = {
 
 
 class KLAutoencoder(Component):
-    """Images in [-1, 1] to the normal law of their latents, and back; sizes are those of KL-16 by default.
+    """Images in [-1, 1] to the normal distribution of their latents, and back; by default with the sizes of KL-16.
 
-    `channels` has a width for each level, `attention` says whether the encoder's last level has it; latents times
+    `channels` has a width for each level; with `attention` the encoder's last level has attention; latents times
     `scaling_factor` have about unit variance.
     """
 
@@ -71,7 +71,7 @@ class KLAutoencoder(Component):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """As of other components, and from the folder of a diffusers `AutoencoderKL`."""
+        """As `Component.from_pretrained`; also reads the folder of a diffusers `AutoencoderKL`."""
         named, config = read_config(folder)
         if named != "AutoencoderKL":
             return super().from_pretrained(folder)
@@ -95,34 +95,37 @@ class KLAutoencoder(Component):
     @classmethod
     def _of_diffusers(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> Self:
         if config.get("shift_factor"):
-            raise VisarError(f"{path} shifts its latents (shift_factor), which no model here does.")
+            raise VisarError(f"{path} shifts its latents (shift_factor), which is not supported.")
         try:
             with unfilled():
                 made = cls(
-                    tuple(config["block_out_channels"]), config["layers_per_block"], config["latent_channels"],
-                    config["norm_num_groups"], config["down_block_types"][-1].startswith("Attn"),
+                    tuple(config["block_out_channels"]),
+                    config["layers_per_block"],
+                    config["latent_channels"],
+                    config["norm_num_groups"],
+                    config["down_block_types"][-1].startswith("Attn"),
                     config["scaling_factor"],
-                )  # fmt: skip
+                )
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise VisarError(f"{path} has a configuration that is none of an AutoencoderKL: {error!r}.") from error
+            raise VisarError(f"{path} has no configuration of an AutoencoderKL: {error!r}.") from error
         own = made.state_dict()
         names = {key: diffusers_name(key) for key in own}
         state = dict(state)
         for key, name in names.items():
             if own[key].shape[2:] == (1, 1) and name in state and state[name].ndim == 2:
-                state[name] = state[name][:, :, None, None]  # a matrix there, a convolution of one pixel here
+                state[name] = state[name][:, :, None, None]  # a linear layer there, a 1 x 1 convolution here
         return fill(made, state, path, names).requires_grad_()
 
 
 def published_name(key: str, levels: int) -> str:
-    """What the authors' files call our tensor `key`. Their levels are counted from the largest image in both halves."""
+    """The name of our tensor `key` in the authors' files, which count levels from the largest image on both sides."""
     key = key.replace("encoder.conv_blocks", "encoder.down")
     key = re.sub(r"decoder\.conv_blocks\.(\d+)", lambda found: f"decoder.up.{levels - 1 - int(found[1])}", key)
     return _renamed(key, PUBLISHED)
 
 
 def diffusers_name(key: str) -> str:
-    """What diffusers' `AutoencoderKL` calls our tensor `key`."""
+    """The name of our tensor `key` in diffusers' `AutoencoderKL`."""
     return _renamed(key, DIFFUSERS)
 
 
@@ -133,7 +136,7 @@ def _renamed(key: str, names: Mapping[str, str]) -> str:
 
 
 def fingerprint(vae: KLAutoencoder) -> str:
-    """A mark of its weights that is the same in every dtype: a hash of the signs of what reads the latents."""
+    """A hash of the signs of the layer that reads the latents, the same in every dtype."""
     signs = torch.signbit(vae.decoder.conv_in.weight.detach()).cpu().numpy()
     return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
 

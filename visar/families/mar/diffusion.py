@@ -1,7 +1,7 @@
-"""The diffusion head of MAR (Li et al. 2024, arXiv:2406.11838): a small MLP and the schedule that it denoises by.
+"""The diffusion head of MAR (Li et al. 2024, arXiv:2406.11838): a small MLP, and its noise schedule.
 
-The schedule is the cosine one of Nichol & Dhariwal 2021 (arXiv:2102.09672), 1000 steps, respaced to as many as are
-wanted. Tables are computed in float64. Key layout as published.
+The schedule is the cosine one of Nichol & Dhariwal 2021 (arXiv:2102.09672), 1000 steps, respaced to fewer. Tables are
+computed in float64. Keys are as published.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def alphas_bar() -> Tensor:
 class Schedule:
     """The tables of `steps` denoising steps, float64, in the order of sampling: entry 0 is the noisiest.
 
-    `times` are the training steps that the network is told; those above `latest` are moved to it and equal ones
+    `times` are the training steps that the network gets; those above `latest` are moved to it and equal ones
     merged, so there may be fewer than asked for (DiSA, Zhao et al. 2025, arXiv:2505.20297, needs it: at step 999 the
-    error of the network is multiplied by 20,000 to give the clean token). `steps` is how many there are in the end.
+    error of the network is multiplied by 20,000 to give the clean token). `steps` is the number that is left.
 
     A step goes from x to N(from_clean * clean + from_noisy * x, std**2), where `clean` = x / root - eps * spread is
-    the clean token, and log std**2 lies between `log_least` (of the posterior) and `log_most` (beta), where the
-    network's second output says.
+    the clean token, and log std**2 is between `log_least` (of the posterior) and `log_most` (beta), by the network's
+    second output.
     """
 
     def __init__(self, steps: int = 100, latest: int | None = None):
         if not 2 <= steps <= TRAINING_STEPS:
             raise VisarError(f"The diffusion head takes 2 to {TRAINING_STEPS} steps, not {steps}.")
-        # Added up as the reference does: what lies half way between two training steps is rounded as it rounds it.
+        # Accumulated as in the reference, so that ties between two training steps are rounded as there.
         strides = itertools.repeat((TRAINING_STEPS - 1) / (steps - 1), steps - 1)
         spaced = torch.tensor([round(at) for at in itertools.accumulate(strides, initial=0.0)])
         rising = spaced.clamp(max=TRAINING_STEPS - 1 if latest is None else latest).unique()
@@ -52,7 +52,7 @@ class Schedule:
         before = torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
         beta = 1 - bar / before
         posterior = beta * (1 - before) / (1 - bar)
-        posterior = torch.cat([posterior[1:2], posterior[1:]])  # the last step's is 0, its logarithm is not used
+        posterior = torch.cat([posterior[1:2], posterior[1:]])  # the last step's is 0; its log is not used
         self.steps = len(rising)
         self.times = rising.flip(0)
         self.root = bar.sqrt().flip(0)
@@ -105,7 +105,7 @@ class FinalLayer(nn.Module):
 
 
 class HeadNet(nn.Module):
-    """Noise and the interpolation of the variance for noisy tokens, given what the transformer says of them."""
+    """Noise and the interpolation of the variance for noisy tokens, given vectors of the transformer."""
 
     def __init__(self, dim: int, condition: int, width: int, depth: int):
         super().__init__()
@@ -116,17 +116,17 @@ class HeadNet(nn.Module):
         self.final_layer = FinalLayer(width, 2 * dim)
 
     def forward(self, x: Tensor, times: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise and the variance's place, both [R, dim], for x [R, dim], training steps [R] and z [R, C]."""
+        """Noise and the variance's interpolation, [R, dim] each, for x [R, dim], training steps [R] and z [R, C]."""
         return self.at(x, self.time_embed(times), z)
 
     def at(self, x: Tensor, time: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` with the steps' embeddings [R, width], which a sampler makes once."""
+        """`forward` with the steps' embeddings [R, width], computed before."""
         h = self.input_proj(x)
         y = time + self.cond_embed(z)
         for block in self.res_blocks:
             h = block(h, y)
-        noise, place = self.final_layer(h, y).chunk(2, dim=-1)
-        return noise, place
+        noise, interpolation = self.final_layer(h, y).chunk(2, dim=-1)
+        return noise, interpolation
 
 
 class DiffusionHead(nn.Module):
@@ -137,8 +137,8 @@ class DiffusionHead(nn.Module):
         self.net = HeadNet(dim, condition, width, depth)
 
 
-def interpolated_log_variance(schedule: Schedule, at: Tensor, place: Tensor) -> Tensor:
-    """Log variance, fp32 like `place` [R, dim], of the steps `at` [R]; `place` -1 is the posterior's, 1 is beta's."""
-    least, most = (t.to(place)[at][:, None] for t in (schedule.log_least, schedule.log_most))
-    share = (place + 1) / 2
+def interpolated_log_variance(schedule: Schedule, at: Tensor, interpolation: Tensor) -> Tensor:
+    """Log variance of the steps `at` [R], for `interpolation` [R, dim]: -1 is the posterior's, 1 is beta's."""
+    least, most = (t.to(interpolation)[at][:, None] for t in (schedule.log_least, schedule.log_most))
+    share = (interpolation + 1) / 2
     return share * most + (1 - share) * least

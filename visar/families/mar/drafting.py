@@ -1,4 +1,4 @@
-"""A MAR as the target of a smaller one that drafts: what `visar.drafters.base.DrafterLoading` asks of a family."""
+"""A MAR as the target of a smaller MAR that drafts, by `visar.drafters.base.DrafterLoading`."""
 
 from __future__ import annotations
 

@@ -54,15 +54,17 @@ class MARFamily(ContinuousFamily):
             guidance_scale = 3.0 if text else 2.9
         self.components = {"mar": mar, "vae": vae} | ({"text_encoder": text_encoder} if text else {})
         self.settings = {
-            "guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule, "temperature": temperature,
-        }  # fmt: skip
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "temperature": temperature,
+        }
         self.defaults = SamplingParams(**self.settings)
         self.condition, self.classes = ("prompt", 0) if text else ("class", c.classes)
         self.layout, self.token_dim = Layout(c.grid, c.grid), c.token_dim
         self._check(text_encoder)
 
     def _check(self, text_encoder: Any) -> None:
-        """Raise `VisarError` where the components do not belong together."""
+        """Raise `VisarError` if the components do not fit together."""
         c, vae = self.mar.config, self.vae
         if c.token_dim != vae.config.latent_channels:
             raise VisarError(
@@ -171,15 +173,15 @@ class MARFamily(ContinuousFamily):
 
     def quantize(self, weights: str) -> None:
         if weights != "native":
-            raise VisarError("Weights are rounded to 8 bits of a GPT over image tokens alone, not of a MAR.")
+            raise VisarError("8-bit weights are for GPTs over image tokens, not for MARs.")
 
     def bytes_read(self, session: Any) -> int:
-        """The weights, in bytes, as often as they were read: the transformer's in a pass, the head's in a step."""
+        """The transformer's weights for each pass, and the head's for each denoiser call."""
         total = 0
         for at in (session, session.draft):
             if at is not None:
                 whole, head = (
                     sum(p.numel() * p.element_size() for p in m.parameters()) for m in (at.mar, at.mar.diffloss)
                 )
-                total += (whole - head) * at.passes + head * sum(c.rounds for c in at.chains)
+                total += (whole - head) * at.passes + head * sum(d.calls for d in at.denoisers)
         return total

@@ -23,22 +23,22 @@ from visar.families.weights import NESTINGS, load_state, shape_of
 def load_mar(path: str | Path, *, ema: bool = True, num_heads: int | None = None) -> MAR:
     """The MAR of a published file, in fp32, in evaluation mode and without gradients, on the CPU.
 
-    A checkpoint has the weights twice; `ema` takes the averaged ones, which the published results are of. A file that
-    is nothing but weights is taken as it is. `num_heads` is needed only for sizes that were never published.
+    A checkpoint has the weights twice; `ema` takes the averaged ones, which gave the published results. A file of
+    weights only is read as such. `num_heads` is needed only for sizes that were never published.
 
     Raises `VisarError` for a checkpoint without averaged weights, as `load_state` does, and for a tensor that is
-    missing, superfluous or of another shape.
+    missing, unexpected or of another shape.
     """
     return mar_of(read_mar(path, ema=ema), path, num_heads)
 
 
 def read_mar(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
-    """The tensors of a published file; else as `load_mar`."""
+    """The tensors of a published file; otherwise as `load_mar`."""
     return load_state(path, names=("model_ema",) if ema else NESTINGS)
 
 
 def mar_of(state: Mapping[str, Tensor], path: str | Path, num_heads: int | None = None) -> MAR:
-    """The MAR of a published file's tensors, which it takes over; else as `load_mar`."""
+    """The MAR of a published file's tensors, without a copy; otherwise as `load_mar`."""
     arguments = mar_config(state, path, num_heads=num_heads)
     with unfilled():
         mar = MAR(**arguments)
@@ -46,9 +46,9 @@ def mar_of(state: Mapping[str, Tensor], path: str | Path, num_heads: int | None 
 
 
 def mar_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
-    """The `MAR(...)` arguments that the shapes of a state dict tell; `path` is for messages.
+    """The `MAR(...)` arguments from the shapes of a state dict; `path` is for messages.
 
-    The number of heads is in no shape: it is that of the published model of the same size unless it is given.
+    No shape has the number of heads: by default it is that of the published model of the same size.
     """
     dim, token_dim = shape_of(state, "z_proj.weight", path)
     _, n, _ = shape_of(state, "diffusion_pos_embed_learned", path, 3)
@@ -56,9 +56,9 @@ def mar_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int 
     classes, _ = shape_of(state, "class_emb.weight", path)
     head_width, _ = shape_of(state, "diffloss.net.input_proj.weight", path)
     if math.isqrt(n) ** 2 != n:
-        raise VisarError(f"{path} has places for {n} tokens, which is not a square.")
+        raise VisarError(f"{path} has positions for {n} tokens, which is not a square.")
     if slots <= n:
-        raise VisarError(f"{path} has {slots} places in its encoder, too few for {n} tokens and a class.")
+        raise VisarError(f"{path} has {slots} positions in its encoder, too few for {n} tokens and a class.")
     encoder, decoder = _count(state, "encoder_blocks."), _count(state, "decoder_blocks.")
     heads = match_mar_heads(encoder, decoder, dim) if num_heads is None else num_heads
     if heads is None:
@@ -97,9 +97,9 @@ def load_kl16(path: str | Path) -> KLAutoencoder:
 
 
 def kl_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
-    """The `KLAutoencoder(...)` arguments that the shapes of a published state dict tell; `path` is for messages.
+    """The `KLAutoencoder(...)` arguments from the shapes of a published state dict; `path` is for messages.
 
-    The number of groups is in no shape: it is 32, or the largest power of two that divides all widths if that is less.
+    No shape has the number of groups: it is 32, or the largest power of two that divides all widths if that is less.
     """
     shape_of(state, "encoder.down.0.block.0.conv1.weight", path, 4)
     levels = _count(state, "encoder.down.")
@@ -116,5 +116,5 @@ def kl_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered modules have keys that begin so."""
+    """The number of numbered modules whose keys start with `prefix`."""
     return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})

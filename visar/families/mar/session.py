@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visar.engine.chain import Chain
+from visar.engine.denoising import Denoiser
 from visar.engine.graphs import RowGraphs
 from visar.engine.masked_session import MaskedSession
 from visar.errors import VisarError
-from visar.families.mar.chain import DiffusionChain
+from visar.families.mar.denoising import DiffusionDenoiser
 from visar.families.mar.diffusion import Schedule
 from visar.families.mar.transformer import MAR
 
 
 class MARSession(MaskedSession):
-    """A MAR with classifier-free guidance, whose scale rises with what is decided ("linear") or does not ("constant").
+    """A MAR with classifier-free guidance, whose scale rises with the known tokens ("linear") or not ("constant").
 
-    Linear is the reference's: 1 + (scale - 1) * decided / N. `condition` is what `MAR.slots` takes.
+    Linear is the reference's: 1 + (scale - 1) * total / N. `condition` is that of `MAR.slots`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class MARSession(MaskedSession):
             self.null = mar.null_slots(1)
 
     def context(
-        self, tokens: Tensor, rows: Tensor, known: Tensor, ask: Tensor, decided: Tensor, valid: Tensor | None = None
+        self, tokens: Tensor, rows: Tensor, known: Tensor, ask: Tensor, total: Tensor, valid: Tensor | None = None
     ) -> Tensor:
         self.passes += 1
         slots = self.slots[rows]
@@ -52,17 +52,17 @@ class MARSession(MaskedSession):
 
         slots = torch.cat([slots, self.null.expand_as(slots)])
         z = self.mar(twice(tokens), twice(known), slots, None if valid is None else twice(valid))
-        with_it, without = self._at(z, twice(ask)).chunk(2)
-        share = decided / self.length if self.linear else torch.ones_like(decided)
+        cond, uncond = self._at(z, twice(ask)).chunk(2)
+        share = total / self.length if self.linear else torch.ones_like(total)
         weight = (1 + (self.scale - 1) * share)[..., None].float()
-        return torch.cat([with_it, without, weight], dim=-1)
+        return torch.cat([cond, uncond, weight], dim=-1)
 
     @staticmethod
     def _at(z: Tensor, ask: Tensor) -> Tensor:
         return z.gather(1, ask[..., None].expand(-1, -1, z.shape[-1])).float()
 
-    def make_chain(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Chain:
+    def make_denoiser(self, steps: int, temperature: float, latest: int, last_noise: bool) -> Denoiser:
         head = self.mar.diffloss.net
-        return DiffusionChain(
+        return DiffusionDenoiser(
             head, Schedule(steps, latest or self.mar.config.latest), self.dim, temperature, last_noise, self.graphs
         )

@@ -10,7 +10,7 @@ from visar.families.catalogue import Listing
 
 @dataclass(frozen=True)
 class MARShape:
-    """Sizes of a MAR for classes: `layers` of the encoder and as many of the decoder, then those of the head."""
+    """Sizes of a MAR for classes: `layers` of the encoder and of the decoder, then those of the head."""
 
     layers: int
     dim: int
@@ -24,7 +24,7 @@ class MARShape:
 
 @dataclass(frozen=True)
 class MARSpec:
-    """One MAR. `guidance`, by the `guidance_schedule`, is what the authors recommend; its tokens are KL-16 latents."""
+    """One MAR. `guidance` and `guidance_schedule` are the authors' recommendations; its tokens are KL-16 latents."""
 
     name: str
     title: str
@@ -82,7 +82,7 @@ def match_mar_heads(encoder_layers: int, decoder_layers: int, dim: int) -> int |
 
 
 def listings() -> list[Listing]:
-    """What `visar models` says of them, and what to do to load one."""
+    """The entries of these models in `visar models`."""
     return [
         Listing(
             spec.name,

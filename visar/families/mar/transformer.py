@@ -1,10 +1,10 @@
 """MAR, the masked autoregressive model over continuous tokens (Li et al. 2024, arXiv:2406.11838), published keys.
 
-The module holds weights and the arithmetic of a pass: an encoder over the tokens that are known, a decoder over all
-places, and the diffusion head that turns a place's vector into a token. Which tokens are known, guidance and the
-denoising itself belong to the engine. Attention is bidirectional, so nothing of a pass can be kept for the next.
+The module has the weights and the arithmetic of a pass: an encoder over the known tokens, a decoder over all positions,
+and the diffusion head that turns a position's vector into a token. The engine has guidance, denoising, and the set of
+known tokens. Attention is bidirectional, so there is no KV cache.
 
-Classes stand in the first `buffer` slots, one vector repeated. A caption's features stand there one by one instead.
+The first `buffer` slots hold the class vector, repeated, or a caption's features.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.training and x.device.type == "cpu" and seen is None:  # where the fused backward takes twice as long
+        if self.training and x.device.type == "cpu" and mask is None:  # the fused backward takes twice as long
             weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
             return self.proj((weights @ v).transpose(1, 2).flatten(2))
-        return self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -45,7 +45,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """timm's vision transformer block, key for key; `seen` masks keys."""
+    """timm's vision transformer block, key for key; `mask` is of keys."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -54,15 +54,15 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
 
-    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
-        x = x + self.attn(self.norm1(x), seen)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
 
 class MAR(Component):
-    """Sizes are those of MAR-B by default; `condition` is "class" or "text", `buffer` the slots that it fills.
+    """Sizes are those of MAR-B by default; `condition` is "class" or "text", `buffer` the number of its slots.
 
-    `vae` is the fingerprint of the autoencoder whose latents it was trained on, if that is known; `latest` the noisiest
+    `vae` is the fingerprint of the autoencoder whose latents it was trained on, if known; `latest` the noisiest
     training step that its head should be used at.
     """
 
@@ -109,10 +109,8 @@ class MAR(Component):
         return self.config.grid**2
 
     def to(self, *args: object, **kwargs: object) -> Self:
-        """Move or convert; the diffusion head stays as exact as it is: its first steps multiply rounding by hundreds.
-
-        It is only moved. Converted to fewer bits and back, it would be fp32 and rounded all the same.
-        """
+        """Move or convert. The diffusion head is moved only: its first steps multiply rounding errors by hundreds."""
+        # A conversion to fewer bits and back would leave rounded weights in fp32.
         head = self._modules.pop("diffloss")
         try:
             super().to(*args, **kwargs)  # type: ignore[call-overload]
@@ -132,28 +130,28 @@ class MAR(Component):
         return self.fake_latent[:, None].expand(batch, self.config.buffer, -1)
 
     def encode(self, tokens: Tensor, known: Tensor, slots: Tensor, valid: Tensor | None = None) -> Tensor:
-        """What the encoder makes of the slots and the known tokens, [B, buffer + n, dim].
+        """The encoder's output [B, buffer + n, dim] for the slots and the known tokens.
 
-        `tokens` [B, N, d]; `known` [B, n], long, are the places of the known ones; where rows have fewer, `valid`
-        [B, n] says which count.
+        `tokens` [B, N, d]; `known` [B, n], long, are the positions of the known ones; for rows with fewer, `valid`
+        [B, n] marks those that count.
         """
         b, m = len(tokens), self.config.buffer
         given = self.z_proj(tokens.gather(1, known[..., None].expand(-1, -1, tokens.shape[-1])).to(self.dtype))
-        places = self.encoder_pos_embed_learned[0]
-        h = torch.cat([slots + places[:m], given + places[m:][known]], dim=1)
+        positions = self.encoder_pos_embed_learned[0]
+        h = torch.cat([slots + positions[:m], given + positions[m:][known]], dim=1)
         h = self.z_proj_ln(h)
-        seen = None
+        mask = None
         if valid is not None:
-            seen = torch.cat([valid.new_ones(b, m), valid], dim=1)[:, None, None]
+            mask = torch.cat([valid.new_ones(b, m), valid], dim=1)[:, None, None]
         for block in self.encoder_blocks:
-            h = block(h, seen)
+            h = block(h, mask)
         return self.encoder_norm(h)
 
     def decode(self, encoded: Tensor, known: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The vector of every place, [B, N, dim], that the head reads; of use at unknown places alone."""
+        """The vector of every position, [B, N, dim], for the head; meaningful at unknown positions only."""
         b, m, n = len(encoded), self.config.buffer, self.length
         h = self.decoder_embed(encoded)
-        at = known if valid is None else torch.where(valid, known, n)  # what does not count goes to a place too many
+        at = known if valid is None else torch.where(valid, known, n)  # invalid ones go to an extra position
         full = self.mask_token.to(h.dtype).expand(b, n + 1, -1)
         full = full.scatter(1, at[..., None].expand(-1, -1, h.shape[-1]), h[:, m:])[:, :n]
         h = torch.cat([h[:, :m], full], dim=1) + self.decoder_pos_embed_learned

@@ -7,21 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from visar.engine.chain import Chain
+from visar.engine.denoising import Denoiser
 from visar.engine.graphs import RowGraphs
 from visar.errors import VisarError
 from visar.families.mar.diffusion import HeadNet, Schedule
 
 
-class DiffusionChain(Chain):
-    """MAR's head (Li et al. 2024, arXiv:2406.11838). The guess is the clean token and the variance's place.
+class DiffusionDenoiser(Denoiser):
+    """MAR's head (Li et al. 2024, arXiv:2406.11838). The guess is the clean token and the variance's interpolation.
 
-    `temperature` multiplies the standard deviation of every step. The published sampler has no noise in the last step;
-    with `last_noise` it has that of its schedule, which a rule that compares densities of tokens needs.
-    Conditions are [R, C], or [R, 2 C + 1] with guidance: conditional vector, unconditional vector, scale. Guidance is
-    of the noise alone, the variance is that of the conditional half.
+    `temperature` multiplies the standard deviation of every step. The published sampler adds no noise in the last step;
+    with `last_noise` it adds that of its schedule, which rules that compare densities of tokens need. Conditions are
+    [R, C], or [R, 2 C + 1] with guidance: conditional vector, unconditional vector, scale. Guidance applies to the
+    noise; the variance is that of the conditional batch.
 
-    With `graphs` the whole loop of `denoise`, and an evaluation for samplers that go their own way, are CUDA graphs.
+    With `graphs`, `denoise` is one CUDA graph, and so is `evaluate`. Raises `VisarError` unless the net is in float32.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class DiffusionChain(Chain):
         s = schedule
         rows = (s.root.reciprocal(), s.spread, s.from_clean, s.from_noisy, s.log_least, s.log_most - s.log_least)
         self.table = torch.stack(rows).float().to(device)[..., None]
-        # The logarithm of what is left of a state after the first k steps; the last step leaves nothing.
+        # The log of a state's share that is left after the first k steps; the last step leaves nothing.
         left = s.from_noisy.clamp_min(1e-30).log().cumsum(0)
         self.left = torch.cat([torch.zeros(1, dtype=torch.float64), left]).to(device)
         self.times = s.times.to(device)
@@ -53,7 +53,7 @@ class DiffusionChain(Chain):
         if not last_noise:
             self.factor[-1] = 0
         self.graphs = graphs
-        # A chain of these settings has the same tables, so its graphs serve all others of these weights.
+        # Denoisers with equal settings and weights have equal tables, so they share graphs.
         self._key = (parameter.data_ptr(), s.steps, int(s.times[0]), self.temperature, last_noise)
 
     def captured(self, what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -62,31 +62,30 @@ class DiffusionChain(Chain):
     def guess(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
         time, c = self.embedded[step], self.width
         if condition.shape[-1] == c:
-            noise, place = self.net.at(x, time, condition)
+            noise, interpolation = self.net.at(x, time, condition)
         else:
             both = torch.cat([condition[:, :c], condition[:, c : 2 * c]])
-            noises, places = self.net.at(x.repeat(2, 1), torch.cat([time, time]), both)
-            with_it, without = noises.chunk(2)
-            noise, place = without + condition[:, -1:] * (with_it - without), places[: len(x)]
+            noises, interpolations = self.net.at(x.repeat(2, 1), torch.cat([time, time]), both)
+            cond, uncond = noises.chunk(2)
+            noise, interpolation = uncond + condition[:, -1:] * (cond - uncond), interpolations[: len(x)]
         inverse_root, spread = self.table[:2, step]
-        return torch.cat([x * inverse_root - noise * spread, place], dim=-1)
+        return torch.cat([x * inverse_root - noise * spread, interpolation], dim=-1)
 
     def kernel(self, x: Tensor, step: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-        clean, place = guess.chunk(2, dim=-1)
+        clean, interpolation = guess.chunk(2, dim=-1)
         _, _, from_clean, from_noisy, least, range_ = self.table[:, step]
-        std = (0.5 * (least + 0.5 * (place + 1) * range_)).exp() * self.factor[step]
+        std = (0.5 * (least + 0.5 * (interpolation + 1) * range_)).exp() * self.factor[step]
         return from_clean * clean + from_noisy * x, std
 
     def draft(self, x: Tensor, steps: Tensor, guess: Tensor, normals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Chain.draft`, in closed form: under one guess the steps are affine in the state and their noise."""
-        clean, place = (g[:, None] for g in guess.chunk(2, dim=-1))
+        """As `Denoiser.draft`, in closed form: under one guess the steps are affine in state and noise."""
+        clean, interpolation = (g[:, None] for g in guess.chunk(2, dim=-1))
         _, _, from_clean, from_noisy, least, range_ = self.table[:, steps]
-        std = (0.5 * (least + 0.5 * (place + 1) * range_)).exp() * self.factor[steps]
+        std = (0.5 * (least + 0.5 * (interpolation + 1) * range_)).exp() * self.factor[steps]
         toward = from_clean * clean
         after = self.left[steps + 1]
-        later = (
-            (after[:, :, None] - after[:, None]).tril().exp().tril().to(x)
-        )  # [R, n, n], what is left of an earlier one
+        # [R, n, n]: the share that is left of an earlier state.
+        later = (after[:, :, None] - after[:, None]).tril().exp().tril().to(x)
         first = (after - self.left[steps[:, :1]]).exp().to(x)[..., None]
         states = first * x[:, None] + later @ (toward + std * normals)
         before = torch.cat([x[:, None], states[:, :-1]], dim=1)

@@ -1,8 +1,8 @@
-"""The chain of Gaussian steps by which a head turns noise into a continuous token, and what a step costs.
+"""Denoising: the Gaussian steps by which a head turns noise into a continuous token, and how many calls they take.
 
-A step goes from x to N(mean, std**2), diagonal. What the network says of x is its *guess*, from which `kernel` computes
-the step in closed form; a guess that was made at another x gives the kernel of a draft, without the network. What is
-guessed is chosen so that it changes little from step to step: the clean token, not the noise.
+A step goes from x to N(mean, std**2), diagonal. The network's output for x is its *guess*, from which `kernel` computes
+the step in closed form. A guess made at another x gives the kernel of a draft without a network call. The guess is the
+clean token and not the noise, because it changes less from step to step.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch import Tensor
 from visar.errors import VisarError
 
 
-class Chain(ABC):
-    """`steps` steps over tokens of `dim` numbers, counted from 0, the noisiest.
+class Denoiser(ABC):
+    """`steps` denoising steps over tokens of `dim` numbers; step 0 is the noisiest.
 
-    `rounds` counts evaluations that had to wait for one another, `evaluations` the rows in them; guidance's second half
-    is not counted apart. At `temperature` 0 no step has noise; whether the last one has any, `last_noise` says.
+    `calls` counts the sequential calls of the network, `evaluations` the rows in them; the unconditional batch is not
+    counted separately. At `temperature` 0 no step adds noise. The last step adds noise only with `last_noise`.
     """
 
     def __init__(self, steps: int, dim: int, temperature: float = 1.0, last_noise: bool = False):
         self.steps, self.dim, self.temperature, self.last_noise = steps, dim, float(temperature), last_noise
-        self.rounds = self.evaluations = 0
+        self.calls = self.evaluations = 0
 
     def evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
-        """The network's guess [R, G] for x [R, d] at the steps [R] under conditions [R, K]; the only costly call."""
-        self.rounds += 1
+        """The network's guess [R, G] for x [R, d] at the steps [R] under conditions [R, K]. Counted."""
+        self.calls += 1
         self.evaluations += len(x)
         return self.captured("guess", self.guess)(x, step, condition)
 
     @abstractmethod
     def guess(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
-        """What `evaluate` counts."""
+        """`evaluate` without the count."""
 
     def denoise(self, condition: Tensor, start: Tensor, normals: Tensor) -> Tensor:
-        """Tokens [R, d], one step after the other: conditions [R, K], `start` [R, d], `normals` [R, T, d]."""
-        self.rounds += self.steps
+        """Tokens [R, d] after all steps, for conditions [R, K], `start` [R, d] and `normals` [R, T, d]."""
+        self.calls += self.steps
         self.evaluations += self.steps * len(start)
         return self.captured("denoise", self._denoise)(condition, start, normals)
 
@@ -51,17 +51,17 @@ class Chain(ABC):
         return x
 
     def captured(self, what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function of rows, as a CUDA graph where the chain knows how."""
+        """The function as a CUDA graph, where a subclass supports that."""
         return function
 
     @abstractmethod
     def kernel(self, x: Tensor, step: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, both [R, d], of the step from x under a guess; the last step may have none."""
+        """Mean and standard deviation, both [R, d], of the step from x; std may be 0 in the last."""
 
     def draft(self, x: Tensor, steps: Tensor, guess: Tensor, normals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The states that follow x [R, d] under one frozen guess, and the means and standard deviations they came from.
+        """The states after x [R, d] under one frozen guess, their means and standard deviations, each [R, n, d].
 
-        `steps` [R, n] are successive steps and `normals` [R, n, d] their noise; all three are [R, n, d].
+        `steps` [R, n] are successive steps and `normals` [R, n, d] their noise.
         """
         states, means, stds = [], [], []
         for i in range(steps.shape[1]):
@@ -73,12 +73,12 @@ class Chain(ABC):
         return torch.stack(states, 1), torch.stack(means, 1), torch.stack(stds, 1)
 
 
-class FlowChain(Chain):
-    """A rectified-flow head by Euler-Maruyama, as SphereAR and NextStep-1 sample theirs; the guess is the clean token.
+class FlowDenoiser(Denoiser):
+    """A rectified-flow head with Euler-Maruyama steps, as in SphereAR and NextStep-1; the guess is the clean token.
 
-    x at time t is (1 - t) noise + t clean, and `velocity(x, t, condition)` the model of clean - noise. Steps of equal
-    length with noise of standard deviation temperature * sqrt(2 (1 - t) dt), which does not depend on the network;
-    then a step of length `last` without noise.
+    x at time t is (1 - t) noise + t clean, and `velocity(x, t, condition)` predicts clean - noise. Steps have equal
+    length and noise of standard deviation temperature * sqrt(2 (1 - t) dt); a step of length `last` without noise
+    ends the sequence. Raises `VisarError` for fewer than 2 steps.
     """
 
     def __init__(
