@@ -1,7 +1,7 @@
 """A contact sheet of what people type first, to be looked at.
 
-`python -m visar.eval.prompt_sheet --model FOLDER --out sheet.png` generates `--seeds` images for every prompt of
-`PROMPTS`, at the model's own settings. Images side by side are of one prompt, which stands below them.
+`python -m visar.eval.report.prompt_sheet --model FOLDER --out sheet.png` generates `--seeds` images for every prompt of
+`PROMPTS`, at the model's own settings. Images next to one another are of one prompt, which is below them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROMPTS = (
 def prompt_sheet(
     pipe: TextToImagePipeline, prompts: tuple[str, ...] = PROMPTS, seeds: int = 2, side: int = 128, columns: int = 3
 ) -> Image.Image:
-    """`seeds` images of each prompt side by side with the prompt below, `columns` prompts in a row."""
+    """`seeds` images of each prompt next to one another with the prompt below, `columns` prompts in a row."""
     text, rows = 14, -(-len(prompts) // columns)
     canvas = Image.new("RGB", (columns * (seeds * side + 6), rows * (side + text)), "white")
     writer = ImageDraw.Draw(canvas)

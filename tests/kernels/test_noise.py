@@ -82,12 +82,12 @@ def test_small_exponentials_keep_their_digits() -> None:
     torch.testing.assert_close(made[1][small], made[0][small], rtol=3e-7, atol=0)
 
 
-def test_a_exponential_noise_is_made_of_its_own_columns() -> None:
+def test_exponential_noise_is_made_of_its_own_columns() -> None:
     key, images, keys = rows("cpu")
-    exponential = ExponentialNoise(key, images, keys, positions(6, "cpu"), 4, 3, 11)
-    whole = exponential.make()
-    assert torch.equal(whole, exponential(key, images, keys, exponential.positions, 4, 3, 11))
-    assert torch.equal(exponential[:, 1:-1].make(), whole[:, 1:-1])
+    noise = ExponentialNoise(key, images, keys, positions(6, "cpu"), 4, 3, 11)
+    whole = noise.make()
+    assert torch.equal(whole, exponential(key, images, keys, noise.positions, 4, 3, 11))
+    assert torch.equal(noise[:, 1:-1].make(), whole[:, 1:-1])
 
 
 @needs_triton

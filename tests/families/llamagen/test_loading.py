@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.helpers.published import gpt_arguments, vq_arguments
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.loading import gpt_config, load_gpt, load_vq
-from visar.families.llamagen.specs import MODELS, TOKENIZERS, gpt_arguments, match_heads, published_grid, vq_arguments
+from visar.families.llamagen.specs import MODELS, TOKENIZERS, match_heads, published_grid
 from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.families.source import resolve
 from visar.families.weights import load_state

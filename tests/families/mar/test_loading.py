@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tests.helpers.published import mar_arguments
 from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLAutoencoder, published_name
 from visar.families.mar.loading import kl_config, load_kl16, load_mar, mar_config
-from visar.families.mar.specs import MAR_MODELS, mar_arguments, match_mar_heads
+from visar.families.mar.specs import MAR_MODELS, match_mar_heads
 from visar.families.mar.transformer import MAR
 from visar.families.weights import load_state
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers.plain_mar import TINY, N, drawn, linear, norm, normed, plain_pass, plain_tables, random_weights, tiny
+from tests.helpers.published import mar_arguments
 from visar.errors import VisarError
 from visar.families.mar.denoising import DiffusionDenoiser
 from visar.families.mar.diffusion import HeadNet, Schedule, alphas_bar, interpolated_log_variance
 from visar.families.mar.session import MARSession
-from visar.families.mar.specs import MAR_MODELS, mar_arguments
+from visar.families.mar.specs import MAR_MODELS
 from visar.families.mar.transformer import MAR, Block
 
 

@@ -7,7 +7,6 @@ look up the number of heads here, which no shape of a tensor has.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from visar.families.catalogue import Listing
 
@@ -119,28 +118,6 @@ TOKENIZERS: dict[str, TokenizerSpec] = {
         ),
     )
 }  # fmt: skip
-
-
-def gpt_arguments(spec: ModelSpec) -> dict[str, Any]:
-    """The `LlamaGen(...)` arguments of a model."""
-    s = spec.shape
-    return {
-        "vocab_size": s.vocab,
-        "dim": s.dim,
-        "num_layers": s.layers,
-        "num_heads": s.heads,
-        "ffn": s.ffn,
-        "condition": spec.condition,
-        "condition_length": s.condition_length,
-        "classes": s.classes,
-        "caption_features": s.caption_features,
-        "grid": spec.grid,
-    }
-
-
-def vq_arguments(spec: TokenizerSpec) -> dict[str, Any]:
-    """The `VQModel(...)` arguments of a published tokenizer; its other sizes are the defaults."""
-    return {"channel_multipliers": spec.channel_multipliers}
 
 
 def published_grid(file_name: str) -> int | None:

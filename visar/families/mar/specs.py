@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from visar.families.catalogue import Listing
 
@@ -49,24 +48,6 @@ MAR_MODELS: dict[str, MARSpec] = {
         MARSpec("mar-h", "MAR-H, ImageNet classes", MARShape(20, 1280, 16, 12, 1536), 3.2),
     )
 }
-
-
-def mar_arguments(spec: MARSpec) -> dict[str, Any]:
-    """The `MAR(...)` arguments of a published model."""
-    s = spec.shape
-    return {
-        "token_dim": s.token_dim,
-        "grid": spec.grid,
-        "dim": s.dim,
-        "encoder_layers": s.layers,
-        "decoder_layers": s.layers,
-        "num_heads": s.heads,
-        "head_width": s.head_width,
-        "head_layers": s.head_layers,
-        "condition": "class",
-        "classes": s.classes,
-        "buffer": s.buffer,
-    }
 
 
 def match_mar(encoder_layers: int, decoder_layers: int, dim: int) -> MARSpec | None:
