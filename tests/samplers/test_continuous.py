@@ -44,7 +44,7 @@ def test_the_plan() -> None:
     assert set(counts[32][-2:]) == {12, 13} and counts[16][-1] == 25 and counts[8][-1] == 49
     assert plan(256, 64)[-1][1] == 255
     for passes in (0, 10):
-        with pytest.raises(VisarError, match=f"9 tokens are decided in 1 to 9 passes, not {passes}"):
+        with pytest.raises(VisarError, match=f"9 tokens are sampled in 1 to 9 passes, not {passes}"):
             plan(9, passes)
 
 

@@ -99,7 +99,7 @@ MISTAKES: dict[str, tuple[tuple[str, str], str, str, str]] = {
     "the cache of row 0 for all": (
         ("F.scaled_dot_product_attention(q, self.keys[layer], self.values[layer], seen)",
          "F.scaled_dot_product_attention(q, self.keys[layer][:1], self.values[layer][:1], seen)"),
-        "rows are apart", "it sees the other rows", "ar",
+        "rows are apart", "it depends on the other rows", "ar",
     ),
     "a window that sees itself to the end": (
         (SEEN, "return self.slots <= slots[:, -1:, None]"), "passes of W tokens", "causal mask", "scd",
