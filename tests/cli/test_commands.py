@@ -295,8 +295,8 @@ def test_verify_notices_an_inexact_sampler(capsys: Capture, monkeypatch: pytest.
     """A sampler that keeps every draft."""
 
     def keep_all(p: torch.Tensor, q: torch.Tensor, drafts: torch.Tensor, coins: object) -> object:
-        verdict = jacobi.verify_independent(p, q, drafts, coins)
-        return verdict._replace(tokens=torch.cat([drafts, verdict.tokens[:, -1:]], dim=1))
+        verified = jacobi.verify_independent(p, q, drafts, coins)
+        return verified._replace(tokens=torch.cat([drafts, verified.tokens[:, -1:]], dim=1))
 
     monkeypatch.setitem(jacobi.RULES, "independent", keep_all)
     monkeypatch.setattr(exactness, "verify", partial(exactness.verify, cases=exactness.CASES[:2]))

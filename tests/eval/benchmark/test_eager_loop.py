@@ -1,4 +1,4 @@
-"""The eager baseline computes what the engine computes: the same logits, the same greedy images, the same law."""
+"""The eager baseline computes what the engine computes: the same logits, the same greedy images, the same distribution."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GUIDANCES = (Guidance(), Guidance(3.0), Guidance(3.0, interval=0), Guidance(3.0,
 
 
 def case(kind: str) -> tuple[LlamaGen, Tensor, Tensor | None]:
-    """A random model whose laws are far from flat, two conditions, and for captions a left-padded mask."""
+    """A random model whose distributions are far from flat, two conditions, and for captions a left-padded mask."""
     torch.manual_seed(5)
     model = class_gpt() if kind == "class" else text_gpt()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Samplers of continuous tokens have the joint distribution of plain decoding, and planted mistakes do not pass."""
+"""Samplers of continuous tokens have the joint distribution of plain decoding, and known-bad samplers fail."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_exact_samplers_have_the_joint_distribution(name: str) -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_planted_mistakes_are_caught(mutant: Any) -> None:
+def test_known_bad_samplers_fail(mutant: Any) -> None:
     case = case_of(mutant.case)
     assert measure(configured(mutant.sampler, case), case, MUTANT_IMAGES // 4, seed=0).z > MUTANT_LIMIT
 

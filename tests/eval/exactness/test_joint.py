@@ -62,7 +62,7 @@ def test_every_exact_sampler_is_proven_or_has_the_rules_of_one_that_is() -> None
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
-def test_planted_mistakes_are_caught(mutant) -> None:
+def test_known_bad_samplers_fail(mutant) -> None:
     case = case_of(mutant.case)
     z, _, _ = measure(configured(mutant.sampler, case), case, SEQUENCES, seed=0)
     assert z > MUTANT_LIMIT

@@ -1,4 +1,4 @@
-"""The verdict on two folders: planted changes are seen, and seed noise alone is not called one."""
+"""Comparison of two folders: real changes are found, and seed noise alone is not called one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLASSES = 40
 SIZE = 6
 
 
-def drawn(count: int, seed: int, shared: int | None = None) -> np.ndarray:
+def sampled(count: int, seed: int, shared: int | None = None) -> np.ndarray:
     """Images [count, SIZE, SIZE, 3]: a colour per class, and noise, half of which may be shared with another seed."""
     rng = np.random.default_rng(seed)
     colours = np.random.default_rng(0).uniform(60, 200, (CLASSES, 1, 1, 3))
@@ -49,7 +49,7 @@ COUNT = 1200
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> ImageFolder:
-    return folder(tmp_path_factory.mktemp("compare") / "a", drawn(COUNT, 1))
+    return folder(tmp_path_factory.mktemp("compare") / "a", sampled(COUNT, 1))
 
 
 def one_in_a_hundred(images: np.ndarray) -> np.ndarray:
@@ -70,9 +70,9 @@ def dropped_class(images: np.ndarray) -> np.ndarray:
     ("change", "shared"),
     [(one_in_a_hundred, True), (colour, True), (colour, False), (dropped_class, True), (dropped_class, False)],
 )
-def test_planted_changes_are_seen(plain: ImageFolder, tmp_path: Path, change: Any, shared: bool) -> None:
+def test_changes_are_found(plain: ImageFolder, tmp_path: Path, change: Any, shared: bool) -> None:
     """Under one seed and under two, whose noise hides what happens to a hundredth of the images."""
-    b = folder(tmp_path / "b", change(drawn(COUNT, 1) if shared else drawn(COUNT, 2)))
+    b = folder(tmp_path / "b", change(sampled(COUNT, 1) if shared else sampled(COUNT, 2)))
     found = compare(plain, b, Cells())
     if change is dropped_class and shared:
         assert found.conclusion.startswith("Mixed up: 30 of 1200 images are those of another prompt")
@@ -81,11 +81,11 @@ def test_planted_changes_are_seen(plain: ImageFolder, tmp_path: Path, change: An
 
 
 def test_seed_noise_is_no_change(plain: ImageFolder, tmp_path: Path) -> None:
-    a2, a3 = (folder(tmp_path / f"a{seed}", drawn(COUNT, seed)) for seed in (5, 6))
+    a2, a3 = (folder(tmp_path / f"a{seed}", sampled(COUNT, seed)) for seed in (5, 6))
     independent = compare(plain, a2, Cells(), seeds=[a3])
     assert not independent.changed and independent.same == 0 and independent.seeds[0].p > 0.01
     assert independent.conclusion.startswith("No change seen in 1200 pairs")
-    b = folder(tmp_path / "b", drawn(COUNT, 7, shared=1))
+    b = folder(tmp_path / "b", sampled(COUNT, 7, shared=1))
     coupled = compare(plain, b, Cells())
     assert not coupled.changed and coupled.same == 0.5 and coupled.overall.least < independent.overall.least
 
@@ -97,12 +97,12 @@ def test_the_same_folder_is_the_same(plain: ImageFolder) -> None:
 
 
 def test_what_is_counted(tmp_path: Path) -> None:
-    images = drawn(8, 1)
+    images = sampled(8, 1)
     a = folder(tmp_path / "a", images, tokens=[[1, 2, 3, 4]] * 8)
     other = images.copy()
     other[2, 0, 0, 0] = 255 - other[2, 0, 0, 0]
     b = folder(tmp_path / "b", other, tokens=[[1, 2, 3, 4]] * 7 + [[1, 2, 0, 0]])
-    reference = folder(tmp_path / "r", drawn(5, 3), prompt="another {}")
+    reference = folder(tmp_path / "r", sampled(5, 3), prompt="another {}")
     scores = {str(a.path): torch.arange(8.0), str(b.path): torch.arange(8.0) + torch.tensor([1.0, 3] * 4)}
     found = compare(a, b, Cells(), reference=reference, clip=lambda f, ids: scores[str(f.path)])
     assert found.same == 7 / 8 and found.tokens == 30 / 32 and found.elsewhere == 0
@@ -134,15 +134,15 @@ def test_shifts_of_means() -> None:
 
 
 def test_folders_that_do_not_belong_together(plain: ImageFolder, tmp_path: Path) -> None:
-    fewer = folder(tmp_path / "fewer", drawn(30, 1))
+    fewer = folder(tmp_path / "fewer", sampled(30, 1))
     with pytest.raises(VisarError, match=r"lacks 1170 images that .* has, the first being 000030"):
         compare(plain, fewer, Cells())
     with pytest.raises(VisarError, match=r"Image 000000 is of 'class 0' in .* and of 'thing 0' in"):
-        compare(fewer, folder(tmp_path / "things", drawn(30, 1), prompt="thing {}"), Cells())
+        compare(fewer, folder(tmp_path / "things", sampled(30, 1), prompt="thing {}"), Cells())
     with pytest.raises(VisarError, match=r"of \(6, 6\) pixels .* of \(5, 5\)"):
-        compare(fewer, folder(tmp_path / "small", drawn(30, 1)[:, :5, :5]), Cells())
+        compare(fewer, folder(tmp_path / "small", sampled(30, 1)[:, :5, :5]), Cells())
     with pytest.raises(VisarError, match="holds 1 images; a comparison needs 2"):
-        one = folder(tmp_path / "one", drawn(1, 1))
+        one = folder(tmp_path / "one", sampled(1, 1))
         compare(one, one, Cells())
 
 
@@ -153,14 +153,14 @@ def test_features_that_are_not_finite(tmp_path: Path) -> None:
             found[1:2] = float("nan")
             return {"pool": found}
 
-    a, b = (folder(tmp_path / name, drawn(4, seed)) for seed, name in enumerate("ab"))
+    a, b = (folder(tmp_path / name, sampled(4, seed)) for seed, name in enumerate("ab"))
     with pytest.raises(VisarError, match=r"Features of image 000001 of .* are not finite"):
         compare(a, b, Broken())
 
 
 def test_what_would_have_been_seen_is_of_all_tests_together(plain: ImageFolder, tmp_path: Path) -> None:
-    """The verdict cannot say that a distance beyond its own limit was not seen, for want of the correction."""
-    b = folder(tmp_path / "b", drawn(COUNT, 2))
+    """The conclusion cannot say that a distance beyond its own limit was not seen, for want of the correction."""
+    b = folder(tmp_path / "b", sampled(COUNT, 2))
     alone, both = compare(plain, b, Cells()), compare(plain, b, Cells(), clip=lambda f, ids: torch.rand(len(ids)))
     assert alone.overall.level == 0.005 and both.overall.level == pytest.approx(0.01 / 3)
     assert both.overall.least > alone.overall.least
@@ -168,6 +168,6 @@ def test_what_would_have_been_seen_is_of_all_tests_together(plain: ImageFolder, 
 
 def test_images_of_one_prompt_are_compared_with_one_another(plain: ImageFolder, tmp_path: Path) -> None:
     """Classes that change places in turn look alike as a whole."""
-    images = drawn(COUNT, 2)
+    images = sampled(COUNT, 2)
     found = compare(plain, folder(tmp_path / "b", np.roll(images, CLASSES + 1, axis=0)), Cells())
     assert found.per_prompt is not None and found.overall.p > 0.01 > found.per_prompt.p and found.changed

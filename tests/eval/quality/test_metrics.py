@@ -74,7 +74,7 @@ def test_kid_against_torch_fidelity() -> None:
 
 
 def test_kid_has_no_bias() -> None:
-    """Of two samples of one law it is 0 on average; an image paired with itself would add about 3 E k / n."""
+    """Of two samples of one distribution it is 0 on average; an image paired with itself would add about 3 E k / n."""
     found = [kid(normal(20, 3, seed=2 * i), normal(20, 3, seed=2 * i + 1), 1, 20).mean for i in range(400)]
     assert abs(np.mean(found)) < 4 * np.std(found) / 20
     assert min(found) < 0

@@ -29,7 +29,7 @@ def report(class_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     pipe = ClassToImagePipeline.from_pretrained(class_folder)
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(5)
-    torch.nn.init.normal_(pipe.gpt.output.weight, std=3.0)  # laws that are far from uniform
+    torch.nn.init.normal_(pipe.gpt.output.weight, std=3.0)  # distributions that are far from uniform
     out = tmp_path_factory.mktemp("report")
     samplers = {"ar": get_sampler("ar"), "sjd": get_sampler("sjd"), "gsd": GroupedJacobi(group=23, gap=1.0)}
     given = [*range(7)]
