@@ -1,4 +1,4 @@
-"""The error a user can cause: one clear sentence, and exit code 2 on the command line."""
+"""The error a user can cause: one clear sentence, and exit code 2 on the command line; and a warning."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class VisarError(ValueError):
     """Bad input. The message says what was wrong and what is allowed."""
+
+
+class NotInTraining(UserWarning):
+    """A prompt asks for what the model was not trained on."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> VisarError:

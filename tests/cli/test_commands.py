@@ -19,6 +19,7 @@ from visar.cli import main
 from visar.eval.exactness import joint as exactness
 from visar.families.catalogue import catalogue
 from visar.samplers import SAMPLERS, jacobi
+from visar.text_encoders.concepts import Concepts
 
 WEIGHTS = Path("gpt/diffusion_pytorch_model.safetensors")
 Capture = pytest.CaptureFixture[str]
@@ -51,6 +52,21 @@ def test_models(capsys: Capture) -> None:
     assert ["drafters", "eagle, exit, hydra, medusa, model, skip"] in lines
     assert run("models", "mar-b") == 0 and "kl16.ckpt" in capsys.readouterr().out
     assert run("models", "icon") == 2 and "Did you mean 'icons'?" in capsys.readouterr().err
+
+
+def test_what_a_model_was_trained_on(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run("models", text_folder, "--concepts") == 2
+    err = capsys.readouterr().err
+    assert "This model has no list of what it knows" in err and len(err.splitlines()) == 1
+    shutil.copytree(text_folder, folder := tmp_path / "model")
+    Concepts(["3d", "flat"], {"": ["red"], "animals": ["cat", "dog"]}, ["cat"]).save(folder / "text_encoder")
+    assert run("models", folder, "--concepts") == 0
+    assert capsys.readouterr().out.splitlines() == ["styles: 3d, flat", "things: red", "animals: cat, dog"]
+    assert run("models", folder, "--concepts", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"styles": ["3d", "flat"], "groups": {"": ["red"], "animals": ["cat", "dog"]}}
+    assert run("models", "--concepts") == 2 and "give its name" in capsys.readouterr().err
+    assert run("models", "icon", "--concepts") == 2 and "Did you mean 'icons'?" in capsys.readouterr().err
 
 
 def test_samplers(capsys: Capture) -> None:

@@ -18,7 +18,7 @@ from visar.bulk.conditions import Condition, Interleaved
 from visar.bulk.folder import Journal, Line, RunFolder
 from visar.bulk.ranks import Ranks
 from visar.engine.rng import IMAGES
-from visar.errors import VisarError
+from visar.errors import NotInTraining, VisarError
 from visar.files import output_folder
 from visar.generation.model import ImageModel
 from visar.generation.stats import DecodeStats, MaskedStats
@@ -94,6 +94,8 @@ def sample_images(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", NotInTraining)  # there may be one for each of thousands of prompts
         ranks.agree(lambda: stack.enter_context(output_folder(folder.path)))
         ranks.agree(lambda: stack.enter_context(folder.locked(ranks.rank, ranks.world)))
         missing = set(ranks.first(lambda: _begin(folder, about, machine(model))))

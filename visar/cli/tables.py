@@ -12,6 +12,8 @@ from visar.tables import table
 
 def models(options: argparse.Namespace) -> int:
     check_json(options)
+    if options.concepts:
+        return _concepts(options)
     rows = model_rows()
     if options.name is not None:
         row = _named("model", options.name, rows) | _inside(options.name)
@@ -21,6 +23,25 @@ def models(options: argparse.Namespace) -> int:
     columns = ("name", "condition", "pixels", "weights")
     lines = [[_told(row[column]) for column in columns] for row in rows]
     show(options, table([column.upper() for column in columns], lines), rows)
+    return 0
+
+
+def _concepts(options: argparse.Namespace) -> int:
+    from visar.errors import VisarError
+    from visar.text_encoders.concepts import concepts
+
+    if options.name is None:
+        raise VisarError("--concepts is about one model: give its name, as in `visar models icons --concepts`.")
+    found = concepts(options.name)
+    lines = [
+        ("styles", _told(found.styles)),
+        *((group or "things", _told(names)) for group, names in found.groups.items()),
+    ]
+    show(
+        options,
+        "\n".join(f"{name}: {known}" for name, known in lines),
+        {"styles": found.styles, "groups": found.groups},
+    )
     return 0
 
 

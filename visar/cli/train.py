@@ -54,10 +54,14 @@ def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
 
 
 def tokenizer(options: argparse.Namespace) -> int:
-    from visar.training.tokenizer import train_tokenizer
+    from dataclasses import replace
 
+    from visar.training.tokenizer import SMALL_VQ, train_tokenizer
+
+    start = _component("families.llamagen.vq.VQModel", options.init) if options.init else None
     data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
-    train_tokenizer(data, options.size, config)
+    sizes = replace(SMALL_VQ, patch=options.patch)
+    train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied, options.decoder_only)
     return 0
 
 
@@ -112,7 +116,11 @@ def ar(options: argparse.Namespace) -> int:
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
     vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
-    train_ar(data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn)
+    start = _component("families.llamagen.gpt.LlamaGen", options.init) if options.init else None
+    train_ar(
+        data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn,
+        variants=options.variants, weights=options.weigh, start=start,
+    )  # fmt: skip
     return 0
 
 

@@ -90,6 +90,11 @@ class Family(ABC):
             if not 0 <= label < self.classes:
                 raise VisarError(f"Class {label} does not exist; this model knows 0 to {self.classes - 1}.")
 
+    def notes(self, conditions: Sequence[Any]) -> list[str]:
+        """Sentences about what of the conditions was not in training; none where that is not known."""
+        found = getattr(self.components.get("text_encoder"), "notes", None)
+        return found(conditions) if found else []
+
     # Pixels
 
     @abstractmethod

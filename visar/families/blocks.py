@@ -90,14 +90,23 @@ class Encoder(nn.Module):
     """Images [B, 3, H, W] to maps [B, outputs, h, w]; one level for each of `widths`, the largest map first.
 
     `channels` is the width before the first level; with `attention` the last level has it after every residual block.
+    Blocks of `patch` x `patch` pixels enter as channels.
     """
 
     def __init__(
-        self, channels: int, widths: Sequence[int], blocks: int, outputs: int, groups: int = 32, attention: bool = True
+        self,
+        channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        outputs: int,
+        groups: int = 32,
+        attention: bool = True,
+        patch: int = 1,
     ):
         super().__init__()
+        self.patch = patch
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * patch**2, channels, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
             Level(before, width, blocks, groups, attention and i == last, "downsample" if i < last else "")
             for i, (before, width) in enumerate(zip((channels, *widths), widths, strict=False))
@@ -107,7 +116,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch))
         for block in (*self.conv_blocks, *self.mid):
             x = block(x)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -119,8 +128,17 @@ class Decoder(nn.Module):
     `conv_blocks.0` is the smallest map; with `attention` it has it.
     """
 
-    def __init__(self, widths: Sequence[int], blocks: int, inputs: int, groups: int = 32, attention: bool = True):
+    def __init__(
+        self,
+        widths: Sequence[int],
+        blocks: int,
+        inputs: int,
+        groups: int = 32,
+        attention: bool = True,
+        patch: int = 1,
+    ):
         super().__init__()
+        self.patch = patch
         widths, last = widths[::-1], len(widths) - 1
         self.conv_in = nn.Conv2d(inputs, widths[0], 3, padding=1)
         self.mid = _middle(widths[0], groups)
@@ -129,10 +147,10 @@ class Decoder(nn.Module):
             for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
         self.norm_out = _norm(groups, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], 3 * patch**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.conv_in(z)
         for block in (*self.mid, *self.conv_blocks):
             z = block(z)
-        return self.conv_out(F.silu(self.norm_out(z)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(z))), self.patch)

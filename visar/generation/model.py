@@ -5,6 +5,7 @@ The pipelines are this in the manner of diffusers; command line, demo, bulk runs
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from typing_extensions import Self
 
 from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
-from visar.errors import VisarError
+from visar.errors import NotInTraining, VisarError
 from visar.families.base import Family
 from visar.families.registry import family_of
 from visar.families.source import Source, check_condition, open_source
@@ -171,6 +172,8 @@ class ImageModel:
         self._check_modules()
         with undisturbed(self.device), torch.inference_mode():
             encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
+            for note in self.family.notes(values):
+                warnings.warn(note, NotInTraining, stacklevel=2)
             noise = noise_of(keys, first_image, params.seed or 0, self.device)
             result, stats = RUN[self.family.tokens](self, encoded, noise, params, sampler, window, callback)
         with (

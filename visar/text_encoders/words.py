@@ -21,20 +21,27 @@ from torch import Tensor, nn
 
 from visar.errors import VisarError
 from visar.files import replacing
+from visar.text_encoders.concepts import FILE, Concepts
 
 ENDINGS = (
     ("ies", "y"), ("es", ""), ("s", ""), ("ing", ""), ("ing", "e"), ("ied", "y"), ("ed", ""), ("ed", "e"), ("ly", ""),
 )  # fmt: skip
 SILENT = frozenset(["a", "an", "the", "of", "and", "with", "in", "on", "some"])
+# What people put before the thing itself: "a photo of", "draw me".
+OPENING = re.compile(
+    r"^(please )?((draw|show|make|give|paint|generate)( me)? (?=an? |the |some ))?((an? |the )?([a-z]+ )?"
+    r"(photo|photograph|picture|image|drawing|icon|emoji|illustration|painting|sketch|rendering|clip ?art) of )?"
+)
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words of a text without accents, articles and the like left out."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return [w for w in re.findall(r"[a-z0-9]+", plain.lower().replace("'", "")) if w not in SILENT]
+    """Lower-case words of a text without accents; articles and the like, and "a photo of", are left out."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower().strip()
+    plain = plain[OPENING.match(plain).end() :] or plain  # type: ignore[union-attr]  # it matches any text
+    return [w for w in re.findall(r"[a-z0-9]+", plain.replace("'", "")) if w not in SILENT]
 
 
-def _stems(word: str) -> Iterable[str]:
+def stems(word: str) -> Iterable[str]:
     """The word, then simpler forms of it to look for."""
     yield word
     for ending, replacement in ENDINGS:
@@ -43,17 +50,28 @@ def _stems(word: str) -> Iterable[str]:
 
 
 class WordEncoder(nn.Module):
-    """Words to vectors. `table` is int8 [n, features], `scale` fp32 [n]; a word's vector is table * scale."""
+    """Words to vectors. `table` is int8 [n, features], `scale` fp32 [n]; a word's vector is table * scale.
+
+    `concepts` says what the model behind it was trained on, where that is known.
+    """
 
     table: Tensor
     scale: Tensor
 
-    def __init__(self, words: Sequence[str], table: Tensor, scale: Tensor, length: int = 12):
+    def __init__(
+        self,
+        words: Sequence[str],
+        table: Tensor,
+        scale: Tensor,
+        length: int = 12,
+        concepts: Concepts | None = None,
+    ):
         super().__init__()
         if len(words) != len(table) or len(words) != len(scale):
             raise VisarError(f"A word table of {len(table)} rows does not fit {len(words)} words.")
         self.words = list(words)
         self.length = length
+        self.concepts = concepts
         self.register_buffer("table", table)
         self.register_buffer("scale", scale)
         self._index = {w: i for i, w in enumerate(self.words)}
@@ -84,7 +102,7 @@ class WordEncoder(nn.Module):
         """Rows of the known words of a text, and the words that are not known."""
         known, missing = [], []
         for word in words_of(text):
-            row = next((self._index[s] for s in _stems(word) if s in self._index), None)
+            row = next((self._index[s] for s in stems(word) if s in self._index), None)
             known.append(row) if row is not None else missing.append(word)
         return [r for r in known if r is not None], missing
 
@@ -107,6 +125,12 @@ class WordEncoder(nn.Module):
         features = self.table[at].float() * self.scale[at].float().unsqueeze(-1)
         return features, torch.ones(at.shape, dtype=torch.bool, device=self.device)
 
+    def notes(self, prompts: Sequence[str]) -> list[str]:
+        """What of the prompts the model was not trained on, in sentences, each once; none where it is not known."""
+        if self.concepts is None:
+            return []
+        return list(dict.fromkeys(note for prompt in prompts for note in self.concepts.notes(prompt, self)))
+
     def save_pretrained(self, folder: str | Path, **_: object) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,10 +140,14 @@ class WordEncoder(nn.Module):
             part.write_text(json.dumps({"length": self.length}) + "\n")
         with replacing(folder / "model.safetensors") as part:
             save_file({"table": self.table.cpu(), "scale": self.scale.cpu()}, part)
+        if self.concepts is not None:
+            self.concepts.save(folder)
 
     @staticmethod
     def from_pretrained(folder: str | Path, **_: object) -> WordEncoder:
         folder = Path(folder)
         tensors = load_file(folder / "model.safetensors")
         length = json.loads((folder / "config.json").read_text())["length"]
-        return WordEncoder((folder / "words.txt").read_text().split(), tensors["table"], tensors["scale"], length)
+        words = (folder / "words.txt").read_text().split()
+        known = Concepts.load(folder) if (folder / FILE).exists() else None
+        return WordEncoder(words, tensors["table"], tensors["scale"], length, known)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.families.llamagen.gpt import LlamaGen, initialise
+from visar.families.llamagen.gpt import Block, LlamaGen, initialise
 from visar.families.llamagen.vq import VQModel
+from visar.text_encoders.concepts import Concepts, listed
 from visar.text_encoders.words import WordEncoder
 from visar.training.data import SPLITS, ImageSet, Record, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
+from visar.training.phrases import typed
+from visar.training.variants import VariantTokens
 
 
 class ARLoss(nn.Module):
@@ -72,9 +78,17 @@ def tokenize(vq: VQModel, pixels: Tensor, batch: int = 64) -> Tensor:
     return torch.cat([vq.encode(to_unit(part.to(vq.device))).cpu() for part in pixels.split(batch)])
 
 
-def encode_captions(encoder: WordEncoder, records: list[Record], rng: random.Random | None) -> tuple[Tensor, Tensor]:
-    """Features and mask of the records' prompts; the plain one where the varied one has no known word."""
-    varied = [r.prompt(rng) for r in records]
+def encode_captions(
+    encoder: WordEncoder,
+    records: list[Record],
+    rng: random.Random | None,
+    say: Callable[[Record, random.Random], str] = Record.prompt,
+) -> tuple[Tensor, Tensor]:
+    """Features and mask of the records' prompts, which `say` varies with a generator.
+
+    Where the varied one has no known word, it is the plain one.
+    """
+    varied = [say(r, rng) if rng else r.prompt() for r in records]
     return encoder.encode([p if encoder.ids(p)[0] else r.prompt() for p, r in zip(varied, records, strict=True)])
 
 
@@ -100,6 +114,11 @@ def bigram_cross_entropy(train: Tensor, held: Tensor, vocab: int) -> float:
     return -log_p[held[:, :-1].flatten(), held[:, 1:].flatten()].mean().item()
 
 
+def spread(rows: list[int], most: int = 48) -> list[int]:
+    """At most `most` of the rows, evenly spread: those of one style lie together."""
+    return rows[:: -(-len(rows) // most)] if rows else rows
+
+
 def train_ar(
     data: ImageSet,
     size: int,
@@ -111,15 +130,28 @@ def train_ar(
     heads: int = 4,
     ffn: int = 768,
     dropped: float = 0.1,
+    variants: int = 0,
+    weights: Mapping[str, float] | None = None,
+    start: LlamaGen | None = None,
 ) -> LlamaGen:
-    """Train on the `train` split; saves `gpt/` in diffusers layout in `config.out`; returns the EMA."""
+    """Train on the `train` split; saves `gpt/` in diffusers layout in `config.out`; returns the EMA.
+
+    With `variants`, as many of each image are learnt (`visar.training.variants`), prompts are as people
+    type them, and few inputs are corrupted; without, each image has one token string, and heavy corruption and the
+    model's own mistakes keep it from being learnt by heart. `weights` says how often images of a style or group are
+    taken, 1 being normal. `start` is a GPT of these sizes, or with fewer layers, to go on from. The text encoder with
+    the list of what is known is saved next to the GPT.
+    """
     if size % vq.sizes.downsample:
         raise VisarError(f"The size must be a multiple of {vq.sizes.downsample} pixels, not {size}.")
+    shares = _shares(data, weights or {})
     torch.manual_seed(config.seed)
-    tokens = tokenize(vq, data.pixels(size))
+    file = config.out / f"variants-{distributed()[0]}.safetensors" if variants else None
+    config.out.mkdir(parents=True, exist_ok=True)
+    tokens = VariantTokens(vq, data, size, max(variants, 1), file, config.seed)
     split = {name: data.indices(name) for name in SPLITS}
     train = split["train"]
-    gpt = LlamaGen(
+    fresh = LlamaGen(
         vocab_size=vq.sizes.codebook_size,
         dim=dim,
         num_layers=layers,
@@ -130,26 +162,80 @@ def train_ar(
         caption_features=encoder.table.shape[1],
         grid=size // vq.sizes.downsample,
     )
-    model = ARLoss(initialise(gpt))
+    model = ARLoss(initialise(fresh) if start is None else _continued(start, fresh))
+    reach = list(accumulate(shares[i] for i in train))
+    some = spread(train, 512)  # of these are the tokens that corrupt, and those of the bigram
+    plain = tokens(some, [0] * len(some))
+    known = _known(data, train)
+    taught = WordEncoder(encoder.words, encoder.table, encoder.scale, encoder.length, known)
 
     def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
         rng = random.Random(step_seed(config.seed, step, rank))
-        chosen = [train[rng.randrange(len(train))] for _ in range(config.batch)]
-        features, mask = encode_captions(encoder, [data.records[i] for i in chosen], rng)
+        chosen = rng.choices(train, cum_weights=reach, k=config.batch)
+        records = [data.records[i] for i in chosen]
+        features, mask = encode_captions(encoder, records, rng, typed if variants else Record.prompt)
         drop = torch.tensor([rng.random() < dropped for _ in chosen])
+        wanted = tokens(chosen, [rng.randrange(max(variants, 1)) for _ in chosen])
         g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
-        inputs = corrupt(tokens[chosen], tokens[train], g)
-        own = own_mistakes(config.batch // 2, tokens.shape[1], g)
-        return features, mask, drop, inputs, tokens[chosen], own
+        if variants:
+            return features, mask, drop, corrupt(wanted, plain, g, most=0.3, clean=0.4), wanted
+        own = own_mistakes(config.batch // 2, wanted.shape[1], g)
+        return features, mask, drop, corrupt(wanted, plain, g), wanted, own
+
+    watched = {name: spread(rows) for name, rows in split.items() if rows}
+    held = {name: tokens(rows, [0] * len(rows)) for name, rows in watched.items()}
+    vocab = vq.sizes.codebook_size
+    bigram = {
+        f"bigram-{name}": round(bigram_cross_entropy(plain, ids, vocab), 3)
+        for name, ids in held.items()
+        if name != "train"
+    }
 
     def evaluate(ema: ARLoss) -> dict[str, float]:
-        parts = {name: rows[:256] for name, rows in split.items() if rows}
-        return {
-            name: round(cross_entropy(ema.gpt, encoder, [data.records[i] for i in rows], tokens[rows]), 4)
-            for name, rows in parts.items()
+        if distributed()[0] == 0:
+            ema.gpt.save_pretrained(config.out / "gpt")  # complete at every moment
+            taught.save_pretrained(config.out / "text_encoder")
+        tokens.save()
+        found = {
+            name: round(cross_entropy(ema.gpt, encoder, [data.records[i] for i in rows], held[name]), 4)
+            for name, rows in watched.items()
         }
+        return found | bigram
 
-    ema = fit(model, batch_at, config, evaluate)
-    if distributed()[0] == 0:
-        ema.gpt.save_pretrained(config.out / "gpt")
-    return ema.gpt
+    return fit(model, batch_at, config, evaluate).gpt
+
+
+def _shares(data: ImageSet, weights: Mapping[str, float]) -> list[float]:
+    """How often each image is taken: the product of the weights of its style and its group."""
+    names = {name for r in data.records for name in (r.style, r.group)}
+    for name, weight in weights.items():
+        if name not in names:
+            raise VisarError(f"No image has the style or group {name!r}.")
+        if not 0 <= weight < math.inf:
+            raise VisarError(f"The weight of {name!r} must be 0 or more, not {weight}.")
+    shares = [weights.get(r.style, 1.0) * weights.get(r.group, 1.0) for r in data.records]
+    if not any(shares[i] for i in data.indices("train")):
+        raise VisarError("With these weights no image is left for training.")
+    return shares
+
+
+def _continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:
+    """`fresh` with the weights of `start`; layers that `start` lacks come last, and at first add nothing."""
+    ours, theirs = fresh.config, start.config
+    differing = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k] and k != "num_layers"]
+    if differing or theirs.num_layers > ours.num_layers:
+        wrong = differing or [f"{theirs.num_layers} layers, more than {ours.num_layers}"]
+        raise VisarError(f"The model to go on from has other sizes: {', '.join(wrong)}.")
+    initialise(fresh).load_state_dict(start.float().state_dict(), strict=False)
+    for block in list(fresh.layers)[theirs.num_layers :]:
+        assert isinstance(block, Block)
+        nn.init.zeros_(block.attention.wo.weight)
+        nn.init.zeros_(block.feed_forward.w2.weight)
+    return fresh
+
+
+def _known(data: ImageSet, train: list[int]) -> Concepts:
+    records = [data.records[i] for i in train]
+    styles = list(dict.fromkeys(r.style for r in records if r.style))
+    texts = [text for r in records for text in (r.caption, " ".join(r.tags), r.style)]
+    return listed(styles, [(r.group, r.caption) for r in records], texts)

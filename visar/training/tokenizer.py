@@ -1,9 +1,11 @@
 """Training a VQ tokenizer (LlamaGen's architecture): L1 + L2 reconstruction, codebook and commitment terms.
 
-No adversarial or perceptual loss: what is trained here is small and drawn, and both need weights we do not ship.
+A perceptual term is there for those who have its network (`visar.training.perceptual`); there is no adversarial one.
 """
 
 from __future__ import annotations
+
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +15,27 @@ from visar.errors import VisarError
 from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.training.data import ImageSet, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
+from visar.training.perceptual import Perceptual
+from visar.training.variants import vary
 
 # 4x downsampling: 64 px to 16x16 tokens.
 SMALL_VQ = VQConfig(2048, 8, channels=32, channel_multipliers=(1, 2, 2), res_blocks=1, z_channels=64)
 
 
 class TokenizerLoss(nn.Module):
-    """The tokenizer with its training loss; `commitment` is the beta of van den Oord et al. 2017 (arXiv:1711.00937)."""
+    """The tokenizer with its training loss.
+
+    `commitment` is the beta of van den Oord et al. 2017 (arXiv:1711.00937), `perceptual` the weight of that term.
+    """
 
     last_used: Tensor
     clock: Tensor
 
-    def __init__(self, vq: VQModel, commitment: float = 0.25):
+    def __init__(self, vq: VQModel, commitment: float = 0.25, perceptual: float = 0.0):
         super().__init__()
         self.vq = vq
+        self.weight = perceptual
+        self.perceptual = Perceptual() if perceptual else None
         self.commitment = commitment
         self.register_buffer("last_used", torch.zeros(vq.sizes.codebook_size, dtype=torch.long), persistent=False)
         self.register_buffer("clock", torch.zeros((), dtype=torch.long), persistent=False)
@@ -43,7 +52,8 @@ class TokenizerLoss(nn.Module):
         y = self.vq.decode_features(z + (e - z).detach()).float()
         reconstruction = F.l1_loss(y, x) + 2.0 * F.mse_loss(y, x)
         quantisation = F.mse_loss(e, z.detach()) + self.commitment * F.mse_loss(z, e.detach())
-        return reconstruction + quantisation * self.vq.sizes.code_dim
+        loss = reconstruction + quantisation * self.vq.sizes.code_dim
+        return loss if self.perceptual is None else loss + self.weight * self.perceptual(y, x)
 
     @torch.no_grad()
     def revive(self, pixels: Tensor, idle: int) -> None:
@@ -72,41 +82,82 @@ def psnr(vq: VQModel, pixels: Tensor, batch: int = 64) -> float:
     return torch.cat(values).mean().item()
 
 
-def train_tokenizer(data: ImageSet, size: int, config: TrainConfig, sizes: VQConfig = SMALL_VQ) -> VQModel:
-    """Train on the `train` split at `size` pixels; saves `vq/` in diffusers layout in `config.out`; returns the EMA."""
+def enlarged(vq: VQModel, patch: int) -> VQModel:
+    """A tokenizer of `patch` times the pixels that starts as `vq` between a reduction by means and its repetition.
+
+    It gives the tokens that `vq` gives for the reduced image, and learns the detail from there.
+    """
+    sizes = replace(vq.sizes, patch=vq.sizes.patch * patch)
+    state, area = vq.state_dict(), patch**2
+    state["encoder.conv_in.weight"] = _spread(state["encoder.conv_in.weight"], 1, vq.sizes.patch, patch) / area
+    for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
+        state[name] = _spread(state[name], 0, vq.sizes.patch, patch)
+    large = VQModel(**asdict(sizes))
+    large.load_state_dict(state)
+    return large
+
+
+def _spread(weight: Tensor, dim: int, old: int, patch: int) -> Tensor:
+    """Each channel of an `old`-fold pixel shuffle along `dim` for all of the pixels that it is split into."""
+    grid = weight.unflatten(dim, (3, old, old))
+    return grid.repeat_interleave(patch, dim + 1).repeat_interleave(patch, dim + 2).flatten(dim, dim + 2)
+
+
+def train_tokenizer(
+    data: ImageSet,
+    size: int,
+    config: TrainConfig,
+    sizes: VQConfig = SMALL_VQ,
+    start: VQModel | None = None,
+    perceptual: float = 0.0,
+    varied: bool = False,
+    decoder_only: bool = False,
+) -> VQModel:
+    """Train on the `train` split at `size` pixels; saves `vq/` in diffusers layout in `config.out`; returns the EMA.
+
+    `start` is what to go on from, of the same sizes or, as far as pixels go, smaller ones. `perceptual` is the weight
+    of that term. With `varied`, images are zoomed, shifted and recoloured (`visar.training.variants`), not only
+    flipped. With `decoder_only`, tokens stay what they are under `start`: a GPT that was trained on them remains right.
+    """
+    if decoder_only and start is None:
+        raise VisarError("A decoder alone is trained for a tokenizer that is there: give one to start from.")
     if size % sizes.downsample:
         raise VisarError(f"The size must be a multiple of {sizes.downsample} pixels, not {size}.")
     torch.manual_seed(config.seed)
     pixels = data.pixels(size)
     train = pixels[data.indices("train")]
     held = pixels[(data.indices("unseen-concept") or data.indices("train"))[:256]]
-    loss = TokenizerLoss(
-        VQModel(
-            sizes.codebook_size,
-            sizes.code_dim,
-            sizes.channels,
-            sizes.channel_multipliers,
-            sizes.res_blocks,
-            sizes.z_channels,
-        )
-    )
+    loss = TokenizerLoss(_started(start, sizes), perceptual=perceptual)
+    if decoder_only:
+        for part in (loss.vq.encoder, loss.vq.quant_conv, loss.vq.quantize):
+            part.requires_grad_(False)
 
     def batch_at(step: int, rank: int) -> tuple[Tensor]:
         g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
         part = train[torch.randint(len(train), (config.batch,), generator=g)]
+        if varied:
+            return (vary(part, g),)
         if torch.rand((), generator=g) < 0.5:
             part = part.flip(-1)
         return (part,)
 
     def after_step(module: TokenizerLoss, step: int) -> None:
-        if step == 20 or (step % 100 == 0 and step < 2000):
+        if not decoder_only and (step == 20 or (step % 100 == 0 and step < 2000)):
             module.revive(batch_at(step + 10**8, 0)[0].to(module.clock.device), idle=15 if step == 20 else 100)
 
     def evaluate(ema: TokenizerLoss) -> dict[str, float]:
+        if distributed()[0] == 0:
+            ema.vq.save_pretrained(config.out / "vq")  # complete at every moment
         ids = ema.vq.encode(to_unit(held.to(ema.clock.device)))
         return {"psnr_held_out": round(psnr(ema.vq, held), 2), "codes_used": ids.unique().numel()}
 
-    ema = fit(loss, batch_at, config, evaluate, after_step)
-    if distributed()[0] == 0:
-        ema.vq.save_pretrained(config.out / "vq")
-    return ema.vq
+    return fit(loss, batch_at, config, evaluate, after_step).vq
+
+
+def _started(start: VQModel | None, sizes: VQConfig) -> VQModel:
+    if start is None:
+        return VQModel(**asdict(sizes))
+    patch, left = divmod(sizes.patch, start.sizes.patch)
+    if left or replace(start.sizes, patch=sizes.patch) != sizes:
+        raise VisarError(f"A tokenizer of {sizes} cannot go on from one of {start.sizes}.")
+    return enlarged(start, patch).requires_grad_(True).train()

@@ -8,9 +8,10 @@ def models(p: CommandParser) -> None:
     """List the models, or the sizes and settings of one.
 
     visar models
-    visar models icons --json
+    visar models icons --concepts
     """
     p.add_argument("name", nargs="?", metavar="MODEL", help="show this one")
+    p.add_argument("--concepts", action="store_true", help="list the styles and things that the model was trained on")
     json_option(p, "the table")
 
 

@@ -1,5 +1,7 @@
 """The options of `visar train` and its commands."""
 
+import argparse
+
 from visar.cli.parsers.base import CommandParser, Group, add_commands, names, positive, whole
 from visar.cli.parsers.options import device_option, model_options, sampling_options
 
@@ -44,9 +46,24 @@ def tokenizer(p: CommandParser) -> None:
     """Train a VQ tokenizer.
 
     visar train tokenizer --data images -o run/vq
-    visar train tokenizer --data images --styles 3d,noto,flat --minutes 60 -o run/vq
+    visar train tokenizer --data images --size 128 --patch 2 --varied --init run/vq/vq -o run/vq-128
     """
     _training_options(p, minutes=21, batch=16, lr=1.5e-3)
+    p.add_argument_group("Data").add_argument(
+        "--varied", action="store_true", help="zoom, shift and recolour the images for training"
+    )
+    model = p.add_argument_group("Model")
+    model.add_argument("--init", metavar="FOLDER", help="start from this tokenizer, which may have a smaller --patch")
+    model.add_argument(
+        "--patch", type=whole(1), default=1, metavar="N", help="the first convolution reads blocks of N x N pixels"
+    )
+    training = p.add_argument_group("Training")
+    training.add_argument(
+        "--perceptual", type=positive, default=0.0, metavar="X", help="weight of a perceptual loss, of the extra eval"
+    )
+    training.add_argument(
+        "--decoder-only", action="store_true", help="keep the encoder and codes of --init, and so all tokens"
+    )
 
 
 def autoencoder(p: CommandParser) -> None:
@@ -65,7 +82,19 @@ def ar(p: CommandParser) -> None:
     visar train ar --data images --tokenizer run/vq/vq --words words --dim 128 --heads 2 --ffn 384 -o run/ar
     """
     _training_options(p, minutes=75, batch=32, lr=2.5e-3)
+    data = p.add_argument_group("Data")
+    data.add_argument(
+        "--variants", type=whole(0), default=0, metavar="N", help="zoom, shift and recolour each image in N ways"
+    )
+    data.add_argument(
+        "--weigh",
+        type=_weights,
+        default={},
+        metavar="NAME=X,...",
+        help="take images of a style or group X times as often",
+    )
     model = p.add_argument_group("Model")
+    model.add_argument("--init", metavar="FOLDER", help="start from this GPT, which may have fewer --layers")
     model.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the folder `vq` of a tokenizer run")
     model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
     _sizes(model, dim=(256, "width"), layers=(6, "layers"), heads=(4, "attention heads"), ffn=(768, "inner width"))
@@ -208,3 +237,14 @@ def _training_options(p: CommandParser, minutes: float, batch: int, lr: float) -
     _loop_options(training, batch, lr)
     training.add_argument("--seed", type=whole(), default=0, metavar="N", help="seed of all random numbers")
     device_option(training)
+
+
+def _weights(text: str) -> dict[str, float]:
+    pairs = dict(part.rpartition("=")[::2] for part in names(text))
+    try:
+        found = {name.strip(): float(weight) for name, weight in pairs.items()}
+    except ValueError:
+        found = {"": 0.0}
+    if "" in found:
+        raise argparse.ArgumentTypeError(f"must be NAME=WEIGHT, several of them separated by commas, not {text!r}")
+    return found

@@ -7,6 +7,7 @@ built without memory and take over the tensors that were read, so the largest mo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.f
     """
     state = load_state(path, ema=ema, dtype=dtype)
     try:
-        c = VQConfig.infer(state)
+        sizes = VQConfig.infer(state)
         with unfilled():
-            vq = VQModel(c.codebook_size, c.code_dim, c.channels, c.channel_multipliers, c.res_blocks, c.z_channels)
+            vq = VQModel(**asdict(sizes))
     except KeyError as error:
         raise missing(error.args[0], path) from error
     except (ValueError, IndexError) as error:

@@ -2,10 +2,14 @@
 
 A convolutional encoder and decoder around a codebook of L2-normalised vectors. `VQConfig.infer` reads every size from
 the shapes of a state dict, so the published files and the small tokenizer of `icons` load through the same code.
+
+One size is not LlamaGen's: with `patch` above 1 the first convolution reads, and the last one writes, blocks of pixels
+as channels (pixel shuffle, Shi et al. 2016, arXiv:1609.05158), which saves the costly levels at full resolution.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,17 +31,18 @@ class VQConfig:
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     res_blocks: int = 2
     z_channels: int = 256
+    patch: int = 1
 
     @property
     def downsample(self) -> int:
         """Pixels per token along one side."""
-        return 2 ** (len(self.channel_multipliers) - 1)
+        return self.patch * 2 ** (len(self.channel_multipliers) - 1)
 
     @staticmethod
     def infer(state: Mapping[str, Tensor]) -> VQConfig:
         """Read the sizes from the shapes of a tokenizer's state dict."""
         codebook_size, code_dim = state["quantize.embedding.weight"].shape
-        channels = state["encoder.conv_in.weight"].shape[0]
+        channels, inputs = state["encoder.conv_in.weight"].shape[:2]
         levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
         blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.conv_blocks.0.res."))
         widths = [state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
@@ -48,6 +53,7 @@ class VQConfig:
             channel_multipliers=tuple(w // channels for w in widths),
             res_blocks=blocks,
             z_channels=state["quant_conv.weight"].shape[1],
+            patch=math.isqrt(inputs // 3),
         )
 
 
@@ -79,13 +85,14 @@ class VQModel(Component):
         channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
         res_blocks: int = 2,
         z_channels: int = 256,
+        patch: int = 1,
     ):
         super().__init__()
-        c = VQConfig(codebook_size, code_dim, channels, tuple(channel_multipliers), res_blocks, z_channels)
+        c = VQConfig(codebook_size, code_dim, channels, tuple(channel_multipliers), res_blocks, z_channels, patch)
         self.sizes = c
         widths = [channels * m for m in channel_multipliers]
-        self.encoder = Encoder(channels, widths, res_blocks, z_channels)
-        self.decoder = Decoder(widths, res_blocks, z_channels)
+        self.encoder = Encoder(channels, widths, res_blocks, z_channels, patch=patch)
+        self.decoder = Decoder(widths, res_blocks, z_channels, patch=patch)
         self.quantize = Codebook(codebook_size, code_dim)
         self.quant_conv = nn.Conv2d(z_channels, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(code_dim, z_channels, 1)
