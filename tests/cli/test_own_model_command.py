@@ -32,7 +32,7 @@ BAD_INPUT = {
     "--session bad.py:large": "16384 sequences",
     "--session bad.py:rows": "gave a session of 1 rows, not ",
     "--session bad.py:shape": "forward gave float32 [256, 4] for tokens [256, 1]; it must give logits [B, W, V]",
-    "--session bad.py:nan": "forward gave logits that are no distribution (NaN or infinite), first in row 0 at token 0 of 1",
+    "--session bad.py:nan": "forward gave logits that are no distribution (NaN or infinite), first in row 0 at token 0",
     "--session bad.py:flat": "The distributions hardly depend on the tokens before",
     "--session bad.py:unborn": "gave a session whose __init__ did not call super().__init__(batch, length, vocab).",
     "--session bad.py:asserts": "bad.py, line 47: AssertionError\n",

@@ -1,4 +1,4 @@
-"""The eager baseline computes what the engine computes: the same logits, the same greedy images, the same distribution."""
+"""The eager baseline agrees with the engine: the same logits, the same greedy images, the same distribution."""
 
 from __future__ import annotations
 

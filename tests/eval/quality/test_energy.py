@@ -54,7 +54,7 @@ PROMPTS = torch.arange(24).repeat_interleave(4)
 
 
 def pair_of_samples(seed: int, shared: bool) -> tuple[Tensor, Tensor]:
-    """Images of one distribution per prompt, four of each; with `shared` as under one seed: half of the pairs the same."""
+    """Four images per prompt, of one distribution; with `shared` as under one seed: half of the pairs the same."""
     middle = 2 * normal(24, 6, seed=99)[PROMPTS]
     common, own, other = (normal(96, 6, seed=10 * seed + k) for k in range(3))
     if not shared:
