@@ -16,7 +16,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.families.mar.session import MARSession
-from visar.samplers import ContinuousTarget, Target, get_sampler, samplers_for
+from visar.samplers import ContinuousTarget, Target, get_sampler, samplers_for, values_of
 
 TARGET = Target(0.9, 40, 0.95)
 CAPTURED = [name for name, spec in samplers_for("discrete").items() if getattr(spec.make(), "capturable", True)]
@@ -102,12 +102,12 @@ def test_the_recorder_catches_what_a_graph_would_not_do(monkeypatch: pytest.Monk
     record = Recorder(monkeypatch)
     plain = decode(session("text", "scd", IMAGES), sampler, TARGET, Noise(3, IMAGES), every=2)
     found = decode(
-        session("text", "scd", IMAGES), Looks(**vars(sampler)), TARGET, Noise(3, IMAGES), every=2, graph=Graph(record)
+        session("text", "scd", IMAGES), Looks(**values_of(sampler)), TARGET, Noise(3, IMAGES), every=2, graph=Graph(record)
     )
     assert found.replays == 0
     same(found, plain)
     found = decode(
-        session("text", "scd", IMAGES), Rebinds(**vars(sampler)), TARGET, Noise(3, IMAGES), every=2, graph=Graph(record)
+        session("text", "scd", IMAGES), Rebinds(**values_of(sampler)), TARGET, Noise(3, IMAGES), every=2, graph=Graph(record)
     )
     assert not torch.equal(found.tokens, plain.tokens)
 
