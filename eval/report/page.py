@@ -103,7 +103,8 @@ def _facts(report: Report) -> list[str]:
         f"Compared with {first} under the same seed, image by image; {first} itself with its own seed "
         f"{report.seed + 1}, which shows chance.",
         f"Energy distances of {c.features} features (weights {c.weights[:12]}): 0 on average where distributions are "
-        "equal, so below 0 as often as above. p: of permutations within pairs, and of scores, times the number of tests.",
+        "equal, so below 0 as often as above. p: of permutations within pairs, and of scores, times the number of "
+        "tests.",
         f"Speed: {s.device}, {s.dtype}, {s.threads} threads, batch {s.batch}, {s.images} images, in one run; ratios "
         f"are against {first}. Intervals are of 95%.",
     ]

@@ -37,7 +37,7 @@ def report(class_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     def redder(folder: ImageFolder, ids: object) -> torch.Tensor:
         return Cells()(torch.cat(list(folder.batches())))["pool"][:, 0].double()
 
-    made = make_report(pipe, samplers, given, out, Cells(), model="tiny & small", count=COUNT, batch=56,
+    made = make_report(pipe, samplers, given, out, Cells(), name="tiny & small", count=COUNT, batch=56,
                        clip=redder, speed_images=1, top_k=0)  # fmt: skip
     return made, out
 
@@ -103,7 +103,7 @@ def test_a_report_goes_on_where_it_was(report: tuple[Report, Path], class_folder
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(VisarError, match="weights"):
         make_report(pipe, {"ar": get_sampler("ar"), "sjd": get_sampler("sjd")}, [*range(7)], out, Cells(),
-                    model="tiny & small", count=COUNT, batch=56, top_k=0)  # fmt: skip
+                    name="tiny & small", count=COUNT, batch=56, top_k=0)  # fmt: skip
     assert one.stat().st_mtime_ns == times[one] and made.seed == 0
 
 
