@@ -101,14 +101,11 @@ def test_the_recorder_catches_what_a_graph_would_not_do(monkeypatch: pytest.Monk
 
     record = Recorder(monkeypatch)
     plain = decode(session("text", "scd", IMAGES), sampler, TARGET, Noise(3, IMAGES), every=2)
-    found = decode(
-        session("text", "scd", IMAGES), Looks(**values_of(sampler)), TARGET, Noise(3, IMAGES), every=2, graph=Graph(record)
-    )
+    looks, rebinds = (kind(**values_of(sampler)) for kind in (Looks, Rebinds))
+    found = decode(session("text", "scd", IMAGES), looks, TARGET, Noise(3, IMAGES), every=2, graph=Graph(record))
     assert found.replays == 0
     same(found, plain)
-    found = decode(
-        session("text", "scd", IMAGES), Rebinds(**values_of(sampler)), TARGET, Noise(3, IMAGES), every=2, graph=Graph(record)
-    )
+    found = decode(session("text", "scd", IMAGES), rebinds, TARGET, Noise(3, IMAGES), every=2, graph=Graph(record))
     assert not torch.equal(found.tokens, plain.tokens)
 
 
