@@ -62,7 +62,7 @@ def tokenizer(options: argparse.Namespace) -> int:
         raise VisarError("--patch must be 1 or more, and --perceptual not below 0.")
     start = _component("vq.VQModel", options.init).float() if options.init else None
     data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
-    sizes = replace(SMALL_VQ, patch=options.patch)
+    sizes = replace(SMALL_VQ, patch=options.patch, background=0 if options.varied else -1)
     train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied, options.decoder_only)
     return 0
 

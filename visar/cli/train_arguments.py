@@ -36,7 +36,11 @@ def train(commands: Commands) -> None:
     tokenizer.add_argument(
         "--perceptual", type=float, default=0.0, help="weight of the perceptual term; needs the extra eval (default: 0)"
     )
-    tokenizer.add_argument("--varied", action="store_true", help="zoom, shift and recolour images in training")
+    tokenizer.add_argument(
+        "--varied",
+        action="store_true",
+        help="zoom, shift and recolour images in training, and give white background one code",
+    )
     tokenizer.add_argument(
         "--decoder-only", action="store_true", help="leave encoder and codes of --init as they are, and so all tokens"
     )
