@@ -138,7 +138,7 @@ def test_published_files_without_their_tokenizer(
 
     weights = load_file(text_folder / "gpt" / "diffusion_pytorch_model.safetensors")
     torch.save({"model": weights}, tmp_path / "t2i.pt")
-    assert "give it with --vq FILE" in refusal(capsys, "--port", 0, "--model", tmp_path / "t2i.pt")
+    assert "--vq FILE" in refusal(capsys, "--port", 0, "--model", tmp_path / "t2i.pt")
 
 
 # The server

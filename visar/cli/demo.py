@@ -8,7 +8,7 @@ import errno
 import socket
 from typing import TYPE_CHECKING
 
-from visar.cli.common import is_file, load_model
+from visar.cli.common import load_model
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _load(options: argparse.Namespace) -> list[tuple[str, ImageModel]]:
         own = copy.copy(options)
         own.model = name
         each.append(own)
-    if len(wanted) > 1 and any(is_file(own) for own in each):
+    if len(wanted) > 1 and (options.vq or options.vae):
         raise VisarError("A published file is served alone, with its --vq or --vae; give one --model.")
     if len(wanted) > 1 and options.drafter:
         raise VisarError("A drafter is for one model; give one --model.")

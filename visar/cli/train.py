@@ -60,7 +60,7 @@ def tokenizer(options: argparse.Namespace) -> int:
 
     start = _component("families.llamagen.vq.VQModel", options.init) if options.init else None
     data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
-    sizes = replace(SMALL_VQ, patch=options.patch)
+    sizes = replace(SMALL_VQ, patch=options.patch, background=0 if options.varied else -1)
     train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied, options.decoder_only)
     return 0
 
@@ -227,7 +227,7 @@ def assemble(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype)
     shared = {"text_encoder": options.words} if is_embedded(options.words) else {}
     home = embedded_folder(options.words) / "text_encoder" if shared else options.words
-    parts: dict[str, Any] = {"text_encoder": _component("text_encoders.words.WordEncoder", home)}
+    parts: dict[str, Any] = {}
     settings: dict[str, Any] = {"guidance_scale": options.guidance_scale}
     if options.gpt:
         parts["gpt"] = _component("families.llamagen.gpt.LlamaGen", options.gpt)
@@ -236,6 +236,7 @@ def assemble(options: argparse.Namespace) -> int:
     else:
         parts["mar"] = _component("families.mar.transformer.MAR", options.mar)
         parts["vae"] = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder)
+    parts["text_encoder"] = _component("text_encoders.words.WordEncoder", home)
     model = ImageModel(family_of_components(parts).of(parts, settings))
     if options.draft:
         model.load_drafter(options.draft)

@@ -45,7 +45,7 @@ class TokenizerLoss(nn.Module):
         x = to_unit(pixels)
         z = self.vq.features(x).float()
         codes = self.vq.quantize.codes
-        ids = self.vq.quantize.nearest(z.detach())
+        ids = self.vq.nearest(z.detach(), x)
         self.clock += 1
         self.last_used[ids.flatten()] = self.clock
         e = F.embedding(ids, codes)
@@ -82,12 +82,12 @@ def psnr(vq: VQModel, pixels: Tensor, batch: int = 64) -> float:
     return torch.cat(values).mean().item()
 
 
-def enlarged(vq: VQModel, patch: int) -> VQModel:
+def enlarged(vq: VQModel, patch: int, background: int = -1) -> VQModel:
     """A tokenizer of `patch` times the pixels that starts as `vq` between a reduction by means and its repetition.
 
     It gives the tokens that `vq` gives for the reduced image, and learns the detail from there.
     """
-    sizes = replace(vq.sizes, patch=vq.sizes.patch * patch)
+    sizes = replace(vq.sizes, patch=vq.sizes.patch * patch, background=background)
     state, area = vq.state_dict(), patch**2
     state["encoder.conv_in.weight"] = _spread(state["encoder.conv_in.weight"], 1, vq.sizes.patch, patch) / area
     for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
@@ -158,6 +158,6 @@ def _started(start: VQModel | None, sizes: VQConfig) -> VQModel:
     if start is None:
         return VQModel(**asdict(sizes))
     patch, left = divmod(sizes.patch, start.sizes.patch)
-    if left or replace(start.sizes, patch=sizes.patch) != sizes:
+    if left or replace(start.sizes, patch=sizes.patch, background=sizes.background) != sizes:
         raise VisarError(f"A tokenizer of {sizes} cannot go on from one of {start.sizes}.")
-    return enlarged(start, patch).requires_grad_(True).train()
+    return enlarged(start, patch, sizes.background).requires_grad_(True).train()

@@ -117,7 +117,7 @@ def test_profile(window: int) -> None:
     found = profile_passes(session(window), sampler, Target(top_k=3), NOISE, passes=6, warm=2)
     assert (found.sampler, found.window, found.passes) == (sampler.name, window, 6)
     assert found.shares.keys() == TITLES.keys() and sum(found.shares.values()) == pytest.approx(1)
-    assert min(found.shares[g] for g in TITLES if g != HOST) > 0.005
+    assert min(found.shares[g] for g in TITLES if g != HOST) > 0.0002
     assert found.launches > 50 and found.waits == found.copies_to_host == 0
     # The loop looks once whether all rows are done, and the CPU's session asks once how far they are.
     assert 0 < found.host_reads <= 3

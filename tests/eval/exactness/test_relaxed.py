@@ -129,7 +129,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
         ("cool-sd", {"verification": "block"}, "must be \"token\""),
         ("gsd", {"group": 0}, "group must be 1 or more"),
         ("gsd", {"gap": 0.0}, "gap must be above 0"),
-        ("gsd", {"coupling": "gumbel"}, "has no form for 'gumbel'"),
+        ("gsd", {"coupling": "gumbel"}, "has no parameter 'coupling'"),
     ],
 )  # fmt: skip
 def test_bad_parameters(name: str, parameters: dict[str, float], message: str) -> None:

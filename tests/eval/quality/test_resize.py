@@ -135,8 +135,8 @@ def test_lanczos_is_llamagens() -> None:
 
 def test_cmmds_crop() -> None:
     image = noise(1, 3, 51, 60)
-    image = Image.fromarray(image[0].permute(1, 2, 0).numpy()).crop((4, 0, 55, 51))
-    expected = np.array(image.resize((336, 336), Image.Resampling.BICUBIC))
+    cropped = Image.fromarray(image[0].permute(1, 2, 0).numpy()).crop((4, 0, 55, 51))
+    expected = np.array(cropped.resize((336, 336), Image.Resampling.BICUBIC))
     assert np.array_equal(PREPARE["center-bicubic-336"](image)[0].permute(1, 2, 0).numpy(), expected)
 
 

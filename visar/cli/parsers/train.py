@@ -50,7 +50,9 @@ def tokenizer(p: CommandParser) -> None:
     """
     _training_options(p, minutes=21, batch=16, lr=1.5e-3)
     p.add_argument_group("Data").add_argument(
-        "--varied", action="store_true", help="zoom, shift and recolour the images for training"
+        "--varied",
+        action="store_true",
+        help="zoom, shift and recolour the images for training, and give white background one code",
     )
     model = p.add_argument_group("Model")
     model.add_argument("--init", metavar="FOLDER", help="start from this tokenizer, which may have a smaller --patch")

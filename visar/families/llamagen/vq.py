@@ -4,7 +4,9 @@ A convolutional encoder and decoder around a codebook of L2-normalised vectors. 
 the shapes of a state dict, so the published files and the small tokenizer of `icons` load through the same code.
 
 One size is not LlamaGen's: with `patch` above 1 the first convolution reads, and the last one writes, blocks of pixels
-as channels (pixel shuffle, Shi et al. 2016, arXiv:1609.05158), which saves the costly levels at full resolution.
+as channels (pixel shuffle, Shi et al. 2016, arXiv:1609.05158), which saves the costly levels at full resolution. And
+with a `background` code, cells with nothing but white around them all get that code: norms and attention look at the
+whole image, so an encoder spends dozens of codes on white, and a GPT its capacity on telling them apart.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class VQConfig:
     res_blocks: int = 2
     z_channels: int = 256
     patch: int = 1
+    background: int = -1  # no such code
 
     @property
     def downsample(self) -> int:
@@ -55,6 +58,17 @@ class VQConfig:
             z_channels=state["quant_conv.weight"].shape[1],
             patch=math.isqrt(inputs // 3),
         )
+
+
+WHITE = 250 / 127.5 - 1  # at least so bright in all colours is background
+MARGIN = 4  # pixels around a cell that must be background, too
+
+
+def white_cells(pixels: Tensor, cell: int) -> Tensor:
+    """Which cells of `cell` pixels are background, bool [B, h*w], for pixels [B, 3, H, W] in [-1, 1]."""
+    ink = (pixels.amin(1, keepdim=True) < WHITE).float()
+    near = F.max_pool2d(ink, 2 * MARGIN + 1, stride=1, padding=MARGIN)
+    return (F.max_pool2d(near, cell) == 0).flatten(1)
 
 
 class Codebook(nn.Module):
@@ -86,9 +100,12 @@ class VQModel(Component):
         res_blocks: int = 2,
         z_channels: int = 256,
         patch: int = 1,
+        background: int = -1,
     ):
         super().__init__()
-        c = VQConfig(codebook_size, code_dim, channels, tuple(channel_multipliers), res_blocks, z_channels, patch)
+        c = VQConfig(
+            codebook_size, code_dim, channels, tuple(channel_multipliers), res_blocks, z_channels, patch, background
+        )
         self.sizes = c
         widths = [channels * m for m in channel_multipliers]
         self.encoder = Encoder(channels, widths, res_blocks, z_channels, patch=patch)
@@ -103,7 +120,14 @@ class VQModel(Component):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Ids [B, h*w] in raster order for pixels [B, 3, H, W] in [-1, 1]; H and W multiples of `downsample`."""
-        return self.quantize.nearest(self.features(pixels)).flatten(1)
+        return self.nearest(self.features(pixels), pixels).flatten(1)
+
+    def nearest(self, features: Tensor, pixels: Tensor) -> Tensor:
+        """Ids [B, h, w] of features [B, h, w, code_dim], with the background code where the pixels are background."""
+        ids = self.quantize.nearest(features)
+        if self.sizes.background < 0:
+            return ids
+        return ids.masked_fill(white_cells(pixels, self.sizes.downsample).view_as(ids), self.sizes.background)
 
     def decode_features(self, codes: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] for quantised unit vectors [B, h, w, code_dim]."""
