@@ -16,7 +16,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.families.mar.session import MARSession
-from visar.samplers import ContinuousTarget, Target, get_sampler, samplers_for
+from visar.samplers import ContinuousTarget, Target, get_sampler, samplers_for, values_of
 
 TARGET = Target(0.9, 40, 0.95)
 CAPTURED = [name for name, spec in samplers_for("discrete").items() if getattr(spec.make(), "capturable", True)]
@@ -101,14 +101,11 @@ def test_the_recorder_catches_what_a_graph_would_not_do(monkeypatch: pytest.Monk
 
     record = Recorder(monkeypatch)
     plain = decode(session("text", "scd", IMAGES), sampler, TARGET, Noise(3, IMAGES), every=2)
-    found = decode(
-        session("text", "scd", IMAGES), Looks(**vars(sampler)), TARGET, Noise(3, IMAGES), every=2, graph=Graph(record)
-    )
+    looks, rebinds = (kind(**values_of(sampler)) for kind in (Looks, Rebinds))
+    found = decode(session("text", "scd", IMAGES), looks, TARGET, Noise(3, IMAGES), every=2, graph=Graph(record))
     assert found.replays == 0
     same(found, plain)
-    found = decode(
-        session("text", "scd", IMAGES), Rebinds(**vars(sampler)), TARGET, Noise(3, IMAGES), every=2, graph=Graph(record)
-    )
+    found = decode(session("text", "scd", IMAGES), rebinds, TARGET, Noise(3, IMAGES), every=2, graph=Graph(record))
     assert not torch.equal(found.tokens, plain.tokens)
 
 

@@ -158,7 +158,7 @@ def test_refusals(text_pipe: TextToImagePipeline, tmp_path: Path, monkeypatch: p
 def test_a_mar_is_refused() -> None:
     from visar import TextToImagePipeline
 
-    with pytest.raises(VisarError, match="not of a MAR"):
+    with pytest.raises(VisarError, match="not for MARs"):
         TextToImagePipeline.from_pretrained("icons-mar").quantize("int8")
 
 
