@@ -126,12 +126,17 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
         ("lantern++", {"lam": float("nan")}, "lam must be 1 or more"),
         ("cool-sd", {"omega": 0.5}, "omega must be 1 or more"),
         ("cool-sd", {"nu": -1.0}, "nu must be 0 or more"),
-        ("cool-sd", {"verification": "block"}, "must be \"token\""),
         ("gsd", {"group": 0}, "group must be 1 or more"),
         ("gsd", {"gap": 0.0}, "gap must be above 0"),
-        ("gsd", {"coupling": "gumbel"}, "has no parameter 'coupling'"),
     ],
 )  # fmt: skip
 def test_bad_parameters(name: str, parameters: dict[str, float], message: str) -> None:
     with pytest.raises(VisarError, match=message):
         get_sampler(name, **parameters)
+
+
+def test_rules_that_have_no_relaxed_form() -> None:
+    with pytest.raises(VisarError, match='must be "token"'):
+        CoolSD(verification="block")
+    with pytest.raises(VisarError, match="has no form for 'gumbel'"):
+        GroupedJacobi(coupling="gumbel")
