@@ -131,8 +131,8 @@ def _files(
         raise VisarError("A file of weights goes with a tokenizer (vq) or an autoencoder (vae), not with both.")
     if not vq and not vae:
         raise VisarError(
-            f"{name} is a file of weights: give the file of its tokenizer too (--vq FILE, vq= in Python), or of a MAR's "
-            "autoencoder (--vae FILE, vae=)."
+            f"{name} is a file of weights: give the file of its tokenizer too (--vq FILE, vq= in Python), or of a "
+            "MAR's autoencoder (--vae FILE, vae=)."
         )
     if vae and (text_encoder or image_size is not None):
         raise VisarError("A MAR's file takes no text encoder and no image size: both are in its weights.")
