@@ -273,7 +273,7 @@ def test_samplers_of_the_other_family_are_refused(pipe: Any, text_pipe: TextToIm
     ("settings", "message"),
     [
         (dict(sampler=("mar", dict(head_steps=1))), "head_steps must be from 2 to 1000, not 1"),
-        (dict(sampler=("mar", dict(steps=10, head_steps=6))), "9 tokens are decided in 1 to 9 passes, not 10"),
+        (dict(sampler=("mar", dict(steps=10, head_steps=6))), "9 tokens are sampled in 1 to 9 passes, not 10"),
         (dict(sampler=("mar", dict(steps=0))), "steps must be 1 or more"),
         (dict(sampler=("mar-headspec", dict(draft=0))), "draft must be from 1 to 1000"),
         (dict(sampler=("cspd", dict(gamma=0))), "gamma must be 1 or more"),
