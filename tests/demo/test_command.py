@@ -126,7 +126,7 @@ def test_bad_models(
     assert says("--drafter", drafters[0]) == "A drafter is for one model; give one --model."
     assert "drafter" in says("--model", class_folder, "--drafter", drafters[-1]).lower()
     assert str(tmp_path / "none") in says("--model", text_folder, "--drafter", tmp_path / "none")
-    assert "go with a published .pt file" in says("--model", text_folder, "--image-size", 256)
+    assert "are given with a published file" in says("--model", text_folder, "--image-size", 256)
     assert "Unknown device" in says("--model", text_folder, "--device", "warp")
 
 
