@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.errors import VisarError
+from visar.families.weights import load_part
 from visar.host import has_bfloat16
 from visar.params import CONTINUOUS, DISCRETE, SamplingParams
+from visar.text_encoders import load_text_encoder
 
 if TYPE_CHECKING:
     from visar.engine.graphs import RowGraphs
@@ -69,6 +71,18 @@ class Family(ABC):
     def of(cls, components: Mapping[str, Any], settings: Mapping[str, Any]) -> Self:
         """The model of loaded components and settings, as `TextToImagePipeline(**components)` gives them."""
         return cls(**components, **settings)
+
+    @classmethod
+    def of_folder(cls, source: Source, classes: Mapping[str, Any]) -> Self:
+        """The model of a saved folder: components of these `classes` by name, and a text encoder if it has one."""
+        parts: dict[str, Any] = dict(source.given)
+        for part, kind in classes.items():
+            if part not in parts:
+                parts[part] = load_part(kind, source.component_folder(part), repr(part))
+        if "text_encoder" in source.index and "text_encoder" not in parts:
+            kind = source.component_class("text_encoder")
+            parts["text_encoder"] = load_text_encoder(kind, source.component_folder("text_encoder"))
+        return cls(**parts, **source.settings(cls.required | cls.optional, cls.setting_names))
 
     # Conditions
 

@@ -27,9 +27,7 @@ from visar.families.llamagen.specs import MODELS
 from visar.families.llamagen.vq import VQModel
 from visar.families.registry import register_family
 from visar.families.source import Source, check_condition
-from visar.families.weights import load_part
 from visar.params import SamplingParams
-from visar.text_encoders import load_text_encoder
 from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
 
 
@@ -88,14 +86,7 @@ class LlamaGenFamily(DiscreteFamily):
     def load(cls, source: Source) -> Self:
         if source.files:
             return cls._published(source)
-        parts: dict[str, Any] = dict(source.given)
-        for part, kind in (("gpt", LlamaGen), ("vq", VQModel)):
-            if part not in parts:
-                parts[part] = load_part(kind, source.component_folder(part), repr(part))
-        if "text_encoder" in source.index and "text_encoder" not in parts:
-            name = source.component_class("text_encoder")
-            parts["text_encoder"] = load_text_encoder(name, source.component_folder("text_encoder"))
-        return cls(**parts, **source.settings(cls.required | cls.optional, cls.setting_names))
+        return cls.of_folder(source, {"gpt": LlamaGen, "vq": VQModel})
 
     @classmethod
     def _published(cls, source: Source) -> Self:

@@ -22,9 +22,7 @@ from visar.families.mar.specs import MAR_MODELS, match_mar
 from visar.families.mar.transformer import MAR
 from visar.families.registry import register_family
 from visar.families.source import Source
-from visar.families.weights import load_part
 from visar.params import SamplingParams
-from visar.text_encoders import load_text_encoder
 
 
 @register_family
@@ -98,14 +96,7 @@ class MARFamily(ContinuousFamily):
             spec = match_mar(c.encoder_layers, c.decoder_layers, c.dim) or MAR_MODELS["mar-b"]
             vae = load_kl16(source.files["vae"])
             return cls(found, vae, guidance_scale=spec.guidance, guidance_schedule=spec.guidance_schedule)
-        parts: dict[str, Any] = dict(source.given)
-        for part, kind in (("mar", MAR), ("vae", KLAutoencoder)):
-            if part not in parts:
-                parts[part] = load_part(kind, source.component_folder(part), repr(part))
-        if "text_encoder" in source.index and "text_encoder" not in parts:
-            name = source.component_class("text_encoder")
-            parts["text_encoder"] = load_text_encoder(name, source.component_folder("text_encoder"))
-        return cls(**parts, **source.settings(cls.required | cls.optional, cls.setting_names))
+        return cls.of_folder(source, {"mar": MAR, "vae": KLAutoencoder})
 
     @property
     def mar(self) -> MAR:
