@@ -317,7 +317,9 @@ def test_another_machine_is_a_note(
     threads = about["machines"][0]["threads"]
     about["machines"][0]["threads"] = threads + 1
     (tmp_path / "own" / "run.json").write_text(json.dumps(about))
-    with pytest.warns(UserWarning, match=rf"goes on elsewhere \(threads was {threads + 1}, now {threads}\): rounding"):
+    with pytest.warns(
+        UserWarning, match=rf"continues on another machine \(threads was {threads + 1}, now {threads}\): rounding"
+    ):
         go()
     machines = json.loads((tmp_path / "own" / "run.json").read_text())["machines"]
     assert [m["threads"] for m in machines] == [threads + 1, threads]

@@ -228,7 +228,7 @@ def test_loading_options(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_saving_options(text_pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for option, message in (
-        ({"safe_serialization": False}, "safetensors alone"), ({"variant": "fp16"}, "Variants"),
+        ({"safe_serialization": False}, "safetensors only"), ({"variant": "fp16"}, "Variants"),
         ({"max_shard_size": "1GB"}, "one file for each component"), ({"push_to_hub": True}, "needs repo_id"),
         ({"private": True}, "Unknown keyword 'private'"),
     ):  # fmt: skip

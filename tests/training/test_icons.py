@@ -45,7 +45,7 @@ def test_speculation_saves_passes_at_batch_one() -> None:
 def test_eagle_saves_passes() -> None:
     pipe = TextToImagePipeline.from_pretrained("icons")
     pipe.set_progress_bar_config(disable=True)
-    stats = pipe(list(PROMPTS), sampler="eagle", output_type="tokens").stats
+    stats = pipe(list(PROMPTS[:6]), sampler="eagle", output_type="tokens").stats
     passes = [n + 1 for n in stats.passes_per_image]  # and the caption's
     assert stats.exact and sum(passes) / len(passes) <= 0.55 * 257, passes
 

@@ -39,12 +39,11 @@ def case_of(name: str) -> Case:
 
 
 EXACT = distinct()
+SLOW = ("eagle-top", "speculative-tree", "spectr", "rsd-s")  # as trees with the rules of others are
 
 
 # The full proof, which is slow itself, has all of them again.
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in ("eagle-top", "speculative-tree") else []) for n in EXACT]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in EXACT])
 def test_exact_samplers_have_the_joint_distribution(name: str) -> None:
     rows = verify([name], FEWER, seed=0, mutants=False)
     has_init = hasattr(get_sampler(name), "init")
