@@ -90,9 +90,13 @@ class ContinuousSpeculative(Registered):
         if not denoiser.last_noise:
             raise VisarError(f"Sampler {self.name!r} compares densities, and this head's last step has no noise.")
         return MaskedState(
-            target, noise, session.start.clone(), torch.full(shape, -1, dtype=torch.long, device=session.device),
-            denoiser, session.draft.denoiser(self.head_steps, target.temperature, self.latest, last_noise=True),
-        )  # fmt: skip
+            target,
+            noise,
+            session.start.clone(),
+            torch.full(shape, -1, dtype=torch.long, device=session.device),
+            denoiser,
+            session.draft.denoiser(self.head_steps, target.temperature, self.latest, last_noise=True),
+        )
 
     def step(self, session: MaskedSession, state: MaskedState) -> None:
         free = session.length - session.given
@@ -142,9 +146,12 @@ class ContinuousSpeculative(Registered):
         have = at.clamp(max=n - 1)
         if self.nested:
             told = session.after(
-                torch.stack(canvases, 1).flatten(0, 1), rows.repeat_interleave(gamma), have.flatten(),
-                ask.flatten()[:, None], 1 + have.flatten()[:, None],
-            ).flatten(0, 1)  # fmt: skip
+                torch.stack(canvases, 1).flatten(0, 1),
+                rows.repeat_interleave(gamma),
+                have.flatten(),
+                ask.flatten()[:, None],
+                1 + have.flatten()[:, None],
+            ).flatten(0, 1)
         else:
             told = session.after(state.tokens, rows, session.lengths, ask, 1 + have).flatten(0, 1)
         flat, spread = last_step(state.denoiser, told, bank.start, bank.steps)

@@ -186,10 +186,12 @@ class MaskedAutoregressive(Registered):
     def begin(self, session: MaskedSession, target: ContinuousTarget, noise: Noise) -> MaskedState:
         plan(session.length - session.given, self.steps)  # before anything is computed
         return MaskedState(
-            target, noise, session.start.clone(),
+            target,
+            noise,
+            session.start.clone(),
             torch.full((session.batch, session.length), -1, dtype=torch.long, device=session.device),
             self.denoiser_of(session, target, 0),
-        )  # fmt: skip
+        )
 
     def step(self, session: MaskedSession, state: MaskedState) -> None:
         todo = plan(session.length - session.given, self.steps)

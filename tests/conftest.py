@@ -55,7 +55,7 @@ def text_folder(words: WordEncoder, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("pipelines") / "text"
     TextToImagePipeline(
         gpt=text_gpt(), vq=VQModel(**VQ).eval(), text_encoder=words, guidance_scale=2.0, top_k=0
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 
@@ -87,9 +87,12 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("drafters")
     made = [
-        EagleHead(32, 2, 48), DraftHeads(32, 5), DraftHeads(32, 5, reads_tokens=True), ExitHead(32, 2, 48, layers=1),
+        EagleHead(32, 2, 48),
+        DraftHeads(32, 5),
+        DraftHeads(32, 5, reads_tokens=True),
+        ExitHead(32, 2, 48, layers=1),
         SkippedLayers([1]),
-    ]  # fmt: skip
+    ]
     for drafter in made:
         drafter.save_pretrained(folder / drafter.kind)
     small = LlamaGen(**GPT | dict(dim=16, num_layers=1), condition="text", condition_length=4, caption_features=6)

@@ -84,13 +84,15 @@ def main() -> int:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2
     rates = watched.acceptance()
-    print(table(
-        ("DEPTH", "REACHED", "ACCEPTED BY RANK"),
-        [
-            (i, n, "  ".join(f"{a:.3f}" for a in r))
-            for i, (n, r) in enumerate(zip(watched.reached, rates, strict=True), start=1)
-        ],
-    ))  # fmt: skip
+    print(
+        table(
+            ("DEPTH", "REACHED", "ACCEPTED BY RANK"),
+            [
+                (i, n, "  ".join(f"{a:.3f}" for a in r))
+                for i, (n, r) in enumerate(zip(watched.reached, rates, strict=True), start=1)
+            ],
+        )
+    )
     rates += [rates[-1]] * (options.depth - len(rates))
     trees = [*TREES, *(best_tree(rates, nodes) for nodes in options.nodes)]
     shapes = {name: named_tree(name) for name in trees}

@@ -254,9 +254,13 @@ def report_text(run: Run, rows: dict[str, list[Check]]) -> str:
 
 def _shape_report(run: Run) -> ShapeReport:
     return ShapeReport(
-        device_title(run.device), torch.__version__, torch.get_num_threads(), 1 if run.dry else 3, run.bandwidth,
+        device_title(run.device),
+        torch.__version__,
+        torch.get_num_threads(),
+        1 if run.dry else 3,
+        run.bandwidth,
         run.shapes,
-    )  # fmt: skip
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -276,11 +280,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{time.perf_counter() - start:.0f} s.")
     if given.json:
         found = {
-            "device": device_title(run.device), "torch": torch.__version__, "dry_run": run.dry,
+            "device": device_title(run.device),
+            "torch": torch.__version__,
+            "dry_run": run.dry,
             "checks": {s: [asdict(r) for r in checks] for s, checks in rows.items()},
-            "kernels": [asdict(o) for o in run.kernels], "shapes": asdict(_shape_report(run)),
+            "kernels": [asdict(o) for o in run.kernels],
+            "shapes": asdict(_shape_report(run)),
             "profiles": {n: asdict(p) for n, p in run.profiles.items()},
-        }  # fmt: skip
+        }
         with replacing(given.json) as temporary:
             temporary.write_text(json.dumps(found, indent=2) + "\n")
     return 1 if any(r.good is False for checks in rows.values() for r in checks) else 0

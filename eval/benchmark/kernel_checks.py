@@ -91,9 +91,11 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         root = torch.full((s.rows,), s.slots - count, device=device) - torch.arange(s.rows, device=device) % 2
         metadata = AttentionMetadata(root, **more)
         return Case(
-            f"attention, {name}", lambda i: decode_attention(q, keys[i], values[i], metadata, s.slots),
-            2 * s.rows * s.slots * wide * size, loose,
-        )  # fmt: skip
+            f"attention, {name}",
+            lambda i: decode_attention(q, keys[i], values[i], metadata, s.slots),
+            2 * s.rows * s.slots * wide * size,
+            loose,
+        )
 
     yield attention("one query", 1)
     yield attention(f"{s.window} queries", s.window)
@@ -109,9 +111,12 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         return rotary_append(qkv, turns, keys[i], values[i], slots), keys[i, :, 3 : 3 + s.window], values[i, :, 3]
 
     yield Case(
-        "rotary + cache append", append, 6 * s.rows * s.window * wide * size, loose,
+        "rotary + cache append",
+        append,
+        6 * s.rows * s.window * wide * size,
+        loose,
         before=lambda i: (keys[i].zero_(), values[i].zero_()),
-    )  # fmt: skip
+    )
 
     cond, uncond = (normal(batch, s.window, s.vocab, as_=dtype) * 3 for _ in range(2))
     count = batch * s.window * s.vocab

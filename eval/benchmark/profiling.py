@@ -32,9 +32,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to s
 
 ATTENTION, GEMM, MODEL, SAMPLING, HOST = "attention", "gemm", "model", "sampling", "host"
 TITLES = {
-    ATTENTION: "ATTENTION", GEMM: "GEMM", MODEL: "NORM+ELEMENTWISE", SAMPLING: "SAMPLING+VERIFICATION",
+    ATTENTION: "ATTENTION",
+    GEMM: "GEMM",
+    MODEL: "NORM+ELEMENTWISE",
+    SAMPLING: "SAMPLING+VERIFICATION",
     HOST: "GAPS/HOST",
-}  # fmt: skip
+}
 WINDOW, MODEL_RANGE, TARGET_PROBS, VERIFY = "visar::window", "visar::model", "visar::target_probs", "visar::verify"
 
 # Operators below a model's range, outermost first; linear layers call some of the others inside.
@@ -164,10 +167,14 @@ def profile_text(rows: Sequence[tuple[Any, ...]], header: tuple[str, ...]) -> st
 def ranges(sampler: Any) -> Iterator[None]:
     """Name what runs: passes of models and drafters, guidance, the target distribution, and the sampler's own step."""
     named = (
-        (type(sampler), "step", VERIFY), (LlamaGenSession, "guided", TARGET_PROBS), (Target, "probs", TARGET_PROBS),
-        (LlamaGenSession, "forward", MODEL_RANGE), (LlamaGenSession, "forward_at", MODEL_RANGE),
-        (Timed, "root", MODEL_RANGE), (Timed, "extend", MODEL_RANGE),
-    )  # fmt: skip
+        (type(sampler), "step", VERIFY),
+        (LlamaGenSession, "guided", TARGET_PROBS),
+        (Target, "probs", TARGET_PROBS),
+        (LlamaGenSession, "forward", MODEL_RANGE),
+        (LlamaGenSession, "forward_at", MODEL_RANGE),
+        (Timed, "root", MODEL_RANGE),
+        (Timed, "extend", MODEL_RANGE),
+    )
     with ExitStack() as stack:
         for owner, method, name in named:
             if hasattr(owner, method):

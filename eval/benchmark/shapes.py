@@ -340,12 +340,14 @@ def shapes_text(report: ShapeReport) -> str:
     parts = [table(header, lines), *notes]
     if profiles:
         parts += ["", profile_text(profiles, ("SHAPE", "DTYPE", "BATCH"))]
-    return "\n".join([
-        *parts,
-        f"Random weights of the published shapes, guidance on: the time of a pass, without acceptance or images. "
-        f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of an image; copy "
-        f"bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *parts,
+            f"Random weights of the published shapes, guidance on: the time of a pass, without acceptance or images. "
+            f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of an image; copy "
+            f"bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
+        ]
+    )
 
 
 def _number(x: float | None) -> str:

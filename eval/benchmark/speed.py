@@ -154,13 +154,16 @@ def compare(
 
     rows = [
         SpeedRow(
-            sampler=name, exact=sampler.exact,
-            window=None if name in heads else model.sampler_of(sampler).window, **medians_of(name),
+            sampler=name,
+            exact=sampler.exact,
+            window=None if name in heads else model.sampler_of(sampler).window,
+            **medians_of(name),
             nfe_ratio=medians[name]["nfe"] / base["nfe"],
-            time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"], head=heads.get(name),
+            time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"],
+            head=heads.get(name),
         )
         for name, sampler in samplers.items()
-    ]  # fmt: skip
+    ]
     device = model.device
     return SpeedReport(
         device_title(device), str(model.dtype).removeprefix("torch."), torch.__version__,
@@ -173,7 +176,10 @@ def _head_stats(stats: list[MaskedStats]) -> HeadStats:
     tested, passes = sum(s.tested for s in stats), sum(s.nfe for s in stats)
     calls = sum(s.denoiser_calls for s in stats)
     return HeadStats(
-        stats[0].parameters.get("steps"), stats[0].denoising_steps, calls / passes,
-        calls / sum(s.tokens for s in stats), statistics.mean(s.evaluations_per_token for s in stats),
+        stats[0].parameters.get("steps"),
+        stats[0].denoising_steps,
+        calls / passes,
+        calls / sum(s.tokens for s in stats),
+        statistics.mean(s.evaluations_per_token for s in stats),
         sum(s.accepted for s in stats) / tested if tested else None,
-    )  # fmt: skip
+    )

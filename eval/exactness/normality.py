@@ -77,8 +77,10 @@ def normality_z(x: Tensor, dim: int) -> float:
              (one[1:] * one[:-1]).sum(0)]  # fmt: skip
     z = [kind / math.sqrt(n) for kind in kinds if len(kind)]
     norms = x.square().unflatten(1, (-1, dim)).sum(-1)
-    size = [torch.special.gammainc(torch.tensor(k / 2, dtype=x.dtype), s / 2) for k, s in
-            ((dim, norms), (columns, norms.sum(1, keepdim=True)))]  # fmt: skip
+    size = [
+        torch.special.gammainc(torch.tensor(k / 2, dtype=x.dtype), s / 2)
+        for k, s in ((dim, norms), (columns, norms.sum(1, keepdim=True)))
+    ]
     uniform = torch.cat([torch.special.ndtr(x), *size], dim=1)
     sums = [log_p_chi2(kind.square().sum()[None], len(kind)) for kind in z]
     return worst(torch.cat([log_p_normals(torch.cat(z)), *sums, log_p_uniform(uniform)]))

@@ -92,13 +92,15 @@ def main() -> int:
         rows.append((family, amount, moved))
         print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    print(table(
-        ("SAMPLER", "RELAXED BY", "TV OF THE JOINT DISTRIBUTION", "OF AN EXACT SAMPLE", "TOKENS/PASS"),
-        [
-            (family, amount or "exact", f"{m.distance:.3f}", f"{m.noise:.3f}", f"{m.tokens_per_pass:.2f}")
-            for family, amount, m in rows
-        ],
-    ))  # fmt: skip
+    print(
+        table(
+            ("SAMPLER", "RELAXED BY", "TV OF THE JOINT DISTRIBUTION", "OF AN EXACT SAMPLE", "TOKENS/PASS"),
+            [
+                (family, amount or "exact", f"{m.distance:.3f}", f"{m.noise:.3f}", f"{m.tokens_per_pass:.2f}")
+                for family, amount, m in rows
+            ],
+        )
+    )
     if options.plot:
         points = [Point(f, amount, m.tokens_per_pass, m.distance, exact=not amount) for f, amount, m in rows]
         floor = rows[0][2].noise

@@ -34,8 +34,12 @@ from visar.eval.quality.result import Result
 Source = str | Path | ImageFolder
 
 _NEEDS = {  # features of every image, where moments do not do
-    "inception_score": "logits", "precision": "pool", "recall": "pool", "kid": "pool", "cmmd": "pool",
-}  # fmt: skip
+    "inception_score": "logits",
+    "precision": "pool",
+    "recall": "pool",
+    "kid": "pool",
+    "cmmd": "pool",
+}
 
 
 @dataclass
@@ -70,8 +74,12 @@ class _Reference:
 
     def must_fit(self, protocol: Protocol, extractor: Extractor) -> None:
         """Moments that say of which features they are must be of these."""
-        own = {"extractor": extractor.name, "weights": extractor.weights, "resize": extractor.resize,
-               "prepare": protocol.prepare}  # fmt: skip
+        own = {
+            "extractor": extractor.name,
+            "weights": extractor.weights,
+            "resize": extractor.resize,
+            "prepare": protocol.prepare,
+        }
         provenance = self.stored.provenance if self.stored else {}
         for name, value in own.items():
             if provenance.get(name, value) != value:
@@ -139,9 +147,13 @@ def measure(
     for name, metric in metrics.items():
         if metric["kind"] == "clip_score":
             found = clip_scores(
-                images, cast(ImageAndText, extract), prefix=metric["prefix"], scale=metric["scale"],
-                prepare=PREPARE[protocol.prepare], batch=batch,
-            ).mean  # fmt: skip
+                images,
+                cast(ImageAndText, extract),
+                prefix=metric["prefix"],
+                scale=metric["scale"],
+                prepare=PREPARE[protocol.prepare],
+                batch=batch,
+            ).mean
             values[name], spread[name] = found.mean, (found.low, found.high)
         elif metric["kind"] == "kid":
             mean, std = kid(

@@ -170,13 +170,15 @@ def _html(report: Report, plot: str, grid: bytes) -> str:
         f"<h1>Samplers of {html.escape(report.model)}</h1>",
         *(f"<p>{html.escape(fact)}</p>" for fact in _facts(report)),
         "<table><tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in header) + "</tr>",
-        *(_row(row, c) for row, c in zip(rows, changed, strict=True)), "</table>",
+        *(_row(row, c) for row, c in zip(rows, changed, strict=True)),
+        "</table>",
         plot[plot.index("<svg") :],
-        "<h2>The same prompts and seeds</h2>", _img(grid, "webp", "a column for each sampler, a row for each prompt"),
+        "<h2>The same prompts and seeds</h2>",
+        _img(grid, "webp", "a column for each sampler, a row for each prompt"),
         "<h2>What changed most</h2>",
         f"<p>By {html.escape(report.ranked_by)}: {html.escape(report.entries[0].label)} on the left.</p>",
         *(_worst(e, report) for e in report.entries),
-    ]  # fmt: skip
+    ]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

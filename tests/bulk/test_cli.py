@@ -39,8 +39,10 @@ def geneval_run(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Eight images of GenEval's two prompts."""
     folder = tmp_path_factory.mktemp("geneval")
     (folder / "metadata.jsonl").write_text("\n".join(GENEVAL) + "\n")
-    assert run("sample", "--model", text_folder, "--prompts", folder / "metadata.jsonl", "-n", 8, "--out",
-               folder / "run") == 0  # fmt: skip
+    assert (
+        run("sample", "--model", text_folder, "--prompts", folder / "metadata.jsonl", "-n", 8, "--out", folder / "run")
+        == 0
+    )
     return folder / "run"
 
 
@@ -286,8 +288,10 @@ def test_what_does_not_fit_a_layout(
     (tmp_path / "full" / "mine").touch()
     (tmp_path / "two.jsonl").write_text('{"id": "a.b", "prompt": "cat"}\n')
     for n, out in ((2, "two"), (4, "dot")):
-        assert run("sample", "--model", text_folder, "--prompts", tmp_path / "two.jsonl", "-n", n, "--out",
-                   tmp_path / out) == 0  # fmt: skip
+        assert (
+            run("sample", "--model", text_folder, "--prompts", tmp_path / "two.jsonl", "-n", n, "--out", tmp_path / out)
+            == 0
+        )
     capsys.readouterr()
     before = names(tmp_path)
     for folder, layout, out, message in (

@@ -75,8 +75,9 @@ def test_samplers(capsys: Capture) -> None:
     assert [line.split()[0] for line in lines[1:-1]] == list(SAMPLERS)
     assert lines[-1].startswith("`visar samplers NAME`")
     assert [line.split()[:4] for line in lines if "(default)" in line] == [
-        ["scd", "(default)", "discrete", "yes"], ["mar-headspec", "(default)", "continuous", "yes"]
-    ]  # fmt: skip
+        ["scd", "(default)", "discrete", "yes"],
+        ["mar-headspec", "(default)", "continuous", "yes"],
+    ]
     assert run("samplers", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows.keys() == SAMPLERS.keys()

@@ -110,17 +110,20 @@ def test_the_same_flags_everywhere() -> None:
 
 def test_the_settings_are_the_fields() -> None:
     expected = {f"--{f.replace('_', '-')}" for f in SamplingParams.__dataclass_fields__} - {
-        "--guidance-interval", "--forced-tokens"
-    }  # fmt: skip
+        "--guidance-interval",
+        "--forced-tokens",
+    }
     for command in SAMPLING:
         assert expected <= set(flags(command)), command
 
 
 def test_a_new_field_is_a_flag_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     more = make_dataclass(
-        "More", [("min_p", "float | None", setting(None, "least probability", low=0.0, high=1.0))],
-        bases=(SamplingParams,), frozen=True,
-    )  # fmt: skip
+        "More",
+        [("min_p", "float | None", setting(None, "least probability", low=0.0, high=1.0))],
+        bases=(SamplingParams,),
+        frozen=True,
+    )
     monkeypatch.setattr(options, "SamplingParams", more)
     for command in SAMPLING:
         assert "least probability" in str(flags(command)["--min-p"].help)
@@ -240,7 +243,7 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_completion_in_bash(
     words: str, among: set[str], not_among: set[str], bash_script: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "icomic").touch()
     code = COMPLETE.format(script=bash_script, words=words)
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -248,6 +248,7 @@ def test_warnings_of_others_are_no_notes(text_pipe: Any) -> None:
         (frame,) = Job(decode, threading.Lock(), every=LONG).frames()
     assert frame.notes == ("Words not known to this model were left out: zebra.",)
     assert {str(w.message) for w in elsewhere} == {
-        "Words not known to this model were left out: unheard.", "of a library",
-    }  # fmt: skip
+        "Words not known to this model were left out: unheard.",
+        "of a library",
+    }
     assert warnings.showwarning is before

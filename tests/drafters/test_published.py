@@ -38,10 +38,14 @@ def released(gpt: LlamaGen) -> dict[str, Tensor]:
     attention = {f"layers.0.self_attn.{x}_proj.weight": random(dim, dim) for x in "qkvo"}
     mlp = {f"layers.0.mlp.{x}_proj.weight": random(ffn, dim) for x in ("gate", "up")}
     return {
-        "embed_tokens.weight": torch.randn(codes, dim, generator=g), "fc.weight": random(dim, 2 * dim),
-        "fc.bias": random(dim), "layers.0.mlp.down_proj.weight": random(dim, ffn),
-        "layers.0.post_attention_layernorm.weight": 1 + random(dim), **attention, **mlp,
-    }  # fmt: skip
+        "embed_tokens.weight": torch.randn(codes, dim, generator=g),
+        "fc.weight": random(dim, 2 * dim),
+        "fc.bias": random(dim),
+        "layers.0.mlp.down_proj.weight": random(dim, ffn),
+        "layers.0.post_attention_layernorm.weight": 1 + random(dim),
+        **attention,
+        **mlp,
+    }
 
 
 def dense(w: dict[str, Tensor], gpt: LlamaGen, features: Tensor, tokens: Tensor) -> Tensor:

@@ -105,9 +105,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another shape": (lambda f: note(f, width=5), r"'line.weight' of .* has shape \[2, 3\], expected \[2, 5\]"),
     "NaN": (lambda f: tensors(f, **{"line.bias": torch.tensor([1, torch.nan])}), "'line.bias' of .* holds a NaN"),
     "infinity in 8 bits": (
-        lambda f: tensors(f, **{"line.bias": torch.tensor([1, torch.inf]).to(torch.float8_e5m2)}), "or an infinity",
+        lambda f: tensors(f, **{"line.bias": torch.tensor([1, torch.inf]).to(torch.float8_e5m2)}),
+        "or an infinity",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

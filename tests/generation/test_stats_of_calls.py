@@ -81,18 +81,23 @@ def test_bytes_are_counted(class_pipe: ClassToImagePipeline) -> None:
 @pytest.mark.parametrize(
     "sampler",
     [
-        Autoregressive(), Jacobi(window=3), SpeculativeJacobi(window=5, init="left"),
+        Autoregressive(),
+        Jacobi(window=3),
+        SpeculativeJacobi(window=5, init="left"),
         SpeculativeJacobi(window=40, coupling="maximal", init="left-probs"),
         SpeculativeJacobi(window=6, coupling="gumbel", init="above"),
     ],
-)  # fmt: skip
+)
 def test_configured_samplers(class_pipe: ClassToImagePipeline, sampler: Any) -> None:
     stats = class_pipe([1, 2], sampler=sampler, output_type="tokens").stats
     assert stats.sampler == sampler.name and stats.nfe >= -(-TOKENS // sampler.window)
     if hasattr(sampler, "grid"):
         assert stats.parameters == {
-            "window": sampler.window, "coupling": sampler.coupling, "init": sampler.init, "grid": GRID
-        }  # fmt: skip
+            "window": sampler.window,
+            "coupling": sampler.coupling,
+            "init": sampler.init,
+            "grid": GRID,
+        }
 
 
 def test_window_replaces_that_of_the_sampler(class_pipe: ClassToImagePipeline) -> None:

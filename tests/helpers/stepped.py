@@ -103,9 +103,7 @@ def job_of(pipe: Any, machine: threading.Lock | None = None, prompt: str = "red 
 
 
 def request_of(model: DemoModel, prompt: str = "red heart", *samplers: str, **values: Any) -> Request:
-    settings: Any = dict(
-        seed=0, guidance_scale=2.0, guidance_schedule="linear", temperature=1.0, top_k=0, top_p=1.0
-    )  # fmt: skip
+    settings: Any = dict(seed=0, guidance_scale=2.0, guidance_schedule="linear", temperature=1.0, top_k=0, top_p=1.0)
     settings |= {name: values.pop(name) for name in settings if name in values}
     chosen = [(s, {"steps": 4, "head_steps": 6, "window": 6}) for s in samplers or ("ar",)]
     given: Any = dict(label=3, images=1) | values
@@ -117,8 +115,11 @@ def alone(request: Request, number: int = 0) -> Any:
     model: Any = request.model.model
     model = model.model if isinstance(model, Stepped) else model
     return model.generate(
-        request.condition, sampler=request.samplers[number], num_images=request.images, params=request.params,
-    )  # fmt: skip
+        request.condition,
+        sampler=request.samplers[number],
+        num_images=request.images,
+        params=request.params,
+    )
 
 
 def until(condition: Callable[[], Any]) -> None:

@@ -18,7 +18,7 @@ GRID = 5
 GPT: dict[str, Any] = dict(vocab_size=24, dim=32, num_layers=2, num_heads=2, ffn=48, grid=GRID)
 VQ: dict[str, Any] = dict(
     codebook_size=24, code_dim=4, channels=32, channel_multipliers=(1, 2), res_blocks=1, z_channels=16
-)  # fmt: skip
+)
 
 
 def text_gpt(length: int = 4, features: int = 6) -> LlamaGen:

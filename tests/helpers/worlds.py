@@ -83,9 +83,7 @@ def session_of(
 ) -> LlamaGenSession:
     """A session with the drafter that the sampler needs."""
     (condition, mask), grid = conditions_of(w, images), w.model.config.grid
-    made = session(
-        w.model, condition, mask, length=grid**2, window=sampler.window, guidance=guidance, aux_layers=(0,)
-    )  # fmt: skip
+    made = session(w.model, condition, mask, length=grid**2, window=sampler.window, guidance=guidance, aux_layers=(0,))
     made.codebook = torch.eye(w.model.config.vocab_size)
     if kind := getattr(sampler, "drafter", None):
         target, encoded = LlamaGenTarget(w.model, grid), (condition,) if mask is None else (condition, mask)

@@ -82,10 +82,13 @@ def check_settings(device: str) -> None:
 def check_extremes(device: str) -> None:
     inf = math.inf
     rows = [
-        [1e4, -1e4, 0.0, 1e4, 9999.0, -inf], [-inf, -inf, 3.0, -inf, -inf, -inf], [-1e4, -1e4, -1e4, -1e4, -inf, -1e4],
-        [0.0, -0.0, 0.0, -0.0, -1.0, 1e-45], [1e38, 1e38, -1e38, 0.0, 0.0, 0.0],
+        [1e4, -1e4, 0.0, 1e4, 9999.0, -inf],
+        [-inf, -inf, 3.0, -inf, -inf, -inf],
+        [-1e4, -1e4, -1e4, -1e4, -inf, -1e4],
+        [0.0, -0.0, 0.0, -0.0, -1.0, 1e-45],
+        [1e38, 1e38, -1e38, 0.0, 0.0, 0.0],
         [-3e38, -inf, -1e38, -2e38, -3e38, -3e38],
-    ]  # fmt: skip
+    ]
     x = torch.tensor(rows, device=device)[None]
     for top_k in (0, 1, 2, 5):
         for top_p in (1.0, 0.9, 0.4):

@@ -83,9 +83,9 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(0)
-    T5EncoderModel(
-        T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    ).save_pretrained(folder)  # fmt: skip
+    T5EncoderModel(T5Config(vocab_size=6, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -273,7 +273,7 @@ DAMAGE = {
         lambda f: edit(f, "text_encoder/model.safetensors", scale=torch.full((10,), torch.inf)),
         "weights of 'text_encoder' are not finite: scale",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -216,8 +216,12 @@ def test_loading_options(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "me/mine", revision="abc", cache_dir="/c", token="t", local_files_only=True, subfolder=text_folder.name
     )
     assert {k: asked[k] for k in ("name", "revision", "cache_dir", "token", "local_files_only")} == {
-        "name": "me/mine", "revision": "abc", "cache_dir": "/c", "token": "t", "local_files_only": True,
-    }  # fmt: skip
+        "name": "me/mine",
+        "revision": "abc",
+        "cache_dir": "/c",
+        "token": "t",
+        "local_files_only": True,
+    }
     with pytest.raises(VisarError, match="device_map must be one device, such as 'cuda', not 'auto'"):
         TextToImagePipeline.from_pretrained(text_folder, device_map="auto")
     with pytest.raises(VisarError, match=r"dtype must be a torch.dtype"):
@@ -228,10 +232,12 @@ def test_loading_options(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_saving_options(text_pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for option, message in (
-        ({"safe_serialization": False}, "safetensors only"), ({"variant": "fp16"}, "Variants"),
-        ({"max_shard_size": "1GB"}, "one file for each component"), ({"push_to_hub": True}, "needs repo_id"),
+        ({"safe_serialization": False}, "safetensors only"),
+        ({"variant": "fp16"}, "Variants"),
+        ({"max_shard_size": "1GB"}, "one file for each component"),
+        ({"push_to_hub": True}, "needs repo_id"),
         ({"private": True}, "Unknown keyword 'private'"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(VisarError, match=message):
             text_pipe.save_pretrained(tmp_path / "no", **option)
     assert not (tmp_path / "no").exists()

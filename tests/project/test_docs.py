@@ -95,8 +95,9 @@ class Block:
 
     @property
     def slow(self) -> bool:
-        return self.language == "sh" and any(long in command for command in commands(self.code) for long in SLOW
-                                             if not command.startswith(tuple(PARSED)))  # fmt: skip
+        return self.language == "sh" and any(
+            long in command for command in commands(self.code) for long in SLOW if not command.startswith(tuple(PARSED))
+        )
 
 
 @dataclass

@@ -92,10 +92,12 @@ def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(folder / "env" / "bin" / program), *map(str, arguments)], cwd=folder / "elsewhere",
+            [str(folder / "env" / "bin" / program), *map(str, arguments)],
+            cwd=folder / "elsewhere",
             env={"PATH": os.defpath, "HOME": str(folder / "home"), "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+        )
 
     return run
 
@@ -147,8 +149,11 @@ def test_licences_and_entry_point(wheel: Path, metadata: email.message.Message) 
         for name in ("LICENSE", "NOTICE"):
             assert opened.read(f"{info}/licenses/{name}") == (ROOT / name).read_bytes()
         assert opened.read(f"{info}/entry_points.txt").decode().split() == [
-            "[console_scripts]", "visar", "=", "visar.cli:main"
-        ]  # fmt: skip
+            "[console_scripts]",
+            "visar",
+            "=",
+            "visar.cli:main",
+        ]
 
 
 @pytest.mark.slow
@@ -199,8 +204,12 @@ def test_it_says_what_it_is(alone: Run) -> None:
 @pytest.mark.slow
 def test_what_needs_an_extra_says_which(alone: Run) -> None:
     plot = "from visar.viz import heat_map; heat_map([0])"
-    tried = alone("python", "-c", f"import sys; from visar.errors import VisarError\ntry: {plot}\n"
-                  "except VisarError as error: sys.exit(f'visar: error: {error}')")  # fmt: skip
+    tried = alone(
+        "python",
+        "-c",
+        f"import sys; from visar.errors import VisarError\ntry: {plot}\n"
+        "except VisarError as error: sys.exit(f'visar: error: {error}')",
+    )
     done = alone("visar", "demo")
     assert done.returncode == 2
     for said in (tried.stderr, done.stderr):

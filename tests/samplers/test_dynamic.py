@@ -77,9 +77,13 @@ def test_entropy_levels() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"stop": 0.0}, "stop must lie between 0 and 1"), ({"stop": 1.0}, "stop must lie between 0 and 1"),
-     ({"gamma": 0}, "gamma must be 1 or more"), ({"verification": "block"}, 'must be "token"')],
-)  # fmt: skip
+    [
+        ({"stop": 0.0}, "stop must lie between 0 and 1"),
+        ({"stop": 1.0}, "stop must lie between 0 and 1"),
+        ({"gamma": 0}, "gamma must be 1 or more"),
+        ({"verification": "block"}, 'must be "token"'),
+    ],
+)
 def test_bad_input(fields: dict[str, float], message: str) -> None:
     with pytest.raises(VisarError, match=message):
         DynamicSpeculative(**fields)  # type: ignore[arg-type]

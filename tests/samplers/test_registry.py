@@ -64,12 +64,16 @@ def test_a_name_is_kept_with_other_parameters() -> None:
 @pytest.mark.parametrize(
     ("sampler", "name"),
     [
-        (SpeculativeJacobi(window=8), "sjd"), (SpeculativeJacobi(4, coupling="gumbel"), "scd-gumbel"),
-        (MaskedAutoregressive(steps=32, head_steps=50), "mar-32-50"), (Speculative(drafter="exit"), "kangaroo"),
-        (Speculative(drafter="mine"), "speculative"), (TreeSpeculative(tree="2x2", drafter="medusa"), "medusa"),
-        (TreeSpeculative(children="independent"), "spectr"), (BeamTree(beam=2, depth=2, drafter="model"), "eagle2"),
+        (SpeculativeJacobi(window=8), "sjd"),
+        (SpeculativeJacobi(4, coupling="gumbel"), "scd-gumbel"),
+        (MaskedAutoregressive(steps=32, head_steps=50), "mar-32-50"),
+        (Speculative(drafter="exit"), "kangaroo"),
+        (Speculative(drafter="mine"), "speculative"),
+        (TreeSpeculative(tree="2x2", drafter="medusa"), "medusa"),
+        (TreeSpeculative(children="independent"), "spectr"),
+        (BeamTree(beam=2, depth=2, drafter="model"), "eagle2"),
     ],
-)  # fmt: skip
+)
 def test_the_name_of_one_that_was_built(sampler: Any, name: str) -> None:
     assert sampler.name == name
 
@@ -171,9 +175,11 @@ def test_a_sampler_of_a_file(tmp_path: Path) -> None:
     assert load_sampler(f"{file}:made").window == 5 and get_sampler(f"{file}:make", window=4).window == 4
     assert get_sampler(f"{file}:SpeculativeJacobi") == SpeculativeJacobi()
     for place, message in (
-        (f"{file}:absent", "mine.py has no sampler 'absent'"), (f"{tmp_path}/no.py:x", "There is no file"),
-        (f"{file}:number", "int is no sampler"), (f"{file}:broken", "mine.py, line 7: ZeroDivisionError"),
+        (f"{file}:absent", "mine.py has no sampler 'absent'"),
+        (f"{tmp_path}/no.py:x", "There is no file"),
+        (f"{file}:number", "int is no sampler"),
+        (f"{file}:broken", "mine.py, line 7: ZeroDivisionError"),
         (f"{file}:a b", "takes a Python file and a sampler in it"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(VisarError, match=message):
             get_sampler(place)

@@ -43,9 +43,13 @@ SHAPE = shape_of([(0,), (1,), (2,), (0, 0), (0, 1), (2, 0), (0, 1, 0), (0, 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "levels", "leaves", "fed"), [("mc25", [4, 8, 8, 3, 2], 15, [4, 4, 1, 1]),
-    ("ext57", [5, 13, 16, 14, 9], 33, [5, 7, 7, 5]), ("4x2x1", [4, 8, 8], 8, [4, 8])],
-)  # fmt: skip
+    ("name", "levels", "leaves", "fed"),
+    [
+        ("mc25", [4, 8, 8, 3, 2], 15, [4, 4, 1, 1]),
+        ("ext57", [5, 13, 16, 14, 9], 33, [5, 7, 7, 5]),
+        ("4x2x1", [4, 8, 8], 8, [4, 8]),
+    ],
+)
 def test_published_trees(name: str, levels: list[int], leaves: int, fed: list[int]) -> None:
     shape = named_tree(name)
     tree = Tree.of(shape.parents)
@@ -326,9 +330,12 @@ def test_block_verification_keeps_at_least_as_much() -> None:
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(lambda: Speculative(gamma=0), "gamma must be 1 or more"), (lambda: Speculative(verification="all"), "'all'"),  # type: ignore[arg-type]
-     (lambda: TreeSpeculative(children="best"), "'best'")],  # type: ignore[arg-type]
-)  # fmt: skip
+    [
+        (lambda: Speculative(gamma=0), "gamma must be 1 or more"),
+        (lambda: Speculative(verification="all"), "'all'"),  # type: ignore[arg-type]
+        (lambda: TreeSpeculative(children="best"), "'best'"),
+    ],  # type: ignore[arg-type]
+)
 def test_bad_parameters(make, message: str) -> None:
     with pytest.raises(VisarError, match=message):
         make()

@@ -25,8 +25,11 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert (found["sampler"], found["exact"], found["tokens"], found["images"]) == (
-        "scd", True, 256, [str(tmp_path / "heart.png")]
-    )  # fmt: skip
+        "scd",
+        True,
+        256,
+        [str(tmp_path / "heart.png")],
+    )
     image = Image.open(tmp_path / "heart.png")
     assert (image.size, image.mode, image.format) == ((64, 64), "RGB", "PNG") and err == ""
     assert len(image.getcolors(4096) or range(4096)) > 16  # not a blank square

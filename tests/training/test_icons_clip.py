@@ -219,10 +219,12 @@ def test_the_command_line_trains_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     found = icons_clip(weights=tmp_path / "run" / "clip")
     assert found.size == 8 and {"noto", "39", "heart"} <= set(found.words.words) and "a" not in found.words.words
     capsys.readouterr()
-    for wrong, message in ((["--heads", "3"], "must be a multiple of the 3 heads"),
-                           (["--size", "12"], "a multiple of 8 pixels, not 12"),
-                           (["--words", "nowhere"], "nowhere is not a saved component"),
-                           (["--batch", "1"], "--batch must be 2 or more")):  # fmt: skip
+    for wrong, message in (
+        (["--heads", "3"], "must be a multiple of the 3 heads"),
+        (["--size", "12"], "a multiple of 8 pixels, not 12"),
+        (["--words", "nowhere"], "nowhere is not a saved component"),
+        (["--batch", "1"], "--batch must be 2 or more"),
+    ):
         assert main([*common, *small, "--out", str(tmp_path / "no"), *wrong]) == 2
         assert message in capsys.readouterr().err
 

@@ -72,9 +72,7 @@ def test_no_concept_and_no_drawing_leaks(large: ImageSet) -> None:
         drawings.setdefault((record.concept, record.drawing), set()).add(split)
     assert all(len(found) == 1 for found in drawings.values())  # flat, glossy and 3d show one drawing
     kinds = Counter(frozenset(found) for found in splits.values())
-    assert kinds.keys() == {
-        frozenset({"train"}), frozenset({"unseen-concept"}), frozenset({"train", "unseen-style"})
-    }  # fmt: skip
+    assert kinds.keys() == {frozenset({"train"}), frozenset({"unseen-concept"}), frozenset({"train", "unseen-style"})}
     assert 3 <= kinds[frozenset({"unseen-concept"})] <= 24 and 3 <= kinds[frozenset({"train", "unseen-style"})] <= 24
     counts = [len(large.indices(s)) for s in ("train", "unseen-concept", "unseen-style")]
     assert sum(counts) == 1200 and min(counts) > 0
@@ -105,9 +103,12 @@ def test_bad_sets_are_named(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "pictures.json").write_text(listing)
     for name, message in {
-        "none": "No image folder at", "empty": "holds no captioned images", "bad.zip": "bad.zip is no image set",
-        "cut": "cut is no image set", "keys": "keys is no image set: 'caption'",
-    }.items():  # fmt: skip
+        "none": "No image folder at",
+        "empty": "holds no captioned images",
+        "bad.zip": "bad.zip is no image set",
+        "cut": "cut is no image set",
+        "keys": "keys is no image set: 'caption'",
+    }.items():
         with pytest.raises(VisarError, match=message):
             ImageSet(tmp_path / name)
     with pytest.raises(VisarError, match=r"No image has style 'oil'; the styles are flat, noto\."):

@@ -139,9 +139,11 @@ def _speed_text(report: SpeedReport, model: str) -> str:
             of = 100 * r.gb_per_second / report.bandwidth
             return (r.window,), (f"{r.images_per_second:.2f}", f"{r.gb_per_second:.1f}", f"{of:.0f}%")
         return (h.steps or "", h.denoising_steps), (
-            f"{h.calls_per_pass:.1f}", f"{h.calls_per_token:.1f}", f"{h.evaluations_per_token:.0f}",
+            f"{h.calls_per_pass:.1f}",
+            f"{h.calls_per_token:.1f}",
+            f"{h.evaluations_per_token:.0f}",
             "" if h.acceptance is None else f"{h.acceptance:.3f}",
-        )  # fmt: skip
+        )
 
     rows = []
     for r in report.rows:

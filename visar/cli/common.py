@@ -92,9 +92,13 @@ def source_of(options: argparse.Namespace) -> Source:
     from visar.families.source import open_source
 
     return open_source(
-        options.model, vq=options.vq, vae=options.vae, text_encoder=options.text_encoder,
-        image_size=options.image_size, num_heads=options.num_heads,
-    )  # fmt: skip
+        options.model,
+        vq=options.vq,
+        vae=options.vae,
+        text_encoder=options.text_encoder,
+        image_size=options.image_size,
+        num_heads=options.num_heads,
+    )
 
 
 def tokens_of(options: argparse.Namespace) -> str:

@@ -54,9 +54,13 @@ def stats(options: argparse.Namespace) -> int:
         raise VisarError(f"Statistics are written as .npz, not {options.out}.")
     writable_folder(Path(options.out).parent)
     found = reference_stats(
-        options.protocol, options.sources, options.out, device=device_of(options.device), batch=options.batch,
+        options.protocol,
+        options.sources,
+        options.out,
+        device=device_of(options.device),
+        batch=options.batch,
         weights=options.weights,
-    )  # fmt: skip
+    )
     count = next(iter(found.moments.values())).n
     show(options, f"{options.out}: {count} images, sha256:{found.fingerprint[:12]}", found.provenance)
     return 0

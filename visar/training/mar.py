@@ -82,7 +82,7 @@ def initialise(mar: MAR) -> MAR:
 
 
 def masked_share(g: torch.Generator, least: float) -> float:
-    """A share of tokens to hide, of a normal law with mean 1 and spread 0.25 cut to [`least`, 1]."""
+    """A share of tokens to hide, normally distributed with mean 1 and spread 0.25 cut to [`least`, 1]."""
     while True:
         share = 1 + 0.25 * torch.randn((), generator=g).item()
         if least <= share <= 1:

@@ -99,13 +99,16 @@ def metrics(clip: IconsClip, data: ImageSet, most: int = 1024, seed: int = 0) ->
         of_all = retrieval(clip.model, clip.words, pixels[rows], records, [r.caption for r in data.records])
         right, wrong = pair_scores(clip, pixels[rows], records, captions, rng)
         values = {
-            "images": len(rows), "captions": len(set(captions)), **near,
+            "images": len(rows),
+            "captions": len(set(captions)),
+            **near,
             **{f"{name}_of_all": share for name, share in of_all.items()},
-            "right": right.mean().item(), "wrong": wrong.mean().item(),
+            "right": right.mean().item(),
+            "wrong": wrong.mean().item(),
             "higher": (right > wrong).double().mean().item(),
             "auc": (right[:, None] > wrong).double().mean().item(),
             "spread": right.std().item(),
-        }  # fmt: skip
+        }
         out[split] = {name: round(value, 4) for name, value in values.items()}
     return out
 

@@ -72,8 +72,9 @@ def test_passes_stay_in_the_middle(every: int, window: int, graphed: bool) -> No
 
     made = session(window)
     graph = Graph(lambda step: step) if graphed else None  # a capture that records nothing
-    found = steady(made, Watched(window=window), Target(), NOISE, passes=30, warm=2, every=every, graph=graph,
-                   traced=Trace)  # fmt: skip
+    found = steady(
+        made, Watched(window=window), Target(), NOISE, passes=30, warm=2, every=every, graph=graph, traced=Trace
+    )
     assert (found.capture_seconds is not None) == graphed
     warm = 2 if every == 1 else 3
     assert found.passes == 30 and found.ms_per_pass > 0
@@ -240,8 +241,9 @@ def test_shares_of_a_gpu() -> None:
         event(VERIFY, "aten::mul", kernels=[kernel(name="elementwise", duration=100.0)]),
     ]
     kernels = [
-        SimpleNamespace(name="nvjet", device_time_total=300.0), SimpleNamespace(name="nvjet", device_time_total=200.0),
+        SimpleNamespace(name="nvjet", device_time_total=300.0),
+        SimpleNamespace(name="nvjet", device_time_total=200.0),
         SimpleNamespace(name="elementwise", device_time_total=100.0),
-    ]  # fmt: skip
+    ]
     shares = profiling._gpu_shares(operators, kernels, 1.0)
     assert shares == pytest.approx({"attention": 0, GEMM: 0.5, MODEL: 0, SAMPLING: 0.1, HOST: 0.4})

@@ -110,8 +110,11 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shapes, "free_memory", lambda device: 2**24)
     rows = measure(windows=(4,), repeats=1, passes=1).rows
     assert [(r.name, r.dtype, bool(r.ms_per_pass)) for r in rows] == [
-        ("tiny", "bfloat16", True), ("tiny", "float32", True), ("B-256", "bfloat16", False), ("B-256", "float32", False)
-    ]  # fmt: skip
+        ("tiny", "bfloat16", True),
+        ("tiny", "float32", True),
+        ("B-256", "bfloat16", False),
+        ("B-256", "float32", False),
+    ]
     assert rows[2].note.startswith("B-256 at batch 1 in bfloat16 needs 0.") and not rows[0].note
 
 
@@ -180,7 +183,7 @@ def test_profile_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> 
 )
 def test_bad_input_is_one_line(
     arguments: str, message: str, text_folder: Path, tmp_path: Path, capsys: Capture
-) -> None:  # fmt: skip
+) -> None:
     (tmp_path / "FILE").touch()
     words = arguments.replace("FILE", str(tmp_path / "FILE")).split()
     words += ["--model", str(text_folder)] if "--profile" in words else []

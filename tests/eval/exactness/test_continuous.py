@@ -137,8 +137,10 @@ def test_the_distribution_is_that_of_a_direct_simulation() -> None:
     x = np.zeros((n, 3, 2))
     for asked, before, scale in (([2], [], 1 + 0.5 / 3), ([0, 1], [2], 1 + 0.5 * 2 / 3)):  # floor(3 cos(pi/4)) = 2
         for i in asked:
-            said = [world.base[b][i] + sum(x[:, j] @ world.pull[h, i, j].T + world.known[h, i, j] for j in before)
-                    for h, b in ((0, 1), (1, 2))]  # fmt: skip
+            said = [
+                world.base[b][i] + sum(x[:, j] @ world.pull[h, i, j].T + world.known[h, i, j] for j in before)
+                for h, b in ((0, 1), (1, 2))
+            ]
             mean = (said[1] + scale * (said[0] - said[1])) @ world.turn.T + world.shift
             x[:, i] = gain * mean + rng.normal(size=(n, 2)) * variance**0.5
     distribution = world.distribution(setting, order, 1, np.zeros((0, 2)))

@@ -160,8 +160,9 @@ def test_mistakes_show_in_the_joint_distribution(name: str) -> None:
 @pytest.mark.slow
 def test_without_a_reference_what_all_passes_share_is_not_seen() -> None:
     """And the page says so; the other mistakes are."""
-    lost, sees_ahead = (world(MISTAKES[n][0])["make"] for n in ("a condition that got lost",
-                                                                "a window that sees itself to the end"))  # fmt: skip
+    lost, sees_ahead = (
+        world(MISTAKES[n][0])["make"] for n in ("a condition that got lost", "a window that sees itself to the end")
+    )
     checks, rows = verify_session(lost, None, ["scd"], SEQUENCES)
     assert all(c.passed for c in checks) and all(row.passed for row in rows) and len(rows) == 2
     assert "passes of one token" not in [c.check for c in checks]

@@ -50,10 +50,14 @@ def test_with_nothing_relaxed_every_token_is_that_of_the_exact_sampler(name: str
 
 @pytest.mark.parametrize(
     "sampler",
-    [Lantern(drafter="model", k=1, delta=0.5), LanternPlusPlus(tree=TREE, drafter="model", k=2, lam=8.0),
-     CoolSD(drafter="model", omega=3.0), GroupedJacobi(group=2, gap=0.5)],
+    [
+        Lantern(drafter="model", k=1, delta=0.5),
+        LanternPlusPlus(tree=TREE, drafter="model", k=2, lam=8.0),
+        CoolSD(drafter="model", omega=3.0),
+        GroupedJacobi(group=2, gap=0.5),
+    ],
     ids=lambda s: s.name,
-)  # fmt: skip
+)
 def test_relaxed_samplers_have_another_distribution_and_take_fewer_passes(sampler: Sampler) -> None:
     sampler = configured(sampler, CASES[0])
     z, speed, _ = measure(sampler, CASES[0], 16_384, seed=0)
@@ -129,7 +133,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
         ("gsd", {"group": 0}, "group must be 1 or more"),
         ("gsd", {"gap": 0.0}, "gap must be above 0"),
     ],
-)  # fmt: skip
+)
 def test_bad_parameters(name: str, parameters: dict[str, float], message: str) -> None:
     with pytest.raises(VisarError, match=message):
         get_sampler(name, **parameters)

@@ -17,8 +17,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 def test_energy_distance_is_that_of_its_definition() -> None:
     x, y = normal(3, 5), normal(4, 5, seed=1) + 1
     cross = sum(float((a - b).norm()) for a in x for b in y) / 12
-    own = [sum(float((a - b).norm()) for i, a in enumerate(z) for b in z[:i]) / (n * (n - 1) / 2)
-           for z, n in ((x, 3), (y, 4))]  # fmt: skip
+    own = [
+        sum(float((a - b).norm()) for i, a in enumerate(z) for b in z[:i]) / (n * (n - 1) / 2)
+        for z, n in ((x, 3), (y, 4))
+    ]
     assert energy(x, y).item() == pytest.approx(2 * cross - sum(own))
     assert energy(x.expand(2, -1, -1), y).tolist() == pytest.approx([energy(x, y).item()] * 2)
 

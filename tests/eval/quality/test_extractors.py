@@ -178,9 +178,11 @@ def test_inceptions_weights(inception_file: Path, tmp_path: Path, monkeypatch: p
     torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
     torch.save(os.system, tmp_path / "code.pth")
     for name, message in (
-        ("none.pth", "cannot be read"), ("text.pth", "cannot be read"), ("code.pth", "cannot be read"),
+        ("none.pth", "cannot be read"),
+        ("text.pth", "cannot be read"),
+        ("code.pth", "cannot be read"),
         ("other.pth", "does not hold the weights of FID's Inception"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(VisarError, match=message):
             inception(weights=str(tmp_path / name))
 
@@ -293,8 +295,10 @@ def test_a_timm_model_from_a_file(tmp_path: Path) -> None:
     extract = timm_backbone("test_vit", weights=str(tmp_path / "vit.pth"))
     assert extract.name == "timm:test_vit" and extract.size == model.pretrained_cfg["input_size"][-1]
     images = noise(2, 3, 40, 40)
-    plane = [[Image.fromarray(c).resize((extract.size,) * 2, Image.Resampling.BICUBIC) for c in p]
-             for p in images.float().numpy()]  # fmt: skip
+    plane = [
+        [Image.fromarray(c).resize((extract.size,) * 2, Image.Resampling.BICUBIC) for c in p]
+        for p in images.float().numpy()
+    ]
     x = torch.from_numpy(np.array([[np.asarray(c) for c in p] for p in plane])).clamp(0, 255) / 255
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     with torch.inference_mode():

@@ -155,8 +155,10 @@ def test_bad_input(tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     np.savez(tmp_path / "nan.npz", mu=np.zeros(1), sigma=np.full((1, 1), np.nan))
     for name, message in (
-        ("none.npz", "holds no moments"), ("other.npz", "holds no moments"), ("odd.npz", "do not fit"),
+        ("none.npz", "holds no moments"),
+        ("other.npz", "holds no moments"),
+        ("odd.npz", "do not fit"),
         ("nan.npz", "NaN or infinite"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(VisarError, match=message):
             load_moments(tmp_path / name)

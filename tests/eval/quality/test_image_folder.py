@@ -137,20 +137,23 @@ def refused(path: Path, **options: bool) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("write, message", [
-    (lambda p: save(p / "a.jpg"), "is JPEG, which changes the metrics"),
-    (lambda p: save(p / "a.png", format="JPEG"), "is JPEG"),  # whatever it is called
-    (lambda p: save(p / "a.webp", quality=80), "is lossy WebP"),
-    (lambda p: save(p / "a.webp", quality=80, exif=b"Exif\0\0", icc_profile=b"x"), "is lossy WebP"),
-    (lambda p: save(p / "a.png", format="BMP"), "is a bmp file"),
-    (lambda p: Image.fromarray(np.zeros((4, 4), np.uint16)).save(p / "a.png"), "8 bits per channel"),
-    (lambda p: Image.new("RGBA", (4, 4), (1, 2, 3, 254)).save(p / "a.png"), "transparent pixels"),
-    (lambda p: Image.new("LA", (4, 4), (1, 0)).save(p / "a.png"), "transparent pixels"),
-    (lambda p: (p / "a.png").write_text("text"), "not an image that can be read"),
-    (lambda p: (save(p / "a.png"), (p / "a.png").write_bytes((p / "a.png").read_bytes()[:90])), "can be read"),
-    (lambda p: (save(p / "a.png"), save(p / "a.webp", lossless=True)), "have one name"),
-    (lambda p: (p / "a.txt").write_text("text"), "no images in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda p: save(p / "a.jpg"), "is JPEG, which changes the metrics"),
+        (lambda p: save(p / "a.png", format="JPEG"), "is JPEG"),  # whatever it is called
+        (lambda p: save(p / "a.webp", quality=80), "is lossy WebP"),
+        (lambda p: save(p / "a.webp", quality=80, exif=b"Exif\0\0", icc_profile=b"x"), "is lossy WebP"),
+        (lambda p: save(p / "a.png", format="BMP"), "is a bmp file"),
+        (lambda p: Image.fromarray(np.zeros((4, 4), np.uint16)).save(p / "a.png"), "8 bits per channel"),
+        (lambda p: Image.new("RGBA", (4, 4), (1, 2, 3, 254)).save(p / "a.png"), "transparent pixels"),
+        (lambda p: Image.new("LA", (4, 4), (1, 0)).save(p / "a.png"), "transparent pixels"),
+        (lambda p: (p / "a.png").write_text("text"), "not an image that can be read"),
+        (lambda p: (save(p / "a.png"), (p / "a.png").write_bytes((p / "a.png").read_bytes()[:90])), "can be read"),
+        (lambda p: (save(p / "a.png"), save(p / "a.webp", lossless=True)), "have one name"),
+        (lambda p: (p / "a.txt").write_text("text"), "no images in"),
+    ],
+)
 def test_what_is_refused(tmp_path: Path, write: Callable[[Path], object], message: str) -> None:
     write(tmp_path)
     assert message in refused(tmp_path)

@@ -124,7 +124,7 @@ def test_command(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
         (["--classes", "0-1", "--prompts", "x"], "Give either --prompts FILE or --classes LIST"),
         (["--prompts", str(tmp_path / "none.txt")], "none.txt"),
         (["--reference", str(tmp_path / "none")], "no images at"),
-    ):  # fmt: skip
+    ):
         assert main([*command[:-4], "--out", str(tmp_path / "new"), *arguments]) == 2, arguments
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new").exists()

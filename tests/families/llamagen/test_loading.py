@@ -29,9 +29,7 @@ TINY: dict[str, dict[str, Any]] = {
         caption_features=12, grid=3,
     ),
 }  # fmt: skip
-VQ = dict(
-    codebook_size=24, code_dim=4, channels=32, channel_multipliers=(1, 2, 2), res_blocks=1, z_channels=16
-)  # fmt: skip
+VQ = dict(codebook_size=24, code_dim=4, channels=32, channel_multipliers=(1, 2, 2), res_blocks=1, z_channels=16)
 
 
 def gpt_state(kind: str = "class") -> dict[str, Tensor]:
