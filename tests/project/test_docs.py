@@ -66,6 +66,11 @@ PARSED = {
     "visar bench --shapes": "models of published size; tests/eval/benchmark/test_shapes.py runs small ones",
     "visar train images": "downloads the packages of ten image sets",
     "visar train words": "needs the extra `train`",
+    "visar train tokenizer --data images --out run/vq --size 128": "as the next two, from weights of a checkout; "
+    "tests/training/test_patch_tokenizer.py and test_variant_training.py run small ones",
+    "visar train ar --data images --out run/ar --size 128": "see above",
+    "visar train assemble --gpt run/ar/gpt --tokenizer run/vq/vq --words run/ar/text_encoder": "see above",
+    "python -m visar.eval.report.prompt_sheet": "100 images; tests/eval/report/test_prompt_sheet.py makes few",
     "visar eval stats": "downloads the weights of Inception",
     "visar eval fid": "needs 2,048 images, and weights as above",
     "visar eval clip images": "downloads the weights of a CLIP",

@@ -33,11 +33,15 @@ def ran(command: list[str | Path], **settings: object) -> str:
     return done.stdout
 
 
+def listed() -> list[str]:
+    """What is in git: files, and the links by which folders next to visar/ are packages of it."""
+    return [name for name in ran(["git", "ls-files", "-z"], cwd=ROOT).split("\0") if name]
+
+
 @pytest.fixture(scope="module")
 def tracked() -> list[str]:
     """Files of the checkout that are in git and not deleted."""
-    names = ran(["git", "ls-files", "-z"], cwd=ROOT).split("\0")
-    return [name for name in names if name and (ROOT / name).is_file()]
+    return [name for name in listed() if (ROOT / name).is_file()]
 
 
 def installed_name(name: str) -> str:
@@ -63,6 +67,9 @@ def clean(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in tracked:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
+    for name in listed():
+        if (ROOT / name).is_symlink():
+            (folder / name).symlink_to(os.readlink(ROOT / name))
     return folder
 
 
