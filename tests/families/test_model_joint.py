@@ -56,11 +56,13 @@ def expected(kind: str) -> np.ndarray:
     return out
 
 
-def joint_z(kind: str, sampler: Sampler, session: type[LlamaGenSession] = LlamaGenSession) -> list[float]:
+def joint_z(
+    kind: str, sampler: Sampler, session: type[LlamaGenSession] = LlamaGenSession, images: int = IMAGES
+) -> list[float]:
     """The chi-square z of the images of either condition."""
     w = world(kind)
     target = Target(SETTINGS.temperature, SETTINGS.top_k, SETTINGS.top_p)
-    parts = [run(w, sampler, part, target, session).tokens for part in torch.arange(IMAGES).split(BATCH)]
+    parts = [run(w, sampler, part, target, session).tokens for part in torch.arange(images).split(BATCH)]
     found = values(torch.cat(parts), w.model.config.vocab_size)
     counts = [np.bincount(found[c::2], minlength=expected(kind).shape[1]) for c in range(2)]
     return [chi_square_z(n, p) for n, p in zip(counts, expected(kind), strict=True)]
@@ -93,7 +95,9 @@ def unless(quick: bool, kind: str, pair: tuple[str, int | None]) -> Any:
     ],
 )
 def test_joint_law_of_images(kind: str, name: str, window: int | None) -> None:
-    assert all(abs(z) < 4 for z in joint_z(kind, made(name, window)))
+    # Of 8,192 images, specdec++ has a z of 4.3 by chance; of 20,480 it is 0.9.
+    images = 20_480 if name == "specdec++" else IMAGES
+    assert all(abs(z) < 4 for z in joint_z(kind, made(name, window), images=images))
 
 
 class FirstWriteStays(KVCache):

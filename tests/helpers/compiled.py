@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 CAPABILITIES = (80, 90)  # A100, H100
@@ -15,7 +16,8 @@ CAPABILITIES = (80, 90)  # A100, H100
 
 def in_a_process(file: str) -> None:
     """Run a test file as a script, without the interpreter."""
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_DEFAULT_FP_FUSION": "1"}
+    root = str(Path(__file__).parents[2])  # where `tests` is
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": root}
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, file], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
