@@ -70,13 +70,15 @@ PARSED = {
     "tests/training/test_patch_tokenizer.py and test_variant_training.py run small ones",
     "visar train ar --data images --out run/ar --size 128": "see above",
     "visar train assemble --gpt run/ar/gpt --tokenizer run/vq/vq --words run/ar/text_encoder": "see above",
-    "python -m visar.eval.report.prompt_sheet": "100 images; tests/eval/report/test_prompt_sheet.py makes few",
     "visar eval stats": "downloads the weights of Inception",
     "visar eval fid": "needs 2,048 images, and weights as above",
     "visar eval clip images": "downloads the weights of a CLIP",
 }
 # No commands of visar, and not run: each as it stands.
 FOREIGN = {
+    "python -m visar.eval.report.prompt_sheet --model my-model --out sheet.png": (
+        "100 images of the model above; tests/eval/report/test_prompt_sheet.py makes few"
+    ),
     "uv run pytest": "these tests themselves",
     "pytest -m gpu": "these tests themselves",
 }
