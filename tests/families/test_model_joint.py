@@ -95,7 +95,7 @@ def unless(quick: bool, kind: str, pair: tuple[str, int | None]) -> Any:
     ],
 )
 def test_joint_law_of_images(kind: str, name: str, window: int | None) -> None:
-    # Of 8,192 images, specdec++ has a z of 4.3 by chance; of 20,480 it is 0.9.
+    # Seed 0 gives specdec++ a z of 4.3 of 8,192 images; seeds 101, 202 and 303 stay below 2, as does seed 0 of 20,480.
     images = 20_480 if name == "specdec++" else IMAGES
     assert all(abs(z) < 4 for z in joint_z(kind, made(name, window), images=images))
 
