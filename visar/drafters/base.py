@@ -7,6 +7,7 @@ that `register_drafter` gives a name. What only a model's family knows, it asks 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
@@ -81,7 +82,7 @@ class DrafterTarget(DrafterLoading, Protocol):
         ...
 
 
-class DraftKind:
+class DraftKind(ABC):
     """A kind of drafter, known to samplers and in `visar train drafter --kind` by its `name`."""
 
     network: ClassVar[Any] = None  # the class of its models; None: a smaller model, which the family knows
@@ -95,9 +96,9 @@ class DraftKind:
         """A drafter of a released file's tensors; None where the file is of another kind. Raises `VisarError`."""
         return None
 
+    @abstractmethod
     def check(self, model: Any, target: Any, path: str | Path) -> None:
         """Raise `VisarError` for a drafter that cannot draft for the target."""
-        raise NotImplementedError
 
     def default_layers(self, of: int) -> int | None:
         """How many layers of a target of `of` layers it has, if nobody says; None where there is nothing to say."""
