@@ -8,6 +8,8 @@ import threading
 import time
 import warnings
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -252,3 +254,22 @@ def test_warnings_of_others_are_no_notes(text_pipe: Any) -> None:
         "of a library",
     }
     assert warnings.showwarning is before
+
+
+def test_a_job_that_is_starting_ends_too(stepped: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = job_of(stepped)
+    start = job._thread.start
+    stepped.free()
+    with ThreadPoolExecutor() as pool:
+        ends: list[Future[None]] = []
+
+        def slowly() -> None:
+            ends.append(pool.submit(jobs.end_all))
+            wait(ends, 0.2)  # it must not go on before the thread runs
+            start()
+
+        monkeypatch.setattr(job._thread, "start", slowly)
+        with suppress(Stopped):
+            list(job.frames())
+        ends[0].result(LONG)
+    assert job.over

@@ -27,6 +27,7 @@ BEFORE = "Stopped before it began."
 
 Decode = Callable[[StepCallback], ImageOutput]
 _at_work: set[Job] = set()
+_starting = threading.Lock()  # a job among those at work has a thread that runs
 
 
 class Stopped(Exception):
@@ -82,8 +83,9 @@ class Job:
 
     def frames(self) -> Generator[Frame, None, None]:
         """Frames until the last one, which has `stats`. Raises `Stopped`, or the decoding's exception."""
-        _at_work.add(self)
-        self._thread.start()
+        with _starting:
+            _at_work.add(self)
+            self._thread.start()
         try:
             while True:
                 found = self._frames.get()
@@ -159,7 +161,9 @@ class Job:
 
 def end_all(seconds: float = 60) -> None:
     """Stop all jobs and wait for their ends: Python must not exit while a thread runs torch."""
-    for job in (jobs := list(_at_work)):
+    with _starting:
+        jobs = list(_at_work)
+    for job in jobs:
         job.stop()
     for job in jobs:
         job._thread.join(seconds)
