@@ -95,6 +95,8 @@ def cannot_write(path: Path, error: Exception) -> VisarError:
 
 def reason(error: Exception) -> str:
     """The system's words for what went wrong with a file, also where a library has wrapped them."""
+    if isinstance(error, FileExistsError):
+        return "it is a file"  # where a folder is to be made
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if code := re.search(r"os error (\d+)", str(error)):  # safetensors

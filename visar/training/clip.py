@@ -11,6 +11,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from visar.engine.memory import check_training
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.text_encoders.words import WordEncoder, words_of
@@ -233,7 +235,7 @@ def train_clip(
     words = CaptionWords.of(text for r in data.records for text in (r.caption, r.style, *r.tags))
     sizes = clip_sizes(words, size, dim, layers, text_layers, heads)
     torch.manual_seed(config.seed)
-    clip = build_clip(sizes)
+    clip = check_training(partial(build_clip, sizes), config.device)
     start_words(clip, words, encoder)
     pixels = data.pixels(size)
     split = {name: data.indices(name) for name in SPLITS}
