@@ -193,9 +193,11 @@ def inside(folder: Path, name: object) -> Path:
     """The file of a `name` that a list gives. Raises `VisarError` where it leads out of the folder, also by a link."""
     try:
         path = folder / str(name)
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError
         if os.path.basename(path) == name and not path.is_symlink() and name != "..":
             return path  # quick: there may be a hundred thousand
-        if isinstance(name, str) and path.resolve().is_relative_to(folder.resolve()):
+        if path.resolve().is_relative_to(folder.resolve()):
             return path
     except (OSError, ValueError, RuntimeError):  # a loop of links, a name with a zero byte
         pass
