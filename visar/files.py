@@ -65,10 +65,11 @@ def check_output(path: str | Path) -> Path:
                     device.write(b"")  # /dev/full refuses even this
             return path
         target = Path(os.path.realpath(path))
-        _must_be_writable(target)
+        _must_be_writable(target)  # at first, so that nothing is made for it
+        writable_folder(target.parent)
+        _must_be_writable(target)  # a name that is too long shows where there is a folder
     except OSError as error:
         raise cannot_write(path, error) from error
-    writable_folder(target.parent)
     return path
 
 
