@@ -13,6 +13,7 @@ from visar.errors import VisarError
 from visar.generation.progress import Progress
 from visar.generation.sessions import Sessions
 from visar.pipelines import TextToImagePipeline
+from visar.text_encoders.words import WordEncoder
 
 PROMPTS = ["red heart", "blue star"]
 
@@ -87,6 +88,24 @@ def test_too_little_memory_is_said_before(text_pipe: TextToImagePipeline, monkey
     with pytest.raises(VisarError, match=r"^4 images at once need about 0\.0 GiB .*; 3 would fit\.$"):
         text_pipe(["cat"] * 4, sampler="sjd", guidance_scale=2.0, output_type="tokens")
     text_pipe(["cat"] * 4, sampler="sjd", guidance_scale=1.0, output_type="tokens")  # one half
+
+
+def test_pixels_and_masked_models_need_memory_too(
+    text_pipe: TextToImagePipeline, words: WordEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import visar.generation.model as generation
+    from tests.pipelines.test_masked import small_vae, text_mar
+
+    monkeypatch.setattr(memory, "free_memory", lambda device: 4 * 3 * 10 * 10 * generation.COPIES * 2)
+    with pytest.raises(VisarError, match=r"^3 images at once need .*; 2 would fit\.$"):
+        text_pipe(["cat"] * 3)
+    mar = TextToImagePipeline(mar=text_mar(), vae=small_vae(), text_encoder=words)
+    each = mar.image_model.family.bytes_per_image(1, guided=True)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * each)
+    with pytest.raises(VisarError, match=r"^3 images at once need .*; 2 would fit\.$"):
+        mar(["red cat"] * 3, guidance_scale=2.0, output_type="tokens")
+    with pytest.raises(VisarError, match="images at once need"):
+        text_pipe("cat", num_images_per_prompt=10**12)
 
 
 def test_free_memory_is_that_of_the_machine() -> None:
