@@ -162,14 +162,14 @@ def _open_folder(path: Path, jpeg_allowed: bool, mixed_allowed: bool, given: Pat
         captions = prompts_of(records)
     else:
         files = {}
-        images, others = split([*path.iterdir()])
+        images, besides = split([*path.iterdir()])
         for file in images:
             if file.stem in files:
                 raise VisarError(f"{files[file.stem]} and {file} have one name, so one id; rename one.")
             files[file.stem] = file
         captions = texts_of(files)
         texts = {f"{stem}.txt" for stem in files}
-        _tell_left_out(path, [f for f in others if f.name not in COMPANIONS | texts and f != given])
+        _tell_left_out(path, [f for f in besides if f.name not in COMPANIONS | texts and f != given])
     if not files:
         raise VisarError(f"There are no images in {path}; every format that Pillow reads is one, best PNG.")
     looks = {name: look(file, jpeg_allowed) for name, file in files.items()}
