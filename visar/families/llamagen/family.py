@@ -27,7 +27,9 @@ from visar.families.llamagen.specs import MODELS
 from visar.families.llamagen.vq import VQModel
 from visar.families.registry import register_family
 from visar.families.source import Source, check_condition
+from visar.families.weights import has_ema
 from visar.params import SamplingParams
+from visar.reading import Side
 from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
 
 
@@ -49,7 +51,7 @@ class LlamaGenFamily(DiscreteFamily):
         gpt: LlamaGen,
         vq: VQModel,
         text_encoder: Any = None,
-        grid: int | None = None,
+        grid: Side | None = None,
         guidance_scale: float | None = None,
         top_k: int | None = None,
     ):
@@ -90,12 +92,14 @@ class LlamaGenFamily(DiscreteFamily):
 
     @classmethod
     def _published(cls, source: Source) -> Self:
-        vq = load_vq(source.files["vq"])
+        file, ema = source.files["vq"], bool(source.ema)
+        vq = load_vq(file, ema=ema and has_ema(file))
         side, pixels = vq.sizes.downsample, source.image_size
         if pixels is not None and (pixels < side or pixels % side):
             raise VisarError(f"image_size must be a multiple of {side} pixels, not {pixels}.")
         file = source.files["model"]
-        gpt = load_gpt(file, grid=None if pixels is None else pixels // side, num_heads=source.num_heads)
+        grid = None if pixels is None else pixels // side
+        gpt = load_gpt(file, grid=grid, num_heads=source.num_heads, ema=ema)
         c = gpt.config
         check_condition(source.name, "class" if c.condition == "class" else "prompt", source.condition)
         if c.condition == "class":
