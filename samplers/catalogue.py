@@ -17,7 +17,7 @@ def catalogue() -> dict[str, SamplerSpec]:
     classes: dict[str, tuple[ast.ClassDef, str]] = {}
     choices: dict[str, tuple[str, ...]] = {}  # of the aliases of Literal
     for file in sorted(FOLDER.glob("*.py")):
-        for node in ast.parse(file.read_text()).body:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 classes[node.name] = node, f"visar.samplers.{file.stem}"
             elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal["):

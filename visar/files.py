@@ -1,49 +1,200 @@
-"""Atomic files: written under a temporary name, then renamed."""
+"""Outputs: checked before the work, written whole or not at all, and nothing left after a failure."""
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
+import re
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from visar.errors import VisarError
 
+PROBE = bytes(4096)  # a full disk still takes an empty file
+OPEN_FILE = re.compile("/dev/(fd/|stdout$|stderr$)|/proc/")  # it may be a file, which is appended to
+_count = itertools.count()  # of temporary files, of which several may be open
+_made: ContextVar[list[Path] | None] = ContextVar("made", default=None)  # folders, of the innermost `tidy`
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path`; it is renamed to `path` if the block succeeds, else removed."""
+    """Give a temporary path, whose file becomes `path` if the block succeeds and is removed if not.
+
+    A link stays, and the file that it leads to is replaced; a device or a pipe is written to. Raises `VisarError` where
+    `path` cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        device, target = is_device(path), Path(os.path.realpath(path))
+        at = Path(tempfile.gettempdir()) if device else target.parent
+        name = f".{path.stem[:40]}.{os.getpid()}-{next(_count)}.partial{path.suffix[-20:]}"  # short: at most 255 bytes
+        _must_be_writable(target)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    temporary = at / name
     try:
         yield temporary
-        os.replace(temporary, path)
+        if device:
+            with open(path, "ab") as out, open(temporary, "rb") as written:
+                shutil.copyfileobj(written, out)
+            return
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except Exception as error:
+        if not _of_writing(error, {temporary, target, path}):
+            raise
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def output_folder(path: str | Path) -> Iterator[Path]:
-    """`writable_folder`; if the block fails, new folders that are empty are removed."""
+def check_output(path: str | Path) -> Path:
+    """The file `path`, whose folder is made if need be. Raises `VisarError` where it cannot be written."""
     path = Path(path)
-    new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        yield writable_folder(path)
+        if is_device(path):
+            if path.is_char_device():
+                with open(path, "ab", buffering=0) as device:
+                    device.write(b"")  # /dev/full refuses even this
+            return path
+        target = Path(os.path.realpath(path))
+        _must_be_writable(target)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    writable_folder(target.parent)
+    return path
+
+
+def is_device(path: Path) -> bool:
+    """Whether something is there that is neither a file nor a folder, or a name of an open file (/dev/stderr)."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        mode = path.stat().st_mode
+        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or bool(OPEN_FILE.match(str(path.absolute())))
+    return False
+
+
+def _must_be_writable(target: Path) -> None:
+    """Raise `OSError` for a folder, a file that is read-only, and a name that cannot be."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if stat.S_ISDIR(target.stat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        if not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+
+
+def cannot_write(path: Path, error: Exception) -> VisarError:
+    return VisarError(f"Cannot write {path}: {reason(error)}.")
+
+
+def reason(error: Exception) -> str:
+    """The system's words for what went wrong with a file, also where a library has wrapped them."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if code := re.search(r"os error (\d+)", str(error)):  # safetensors
+        return os.strerror(int(code[1]))
+    return "the disk took only a part of it" if _is_torch(error) else str(error).strip().rstrip(".")
+
+
+def _is_torch(error: Exception) -> bool:
+    """Whether `torch.save` failed to write; it says no more than where in its source."""
+    return isinstance(error, RuntimeError) and bool(re.search("inline_container|PytorchStreamWriter", str(error)))
+
+
+def _of_writing(error: Exception, paths: set[Path]) -> bool:
+    """Whether the error is of one of these paths, and not of something that was read meanwhile."""
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return error.errno is not None and (error.filename is None or Path(os.fsdecode(error.filename)) in paths)
+    return _is_torch(error) or "os error" in str(error)
+
+
+@contextmanager
+def tidy() -> Iterator[None]:
+    """If the block fails, the folders that `writable_folder` made in it are removed where they are empty."""
+    made: list[Path] = []
+    outer, token = _made.get(), _made.set(made)
+    try:
+        yield
     except BaseException:
-        for folder in new:
+        for folder in sorted(made, key=lambda f: len(f.parts), reverse=True):
             with suppress(OSError):
                 folder.rmdir()
         raise
+    finally:
+        _made.reset(token)
+        if outer is not None:
+            outer += made
+
+
+@contextmanager
+def output_folder(path: str | Path) -> Iterator[Path]:
+    """`writable_folder`, which is removed again if the block fails and leaves it empty."""
+    with tidy():
+        yield writable_folder(path)
 
 
 def writable_folder(path: str | Path) -> Path:
     """The folder `path`, made if needed. Raises `VisarError` if it is not writable."""
     folder = Path(path)
     try:
+        new = [f for f in (folder, *folder.parents) if not f.exists()]
+        if (made := _made.get()) is not None:
+            made += new
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".visar.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.write_bytes(PROBE)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
-        raise VisarError(f"Cannot write to folder {folder}: {error.strerror or error}.") from error
+        raise VisarError(f"Cannot write to folder {folder}: {reason(error)}.") from error
     return folder
+
+
+def is_new(path: str | Path) -> bool:
+    """Whether there is nothing at `path`, or an empty folder."""
+    out = Path(path)
+    return not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder, which becomes `path` when it is filled. Raises `VisarError` unless that `is_new`."""
+    if not is_new(path):
+        raise VisarError(f"{path} exists: give a folder that is new or empty.")
+    out = Path(os.path.realpath(path))
+    with output_folder(out.parent):
+        made = out.with_name(f".{out.name[:40]}.{os.getpid()}.partial")
+        try:
+            made.mkdir()
+            yield made
+            if out.exists():  # it stays, with its permissions: it may be where the shell is
+                for entry in made.iterdir():
+                    os.replace(entry, out / entry.name)
+            else:
+                os.replace(made, out)
+        except OSError as error:
+            if not _of_writing(error, {made, out}) and made not in Path(str(error.filename)).parents:
+                raise
+            raise cannot_write(Path(path), error) from error
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def inside(folder: Path, name: object) -> Path:
+    """The file of a `name` that a list gives. Raises `VisarError` where it leads out of the folder, also by a link."""
+    try:
+        path = folder / str(name)
+        if os.path.basename(path) == name and not path.is_symlink() and name != "..":
+            return path  # quick: there may be a hundred thousand
+        if isinstance(name, str) and path.resolve().is_relative_to(folder.resolve()):
+            return path
+    except (OSError, ValueError, RuntimeError):  # a loop of links, a name with a zero byte
+        pass
+    raise VisarError(f"{folder} names a file that is not inside it: {name!r}.")

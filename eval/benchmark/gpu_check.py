@@ -289,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
             "profiles": {n: asdict(p) for n, p in run.profiles.items()},
         }
         with replacing(given.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
+            temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 1 if any(r.good is False for checks in rows.values() for r in checks) else 0
 
 

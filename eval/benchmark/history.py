@@ -18,7 +18,9 @@ from typing import Any
 import visar
 from visar.errors import VisarError
 from visar.eval.benchmark.speed import SpeedReport
+from visar.files import cannot_write
 from visar.tables import table
+from visar.texts import lines_of, read_text
 
 _SAME = ("device", "dtype", "threads", "batch", "images")  # of the report, besides the settings
 
@@ -51,17 +53,13 @@ def append(path: str | Path, run: BenchmarkRun) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(run), sort_keys=True) + "\n")
     except OSError as error:
-        raise VisarError(f"Cannot write {path}: {error.strerror}.") from error
+        raise cannot_write(Path(path), error) from error
 
 
 def load(path: str | Path) -> list[BenchmarkRun]:
     """All runs of a file, oldest first."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise VisarError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
     runs = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines_of(read_text(path)), 1):
         try:
             run = BenchmarkRun(**json.loads(line))
             _ = [run.report[name] for name in (*_SAME, "bandwidth")], _rows(run.report), run.settings.items()

@@ -1,8 +1,9 @@
 """Images on disk as evaluation reads them: a folder of files or an ADM batch, with ids, captions and a fingerprint.
 
-Everything is paired by id and never by order. JPEG is refused by default because it changes FID (Parmar et al. 2022,
-arXiv:2104.11222); lossy WebP is JPEG by another name. An image with transparent pixels is refused: what it looks like
-depends on the images after it.
+Everything is paired by id and never by order. Every format that Pillow reads is an image, and a note names other files;
+hidden files are left alone, and folders in the folder are not searched. JPEG is refused by default because it changes
+FID (Parmar et al. 2022, arXiv:2104.11222); lossy WebP is JPEG by another name. An image with transparent pixels is
+refused: what it looks like depends on what is behind it. `visar.image_files` says what else is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from visar.errors import VisarError
+from visar.eval.quality.captions import captions_of, manifest_of, prompts_of, texts_of
+from visar.files import inside
+from visar.image_files import converted, look, open_image, split
 
-SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 MANIFEST = "manifest.jsonl"
-_MODES = {"RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr"}
+COMPANIONS = {MANIFEST, "run.json"}  # files of a run that are no images
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,21 @@ class ImageFolder:
     ) -> ImageFolder:
         """Read every file's header, and no file in full.
 
-        `jpeg_allowed` and `mixed_allowed` (sizes) are for sets of photographs, as COCO is. `captions` is a JSON file
-        {id: caption}, for images without a manifest and without `<stem>.txt` next to each.
+        `jpeg_allowed` (and other lossy formats) and `mixed_allowed` (sizes) are for sets of photographs, as COCO is.
+        These are taken as they are stored, whatever EXIF says, and CMYK as Pillow converts it. `captions` is a JSON
+        file {id: caption}, or one of COCO's, for images without a manifest and without `<stem>.txt` next to each.
         """
         path = Path(path)
         if not path.exists():
             raise VisarError(f"There are no images at {path}.")
         if path.is_dir():
-            found = _open_folder(path, jpeg_allowed, mixed_allowed)
+            found = _open_folder(path, jpeg_allowed, mixed_allowed, None if captions is None else Path(captions))
         elif path.suffix == ".npz":
             found = _open_npz(path)
         else:
             raise VisarError(f"{path} is neither a folder of images nor an .npz batch.")
         if captions is not None:
-            found.captions.update(_captions_of(Path(captions), found.ids))
+            found.captions.update(captions_of(Path(captions), found.ids))
         return found
 
     def __len__(self) -> int:
@@ -112,12 +116,9 @@ class ImageFolder:
     def _read(self, name: str) -> Tensor:
         """One image [3, H, W], uint8."""
         file = self.files[name]
-        try:
-            with Image.open(file) as image:
-                clear = image.mode in ("RGBA", "LA") or "transparency" in image.info
-                pixels = np.array(image.convert("RGBA" if clear else "RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise VisarError(f"{file} is not an image that can be read: {error}.") from error
+        with open_image(file, file) as image:
+            clear = image.mode in ("RGBA", "LA") or "transparency" in image.info
+            pixels = np.array(converted(image, "RGBA" if clear else "RGB", file))
         if clear and pixels[:, :, 3].min() < 255:
             raise VisarError(f"{file} has transparent pixels; save it as RGB on a background.")
         pixels = np.ascontiguousarray(pixels[:, :, :3])
@@ -147,31 +148,31 @@ def has_images(path: Path) -> bool:
         return "arr_0.npy" in archive.namelist()
 
 
-def _open_folder(path: Path, jpeg_allowed: bool, mixed_allowed: bool) -> ImageFolder:
-    records = _manifest(path / MANIFEST) if (path / MANIFEST).exists() else {}
+def _open_folder(path: Path, jpeg_allowed: bool, mixed_allowed: bool, given: Path | None) -> ImageFolder:
+    records = manifest_of(path / MANIFEST) if (path / MANIFEST).exists() else {}
     if records:
-        files = {name: path / str(record["file"]) for name, record in records.items()}
+        files = {name: inside(path, record["file"]) for name, record in records.items()}
         if missing := [file for file in files.values() if not file.is_file()]:
             raise VisarError(f"{len(missing)} images of {path / MANIFEST} are missing, as {missing[0]}.")
         named = set(files.values())
-        extra = [file for at in sorted({path, *(f.parent for f in named)}) for file in _images(at) if file not in named]
+        folders = sorted({path, *(f.parent for f in named)})
+        extra = [file for at in folders for file in split([*at.iterdir()])[0] if file not in named]
         if extra:
             raise VisarError(f"{len(extra)} images are not in {path / MANIFEST}, as {extra[0]}.")
-        captions = {name: str(record["prompt"]) for name, record in records.items() if "prompt" in record}
+        captions = prompts_of(records)
     else:
         files = {}
-        for file in _images(path):
+        images, others = split([*path.iterdir()])
+        for file in images:
             if file.stem in files:
                 raise VisarError(f"{files[file.stem]} and {file} have one name, so one id; rename one.")
             files[file.stem] = file
-        captions = {
-            name: file.with_suffix(".txt").read_text(encoding="utf-8").strip()
-            for name, file in files.items()
-            if file.with_suffix(".txt").is_file()
-        }
+        captions = texts_of(files)
+        texts = {f"{stem}.txt" for stem in files}
+        _tell_left_out(path, [f for f in others if f.name not in COMPANIONS | texts and f != given])
     if not files:
-        raise VisarError(f"There are no images in {path}; .png and lossless .webp files are read.")
-    looks = {name: _look(file, jpeg_allowed) for name, file in files.items()}
+        raise VisarError(f"There are no images in {path}; every format that Pillow reads is one, best PNG.")
+    looks = {name: look(file, jpeg_allowed) for name, file in files.items()}
     sizes = {size for _, size in looks.values()}
     if len(sizes) > 1 and not mixed_allowed:
         (one, (_, a)), *others = looks.items()
@@ -189,68 +190,13 @@ def _number_order(name: str) -> tuple[list[str | int], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
-
-
-def _look(file: Path, jpeg_allowed: bool) -> tuple[str, tuple[int, int]]:
-    """Format and (height, width) of a file, from its header."""
-    try:
-        with Image.open(file) as image:
-            form, mode, size = (image.format or "").lower(), image.mode, (image.height, image.width)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise VisarError(f"{file} is not an image that can be read.") from error
-    if mode not in _MODES:
-        raise VisarError(f"{file} has pixels of kind {mode}; images must have 8 bits per channel.")
-    lossy = form == "webp" and not _lossless_webp(file)
-    if form not in ("png", "webp", "jpeg"):
-        raise VisarError(f"{file} is a {form} file; images must be PNG or lossless WebP.")
-    if (form == "jpeg" or lossy) and not jpeg_allowed:
-        name = "lossy WebP" if lossy else "JPEG"
-        raise VisarError(f"{file} is {name}, which changes the metrics; images must be PNG or lossless WebP.")
-    return form, size
-
-
-def _lossless_webp(file: Path) -> bool:
-    """Whether the pixels are in a VP8L chunk (RFC 9649); the chunks before it are stepped over."""
-    with file.open("rb") as data:
-        data.seek(12)
-        while len(header := data.read(8)) == 8:
-            if header[:4] in (b"VP8L", b"VP8 "):
-                return header[:4] == b"VP8L"
-            length = int.from_bytes(header[4:], "little")
-            data.seek(length + length % 2, 1)
-    return False
-
-
-def _manifest(file: Path) -> dict[str, dict[str, Any]]:
-    out: dict[str, dict[str, Any]] = {}
-    files: set[str] = set()
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            name, image = str(record["id"]), str(record["file"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise VisarError(f'Line {number} of {file} is not a JSON object with "id" and "file".') from error
-        if name in out or image in files:
-            raise VisarError(f"Line {number} of {file} repeats an id or a file of a line before, {name!r}.")
-        out[name] = record
-        files.add(image)
-    if not out:
-        raise VisarError(f"{file} names no images.")
-    return out
-
-
-def _captions_of(file: Path, ids: Sequence[str]) -> dict[str, str]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise VisarError(f"Captions cannot be read from {file}: {error}.") from error
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise VisarError(f"{file} is not a JSON object of id and caption.")
-    return {name: found[name] for name in ids if name in found}
+def _tell_left_out(path: Path, others: list[Path]) -> None:
+    """Name what lies in the folder and is not measured."""
+    if others:
+        warnings.warn(f"{len(others)} files of {path} are no images and left out, as {others[0].name}.", stacklevel=4)
+    folders = [f for f in sorted(path.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+    if within := [f for f in folders if split([*f.iterdir()])[0]]:
+        warnings.warn(f"{len(within)} folders of images in {path} are left out, as {within[0].name}.", stacklevel=4)
 
 
 def _read_header(data: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

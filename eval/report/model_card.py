@@ -145,7 +145,7 @@ def main() -> int:
     model.bar = {"disable": True}
     report = {**metrics(model, data, given.size), "recognition": recognition(model, data, given.size, seed=given.seed)}
     with replacing(folder / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
     for split, title in TITLES.items():
         prompts = chosen(data, split, 32 if split == "train" else 16, given.seed)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from visar.bulk import RunFolder
 from visar.eval.report.make import OTHER_SEED, Entry, Report
 from visar.eval.report.plots import Point, draw
 from visar.files import replacing, writable_folder
+from visar.image_files import converted, open_image
 
 ROWS = 8  # prompts in the grid
 SIDE = 96  # pixels of an image on the page, at least
@@ -45,11 +47,11 @@ def write_page(report: Report, out: str | Path) -> list[Path]:
     with replacing(grid) as temporary:
         _grid(report).save(temporary, quality=85)
     with replacing(data) as temporary:
-        temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        temporary.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     with replacing(text) as temporary:
-        temporary.write_text(_markdown(report))
+        temporary.write_text(_markdown(report), encoding="utf-8")
     with replacing(page) as temporary:
-        temporary.write_text(_html(report, plot.read_text(), grid.read_bytes()), encoding="utf-8")
+        temporary.write_text(_html(report, plot.read_text(encoding="utf-8"), grid.read_bytes()), encoding="utf-8")
     return files
 
 
@@ -111,17 +113,18 @@ def _facts(report: Report) -> list[str]:
 
 
 def _thumbnail(file: Path) -> Image.Image:
-    image = Image.open(file).convert("RGB")
+    with open_image(file, file) as found:
+        image = converted(found, "RGB", file)
     times = max(1, -(-SIDE // max(image.size)))
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
 def _prompts(report: Report) -> list[tuple[str, str]]:
     """The first images' files and prompts, of different prompts."""
-    manifest = (report.entries[0].folder / "manifest.jsonl").read_text().splitlines()
     out: dict[str, str] = {}
-    for line in map(json.loads, manifest):
-        out.setdefault(str(line.get("prompt", f"class {line.get('class')}")), line["file"])
+    run = RunFolder(report.entries[0].folder)
+    for line in run.finished():
+        out.setdefault(str(line.get("prompt", f"class {line.get('class')}")), run.file(line).name)
     return [(file, prompt) for prompt, file in list(out.items())[:ROWS]]
 
 

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from visar.errors import VisarError
+from visar.texts import check_prompt, lines_of, read_text
+
+FORM = '{"prompt": "..."}'
+CLASSES = 10**6  # at most
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,15 @@ def read_prompts(file: str | Path) -> list[Condition]:
     """
     path = Path(file)
     if path.suffix not in (".txt", ".jsonl"):
-        raise VisarError(f"Prompts are read from a .txt or .jsonl file, not from {file}.")
+        raise VisarError(
+            f"Prompts are read from a .txt or .jsonl file, not from {file}: a prompt, or {FORM}, in each line."
+        )
     lines = _lines(path)
     if path.suffix == ".txt":
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 raise VisarError(f"Line {number} of {file} is empty; give a prompt in each line.")
+            _checked(line, f"Line {number} of {file}")
         return [Condition(line.strip()) for line in lines]
     found = [_from_json(line, f"Line {number} of {file}") for number, line in enumerate(lines, 1)]
     first: dict[str, int] = {}
@@ -52,7 +59,7 @@ def read_classes(text: str) -> list[Condition]:
 
     Raises `VisarError` for an invalid list, and for a class that is given twice.
     """
-    lines = _lines(Path(text)) if Path(text).is_file() else [text]
+    lines = _lines(Path(text)) if len(text) < 1000 and Path(text).is_file() else [text]
     classes: list[int] = []
     for part in (part.strip() for line in lines for part in line.split(",")):
         first, _, last = part.partition("-")
@@ -60,6 +67,8 @@ def read_classes(text: str) -> list[Condition]:
             numbers = range(int(first), int(last or first) + 1)
         except ValueError:
             numbers = range(0)
+        if len(classes) + max(0, numbers.stop - numbers.start) > CLASSES:
+            raise VisarError(f"At most {CLASSES} classes can be given, and {part!r} is more.")
         if not numbers:
             raise VisarError(f"Classes are given as 0-999 or 1,5,7-9, or as a file of these, not as {part!r}.")
         classes += numbers
@@ -102,28 +111,31 @@ class Interleaved:
 
 def _lines(path: Path) -> list[str]:
     """The lines of a file. Raises `VisarError` if there are none, or the file cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise VisarError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise VisarError(f"Cannot read {path}: it is no UTF-8 text.") from error
-    if lines[-1] == "":
-        lines.pop()
+    lines = lines_of(read_text(path))
     if not lines:
         raise VisarError(f"{path} is empty.")
     return lines
 
 
+def _checked(prompt: str, where: str) -> None:
+    try:
+        check_prompt(prompt)
+    except VisarError as error:
+        raise VisarError(f"{where}: {error}") from error
+
+
 def _from_json(line: str, where: str) -> Condition:
     try:
         entry = json.loads(line)
-    except ValueError as error:
-        raise VisarError(f'{where} is no JSON; give {{"prompt": "..."}} in each line.') from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise VisarError(f'{where} has no prompt; give {{"prompt": "..."}} in each line.')
+    except (ValueError, RecursionError) as error:
+        raise VisarError(f"{where} is no JSON; give {FORM} in each line.") from error
+    if not isinstance(entry, dict) or "prompt" not in entry:
+        raise VisarError(f"{where} has no prompt; give {FORM} in each line.")
+    if not isinstance(entry["prompt"], str):
+        raise VisarError(f"{where} has a prompt that is no text, {json.dumps(entry['prompt'])}; give {FORM}.")
     if not entry["prompt"].strip():
         raise VisarError(f"{where} has an empty prompt.")
+    _checked(entry["prompt"], where)
     name = entry.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         raise VisarError(f"{where} has an id that is neither text nor a whole number: {name!r}.")

@@ -10,11 +10,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from PIL import Image
 
 from visar.bulk.folder import Line, RunFolder
 from visar.errors import VisarError, unknown
-from visar.files import output_folder, replacing
+from visar.files import check_output, new_folder, replacing, tidy
+from visar.image_files import converted, open_image
 
 DPG_IMAGES = 4
 
@@ -42,15 +41,14 @@ def export_npz(folder: str | Path, out: str | Path) -> int:
     """The file of ADM's evaluator, images in the order of their ids, streamed."""
     run = RunFolder(folder)
     lines = run.finished()
-    size = np.asarray(Image.open(run.image(0)).convert("RGB")).shape
-    path = Path(out)
-    if path.is_dir():
+    size = _pixels(run, lines[0]).shape
+    if Path(out).is_dir():
         raise VisarError(f"{out} is a folder; give a .npz file.")
-    with output_folder(path.parent), replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with tidy(), replacing(check_output(out)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             _header(file, (len(lines), *size), np.dtype(np.uint8))
             for line in lines:
-                image = np.asarray(Image.open(run.path / line["file"]).convert("RGB"))
+                image = _pixels(run, line)
                 if image.shape != size:
                     raise VisarError(f"{line['file']} is of another size than the first image.")
                 file.write(image.tobytes())
@@ -69,16 +67,16 @@ def export_geneval(folder: str | Path, out: str | Path) -> int:
         raise VisarError(
             "GenEval's evaluator reads a 'tag' of each prompt; sample by its evaluation_metadata.jsonl as --prompts."
         )
-    with _new_folder(out) as made:
+    with new_folder(out) as made:
         for number, lines in enumerate(prompts):
             samples = made / f"{number:05d}" / "samples"
             samples.mkdir(parents=True)
             entry = lines[0]["metadata"] | {"prompt": lines[0]["prompt"]}
             if "prompt_id" in lines[0]:
                 entry["id"] = lines[0]["prompt_id"]
-            (samples.parent / "metadata.jsonl").write_text(json.dumps(entry) + "\n")
+            (samples.parent / "metadata.jsonl").write_text(json.dumps(entry) + "\n", encoding="utf-8")
             for i, line in enumerate(lines):
-                shutil.copyfile(run.path / line["file"], samples / f"{i:04d}.png")
+                shutil.copyfile(run.file(line), samples / f"{i:04d}.png")
     return sum(map(len, prompts))
 
 
@@ -92,13 +90,13 @@ def export_dpg(folder: str | Path, out: str | Path) -> int:
                 f"DPG-Bench takes {DPG_IMAGES} images of each prompt; sample with -n {DPG_IMAGES * len(prompts)}."
             )
         name = str(lines[0].get("prompt_id", ""))
-        if not name or any(c in name for c in "/\\."):  # its evaluator cuts names at a dot
-            raise VisarError(
-                f"DPG-Bench names images by the item_id; give each prompt an id without . / and \\, not {name!r}."
+        if not name or len(name) > 200 or not name.isprintable() or any(c in name for c in "/\\."):
+            raise VisarError(  # its evaluator cuts names at a dot
+                f"DPG-Bench names images by the item_id; give each prompt a short id without . / and \\, not {name!r}."
             )
-    with _new_folder(out) as made:
+    with new_folder(out) as made:
         for lines in prompts:
-            images = [Image.open(run.path / line["file"]).convert("RGB") for line in lines]
+            images = [Image.fromarray(_pixels(run, line)) for line in lines]
             width, height = images[0].size
             grid = Image.new("RGB", (2 * width, 2 * height))
             for i, image in enumerate(images):
@@ -124,22 +122,13 @@ def _by_prompt(run: RunFolder, layout: str) -> list[list[Line]]:
     return [lines[p::number] for p in range(number)]
 
 
+def _pixels(run: RunFolder, line: Line) -> np.ndarray:
+    """An image of a run, uint8 [H, W, 3]."""
+    file = run.file(line)
+    with open_image(file, file) as image:
+        return np.asarray(converted(image, "RGB", file))
+
+
 def _header(file: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, description)
-
-
-@contextmanager
-def _new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder that is renamed to `path` when it is filled. Raises `VisarError` unless `path` is new or empty."""
-    out = Path(path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise VisarError(f"{out} exists: give a folder that is new or empty.")
-    with output_folder(out.parent):
-        made = out.with_name(f".{out.name}.{os.getpid()}.partial")
-        made.mkdir()
-        try:
-            yield made
-            os.replace(made, out)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from visar.errors import VisarError
-from visar.files import replacing
+from visar.files import inside, reason, replacing
 
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every complete PNG file
 # The fields that images depend on; the others in run.json may change when a run continues.
@@ -38,6 +39,13 @@ class RunFolder:
     def image(self, i: int) -> Path:
         return self.path / f"{i:06d}.png"
 
+    def file(self, line: Line) -> Path:
+        """The image of a line. Raises `VisarError` where that is another file than the id's, or a link out of here."""
+        image = self.image(int(line["id"]))
+        if line.get("file", image.name) != image.name:
+            raise VisarError(f"{self.manifest} names {line['file']!r}, and the file of that image is {image.name!r}.")
+        return inside(self.path, image.name)
+
     def count_images(self) -> int:
         """The number of image files, complete or not."""
         with os.scandir(self.path) as entries:
@@ -46,7 +54,7 @@ class RunFolder:
     def about(self) -> dict[str, Any] | None:
         """The run's description, None if there is none. Raises `VisarError` if its file is damaged."""
         try:
-            found = json.loads(self._run.read_text())
+            found = json.loads(self._run.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
@@ -76,7 +84,7 @@ class RunFolder:
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Write run.json."""
-        with replacing(self._run) as temporary, open(temporary, "w") as file:
+        with replacing(self._run) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(json.dumps(about, indent=2) + "\n")
             _to_disk(file)
 
@@ -105,7 +113,7 @@ class RunFolder:
         missing = sum(i not in lines for i in range(count))
         if missing:
             raise VisarError(f"{missing} images of {self.path} are gone; start the run again to sample them.")
-        with replacing(self.manifest) as temporary, open(temporary, "w") as file:
+        with replacing(self.manifest) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(lines[i]) + "\n" for i in range(count))
             _to_disk(file)
         for journal in self.path.glob(".journal.*"):
@@ -118,7 +126,7 @@ class RunFolder:
             raise VisarError(f"{self.path} holds no run of `visar sample`.")
         lines = list(_whole_lines(self.manifest)) if self.manifest.exists() else []
         there = [i for i, line in enumerate(lines) if int(line["id"]) == i and is_whole(self.image(i))]
-        if len(there) != about["count"] or len(lines) != about["count"]:
+        if not lines or len(there) != about["count"] or len(lines) != about["count"]:
             raise VisarError(
                 f"The run in {self.path} is not finished, or images are gone; the same `visar sample` makes them."
             )
@@ -146,7 +154,7 @@ class RunFolder:
         except ImportError as error:
             raise VisarError("Sampling into a folder needs a POSIX system, for its file locks.") from error
         while True:
-            with open(path, "w") as file:
+            with open(path, "a") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
@@ -183,8 +191,9 @@ class Journal:
                     self._mended = True
                 file.write(json.dumps(line).encode() + b"\n")
                 _to_disk(file)
-        except OSError as error:
-            raise VisarError(f"Cannot write to {self._folder.path}: {error.strerror or error}.") from error
+        except (OSError, VisarError) as error:
+            why = reason(error.__cause__ if isinstance(error.__cause__, OSError) else error)
+            raise VisarError(f"Cannot write to {self._folder.path}: {why}.") from error
 
 
 def is_whole(image: Path) -> bool:
@@ -209,7 +218,7 @@ def _whole_lines(file: Path) -> Iterator[Line]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and str(line.get("id")).isdigit():
+        if isinstance(line, dict) and re.fullmatch("[0-9]{1,12}", str(line.get("id"))):
             yield line
 
 

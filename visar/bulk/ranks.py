@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from visar.errors import VisarError
+from visar.host import join, torchrun
 
 PATIENCE = timedelta(hours=24)  # of a finished rank for the slowest
 T = TypeVar("T")
@@ -71,8 +71,8 @@ def join_ranks() -> Iterator[Ranks]:
     if dist.is_initialized():
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield Ranks(dist.get_rank(), dist.get_world_size(), group)
-    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+    elif torchrun():
+        join("gloo", timeout=PATIENCE)
         try:
             yield Ranks(dist.get_rank(), dist.get_world_size())
         finally:

@@ -119,7 +119,8 @@ def sample_images(
             with bar:
                 for ids in own:
                     _sample_batch(model, order, ids, missing, journal, method, seed, tokens, settings)
-                    bar.update(folder.count_images() - bar.n)  # of all ranks
+                    # The other ranks have made about as many; to count their files would take ever longer.
+                    bar.update(min(ranks.world * sum(i in missing for i in ids), count - bar.n))
                 ranks.agree(lambda: None)  # wait for all
                 bar.update(count - bar.n)
             ranks.first(lambda: folder.finish(count))

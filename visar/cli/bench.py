@@ -14,7 +14,7 @@ from visar.cli.output import check_json, show
 from visar.cli.parsers.base import STDOUT
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
-from visar.files import writable_folder
+from visar.files import check_output
 from visar.tables import table
 
 if TYPE_CHECKING:
@@ -90,12 +90,12 @@ NOT_COMPARED = {"parser", "json", "history", "against", "samplers", "device", "d
 def _history(options: argparse.Namespace) -> list[BenchmarkRun]:
     """The runs of --against, read before minutes of measuring."""
     if options.history:
-        writable_folder(Path(options.history).parent)
+        check_output(options.history)
     if not options.history and not options.against:
         return []
     from visar.eval.benchmark import history
 
-    if options.history and Path(options.history).exists():
+    if options.history and Path(options.history).is_file():
         history.load(options.history)  # an error where it is another file
     if options.against and (options.against != options.history or Path(options.against).exists()):
         return history.load(options.against)

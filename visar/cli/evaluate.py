@@ -11,7 +11,7 @@ from visar.cli.common import device_of, load_model, samplers_of
 from visar.cli.output import check_json, show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
-from visar.files import output_folder, writable_folder
+from visar.files import check_output, output_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def stats(options: argparse.Namespace) -> int:
     check_json(options)
     if Path(options.out).suffix != ".npz":
         raise VisarError(f"Statistics are written as .npz, not {options.out}.")
-    writable_folder(Path(options.out).parent)
+    check_output(options.out)
     found = reference_stats(
         options.protocol,
         options.sources,

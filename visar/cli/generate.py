@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visar.cli.common import configured, load_model, tokens_of
 from visar.cli.output import check_json, show
+from visar.cli.parsers.generate import MOST
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
-from visar.files import output_folder, replacing
+from visar.files import check_output, replacing
 from visar.params import SamplingParams
+from visar.texts import check_prompt
 
 if TYPE_CHECKING:
     from visar.generation.stats import DecodeStats
@@ -29,30 +34,43 @@ def output_paths(out: str | None, names: list[str], force: bool = False) -> list
     are overwritten.
     """
     path = Path(out or ".")
-    if path.suffix and not path.is_dir():
-        if path.suffix.lower() != ".png":
-            raise VisarError(f"Images are written as .png, not {path.suffix}; give a .png file or a folder.")
+    folder = path.is_dir() or (out or "").endswith(os.sep)
+    if not folder and (suffix := re.search(r"(?<=.)\.[a-z]\w*$", path.name, re.I)):  # that of out_v1.0 is none
+        if suffix[0].lower() != ".png":
+            raise VisarError(
+                f"Images are written as .png, not {suffix[0]}; give a .png file, or a folder, with a / at its end."
+            )
         paths = [path if len(names) == 1 else path.with_stem(f"{path.stem}-{i}") for i in range(len(names))]
         if not force and (old := next((p for p in paths if p.exists()), None)):
             raise VisarError(f"{old} exists; give --force to overwrite it, or another --out.")
         return paths
     stems = [re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "image" for name in names]
+    taken = set() if force or not path.is_dir() else set(os.listdir(path))
+    numbers: dict[str, Iterator[int]] = {}  # those of a stem go on where its last name was found
     found: list[Path] = []
     for stem in stems:
-        numbered = (path / f"{stem}{f'-{i}' if i else ''}.png" for i in itertools.count())
-        found.append(next(p for p in numbered if p not in found and (force or not p.exists())))
+        numbered = (f"{stem}{f'-{i}' if i else ''}.png" for i in numbers.setdefault(stem, itertools.count()))
+        taken.add(name := next(n for n in numbered if n not in taken))
+        found.append(path / name)
     return found
 
 
 def generate(options: argparse.Namespace) -> int:
-    prompts, classes = options.prompt, options.classes
+    prompts = options.prompt = [as_typed(prompt) for prompt in options.prompt]
+    classes = options.classes
     if bool(prompts) == bool(classes):
         raise VisarError("Give either prompts or --class IDs.")
     if any(not p.strip() for p in prompts):
         raise VisarError("The prompt is empty; give at least one word.")
+    for prompt in prompts:
+        check_prompt(prompt)
     if len(prompts) > 1 and all(len(p.split()) == 1 for p in prompts):
         warnings.warn(
             f"These are {len(prompts)} prompts of one word each; put quotes around several words.", stacklevel=1
+        )
+    if (count := (len(prompts) or len(classes)) * options.num_images) > MOST:
+        raise VisarError(
+            f"`visar generate` decodes its images at once, {MOST} at most, not {count}; use `visar sample`."
         )
     names = [n for n in (prompts or [f"class {c}" for c in classes]) for _ in range(options.num_images)]
     # Everything that can be wrong is checked before the weights are read.
@@ -60,10 +78,20 @@ def generate(options: argparse.Namespace) -> int:
     sampler = chosen_sampler(options, params)
     check_json(options)
     paths = output_paths(options.out, names, options.force)
-    with output_folder(paths[0].parent):  # first of all, so that nothing is computed that cannot be saved
-        stats = _write(options, params, sampler, paths)
+    for path in paths:  # first of all, so that nothing is computed that cannot be saved
+        if path == paths[0] or os.path.lexists(path):
+            check_output(path)
+    stats = _write(options, params, sampler, paths)
     show(options, "\n".join(map(str, [*paths, stats])), stats.to_dict() | {"images": [str(p) for p in paths]})
     return 0
+
+
+def as_typed(prompt: str) -> str:
+    """A prompt in UTF-8 that Python has read in the encoding of a locale that knows ASCII only."""
+    try:
+        return prompt.encode("ascii", "surrogateescape").decode()
+    except UnicodeError:  # one that was read well, or is no UTF-8, which `check_prompt` tells
+        return prompt
 
 
 def chosen_sampler(options: argparse.Namespace, params: SamplingParams) -> AnySampler | None:
@@ -88,7 +116,7 @@ def _write(
         num_images=options.num_images,
         **settings_of(params),
     )
-    for image, path in zip(out.images, paths, strict=True):
-        with replacing(path) as temporary:
-            image.save(temporary)
+    with ExitStack() as stack:  # all images, or none
+        for image, path in zip(out.images, paths, strict=True):
+            image.save(stack.enter_context(replacing(path)))
     return out.stats

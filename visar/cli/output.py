@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from visar.cli.parsers.base import STDOUT
-from visar.files import replacing, writable_folder
+from visar.files import check_output, replacing
 
 
 def check_json(options: argparse.Namespace) -> None:
     """Raise `VisarError` where the file of `--json` cannot be written; to be called before minutes of work."""
     if options.json not in (None, STDOUT):
-        writable_folder(Path(options.json).parent)
+        check_output(options.json)
 
 
 def show(options: argparse.Namespace, text: str, data: Any) -> None:
@@ -23,4 +22,4 @@ def show(options: argparse.Namespace, text: str, data: Any) -> None:
     print(written if options.json == STDOUT else text, flush=True)
     if options.json not in (None, STDOUT):
         with replacing(options.json) as temporary:
-            temporary.write_text(written + "\n")
+            temporary.write_text(written + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ from visar.cli.generate import chosen_sampler
 from visar.cli.output import check_json, show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
-from visar.files import output_folder
+from visar.files import check_output, output_folder
 from visar.params import CONTINUOUS, SamplingParams
 
 if TYPE_CHECKING:
@@ -39,13 +39,12 @@ def sample(options: argparse.Namespace) -> int:
 def _sample(options: argparse.Namespace, ranks: Ranks) -> int:
     from visar.bulk import export_npz, sample_images
 
-    folders = [options.out, *([Path(options.npz).parent] if options.npz else [])]
     with ExitStack() as stack:
         # Everything that can be wrong is checked before the weights are read.
         params = ranks.first(lambda: params_of(options))
         conditions, sampler = ranks.agree(lambda: _checked(options, params))
         ranks.agree(lambda: _own_device(options, ranks))
-        ranks.agree(lambda: [stack.enter_context(output_folder(folder)) for folder in folders])
+        ranks.agree(lambda: stack.enter_context(output_folder(options.out)))
         model = ranks.agree(lambda: load_model(options, "class" if options.classes else "prompt"))
         model.bar = {"disable": True}
         done = sample_images(
@@ -65,7 +64,7 @@ def _own_device(options: argparse.Namespace, ranks: Ranks) -> None:
     if device_of(options.device).type == "cuda" and ranks.world > 1:
         import torch
 
-        options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        options.device = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}"
         torch.cuda.set_device(device_of(options.device))
 
 
@@ -86,6 +85,8 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
         raise VisarError("--tokens is for models of discrete tokens; this one's are vectors.")
     sampler = chosen_sampler(options, params)
     check_json(options)
+    if options.npz:
+        check_output(options.npz)
     order = Interleaved(conditions)
     settings = settings_of(params)
     about: dict[str, Any] = {

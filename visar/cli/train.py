@@ -11,8 +11,9 @@ from typing import Any
 from visar.cli.common import device_of
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
-from visar.files import writable_folder
+from visar.files import is_new, new_folder, output_folder, writable_folder
 from visar.params import CONTINUOUS, DISCRETE
+from visar.texts import lines_of, read_text
 
 
 def images(options: argparse.Namespace) -> int:
@@ -29,10 +30,12 @@ def words(options: argparse.Namespace) -> int:
     from visar.training.data import ImageSet
     from visar.training.words import build_word_encoder
 
-    data = ImageSet(options.data)
+    with output_folder(options.out):  # before the work
+        data = ImageSet(options.data)
     texts = [t for r in data.records for t in (r.caption, " ".join(r.tags), r.style)]
     encoder = build_word_encoder(texts)
-    encoder.save_pretrained(options.out)
+    with new_folder(options.out) if is_new(options.out) else output_folder(options.out) as out:
+        encoder.save_pretrained(out)
     print(f"{len(encoder.words)} words in {options.out}")
     return 0
 
@@ -143,11 +146,9 @@ def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
 
         data = ImageSet(path, tuple(options.styles), tuple(options.without_groups))
         return list(dict.fromkeys(data.records[i].prompt() for i in data.indices("train")))
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise VisarError(f"Cannot read captions from {path}.") from error
-    found: list[Any] = [line for line in lines if line]
+    if path.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv"):
+        raise VisarError(f"--captions takes a text file with one in each line, or an image set, not {path}.")
+    found: list[Any] = [line.strip() for line in lines_of(read_text(path)) if line.strip()]
     if not found:
         raise VisarError(f"{path} holds no captions.")
     if classes:

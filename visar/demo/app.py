@@ -38,7 +38,7 @@ def theme() -> gr.themes.Base:
 
 
 def css() -> str:
-    return resources.files("visar.demo").joinpath("page.css").read_text()
+    return resources.files("visar.demo").joinpath("page.css").read_text(encoding="utf-8")
 
 
 def build(models: Mapping[str, DemoModel], limits: Limits) -> gr.Blocks:

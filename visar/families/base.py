@@ -21,6 +21,7 @@ from visar.families.weights import load_part
 from visar.host import has_bfloat16
 from visar.params import CONTINUOUS, DISCRETE, SamplingParams
 from visar.text_encoders import load_text_encoder
+from visar.texts import check_prompt
 
 if TYPE_CHECKING:
     from visar.engine.graphs import RowGraphs
@@ -97,6 +98,8 @@ class Family(ABC):
         if self.condition == "prompt":
             if any(not isinstance(c, str) or not c.strip() for c in conditions):
                 raise VisarError("The prompt is empty; give at least one word.")
+            for prompt in conditions:
+                check_prompt(prompt)
             return
         for label in conditions:
             if isinstance(label, str):

@@ -12,7 +12,7 @@ import torch
 
 from visar.engine.component import Component
 from visar.families.base import Family
-from visar.files import replacing, writable_folder
+from visar.files import is_new, new_folder, output_folder, replacing
 from visar.generation.model import ImageModel
 
 # The class in the index. Loaders of diffusers do not find it, so their errors name it.
@@ -31,9 +31,13 @@ def save(
     `parts_of` maps components shared with an embedded model, which are not written, to its name. Raises `VisarError`
     if the folder cannot be written, or the model cannot be saved.
     """
+    model.family.check_saving()
+    with new_folder(folder) if is_new(folder) else output_folder(folder) as written:
+        _write(model, written, dtypes, parts_of)
+
+
+def _write(model: ImageModel, folder: Path, dtypes: Mapping[str, torch.dtype], parts_of: Mapping[str, str]) -> None:
     family: Family = model.family
-    family.check_saving()
-    folder = writable_folder(folder)
     parts = dict(family.components)
     if (draft := model.drafters.find("draft")) is not None:
         parts["draft"] = draft
@@ -51,12 +55,12 @@ def save(
     if parts_of:
         index["_parts_of"] = dict(parts_of)
     with replacing(folder / "model_index.json") as temporary:
-        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _forget_origin(file: Path) -> None:
     """Remove the path that a component of another library was loaded from."""
-    config = json.loads(file.read_text()) if file.exists() else {}
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if config.pop("_name_or_path", None):
         with replacing(file) as temporary:
-            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.files import replacing
+from visar.files import replacing, writable_folder
 from visar.text_encoders.concepts import FILE, Concepts
 
 ENDINGS = (
@@ -132,12 +132,11 @@ class WordEncoder(nn.Module):
         return list(dict.fromkeys(note for prompt in prompts for note in self.concepts.notes(prompt, self)))
 
     def save_pretrained(self, folder: str | Path, **_: object) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = writable_folder(folder)
         with replacing(folder / "words.txt") as part:
-            part.write_text("\n".join(self.words) + "\n")
+            part.write_text("\n".join(self.words) + "\n", encoding="utf-8")
         with replacing(folder / "config.json") as part:
-            part.write_text(json.dumps({"length": self.length}) + "\n")
+            part.write_text(json.dumps({"length": self.length}) + "\n", encoding="utf-8")
         with replacing(folder / "model.safetensors") as part:
             save_file({"table": self.table.cpu(), "scale": self.scale.cpu()}, part)
         if self.concepts is not None:
@@ -147,7 +146,7 @@ class WordEncoder(nn.Module):
     def from_pretrained(folder: str | Path, **_: object) -> WordEncoder:
         folder = Path(folder)
         tensors = load_file(folder / "model.safetensors")
-        length = json.loads((folder / "config.json").read_text())["length"]
-        words = (folder / "words.txt").read_text().split()
+        length = json.loads((folder / "config.json").read_text(encoding="utf-8"))["length"]
+        words = (folder / "words.txt").read_text(encoding="utf-8").split()
         known = Concepts.load(folder) if (folder / FILE).exists() else None
         return WordEncoder(words, tensors["table"], tensors["scale"], length, known)

@@ -101,17 +101,18 @@ def save_clip(clip: Any, words: CaptionWords, sizes: dict[str, Any], folder: Pat
     with replacing(folder / "model.safetensors") as part:
         save_file(tensors, part)
     with replacing(folder / "words.json") as part:
-        part.write_text(json.dumps(words.words) + "\n")
+        part.write_text(json.dumps(words.words) + "\n", encoding="utf-8")
     with replacing(folder / "config.json") as part:
-        part.write_text(json.dumps(sizes, indent=2) + "\n")
+        part.write_text(json.dumps(sizes, indent=2) + "\n", encoding="utf-8")
 
 
 def load_clip(folder: str | Path) -> tuple[Any, CaptionWords]:
     """The model in float32, evaluated, and its words; `VisarError` for a folder that does not hold them whole."""
     folder = Path(folder)
     try:
-        sizes = json.loads((folder / "config.json").read_text())
-        words = CaptionWords(json.loads((folder / "words.json").read_text()), sizes["text"]["context_length"])
+        sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        known = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+        words = CaptionWords(known, sizes["text"]["context_length"])
         stored = load_file(folder / "model.safetensors")
         clip = build_clip(sizes)
         state = {name: tensor.float() for name, tensor in stored.items() if not name.endswith(".scale")}

@@ -1,13 +1,15 @@
 """Captioned images from any folder, held in memory, split by concept.
 
 A folder (or zip) holds either `pictures.json`, a list of objects with `file`, `caption` and optionally `style`, `tags`,
-`concept` and `group`; or images with a text file of the same name beside each.
+`concept` and `group`; or images, in any format that Pillow reads, with a text file of the same name next to each. They
+are turned as EXIF says.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -15,12 +17,14 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from visar.errors import VisarError
+from visar.files import inside
+from visar.image_files import converted, frames_of, open_image, suffixes
+from visar.texts import decoded
 
-IMAGE_SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 # These styles show one and the same drawing, so a hold-out must take or leave them together.
 DRAWING = {"flat": "fluent", "glossy": "fluent", "3d": "fluent"}
 SPLITS = ("train", "unseen-concept", "unseen-style")
@@ -78,7 +82,9 @@ class ImageSet:
         try:
             self._zip = zipfile.ZipFile(self.path) if self.path.is_file() else None
             records = self._listing()
-        except (zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+        except VisarError:
+            raise
+        except (zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError) as error:
             raise VisarError(f"{self.path} is no image set: {error}.") from error
         known = {r.style for r in records}
         for style in styles:
@@ -101,7 +107,7 @@ class ImageSet:
             else [str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file()]
         )
         if "pictures.json" in names:
-            entries = json.loads(self._read("pictures.json"))
+            entries = json.loads(decoded(self._read("pictures.json"), self.path / "pictures.json"))
             return [
                 Record(
                     e["file"],
@@ -114,14 +120,27 @@ class ImageSet:
                 for e in entries
             ]
         found = set(names)
-        pairs = [
-            (n, str(Path(n).with_suffix(".txt"))) for n in sorted(names) if Path(n).suffix.lower() in IMAGE_SUFFIXES
-        ]
-        captions = {n: self._read(t).decode().strip() for n, t in pairs if t in found}
+        images = [n for n in sorted(names) if Path(n).suffix.lower() in suffixes() and not Path(n).name.startswith(".")]
+        pairs = [(n, str(Path(n).with_suffix(".txt"))) for n in images]
+        captions = {n: decoded(self._read(t), self.path / t).strip() for n, t in pairs if t in found}
+        if bare := [n for n in images if not captions.get(n)]:
+            warnings.warn(f"{len(bare)} images of {self.path} have no caption, as {bare[0]}: left out.", stacklevel=4)
         return [Record(n, c, concept=c) for n, c in captions.items() if c]
 
     def _read(self, name: str) -> bytes:
-        return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+        return self._zip.read(name) if self._zip else inside(self.path, name).read_bytes()
+
+    def _image(self, file: str) -> Image.Image:
+        """An image as it is to be shown, RGBA."""
+        name = f"{file} of {self.path}"
+        try:
+            content = BytesIO(self._read(file))
+        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+            raise VisarError(f"Cannot read image {name}.") from error
+        with open_image(content, name) as image:
+            if image.format != "MPO" and (frames := frames_of(image, name)) != 1:
+                raise VisarError(f"{name} has {frames} frames; give one image in each file.")
+            return ImageOps.exif_transpose(converted(image, "RGBA", name))
 
     def indices(self, split: str) -> list[int]:
         """Positions of the records of one of `SPLITS`."""
@@ -131,10 +150,7 @@ class ImageSet:
         """All images as uint8 [n, 3, size, size], composited on white, Lanczos-resized."""
         out = torch.empty(len(self.records), 3, size, size, dtype=torch.uint8)
         for i, r in enumerate(self.records):
-            try:
-                image = Image.open(BytesIO(self._read(r.file))).convert("RGBA")
-            except (OSError, KeyError) as error:
-                raise VisarError(f"Cannot read image {r.file} of {self.path}.") from error
+            image = self._image(r.file)
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
             if image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.LANCZOS)

@@ -87,7 +87,7 @@ def train_drafter(
         row = json.dumps({"layers": drafter.config.layers, **evaluate(loss)})
         if rank == 0:
             with replacing(run.out / "log.jsonl") as temporary:
-                temporary.write_text(row + "\n")
+                temporary.write_text(row + "\n", encoding="utf-8")
             print(row, flush=True)
     if rank == 0:
         drafter.save_pretrained(config.out / kind, stored_as)
@@ -98,7 +98,7 @@ def same_run(drafter: Any, target: Decoder, folder: Path) -> None:
     """Note in the folder of a run what is trained there; a `VisarError` if that is another drafter."""
     own = dict(drafter.config) | {"target": fingerprint(target)}
     note = writable_folder(folder) / "drafter.json"
-    if note.exists() and json.loads(note.read_text()) != json.loads(json.dumps(own)):
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != json.loads(json.dumps(own)):
         raise VisarError(f"{folder} is a run with other settings or of another target; give another folder.")
     with replacing(note) as temporary:
-        temporary.write_text(json.dumps(own, indent=2) + "\n")
+        temporary.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.files import replacing
+from visar.files import replacing, writable_folder
+from visar.host import join, torchrun
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ class TrainConfig:
 
 def distributed(device: str = "cpu") -> tuple[int, int, torch.device]:
     """(rank, world size, this process's device); joins the process group when started by torchrun."""
-    if "RANK" not in os.environ:
+    if (job := torchrun()) is None:
         return 0, 1, torch.device(device)
-    own = torch.device("cpu" if device == "cpu" else f"cuda:{os.environ['LOCAL_RANK']}")
+    own = torch.device("cpu" if device == "cpu" else f"cuda:{job.local}")
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        join("nccl" if own.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), own
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """A seed for the data of one step: a resumed run sees what an unbroken one would have seen."""
-    return (seed * 1_000_003 + step) * 1_009 + rank
+    return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63  # what a generator takes
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -111,7 +111,7 @@ def fit(
     model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config)
-    config.out.mkdir(parents=True, exist_ok=True)
+    writable_folder(config.out)
     state_file = config.out / "state.pt"
     step, spent = 0, 0.0
     if state_file.exists():
@@ -141,6 +141,8 @@ def fit(
         return now.item()
 
     def save(minutes: float) -> None:
+        if not math.isfinite(summed := total.item()):
+            raise VisarError(f"The loss is no number after {step} steps; give a smaller --lr.")
         if rank:
             return
         with replacing(state_file) as temporary:
@@ -159,10 +161,10 @@ def fit(
             "step": step,
             "minutes": round(minutes, 2),
             "samples_per_second": round(rate, 1),
-            "loss": round(total.item() / since, 4) if since else None,
+            "loss": round(summed / since, 4) if since else None,
             **evaluate(ema),
         }
-        with open(config.out / "log.jsonl", "a") as log:
+        with open(config.out / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from visar.errors import VisarError
+from visar.files import is_device
 
 Group = Any  # argparse has no public type for its groups
 STDOUT = "-"
+STDOUTS = (STDOUT, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+MOST = 2**31 - 1  # of whole numbers where nothing smaller is said: the largest that every tensor takes
 RENAMED = {"--output": "--out", "--images": "--num-images", "--num-pictures": "--num-images", "--target": "--model"}
 
 
@@ -96,6 +99,10 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{what} {value!r}.{nearest} Known: {', '.join(known)}.", self.format_usage())
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if not arg_string and action.nargs != argparse.ZERO_OR_MORE:  # of the prompts, the command says more
+            raise VisarError(f"{_name(action)} is empty; give a value, or leave it out.")
+        if "\0" in arg_string:
+            raise VisarError(f"{_name(action)} holds a zero byte: {arg_string!r}.")
         try:
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
@@ -140,10 +147,27 @@ def _value(kind: Callable[[str], Any], noun: str, bound: str, good: Callable[[An
     return value
 
 
-def whole(low: int | None = None) -> Callable[[str], int]:
-    """The type of a whole number, `low` or more."""
-    bound = "" if low is None else f"{low} or more"
-    return _value(int, "a whole number", bound, lambda value: low is None or value >= low)
+def whole(low: int | None = None, high: int = MOST) -> Callable[[str], int]:
+    """The type of a whole number, from `low`, if given, to `high`."""
+
+    def value(text: str) -> int:
+        bound = "" if low is None else f"{low} or more"
+        found: int = _value(int, "a whole number", bound, lambda found: low is None or found >= low)(text)
+        if abs(found) > high:
+            raise argparse.ArgumentTypeError(f"must be {high} or less, not {text}")
+        return found
+
+    return value
+
+
+def seed(text: str) -> int:
+    """The type of a seed of what takes 63 bits."""
+    return whole(0, 2**63 - 1)(text)
+
+
+def finite(text: str) -> float:
+    """The type of a number."""
+    return _value(float, "a number", "finite", lambda value: abs(value) < float("inf"))(text)
 
 
 def positive(text: str) -> float:
@@ -158,7 +182,9 @@ def names(text: str) -> list[str]:
 
 def json_target(text: str) -> str:
     """The type of `--json`. A prompt or another word after a bare `--json` is not taken for a file."""
-    if text != STDOUT and Path(text).suffix.lower() != ".json":
+    if text in STDOUTS:
+        return STDOUT
+    if Path(text).suffix.lower() != ".json" and not is_device(Path(text)):
         raise argparse.ArgumentTypeError(
             f"takes a .json file, or - for stdout, not {text!r}; put --json after the other arguments"
         )

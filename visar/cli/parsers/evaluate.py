@@ -1,6 +1,6 @@
 """The options of `visar eval` and its commands."""
 
-from visar.cli.parsers.base import CommandParser, Group, add_commands, whole
+from visar.cli.parsers.base import CommandParser, Group, add_commands, seed, whole
 from visar.cli.parsers.options import (
     device_option,
     json_option,
@@ -30,7 +30,7 @@ def fid(p: CommandParser) -> None:
     p.add_argument("folder", metavar="FOLDER", help="a folder of images, or an .npz batch")
     p.add_argument("--protocol", required=True, metavar="PROTOCOL", help=PROTOCOL)
     p.add_argument("--reference", metavar="PATH", help="images, or statistics: of `visar eval stats`, or published")
-    p.add_argument("--seed", type=whole(), default=0, metavar="N", help="seed of KID's subsets")
+    p.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of KID's subsets")
     _extractor_options(p)
 
 
@@ -67,7 +67,7 @@ def compare(p: CommandParser) -> None:
     p.add_argument("a", metavar="FOLDER_A", help="images of plain decoding")
     p.add_argument("b", metavar="FOLDER_B", help="images of the same prompts, best of the same seed")
     p.add_argument("--seeds", nargs="+", default=[], metavar="FOLDER", help="more images like A's, of other seeds")
-    p.add_argument("--seed", type=whole(), default=0, metavar="N", help="seed of the permutation test")
+    p.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of the permutation test")
     _comparing_options(p)
     _extractor_options(p)
 
@@ -82,14 +82,22 @@ def report(p: CommandParser) -> None:
     p.add_argument("--classes", metavar="LIST|FILE", help="classes instead of prompts (default: all)")
     output = p.add_argument_group("Output")
     output.add_argument(
-        "-n", "--num-images", type=whole(1), metavar="N", help="images of each sampler (default: one for each prompt)"
+        "-n",
+        "--num-images",
+        type=whole(1, 10**6),
+        metavar="N",
+        help="images of each sampler (default: one a prompt)",
     )
     output.add_argument(
         "-o", "--out", required=True, metavar="FOLDER", help="a new folder, or that of the same report to resume it"
     )
     output.add_argument("--batch", type=whole(1), default=16, metavar="N", help="images decoded at once")
     output.add_argument(
-        "--speed-images", type=whole(1), default=8, metavar="N", help="images to measure speed with, one at a time"
+        "--speed-images",
+        type=whole(1, 10**6),
+        default=8,
+        metavar="N",
+        help="images to measure speed, one at a time",
     )
     _comparing_options(p).add_argument("--weights", metavar="FILE", help="of the network of --protocol")
     model_options(p)

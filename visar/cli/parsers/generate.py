@@ -3,6 +3,8 @@
 from visar.cli.parsers.base import CommandParser, whole
 from visar.cli.parsers.options import json_option, model_options, sampler_options, sampling_options
 
+MOST = 10000  # images of a call, which are decoded at once
+
 
 def generate(p: CommandParser) -> None:
     """Make images from prompts or classes.
@@ -21,7 +23,12 @@ def generate(p: CommandParser) -> None:
     )
     output = p.add_argument_group("Output")
     output.add_argument(
-        "-n", "--num-images", type=whole(1), default=1, metavar="N", help="images for each prompt or class"
+        "-n",
+        "--num-images",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="images for each prompt or class",
     )
     output.add_argument(
         "-o", "--out", metavar="PATH", help="a .png file, or a folder for files named after the prompts (default: .)"

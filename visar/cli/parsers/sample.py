@@ -18,7 +18,7 @@ def sample(p: CommandParser) -> None:
     output.add_argument(
         "-n",
         "--num-images",
-        type=whole(1),
+        type=whole(1, 10**8),
         metavar="N",
         help="images in all; image i has prompt i %% P (default: one for each prompt or class)",
     )

@@ -2,7 +2,7 @@
 
 import argparse
 
-from visar.cli.parsers.base import CommandParser, Group, add_commands, names, positive, whole
+from visar.cli.parsers.base import CommandParser, Group, add_commands, finite, names, positive, seed, whole
 from visar.cli.parsers.options import device_option, model_options, sampling_options
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -26,7 +26,7 @@ def images(p: CommandParser) -> None:
     visar train images -o images --styles 3d,noto,flat --size 64
     """
     p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the images")
-    p.add_argument("--size", type=whole(8), default=128, metavar="PX", help="pixels")
+    p.add_argument("--size", type=whole(8, 4096), default=128, metavar="PX", help="pixels")
     p.add_argument("--styles", type=names, default=[], metavar="NAMES", help="only these, separated by commas")
     p.add_argument("--tones", action="store_true", help="with skin tones")
     p.add_argument("--flags", action="store_true", help="with flags")
@@ -57,7 +57,7 @@ def tokenizer(p: CommandParser) -> None:
     model = p.add_argument_group("Model")
     model.add_argument("--init", metavar="FOLDER", help="start from this tokenizer, which may have a smaller --patch")
     model.add_argument(
-        "--patch", type=whole(1), default=1, metavar="N", help="the first convolution reads blocks of N x N pixels"
+        "--patch", type=whole(1, 64), default=1, metavar="N", help="the first convolution reads blocks of N x N pixels"
     )
     training = p.add_argument_group("Training")
     training.add_argument(
@@ -86,7 +86,7 @@ def ar(p: CommandParser) -> None:
     _training_options(p, minutes=75, batch=32, lr=2.5e-3)
     data = p.add_argument_group("Data")
     data.add_argument(
-        "--variants", type=whole(0), default=0, metavar="N", help="zoom, shift and recolour each image in N ways"
+        "--variants", type=whole(0, 10000), default=0, metavar="N", help="zoom, shift and recolour each image in N ways"
     )
     data.add_argument(
         "--weigh",
@@ -161,7 +161,7 @@ def drafter(p: CommandParser) -> None:
     p.add_argument(
         "--layers", type=whole(), metavar="N", help="before an exit (default: 2), in a skip (half) or a model (a third)"
     )
-    p.add_argument("--depth", type=whole(1), default=3, metavar="N", help="tokens that it learns to draft")
+    p.add_argument("--depth", type=whole(1, 64), default=3, metavar="N", help="tokens that it learns to draft")
     output = p.add_argument_group("Output")
     output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, or that of a run to resume")
     output.add_argument("--stored-as", choices=(*DTYPES, SMALL), default="float16", help="dtype of the saved drafter")
@@ -170,7 +170,7 @@ def drafter(p: CommandParser) -> None:
         "--captions", metavar="PATH", help="a file with a caption or class id in each line, or an image set"
     )
     _image_options(data)
-    data.add_argument("-n", "--num-images", type=whole(2), default=2048, metavar="N", help="images to sample")
+    data.add_argument("-n", "--num-images", type=whole(2, 10**8), default=2048, metavar="N", help="images to sample")
     training = p.add_argument_group("Training")
     end = training.add_mutually_exclusive_group()
     end.add_argument("--minutes", type=positive, default=25.0, metavar="X", help="how long to train")
@@ -197,7 +197,7 @@ def assemble(p: CommandParser) -> None:
     p.add_argument(
         "--words", required=True, metavar="MODEL|PATH", help=f"{WORDS}, or an embedded model that has such words"
     )
-    p.add_argument("--guidance-scale", type=float, default=3.0, metavar="X", help="the model's default")
+    p.add_argument("--guidance-scale", type=finite, default=3.0, metavar="X", help="the model's default")
     p.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="the model's default; 0 for all tokens")
     output = p.add_argument_group("Output")
     output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the model")
@@ -208,7 +208,8 @@ def assemble(p: CommandParser) -> None:
 def _sizes(group: Group, **sizes: tuple[int, str]) -> None:
     """Options of sizes, each a default and what it is."""
     for name, (default, what) in sizes.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=whole(1), default=default, metavar="N", help=what)
+        most = 65536 if name in ("dim", "ffn", "head_width") else 1024
+        group.add_argument(f"--{name.replace('_', '-')}", type=whole(1, most), default=default, metavar="N", help=what)
 
 
 def _image_options(group: Group) -> None:
@@ -229,7 +230,7 @@ def _loop_options(group: Group, batch: int, lr: float) -> None:
 def _training_options(p: CommandParser, minutes: float, batch: int, lr: float) -> None:
     data = p.add_argument_group("Data")
     data.add_argument("--data", required=True, metavar="PATH", help="folder or zip of captioned images")
-    data.add_argument("--size", type=whole(8), default=64, metavar="PX", help="pixels of the images")
+    data.add_argument("--size", type=whole(8, 4096), default=64, metavar="PX", help="pixels of the images")
     _image_options(data)
     p.add_argument_group("Output").add_argument(
         "-o", "--out", required=True, metavar="FOLDER", help="a new folder, or that of a run to resume"
@@ -237,7 +238,7 @@ def _training_options(p: CommandParser, minutes: float, batch: int, lr: float) -
     training = p.add_argument_group("Training")
     training.add_argument("--minutes", type=positive, default=minutes, metavar="X", help="how long to train")
     _loop_options(training, batch, lr)
-    training.add_argument("--seed", type=whole(), default=0, metavar="N", help="seed of all random numbers")
+    training.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of all random numbers")
     device_option(training)
 
 
@@ -247,6 +248,8 @@ def _weights(text: str) -> dict[str, float]:
         found = {name.strip(): float(weight) for name, weight in pairs.items()}
     except ValueError:
         found = {"": 0.0}
-    if "" in found:
-        raise argparse.ArgumentTypeError(f"must be NAME=WEIGHT, several of them separated by commas, not {text!r}")
+    if "" in found or not all(0 < weight <= 1000 for weight in found.values()):
+        raise argparse.ArgumentTypeError(
+            f"must be NAME=WEIGHT with weights above 0 and at most 1000, several separated by commas, not {text!r}"
+        )
     return found

@@ -1,6 +1,6 @@
 """The options of `visar verify`."""
 
-from visar.cli.parsers.base import CommandParser, names, whole
+from visar.cli.parsers.base import CommandParser, names, seed, whole
 from visar.cli.parsers.options import json_option
 
 
@@ -18,12 +18,12 @@ def verify(p: CommandParser) -> None:
     )
     p.add_argument(
         "--sequences",
-        type=whole(16384),
+        type=whole(16384, 2**28),
         default=131072,
         metavar="N",
         help="sequences per row of the table, 16384 or more",
     )
-    p.add_argument("--seed", type=whole(), default=0, metavar="N", help="seed of all random numbers")
+    p.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of all random numbers")
     p.add_argument("--no-mutants", action="store_true", help="leave out the known-bad samplers, which must fail")
     json_option(p, "the table")
     own = p.add_argument_group("A model of your own")
