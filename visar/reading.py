@@ -15,6 +15,7 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 from annotated_types import Gt, Interval, Len
 
 from visar.errors import VisarError, unknown
+from visar.texts import decoded, lines_of
 
 LARGEST = 2**28  # bytes of a file that is read whole
 
@@ -30,14 +31,17 @@ T = TypeVar("T")
 
 def read_json(path: str | Path, kind: type[T]) -> T:
     """The content of a JSON file. Raises `VisarError` for a file that is not there, no JSON, or not of this type."""
-    return parse_json(read_bytes(path), kind, str(path))
+    return parse_json(read_bytes(path), kind, f"Cannot read {path}")
 
 
-def read_lines(path: str | Path, kind: type[T]) -> Iterator[T]:
-    """The objects of a JSON Lines file; blank lines are stepped over. Raises `VisarError` as `read_json` does."""
-    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
+def read_lines(path: str | Path, kind: type[T]) -> Iterator[tuple[int, T]]:
+    """The numbers, from 1, and the objects of the lines of a JSON Lines file that are not blank.
+
+    Raises `VisarError` as `read_json` does.
+    """
+    for number, line in enumerate(lines_of(decoded(read_bytes(path), path)), 1):
         if line.strip():
-            yield parse_json(line, kind, f"line {number} of {path}")
+            yield number, parse_json(line, kind, f"Line {number} of {path}")
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -58,26 +62,26 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def parse_json(text: str | bytes, kind: type[T], where: str) -> T:
-    """The value of a JSON text, which is at `where`.
+    """The value of a JSON text; messages begin with `where`.
 
-    Raises `VisarError` for what is not JSON in UTF-8, a key that is given twice, NaN or infinity, too deep nesting, and
-    a value that is not of this type, or out of its range.
+    Raises `VisarError` for what is not JSON, a key that is given twice, NaN or infinity, too deep nesting, and a value
+    that is not of this type, or out of its range.
     """
     from pydantic import ValidationError
 
     try:
         if isinstance(text, bytes):
-            text = text.decode("utf-8-sig")
+            text = decoded(text, where)
         json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
         return cast(T, _adapter(kind).validate_json(text, strict=True))
     except ValidationError as error:
-        raise VisarError(f"Cannot read {where}: {_problem(error)}.") from error
-    except UnicodeDecodeError as error:
-        raise VisarError(f"Cannot read {where}: it is not UTF-8 text.") from error
+        raise VisarError(f"{where}: {_problem(error)}.") from error
+    except VisarError:
+        raise
     except RecursionError as error:
-        raise VisarError(f"Cannot read {where}: it is nested too deeply.") from error
+        raise VisarError(f"{where}: it is nested too deeply.") from error
     except ValueError as error:
-        raise VisarError(f"Cannot read {where}: it is not valid JSON ({error}).") from error
+        raise VisarError(f"{where}: it is not valid JSON ({error}).") from error
 
 
 def checked_arguments(function: Callable[..., Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -90,13 +94,13 @@ def checked_arguments(function: Callable[..., Any], values: Mapping[str, Any], w
     hints = _hints(function)
     for name in values:
         if name not in hints:
-            raise VisarError(f"Cannot read {where}: {unknown('setting', name, hints)}")
+            raise VisarError(f"{where}: {unknown('setting', name, hints)}")
     found = {}
     for name, value in values.items():
         try:
             found[name] = _adapter(hints[name]).validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
-            raise VisarError(f"Cannot read {where}: {_problem(error, name)}.") from error
+            raise VisarError(f"{where}: {_problem(error, name)}.") from error
     return found
 
 

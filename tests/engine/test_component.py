@@ -99,7 +99,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "more settings": (lambda f: note(f, colour=1), "config.json: Unknown setting 'colour'. Known: bias, names, width"),
     "a word": (lambda f: note(f, width="wide"), "config.json: width should be a valid integer, not 'wide'"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"There is no {WEIGHTS} in "),
-    "cut weights": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "safetensors: it is truncated: it has 263 of 272 bytes"),
+    "cut weights": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "it has 263 of 272 bytes"),
     "a tensor less": (lambda f: tensors(f, count=None), "Tensor 'count' is missing from "),
     "a tensor more": (lambda f: tensors(f, more=torch.ones(1)), "has a tensor 'more' that this model does not"),
     "another shape": (lambda f: note(f, width=5), r"'line.weight' of .* has shape \[2, 3\], expected \[2, 5\]"),

@@ -105,7 +105,7 @@ class Component(nn.Module):
         if named != cls.__name__:
             raise VisarError(f"{folder} holds a {named}, not a {cls.__name__}.")
         where = Path(folder) / "config.json"
-        config = checked_arguments(cls.__init__, config, str(where))
+        config = checked_arguments(cls.__init__, config, f"Cannot read {where}")
         file = weights_file(folder)
         state = {} if file is None else read_tensors(file)
         for name, count in counts_of(cls.__init__, config).items():
@@ -173,7 +173,8 @@ def own_tensors(
         if value.layout is not torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
             raise VisarError(f"Tensor {key!r} of {path} is not dense and real ({value.dtype}, {value.layout}).")
         if value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise VisarError(f"Tensor {key!r} of {path} claims shape {list(value.shape)}, which the file does not hold.")
+            shape = list(value.shape)
+            raise VisarError(f"Tensor {key!r} of {path} claims shape {shape}, of which the file does not hold all.")
         needed += value.numel() * (dtype if dtype and value.is_floating_point() else value.dtype).itemsize
     if needed > (free := available_memory()):
         raise VisarError(f"{path} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")

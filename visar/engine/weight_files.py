@@ -245,7 +245,8 @@ def _torch(path: Path, is_zip: bool) -> Any:
             what = "a number or an array of NumPy" if name.startswith("numpy") else "more than tensors"
             raise unreadable(path, f"it holds {what} ({name}), and reading it could run code; {RESAVE}") from error
         if "Unsupported operand" in str(error) and is_zip:
-            raise unreadable(path, f"its pickle is not one that torch.save writes by itself, or damaged; {RESAVE}") from error
+            cause = f"it is damaged, or its pickle is not one that torch.save writes by itself; {RESAVE}"
+            raise unreadable(path, cause) from error
         raise unreadable(path, _damaged(is_zip)) from error
     except MemoryError as error:
         raise unreadable(path, "it claims more tensors than there is memory") from error

@@ -41,8 +41,8 @@ class Source:
     """A model in a `folder`, or as published `files` by their roles ("model", "vq", "vae").
 
     `variant` is that of the folder's files; `image_size` (pixels), `num_heads`, `text_encoder` and `ema` (whether
-    averaged weights are taken; None: what was published) are for published files; `given` are components to use instead of those in the folder. `condition` is the kind of condition that the
-    caller wants, "prompt" or "class", if known.
+    averaged weights are taken; None: what was published) are for published files; `given` are components to use instead
+    of those in the folder. `condition` is the kind of condition that the caller wants, "prompt" or "class", if known.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Source:
         for name in found:
             if name not in known:
                 raise VisarError(f"{self.folder} has a setting {name!r}; known are {', '.join(sorted(known))}.")
-        return checked_arguments(family.__init__, found, f"{self.folder}/model_index.json")
+        return checked_arguments(family.__init__, found, f"Cannot read {self.folder}/model_index.json")
 
 
 def open_source(

@@ -48,9 +48,7 @@ class TextToImagePipeline(ImagePipeline):
         name; `num_heads` is needed only for sizes that were never published; `ema` takes averaged weights. Raises
         `VisarError`.
         """
-        return cls._of_files(
-            gpt, vq=vq, text_encoder=text_encoder, image_size=image_size, num_heads=num_heads, ema=ema
-        )
+        return cls._of_files(gpt, vq=vq, text_encoder=text_encoder, image_size=image_size, num_heads=num_heads, ema=ema)
 
     def __call__(
         self,

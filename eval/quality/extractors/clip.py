@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visar.engine.weight_files import read_content
 from visar.errors import VisarError
 from visar.eval.quality.extractors.base import Extractor, frozen, missing_extra, no_weights, weights_hash
 
@@ -58,6 +59,8 @@ def clip(
         raise missing_extra("CLIP features", error) from error
     if model not in open_clip.list_models():
         raise VisarError(f"open_clip has no model {model!r}; `open_clip.list_models()` names those it has.")
+    if weights is not None:
+        read_content(weights)  # it says better than open_clip why a file cannot be read
     try:
         network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=weights or pretrained)
     except Exception as error:  # its downloaders raise errors of many libraries

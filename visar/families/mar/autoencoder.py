@@ -112,7 +112,8 @@ class KLAutoencoder(Component):
 
     @classmethod
     def _of_diffusers(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> Self:
-        c = parse_json(json.dumps(dict(config), default=str), DiffusersConfig, f"the configuration of {path}")
+        where = f"{path} has no configuration of an AutoencoderKL"
+        c = parse_json(json.dumps(dict(config), default=str), DiffusersConfig, where)
         if c.shift_factor:
             raise VisarError(f"{path} shifts its latents (shift_factor), which is not supported.")
         attention = c.down_block_types[-1].startswith("Attn")
@@ -123,7 +124,7 @@ class KLAutoencoder(Component):
                     c.scaling_factor,
                 )  # fmt: skip
         except (ValueError, RuntimeError) as error:
-            raise VisarError(f"{path} has no configuration of an AutoencoderKL: {error}.") from error
+            raise VisarError(f"{where}: {error}.") from error
         own = made.state_dict()
         names = {key: diffusers_name(key) for key in own}
         state = dict(state)

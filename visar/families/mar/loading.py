@@ -113,4 +113,3 @@ def kl_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
         "groups": min(32, common & -common),
         "attention": any(key.startswith(f"encoder.down.{levels - 1}.attn.") for key in state),
     }
-
