@@ -73,7 +73,7 @@ def parse_json(text: str | bytes, kind: type[T], where: str) -> T:
         if isinstance(text, bytes):
             text = decoded(text, where)
         json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
-        return cast(T, _adapter(kind).validate_json(text, strict=True))
+        return cast(T, _adapter(cast(Any, kind)).validate_json(text, strict=True))
     except ValidationError as error:
         raise VisarError(f"{where}: {_problem(error)}.") from error
     except VisarError:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from typing_extensions import TypedDict
 
@@ -95,7 +95,7 @@ def append(path: str | Path, run: BenchmarkRun) -> None:
 
 def load(path: str | Path) -> list[BenchmarkRun]:
     """All runs of a file that `append` wrote, oldest first."""
-    return [BenchmarkRun(**run) for _, run in read_lines(path, Stored)]
+    return [BenchmarkRun(**cast(Any, run)) for _, run in read_lines(path, Stored)]
 
 
 def comparable(a: BenchmarkRun, b: BenchmarkRun) -> bool:

@@ -57,7 +57,7 @@ def captions_of(file: Path, ids: Sequence[str]) -> dict[str, str]:
     """The captions of `ids` in a JSON file, by id. Raises `VisarError` for a file of another form."""
     if file.suffix.lower() != ".json":
         raise VisarError(f"Captions are read from {FORM}, not from {file}.")
-    found = read_json(file, Any)
+    found: Any = read_json(file, object)
     if isinstance(found, dict) and isinstance(found.get("annotations"), list):
         found = _of_coco(found, file)
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):

@@ -57,7 +57,7 @@ ImageLine = TypedDict(  # what is read of an image's line
     },
 )
 for kind in (Conditions, About, ImageLine):
-    kind.__pydantic_config__ = {"extra": "allow"}  # type: ignore[attr-defined]  # the rest is kept as it is
+    setattr(kind, "__pydantic_config__", {"extra": "allow"})  # noqa: B010  # the rest is kept as it is
 
 
 class RunFolder:

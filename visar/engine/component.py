@@ -207,8 +207,8 @@ def fill(module: M, state: Mapping[str, Tensor], path: str | Path, names: Mappin
             found, expected = list(own.shape), list(tensor.shape)
             raise VisarError(f"Tensor {name!r} of {path} has shape {found}, expected {expected}.")
         if own.is_floating_point() != tensor.is_floating_point():
-            expected = "floating-point" if tensor.is_floating_point() else str(tensor.dtype)
-            raise VisarError(f"Tensor {name!r} of {path} has {own.dtype} numbers, expected {expected}.")
+            kind = "floating-point" if tensor.is_floating_point() else str(tensor.dtype)
+            raise VisarError(f"Tensor {name!r} of {path} has {own.dtype} numbers, expected {kind}.")
     known = set(names.values())
     if more := [key for key in state if key not in known]:
         others = f", nor {len(more) - 1} others of it" if len(more) > 1 else ""

@@ -60,6 +60,13 @@ class LlamaGenFamily(DiscreteFamily):
             raise VisarError("This GPT takes captions: it needs a text_encoder.")
         if not text and text_encoder is not None:
             raise VisarError("This GPT takes classes: it has no use for a text_encoder.")
+        if text:
+            own = (gpt.config.condition_length, gpt.config.caption_features)
+            if (its := (text_encoder.length, text_encoder.width)) != own:
+                raise VisarError(
+                    f"The text encoder gives captions of {its[0]} slots of {its[1]} features, and the GPT takes {own[0]} "
+                    f"of {own[1]}."
+                )
         self.components = {"gpt": gpt, "vq": vq} | ({"text_encoder": text_encoder} if text else {})
         usual = MODELS["llamagen-t2i-xl" if text else "llamagen-l"]
         scale = usual.guidance if guidance_scale is None else guidance_scale
