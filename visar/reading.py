@@ -163,6 +163,9 @@ def _problem(error: Any, name: str = "") -> str:
     if first["type"] == "json_invalid":
         problem = first["ctx"]["error"]
         return "it is nested too deeply" if "recursion" in problem else f"it is not valid JSON ({problem})"
+    if first["type"] in ("too_long", "too_short"):
+        end, name = ("most", "max_length") if first["type"] == "too_long" else ("least", "min_length")
+        return f"{where[:80]} should have at {end} {first['ctx'][name]} items"
     said = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return f"{where[:80]} {said}, not {short(first['input'])}"
 

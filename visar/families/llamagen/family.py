@@ -64,8 +64,8 @@ class LlamaGenFamily(DiscreteFamily):
             own = (gpt.config.condition_length, gpt.config.caption_features)
             if (its := (text_encoder.length, text_encoder.width)) != own:
                 raise VisarError(
-                    f"The text encoder gives captions of {its[0]} slots of {its[1]} features, and the GPT takes {own[0]} "
-                    f"of {own[1]}."
+                    f"The text encoder gives captions of {its[0]} slots of {its[1]} features, and the GPT takes "
+                    f"{own[0]} of {own[1]}."
                 )
         self.components = {"gpt": gpt, "vq": vq} | ({"text_encoder": text_encoder} if text else {})
         usual = MODELS["llamagen-t2i-xl" if text else "llamagen-l"]
@@ -114,11 +114,6 @@ class LlamaGenFamily(DiscreteFamily):
                 raise VisarError(f"{file} is a class-conditional model, which takes no text encoder.")
             return cls(gpt, vq)
         encoder = T5CaptionEncoder.from_pretrained(source.text_encoder or FLAN_T5_XL, length=c.condition_length)
-        if encoder.encoder.config.d_model != c.caption_features:
-            raise VisarError(
-                f"The text encoder {source.text_encoder} has features of {encoder.encoder.config.d_model}, "
-                f"but {file} was trained on features of {c.caption_features}."
-            )
         return cls(gpt, vq, encoder)
 
     @property
