@@ -52,6 +52,7 @@ UNREADABLE: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "text": ("a.ckpt", lambda: "a poem, höchst schön\n".encode() * 400, "it is text, not weights"),
     "random bytes": ("a.pt", lambda: np.random.default_rng(0).bytes(999), "neither a safetensors nor a torch file"),
     "random pickle": ("a.pt", lambda: b"\x80\x02" + np.random.default_rng(0).bytes(99), "truncated or damaged"),
+    "one byte": ("a.pt", lambda: b"\x80", "neither a safetensors nor a torch file"),
     "a cut old file": ("a.pt", lambda: OLD[: len(OLD) // 2], "it is truncated or damaged"),
     "a cut old file, early": ("a.pt", lambda: OLD[:20], "it is truncated or damaged"),
     "a cut new file": ("a.pt", lambda: torch_bytes(STATE)[:-30], "the end of the archive is missing"),

@@ -139,7 +139,7 @@ def _read(path: Path) -> Any:
     safe, length = path.suffix == ".safetensors", int.from_bytes(head[:8], "little")
     is_safetensors = head[8:9] == b"{" and 2 <= length <= 2**27
     is_zip = head[:4] in (b"PK\x03\x04", b"PK\x05\x06")
-    is_pickle = head[:1] == b"\x80" and 2 <= head[1] <= 5 and not is_safetensors  # its length may be 0x280
+    is_pickle = head[:1] == b"\x80" and b"\2" <= head[1:2] <= b"\5" and not is_safetensors  # its length may be 0x280
     if safe and (is_zip or is_pickle):
         raise unreadable(path, "it is a torch file under the name of a safetensors file; rename it to .pt")
     if is_safetensors:

@@ -66,8 +66,11 @@ def clip(
     except Exception as error:  # its downloaders raise errors of many libraries
         raise no_weights("CLIP's weights", pretrained, weights, error) from error
     visual: Any = network.visual
+    own = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    # A tokenizer of the hub is transformers', which would ask on the terminal whether to run the repository's code.
+    options = {"trust_remote_code": False} if own.get("hf_tokenizer_name") else {}
     size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
     return Clip(
-        name or f"clip:{model}/{pretrained}", network, preprocess, open_clip.get_tokenizer(model), device,
+        name or f"clip:{model}/{pretrained}", network, preprocess, open_clip.get_tokenizer(model, **options), device,
         f"{size} px, open_clip's own (short side, Pillow bicubic, centre crop)", {"open_clip": open_clip.__version__},
     )  # fmt: skip
