@@ -65,10 +65,11 @@ def check_output(path: str | Path) -> Path:
                     device.write(b"")  # /dev/full refuses even this
             return path
         target = Path(os.path.realpath(path))
-        _must_be_writable(target)
+        _must_be_writable(target)  # at first, so that nothing is made for it
+        writable_folder(target.parent)
+        _must_be_writable(target)  # a name that is too long shows where there is a folder
     except OSError as error:
         raise cannot_write(path, error) from error
-    writable_folder(target.parent)
     return path
 
 
@@ -95,6 +96,8 @@ def cannot_write(path: Path, error: Exception) -> VisarError:
 
 def reason(error: Exception) -> str:
     """The system's words for what went wrong with a file, also where a library has wrapped them."""
+    if isinstance(error, FileExistsError):
+        return "it is a file"  # where a folder is to be made
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if code := re.search(r"os error (\d+)", str(error)):  # safetensors
@@ -191,9 +194,11 @@ def inside(folder: Path, name: object) -> Path:
     """The file of a `name` that a list gives. Raises `VisarError` where it leads out of the folder, also by a link."""
     try:
         path = folder / str(name)
+        if not isinstance(name, str) or "\0" in name:
+            raise ValueError
         if os.path.basename(path) == name and not path.is_symlink() and name != "..":
             return path  # quick: there may be a hundred thousand
-        if isinstance(name, str) and path.resolve().is_relative_to(folder.resolve()):
+        if path.resolve().is_relative_to(folder.resolve()):
             return path
     except (OSError, ValueError, RuntimeError):  # a loop of links, a name with a zero byte
         pass

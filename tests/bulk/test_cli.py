@@ -313,6 +313,27 @@ def test_what_does_not_fit_a_layout(
         export(dpg_run, "npy", tmp_path / "a")
 
 
+@pytest.mark.parametrize("layout", ["npz", "geneval", "dpg"])
+@pytest.mark.parametrize("how", ["up", "absolute", "link"])
+def test_no_layout_takes_files_from_elsewhere(
+    dpg_run: Path, geneval_run: Path, tmp_path: Path, capsys: Capture, layout: str, how: str
+) -> None:
+    shutil.copytree(geneval_run if layout == "geneval" else dpg_run, run_folder := tmp_path / "run")
+    (tmp_path / "secret.png").write_bytes((run_folder / "000000.png").read_bytes())
+    if how == "link":
+        (run_folder / "000000.png").unlink()
+        (run_folder / "000000.png").symlink_to("../secret.png")
+    else:
+        lines = (run_folder / "manifest.jsonl").read_text()
+        name = "../secret.png" if how == "up" else str(tmp_path / "secret.png")
+        (run_folder / "manifest.jsonl").write_text(lines.replace('"000000.png"', json.dumps(name)))
+    before = names(tmp_path)
+    assert run("export", run_folder, "--layout", layout, "-o", tmp_path / "out.npz") == 2
+    err = capsys.readouterr().err
+    assert ("not inside it" if how == "link" else "the file of that image is '000000.png'") in err
+    assert err.count("\n") == 1 and names(tmp_path) == before
+
+
 def test_a_image_of_another_size_is_no_npz(dpg_run: Path, tmp_path: Path) -> None:
     shutil.copytree(dpg_run, tmp_path / "run")
     Image.new("RGB", (4, 4)).save(tmp_path / "run" / "000005.png")

@@ -67,6 +67,27 @@ def test_prompt_files(tmp_path: Path) -> None:
     assert read_prompts(lines) == [Condition("cat", "a", {"tag": "x", "include": [1]}), Condition("dog")]
 
 
+def test_prompt_files_as_editors_save_them(tmp_path: Path) -> None:
+    text, lines = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_bytes("red cat\r\n💩 dog\r\n\r\n".encode("utf-16"))
+    assert read_prompts(text) == [Condition("red cat"), Condition("💩 dog")]
+    lines.write_bytes(b'\xef\xbb\xbf{"prompt": "a\xe2\x80\xa8b"}\r\n{"prompt": "cat"}\r\n\n')
+    assert read_prompts(lines) == [Condition("a\u2028b"), Condition("cat")]
+    for line, message in (
+        ('{"prompt": null}', "Line 1 .* has a prompt that is no text, null"), ('{"prompt": 7}', "no text, 7"),
+        ('{"prompt": ["cat"]}', "no text"), ('{"prompt": "cat \\udcff"}', "Line 1 .* is no valid text"),
+        ("[" * 100_000, "Line 1 .* is no JSON"),
+    ):  # fmt: skip
+        lines.write_text(line)
+        with pytest.raises(VisarError, match=message):
+            read_prompts(lines)
+    for name in ("p.csv", "captions_val2014.json"):
+        with pytest.raises(VisarError, match=r"from a \.txt or \.jsonl file"):
+            read_prompts(tmp_path / name)
+    with pytest.raises(VisarError, match="At most 1000000 classes"):
+        read_classes("0-999999999999")
+
+
 def test_class_lists(tmp_path: Path) -> None:
     (tmp_path / "classes").write_text("7\n3-4, 1\n")
     for given, classes in (("0-3", [0, 1, 2, 3]), ("5", [5]), ("9,2-3", [9, 2, 3]), (str(tmp_path / "classes"), [7, 3, 4, 1])):  # fmt: skip # noqa: E501

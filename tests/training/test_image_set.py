@@ -95,6 +95,22 @@ def test_prompts() -> None:
     assert plain == {"red heart, 3d", "red heart"}
 
 
+def test_photographs_of_any_format_are_turned(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 8), "white")
+    image.paste("black", (0, 0, 8, 4))  # the upper half, which is to be shown on the right
+    turned = Image.Exif()
+    turned[0x112] = 6
+    image.save(tmp_path / "a.tif", exif=turned)
+    (tmp_path / "a.txt").write_bytes("a 💩".encode("utf-16"))
+    data = ImageSet(tmp_path)
+    assert data.records[0].caption == "a 💩"
+    assert (data.pixels(8)[0, :, :, :4] == 255).all() and (data.pixels(8)[0, :, :, 4:] == 0).all()
+    (tmp_path / "own" / "set").mkdir(parents=True)
+    (tmp_path / "own" / "set" / "pictures.json").write_text('[{"file": "../../a.tif", "caption": "b"}]')
+    with pytest.raises(VisarError, match="not inside it"):
+        ImageSet(tmp_path / "own" / "set").pixels(8)
+
+
 def test_bad_sets_are_named(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "set", 2, ("flat", "noto"))
     (tmp_path / "empty").mkdir()

@@ -92,7 +92,7 @@ def export_dpg(folder: str | Path, out: str | Path) -> int:
         name = str(lines[0].get("prompt_id", ""))
         if not name or len(name) > 200 or not name.isprintable() or any(c in name for c in "/\\."):
             raise VisarError(  # its evaluator cuts names at a dot
-                f"DPG-Bench names images by the item_id; give each prompt a short id without . / and \\, not {name!r}."
+                f"DPG-Bench names images by the item_id; give each prompt an id without . / and \\, not {name!r}."
             )
     with new_folder(out) as made:
         for lines in prompts:

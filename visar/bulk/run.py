@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,17 @@ def sample_images(
         warnings.simplefilter("ignore", NotInTraining)  # there may be one for each of thousands of prompts
         ranks.agree(lambda: stack.enter_context(output_folder(folder.path)))
         ranks.agree(lambda: stack.enter_context(folder.locked(ranks.rank, ranks.world)))
-        missing = set(ranks.first(lambda: _begin(folder, about, machine(model))))
+        done = ranks.first(lambda: _begin(folder, about, machine(model)))
         if not ranks.rank and order.kind == "class" and (extra := count % len(order.conditions)):
             warnings.warn(
                 f"{count} images are no multiple of {len(order.conditions)} classes: the first {extra} get one more.",
                 stacklevel=2,
             )
-        batches = [range(b, min(b + batch, count)) for b in range(0, count, batch)]
-        own = [ids for ids in batches if not missing.isdisjoint(ids)][ranks.rank :: ranks.world]
+        batches = (range(b, min(b + batch, count)) for b in range(0, count, batch))
+        own = islice((ids for ids in batches if not done.issuperset(ids)), ranks.rank, None, ranks.world)
         bar = tqdm(
             total=count,
-            initial=count - len(missing),
+            initial=len(done),
             unit="image",
             smoothing=0,
             file=sys.stderr,
@@ -118,9 +119,9 @@ def sample_images(
             journal = Journal(folder, ranks.rank)
             with bar:
                 for ids in own:
-                    _sample_batch(model, order, ids, missing, journal, method, seed, tokens, settings)
+                    _sample_batch(model, order, ids, done, journal, method, seed, tokens, settings)
                     # The other ranks have made about as many; to count their files would take ever longer.
-                    bar.update(min(ranks.world * sum(i in missing for i in ids), count - bar.n))
+                    bar.update(min(ranks.world * sum(i not in done for i in ids), count - bar.n))
                 ranks.agree(lambda: None)  # wait for all
                 bar.update(count - bar.n)
             ranks.first(lambda: folder.finish(count))
@@ -129,7 +130,7 @@ def sample_images(
                 folder.forget_if_empty()
             raise
         # While the locks are held, so that nobody changes the folder.
-        return _summary(folder, len(missing))
+        return _summary(folder, count - len(done))
 
 
 def _checked(
@@ -158,35 +159,34 @@ def _checked(
     return order, count
 
 
-def _begin(folder: RunFolder, about: dict[str, Any], here: Mapping[str, Any]) -> list[int]:
-    """Clear the folder, write run.json, and return the missing ids. Only with the locks of all ranks."""
+def _begin(folder: RunFolder, about: dict[str, Any], here: Mapping[str, Any]) -> set[int]:
+    """Clear the folder, write run.json, and return the ids that are done. Only with the locks of all ranks."""
     folder.clear()
     found = folder.check(about)
     before = found.get("machines", []) if found else []
     if difference := changed(before, here):
         warnings.warn(f"The run continues on another machine ({difference}): rounding may differ.", stacklevel=2)
     folder.describe(about | {"machines": before if here in before else [*before, here]})
-    done = folder.done()
-    return [i for i in range(about["count"]) if i not in done]
+    return {i for i in folder.done() if i < about["count"]}
 
 
 def _sample_batch(
     model: ImageModel,
     order: Interleaved,
     ids: Sequence[int],
-    wanted: set[int],
+    done: set[int],
     journal: Journal,
     method: Any,
     seed: int,
     tokens: bool,
     settings: Mapping[str, Any],
 ) -> None:
-    """One call of the model, of which only the `wanted` images are written."""
+    """One call of the model, of which only images that are not `done` are written."""
     values = [order.condition(i).value for i in ids]
     indices = [order.index(i) for i in ids]
     out = model.generate(values, sampler=method, seed=seed, first_image=indices, **settings)
     for row, (i, image) in enumerate(zip(ids, out.images, strict=True)):
-        if i in wanted:
+        if i not in done:
             line = _line(order, i, row, out.stats)
             journal.write(image, line | ({"tokens": out.tokens[row].tolist()} if tokens else {}))
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from visar.cli.parsers import parser
-from visar.cli.parsers.base import UsageError
+from visar.cli.parsers.base import STDOUT, UsageError
 from visar.errors import VisarError, of_the_machine, short
-from visar.files import tidy
+from visar.files import check_output, tidy
 from visar.user_code import blamed
 
 __all__ = ["main", "parser"]
@@ -55,6 +55,8 @@ def _run(arguments: Sequence[str]) -> int:
         return 2
     module, _, function = run.partition(":")
     with tidy(), blamed():
+        if getattr(options, "json", None) not in (None, STDOUT):
+            check_output(options.json)  # before minutes of work
         code: int = getattr(importlib.import_module(f"visar.cli.{module}"), function)(options)
     if sys.stdout is not None:
         sys.stdout.flush()  # so that a closed pipe or a full disk shows here

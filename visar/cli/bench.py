@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visar.cli.common import load_model, samplers_of
-from visar.cli.output import check_json, show
+from visar.cli.output import show
 from visar.cli.parsers.base import STDOUT
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
@@ -31,7 +31,6 @@ def bench(options: argparse.Namespace) -> int:
     samplers = samplers_of(options)
     if not samplers:
         raise VisarError("No sampler was given.")
-    check_json(options)
     before = _history(options)
     settings = settings_of(params_of(options))
     model = load_model(options)
@@ -54,7 +53,6 @@ def _shapes(options: argparse.Namespace) -> int:
             raise VisarError(
                 "--shapes measures ar and scd with random weights: it takes no samplers, model or drafter."
             )
-    check_json(options)
     import torch
 
     from visar.cli.common import device_of

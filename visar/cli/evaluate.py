@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visar.cli.common import device_of, load_model, samplers_of
-from visar.cli.output import check_json, show
+from visar.cli.output import show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import check_output, output_folder
@@ -22,7 +22,6 @@ def fid(options: argparse.Namespace) -> int:
     from visar.eval.quality.image_folder import ImageFolder
     from visar.eval.quality.measure import measure
 
-    check_json(options)
     found = measure(
         options.protocol, ImageFolder.open(options.folder), options.reference, device=device_of(options.device),
         batch=options.batch, seed=options.seed, weights=options.weights,
@@ -37,7 +36,6 @@ def clip(options: argparse.Namespace) -> int:
     from visar.eval.quality.image_folder import ImageFolder
     from visar.eval.quality.measure import measure
 
-    check_json(options)
     images = ImageFolder.open(options.folder, captions=options.captions)
     found = measure(
         options.protocol, images, device=device_of(options.device), batch=options.batch, weights=options.weights
@@ -49,7 +47,6 @@ def clip(options: argparse.Namespace) -> int:
 def stats(options: argparse.Namespace) -> int:
     from visar.eval.quality.measure import reference_stats
 
-    check_json(options)
     if Path(options.out).suffix != ".npz":
         raise VisarError(f"Statistics are written as .npz, not {options.out}.")
     check_output(options.out)
@@ -70,7 +67,6 @@ def compare(options: argparse.Namespace) -> int:
     from visar.eval.quality.compare import compare as compared
     from visar.eval.quality.image_folder import ImageFolder
 
-    check_json(options)
     a, b, *seeds = (ImageFolder.open(path) for path in (options.a, options.b, *options.seeds))
     reference = _photographs(options.reference)
     scores = _scores(options)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visar.cli.common import configured, load_model, tokens_of
-from visar.cli.output import check_json, show
+from visar.cli.output import show
 from visar.cli.parsers.generate import MOST
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
@@ -76,7 +76,6 @@ def generate(options: argparse.Namespace) -> int:
     # Everything that can be wrong is checked before the weights are read.
     params = params_of(options)
     sampler = chosen_sampler(options, params)
-    check_json(options)
     paths = output_paths(options.out, names, options.force)
     for path in paths:  # first of all, so that nothing is computed that cannot be saved
         if path == paths[0] or os.path.lexists(path):

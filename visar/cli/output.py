@@ -7,13 +7,7 @@ import json
 from typing import Any
 
 from visar.cli.parsers.base import STDOUT
-from visar.files import check_output, replacing
-
-
-def check_json(options: argparse.Namespace) -> None:
-    """Raise `VisarError` where the file of `--json` cannot be written; to be called before minutes of work."""
-    if options.json not in (None, STDOUT):
-        check_output(options.json)
+from visar.files import replacing
 
 
 def show(options: argparse.Namespace, text: str, data: Any) -> None:

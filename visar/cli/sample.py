@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from visar.cli.common import device_of, load_model, tokens_of
 from visar.cli.generate import chosen_sampler
-from visar.cli.output import check_json, show
+from visar.cli.output import show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import check_output, output_folder
@@ -84,7 +84,6 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
     if kind == CONTINUOUS and options.tokens:
         raise VisarError("--tokens is for models of discrete tokens; this one's are vectors.")
     sampler = chosen_sampler(options, params)
-    check_json(options)
     if options.npz:
         check_output(options.npz)
     order = Interleaved(conditions)

@@ -6,12 +6,11 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from visar.cli.output import check_json, show
+from visar.cli.output import show
 from visar.tables import table
 
 
 def models(options: argparse.Namespace) -> int:
-    check_json(options)
     if options.concepts:
         return _concepts(options)
     rows = model_rows()
@@ -67,7 +66,6 @@ def _inside(name: str) -> dict[str, Any]:
 
 
 def samplers(options: argparse.Namespace) -> int:
-    check_json(options)
     rows = sampler_rows()
     if options.name is not None:
         return _parameters(options, _named("sampler", options.name, rows))

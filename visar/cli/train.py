@@ -30,8 +30,8 @@ def words(options: argparse.Namespace) -> int:
     from visar.training.data import ImageSet
     from visar.training.words import build_word_encoder
 
-    with output_folder(options.out):  # before the work
-        data = ImageSet(options.data)
+    writable_folder(options.out)  # before the work
+    data = ImageSet(options.data)
     texts = [t for r in data.records for t in (r.caption, " ".join(r.tags), r.style)]
     encoder = build_word_encoder(texts)
     with new_folder(options.out) if is_new(options.out) else output_folder(options.out) as out:
@@ -42,9 +42,11 @@ def words(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
     """The image set and the training configuration that the options ask for."""
+    from visar.host import torchrun
     from visar.training.data import ImageSet
     from visar.training.loop import TrainConfig
 
+    torchrun()  # an error where the environment of the processes is wrong
     data = ImageSet(options.data, tuple(options.styles), tuple(options.without_groups))
     if not data.indices("train"):
         raise VisarError(f"{options.data} has no images for training: all are held out.")
@@ -176,6 +178,7 @@ def drafter(options: argparse.Namespace) -> int:
     params.check(DISCRETE)
     kind = drafter_kind(options.drafter_kind)
     kind.checked_layers(options.layers, 10**9)
+    out = writable_folder(options.out)  # before the work
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
     if own.type == "cpu" and options.dtype is None:
@@ -187,7 +190,6 @@ def drafter(options: argparse.Namespace) -> int:
     conditions = _conditions(options, family.classes)
     params = params.resolved(family.defaults)
     target = Target(params.temperature, params.top_k, params.top_p)
-    out = writable_folder(options.out)
     tokens = generate_tokens(
         model, conditions, options.num_images, out / "images.safetensors", options.batch,
         lambda done: print(f"{done} of {options.num_images} images sampled", file=sys.stderr),
@@ -225,6 +227,7 @@ def assemble(options: argparse.Namespace) -> int:
         raise VisarError("Give --gpt and --tokenizer, or --mar and --autoencoder.")
     if (options.gpt and options.draft) or (options.mar and options.top_k):
         raise VisarError("--draft goes with --mar, and --top-k with --gpt.")
+    writable_folder(options.out)  # before the work
     dtype = getattr(torch, options.dtype)
     shared = {"text_encoder": options.words} if is_embedded(options.words) else {}
     home = embedded_folder(options.words) / "text_encoder" if shared else options.words

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.output import check_json, show
+from visar.cli.output import show
 from visar.cli.parsers.base import STDOUT
 from visar.errors import VisarError
 
@@ -24,7 +24,6 @@ def verify(options: argparse.Namespace) -> int:
     from visar.eval.exactness.joint import verify as prove
     from visar.samplers import DEFAULTS, get_sampler
 
-    check_json(options)
     names = None if options.samplers in (None, [], ["all"]) else options.samplers
     kinds = {name: getattr(get_sampler(name), "tokens", "discrete") for name in names or ()}
     if options.session is not None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from typing import TypeVar
 
+import torch
+from torch import nn
+
+from visar.engine.component import unfilled
 from visar.engine.decoder import Decoder
 from visar.errors import VisarError
 from visar.host import available_memory
 
 GIB = 2**30
+M = TypeVar("M", bound=nn.Module)
 COPIES = 12  # of a pass's logits in fp32: both batches of guidance, distributions of window and drafts, float64 sums
 
 
@@ -28,6 +34,22 @@ def decoding_bytes(model: Decoder, batches: int, slots: int, window: int) -> int
     c = model.config
     number = 4 if model.device.type == "cpu" else model.dtype.itemsize
     return batches * 2 * c.num_layers * c.dim * slots * number + COPIES * window * c.vocab_size * 4
+
+
+def check_training(make: Callable[[], M], device: str) -> M:
+    """The network that `make` gives. Raises `VisarError` before it is made, where there is not the memory to train it.
+
+    That takes weights, gradients, a moving average, and the optimizer's two averages, each in fp32.
+    """
+    with unfilled():
+        count = sum(p.numel() for p in make().parameters())
+    needed = count * 4 * (5 if device == "cpu" else 1)  # on a GPU only the weights are made here
+    if needed > (free := available_memory()):
+        raise VisarError(
+            f"A network of {count / 1e6:.0f} million weights needs {needed / GIB:.1f} GiB to train, and "
+            f"{free / GIB:.1f} GiB are free; give smaller sizes."
+        )
+    return make()
 
 
 def check_memory(each: int, batch: int, device: torch.device) -> None:

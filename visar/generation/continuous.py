@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from visar.engine.loop import Decoded
+from visar.engine.memory import check_memory
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
 from visar.families.base import ContinuousFamily, Encoded
@@ -47,6 +48,7 @@ def run(
     order = sampling_orders(noise, length, given)
     fixed = None if forced is None else forced[order[:, : length - free]]
     draft = model.drafters.of(method)
+    check_memory(family.bytes_per_image(1, params.guidance_scale != 1), len(order), family.device)
     session = family.session(
         encoded, order, scale=cast(float, params.guidance_scale), schedule=params.guidance_schedule or "linear",
         given=fixed, graphs=model.row_graphs, draft=draft,

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
+from visar.engine.memory import check_memory
 from visar.errors import NotInTraining, VisarError
 from visar.families.base import Family
 from visar.families.registry import family_of
@@ -33,6 +34,7 @@ from visar.generation.sessions import Sessions
 from visar.params import DISCRETE, SamplingParams
 from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
 
+COPIES = 4  # of the pixels in fp32, while the images of a call are put together
 RUN = {"discrete": discrete.run, "continuous": continuous.run}
 
 
@@ -168,6 +170,9 @@ class ImageModel:
         values = self._checked([conditions] if single else list(conditions))
         if (num_images := _count(num_images)) < 1:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
+        if output_type not in ("tokens", "latent"):
+            height, width = self.family.pixels
+            check_memory(4 * 3 * height * width * COPIES, len(values) * num_images, self.device)
         keys: list[Hashable] = [value for value in values for _ in range(num_images)]
         self._check_modules()
         with undisturbed(self.device), torch.inference_mode():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visar.engine.memory import check_training
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import Block, LlamaGen, initialise
 from visar.families.llamagen.vq import VQModel
@@ -151,17 +153,12 @@ def train_ar(
     tokens = VariantTokens(vq, data, size, max(variants, 1), file, config.seed)
     split = {name: data.indices(name) for name in SPLITS}
     train = split["train"]
-    fresh = LlamaGen(
-        vocab_size=vq.sizes.codebook_size,
-        dim=dim,
-        num_layers=layers,
-        num_heads=heads,
-        ffn=ffn,
-        condition="text",
-        condition_length=encoder.length,
-        caption_features=encoder.table.shape[1],
+    made = partial(
+        LlamaGen, vocab_size=vq.sizes.codebook_size, dim=dim, num_layers=layers, num_heads=heads, ffn=ffn,
+        condition="text", condition_length=encoder.length, caption_features=encoder.table.shape[1],
         grid=size // vq.sizes.downsample,
-    )
+    )  # fmt: skip
+    fresh = check_training(made, config.device)
     model = ARLoss(initialise(fresh) if start is None else _continued(start, fresh))
     reach = list(accumulate(shares[i] for i in train))
     some = spread(train, 512)  # of these are the tokens that corrupt, and those of the bigram

@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visar.engine.component import fill, read_tensors, unfilled
+from visar.engine.memory import check_training
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.reading import Count, Size, read_json
@@ -271,7 +273,7 @@ def train_clip(
     words = CaptionWords.of(text for r in data.records for text in (r.caption, r.style, *r.tags))
     sizes = clip_sizes(words, size, dim, layers, text_layers, heads)
     torch.manual_seed(config.seed)
-    clip = build_clip(sizes)
+    clip = check_training(partial(build_clip, sizes), config.device)
     start_words(clip, words, encoder)
     pixels = data.pixels(size)
     split = {name: data.indices(name) for name in SPLITS}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from visar.errors import VisarError
 from visar.files import inside
+from visar.host import available_memory
 from visar.image_files import converted, frames_of, open_image, suffixes
 from visar.reading import LARGEST, parse_json
 from visar.texts import decoded
@@ -89,7 +90,8 @@ class ImageSet:
         known = {r.style for r in records}
         for style in styles:
             if style not in known:
-                raise VisarError(f"No image has style {style!r}; the styles are {', '.join(sorted(known))}.")
+                named = ", ".join(sorted(known - {""})) or "none"
+                raise VisarError(f"No image has style {style!r}; the styles are {named}.")
         self.records = [
             r for r in records if (not styles or r.style in styles) and not (r.group and r.group in without_groups)
         ]
@@ -142,6 +144,11 @@ class ImageSet:
 
     def pixels(self, size: int) -> Tensor:
         """All images as uint8 [n, 3, size, size], composited on white, Lanczos-resized."""
+        if (needed := len(self.records) * 3 * size * size) > (free := available_memory()):
+            raise VisarError(
+                f"{len(self.records)} images of {size}x{size} pixels need {needed / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB are free; give a smaller --size."
+            )
         out = torch.empty(len(self.records), 3, size, size, dtype=torch.uint8)
         for i, r in enumerate(self.records):
             image = self._image(r.file)

@@ -7,9 +7,7 @@ keywords and groups come from one table by code point, whatever the drawing styl
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -21,7 +19,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from visar.errors import VisarError, unknown
-from visar.files import writable_folder
+from visar.files import new_folder
 from visar.training.image_sources import CACHE, EMOJI_TEXT, STYLES, Package, Style, fetch, members
 
 CATALOGUE = "PluginFurnitureCatalog.properties"
@@ -236,14 +234,8 @@ def build_images(
     if size < 1:
         raise VisarError(f"The image size must be at least 1 pixel, not {size}.")
     out = out.expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise VisarError(f"{out} exists already; give a new or an empty folder.")
-    writable_folder(out.parent)
-    chosen, emoji = _fetchable(styles, cache), emoji_text(cache)
-
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
+    with new_folder(out) as partial:
+        chosen, emoji = _fetchable(styles, cache), emoji_text(cache)
         entries: list[dict[str, object]] = []
         for name in chosen:
             before = len(entries)
@@ -258,7 +250,4 @@ def build_images(
                 entries.append({**art.entry(name), "file": file})
             print(f"{name}: {len(entries) - before} images", file=sys.stderr)
         (partial / "pictures.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf8")
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return len(entries)

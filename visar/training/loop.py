@@ -141,8 +141,8 @@ def fit(
         return now.item()
 
     def save(minutes: float) -> None:
-        if not math.isfinite(summed := total.item()):
-            raise VisarError(f"The loss is no number after {step} steps; give a smaller --lr.")
+        if not (math.isfinite(summed := total.item()) and all(bool(p.isfinite().all()) for p in ema.parameters())):
+            raise VisarError(f"The loss or the weights are no numbers after {step} steps; give a smaller --lr.")
         if rank:
             return
         with replacing(state_file) as temporary:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visar.engine.memory import check_training
 from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLAutoencoder, downsample, fingerprint, to_tokens
 from visar.families.mar.diffusion import TRAINING_STEPS, Schedule, interpolated_log_variance
@@ -145,11 +147,12 @@ def train_mar(
     samples = LatentSamples(vae, encoder, data, size)
     split = {name: data.indices(name) for name in SPLITS}
     train = split["train"]
-    mar = MAR(
-        token_dim=samples.mean.shape[2], grid=size // downsample(vae), dim=dim, encoder_layers=layers,
+    made = partial(
+        MAR, token_dim=samples.mean.shape[2], grid=size // downsample(vae), dim=dim, encoder_layers=layers,
         decoder_layers=layers, num_heads=heads, head_width=head_width, head_layers=head_layers, condition="text",
         buffer=encoder.length, caption_features=encoder.table.shape[1], vae=fingerprint(vae), latest=latest,
     )  # fmt: skip
+    mar = check_training(made, config.device)
 
     def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
         seed = step_seed(config.seed, step, rank)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from PIL import Image
 
 from visar.errors import VisarError
 from visar.eval.quality.image_folder import ImageFolder, has_images
+from visar.image_files import ORIENTATION
 
 
 def pixels(seed: int, height: int = 6, width: int = 8) -> np.ndarray:
@@ -114,6 +117,66 @@ def test_bad_manifests(tmp_path: Path, text: str, message: str) -> None:
         ImageFolder.open(tmp_path)
 
 
+def test_a_manifest_with_prompts_that_are_no_text(tmp_path: Path) -> None:
+    save(tmp_path / "0.png")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_bytes(b'\xef\xbb\xbf{"id": "a", "file": "0.png", "prompt": "b\xe2\x80\xa8c"}\r\n')
+    assert ImageFolder.open(tmp_path).captions == {"a": "b\u2028c"}
+    manifest.write_text('{"id": "a", "file": "0.png", "prompt": null}')
+    assert ImageFolder.open(tmp_path).captions == {}
+    manifest.write_text('{"id": "a", "file": "0.png", "prompt": 7}')
+    with pytest.raises(VisarError, match=r"Line 1 of .* has a prompt that is no text: 7"):
+        ImageFolder.open(tmp_path)
+    (tmp_path / "run").mkdir()
+    for file in ("../0.png", str(tmp_path / "0.png")):
+        (tmp_path / "run" / "manifest.jsonl").write_text(json.dumps({"id": "a", "file": file}))
+        with pytest.raises(VisarError, match="not inside it"):
+            ImageFolder.open(tmp_path / "run")
+
+
+def test_every_format_is_read_or_named(tmp_path: Path) -> None:
+    """A .gif next to .png files was left out of the metric without a word."""
+    for i, name in enumerate(("a.png", "b.gif", "c.tif", "d.bmp", "e.PPM", "f.tga")):
+        Image.fromarray(pixels(i)).convert("P" if name == "b.gif" else "RGB").save(tmp_path / name)
+    (tmp_path / "a.txt").write_bytes("of a 💩\r\n".encode("utf-16"))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfof b")
+    (tmp_path / "._a.png").write_text("x")
+    found = ImageFolder.open(tmp_path)
+    assert found.ids == tuple("abcdef") and found.format == "bmp+gif+png+ppm+tga+tiff"
+    assert found.captions == {"a": "of a 💩", "b": "of b"}
+    (batch,) = found.batches(["c", "d", "e", "f"])
+    assert all(np.array_equal(batch[i - 2].permute(1, 2, 0), pixels(i)) for i in (2, 3, 4, 5))
+    (tmp_path / "notes.pdf").touch()
+    (tmp_path / "more").mkdir()
+    save(tmp_path / "more" / "z.png")
+    with pytest.warns(UserWarning) as told:
+        assert len(ImageFolder.open(tmp_path)) == 6
+    said = [str(note.message) for note in told]
+    assert "1 files of" in said[0] and "as notes.pdf" in said[0] and "1 folders of images" in said[1]
+
+
+def test_captions_of_coco(tmp_path: Path) -> None:
+    for name in ("COCO_val2014_000000000042", "x"):
+        save(tmp_path / f"{name}.png")
+    images = [{"id": 42, "file_name": "COCO_val2014_000000000042.jpg"}, {"id": 7, "file_name": "x.jpg"}]
+    notes = [{"id": i, "image_id": n, "caption": c} for i, n, c in ((9, 42, "second"), (3, 42, "first "), (5, 7, "x"))]
+    file = tmp_path / "captions_val2014.json"
+    file.write_text(json.dumps({"info": {}, "images": images, "annotations": notes}))
+    with pytest.warns(UserWarning, match="several captions of an image; the first of each"):
+        found = ImageFolder.open(tmp_path, captions=file)
+    assert found.captions == {"COCO_val2014_000000000042": "first", "x": "x"}
+    for text, message in (
+        ('{"annotations": [{"id": 1}], "images": []}', "is not one of COCO's captions"),
+        ('{"x": "a", "x": "b"}', "gives 'x' twice"), ('[{"id": "x", "caption": "a"}]', "is not a JSON object of id"),
+        ("[" * 100_000, "too deep"),
+    ):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(VisarError, match=message):
+            ImageFolder.open(tmp_path, captions=file)
+    with pytest.raises(VisarError, match="Captions are read from a JSON object"):
+        ImageFolder.open(tmp_path, captions=tmp_path / "captions.tsv")
+
+
 def test_captions_from_a_file(tmp_path: Path) -> None:
     for name in ("1", "2"):
         save(tmp_path / f"{name}.png")
@@ -134,6 +197,24 @@ def test_captions_from_a_file(tmp_path: Path) -> None:
         ImageFolder.open(tmp_path).require_captions("CLIP")
 
 
+def turned() -> Image.Exif:
+    """EXIF data of a camera that was held upright."""
+    found = Image.Exif()
+    found[ORIENTATION] = 6
+    return found
+
+
+def deep_png(side: int = 4) -> bytes:
+    """RGB of 16 bits, which Pillow does not write, and reads as 8."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(4 * (1 + 4 * 6)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
 def refused(path: Path, **options: bool) -> str:
     with pytest.raises(VisarError) as error:
         for _ in ImageFolder.open(path, **options).batches():
@@ -149,6 +230,17 @@ def refused(path: Path, **options: bool) -> str:
         (lambda p: save(p / "a.webp", quality=80), "is lossy WebP"),
         (lambda p: save(p / "a.webp", quality=80, exif=b"Exif\0\0", icc_profile=b"x"), "is lossy WebP"),
         (lambda p: save(p / "a.png", format="BMP"), "is a bmp file"),
+        (lambda p: save(p / "a.tif", compression="jpeg"), "is JPEG in TIFF"),
+        (lambda p: save(p / "a.jp2"), "is JPEG 2000"),
+        (lambda p: save(p / "a.gif", save_all=True, append_images=[Image.fromarray(pixels(1))]), "has 2 frames"),
+        (lambda p: save(p / "a.png", save_all=True, append_images=[Image.fromarray(pixels(1))]), "has 2 frames"),
+        (lambda p: Image.new("CMYK", (4, 4)).save(p / "a.tif"), "pixels of kind CMYK"),
+        (lambda p: save(p / "a.png", exif=turned()), "to be shown turned"),
+        (lambda p: (p / "a.ppm").write_bytes(b"P6 2 2 65535\n" + bytes(24)), "16 bits"),
+        (lambda p: (p / "a.png").write_bytes(deep_png()), "16 bits"),
+        (lambda p: (p / "a.png").write_bytes(deep_png(side=60_000)), "more pixels than Pillow takes"),
+        (lambda p: (p / "a.png").touch(), "not an image that can be read"),
+        (lambda p: (p / "a.png").symlink_to("gone.png"), "not an image that can be read"),
         (lambda p: Image.fromarray(np.zeros((4, 4), np.uint16)).save(p / "a.png"), "8 bits per channel"),
         (lambda p: Image.new("RGBA", (4, 4), (1, 2, 3, 254)).save(p / "a.png"), "transparent pixels"),
         (lambda p: Image.new("LA", (4, 4), (1, 0)).save(p / "a.png"), "transparent pixels"),
@@ -180,7 +272,7 @@ def test_what_is_read(tmp_path: Path) -> None:
 
 
 def test_photographs(tmp_path: Path) -> None:
-    save(tmp_path / "a.jpg")
+    save(tmp_path / "a.jpg", exif=turned())  # as it is stored
     for name, side in (("b", 4), ("c", 4), ("d", 7)):
         Image.new("RGB", (side, 5)).save(tmp_path / f"{name}.png")
     found = ImageFolder.open(tmp_path, jpeg_allowed=True, mixed_allowed=True)

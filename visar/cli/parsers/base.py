@@ -98,7 +98,14 @@ class CommandParser(argparse.ArgumentParser):
         what = "Unknown command" if isinstance(action, argparse._SubParsersAction) else f"{_name(action)} cannot be"
         raise UsageError(f"{what} {value!r}.{nearest} Known: {', '.join(known)}.", self.format_usage())
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and "--" in arg_strings:  # argparse would make an empty list of it
+            raise VisarError(f"{_name(action)} takes a value, not --.")
+        return super()._get_values(action, arg_strings)
+
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if isinstance(action, argparse._SubParsersAction):
+            return super()._get_value(action, arg_string)  # all that follows is its own
         if not arg_string and action.nargs != argparse.ZERO_OR_MORE:  # of the prompts, the command says more
             raise VisarError(f"{_name(action)} is empty; give a value, or leave it out.")
         if "\0" in arg_string:

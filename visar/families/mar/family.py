@@ -148,6 +148,12 @@ class MARFamily(ContinuousFamily):
         parts = [self.vae.decode(part).float() for part in latents.split(batch)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
+    def bytes_per_image(self, window: int, guided: bool) -> int:
+        """A pass keeps some tensors of one block, and the head as many of a row for each token; nothing is cached."""
+        c = self.mar.config
+        wide = (c.buffer + self.layout.length) * c.dim + self.layout.length * c.head_width
+        return (2 if guided else 1) * 16 * 4 * wide
+
     @property
     def fastest_dtype(self) -> torch.dtype:
         """On a CPU the diffusion head, which is in float32, takes most of the time."""

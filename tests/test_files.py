@@ -1,0 +1,136 @@
+"""Outputs: what is checked before the work, what a failure leaves, and what is written in place of what."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.helpers.devices import device
+from visar.errors import VisarError
+from visar.files import check_output, inside, is_new, new_folder, reason, replacing, tidy, writable_folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def write(path: Path, text: str = "new") -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def test_a_link_stays_and_leads_to_the_new_file(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to("real/a.json")
+    for text in ("one", "two"):  # also where the link leads to nothing yet
+        write(tmp_path / "link.json", text)
+        assert (tmp_path / "link.json").is_symlink() and (tmp_path / "real" / "a.json").read_text() == text
+    assert names(tmp_path) == ["link.json", "real", "real/a.json"]
+    (tmp_path / "real" / "a.json").chmod(0o600)
+    write(tmp_path / "link.json")
+    assert (tmp_path / "real" / "a.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe.json")
+    got: list[str] = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    check_output(pipe)
+    write(pipe, "through")
+    reader.join(10)
+    assert got == ["through"] and pipe.is_fifo() and names(tmp_path) == ["pipe.json"]
+
+
+def test_a_device_is_not_replaced(tmp_path: Path) -> None:
+    """As root a rename would put a file in its place."""
+    for kind in ("null", "full"):
+        path = device(tmp_path / f"{kind}.json", kind)
+        before = path.lstat()
+        if kind == "null":
+            write(check_output(path))
+        else:
+            with pytest.raises(VisarError, match="No space left on device"):
+                write(path)
+        assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert names(tmp_path) == ["full.json", "null.json"]
+
+
+def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    device(tmp_path / "full.json", "full")
+    for name, message in (
+        ("folder.json", "Is a directory"), ("x" * 300 + ".json", "File name too long"), ("file/a.json", "it is a file"),
+        ("loop.json", "Too many levels"), ("full.json", "No space left on device"),
+    ):  # fmt: skip
+        with tidy(), pytest.raises(VisarError, match=message):
+            check_output(tmp_path / name)
+    assert names(tmp_path) == ["file", "folder.json", "full.json", "loop.json"]
+    name = "y" * 250 + ".json"  # as long as a name can be
+    write(check_output(tmp_path / name))
+    assert (tmp_path / name).read_text() == "new"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("old")
+    with (
+        pytest.raises(VisarError, match=r"^Cannot write .*a\.json: No space left on device\.$"),
+        replacing(tmp_path / "a.json"),
+    ):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a.json"):  # of something else that was read
+        (tmp_path / "gone").read_text()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(Exception, match="os error") as error:  # safetensors has an error of its own
+        save_file({"a": torch.zeros(2)}, tmp_path / "b")
+    assert "os error" not in reason(error.value)
+    (tmp_path / "b").rmdir()
+    assert names(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+
+
+def test_folders_of_a_failure_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    with pytest.raises(KeyboardInterrupt), tidy():
+        writable_folder(tmp_path / "old")
+        writable_folder(tmp_path / "a" / "b")
+        with tidy():
+            writable_folder(tmp_path / "c" / "d")
+        (writable_folder(tmp_path / "kept") / "file").touch()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["kept", "kept/file", "old"]
+
+
+def test_a_folder_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (Path("."), tmp_path / "new" / "x"):
+        with pytest.raises(VisarError, match="No space"), new_folder(path) as made:
+            (made / "a").touch()
+            raise OSError(28, "No space left on device", str(made / "b"))
+        assert is_new(path)
+        with new_folder(path) as made:
+            (made / "a").touch()
+        assert [p.name for p in path.iterdir()] == ["a"]
+    assert names(tmp_path) == ["here", "here/a", "new", "new/x", "new/x/a"]
+    with pytest.raises(VisarError, match="exists: give a folder that is new or empty"), new_folder("."):
+        pass
+
+
+def test_a_list_names_files_inside_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "run" / "sub").mkdir(parents=True)
+    (tmp_path / "secret").touch()
+    (tmp_path / "run" / "out").symlink_to("../secret")
+    (tmp_path / "run" / "in").symlink_to("sub/a")
+    (tmp_path / "run" / "up").symlink_to("..")
+    for name in ("a", "sub/a", "in", "sub/../a", "..a"):
+        assert inside(tmp_path / "run", name) == tmp_path / "run" / name
+    for wrong in ("../secret", str(tmp_path / "secret"), "out", "up/secret", "..", "sub/../../secret", "a\0", None, 3):
+        with pytest.raises(VisarError, match="not inside it"):
+            inside(tmp_path / "run", wrong)
