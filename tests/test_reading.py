@@ -54,7 +54,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "deep": ("[" * 100_000, "nested too deeply"),
     "deep and closed": ('{"layers": 1, "x": ' + "[" * 500 + "]" * 500 + "}", "nested too deeply"),
     "another encoding": ('{"layers": 1, "names": ["é"]}'.encode("latin-1"), "it is no UTF-8 text"),
-    "a lone surrogate": ('{"layers": 1, "names": ["\\ud800"]}', "not valid JSON"),
+    "a lone surrogate": ('{"layers": 1, "names": ["\\ud800"]}', "a lone surrogate, which is no valid text"),
     "a long value": ('{"layers": "' + "x" * 10**5 + '"}', r"not 'xxx+\.\.\.\.$"),
 }
 

@@ -162,6 +162,8 @@ def _problem(error: Any, name: str = "") -> str:
         return f"{'.'.join(above) or 'it'} has no {last!r}"
     if first["type"] == "json_invalid":
         problem = first["ctx"]["error"]
+        if "escape" in problem or "surrogate" in problem:
+            return "it has a lone surrogate, which is no valid text"
         return "it is nested too deeply" if "recursion" in problem else f"it is not valid JSON ({problem})"
     if first["type"] in ("too_long", "too_short"):
         end, name = ("most", "max_length") if first["type"] == "too_long" else ("least", "min_length")

@@ -125,7 +125,7 @@ def test_a_manifest_with_prompts_that_are_no_text(tmp_path: Path) -> None:
     manifest.write_text('{"id": "a", "file": "0.png", "prompt": null}')
     assert ImageFolder.open(tmp_path).captions == {}
     manifest.write_text('{"id": "a", "file": "0.png", "prompt": 7}')
-    with pytest.raises(VisarError, match=r"Line 1 of .* has a prompt that is no text: 7"):
+    with pytest.raises(VisarError, match=r"Line 1 of .*: prompt should be a valid string, not 7"):
         ImageFolder.open(tmp_path)
     (tmp_path / "run").mkdir()
     for file in ("../0.png", str(tmp_path / "0.png")):
