@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from typing_extensions import TypedDict
 
 import visar
-from visar.errors import VisarError
 from visar.eval.benchmark.speed import SpeedReport
 from visar.files import cannot_write
+from visar.reading import read_lines
 from visar.tables import table
-from visar.texts import lines_of, read_text
 
 _SAME = ("device", "dtype", "threads", "batch", "images")  # of the report, besides the settings
 
@@ -37,6 +38,42 @@ class BenchmarkRun:
     commit: str | None
     settings: dict[str, Any]
     report: dict[str, Any]
+
+
+class Row(TypedDict):
+    """What is compared of a sampler."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012 (pydantic reads it)
+
+    sampler: str
+    nfe: float
+    ms_per_pass: float
+    seconds_per_image: float
+
+
+class Measured(TypedDict):
+    """What is read of a report, which has more."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+
+    device: str
+    dtype: str
+    threads: int
+    batch: int
+    images: int
+    bandwidth: float
+    torch: str
+    rows: list[Row]
+
+
+class Stored(TypedDict):
+    """A line of a history."""
+
+    date: str
+    version: str
+    commit: str | None
+    settings: dict[str, Any]
+    report: Measured
 
 
 def run_of(report: SpeedReport, settings: Mapping[str, Any]) -> BenchmarkRun:
@@ -57,16 +94,8 @@ def append(path: str | Path, run: BenchmarkRun) -> None:
 
 
 def load(path: str | Path) -> list[BenchmarkRun]:
-    """All runs of a file, oldest first."""
-    runs = []
-    for number, line in enumerate(lines_of(read_text(path)), 1):
-        try:
-            run = BenchmarkRun(**json.loads(line))
-            _ = [run.report[name] for name in (*_SAME, "bandwidth")], _rows(run.report), run.settings.items()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise VisarError(f"Line {number} of {path} is no run that `visar bench --history` wrote.") from error
-        runs.append(run)
-    return runs
+    """All runs of a file that `append` wrote, oldest first."""
+    return [BenchmarkRun(**cast(Any, run)) for _, run in read_lines(path, Stored)]
 
 
 def comparable(a: BenchmarkRun, b: BenchmarkRun) -> bool:

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Shape:
 
     name: str
     gpt: GPTShape
-    condition: str
+    condition: Literal["class", "text"]
     grid: int
     guidance: float
     top_k: int

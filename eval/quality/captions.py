@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import NotRequired, TypedDict
+
 from visar.errors import VisarError
-from visar.texts import lines_of, read_text
+from visar.reading import Name, read_json, read_lines
+from visar.texts import read_text
 
 FORM = 'a JSON object of id and caption, as {"000000": "a cat"}, or a file of COCO\'s captions'
+
+
+class Entry(TypedDict):
+    """A line of a manifest; it may have more fields."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012 (pydantic reads it)
+
+    id: int | Name
+    file: Name
+    prompt: NotRequired[str | None]
 
 
 def manifest_of(file: Path) -> dict[str, dict[str, Any]]:
     """The lines of a manifest by id, each with an "id" and a "file" of its own, and perhaps a "prompt"."""
     out: dict[str, dict[str, Any]] = {}
     files: set[str] = set()
-    for number, line in enumerate(lines_of(read_text(file)), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            name, image = str(record["id"]), str(record["file"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise VisarError(f'Line {number} of {file} is not a JSON object with "id" and "file".') from error
+    for number, record in read_lines(file, Entry):
+        name, image = str(record["id"]), record["file"]
         if name in out or image in files:
             raise VisarError(f"Line {number} of {file} repeats an id or a file of a line before, {name!r}.")
-        if not isinstance(record.get("prompt"), str | None):
-            raise VisarError(f"Line {number} of {file} has a prompt that is no text: {record['prompt']!r}.")
-        out[name] = record
+        out[name] = dict(record)
         files.add(image)
     if not out:
         raise VisarError(f"{file} names no images.")
@@ -53,28 +57,12 @@ def captions_of(file: Path, ids: Sequence[str]) -> dict[str, str]:
     """The captions of `ids` in a JSON file, by id. Raises `VisarError` for a file of another form."""
     if file.suffix.lower() != ".json":
         raise VisarError(f"Captions are read from {FORM}, not from {file}.")
-    try:
-        found = json.loads(read_text(file), object_pairs_hook=_each_once)
-    except RecursionError as error:
-        raise VisarError(f"{file} cannot be read: it is too deep.") from error
-    except VisarError:
-        raise
-    except ValueError as error:
-        raise VisarError(f"{file} cannot be read as JSON: {error}.") from error
+    found: Any = read_json(file, object)
     if isinstance(found, dict) and isinstance(found.get("annotations"), list):
         found = _of_coco(found, file)
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise VisarError(f"{file} is not {FORM}.")
     return {name: found[name] for name in ids if name in found}
-
-
-def _each_once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in out:
-            raise ValueError(f"it gives {name!r} twice")
-        out[name] = value
-    return out
 
 
 def _of_coco(data: Mapping[str, Any], file: Path) -> dict[str, str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
+from visar.eval.quality.arrays import names_in, opened
 from visar.eval.quality.captions import captions_of, manifest_of, prompts_of, texts_of
 from visar.files import inside
 from visar.image_files import converted, look, open_image, split
@@ -130,8 +131,7 @@ class ImageFolder:
             raise VisarError(f"Images of {self.path} can be read in the order of their rows only.")
         assert self.size is not None
         chosen, shape = set(wanted), (*self.size, 3)
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as data:
-            _read_header(data)
+        with opened(self.path, "arr_0") as (data, *_):
             for name in self.ids:
                 content = data.read(shape[0] * shape[1] * 3)
                 if len(content) != shape[0] * shape[1] * 3:
@@ -142,10 +142,7 @@ class ImageFolder:
 
 def has_images(path: Path) -> bool:
     """Whether this is a folder, or an .npz with images in it, perhaps next to moments, as ADM's references are."""
-    if path.is_dir() or not path.is_file() or not zipfile.is_zipfile(path):
-        return path.is_dir()
-    with zipfile.ZipFile(path) as archive:
-        return "arr_0.npy" in archive.namelist()
+    return path.is_dir() or "arr_0" in names_in(path)
 
 
 def _open_folder(path: Path, jpeg_allowed: bool, mixed_allowed: bool, given: Path | None) -> ImageFolder:
@@ -199,20 +196,12 @@ def _tell_left_out(path: Path, others: list[Path]) -> None:
         warnings.warn(f"{len(within)} folders of images in {path} are left out, as {within[0].name}.", stacklevel=4)
 
 
-def _read_header(data: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether columns come first, and kind of an .npy stream, which is left at its first number."""
-    version = np.lib.format.read_magic(data)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(data)
-
-
 def _open_npz(path: Path) -> ImageFolder:
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as data:
-            shape, fortran, kind = _read_header(data)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise VisarError(f"{path} holds no images: an .npz batch has them in `arr_0`.") from error
-    if len(shape) != 4 or shape[3] != 3 or kind != np.uint8 or fortran or not shape[0]:
+    if "arr_0" not in names_in(path):
+        raise VisarError(f"{path} holds no images: an .npz batch has them in `arr_0`.")
+    with opened(path, "arr_0") as (_, shape, kind, fortran):
+        pass
+    if len(shape) != 4 or shape[3] != 3 or kind != np.uint8 or fortran or not math.prod(shape):
         raise VisarError(f"`arr_0` of {path} must be uint8 [N, H, W, 3], not {kind} {[*shape]}.")
     digits = len(str(shape[0] - 1))
     ids = tuple(f"{i:0{digits}d}" for i in range(shape[0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -154,16 +155,21 @@ def _grid(report: Report) -> Image.Image:
 def _markdown(report: Report) -> str:
     header, rows = _shown(report)
     lines = [
-        f"# Samplers of {report.model}", "", *_facts(report), "",
+        f"# Samplers of {escaped(report.model)}", "", *map(escaped, _facts(report)), "",
         f"| {' | '.join(header)} |", f"|{'---|' * len(header)}",
-        *(f"| {' | '.join(row)} |" for row in rows), "",
+        *(f"| {' | '.join(map(escaped, row))} |" for row in rows), "",
         "![passes against energy distance](plot.svg)", "", "## The same prompts and seeds", "",
         "![a column for each sampler](grid.webp)", "", "## What changed most", "",
         f"Per sampler, the images that lost most by {report.ranked_by}:", "",
-        *(f"- {_title(e, report)}: " + "; ".join(f"{w.prompt} ({w.drop:.3g})" for w in e.worst)
+        *(f"- {escaped(_title(e, report))}: " + "; ".join(f"{escaped(w.prompt)} ({w.drop:.3g})" for w in e.worst)
           for e in report.entries), "",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """The text as Markdown shows it, on one line: no markup, no HTML, no link."""
+    return re.sub(r"[\\`*_\[\]<>&|~]|:(?=//)|(?<=www)\.", r"\\\g<0>", " ".join(text.split()))
 
 
 def _html(report: Report, plot: str, grid: bytes) -> str:

@@ -75,8 +75,8 @@ def test_prompt_files_as_editors_save_them(tmp_path: Path) -> None:
     assert read_prompts(lines) == [Condition("a\u2028b"), Condition("cat")]
     for line, message in (
         ('{"prompt": null}', "Line 1 .* has a prompt that is no text, null"), ('{"prompt": 7}', "no text, 7"),
-        ('{"prompt": ["cat"]}', "no text"), ('{"prompt": "cat \\udcff"}', "Line 1 .* is no valid text"),
-        ("[" * 100_000, "Line 1 .* is no JSON"),
+        ('{"prompt": ["cat"]}', "no text"), ('{"prompt": "cat \\udcff"}', "Line 1 .* no valid text"),
+        ("[" * 100_000, "Line 1 .* nested too deeply. Give"),
     ):  # fmt: skip
         lines.write_text(line)
         with pytest.raises(VisarError, match=message):

@@ -351,7 +351,7 @@ def test_two_live_runs(go: Callable[..., Any], whole: Path, tmp_path: Path, monk
 
 def test_a_damaged_description(go: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
-    for text, message in (("{", "cannot be read"), ("[]", "does not describe a run")):
+    for text, message in (("{", "run.json: it is not valid JSON"), ("[]", "run.json: it should be an object")):
         (tmp_path / "own" / "run.json").write_text(text)
         with pytest.raises(VisarError, match=message):
             go()

@@ -71,13 +71,13 @@ def test_other_names_and_marks_of_a_folder(tmp_path: Path) -> None:
     assert config["_class_name"] == "Small" and config.pop("_visar_version")
     (tmp_path / "config.json").write_text(json.dumps(config | {"_diffusers_version": "0.30", "_name_or_path": "x"}))
     (tmp_path / WEIGHTS).rename(tmp_path / "model.safetensors")
-    assert dict(Small.from_pretrained(tmp_path).config) == {"width": 3, "names": ["a"], "bias": True}
+    assert dict(Small.from_pretrained(tmp_path).config) == {"width": 3, "names": ("a",), "bias": True}
 
 
 def test_a_component_without_tensors_is_a_configuration(tmp_path: Path) -> None:
     Bare((1, 2)).save_pretrained(tmp_path)
     assert [f.name for f in tmp_path.iterdir()] == ["config.json"]
-    assert Bare.from_pretrained(tmp_path).config.layers == [1, 2]
+    assert Bare.from_pretrained(tmp_path).config.layers == (1, 2)
 
 
 def tensors(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -91,15 +91,15 @@ def note(folder: Path, **changes: Any) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no component: it has no readable config.json"),
-    "cut config": (lambda f: (f / "config.json").write_text('{"a'), "no readable config.json"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "no readable config.json"),
-    "no class": (lambda f: (f / "config.json").write_text("{}"), "no readable config.json that names a class"),
+    "no config": (lambda f: (f / "config.json").unlink(), "There is no .*config.json"),
+    "cut config": (lambda f: (f / "config.json").write_text('{"a'), "config.json: it is not valid JSON"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: it should be an object, not"),
+    "no class": (lambda f: (f / "config.json").write_text("{}"), "holds no component: its config.json names no class"),
     "another class": (lambda f: note(f, _class_name="Bare"), "holds a Bare, not a Small"),
-    "more settings": (lambda f: note(f, colour=1), r"config.json does not describe a Small: .*argument 'colour'"),
-    "a word": (lambda f: note(f, width="wide"), "config.json does not describe a Small"),
+    "more settings": (lambda f: note(f, colour=1), "config.json: Unknown setting 'colour'. Known: bias, names, width"),
+    "a word": (lambda f: note(f, width="wide"), "config.json: width should be a valid integer, not 'wide'"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"There is no {WEIGHTS} in "),
-    "cut weights": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "it is truncated or not a"),
+    "cut weights": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "it has 263 of 272 bytes"),
     "a tensor less": (lambda f: tensors(f, count=None), "Tensor 'count' is missing from "),
     "a tensor more": (lambda f: tensors(f, more=torch.ones(1)), "has a tensor 'more' that this model does not"),
     "another shape": (lambda f: note(f, width=5), r"'line.weight' of .* has shape \[2, 3\], expected \[2, 5\]"),

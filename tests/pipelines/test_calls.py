@@ -127,7 +127,7 @@ def test_published_text_files(t5_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(VisarError, match=r"gpt\.pt is called with a prompt, not a class; give prompts"):
         ClassToImagePipeline.from_single_file(**files)
     other = published(tmp_path, text_gpt(length=6, features=12))
-    with pytest.raises(VisarError, match=r"has features of 16, but .* was trained on features of 12"):
+    with pytest.raises(VisarError, match="gives captions of 6 slots of 16 features, and the GPT takes 6 of 12"):
         TextToImagePipeline.from_single_file(**other, text_encoder=t5_folder)
 
 
@@ -244,8 +244,8 @@ def index(folder: Path, **entries: Any) -> None:
 NAN = {"norm.weight": torch.full((32,), torch.nan)}
 DAMAGE = {
     "no index": (lambda f: (f / "model_index.json").unlink(), "is not a saved pipeline: it has no readable model_"),
-    "index cut": (lambda f: (f / "model_index.json").write_text("{"), "no readable model_index"),
-    "index a list": (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json holds no object"),
+    "index cut": (lambda f: (f / "model_index.json").write_text("{"), "model_index.json: it is not valid JSON"),
+    "index a list": (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json: it should be an object"),
     "another model": (
         lambda f: index(f, _class_name="Other", gpt=None),
         "holds 'Other', which no family of visar loads",
@@ -264,14 +264,14 @@ DAMAGE = {
     ),
     "weights cut": (cut, "Cannot read .*gpt.*truncated"),
     "weights gone": (lambda f: (f / WEIGHTS).unlink(), "There is no diffusion_pytorch_model.safetensors in .*gpt"),
-    "encoder gone": (lambda f: shutil.rmtree(f / "text_encoder"), "Could not load 'text_encoder' from"),
+    "encoder gone": (lambda f: shutil.rmtree(f / "text_encoder"), "There is no .*text_encoder/config.json"),
     "tensor gone": (lambda f: edit(f, **{"norm.weight": None}), r"Tensor 'norm\.weight' is missing from .*gpt"),
     "tensor more": (lambda f: edit(f, more=torch.ones(1)), "gpt.* has a tensor 'more' that this model does not"),
     "tensor shape": (lambda f: edit(f, **{"norm.weight": torch.ones(31)}), r"gpt.* has shape \[31\], expected \[32\]"),
     "NaN": (lambda f: edit(f, **NAN), r"Tensor 'norm\.weight' of .*gpt.* holds a NaN"),
     "infinity": (
         lambda f: edit(f, "text_encoder/model.safetensors", scale=torch.full((10,), torch.inf)),
-        "weights of 'text_encoder' are not finite: scale",
+        "Tensor 'scale' of .*text_encoder.* holds a NaN",
     ),
 }
 

@@ -218,7 +218,7 @@ def test_a_model_and_its_text_encoder_belong_together(words: WordEncoder) -> Non
 def test_other_folders_are_no_draft_models(pipe: Any, text_folder: Path) -> None:
     with pytest.raises(VisarError, match="holds a LlamaGen, not a drafter; those are: MAR"):
         pipe.load_drafter(text_folder / "gpt")
-    with pytest.raises(VisarError, match="holds no drafter: it has no readable config"):
+    with pytest.raises(VisarError, match=r"holds no drafter: There is no .*config\.json"):
         pipe.load_drafter(text_folder)
 
 

@@ -69,7 +69,7 @@ def test_the_list_is_kept_with_the_encoder(encoder: WordEncoder, tmp_path: Path)
     loaded.concepts = None
     assert loaded.notes(["a zeppelin, cubist"]) == []
     (tmp_path / "text_encoder" / "concepts.json").write_text('{"styles": []}')
-    with pytest.raises(VisarError, match="is no list of concepts"):
+    with pytest.raises(VisarError, match=r"concepts\.json: it has no 'groups'"):
         concepts(tmp_path)
     (tmp_path / "text_encoder" / "concepts.json").unlink()
     with pytest.raises(VisarError, match="has no list of what it knows"):

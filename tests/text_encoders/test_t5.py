@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,39 @@ def test_failures_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", offline)
     with pytest.raises(VisarError, match=r"from google/flan-t5-xl: .*connection to the hub"):
         T5CaptionEncoder.from_pretrained()
+
+
+def test_no_code_of_a_folder_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks on the terminal whether to run it; here somebody says yes to everything."""
+    shutil.copytree(folder, tmp_path / "t5")
+    ran = tmp_path / "ran"
+    (tmp_path / "t5" / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    own = {"AutoConfig": "own.Own", "AutoModel": "own.Own", "AutoTokenizer": ["own.Own", "own.Own"]}
+    for name in ("config.json", "tokenizer_config.json"):
+        file = tmp_path / "t5" / name
+        changed = json.loads(file.read_text()) | {"auto_map": own, "model_type": "own", "tokenizer_class": "Own"}
+        file.write_text(json.dumps(changed))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(str(question)) or "y")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(VisarError, match="Cannot load the caption encoder"):
+        T5CaptionEncoder.from_pretrained(tmp_path / "t5")
+    assert not ran.exists() and not asked
+
+
+def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
+    def copied(**changes: object) -> Path:
+        made = Path(shutil.copytree(folder, tmp_path / "t5", dirs_exist_ok=True))
+        (made / "config.json").write_text(json.dumps(json.loads((made / "config.json").read_text()) | changes))
+        return made
+
+    for changes, message in (
+        ({"num_layers": 10**9}, "num_layers should be less than or equal to 4096"),
+        ({"d_model": "32"}, "d_model should be a valid integer"),
+        ({"d_ff": 10**6}, "says that the encoder has .* numbers; its files hold"),
+        ({"caption_length": -1}, "caption_length should be greater than or equal to 1"),
+        ({"num_layers": 3}, "Tensor 'encoder.block.2.* is missing or misshapen"),
+    ):
+        with pytest.raises(VisarError, match=message):
+            T5CaptionEncoder.from_pretrained(copied(**changes))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.errors import VisarError
+from visar.reading import parse_json
 from visar.texts import check_prompt, lines_of, read_text
 
 FORM = '{"prompt": "..."}'
@@ -126,10 +127,10 @@ def _checked(prompt: str, where: str) -> None:
 
 def _from_json(line: str, where: str) -> Condition:
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise VisarError(f"{where} is no JSON; give {FORM} in each line.") from error
-    if not isinstance(entry, dict) or "prompt" not in entry:
+        entry = parse_json(line, dict[str, Any], where)
+    except VisarError as error:
+        raise VisarError(f"{error} Give {FORM} in each line.") from error
+    if "prompt" not in entry:
         raise VisarError(f"{where} has no prompt; give {FORM} in each line.")
     if not isinstance(entry["prompt"], str):
         raise VisarError(f"{where} has a prompt that is no text, {json.dumps(entry['prompt'])}; give {FORM}.")

@@ -118,6 +118,8 @@ def _by_prompt(run: RunFolder, layout: str) -> list[list[Line]]:
     if "prompt" not in lines[0]:
         raise VisarError(f"The layout {layout!r} is for prompts, and this run is of classes.")
     about: Any = run.about()
+    if "conditions" not in about:
+        raise VisarError(f"{run.path} does not say how many prompts its run has.")
     number = min(about["conditions"]["conditions"], len(lines))
     return [lines[p::number] for p in range(number)]
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Interval, Len, Predicate
 from PIL import Image
+from typing_extensions import NotRequired, TypedDict
 
 from visar.errors import VisarError
 from visar.files import inside, reason, replacing
+from visar.reading import parse_json, read_json
 
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every complete PNG file
 # The fields that images depend on; the others in run.json may change when a run continues.
@@ -26,6 +28,36 @@ IDENTITY = (
     "tokens",
 )  # fmt: skip
 Line = dict[str, Any]
+Images = Annotated[int, Interval(ge=1, le=10**9)]
+
+
+class Conditions(TypedDict):
+    """What is read of the conditions in run.json: how many there are."""
+
+    conditions: Images
+
+
+class About(TypedDict):
+    """What is read of run.json."""
+
+    count: Images
+    conditions: NotRequired[Conditions]
+    machines: NotRequired[list[dict[str, Any]]]
+
+
+ImageLine = TypedDict(  # what is read of an image's line
+    "ImageLine",
+    {
+        "id": Annotated[str, Len(1, 12), Predicate(str.isdecimal)],
+        "file": NotRequired[str],
+        "prompt": NotRequired[str],
+        "prompt_id": NotRequired[int | str],
+        "class": NotRequired[Annotated[int, Interval(ge=0, le=2**31)]],
+        "metadata": NotRequired[dict[str, Any]],
+    },
+)
+for kind in (Conditions, About, ImageLine):
+    setattr(kind, "__pydantic_config__", {"extra": "allow"})  # noqa: B010  # the rest is kept as it is
 
 
 class RunFolder:
@@ -53,15 +85,7 @@ class RunFolder:
 
     def about(self) -> dict[str, Any] | None:
         """The run's description, None if there is none. Raises `VisarError` if its file is damaged."""
-        try:
-            found = json.loads(self._run.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError) as error:
-            raise VisarError(f"{self._run} cannot be read: {error}.") from error
-        if not isinstance(found, dict) or not isinstance(found.get("count"), int):
-            raise VisarError(f"{self._run} does not describe a run.")
-        return found
+        return dict(read_json(self._run, About)) if self._run.exists() else None
 
     def check(self, about: Mapping[str, Any]) -> dict[str, Any] | None:
         """The description of the folder's run, None if there is none.
@@ -130,6 +154,8 @@ class RunFolder:
             raise VisarError(
                 f"The run in {self.path} is not finished, or images are gone; the same `visar sample` makes them."
             )
+        if len({("prompt" in line, "class" in line) for line in lines}) > 1:
+            raise VisarError(f"{self.manifest} has lines with a prompt and lines with a class.")
         return lines
 
     @contextmanager
@@ -214,12 +240,8 @@ def _to_disk(file: Any) -> None:
 def _whole_lines(file: Path) -> Iterator[Line]:
     """The valid lines; images of damaged lines are sampled again."""
     for text in file.read_bytes().split(b"\n")[:-1]:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and re.fullmatch("[0-9]{1,12}", str(line.get("id"))):
-            yield line
+        with suppress(VisarError):
+            yield dict(parse_json(text, ImageLine, f"A line of {file}"))
 
 
 def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -163,7 +163,7 @@ def _begin(folder: RunFolder, about: dict[str, Any], here: Mapping[str, Any]) ->
     """Clear the folder, write run.json, and return the ids that are done. Only with the locks of all ranks."""
     folder.clear()
     found = folder.check(about)
-    before = found["machines"] if found else []
+    before = found.get("machines", []) if found else []
     if difference := changed(before, here):
         warnings.warn(f"The run continues on another machine ({difference}): rounding may differ.", stacklevel=2)
     folder.describe(about | {"machines": before if here in before else [*before, here]})

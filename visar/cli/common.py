@@ -98,6 +98,7 @@ def source_of(options: argparse.Namespace) -> Source:
         text_encoder=options.text_encoder,
         image_size=options.image_size,
         num_heads=options.num_heads,
+        ema=options.ema,
     )
 
 

@@ -191,7 +191,7 @@ def fingerprint(target: Decoder) -> str:
     return hashlib.sha256(signs.tobytes()).hexdigest()[:16]
 
 
-def check_fit(model: Any, target: DrafterTarget, path: str | Path, layers: Any = ()) -> None:
+def check_fit(model: Any, target: DrafterTarget, path: str | Path, layers: Sequence[int] = ()) -> None:
     """Raise `VisarError` for a network of other sizes than its target's, or trained for another one.
 
     `layers` are those of the target that it uses.
@@ -202,7 +202,7 @@ def check_fit(model: Any, target: DrafterTarget, path: str | Path, layers: Any =
         raise VisarError(f"The drafter {path} is {width} wide, the target {its.dim}: it is another model's.")
     if heads is not None and width // heads != target.model.head_dim:
         raise VisarError(f"The drafter {path} has heads of {width // heads}, the target of {target.model.head_dim}.")
-    if not isinstance(layers, Sequence) or not all(isinstance(i, int) and 0 <= i < its.num_layers for i in layers):
+    if not all(0 <= i < its.num_layers for i in layers):
         raise VisarError(f"The drafter {path} uses layers {layers} of a target that has {its.num_layers}.")
     if own.target and own.target != fingerprint(target.model):
         raise VisarError(f"The drafter {path} was trained for another target; see `visar train drafter`.")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from annotated_types import Interval, Len
 from torch import Tensor, nn
 
 from visar.drafters import lantern
@@ -26,6 +28,7 @@ from visar.engine.session import require_finite
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import Block
+from visar.reading import Size
 
 
 class EagleHead(Component):
@@ -40,12 +43,12 @@ class EagleHead(Component):
 
     def __init__(
         self,
-        dim: int = 1280,
-        num_heads: int = 20,
-        ffn: int = 3584,
-        aux_layers: Sequence[int] = (),
+        dim: Size = 1280,
+        num_heads: Size = 20,
+        ffn: Size = 3584,
+        aux_layers: Annotated[Sequence[int], Len(0, 64)] = (),
         target: str = "",
-        codes: int = 0,
+        codes: Annotated[int, Interval(ge=0, le=2**24)] = 0,
     ):
         super().__init__()
         self.fusion = Linear(dim * (1 + len(aux_layers)), dim, bias=False) if aux_layers else None

@@ -12,6 +12,7 @@ from visar.drafters.target_layers import TargetLayers
 from visar.engine.component import Component
 from visar.engine.layers import RMSNorm
 from visar.families.llamagen.gpt import Block
+from visar.reading import Size
 
 
 class ExitHead(Component):
@@ -19,7 +20,7 @@ class ExitHead(Component):
 
     kind = "exit"
 
-    def __init__(self, dim: int = 1280, num_heads: int = 20, ffn: int = 3584, layers: int = 2, target: str = ""):
+    def __init__(self, dim: Size = 1280, num_heads: Size = 20, ffn: Size = 3584, layers: Size = 2, target: str = ""):
         super().__init__()
         self.block = Block(dim, num_heads, ffn)
         self.norm = RMSNorm(dim)
@@ -34,8 +35,7 @@ class Exit(TargetLayers):
     network = ExitHead
 
     def check(self, model: ExitHead, target: DrafterTarget, path: str | Path) -> None:
-        layers = model.config.layers
-        check_fit(model, target, path, [layers - 1] if isinstance(layers, int) else layers)
+        check_fit(model, target, path, [model.config.layers - 1])
 
     def default_layers(self, of: int) -> int:
         return min(2, of)

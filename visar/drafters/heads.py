@@ -20,6 +20,7 @@ from visar.engine.layers import Linear, RMSNorm
 from visar.engine.session import require_finite
 from visar.engine.tree import Tree
 from visar.errors import VisarError
+from visar.reading import Count, Size
 
 
 class DraftHeads(Component):
@@ -28,7 +29,7 @@ class DraftHeads(Component):
     `reads_tokens` makes them Hydra's; `target` is the fingerprint of the model that they were trained for.
     """
 
-    def __init__(self, dim: int = 1280, depth: int = 5, reads_tokens: bool = False, target: str = ""):
+    def __init__(self, dim: Size = 1280, depth: Count = 5, reads_tokens: bool = False, target: str = ""):
         super().__init__()
         self.embedding_norm = RMSNorm(dim) if reads_tokens else None
         self.inner = nn.ModuleList(Linear(dim * (2 + i if reads_tokens else 1), dim) for i in range(depth))

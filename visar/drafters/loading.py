@@ -39,7 +39,7 @@ def _from_folder(path: str | Path, target: DrafterLoading) -> Any:
     try:
         name, _ = read_config(folder)
     except VisarError as error:
-        raise VisarError(f"{path} holds no drafter: it has no readable config.json.") from error
+        raise VisarError(f"{path} holds no drafter: {error}") from error
     own = (DRAFTERS[kind].network for kind in drafter_kinds(target.masked))
     networks = {cls.__name__: cls for cls in (target.network, *own) if cls is not None}
     if name not in networks:

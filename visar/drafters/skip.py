@@ -36,7 +36,7 @@ class Skip(TargetLayers):
     network = SkippedLayers
 
     def check(self, model: SkippedLayers, target: DrafterTarget, path: str | Path) -> None:
-        check_fit(model, target, path, model.config.layers or None)
+        check_fit(model, target, path, model.config.layers or [-1])
 
     def default_layers(self, of: int) -> int:
         return -(-of // 2)

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from visar import __version__
+from visar.engine.weight_files import INDEX, read_content
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
+from visar.host import available_memory
+from visar.reading import checked_arguments, counts_of, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NAMES = (WEIGHTS, "model.safetensors")  # of weights that are read
@@ -102,16 +104,24 @@ class Component(nn.Module):
         named, config = read_config(folder)
         if named != cls.__name__:
             raise VisarError(f"{folder} holds a {named}, not a {cls.__name__}.")
+        where = Path(folder) / "config.json"
+        config = checked_arguments(cls.__init__, config, f"Cannot read {where}")
+        file = weights_file(folder)
+        state = {} if file is None else read_tensors(file)
+        for name, count in counts_of(cls.__init__, config).items():
+            if file is not None and count > len(state):
+                raise VisarError(f"{where} says {name} is {count}, and {file.name} has {len(state)} tensors.")
         try:
             with unfilled():
                 made = cls(**config)
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise VisarError(f"{Path(folder) / 'config.json'} does not describe a {named}: {reason}.") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise VisarError(f"{where} does not describe a {named}: {reason}.") from error
         if not made.state_dict():
             return made.eval()
-        file = weights_file(folder)
-        return fill(made, read_safetensors(file), file).requires_grad_()
+        if file is None:
+            raise VisarError(f"There is no {WEIGHTS} in {folder}.")
+        return fill(made, state, file).requires_grad_()
 
 
 @contextmanager
@@ -133,41 +143,52 @@ class _Initialisation(TorchFunctionMode):
 def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
     """The class name and the arguments in a folder's `config.json`. Raises `VisarError` if it is not readable."""
     path = Path(folder) / "config.json"
-    try:
-        found = json.loads(path.read_text())
-        named = str(found["_class_name"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise VisarError(f"{folder} holds no component: it has no readable config.json that names a class.") from error
+    found = read_json(path, dict[str, Any])
+    if not isinstance(named := found.get("_class_name"), str):
+        raise VisarError(f"{folder} holds no component: its config.json names no class.")
     return named, {key: value for key, value in found.items() if not key.startswith("_")}
 
 
-def weights_file(folder: str | Path) -> Path:
-    """The file of weights in a component's folder. Raises `VisarError` if there is none."""
-    for name in NAMES:
-        if (path := Path(folder) / name).is_file():
-            return path
-    raise VisarError(f"There is no {WEIGHTS} in {folder}.")
+def weights_file(folder: str | Path) -> Path | None:
+    """The file of weights in a component's folder, or the index of its shards; None if there is none."""
+    names = [*NAMES, *(name + INDEX for name in NAMES)]
+    return next((path for name in names if (path := Path(folder) / name).exists()), None)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file as `own_tensors` gives them. Raises `VisarError` for one that cannot be read."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise VisarError(f"Cannot read {path}: it is truncated or not a weights file.") from error
-    return own_tensors(tensors, path)
+    return own_tensors(read_content(path), path)
 
 
 def own_tensors(
     tensors: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = torch.float32
 ) -> dict[str, Tensor]:
-    """Copies; floating-point tensors are converted to `dtype`, if given. Raises `VisarError` for NaN or infinity."""
+    """Copies; floating-point tensors are converted to `dtype`, if given.
+
+    Raises `VisarError` for NaN or infinity, for tensors that are not dense numbers in the file, and, before anything is
+    copied, where the memory is too small.
+    """
+    needed = 0
+    for key, value in tensors.items():
+        if value.layout is not torch.strided or value.is_meta or value.is_complex() or value.is_quantized:
+            raise VisarError(f"Tensor {key!r} of {path} is not dense and real ({value.dtype}, {value.layout}).")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            shape = list(value.shape)
+            raise VisarError(f"Tensor {key!r} of {path} claims shape {shape}, of which the file does not hold all.")
+        needed += value.numel() * (dtype if dtype and value.is_floating_point() else value.dtype).itemsize
+    if needed > (free := available_memory()):
+        raise VisarError(f"{path} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")
     state = {}
     for key, value in tensors.items():
-        # 8-bit types have no isfinite.
-        if value.is_floating_point() and not (value.float() if value.itemsize == 1 else value).isfinite().all():
+        try:
+            own = value.to(dtype=dtype if value.is_floating_point() else None, copy=True)
+            # 8-bit types have no isfinite.
+            finite = not own.is_floating_point() or (own.float() if own.itemsize == 1 else own).isfinite().all()
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            raise VisarError(f"Tensor {key!r} of {path} cannot be read as numbers: it is {value.dtype}.") from error
+        if not finite:
             raise VisarError(f"Tensor {key!r} of {path} holds a NaN or an infinity.")
-        state[key] = value.to(dtype=dtype if value.is_floating_point() else None, copy=True)
+        state[key] = own
     return state
 
 
@@ -178,19 +199,23 @@ def fill(module: M, state: Mapping[str, Tensor], path: str | Path, names: Mappin
     """
     wanted = module.state_dict()
     names = names or {key: key for key in wanted}
+    if absent := [names[key] for key in wanted if names[key] not in state]:
+        raise missing(absent[0], path, len(absent) - 1)
     for key, tensor in wanted.items():
-        if (name := names[key]) not in state:
-            raise missing(name, path)
-        if state[name].shape != tensor.shape:
-            found, expected = list(state[name].shape), list(tensor.shape)
+        own = state[name := names[key]]
+        if own.shape != tensor.shape:
+            found, expected = list(own.shape), list(tensor.shape)
             raise VisarError(f"Tensor {name!r} of {path} has shape {found}, expected {expected}.")
+        if own.is_floating_point() != tensor.is_floating_point():
+            kind = "floating-point" if tensor.is_floating_point() else str(tensor.dtype)
+            raise VisarError(f"Tensor {name!r} of {path} has {own.dtype} numbers, expected {kind}.")
     known = set(names.values())
-    for key in state:
-        if key not in known:
-            raise VisarError(f"{path} has a tensor {key!r} that this model does not.")
+    if more := [key for key in state if key not in known]:
+        others = f", nor {len(more) - 1} others of it" if len(more) > 1 else ""
+        raise VisarError(f"{path} has a tensor {more[0]!r} that this model does not{others}.")
     module.load_state_dict({key: state[names[key]] for key in wanted}, assign=True)
     return module.requires_grad_(False).eval()
 
 
-def missing(key: str, path: str | Path) -> VisarError:
-    return VisarError(f"Tensor {key!r} is missing from {path}.")
+def missing(key: str, path: str | Path, others: int = 0) -> VisarError:
+    return VisarError(f"Tensor {key!r} is missing from {path}{f', and {others} others are' if others else ''}.")

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visar.errors import VisarError
 from visar.kernels.linear import linear
+
+
+def check_heads(dim: int, heads: int, multiple: int = 1) -> None:
+    """Raise `VisarError` unless a width is that of so many heads, each a multiple of `multiple`."""
+    if heads < 1 or dim % heads or dim // heads % multiple:
+        each = f" of a multiple of {multiple} each" if multiple > 1 else ""
+        raise VisarError(f"A width of {dim} cannot be split into {heads} heads{each}.")
 
 
 class Linear(nn.Linear):

@@ -83,7 +83,7 @@ class Family(ABC):
         if "text_encoder" in source.index and "text_encoder" not in parts:
             kind = source.component_class("text_encoder")
             parts["text_encoder"] = load_text_encoder(kind, source.component_folder("text_encoder"))
-        return cls(**parts, **source.settings(cls.required | cls.optional, cls.setting_names))
+        return cls(**parts, **source.settings(cls, cls.required | cls.optional, cls.setting_names))
 
     # Conditions
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,10 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from visar.errors import VisarError, unknown
 from visar.families.catalogue import catalogue, embedded_folder, is_embedded
+from visar.reading import Name, checked_arguments, read_json
 
-WEIGHTS = (".pt", ".pth", ".safetensors", ".ckpt", ".bin")  # suffixes of files of weights
+
+class Index(TypedDict, total=False):
+    """What is known of a folder's `model_index.json`; the other keys are components and settings."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012 (pydantic reads it)
+
+    _class_name: str
+    _family: str
+    _parts_of: dict[Name, Name]
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,9 @@ class HubOptions:
 class Source:
     """A model in a `folder`, or as published `files` by their roles ("model", "vq", "vae").
 
-    `variant` is that of the folder's files; `image_size` (pixels), `num_heads` and `text_encoder` are for published
-    files; `given` are components to use instead of those in the folder. `condition` is the kind of condition that the
-    caller wants, "prompt" or "class", if known.
+    `variant` is that of the folder's files; `image_size` (pixels), `num_heads`, `text_encoder` and `ema` (whether
+    averaged weights are taken; None: what was published) are for published files; `given` are components to use instead
+    of those in the folder. `condition` is the kind of condition that the caller wants, "prompt" or "class", if known.
     """
 
     name: str
@@ -42,18 +52,19 @@ class Source:
     image_size: int | None = None
     num_heads: int | None = None
     text_encoder: str | Path | None = None
+    ema: bool | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     condition: str | None = None
 
     @cached_property
     def index(self) -> Mapping[str, Any]:
         """The folder's `model_index.json`; empty if there is none. Raises `VisarError` if it is damaged."""
-        return _json(self.folder / "model_index.json") if self.folder is not None else {}
+        return _json(self.folder / "model_index.json", Index) if self.folder is not None else {}
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The folder's own `config.json`, as models of transformers have; empty if there is none."""
-        return _json(self.folder / "config.json") if self.folder is not None else {}
+        return _json(self.folder / "config.json", dict[str, Any]) if self.folder is not None else {}
 
     @property
     def pipeline(self) -> str:
@@ -61,26 +72,35 @@ class Source:
         return str(self.index.get("_class_name", ""))
 
     def component_folder(self, part: str) -> Path:
-        """The folder of a component: in this folder, or in that of the embedded model that it is shared with."""
+        """The folder of a component: in this folder, or in that of the embedded model that it is shared with.
+
+        Raises `VisarError` for one that is anywhere else.
+        """
         assert self.folder is not None
-        shared = self.index.get("_parts_of", {})
-        return (embedded_folder(shared[part]) if part in shared else self.folder) / part
+        folder, shared = self.folder, self.index.get("_parts_of", {}).get(part)
+        if shared is not None:
+            if not is_embedded(shared):
+                raise VisarError(f"{self.folder} takes {part!r} of {shared!r}, which is no embedded model.")
+            folder = embedded_folder(shared)
+        if not (folder / part).resolve().is_relative_to(folder.resolve()):
+            raise VisarError(f"{folder / part} is a link out of the model's folder; put the component's files there.")
+        return folder / part
 
     def component_class(self, part: str) -> str:
         """The name of a component's class in the index. Raises `VisarError` if there is none."""
-        try:
-            return str(self.index[part][1])
-        except (TypeError, KeyError, IndexError) as error:
-            raise VisarError(f"Could not load {part!r} from {self.folder}: {error!r} in model_index.json.") from error
+        match self.index.get(part):
+            case [str(), str(name)]:
+                return name
+        raise VisarError(f"Could not load {part!r} from {self.folder}: model_index.json does not say its class.")
 
-    def settings(self, components: Iterable[str], names: Iterable[str]) -> dict[str, Any]:
-        """The settings in the index. Raises `VisarError` for one that is not among `names`."""
+    def settings(self, family: Any, components: Iterable[str], names: Iterable[str]) -> dict[str, Any]:
+        """The settings in the index, as arguments of a `family`. Raises `VisarError` for one that is not of `names`."""
         parts, known = set(components), set(names)
         found = {k: v for k, v in self.index.items() if not k.startswith("_") and k not in parts}
         for name in found:
             if name not in known:
                 raise VisarError(f"{self.folder} has a setting {name!r}; known are {', '.join(sorted(known))}.")
-        return found
+        return checked_arguments(family.__init__, found, f"Cannot read {self.folder}/model_index.json")
 
 
 def open_source(
@@ -91,6 +111,7 @@ def open_source(
     text_encoder: str | Path | None = None,
     image_size: int | None = None,
     num_heads: int | None = None,
+    ema: bool | None = None,
     subfolder: str | None = None,
     variant: str | None = None,
     hub: HubOptions = HubOptions(),
@@ -101,11 +122,11 @@ def open_source(
 
     Raises `VisarError` for a missing model, and for options that exclude each other.
     """
-    if (Path(name).suffix in WEIGHTS and not Path(name).is_dir()) or vq or vae:
-        return _files(name, vq, vae, text_encoder, image_size, num_heads, condition)
-    if any(value is not None for value in (text_encoder, image_size, num_heads)):
+    if is_weights(name) or vq or vae:
+        return _files(name, vq, vae, text_encoder, image_size, num_heads, ema, condition)
+    if any(value is not None for value in (text_encoder, image_size, num_heads, ema)):
         raise VisarError(
-            "A text encoder, an image size and a number of heads are given with a published file of weights; "
+            "A text encoder, an image size, a number of heads and ema are given with a published file of weights; "
             "a folder has its own."
         )
     folder = resolve(name)
@@ -125,6 +146,7 @@ def _files(
     text_encoder: str | Path | None,
     image_size: int | None,
     num_heads: int | None,
+    ema: bool | None,
     condition: str | None,
 ) -> Source:
     if vq and vae:
@@ -138,7 +160,7 @@ def _files(
         raise VisarError("A MAR's file takes no text encoder and no image size: both are in its weights.")
     files = {"model": Path(name), **({"vq": Path(vq)} if vq else {}), **({"vae": Path(vae)} if vae else {})}
     for file in files.values():
-        if not file.is_file():
+        if not file.exists():
             raise VisarError(f"There is no weights file {file}.")
     return Source(
         str(name),
@@ -146,6 +168,7 @@ def _files(
         image_size=image_size,
         num_heads=num_heads,
         text_encoder=text_encoder,
+        ema=ema,
         condition=condition,
     )
 
@@ -213,13 +236,12 @@ def unrecognised(source: Source, families: Iterable[str]) -> str:
     return f"{source.name} holds {what!r}, which no family of visar loads; there are {', '.join(families)}."
 
 
-def _json(file: Path) -> Mapping[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise VisarError(f"{file.parent} is not a saved pipeline: it has no readable {file.name}.") from error
-    if not isinstance(found, dict):
-        raise VisarError(f"{file.parent} is not a saved pipeline: {file.name} holds no object.")
+def _json(file: Path, kind: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = read_json(file, kind) if file.exists() else {}
     return found
+
+
+def is_weights(name: str | Path) -> bool:
+    """Whether this is a file of weights, or the index of its shards, by its name."""
+    path = Path(name)
+    return path.name.endswith((".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".index.json")) and not path.is_dir()

@@ -16,8 +16,8 @@ PIPELINES: dict[str, type[ImagePipeline]] = {"prompt": TextToImagePipeline, "cla
 def load(name: str | Path, **options: Any) -> ImagePipeline:
     """The right pipeline for a name of `visar models`, a folder, a hub id, or a published file, of any family.
 
-    A file takes `vq=` or `vae=`, its tokenizer or autoencoder, and `text_encoder`, `image_size` and `num_heads` where
-    needed; the other `options` are those of `from_pretrained`. Raises `VisarError`.
+    A file takes `vq=` or `vae=`, its tokenizer or autoencoder, and `text_encoder`, `image_size`, `num_heads` and
+    `ema` where needed; the other `options` are those of `from_pretrained`. Raises `VisarError`.
     """
     files = {key: options.pop(key) for key in FILES if key in options}
     return ImagePipeline.opened(name, files, options, PIPELINES)  # type: ignore[no-any-return]

@@ -29,7 +29,7 @@ from visar.params import SamplingParams, whole
 CALLBACK_INPUTS = ("tokens", "commit_pass", "lengths")  # tensors that `callback_on_step_end` may ask for
 LOADING = ("torch_dtype", "dtype", "device_map", "revision", "variant", "cache_dir", "token", "local_files_only",
            "subfolder")  # fmt: skip
-FILES = ("vq", "vae", "text_encoder", "image_size", "num_heads")  # arguments for published files
+FILES = ("vq", "vae", "text_encoder", "image_size", "num_heads", "ema")  # arguments for published files
 
 
 class Origin(NamedTuple):

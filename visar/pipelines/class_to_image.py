@@ -30,18 +30,20 @@ class ClassToImagePipeline(ImagePipeline):
         vae: str | Path | None = None,
         image_size: int | None = None,
         num_heads: int | None = None,
+        ema: bool | None = None,
     ) -> Self:
         """Load published files unchanged, LlamaGen's or MAR's.
 
         `gpt` and `vq`: LlamaGen's `c2i_*_{256,384}.pt` with `vq_ds16_c2i.pt`, or ds8; `image_size` in pixels, as the
         GPT was trained, by default that of the published file name. `mar` and `vae`: MAR's `checkpoint-last.pth` with
-        `kl16.ckpt`. `num_heads` is needed only for sizes that were never published. Raises `VisarError`.
+        `kl16.ckpt`. `num_heads` is needed only for sizes that were never published; `ema` says whether averaged weights
+        are taken, by default of a MAR only. Raises `VisarError`.
         """
         if (gpt is None) != (vq is None) or (mar is None) != (vae is None) or (gpt is None) == (mar is None):
             raise VisarError("Give a GPT with its tokenizer (gpt, vq), or a MAR with its autoencoder (mar, vae).")
         model = mar if gpt is None else gpt
         assert model is not None
-        return cls._of_files(model, vq=vq, vae=vae, image_size=image_size, num_heads=num_heads)
+        return cls._of_files(model, vq=vq, vae=vae, image_size=image_size, num_heads=num_heads, ema=ema)
 
     def __call__(
         self,

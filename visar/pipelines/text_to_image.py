@@ -39,14 +39,16 @@ class TextToImagePipeline(ImagePipeline):
         text_encoder: str | Path = "google/flan-t5-xl",
         image_size: int | None = None,
         num_heads: int | None = None,
+        ema: bool | None = None,
     ) -> Self:
         """Load LlamaGen's published files unchanged.
 
         `gpt`: `t2i_XL_stage1_256.pt` or `t2i_XL_stage2_512.pt`; `vq`: `vq_ds16_t2i.pt`; `text_encoder`: a folder or
         hub id of FLAN-T5-XL; `image_size` in pixels, as the GPT was trained, by default that of the published file
-        name; `num_heads` is needed only for sizes that were never published. Raises `VisarError`.
+        name; `num_heads` is needed only for sizes that were never published; `ema` takes averaged weights. Raises
+        `VisarError`.
         """
-        return cls._of_files(gpt, vq=vq, text_encoder=text_encoder, image_size=image_size, num_heads=num_heads)
+        return cls._of_files(gpt, vq=vq, text_encoder=text_encoder, image_size=image_size, num_heads=num_heads, ema=ema)
 
     def __call__(
         self,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from visar.errors import VisarError
 from visar.files import replacing
+from visar.reading import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,15 @@ _OF_STYLES = """
     pencil ink pixel realistic photorealistic illustration icon emoji cinematic 4k hd
 """
 OF_STYLES = frozenset(_OF_STYLES.split())
+
+
+@dataclass
+class Listed:
+    """What the file has."""
+
+    styles: list[str]
+    groups: dict[str, list[str]]
+    words: list[str]
 
 
 @dataclass
@@ -91,13 +101,10 @@ class Concepts:
     def load(folder: str | Path) -> Concepts:
         """Those of a text encoder's folder; `VisarError` where the file is missing or damaged."""
         path = Path(folder) / FILE
-        try:
-            entry = json.loads(path.read_text(encoding="utf8"))
-            return Concepts(entry["styles"], entry["groups"], entry["words"])
-        except FileNotFoundError as error:
-            raise VisarError(f"This model has no list of what it knows ({path} is not there).") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise VisarError(f"{path} is no list of concepts.") from error
+        if not path.exists():
+            raise VisarError(f"This model has no list of what it knows ({path} is not there).")
+        found = read_json(path, Listed)
+        return Concepts(found.styles, found.groups, found.words)
 
 
 def _mean(encoder: WordEncoder, text: str) -> Tensor:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
+from annotated_types import Interval
 from torch import Tensor, nn
 
 from visar.errors import VisarError
+from visar.reading import Count, Size, read_json
 
 FLAN_T5_XL = "google/flan-t5-xl"
 
@@ -91,15 +93,58 @@ class T5CaptionEncoder(nn.Module):
         is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
         if not Path(source).is_dir() and not is_hub_id:
             raise _unreachable(source)
+        if Path(source).is_dir():
+            check_folder(Path(source))
         from transformers import AutoTokenizer, T5EncoderModel
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            encoder: Any = T5EncoderModel.from_pretrained(source)
-        except (OSError, ValueError, SafetensorError) as error:
+            # Without trust_remote_code=False, transformers asks on the terminal whether to run a folder's own code.
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            encoder: Any
+            encoder, told = T5EncoderModel.from_pretrained(
+                source, trust_remote_code=False, weights_only=True, output_loading_info=True
+            )
+        except Exception as error:  # of a dozen libraries, on files that are missing, cut or changed
             raise _unreachable(source) from error
+        if absent := [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]:
+            raise VisarError(f"Tensor {sorted(absent)[0]!r} of the caption encoder {source} is missing or misshapen.")
         slots = length if length else int(getattr(encoder.config, "caption_length", 120))
         return T5CaptionEncoder(encoder.to(dtype), tokenizer, slots)
+
+
+@dataclass
+class Settings:
+    """What is read of a T5's `config.json`, which has more."""
+
+    d_model: Size
+    d_kv: Size
+    d_ff: Size
+    num_layers: Count
+    num_heads: Size
+    vocab_size: Size
+    relative_attention_num_buckets: Annotated[int, Interval(ge=1, le=4096)] = 32
+    caption_length: Annotated[int, Interval(ge=1, le=4096)] = 120
+
+    @property
+    def numbers(self) -> int:
+        """Parameters of the encoder."""
+        inner = self.num_heads * self.d_kv
+        return self.vocab_size * self.d_model + self.num_layers * self.d_model * (4 * inner + 2 * self.d_ff)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `VisarError` for a folder without a T5's configuration, or with smaller files than the configuration says.
+
+    transformers would make the tensors first, and fill those that no file has with random numbers.
+    """
+    if not (folder / "config.json").exists():
+        raise _unreachable(folder)
+    numbers = read_json(folder / "config.json", Settings).numbers
+    held = sum(file.stat().st_size for suffix in (".safetensors", ".bin") for file in folder.glob(f"*{suffix}"))
+    if held < numbers:  # a byte for each number, at least
+        raise VisarError(
+            f"{folder}/config.json says that the encoder has {numbers} numbers; its files hold {held} bytes."
+        )
 
 
 def _unreachable(source: str | Path) -> VisarError:

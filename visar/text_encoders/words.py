@@ -13,15 +13,21 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from safetensors.torch import load_file, save_file
+from annotated_types import Interval
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from visar.engine.component import read_tensors
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
+from visar.reading import read_json
 from visar.text_encoders.concepts import FILE, Concepts
+from visar.texts import read_text
 
 ENDINGS = (
     ("ies", "y"), ("es", ""), ("s", ""), ("ing", ""), ("ing", "e"), ("ied", "y"), ("ed", ""), ("ed", "e"), ("ly", ""),
@@ -47,6 +53,13 @@ def stems(word: str) -> Iterable[str]:
     for ending, replacement in ENDINGS:
         if word.endswith(ending) and len(word) > len(ending) + 2:
             yield word[: -len(ending)] + replacement
+
+
+@dataclass
+class Settings:
+    """The configuration of a word encoder: the slots of a caption."""
+
+    length: Annotated[int, Interval(ge=1, le=4096)]
 
 
 class WordEncoder(nn.Module):
@@ -145,8 +158,11 @@ class WordEncoder(nn.Module):
     @staticmethod
     def from_pretrained(folder: str | Path, **_: object) -> WordEncoder:
         folder = Path(folder)
-        tensors = load_file(folder / "model.safetensors")
-        length = json.loads((folder / "config.json").read_text(encoding="utf-8"))["length"]
-        words = (folder / "words.txt").read_text(encoding="utf-8").split()
+        length = read_json(folder / "config.json", Settings).length
+        words = read_text(folder / "words.txt").split()
+        tensors = read_tensors(file := folder / "model.safetensors")
+        table, scale = (tensors.get(name) for name in ("table", "scale"))
+        if table is None or scale is None or table.dtype != torch.int8 or table.ndim != 2 or scale.ndim != 1:
+            raise VisarError(f"{file} must hold a table, int8 [words, features], and a scale, fp32 [words].")
         known = Concepts.load(folder) if (folder / FILE).exists() else None
-        return WordEncoder(words, tensors["table"], tensors["scale"], length, known)
+        return WordEncoder(words, table, scale, length, known)

@@ -11,25 +11,61 @@ import json
 import math
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from annotated_types import Interval
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from visar.engine.component import fill, read_tensors, unfilled
 from visar.engine.memory import check_training
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
+from visar.reading import Count, Size, read_json
 from visar.text_encoders.words import WordEncoder, words_of
 from visar.training.data import SPLITS, ImageSet, Record, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 PADDING, UNKNOWN = 0, 1
 HIGHEST_SCALE = math.log(100)  # of the logits, as in the paper
+
+
+@dataclass
+class Vision:
+    """Sizes of the image tower, as open_clip calls them."""
+
+    image_size: Annotated[int, Interval(ge=1, le=4096)]
+    patch_size: Annotated[int, Interval(ge=1, le=4096)]
+    width: Size
+    layers: Count
+    head_width: Size
+    patch_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+
+
+@dataclass
+class Text:
+    """Sizes of the text tower."""
+
+    context_length: Annotated[int, Interval(ge=2, le=4096)]
+    vocab_size: Size
+    width: Size
+    heads: Size
+    layers: Count
+
+
+@dataclass
+class Sizes:
+    """`config.json` of a CLIP."""
+
+    embed_dim: Size
+    vision: Vision
+    text: Text
 
 
 class CaptionWords:
@@ -112,25 +148,27 @@ def load_clip(folder: str | Path) -> tuple[Any, CaptionWords]:
     """The model in float32, evaluated, and its words; `VisarError` for a folder that does not hold them whole."""
     folder = Path(folder)
     try:
-        sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        known = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+        sizes = asdict(read_json(folder / "config.json", Sizes))
+        known = read_json(folder / "words.json", list[str])
         words = CaptionWords(known, sizes["text"]["context_length"])
-        stored = load_file(folder / "model.safetensors")
-        clip = build_clip(sizes)
+        stored = read_tensors(file := folder / "model.safetensors")
         state = {name: tensor.float() for name, tensor in stored.items() if not name.endswith(".scale")}
         for name in state:
             if (scale := stored.get(f"{name}.scale")) is not None:
                 state[name] = (state[name].flatten(1) * scale.float()).view_as(state[name])
+        if max(sizes[tower]["layers"] for tower in ("vision", "text")) > len(state):
+            raise VisarError(f"{folder / 'config.json'} has more layers than {file.name} has tensors.")
+        with unfilled():  # nothing of these sizes is made before the file is known to have them
+            fill(build_clip(sizes), state, file)
+        clip = build_clip(sizes)
         clip.load_state_dict(state)
-    except VisarError:
-        raise
+    except VisarError as error:
+        raise VisarError(f"{folder} holds no whole CLIP of `visar train clip`: {error}") from error
     except Exception as error:  # a file that is missing, cut, or of another model: each library has its own error
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise VisarError(f"{folder} holds no whole CLIP of `visar train clip`: {reason}") from error
     if words.end + 1 != sizes["text"]["vocab_size"]:
         raise VisarError(f"{folder} has {len(words.words)} words, and a text tower for another number of them.")
-    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-        raise VisarError(f"The weights in {folder} hold a NaN or an infinity.")
     return clip.eval().requires_grad_(False), words
 
 

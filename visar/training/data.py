@@ -7,12 +7,11 @@ are turned as EXIF says.
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from visar.errors import VisarError
 from visar.files import inside
 from visar.host import available_memory
 from visar.image_files import converted, frames_of, open_image, suffixes
+from visar.reading import LARGEST, parse_json
 from visar.texts import decoded
 
 # These styles show one and the same drawing, so a hold-out must take or leave them together.
@@ -85,7 +85,7 @@ class ImageSet:
             records = self._listing()
         except VisarError:
             raise
-        except (zipfile.BadZipFile, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (zipfile.BadZipFile, ValueError, KeyError, RuntimeError, NotImplementedError, OSError) as error:
             raise VisarError(f"{self.path} is no image set: {error}.") from error
         known = {r.style for r in records}
         for style in styles:
@@ -109,18 +109,8 @@ class ImageSet:
             else [str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file()]
         )
         if "pictures.json" in names:
-            entries = json.loads(decoded(self._read("pictures.json"), self.path / "pictures.json"))
-            return [
-                Record(
-                    e["file"],
-                    e["caption"],
-                    e.get("style", ""),
-                    tuple(e.get("tags", ())),
-                    e.get("concept") or e["caption"],
-                    e.get("group", ""),
-                )
-                for e in entries
-            ]
+            listed = parse_json(self._read("pictures.json"), list[Record], f"Cannot read {self.path}/pictures.json")
+            return [replace(r, concept=r.concept or r.caption) for r in listed]
         found = set(names)
         images = [n for n in sorted(names) if Path(n).suffix.lower() in suffixes() and not Path(n).name.startswith(".")]
         pairs = [(n, str(Path(n).with_suffix(".txt"))) for n in images]
@@ -130,7 +120,11 @@ class ImageSet:
         return [Record(n, c, concept=c) for n, c in captions.items() if c]
 
     def _read(self, name: str) -> bytes:
-        return self._zip.read(name) if self._zip else inside(self.path, name).read_bytes()
+        if self._zip is None:
+            return inside(self.path, name).read_bytes()
+        if self._zip.getinfo(name).file_size > LARGEST:
+            raise VisarError(f"{name} of {self.path} unpacks to more than {LARGEST >> 20} MiB.")
+        return self._zip.read(name)
 
     def _image(self, file: str) -> Image.Image:
         """An image as it is to be shown, RGBA."""

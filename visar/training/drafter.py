@@ -19,6 +19,7 @@ from visar.engine.decoder import Decoder
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
+from visar.reading import read_json
 from visar.samplers.distribution import Target
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
@@ -98,7 +99,7 @@ def same_run(drafter: Any, target: Decoder, folder: Path) -> None:
     """Note in the folder of a run what is trained there; a `VisarError` if that is another drafter."""
     own = dict(drafter.config) | {"target": fingerprint(target)}
     note = writable_folder(folder) / "drafter.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != json.loads(json.dumps(own)):
+    if note.exists() and read_json(note, dict[str, Any]) != json.loads(json.dumps(own)):
         raise VisarError(f"{folder} is a run with other settings or of another target; give another folder.")
     with replacing(note) as temporary:
         temporary.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

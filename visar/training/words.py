@@ -35,7 +35,8 @@ def embed(texts: list[str], batch: int = 512) -> Tensor:
     from transformers import AutoModel, AutoTokenizer
 
     folder = _minilm_folder()
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer, model = (kind.from_pretrained(folder, trust_remote_code=False) for kind in (AutoTokenizer, AutoModel))
+    model.eval()
     rows = []
     for start in range(0, len(texts), batch):
         inputs = tokenizer(texts[start : start + batch], padding=True, return_tensors="pt")

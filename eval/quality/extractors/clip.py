@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visar.engine.weight_files import read_content
 from visar.errors import VisarError
 from visar.eval.quality.extractors.base import Extractor, frozen, missing_extra, no_weights, weights_hash
 
@@ -58,13 +59,18 @@ def clip(
         raise missing_extra("CLIP features", error) from error
     if model not in open_clip.list_models():
         raise VisarError(f"open_clip has no model {model!r}; `open_clip.list_models()` names those it has.")
+    if weights is not None:
+        read_content(weights)  # it says better than open_clip why a file cannot be read
     try:
         network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=weights or pretrained)
     except Exception as error:  # its downloaders raise errors of many libraries
         raise no_weights("CLIP's weights", pretrained, weights, error) from error
     visual: Any = network.visual
+    own = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
+    # A tokenizer of the hub is transformers', which would ask on the terminal whether to run the repository's code.
+    options = {"trust_remote_code": False} if own.get("hf_tokenizer_name") else {}
     size = visual.image_size if isinstance(visual.image_size, int) else visual.image_size[0]
     return Clip(
-        name or f"clip:{model}/{pretrained}", network, preprocess, open_clip.get_tokenizer(model), device,
+        name or f"clip:{model}/{pretrained}", network, preprocess, open_clip.get_tokenizer(model, **options), device,
         f"{size} px, open_clip's own (short side, Pillow bicubic, centre crop)", {"open_clip": open_clip.__version__},
     )  # fmt: skip

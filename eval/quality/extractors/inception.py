@@ -7,12 +7,13 @@ it is what protocols differ in: TensorFlow 1's (ADM), Pillow's (clean-fid), or t
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from visar.engine.weight_files import read_content
 from visar.errors import VisarError, unknown
 from visar.eval.quality.extractors.base import Extractor, frozen, missing_extra, weights_hash
 from visar.eval.quality.extractors.resize import network_input
@@ -74,11 +75,10 @@ def inception(resize: str = "tf1", device: torch.device | str = "cpu", weights: 
     except ImportError as error:
         raise missing_extra("Inception features", error) from error
     path = weights or os.environ.get(VARIABLE) or None
-    if path is not None:
-        _look_at(Path(path))
     try:
-        model = source.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
-    except RuntimeError as error:
+        weights_file = None if path is None else _safe(path)
+        model = source.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=weights_file)
+    except (RuntimeError, TypeError, AttributeError) as error:
         if path is None:
             raise _not_there(source.URL_INCEPTION_V3, error) from error
         raise VisarError(f"{path} does not hold the weights of FID's Inception.") from error
@@ -87,14 +87,12 @@ def inception(resize: str = "tf1", device: torch.device | str = "cpu", weights: 
     return Inception(model, resize, device, {"torch-fidelity": torch_fidelity.__version__})
 
 
-def _look_at(path: Path) -> None:
-    """Whether the file holds tensors and no code: torch-fidelity would run what is in it."""
-    try:
-        torch.load(path, weights_only=True, map_location="meta")
-    except Exception as error:  # on other files torch's reader stumbles in many ways
-        raise VisarError(
-            f"Inception's weights cannot be read from {path}: it must be a torch file of tensors."
-        ) from error
+def _safe(path: str) -> BytesIO:
+    """A torch file of the tensors in the file: torch-fidelity would run what else is in it."""
+    content = BytesIO()
+    torch.save(read_content(path), content)
+    content.seek(0)
+    return content
 
 
 def _not_there(url: str, error: Exception) -> VisarError:

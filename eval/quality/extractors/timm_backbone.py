@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visar.engine.weight_files import read_content
 from visar.errors import VisarError
 from visar.eval.quality.extractors.base import Extractor, frozen, missing_extra, no_weights, weights_hash
 from visar.eval.quality.extractors.resize import pil_bicubic
@@ -47,6 +48,8 @@ def timm_backbone(
         raise missing_extra("Features of timm models", error) from error
     if not timm.is_model(model.split(".")[0]):
         raise VisarError(f"timm has no model {model!r}; `timm.list_models()` names those it has.")
+    if weights is not None:
+        read_content(weights)  # it says better than timm why a file cannot be read
     overlay: dict[str, Any] = {"pretrained_cfg_overlay": {"file": weights}} if weights else {}
     try:
         network: Any = timm.create_model(model, pretrained=True, num_classes=0, **overlay)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,9 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
+from visar.eval.quality.arrays import names_in, numbers, text
 from visar.files import replacing
+from visar.reading import parse_json
 
 _SUFFIX = {"pool": "", "spatial": "_s"}  # of `mu` and `sigma` in a file, as in ADM's reference batches
 
@@ -170,27 +171,31 @@ def save_moments(path: str | Path, moments: Mapping[str, Moments], provenance: M
 
 def has_moments(path: str | Path) -> bool:
     """Whether this is an .npz with `mu` and `sigma`."""
-    if not Path(path).is_file() or not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+    return {"mu", "sigma"} <= names_in(path)
 
 
 def load_moments(path: str | Path) -> StoredMoments:
     """Moments of an .npz: of `save_moments`, or published ones with `mu`, `sigma` (and perhaps `mu_s`, `sigma_s`)."""
     if not has_moments(path):
         raise VisarError(f"{path} holds no moments: an .npz with `mu` and `sigma` does.")
+    path, count = Path(path), None
     found: dict[str, Moments] = {}
-    with np.load(path, allow_pickle=False) as data:
-        count = int(data["n"]) if "n" in data else None
-        provenance = json.loads(str(data["provenance"])) if "provenance" in data else {}
-        for name, suffix in _SUFFIX.items():
-            if f"mu{suffix}" not in data or f"sigma{suffix}" not in data:
-                continue
-            mu, sigma = (torch.from_numpy(np.asarray(data[f"{key}{suffix}"], np.float64)) for key in ("mu", "sigma"))
-            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-                raise VisarError(f"`mu` and `sigma` of {path} do not fit: {[*mu.shape]} and {[*sigma.shape]}.")
-            if not bool(mu.isfinite().all() and sigma.isfinite().all()):
-                raise VisarError(f"`mu` or `sigma` of {path} is NaN or infinite.")
-            found[name] = Moments(mu, sigma if count is None else sigma * (count - 1), count)
+    provenance: dict[str, Any] = {}
+    has = names_in(path)
+    if "n" in has:
+        n = numbers(path, "n")
+        if n.shape or n != round(float(n)) or not 2 <= n < 2**53:
+            raise VisarError(f"`n` of {path} must be the number of images, 2 or more.")
+        count = int(n)
+    if "provenance" in has:
+        provenance = parse_json(text(path, "provenance"), dict[str, Any], f"Cannot read `provenance` of {path}")
+    for name, suffix in _SUFFIX.items():
+        if f"mu{suffix}" not in has or f"sigma{suffix}" not in has:
+            continue
+        mu, sigma = (torch.from_numpy(numbers(path, f"{key}{suffix}")) for key in ("mu", "sigma"))
+        if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+            raise VisarError(f"`mu` and `sigma` of {path} do not fit: {[*mu.shape]} and {[*sigma.shape]}.")
+        if not bool(mu.isfinite().all() and sigma.isfinite().all()):
+            raise VisarError(f"`mu` or `sigma` of {path} is NaN or infinite.")
+        found[name] = Moments(mu, sigma if count is None else sigma * (count - 1), count)
     return StoredMoments(found, provenance)

@@ -87,16 +87,16 @@ def test_ratios_are_to_the_last_comparable_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["", "no json", "[]", "{}", '{"date": "", "version": "", "commit": null, "settings": {}, "report": {}}']
+    "line", ["no json", "[]", "{}", '{"date": "", "version": "", "commit": null, "settings": {}, "report": {}}']
 )
 def test_another_file_is_an_error(tmp_path: Path, line: str) -> None:
     file = tmp_path / "runs.jsonl"
     history.append(file, history.run_of(report(), {}))
     with file.open("a") as stream:
         stream.write(line + "\n")
-    with pytest.raises(VisarError, match=r"Line 2 of .* is no run that `visar bench --history` wrote"):
+    with pytest.raises(VisarError, match=r"^Line 2 of .*runs\.jsonl: (it|report) (is not valid|should be|has no)"):
         history.load(file)
-    with pytest.raises(VisarError, match=r"Cannot read .*: No such file"):
+    with pytest.raises(VisarError, match=r"There is no .*none\.jsonl"):
         history.load(tmp_path / "none.jsonl")
 
 
@@ -114,7 +114,7 @@ def test_the_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None
     for more, message in (
         (("--profile", "--history", str(file)), "go with neither --shapes nor --profile"),
         (("--shapes", "B-256", "--against", str(file)), "go with neither --shapes nor --profile"),
-        (("--against", str(tmp_path / "none.jsonl")), "Cannot read"),
+        (("--against", str(tmp_path / "none.jsonl")), "There is no"),
         (("--history", str(tmp_path / "other.txt")), "Line 1 of"),
     ):
         assert main([*given, *more]) == 2

@@ -16,7 +16,7 @@ from visar.cli import main
 from visar.errors import VisarError
 from visar.eval.quality.image_folder import ImageFolder
 from visar.eval.report.make import Report, make_report
-from visar.eval.report.page import write_page
+from visar.eval.report.page import escaped, write_page
 from visar.pipelines import ClassToImagePipeline
 from visar.samplers import GroupedJacobi, get_sampler
 
@@ -85,6 +85,7 @@ def test_the_page_needs_no_other_file(report: tuple[Report, Path]) -> None:
     assert "tiny &amp; small" in page and "tiny & small" not in page and "ar (another seed)" in page
     assert page.count(">changed: ") == 1 and page.count('class="text changed"') == 1
     text = (out / "report.md").read_text()
+    assert text.startswith("# Samplers of tiny \\& small\n")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and len({row.count("|") for row in rows}) == 1
     assert "from the reference" not in text and "change of score" in text  # the one is unknown, the other is not
@@ -92,6 +93,17 @@ def test_the_page_needs_no_other_file(report: tuple[Report, Path]) -> None:
     assert [row["changed"] for row in written["rows"]] == [False, False, True]
     grid = Image.open(out / "grid.webp")
     assert grid.height > 7 * 96 and grid.width > 4 * 96
+
+
+def test_prompts_are_no_markup_in_markdown() -> None:
+    for text, shown in (
+        ("a red heart, 3d", "a red heart, 3d"),
+        ("<script>alert(1)</script>", r"\<script\>alert(1)\</script\>"),
+        ("a | b\n\n# c\x0b", r"a \| b # c"),
+        ("[x](http://a.b) ![y](z) *b* _c_ `d`", r"\[x\](http\://a.b) !\[y\](z) \*b\* \_c\_ \`d\`"),
+        ("www.a.b &lt; \\", r"www\.a.b \&lt; \\"),
+    ):
+        assert escaped(text) == shown
 
 
 def test_a_report_goes_on_where_it_was(report: tuple[Report, Path], class_folder: Path) -> None:

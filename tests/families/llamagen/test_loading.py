@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.helpers.published import gpt_arguments, vq_arguments
+from visar.cli import main
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.loading import gpt_config, load_gpt, load_vq
@@ -21,6 +22,7 @@ from visar.families.llamagen.specs import MODELS, TOKENIZERS, match_heads, publi
 from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.families.source import resolve
 from visar.families.weights import load_state
+from visar.generation.model import ImageModel
 
 TINY: dict[str, dict[str, Any]] = {
     "class": dict(vocab_size=11, dim=32, num_layers=2, num_heads=2, ffn=48, condition="class", classes=5, grid=3),
@@ -60,6 +62,17 @@ WRAPS = {
     "ddp": lambda s: {"model": {f"module.{k}": t for k, t in s.items()}},
     "compiled ddp": lambda s: {f"module._orig_mod.{k}": t for k, t in s.items()},
     "ema beside": lambda s: {"ema": {k: t + 1 for k, t in s.items()}, "model": s},
+    "compiled blocks": lambda s: {k.replace("layers.0.", "layers.0._orig_mod."): t for k, t in s.items()},
+    "FSDP": lambda s: {f"_fsdp_wrapped_module.{k}".replace("0.", "0._fsdp_wrapped_module."): t for k, t in s.items()},
+    "checkpointed": lambda s: {k.replace("1.", "1._checkpoint_wrapped_module."): t for k, t in s.items()},
+    "modules inside": lambda s: {k.replace("layers.0.", "layers.0.module."): t for k, t in s.items()},
+    "Lightning": lambda s: {"state_dict": {f"model.{k}": t for k, t in s.items()}, "epoch": 3, "callbacks": {}},
+    "Lightning, compiled": lambda s: {"state_dict": {f"model._orig_mod.{k}": t for k, t in s.items()}},
+    "Fabric": lambda s: {"model": {f"_forward_module.{k}": t for k, t in s.items()}},
+    "PEFT": lambda s: {f"base_model.model.{k}": t for k, t in s.items()},
+    "swa_utils": lambda s: {"n_averaged": torch.tensor(7), **{f"module.{k}": t for k, t in s.items()}},
+    "two levels": lambda s: {"model": {"state_dict": {f"module.{k}": t for k, t in s.items()}}},
+    "mixed dtypes": lambda s: {k: t.double() if "norm" in k else t for k, t in s.items()},
     "stale": lambda s: {
         **s,
         "freqs_cis": torch.zeros(9, 4),
@@ -94,8 +107,59 @@ def test_ema_is_taken_only_on_request(tmp_path: Path) -> None:
     both = saved({"model": state, "ema": {k: t + 1 for k, t in state.items()}}, tmp_path / "both.pt")
     assert torch.equal(load_state(both, ema=True)["norm.weight"], state["norm.weight"] + 1)
     assert torch.equal(load_state(both)["norm.weight"], state["norm.weight"])
-    with pytest.raises(VisarError, match=r"one\.pt has no 'ema'"):
+    with pytest.raises(VisarError, match=r"one\.pt has no 'ema' .*; it has: model; give ema=False \(--no-ema\)"):
         load_state(saved({"model": state}, tmp_path / "one.pt"), ema=True)
+    alone = saved({"ema": {f"module.{k}": t for k, t in state.items()}, "steps": 3}, tmp_path / "alone.pt")
+    check(load_gpt(alone, num_heads=2, ema=True), state)
+    with pytest.raises(VisarError, match=r"alone\.pt has no 'model' .*; it has: ema, steps; give ema=True \(--ema\)"):
+        load_gpt(alone, num_heads=2)
+
+
+def test_averaged_weights_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tokenizer's are taken where it has them."""
+    state, vq = gpt_state(), VQModel(**VQ).state_dict()
+    gpt = saved({"model": state, "ema": {k: t + 1 for k, t in state.items()}}, tmp_path / "gpt.pt")
+    for content in ({"model": vq}, {"ema": vq}):
+        file = saved(content, tmp_path / "vq.pt")
+        model = ImageModel.load(gpt, vq=file, num_heads=2, image_size=12, ema=True)
+        assert torch.equal(model.family.model.norm.weight, state["norm.weight"] + 1)
+    given = [
+        "generate",
+        "--class",
+        "1",
+        "--model",
+        str(gpt),
+        "--vq",
+        str(file),
+        "--num-heads",
+        "2",
+        "--image-size",
+        "12",
+    ]
+    assert main([*given, "--sampler", "ar", "--ema", "-o", str(tmp_path / "a.png")]) == 0
+    assert main([*given, "--sampler", "ar", "-o", str(tmp_path / "b.png")]) == 2
+    assert "has no 'model'" in capsys.readouterr().err and not (tmp_path / "b.png").exists()
+    with pytest.raises(VisarError, match="and ema are given with a published file"):
+        ImageModel.load("icons", ema=True)
+
+
+def test_names_that_are_no_weights_of_a_model(tmp_path: Path) -> None:
+    state = gpt_state()
+    for more, message in (
+        ({"layers.0.attention.wqkv.lora_A.default.weight": torch.ones(2, 2)}, "holds LoRA adapters, .* merge them"),
+        ({"_flat_param": torch.ones(2)}, "holds flattened shards of FSDP"),
+        ({"module.norm.weight": torch.ones(32)}, "holds 'norm.weight' twice, once as 'module.norm.weight'"),
+        ({3: torch.ones(2)}, "holds no weights by name"),
+        ({"layers.99999999999.ffn_norm.weight": torch.ones(2)}, "is missing from"),
+        ({"layers.².ffn_norm.weight": torch.ones(2)}, "is missing from"),
+    ):
+        with pytest.raises(VisarError, match=message):
+            load_gpt(saved(state | more, tmp_path / "gpt.pt"), num_heads=2)
+    with pytest.raises(VisarError, match=r"has shape \[0, 32\], and so no numbers"):
+        load_gpt(saved(state | {"tok_embeddings.weight": torch.ones(0, 32)}, tmp_path / "gpt.pt"), num_heads=2)
+    other = saved({"wte.weight": torch.ones(2, 2), "h.0.ln": torch.ones(2)}, tmp_path / "gpt.pt")
+    with pytest.raises(VisarError, match=r"expected a GPT of LlamaGen; it has 'h\.0\.ln', 'wte\.weight'"):
+        load_gpt(other, num_heads=2)
 
 
 def test_precision_on_return(tmp_path: Path) -> None:
@@ -222,7 +286,7 @@ def test_wrong_tokenizer_tensors_are_named(tmp_path: Path) -> None:
     wrong = state | {"decoder.conv_out.bias": torch.zeros(4)}
     with pytest.raises(VisarError, match=r"'decoder\.conv_out\.bias' .*has shape \[4\], expected \[3\]"):
         load_vq(saved(wrong, tmp_path / "vq.pt"))
-    with pytest.raises(VisarError, match=r"'quantize\.embedding\.weight' is missing"):
+    with pytest.raises(VisarError, match=r"vq\.pt holds a GPT of LlamaGen, expected a VQ tokenizer of LlamaGen"):
         load_vq(saved(gpt_state(), tmp_path / "vq.pt"))
 
 
@@ -232,7 +296,8 @@ def test_a_truncated_file_is_one_sentence(suffix: str, kept: float, tmp_path: Pa
     path = tmp_path / f"cut{suffix}"
     save_file(gpt_state(), path) if suffix == ".safetensors" else torch.save(gpt_state(), path)
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(VisarError, match=rf"^Cannot read .*cut\{suffix}: it is truncated[^.]*\.$"):
+    cause = "is truncated" if kept else "is empty"
+    with pytest.raises(VisarError, match=rf"^Cannot read .*cut\{suffix}: it {cause}[^.]*\.$"):
         load_state(path)
 
 

@@ -88,12 +88,12 @@ def test_a_checkpoint_without_averaged_weights(tmp_path: Path) -> None:
     whole = checkpoint(mar_state())
     for content in (whole | {"model_ema": None}, {k: whole[k] for k in whole if k != "model_ema"}):
         path = saved(content, tmp_path / "one.pth")
-        message = r"one\.pth has no 'model_ema' weights; it has: args, epoch, model, optimizer, scaler\.$"
+        message = r"one\.pth has no 'ema' .*; it has: args, epoch, model, optimizer, scaler; give ema=False"
         with pytest.raises(VisarError, match=message):
             load_mar(path, num_heads=2)
         assert load_mar(path, ema=False, num_heads=2).config.dim == 16
     path = saved({"model_ema": mar_state()}, tmp_path / "other.pth")
-    with pytest.raises(VisarError, match="has no 'model' or 'module' or 'state_dict' weights; it has: model_ema"):
+    with pytest.raises(VisarError, match=r"has no 'model' .*; it has: model_ema; give ema=True"):
         load_mar(path, ema=False, num_heads=2)
 
 
@@ -161,7 +161,8 @@ def test_wrong_tensors_are_named(state: Any, message: str, tmp_path: Path) -> No
 def test_a_truncated_file_is_one_sentence(load: Callable[[Path], nn.Module], kept: float, tmp_path: Path) -> None:
     path = saved({"model": mar_state(), "model_ema": mar_state()}, tmp_path / "cut.pth")
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(VisarError, match=r"^Cannot read .*cut\.pth: it is truncated[^.]*\.$"):
+    cause = "is truncated" if kept else "is empty"
+    with pytest.raises(VisarError, match=rf"^Cannot read .*cut\.pth: it {cause}[^.]*\.$"):
         load(path)
     with pytest.raises(VisarError, match=r"There is no weights file .*none\.pth"):
         load(tmp_path / "none.pth")
@@ -351,10 +352,11 @@ def test_wrong_tensors_of_the_autoencoder_have_its_names(
 def test_the_wrong_kind_of_file(tmp_path: Path) -> None:
     mar, kl = saved({"model_ema": mar_state()}, tmp_path / "a.pth"), saved({"model": kl_state()}, tmp_path / "b.ckpt")
     for load, path, message in (
-        (load_mar, kl, "b.ckpt has no 'model_ema' weights; it has: model"),
-        (load_kl16, mar, "a.pth has no 'model' or 'module' or 'state_dict' weights; it has: model_ema"),
-        (load_kl16, saved(mar_state(), tmp_path / "c.pth"), r"'encoder\.down\.0\.block\.0\.conv1\.weight' is missing"),
+        (load_mar, kl, "b.ckpt has no 'ema' or 'model_ema' .* weights; it has: model"),
+        (load_kl16, mar, "a.pth has no 'model' or .* weights; it has: model_ema"),
+        (load_kl16, saved(mar_state(), tmp_path / "c.pth"), "c.pth holds a MAR, expected a KL autoencoder"),
+        (load_mar, saved(kl_state(), tmp_path / "d.pth"), "d.pth holds a KL autoencoder, expected a MAR"),
     ):
         with pytest.raises(VisarError, match=message):
             load(path)
-    assert load_state(kl, names=("model",)).keys() == kl_state().keys()
+    assert load_state(kl).keys() == kl_state().keys()

@@ -109,6 +109,11 @@ def model_options(parser: CommandParser, *, several: bool = False, quantize: boo
     group.add_argument(
         "--num-heads", type=whole(1), metavar="N", help="attention heads, if --model is a file of an unpublished size"
     )
+    group.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="take the averaged weights of a published file (default: of a MAR only)",
+    )
     device_option(group)
     group.add_argument(
         "--dtype",

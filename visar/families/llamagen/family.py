@@ -27,7 +27,9 @@ from visar.families.llamagen.specs import MODELS
 from visar.families.llamagen.vq import VQModel
 from visar.families.registry import register_family
 from visar.families.source import Source, check_condition
+from visar.families.weights import has_ema
 from visar.params import SamplingParams
+from visar.reading import Side
 from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
 
 
@@ -49,7 +51,7 @@ class LlamaGenFamily(DiscreteFamily):
         gpt: LlamaGen,
         vq: VQModel,
         text_encoder: Any = None,
-        grid: int | None = None,
+        grid: Side | None = None,
         guidance_scale: float | None = None,
         top_k: int | None = None,
     ):
@@ -58,6 +60,13 @@ class LlamaGenFamily(DiscreteFamily):
             raise VisarError("This GPT takes captions: it needs a text_encoder.")
         if not text and text_encoder is not None:
             raise VisarError("This GPT takes classes: it has no use for a text_encoder.")
+        if text:
+            own = (gpt.config.condition_length, gpt.config.caption_features)
+            if (its := (text_encoder.length, text_encoder.width)) != own:
+                raise VisarError(
+                    f"The text encoder gives captions of {its[0]} slots of {its[1]} features, and the GPT takes "
+                    f"{own[0]} of {own[1]}."
+                )
         self.components = {"gpt": gpt, "vq": vq} | ({"text_encoder": text_encoder} if text else {})
         usual = MODELS["llamagen-t2i-xl" if text else "llamagen-l"]
         scale = usual.guidance if guidance_scale is None else guidance_scale
@@ -90,12 +99,14 @@ class LlamaGenFamily(DiscreteFamily):
 
     @classmethod
     def _published(cls, source: Source) -> Self:
-        vq = load_vq(source.files["vq"])
+        file, ema = source.files["vq"], bool(source.ema)
+        vq = load_vq(file, ema=ema and has_ema(file))
         side, pixels = vq.sizes.downsample, source.image_size
         if pixels is not None and (pixels < side or pixels % side):
             raise VisarError(f"image_size must be a multiple of {side} pixels, not {pixels}.")
         file = source.files["model"]
-        gpt = load_gpt(file, grid=None if pixels is None else pixels // side, num_heads=source.num_heads)
+        grid = None if pixels is None else pixels // side
+        gpt = load_gpt(file, grid=grid, num_heads=source.num_heads, ema=ema)
         c = gpt.config
         check_condition(source.name, "class" if c.condition == "class" else "prompt", source.condition)
         if c.condition == "class":
@@ -103,11 +114,6 @@ class LlamaGenFamily(DiscreteFamily):
                 raise VisarError(f"{file} is a class-conditional model, which takes no text encoder.")
             return cls(gpt, vq)
         encoder = T5CaptionEncoder.from_pretrained(source.text_encoder or FLAN_T5_XL, length=c.condition_length)
-        if encoder.encoder.config.d_model != c.caption_features:
-            raise VisarError(
-                f"The text encoder {source.text_encoder} has features of {encoder.encoder.config.d_model}, "
-                f"but {file} was trained on features of {c.caption_features}."
-            )
         return cls(gpt, vq, encoder)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 
 from visar.engine.component import Component
 from visar.engine.decoder import Attend
-from visar.engine.layers import Linear, RMSNorm
+from visar.engine.layers import Linear, RMSNorm, check_heads
+from visar.errors import VisarError
 from visar.families.llamagen.rotary import rotary_table, turned
+from visar.reading import Count, Side, Size
 
 
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        check_heads(dim, heads, multiple=4)  # its rotary angles are of rows and of columns
         self.heads = heads
         self.wqkv = Linear(dim, 3 * dim, bias=False)
         self.wo = Linear(dim, dim, bias=False)
@@ -122,18 +126,20 @@ class LlamaGen(Component):
 
     def __init__(
         self,
-        vocab_size: int = 16384,
-        dim: int = 768,
-        num_layers: int = 12,
-        num_heads: int = 12,
-        ffn: int = 2048,
-        condition: str = "class",
-        condition_length: int = 1,
-        classes: int = 1000,
-        caption_features: int = 2048,
-        grid: int = 16,
+        vocab_size: Size = 16384,
+        dim: Size = 768,
+        num_layers: Count = 12,
+        num_heads: Size = 12,
+        ffn: Size = 2048,
+        condition: Literal["class", "text"] = "class",
+        condition_length: Size = 1,
+        classes: Size = 1000,
+        caption_features: Size = 2048,
+        grid: Side = 16,
     ):
         super().__init__()
+        if condition == "class" and condition_length != 1:
+            raise VisarError(f"A class has one condition slot, not {condition_length}.")
         self.tok_embeddings = nn.Embedding(vocab_size, dim)
         self.cls_embedding = (
             ClassEmbedding(classes, dim)

@@ -19,7 +19,7 @@ from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.specs import match_heads, published_grid
 from visar.families.llamagen.vq import VQConfig, VQModel
-from visar.families.weights import load_state, shape_of
+from visar.families.weights import count, expect, load_state, shape_of
 
 DEFAULT_GRID = 16
 
@@ -59,13 +59,14 @@ def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.f
     Raises `VisarError` as `load_gpt` does.
     """
     state = load_state(path, ema=ema, dtype=dtype)
+    expect(state, "a VQ tokenizer of LlamaGen", path)
     try:
         sizes = VQConfig.infer(state)
         with unfilled():
             vq = VQModel(**asdict(sizes))
     except KeyError as error:
         raise missing(error.args[0], path) from error
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, ArithmeticError, RuntimeError) as error:
         raise VisarError(f"{path} is not a LlamaGen VQ tokenizer: its keys or shapes do not match.") from error
     return fill(vq, state, path)
 
@@ -75,18 +76,16 @@ def gpt_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int 
 
     No shape has the number of heads: by default it is that of the published model of the same size.
     """
+    expect(state, "a GPT of LlamaGen", path)
     vocab, dim = shape_of(state, "tok_embeddings.weight", path)
     ffn, _ = shape_of(state, "layers.0.feed_forward.w1.weight", path)
-    numbers = [k.split(".")[1] for k in state if k.startswith("layers.")]
-    layers = 1 + max(int(n) for n in numbers if n.isdigit())
+    layers = count(state, "layers.")
     heads = num_heads or match_heads(layers, dim, ffn)
     if heads is None:
         raise VisarError(
             f"{path} has {layers} layers of width {dim} and {ffn}, a size that was never published: "
             "give its number of heads (num_heads)."
         )
-    if heads < 1 or dim % heads or dim // heads % 4:
-        raise VisarError(f"A width of {dim} cannot be split into {heads} heads of a multiple of 4 each.")
     arguments = {"vocab_size": vocab, "dim": dim, "num_layers": layers, "num_heads": heads, "ffn": ffn}
     if any(k.startswith("cls_embedding.cap_proj.") for k in state):
         length, features = shape_of(state, "cls_embedding.uncond_embedding", path)

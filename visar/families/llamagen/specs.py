@@ -7,6 +7,7 @@ look up the number of heads here, which no shape of a tensor has.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from visar.families.catalogue import Listing
 
@@ -58,7 +59,7 @@ class ModelSpec:
 
     name: str
     title: str
-    condition: str
+    condition: Literal["class", "text"]
     pixels: tuple[int, ...]
     downsample: int
     guidance: float

@@ -14,13 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
+from annotated_types import Interval, Len
 from einops import rearrange
 from torch import Tensor, nn
 
 from visar.engine.component import Component
+from visar.errors import VisarError
 from visar.families.blocks import Decoder, Encoder
+from visar.families.weights import count
+from visar.reading import Count, Size
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class VQConfig:
         """Read the sizes from the shapes of a tokenizer's state dict."""
         codebook_size, code_dim = state["quantize.embedding.weight"].shape
         channels, inputs = state["encoder.conv_in.weight"].shape[:2]
-        levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.conv_blocks."))
-        blocks = 1 + max(int(k.split(".")[4]) for k in state if k.startswith("encoder.conv_blocks.0.res."))
+        levels = count(state, "encoder.conv_blocks.")
+        blocks = count(state, "encoder.conv_blocks.0.res.")
         widths = [state[f"encoder.conv_blocks.{i}.res.0.conv1.weight"].shape[0] for i in range(levels)]
         return VQConfig(
             codebook_size=codebook_size,
@@ -93,16 +98,18 @@ class VQModel(Component):
 
     def __init__(
         self,
-        codebook_size: int = 16384,
-        code_dim: int = 8,
-        channels: int = 128,
-        channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
-        res_blocks: int = 2,
-        z_channels: int = 256,
-        patch: int = 1,
+        codebook_size: Size = 16384,
+        code_dim: Size = 8,
+        channels: Size = 128,
+        channel_multipliers: Annotated[tuple[Size, ...], Len(1, 16)] = (1, 1, 2, 2, 4),
+        res_blocks: Count = 2,
+        z_channels: Size = 256,
+        patch: Annotated[int, Interval(ge=1, le=64)] = 1,
         background: int = -1,
     ):
         super().__init__()
+        if not -1 <= background < codebook_size:
+            raise VisarError(f"The background is code {background}, and the codes are 0 to {codebook_size - 1}.")
         c = VQConfig(
             codebook_size, code_dim, channels, tuple(channel_multipliers), res_blocks, z_channels, patch, background
         )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Len
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from visar.engine.component import Component, fill, read_config, read_safetensors, unfilled, weights_file
+from visar.engine.component import Component, fill, read_config, read_tensors, unfilled, weights_file
 from visar.errors import VisarError
 from visar.families.blocks import Decoder, Encoder
+from visar.reading import Count, Positive, Size, parse_json
 
 # Our names of modules, and those of latent diffusion and diffusers.
 PUBLISHED = {"mid.0": "mid.block_1", "mid.1": "mid.attn_1", "mid.2": "mid.block_2", "res": "block"}
@@ -38,6 +42,19 @@ DIFFUSERS = {
 }
 
 
+@dataclass
+class DiffusersConfig:
+    """What is read of the configuration of an `AutoencoderKL`."""
+
+    block_out_channels: Annotated[tuple[Size, ...], Len(1, 16)]
+    layers_per_block: Count
+    latent_channels: Size
+    norm_num_groups: Size
+    down_block_types: Annotated[tuple[str, ...], Len(1, 16)]
+    scaling_factor: Positive
+    shift_factor: float | None = None
+
+
 class KLAutoencoder(Component):
     """Images in [-1, 1] to the normal distribution of their latents, and back; by default with the sizes of KL-16.
 
@@ -47,12 +64,12 @@ class KLAutoencoder(Component):
 
     def __init__(
         self,
-        channels: tuple[int, ...] = (128, 128, 256, 256, 512),
-        blocks: int = 2,
-        latent_channels: int = 16,
-        groups: int = 32,
+        channels: Annotated[tuple[Size, ...], Len(1, 16)] = (128, 128, 256, 256, 512),
+        blocks: Count = 2,
+        latent_channels: Size = 16,
+        groups: Size = 32,
         attention: bool = True,
-        scaling_factor: float = 0.2325,
+        scaling_factor: Positive = 0.2325,
     ):
         super().__init__()
         self.encoder = Encoder(channels[0], channels, blocks, 2 * latent_channels, groups, attention)
@@ -75,8 +92,9 @@ class KLAutoencoder(Component):
         named, config = read_config(folder)
         if named != "AutoencoderKL":
             return super().from_pretrained(folder)
-        file = weights_file(folder)
-        return cls._of_diffusers(config, read_safetensors(file), file)
+        if (file := weights_file(folder)) is None:
+            raise VisarError(f"There is no file of weights in {folder}.")
+        return cls._of_diffusers(config, read_tensors(file), file)
 
     @classmethod
     def of(cls, vae: Any) -> Self:
@@ -94,20 +112,19 @@ class KLAutoencoder(Component):
 
     @classmethod
     def _of_diffusers(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> Self:
-        if config.get("shift_factor"):
+        where = f"{path} has no configuration of an AutoencoderKL"
+        c = parse_json(json.dumps(dict(config), default=str), DiffusersConfig, where)
+        if c.shift_factor:
             raise VisarError(f"{path} shifts its latents (shift_factor), which is not supported.")
+        attention = c.down_block_types[-1].startswith("Attn")
         try:
             with unfilled():
                 made = cls(
-                    tuple(config["block_out_channels"]),
-                    config["layers_per_block"],
-                    config["latent_channels"],
-                    config["norm_num_groups"],
-                    config["down_block_types"][-1].startswith("Attn"),
-                    config["scaling_factor"],
-                )
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise VisarError(f"{path} has no configuration of an AutoencoderKL: {error!r}.") from error
+                    c.block_out_channels, c.layers_per_block, c.latent_channels, c.norm_num_groups, attention,
+                    c.scaling_factor,
+                )  # fmt: skip
+        except (ValueError, RuntimeError) as error:
+            raise VisarError(f"{where}: {error}.") from error
         own = made.state_dict()
         names = {key: diffusers_name(key) for key in own}
         state = dict(state)

@@ -91,7 +91,7 @@ class MARFamily(ContinuousFamily):
     @classmethod
     def load(cls, source: Source) -> Self:
         if source.files:
-            found = load_mar(source.files["model"], num_heads=source.num_heads)
+            found = load_mar(source.files["model"], num_heads=source.num_heads, ema=source.ema is not False)
             c = found.config
             spec = match_mar(c.encoder_layers, c.decoder_layers, c.dim) or MAR_MODELS["mar-b"]
             vae = load_kl16(source.files["vae"])

@@ -17,7 +17,7 @@ from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLAutoencoder, published_name
 from visar.families.mar.specs import match_mar_heads
 from visar.families.mar.transformer import MAR
-from visar.families.weights import NESTINGS, load_state, shape_of
+from visar.families.weights import count, expect, load_state, shape_of
 
 
 def load_mar(path: str | Path, *, ema: bool = True, num_heads: int | None = None) -> MAR:
@@ -34,7 +34,7 @@ def load_mar(path: str | Path, *, ema: bool = True, num_heads: int | None = None
 
 def read_mar(path: str | Path, *, ema: bool = True) -> dict[str, Tensor]:
     """The tensors of a published file; otherwise as `load_mar`."""
-    return load_state(path, names=("model_ema",) if ema else NESTINGS)
+    return load_state(path, ema=ema, bare=True)
 
 
 def mar_of(state: Mapping[str, Tensor], path: str | Path, num_heads: int | None = None) -> MAR:
@@ -50,6 +50,7 @@ def mar_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int 
 
     No shape has the number of heads: by default it is that of the published model of the same size.
     """
+    expect(state, "a MAR", path)
     dim, token_dim = shape_of(state, "z_proj.weight", path)
     _, n, _ = shape_of(state, "diffusion_pos_embed_learned", path, 3)
     _, slots, _ = shape_of(state, "encoder_pos_embed_learned", path, 3)
@@ -59,15 +60,13 @@ def mar_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int 
         raise VisarError(f"{path} has positions for {n} tokens, which is not a square.")
     if slots <= n:
         raise VisarError(f"{path} has {slots} positions in its encoder, too few for {n} tokens and a class.")
-    encoder, decoder = _count(state, "encoder_blocks."), _count(state, "decoder_blocks.")
+    encoder, decoder = count(state, "encoder_blocks."), count(state, "decoder_blocks.")
     heads = match_mar_heads(encoder, decoder, dim) if num_heads is None else num_heads
     if heads is None:
         raise VisarError(
             f"{path} has {encoder} and {decoder} layers of width {dim}, a size that was never published: "
             "give its number of heads (num_heads)."
         )
-    if heads < 1 or dim % heads:
-        raise VisarError(f"A width of {dim} cannot be split into {heads} heads.")
     return {
         "token_dim": token_dim,
         "grid": math.isqrt(n),
@@ -76,7 +75,7 @@ def mar_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int 
         "decoder_layers": decoder,
         "num_heads": heads,
         "head_width": head_width,
-        "head_layers": _count(state, "diffloss.net.res_blocks."),
+        "head_layers": count(state, "diffloss.net.res_blocks."),
         "condition": "class",
         "classes": classes,
         "buffer": slots - n,
@@ -101,20 +100,16 @@ def kl_config(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Any]:
 
     No shape has the number of groups: it is 32, or the largest power of two that divides all widths if that is less.
     """
+    expect(state, "a KL autoencoder", path)
     shape_of(state, "encoder.down.0.block.0.conv1.weight", path, 4)
-    levels = _count(state, "encoder.down.")
+    levels = count(state, "encoder.down.")
     channels = [shape_of(state, f"encoder.down.{i}.block.0.conv1.weight", path, 4)[0] for i in range(levels)]
     latent_channels, *_ = shape_of(state, "post_quant_conv.weight", path, 4)
     common = math.gcd(*channels)
     return {
         "channels": tuple(channels),
-        "blocks": _count(state, "encoder.down.0.block."),
+        "blocks": count(state, "encoder.down.0.block."),
         "latent_channels": latent_channels,
         "groups": min(32, common & -common),
         "attention": any(key.startswith(f"encoder.down.{levels - 1}.attn.") for key in state),
     }
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """The number of numbered modules whose keys start with `prefix`."""
-    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})

@@ -9,19 +9,24 @@ The first `buffer` slots hold the class vector, repeated, or a caption's feature
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.engine.component import Component
-from visar.engine.layers import Linear
+from visar.engine.layers import Linear, check_heads
 from visar.families.mar.diffusion import TRAINING_STEPS, DiffusionHead
+from visar.reading import Count, Side, Size
 
 
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        check_heads(dim, heads)
         self.heads = heads
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
@@ -68,20 +73,20 @@ class MAR(Component):
 
     def __init__(
         self,
-        token_dim: int = 16,
-        grid: int = 16,
-        dim: int = 768,
-        encoder_layers: int = 12,
-        decoder_layers: int = 12,
-        num_heads: int = 12,
-        head_width: int = 1024,
-        head_layers: int = 6,
-        condition: str = "class",
-        classes: int = 1000,
-        buffer: int = 64,
-        caption_features: int = 128,
+        token_dim: Size = 16,
+        grid: Side = 16,
+        dim: Size = 768,
+        encoder_layers: Count = 12,
+        decoder_layers: Count = 12,
+        num_heads: Size = 12,
+        head_width: Size = 1024,
+        head_layers: Count = 6,
+        condition: Literal["class", "text"] = "class",
+        classes: Size = 1000,
+        buffer: Size = 64,
+        caption_features: Size = 128,
         vae: str = "",
-        latest: int = TRAINING_STEPS - 1,
+        latest: Annotated[int, Interval(ge=1, le=TRAINING_STEPS - 1)] = TRAINING_STEPS - 1,
     ):
         super().__init__()
         n = grid * grid
