@@ -32,7 +32,7 @@ def demo(options: argparse.Namespace) -> int:
     from visar.demo.requests import Limits
     from visar.demo.server import launch
 
-    access = Access({options.host, *options.allowed_host}, options.embed_in, options.trusted_proxy)
+    access = Access(options.host, options.allowed_host, options.embed_in, options.trusted_proxy)
     models = named(_load(options))
     everybody = options.max_waiting + 1  # who come by --share have one address
     per_address = options.max_per_address or (everybody if options.share and not access.proxies else 1)

@@ -8,15 +8,16 @@ and written anew, so Gradio sees what was checked and not what another parser ma
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import anyio
 from gradio import Blocks
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -62,12 +63,14 @@ class Body(BaseModel):
 class Access:
     """Who may use the page.
 
-    `hosts`: names of the server, besides the address that was reached. `frames`: origins of sites that may show the
-    page in a frame. `proxies`: addresses whose X-Forwarded-For and X-Forwarded-Proto hold; "*" for all.
+    `bound`: the name or address that the server listens on. `hosts`: other names of it, at any port. `frames`: origins
+    of sites that may show the page in a frame. `proxies`: addresses whose X-Forwarded-For and X-Forwarded-Proto hold;
+    "*" for all.
 
     Raises `VisarError` for what is no host name, origin or address.
     """
 
+    bound: str = ""
     hosts: Collection[str] = ()
     frames: Sequence[str] = ()
     proxies: Sequence[str] = ()
@@ -93,7 +96,7 @@ class Access:
         if found is None:
             return False
         name = found[1].strip("[]")
-        return name in LOCAL or name in self.hosts or _same_address(name, reached)
+        return name in {*LOCAL, self.bound.lower()} or name in self.hosts or _same_address(name, reached)
 
     def origin(self, given: str, host: str) -> bool:
         """Whether a request with this Origin header comes from the page itself."""
@@ -179,8 +182,9 @@ class Guard:
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "A request is sent as application/json.")
         try:
-            press = Body.model_validate_json(body)
-        except ValidationError:
+            press = Body.model_validate(json.loads(body.decode(), object_pairs_hook=_once))
+            anew = press.model_dump_json(include={"data", "fn_index", "session_hash"}).encode()
+        except (ValueError, RecursionError):
             raise Refused(400, BODY) from None
         event = self.page.fns.get(press.fn_index)
         queued = scope["path"] == QUEUED
@@ -193,7 +197,7 @@ class Guard:
                 self.visitors.may_wait(press.session_hash, address_of(scope))
             except VisarError as error:
                 raise Refused(429, str(error)) from None
-        return press.model_dump_json(include={"data", "fn_index", "session_hash"}).encode()
+        return anew
 
 
 async def _body(headers: Headers, scope: Scope, receive: Receive) -> bytes:
@@ -217,6 +221,13 @@ async def _body(headers: Headers, scope: Scope, receive: Receive) -> bytes:
     except TimeoutError:
         raise Refused(408, f"The request was not complete after {PATIENCE:.0f} seconds.") from None
     return bytes(found)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys all differ: of two equal ones, parsers take one or the other."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError
+    return found
 
 
 def _scope(scope: Scope, session: str, length: int) -> Scope:
