@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from functools import partial
@@ -33,7 +34,7 @@ def served(text_folder: Path, launched: list[Any]) -> Iterator[str]:
             return original(page, access, limits, *rest)
 
         patch.setattr(server, "launch", launch)
-        patch.setattr(requests, "Limits", partial(Limits, sessions=8, unread=2))
+        patch.setattr(requests, "Limits", partial(Limits, sessions=8, unread=5))
         with serving(text_folder, "--max-per-address", "3") as address:
             yield address
 
@@ -76,7 +77,7 @@ def test_the_request_of_a_forgotten_session_is_served(
         Visitor(served, f"flood{number}").press("stop")
     assert "me" not in launched[0].page.state_holder.session_data
     hold.set()
-    assert "done, " in me.results()[0][0] and "done, " in first.results()[0][0]
+    assert "done, " in me.results()[0][0]
 
 
 def test_who_reads_nothing_is_not_decoded_for(
@@ -88,9 +89,9 @@ def test_who_reads_nothing_is_not_decoded_for(
     visitor = Visitor(served, "deaf")
     visitor.press("generate", Sampler="ar")
     visitor.wait()
-    while launched[0].unread("deaf") < 2 or list(launched[0]._events()):
-        pass  # it listens to nothing meanwhile
-    assert launched[0].unread("deaf") < 10
+    while launched[0].unread("deaf") < 5 or list(launched[0]._events()):
+        time.sleep(0.01)  # it listens to nothing meanwhile
+    assert launched[0].unread("deaf") < 12
     assert "nobody was looking" in visitor.results()[0][0]
 
 

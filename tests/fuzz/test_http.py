@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 COUNT = int(os.environ.get("VISAR_FUZZ", "2500"))
 SEED = int(os.environ.get("VISAR_FUZZ_SEED", "0"))
-SECONDS = 60.0
+SECONDS = 40.0
 GROWTH = 96  # MB
 ROUTES = [
     "run/predict", "queue/join", "api/predict", "call/predict", "call/v2/predict", "cancel", "reset", "upload",

@@ -30,7 +30,8 @@ from visar.cli import main, parser
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-BESIDE = [*sorted(ROOT.glob("assets/*/README.md")), ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]  # pages of the site that do not lie in docs/
+# Pages of the site that do not lie in docs/.
+BESIDE = [*sorted(ROOT.glob("assets/*/README.md")), ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *BESIDE]
 FENCE = re.compile(r"^ *(?P<ticks>`{3,}|~{3,})(?P<language>[^\n]*)\n(?P<code>.*?)^ *(?P=ticks) *$", re.S | re.M)
 
