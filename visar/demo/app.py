@@ -153,7 +153,7 @@ def _wire(
         for control in controls:
             own, rest = rest[: len(control.components)], rest[len(control.components) :]
             samplers.append(control.named(own))
-        session, address = str(request.session_hash), address_of(request.request.scope)
+        session, address = _who(request)
         try:
             visitors.check(session, address)
             wanted = conditions.request(values[: len(conditions.components)], samplers, desk.limits)
@@ -197,7 +197,7 @@ def _wire(
 
     def full(request: gr.Request) -> Any:
         try:
-            visitors.may_wait(str(request.session_hash), address_of(request.request.scope))
+            visitors.may_wait(*_who(request))
         except VisarError as error:
             return view.status(str(error), "error")
         return view.status("Too many requests are waiting; try again in a while.", "error")
@@ -207,6 +207,12 @@ def _wire(
         show_progress_on=outputs[0], **RAW,
     ).failure(full, None, outputs[0], **QUICK)  # fmt: skip
     stop.click(halt, None, outputs[0], **QUICK)
+
+
+def _who(request: gr.Request) -> tuple[str, str]:
+    """The session and the address that a request came from."""
+    assert request.request is not None  # as for every request over HTTP
+    return str(request.session_hash), address_of(request.request.scope)
 
 
 def _follow(
