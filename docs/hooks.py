@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLER = re.compile(r"^::: visar\.samplers\.(\w+)\n    options: .*members: false.*$", re.M)
-OUTSIDE = ("assets/*/README.md", "assets/*/*.webp", "CHANGELOG.md", "NOTICE")
+OUTSIDE = ("assets/*/README.md", "assets/*/*.webp", "CHANGELOG.md", "SECURITY.md", "NOTICE")
 LINK = re.compile(r"(\]\()([^)#\s:]+)")
 
 

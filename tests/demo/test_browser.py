@@ -92,7 +92,7 @@ def hold(folder: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-c", HELD, "demo", "--port", "0", "--dtype", "float32"]
-    command += ["--max-images", "2", "--max-waiting", "1"]
+    command += ["--max-images", "2", "--max-waiting", "1", "--max-per-address", "3"]
     server = subprocess.Popen(
         command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hears_interrupts
     )

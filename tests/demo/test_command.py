@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import re
@@ -12,23 +10,19 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 import visar
 from tests.helpers.stepped import LONG, hears_interrupts
+from tests.helpers.web import Visitor, get, image_in, serving
 from visar.cli import main
 
 Capture = pytest.CaptureFixture[str]
 REPOSITORY = Path(visar.__file__).parent.parent
-PLAIN = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxies the machine has
 
 
 def refusal(capsys: Capture, *arguments: object) -> str:
@@ -37,15 +31,6 @@ def refusal(capsys: Capture, *arguments: object) -> str:
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("visar: error: ") and said.err.count("\n") == 1
     return said.err.removeprefix("visar: error: ").strip()
-
-
-def get(url: str, **options: Any) -> tuple[int, bytes]:
-    """Status and body."""
-    try:
-        with PLAIN.open(urllib.request.Request(url, **options), timeout=LONG) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
 
 
 # Bad input
@@ -146,21 +131,8 @@ def test_published_files_without_their_tokenizer(
 
 @pytest.fixture(scope="module")
 def served(text_folder: Path) -> Iterator[str]:
-    """The address of a page with a tiny model, launched as the command does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        launched: list[Any] = []
-
-        def block(page: Any) -> None:
-            launched.append(page)
-
-        import gradio
-
-        patch.setattr(gradio.Blocks, "block_thread", block)
-        assert main(["demo", "--port", "0", "--dtype", "float32", "--model", str(text_folder)]) == 0
-        (page,) = launched
-        yield str(page.local_url).rstrip("/")
-        page.close(verbose=False)
+    with serving(text_folder, "--max-per-address", "3") as address:
+        yield address
 
 
 def test_it_answers(served: str) -> None:
@@ -169,76 +141,6 @@ def test_it_answers(served: str) -> None:
     status, config = get(f"{served}/config")
     assert status == 200 and json.loads(config)["title"] == "visar"
     assert json.loads(get(f"{served}/gradio_api/info")[1]) == {"named_endpoints": {}, "unnamed_endpoints": {}}
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/etc/passwd", "%2Fetc%2Fpasswd", "file:///etc/passwd", "/proc/self/environ", "http://127.0.0.1:1/",
-        str(REPOSITORY / "pyproject.toml"), "pyproject.toml", "../pyproject.toml", str(Path(visar.__file__)),
-    ],
-)  # fmt: skip
-def test_no_file_is_handed_out(served: str, path: str) -> None:
-    for route in ("gradio_api/file=", "file=", "gradio_api/static/", "static/", "assets/", "gradio_api/proxy="):
-        status, body = get(f"{served}/{route}{path}")
-        assert status in (400, 403, 404), (route, status)
-        assert b"root:" not in body and b"[build-system]" not in body
-
-
-def test_nothing_is_uploaded(served: str, tmp_path: Path) -> None:
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nleft here\r\n--x--\r\n'
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    status, said = get(f"{served}/gradio_api/upload", data=body, headers=headers)
-    assert status == 413 and b"exceeded" in said
-
-
-class Visitor:
-    """What a browser sends and is sent, without one."""
-
-    def __init__(self, address: str, session: str):
-        self.api, self.session = f"{address}/gradio_api", session
-        self.config = json.loads(get(f"{address}/config")[1])
-        self.components = {c["id"]: c for c in self.config["components"]}
-
-    def press(self, button: str, **values: Any) -> Any:
-        """Press a button by its id; boxes are as the page has them, but for `values` by their labels."""
-        (own,) = (c["id"] for c in self.components.values() if c["props"].get("elem_id") == button)
-        (event,) = (d for d in self.config["dependencies"] if [own, "click"] in d["targets"])
-        boxes = [self.components[number]["props"] for number in event["inputs"]]
-        answer = self._send("run/predict", event, [values.get(b.get("label"), b.get("value")) for b in boxes])
-        self.then = next((d for d in self.config["dependencies"] if d.get("trigger_after") == event["id"]), None)
-        return answer["data"]
-
-    def wait(self) -> None:
-        """Stand in the queue with what was asked for."""
-        assert self.then is not None
-        self._send("queue/join", self.then, [None] * len(self.then["inputs"]))
-
-    def messages(self, kind: str) -> Iterator[list[Any]]:
-        """What the page is sent of one kind, as it comes."""
-        with PLAIN.open(f"{self.api}/queue/data?session_hash={self.session}", timeout=LONG) as stream:
-            for line in stream:
-                if line.startswith(b"data:") and (said := json.loads(line[5:]))["msg"] == kind:
-                    assert said["success"], said
-                    yield said["output"]["data"]
-
-    def results(self, count: int = 1) -> list[list[Any]]:
-        """What the next requests of this visitor end with."""
-        return list(islice(self.messages("process_completed"), count))
-
-    def _send(self, route: str, event: Any, data: list[Any]) -> Any:
-        body = {"data": data, "fn_index": event["id"], "session_hash": self.session}
-        headers = {"Content-Type": "application/json"}
-        status, answer = get(f"{self.api}/{route}", data=json.dumps(body).encode(), headers=headers)
-        assert status == 200, answer
-        return json.loads(answer)
-
-
-def image_in(page: str) -> bytes:
-    """The pixels of the first PNG."""
-    found = re.search(r"data:image/png;base64,([^\"]+)", page)
-    assert found, page[:200]
-    return Image.open(io.BytesIO(base64.b64decode(found[1]))).tobytes()
 
 
 def test_two_visitors(served: str, text_pipe: Any) -> None:

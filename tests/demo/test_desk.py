@@ -198,6 +198,27 @@ def test_tickets_do_not_pile_up_and_nobody_pushes_others_out(
     assert len(desk._tickets) == 8 and all(name in desk._tickets for name in flood[-8:])
 
 
+def test_one_address_with_many_names_pushes_nobody_out(
+    desk: Desk, model: DemoModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk_module, "TICKETS", 8)
+    request = request_of(model)
+    others = [desk.ask(f"other {k}", request, address=f"192.0.2.{k}") for k in range(4)]
+    for k in range(40):
+        desk.ask(f"name {k}", request, address="203.0.113.5")
+    assert len(desk._tickets) == 8 and all(name in desk._tickets for name in others)
+
+
+def test_the_newest_ticket_of_a_tab(desk: Desk, model: DemoModel) -> None:
+    request = request_of(model)
+    assert desk.newest("me", "generate") == ""
+    desk.ask("me", request, tab="generate")
+    newest = desk.ask("me", request, tab="generate")
+    other = desk.ask("me", request, tab="compare")
+    desk.ask("you", request, tab="generate")
+    assert desk.newest("me", "generate") == newest and desk.newest("me", "compare") == other
+
+
 @pytest.mark.parametrize("error", [RuntimeError("cuda"), VisarError("No."), torch.OutOfMemoryError("full")])
 def test_a_request_that_fails_leaves_the_desk_as_it_was(
     desk: Desk, model: DemoModel, stepped: Stepped, error: Exception

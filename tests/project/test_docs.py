@@ -30,7 +30,8 @@ from visar.cli import main, parser
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-BESIDE = [*sorted(ROOT.glob("assets/*/README.md")), ROOT / "CHANGELOG.md"]  # pages of the site that do not lie in docs/
+# Pages of the site that do not lie in docs/.
+BESIDE = [*sorted(ROOT.glob("assets/*/README.md")), ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *BESIDE]
 FENCE = re.compile(r"^ *(?P<ticks>`{3,}|~{3,})(?P<language>[^\n]*)\n(?P<code>.*?)^ *(?P=ticks) *$", re.S | re.M)
 
@@ -78,6 +79,9 @@ PARSED = {
 FOREIGN = {
     "python -m visar.eval.report.prompt_sheet --model my-model --out sheet.png": (
         "100 images of the model above; tests/eval/report/test_prompt_sheet.py makes few"
+    ),
+    'pip install "PATH_OF_THE_CLONE[demo]" --constraint PATH_OF_THE_CLONE/constraints.txt': (
+        "installs; tests/project/test_wheel.py does so with the same constraints"
     ),
     "uv run pytest": "these tests themselves",
     "pytest -m gpu": "these tests themselves",

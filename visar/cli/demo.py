@@ -25,19 +25,21 @@ def demo(options: argparse.Namespace) -> int:
     if not 0 <= options.port < 65536:
         raise VisarError(f"--port must be from 0 (any that is free) to 65535, not {options.port}.")
     port = _free_port(options.host, options.port)  # before models are loaded
-    from visar.demo.app import build, css, theme
+    from visar.demo.app import build
+    from visar.demo.guard import Access
     from visar.demo.jobs import end_all
     from visar.demo.models import named
     from visar.demo.requests import Limits
+    from visar.demo.server import launch
 
+    access = Access(options.host, options.allowed_host, options.embed_in, options.trusted_proxy)
     models = named(_load(options))
-    page = build(models, Limits(images=options.max_images, waiting=options.max_waiting))
+    everybody = options.max_waiting + 1  # who come by --share have one address
+    per_address = options.max_per_address or (everybody if options.share and not access.proxies else 1)
+    limits = Limits(images=options.max_images, waiting=options.max_waiting, per_address=per_address)
+    page = build(models, limits)
     try:
-        _, url, shared = page.launch(
-            server_name=options.host, server_port=port, share=options.share, quiet=True, prevent_thread_lock=True,
-            theme=theme(), css=css(), footer_links=[], ssr_mode=False,
-            max_file_size=0, enable_monitoring=False,  # no uploads, no list of what others do
-        )  # fmt: skip
+        url, shared = launch(page, access, limits, options.host, port, options.share)
     except (OSError, ValueError) as error:
         raise VisarError(f"The demo could not be served on {options.host}:{port}: {error}.") from error
     print(f"visar demo: {', '.join(models)} on {shared or url}", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from visar.demo.models import DemoModel
-from visar.demo.requests import SEEDS, Limits, Request, checked, label_of, page_settings
+from visar.demo.requests import SEEDS, TEXT, Limits, Request, checked, label_of, page_settings, whole
 from visar.errors import VisarError
 
 PROMPTS = ["a red heart, 3d", "a lion, noto", "a green apple, flat", "a sailboat, 3d"]
@@ -30,7 +30,13 @@ class Conditions:
             visible=not first.classes,
             elem_classes="visar-prompt",
         )
-        self.examples = gr.Examples(PROMPTS, self.prompt, label="Try", visible=not first.classes).dataset
+        self.examples = gr.Dataset(
+            components=[self.prompt],
+            samples=[[p] for p in PROMPTS],
+            type="index",
+            label="Try",
+            visible=not first.classes,
+        )
         self.label = gr.Number(0, label=_class_label(first), visible=bool(first.classes))
 
     def add_settings(self, limits: Limits) -> None:
@@ -40,12 +46,11 @@ class Conditions:
         with gr.Row():
             self.images = gr.Slider(1, limits.images, value=1, step=1, label="Images", visible=limits.images > 1)
             with gr.Column(min_width=140):
-                self.settings["seed"] = seed = gr.Number(0, label=label_of("seed"), elem_classes="visar-seed")
-                dice = gr.Button("Another seed", size="sm")
+                self.settings["seed"] = gr.Number(0, label=label_of("seed"), elem_classes="visar-seed")
+                self.dice = gr.Button("Another seed", size="sm")
         for name, about in page_settings().items():
             if name not in self.settings:
                 self.settings[name] = _box(name, about, first)
-        dice.click(lambda: secrets.randbelow(SEEDS), None, seed, queue=False, api_visibility="private")
 
     @property
     def components(self) -> list[Any]:
@@ -56,9 +61,22 @@ class Conditions:
         """The components that depend on the model."""
         return [self.prompt, self.examples, self.label, *(b for name, b in self.settings.items() if name != "seed")]
 
-    def of_model(self, name: str) -> list[Any]:
+    def known(self, name: Any) -> DemoModel:
+        """The model of this name. Raises `VisarError`; a browser may send anything."""
+        if not isinstance(name, str) or name not in self.models:
+            raise VisarError(f"There is no model {str(name)[:TEXT]!r} here; there are {', '.join(self.models)}.")
+        return self.models[name]
+
+    def example(self, number: Any) -> list[Any]:
+        """The prompt of a number of the examples. Raises `VisarError`."""
+        return [PROMPTS[whole("The example", number, 0, len(PROMPTS) - 1)]]
+
+    def another_seed(self) -> list[Any]:
+        return [secrets.randbelow(SEEDS)]
+
+    def of_model(self, name: Any) -> list[Any]:
         """Updates of `dependent` for a chosen model."""
-        model, about = self.models[name], page_settings()
+        model, about = self.known(name), page_settings()
         return [
             gr.update(visible=not model.classes),
             gr.update(visible=not model.classes),
@@ -69,10 +87,8 @@ class Conditions:
     def request(self, values: Sequence[Any], samplers: list[tuple[str, dict[str, Any]]], limits: Limits) -> Request:
         """The request for the values of `components`. Raises `VisarError` if it is not allowed."""
         name, prompt, label, images, *rest = values
-        if not isinstance(name, str) or name not in self.models:
-            raise VisarError(f"There is no model {name!r} here; there are {', '.join(self.models)}.")
         settings = dict(zip(self.settings, rest, strict=True))
-        return checked(self.models[name], prompt, label, samplers, images, settings, limits)
+        return checked(self.known(name), prompt, label, samplers, images, settings, limits)
 
 
 def _shown(name: str, about: Mapping[str, Any], model: DemoModel) -> dict[str, Any]:

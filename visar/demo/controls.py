@@ -14,6 +14,7 @@ import gradio as gr
 
 from visar.demo import view
 from visar.demo.models import DemoModel
+from visar.demo.requests import known_sampler
 from visar.samplers import get_sampler, spec_of
 from visar.samplers.parameters import Parameter, parameters_of
 
@@ -48,7 +49,6 @@ def _box_of(p: Parameter, visible: bool) -> Any:
 class SamplerControls:
     """The components of one choice of a sampler."""
 
-    models: Mapping[str, DemoModel]
     sampler: Any
     exactness: Any
     boxes: dict[str, Any]
@@ -66,7 +66,7 @@ class SamplerControls:
                 every |= {k: p for k, p in shown_parameters(model, name).items() if k not in every}
         with gr.Row():
             boxes = {name: _box_of(own.get(name, p), name in own) for name, p in every.items()}
-        return SamplerControls(models, sampler, exactness, boxes)
+        return SamplerControls(sampler, exactness, boxes)
 
     @property
     def components(self) -> list[Any]:
@@ -83,15 +83,15 @@ class SamplerControls:
         name, *rest = values
         return name, dict(zip(self.boxes, rest, strict=True))
 
-    def choose(self, model: str, sampler: str) -> list[Any]:
-        """Updates for a chosen sampler."""
-        own = shown_parameters(self.models[model], sampler)
+    def choose(self, model: DemoModel, sampler: Any) -> list[Any]:
+        """Updates for a chosen sampler. Raises `VisarError` for one that the model does not have."""
+        own = shown_parameters(model, known_sampler(model, sampler))
         boxes = [_box_of(own[name], True) if name in own else gr.update(visible=False) for name in self.boxes]
         return [exactness_of(sampler), *boxes]
 
-    def of_model(self, model: str, chosen: str) -> list[Any]:
+    def of_model(self, model: DemoModel, chosen: str) -> list[Any]:
         """Updates for a chosen model."""
-        return [gr.update(choices=choices_of(self.models[model]), value=chosen), *self.choose(model, chosen)]
+        return [gr.update(choices=choices_of(model), value=chosen), *self.choose(model, chosen)]
 
 
 def choices_of(model: DemoModel) -> list[tuple[str, str]]:

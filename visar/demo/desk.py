@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ class Ticket:
 
     visitor: str
     request: Request
+    address: str = ""
+    tab: str = ""
     job: Job | None = None
     revoked: bool = False
     served: bool = False
@@ -42,8 +45,8 @@ class Desk:
         self._tickets: dict[str, Ticket] = {}
         self._lock, self._machine = threading.Lock(), threading.Lock()
 
-    def ask(self, visitor: str, request: Request) -> str:
-        """A ticket for a request; it replaces a waiting one of the same visitor.
+    def ask(self, visitor: str, request: Request, address: str = "", tab: str = "") -> str:
+        """A ticket for a request of a tab; it replaces a waiting one of the same visitor.
 
         Raises `VisarError` while a request of the visitor is being served.
         """
@@ -53,12 +56,18 @@ class Desk:
                     raise VisarError("Your last request is still at work; stop it first, or wait for its images.")
                 ticket.revoked = True  # not served when its turn comes
             name = secrets.token_hex(16)
-            self._tickets[name] = Ticket(visitor, request)
+            self._tickets[name] = Ticket(visitor, request, address, tab)
             while len(self._tickets) > TICKETS:
-                idle = [n for n, t in self._tickets.items() if not t.at_work]
-                # Revoked tickets go first, so that repeated requests of one visitor do not push out others.
-                del self._tickets[min(idle, key=lambda n: not self._tickets[n].revoked)]
+                idle = {n: t for n, t in self._tickets.items() if not t.at_work}
+                crowd = Counter(t.address for t in idle.values())
+                # Revoked ones go first, then those of the address that has most: nobody pushes out others.
+                del self._tickets[min(idle, key=lambda n: (not idle[n].revoked, -crowd[idle[n].address]))]
             return name
+
+    def newest(self, visitor: str, tab: str) -> str:
+        """The last ticket of a visitor's tab; "" if it has none."""
+        with self._lock:
+            return next((n for n, t in reversed(self._tickets.items()) if (t.visitor, t.tab) == (visitor, tab)), "")
 
     def request(self, name: str) -> Request:
         """The request of a ticket. Raises `VisarError` for an unknown ticket."""

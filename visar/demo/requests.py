@@ -18,12 +18,16 @@ TEXT = 400  # characters of a sampler's parameter
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits: images and characters of a request, seconds of a decoding, waiting requests."""
+    """Limits: images and characters of a request, seconds of a decoding, and what the server keeps of its visitors."""
 
     images: int = 4
     prompt: int = 300
     seconds: float = 600
-    waiting: int = 16
+    waiting: int = 16  # requests in the queue
+    per_address: int = 1  # of them and of those at work from one network address
+    sessions: int = 256  # browsers that are remembered, 0.3 MB each
+    idle: float = 3600  # seconds until a browser that does nothing is forgotten
+    unread: int = 100  # frames for a browser that reads none
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,9 @@ def checked(
     `samplers`: names with the values of their parameters. Parameters that a sampler does not have, and `settings` that
     the model does not have, are ignored. A model of classes uses `label`, others use `prompt`.
     """
-    condition = _whole("The class", label, 0, model.classes - 1) if model.classes else _text(prompt, limits)
+    condition = whole("The class", label, 0, model.classes - 1) if model.classes else _text(prompt, limits)
     chosen = tuple(_sampler(model, name, values) for name, values in samplers)
-    count = _whole("The number of images", images, 1, limits.images)
+    count = whole("The number of images", images, 1, limits.images)
     given = {name: _setting(name, about, settings.get(name)) for name, about in page_settings(model.tokens).items()}
     return Request(model, condition, chosen, count, SamplingParams(**given))
 
@@ -106,9 +110,9 @@ def _setting(name: str, about: Mapping[str, Any], value: Any) -> Any:
             raise VisarError(f"{what} must be {' or '.join(about['choices'])}, not {str(value)[:TEXT]!r}.")
         return value
     if about["slider"] is None:
-        return _whole(what, value, 0, SEEDS - 1)
+        return whole(what, value, 0, SEEDS - 1)
     low, high, step = about["slider"]
-    return (_whole if step == 1 else _number)(what, value, low, high)
+    return (whole if step == 1 else _number)(what, value, low, high)
 
 
 def _text(prompt: Any, limits: Limits) -> str:
@@ -123,16 +127,21 @@ def _text(prompt: Any, limits: Limits) -> str:
     return text
 
 
-def _sampler(model: DemoModel, name: Any, values: Mapping[str, Any]) -> Any:
+def known_sampler(model: DemoModel, name: Any) -> str:
+    """The name, if the model has this sampler. Raises `VisarError`; no place of a file is one."""
     if name not in model.samplers:
         raise unknown(f"sampler of {model.name}", str(name)[:TEXT], model.samplers)
-    made = get_sampler(name, **model.parameters(name))
+    return str(name)
+
+
+def _sampler(model: DemoModel, name: Any, values: Mapping[str, Any]) -> Any:
+    made = get_sampler(known_sampler(model, name), **model.parameters(name))
     given: dict[str, Any] = {}
     for p in parameters_of(made).values():
         if (value := values.get(p.name)) is None:
             continue
         if p.kind in (int, float) and p.low is not None and p.high is not None:
-            value = (_whole if p.kind is int else _number)(p.name, value, p.low, p.high)
+            value = (whole if p.kind is int else _number)(p.name, value, p.low, p.high)
         elif not isinstance(value, p.kind) or (p.choices and value not in p.choices) or len(str(value)) > TEXT:
             raise VisarError(f"{p.name} must be {p.range}, not {str(value)[:TEXT]!r}.")
         given[p.name] = value
@@ -149,7 +158,7 @@ def _number(what: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def _whole(what: str, value: Any, low: float, high: float) -> int:
+def whole(what: str, value: Any, low: float, high: float) -> int:
     number = _number(what, value, low, high)
     if number != int(number):
         raise VisarError(f"{what} must be a whole number, not {_shown(number)}.")

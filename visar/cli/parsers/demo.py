@@ -18,3 +18,18 @@ def demo(p: CommandParser) -> None:
     server.add_argument("--share", action="store_true", help="also give it a public address at Gradio's")
     server.add_argument("--max-images", type=whole(1), default=4, metavar="N", help="images in a request, at most")
     server.add_argument("--max-waiting", type=whole(1), default=16, metavar="N", help="requests in the queue, at most")
+    server.add_argument(
+        "--max-per-address", type=whole(1), metavar="N",
+        help="requests of one network address, at most (1; without limit with --share, which hides addresses)",
+    )  # fmt: skip
+    server.add_argument(
+        "--allowed-host", action="append", default=[], metavar="NAME", help="a name by which others reach it"
+    )
+    server.add_argument(
+        "--trusted-proxy", action="append", default=[], metavar="ADDRESS",
+        help="a proxy whose X-Forwarded-For and -Proto headers hold",
+    )  # fmt: skip
+    server.add_argument(
+        "--embed-in", action="append", default=[], metavar="ORIGIN",
+        help="a site that may show the page in a frame, such as https://huggingface.co",
+    )  # fmt: skip

@@ -1,0 +1,404 @@
+"""What reaches the demo over HTTP, and what does not: files and addresses, large and strange bodies, other sites."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+import visar
+from tests.helpers.stepped import LONG
+from tests.helpers.web import JSON, Visitor, ask, canary, get, serving
+from visar.cli import main
+from visar.demo import guard
+from visar.demo.guard import LARGEST, READ, Access
+
+REPOSITORY = Path(visar.__file__).parent.parent
+NO_FILE = re.compile(rb'\{"detail":"(A request is a JSON object|There is nothing here|Allowed are|A request is sent)')
+
+
+@pytest.fixture(scope="module")
+def served(text_folder: Path) -> Iterator[str]:
+    with serving(text_folder, "--allowed-host", "Demo.example.org", "--trusted-proxy", "127.0.0.9") as address:
+        yield address
+
+
+@pytest.fixture
+def visitor(served: str) -> Visitor:
+    return Visitor(served, "visitor")
+
+
+def sent(address: str, data: bytes) -> bytes:
+    """The first bytes of the answer to raw bytes."""
+    parts = urlsplit(address)
+    with socket.create_connection((str(parts.hostname), int(parts.port or 0)), timeout=LONG) as connection:
+        connection.sendall(data)
+        found = b""
+        while b"}" not in found and (more := connection.recv(65536)):
+            found += more
+        return found
+
+
+def raw(address: str, body: bytes, *headers: str, path: str = "run/predict") -> bytes:
+    lines = [f"POST /gradio_api/{path} HTTP/1.1", f"Host: {urlsplit(address).netloc}", *headers, "", ""]
+    return sent(address, "\r\n".join(lines).encode() + body)
+
+
+# Files and addresses
+
+
+@pytest.mark.parametrize("wrapped", ["box", "list", "deep", "event_data", "key", "twice", "escaped", "url", "form"])
+def test_no_address_is_asked(visitor: Visitor, served: str, wrapped: str, tmp_path: Path) -> None:
+    with canary() as (address, asked):
+        file: Any = {"path": f"{address}/big", "meta": {"_type": "gradio.FileData"}}
+        if wrapped == "url":
+            file = {"path": str(tmp_path), "url": f"{address}/big", "meta": {"_type": "gradio.FileData"}}
+        event = visitor.button("generate")
+        data = visitor.values(event)
+        data[1] = {"list": [file], "deep": {"a": [{"b": file}]}}.get(wrapped, file)
+        body: dict[str, Any] = {"data": data, "fn_index": event["id"], "session_hash": "thief"}
+        if wrapped in ("event_data", "key"):
+            body |= {"data": visitor.values(event), ("event_data" if wrapped == "event_data" else "files"): file}
+        text = json.dumps(body)
+        if wrapped == "twice":  # of two equal keys a parser takes one or the other
+            plain = json.dumps({"data": visitor.values(event), "fn_index": event["id"], "session_hash": "thief"})
+            text = f"{text[:-1]}, {plain[1:]}"
+        if wrapped == "escaped":
+            text = text.replace("path", "\\u0070ath").replace("_type", "\\u005ftype")
+        headers = {"Content-Type": "application/x-www-form-urlencoded"} if wrapped == "form" else JSON
+        for route in (
+            "run/predict", "api/predict", "run/generate", "queue/join", "call/predict", "call/v2/predict", "cancel",
+            "component_server", "stream/0", "upload", "reset", "process_recording",
+        ):  # fmt: skip
+            status, said = get(f"{served}/gradio_api/{route}", body=text.encode(), headers=headers)
+            assert 400 <= status < 500 and NO_FILE.match(said), (route, status, said)
+        for route in ("proxy=", "file=", "file/", "stream/"):
+            for method in ("GET", "HEAD"):
+                assert get(f"{served}/gradio_api/{route}{address}/big", method=method)[0] == 404
+        assert asked == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/etc/passwd", "%2Fetc%2Fpasswd", "file:///etc/passwd", "/proc/self/environ", "http://127.0.0.1:1/",
+        str(REPOSITORY / "pyproject.toml"), "pyproject.toml", "../pyproject.toml", str(Path(visar.__file__)),
+        "..%2f..%2f..%2fetc%2fpasswd", "img/../../../../../../../etc/passwd", "%2e%2e/__init__.py", ".hidden",
+        "..\\..\\etc\\passwd", "img/%00", "%c0%ae%c0%ae/passwd",
+    ],
+)  # fmt: skip
+def test_no_file_is_handed_out(served: str, path: str) -> None:
+    for route in (
+        "gradio_api/file=", "file=", "gradio_api/static/", "static/", "assets/", "gradio_api/proxy=", "svelte/",
+        "gradio_api/custom_component/0/client/", "gradio_api/file/", "theme",
+    ):  # fmt: skip
+        status, body = get(f"{served}/{route}{path}")
+        assert status in (400, 403, 404), (route, status)
+        assert b"root:" not in body and b"[build-system]" not in body and b"def " not in body
+
+
+def test_nothing_is_uploaded(served: str) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.txt"\r\n\r\nleft here\r\n--x--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    for route in ("upload", "upload?upload_id=1", "component_server", "process_recording", "run/predict"):
+        assert get(f"{served}/gradio_api/{route}", body=body, headers=headers)[0] in (404, 415)
+
+
+def test_routes_that_the_page_does_not_need_are_closed(served: str) -> None:
+    """Of all routes of Gradio's application."""
+    import gradio
+
+    def routes(router: Any) -> Iterator[tuple[str, str]]:
+        for route in router.routes:
+            if hasattr(route, "path"):
+                yield from ((method, route.path) for method in route.methods or ())
+            inner = getattr(route, "original_router", None) or getattr(route, "app", None)
+            if hasattr(inner, "routes") and not hasattr(route, "path"):
+                yield from routes(inner)
+
+    with gradio.Blocks() as page:
+        gradio.Textbox()
+    found = set(routes(gradio.routes.App.create_app(page)))
+    filled = {(m, re.sub(r"\{[^}]*\}", "x", path).rstrip("/") or "/") for m, path in found}
+    assert len(filled) > 40
+    endless = "/gradio_api/heartbeat/x"  # open, and a stream that tells when a window is closed
+    filled = {(m, path) for m, path in filled if m in ("GET", "HEAD", "POST") and path != endless}
+    answers = {(m, path): get(served + path, method=m)[0] for m, path in filled}
+    opened = {path for (method, path), status in answers.items() if status == 200 and method != "POST"}
+    assert opened <= {
+        "/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/gradio_api/info",
+        "/gradio_api/startup-events",
+    } and "/" in opened  # fmt: skip
+    posts = {path for (method, path), status in answers.items() if method == "POST" and status != 404}
+    assert posts == {"/gradio_api/queue/join"}  # and of /gradio_api/run/{name} the one for "predict"
+    for method in ("PUT", "DELETE", "PATCH", "TRACE", "PROPFIND", "OPTIONS"):
+        assert get(served, method=method)[0] == 405
+    assert not READ.fullmatch("/gradio_api/mcp/sse") and not READ.fullmatch("/gradio_api/queue/data/")
+
+
+def test_the_description_of_the_page_names_no_path(served: str) -> None:
+    for path in ("", "/config", "/gradio_api/info", "/manifest.json", "/theme.css"):
+        text = get(served + path)[1].decode()
+        for private in (str(Path.home()), str(REPOSITORY), str(Path.cwd()), "site-packages", socket.gethostname()):
+            assert private == "/" or private not in text, (path, private)
+
+
+def test_what_a_query_or_a_header_asks_of_gradio_is_left_out(served: str) -> None:
+    plain = get(f"{served}/config")[1]
+    for query in ("deep_link=../../x", "page=x", "deep_link=" + "0" * 11):
+        assert get(f"{served}/config?{query}")[1] == plain
+    for name in ("X-Forwarded-Host", "X-Gradio-Server", "X-Forwarded-Proto", "Forwarded"):
+        said = get(served, headers={name: "https://evil.example"})[1]
+        assert b"evil.example" not in said and b"https://127" not in said
+
+
+# Bodies
+
+
+def test_large_bodies_are_refused(served: str, visitor: Visitor) -> None:
+    event = visitor.button("stop")
+    for fill in (LARGEST, 5_000_000):
+        said = raw(served, b"", "Content-Type: application/json", f"Content-Length: {fill + 1}")
+        assert b" 413 " in said.splitlines()[0] and b"at most 64 KiB" in said  # before any of it is sent
+        chunk = b" " * 8192
+        chunks = b"".join(b"2000\r\n" + chunk + b"\r\n" for _ in range(min(fill // 8192, 16))) + b"1\r\n \r\n0\r\n\r\n"
+        said = raw(served, chunks, "Content-Type: application/json", "Transfer-Encoding: chunked")
+        assert b" 413 " in said.splitlines()[0]
+    body = {"data": [], "fn_index": event["id"], "session_hash": "x"}
+    text = json.dumps(body).encode().ljust(LARGEST)
+    assert get(f"{served}/gradio_api/run/predict", body=text, headers=JSON)[0] == 200
+    assert get(f"{served}/gradio_api/run/predict", body=text + b" ", headers=JSON)[0] == 413
+    for path in ("", "/config"):
+        assert get(served + path, method="GET", body=b"{}")[0] == 400
+    assert get(f"{served}/gradio_api/upload", body=text * 9)[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", BODY := b"A request is a JSON object"), (b"{", BODY), (b"[]", BODY), (b"null", BODY), (b'"x"', BODY),
+        (b"[" * 60_000, BODY), (b'{"data":' + b"[" * 3000 + b"]" * 3000 + b"}", BODY), (b"{}", BODY),
+        (b'{"data": [], "fn_index": 0}', BODY), (b'{"data": [], "session_hash": "x"}', BODY),
+        (b'{"data": {}, "fn_index": 0, "session_hash": "x"}', BODY),
+        (b'{"data": [], "fn_index": "0", "session_hash": "x"}', BODY),
+        (b'{"data": [], "fn_index": 0.5, "session_hash": "x"}', BODY),
+        (b'{"data": [], "fn_index": true, "session_hash": "x"}', BODY),
+        (b'{"data": [], "fn_index": 0, "session_hash": "../x"}', BODY),
+        (b'{"data": [], "fn_index": 0, "session_hash": ""}', BODY),
+        (b'{"data": [], "fn_index": 0, "session_hash": "' + b"x" * 65 + b'"}', BODY),
+        (b'{"data": [], "fn_index": 0, "session_hash": "x\\n"}', BODY),
+        (b'{"data": ["\xff"], "fn_index": 0, "session_hash": "x"}', BODY),
+        (b'{"data": ["\\ud800"], "fn_index": 0, "session_hash": "x"}', BODY),
+        (b'{"data": [NaN], "fn_index": 0, "session_hash": "x"}', BODY),
+        (b'{"data": [1e999], "fn_index": 0, "session_hash": "x"}', BODY),
+        (b'{"data": [' + b"9" * 9000 + b'], "fn_index": 0, "session_hash": "x"}', BODY),
+        ("{}".encode("utf-16"), BODY),
+        (b'{"data": [], "fn_index": 999, "session_hash": "x"}', b"There is no button 999 here."),
+        (b'{"data": [], "fn_index": -1, "session_hash": "x"}', b"There is no button -1 here."),
+        (b'{"data": [], "fn_index": 0, "session_hash": "x"}', b"This button takes "),
+    ],
+)  # fmt: skip
+def test_strange_bodies_are_a_sentence(served: str, text: bytes, why: bytes) -> None:
+    status, said = get(f"{served}/gradio_api/run/predict", body=text, headers=JSON)
+    assert status == 400 and why in said, (status, said)
+    status, said = get(f"{served}/gradio_api/queue/join", body=text, headers=JSON)
+    assert status == 400 and said.startswith(b'{"detail":"'), (status, said)
+
+
+def test_other_forms_of_a_body_are_refused(served: str, visitor: Visitor) -> None:
+    event = visitor.button("stop")
+    text = json.dumps({"data": [], "fn_index": event["id"], "session_hash": "x"}).encode()
+    url = f"{served}/gradio_api/run/predict"
+    assert get(url, body=text, headers={"Content-Type": "Application/JSON; charset=utf-8"})[0] == 200
+    for kind in ("text/plain", "text/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        assert get(url, body=text, headers={"Content-Type": kind})[0] == 415
+    for coding in ("gzip", "br", "deflate", "gzip, gzip"):
+        headers = {**JSON, "Content-Encoding": coding}
+        assert get(url, body=gzip.compress(text), headers=headers)[0] == 415
+    bomb = gzip.compress(b" " * 5_000_000)
+    assert get(url, body=bomb, headers={**JSON, "Content-Encoding": "gzip"})[0] in (413, 415)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "PATIENCE", 0.1)
+    for path in ("run/predict", "queue/join"):
+        said = raw(served, b'{"data"', "Content-Type: application/json", "Content-Length: 100", path=path)
+        assert b" 408 " in said.splitlines()[0], said
+
+
+def test_a_websocket_is_refused() -> None:
+    said: list[Any] = []
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    middle = guard.Guard(None, None, Access(), None)  # type: ignore[arg-type]  # nothing else is asked
+    asyncio.run(middle({"type": "websocket", "path": "/gradio_api/queue/join", "headers": []}, receive, send))
+    assert said == [{"type": "websocket.close", "code": 1008}]
+
+
+def junk() -> list[Any]:
+    return [
+        None, True, False, "", "x", "x" * 3000, "../../etc/passwd", "a.py:B", "http://127.0.0.1:1/x", -1, 0, 0.5, 1e300,
+        -1e300, 10**18, 10**300, "\x00", "é\u202e", "1", "nan",
+    ]  # fmt: skip
+
+
+def test_any_value_in_any_box_gets_an_answer(served: str) -> None:
+    """Never an HTTP 500: a sentence where the value cannot be, however the box is filled."""
+    visitor = Visitor(served, "strange")
+    events = [d for d in visitor.config["dependencies"] if not d["queue"] and d["inputs"]]
+    assert len(events) >= 6
+    refused = 0
+    for event in events:
+        plain = visitor.values(event)
+        for box in range(len(plain)):
+            for value in junk()[box % 7 :: 7] if len(plain) > 3 else junk()[::3]:
+                data = [*plain[:box], value, *plain[box + 1 :]]
+                status, said = visitor.sends("run/predict", event, data)
+                assert status == 200, (event["id"], box, value, said)
+                refused += b'role=\\"alert\\"' in said
+    assert refused > 30
+    for box, value, why in (("Sampler", "a.py:B", "a.py:B"), ("Images", 99, "from 1 to 4"), ("Prompt", None, "empty")):
+        assert why in visitor.press("generate", **{box: value})[0]
+
+
+# Other sites
+
+
+@pytest.mark.parametrize(
+    ("host", "let"),
+    [
+        ("127.0.0.1:{port}", True), ("localhost:{port}", True), ("LOCALHOST", True), ("[::1]:{port}", True),
+        ("demo.example.org", True), ("demo.EXAMPLE.org:443", True), ("evil.example", False), ("", False),
+        ("127.0.0.1.evil.example", False), ("evil@localhost", False), ("localhost/evil", False), ("10.0.0.1", False),
+        ("localhost:x", False), ("a.demo.example.org", False), ("2130706433", False), ("[evil]", False),
+    ],
+)  # fmt: skip
+def test_the_host_is_checked(served: str, visitor: Visitor, host: str, let: bool) -> None:
+    host = host.format(port=urlsplit(served).port)
+    event = visitor.button("stop")
+    body = json.dumps({"data": [], "fn_index": event["id"], "session_hash": "x"}).encode()
+    for status, said in (
+        get(served, headers={"Host": host}), get(f"{served}/theme.css", headers={"Host": host}),
+        get(f"{served}/gradio_api/run/predict", body=body, headers={**JSON, "Host": host}),
+    ):  # fmt: skip
+        assert status == (200 if let else 421), said
+        assert let or b"--allowed-host" in said
+
+
+@pytest.mark.parametrize(
+    ("origin", "let"),
+    [
+        ("http://{netloc}", True), ("https://demo.example.org", True), ("http://evil.example", False), ("null", False),
+        ("http://127.0.0.1:1", False), ("http://{netloc}.evil.example", False), ("", False), ("http://[", False),
+        ("file://", False),
+    ],
+)  # fmt: skip
+def test_the_origin_is_checked(served: str, visitor: Visitor, origin: str, let: bool) -> None:
+    event = visitor.button("stop")
+    body = json.dumps({"data": [], "fn_index": event["id"], "session_hash": "x"}).encode()
+    headers = {"Origin": origin.format(netloc=urlsplit(served).netloc)}
+    status, _ = get(f"{served}/gradio_api/run/predict", body=body, headers={**JSON, **headers})
+    assert status == (200 if let else 403)
+    assert get(f"{served}/config", headers=headers)[0] == (200 if let else 403)
+
+
+def test_every_answer_has_the_headers(served: str) -> None:
+    for url, options in (
+        (served, {}), (f"{served}/config", {}), (f"{served}/nothing", {}), (f"{served}/assets/nothing.js", {}),
+        (f"{served}/gradio_api/upload", {"body": b""}), (served, {"headers": {"Host": "evil.example"}}),
+    ):  # fmt: skip
+        headers = ask(url, **options)[2]  # type: ignore[arg-type]
+        assert headers["x-frame-options"] == "DENY" and headers["x-content-type-options"] == "nosniff"
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["referrer-policy"] == "same-origin"
+
+
+def test_a_site_may_show_it_in_a_frame() -> None:
+    found = Access(frames=["https://huggingface.co", "https://*.hf.space"]).headers
+    assert "frame-ancestors https://huggingface.co https://*.hf.space;" in found["Content-Security-Policy"]
+    assert "X-Frame-Options" not in found
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        ("--embed-in", "huggingface.co", "is no origin"), ("--embed-in", "https://a.b/c", "is no origin"),
+        ("--embed-in", "https://a.b; script-src *", "is no origin"), ("--embed-in", "*", "is no origin"),
+        ("--allowed-host", "*", "is no name of a host"), ("--allowed-host", "https://a.b", "is no name of a host"),
+        ("--allowed-host", "a.b:80", "is no name of a host"), ("--trusted-proxy", "nginx", "is no address"),
+        ("--trusted-proxy", "", "is no address"), ("--max-per-address", "0", "must be 1 or more"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_a_sentence(option: str, value: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--port", "0", option, value]) == 2
+    assert why in capsys.readouterr().err
+
+
+# Visitors
+
+
+@pytest.fixture
+def held(served: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Visitor]:
+    """A visitor whose request stays at work."""
+    import threading
+
+    hold = threading.Event()
+    monkeypatch.setattr("visar.demo.jobs.warm_up", lambda *_: hold.wait(LONG))
+    first = Visitor(served, f"held{time.monotonic_ns()}", source="127.0.0.2")
+    first.press("generate")
+    first.wait()
+    yield first
+    hold.set()
+    assert "done, " in first.results()[0][0]
+
+
+def test_one_request_from_an_address(served: str, held: Visitor) -> None:
+    again = Visitor(served, "other-window", source="127.0.0.2")
+    assert "Your address has a request at work" in again.press("generate")[0]
+    assert again.then is not None
+    status, said = again.sends("queue/join", again.then, [])
+    assert status == 429 and b"Your address has a request at work" in said
+    for name in range(3):  # whatever it calls itself
+        assert Visitor(served, f"name{name}", source="127.0.0.2").sends("queue/join", again.then, [])[0] == 429
+    for name in ("127.0.0.7", "127.0.0.2"):  # nor says of its address
+        forged = {"data": [], "fn_index": again.then["id"], "session_hash": "forged"}
+        headers = {**JSON, "X-Forwarded-For": "203.0.113.5", "Forwarded": "for=203.0.113.5", "X-Real-IP": name}
+        url = f"{served}/gradio_api/queue/join"
+        assert get(url, body=json.dumps(forged).encode(), headers=headers, source="127.0.0.2")[0] == 429
+    neighbour = Visitor(served, "neighbour", source="127.0.0.3")
+    assert "Waiting for its turn" in neighbour.press("generate")[0]
+    for turn in range(3):  # a second turn serves a changed request; more would fill the queue
+        assert neighbour.then is not None
+        assert neighbour.sends("queue/join", neighbour.then, [])[0] == (200 if turn < 2 else 429)
+    assert get(f"{held.api}/run/predict", body=b"{}", headers=JSON)[0] == 400
+
+
+def test_a_proxy_that_is_trusted_says_who_asks(served: str, held: Visitor) -> None:
+    assert held.then is not None
+    body = json.dumps({"data": [], "fn_index": held.then["id"], "session_hash": f"far{time.monotonic_ns()}"}).encode()
+    url = f"{served}/gradio_api/queue/join"
+    headers = {**JSON, "X-Forwarded-For": "203.0.113.5, 127.0.0.2"}  # the last one is what the proxy saw
+    assert get(url, body=body, headers=headers, source="127.0.0.9")[0] == 429
+    assert get(url, body=body, headers={**JSON, "X-Forwarded-For": "198.51.100.7"}, source="127.0.0.9")[0] == 200
+    said = get(served, headers={"X-Forwarded-Proto": "https", "Host": "demo.example.org"}, source="127.0.0.9")[1]
+    assert b"https://demo.example.org" in said
+
+
+def test_who_waits_for_nothing_gets_no_stream(served: str) -> None:
+    for session in ("", "nobody", "../x", "x" * 100):
+        assert get(f"{served}/gradio_api/queue/data?session_hash={session}")[0] == 404
+    assert get(f"{served}/gradio_api/queue/data")[0] == 404
