@@ -24,10 +24,13 @@ def words(
 ) -> Words:
     """Four words of 32 random bits for each of `positions` [B, ...], for rows `images` [B] with the `keys` [B].
 
-    `passes` and `lane` are numbers or broadcast with the positions; `key` [2] is the seed.
+    `passes` and `lane` are numbers or broadcast with the positions; `key` [2] is the seed. The counter holds the lower
+    half of a row's key of 64 bits; the upper half goes into the seed.
     """
     ones = (1,) * (positions.ndim - 1)
     image, own = images.view(-1, *ones), keys.view(-1, *ones)
+    high = own >> 32 & 0xFFFFFFFF
+    key = torch.stack([key[0].expand_as(high), key[1] ^ high])
     zero = torch.zeros_like(positions)
     at = positions + (own % SPAN) * SPAN
     turn = zero + passes + (own // SPAN % SPAN) * SPAN
@@ -165,6 +168,12 @@ def counter(image, own, position, turn, purpose: tl.constexpr):  # type: ignore[
 
 
 @jit
+def keyed(word, own):  # type: ignore[no-untyped-def]
+    """The second word of the seed with the upper half of a row's key, uint32."""
+    return (word ^ (own >> 32 & 0xFFFFFFFF)).to(tl.uint32)
+
+
+@jit
 def noise_counter(  # type: ignore[no-untyped-def]
     key, images, keys, positions, passes, image_step, key_step, row_step, column_step, row, column,
     purpose: tl.constexpr, turn_read: tl.constexpr,
@@ -176,7 +185,7 @@ def noise_counter(  # type: ignore[no-untyped-def]
         turn = tl.load(passes)
     position = tl.load(positions + row * row_step + column * column_step)
     c1, c2, c3 = counter(tl.load(images + row * image_step), own, position, turn, purpose)
-    return c1, c2, c3, tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
+    return c1, c2, c3, tl.load(key).to(tl.uint32), keyed(tl.load(key + 1), own)
 
 
 @jit
@@ -209,7 +218,7 @@ def _uniforms(  # type: ignore[no-untyped-def]
     position = tl.load(positions + row * row_step + column * column_step, inside, 0)
     image, own = tl.load(images + row * image_step, inside, 0), tl.load(keys + row * key_step, inside, 0)
     c1, c2, c3 = counter(image, own, position, turn, purpose)
-    k0, k1 = tl.load(key + zero).to(tl.uint32), tl.load(key + 1 + zero).to(tl.uint32)
+    k0, k1 = tl.load(key + zero).to(tl.uint32), keyed(tl.load(key + 1 + zero), own)
     a, b, c, d = philox_rounds(lane.to(tl.uint32), c1, c2, c3, k0, k1)
     tl.store(out + at, _unit(a, b), inside)
     tl.store(out + size + at, _unit(c, d), inside)

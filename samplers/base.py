@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from visar.engine.rng import Noise
+from visar.engine.rng import Noise, check_length
 from visar.engine.session import Session
 from visar.samplers.distribution import Target
 
@@ -31,6 +31,7 @@ class State:
     @classmethod
     def empty(cls, session: Session, target: Target, noise: Noise, window: int, **own: Any) -> Self:
         """The state before the first pass; `own` are the fields of a subclass."""
+        check_length(session.length, window)
         shape = (session.batch, session.length + window)
         return cls(
             target.on(session.device, session.length, session.vocab),
@@ -40,6 +41,14 @@ class State:
             passes=torch.zeros((), dtype=torch.long, device=session.device),
             **own,
         )
+
+    def broken(self) -> bool:
+        """Whether something that is no distribution was sampled from. The host waits for the device."""
+        return self.target.broken()
+
+    def check(self) -> None:
+        """Raise `VisarError` where `broken`."""
+        self.target.check()
 
     def inputs(self, session: Session, window: int) -> Tensor:
         """The tokens [B, W] of the next pass: the last committed one and the drafts."""

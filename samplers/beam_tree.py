@@ -122,7 +122,7 @@ class BeamTree(Registered):
         logits, first = drafter.root(state.tokens, session.lengths), 0
         for level in range(self.depth):
             count = known.parents.shape[1] - first
-            q = state.target.probs(logits, session.follows(count, known, first))
+            q = state.target.probs(logits, session.follows(count, known, first), drafted=True)
             draft_probs.append(q)
             joint = log_probs[..., None] + q.double().log()
             ranked = self._ranked(joint, score, session, state, first)

@@ -6,14 +6,16 @@ residuals of it are never warped a second time.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from visar.errors import VisarError
 from visar.kernels.target_probs import target_probs
+from visar.params import LARGEST, LEAST_TEMPERATURE, whole
+
+OFF = 0.01  # how far from 1 rounding may leave the sum of a distribution
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,10 @@ class Target:
 
     `allowed` [V], bool, are the tokens that free positions may have. `top_k` 0 is no limit, and ties with the k-th
     count as among them. `top_p` drops what comes after the token at which the cumulative probability passes it.
-    `forced` [length], long, fixes the tokens at its non-negative entries, allowed or not.
+    `forced` [length], whole numbers, fixes tokens, allowed or not; it is -1 where the position is free.
+
+    On a device (`on`), `faults` [2] remembers how far the worst sum of any distribution was from 1: of the target's and
+    of the drafter's. NaN means that there was one that is none. The host reads it in `broken` and `check`.
     """
 
     temperature: float = 1.0
@@ -30,38 +35,81 @@ class Target:
     top_p: float = 1.0
     forced: Tensor | None = None
     allowed: Tensor | None = None
+    faults: Tensor | None = field(default=None, compare=False, repr=False)
+    length: int = field(default=0, compare=False, repr=False)  # positions from here on are never committed
 
     def __post_init__(self) -> None:
-        if not 1e-5 <= self.temperature < math.inf:
+        object.__setattr__(self, "top_k", whole("top_k", self.top_k))
+        if isinstance(self.temperature, bool) or not LEAST_TEMPERATURE <= self.temperature <= LARGEST:
             raise VisarError(
-                f"Temperature must be a number above 0 (1e-5 at least), not {self.temperature}; for greedy decoding "
-                "use top_k 1."
+                f"Temperature must be a number above 0 ({LEAST_TEMPERATURE:g} at least, {LARGEST:g} at most), "
+                f"not {self.temperature}; for greedy decoding use top_k 1."
             )
         if self.top_k < 0:
             raise VisarError(f"top_k must be 0 (all tokens) or above, not {self.top_k}.")
-        if not 0 < self.top_p <= 1:
+        if isinstance(self.top_p, bool) or not 0 < self.top_p <= 1:
             raise VisarError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
 
     def on(self, device: torch.device, length: int, vocab: int) -> Target:
         """This target on a device; a `VisarError` if `forced` or `allowed` do not fit the sequence or vocabulary."""
-        if self.forced is not None and (len(self.forced) != length or int(self.forced.max()) >= vocab):
+        forced = None if self.forced is None else self.forced.long()
+        if forced is not None and not (
+            self.forced is not None
+            and is_whole(self.forced)
+            and tuple(forced.shape) == (length,)
+            and bool(((forced >= -1) & (forced < vocab)).all())
+        ):
             raise VisarError(f"forced must hold {length} entries, each -1 or a token below {vocab}.")
         if self.allowed is not None and (self.allowed.shape != (vocab,) or not bool(self.allowed.any())):
             raise VisarError(
                 f"allowed must say of each of the {vocab} tokens whether it may be sampled, and of one yes."
             )
-        there = {n: t.to(device) for n in ("forced", "allowed") if (t := getattr(self, n)) is not None}
-        return replace(self, **there) if there else self
+        return replace(
+            self,
+            forced=None if forced is None else forced.to(device, torch.long),
+            allowed=None if self.allowed is None else self.allowed.to(device),
+            faults=torch.zeros(2, device=device),
+            length=length,
+        )
 
-    def probs(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """The target distribution [B, W, V], fp32, for guided logits [B, W, V] at absolute positions [B, W]."""
+    def probs(self, logits: Tensor, positions: Tensor, drafted: bool = False) -> Tensor:
+        """The target distribution [B, W, V], fp32, for guided logits [B, W, V] at absolute positions [B, W].
+
+        `drafted`: the logits are a drafter's, to which the same settings apply.
+        """
         forced = None if self.forced is None else self.forced_at(positions)
         if self.allowed is not None:
             logits = torch.where(self.allowed, logits, -torch.inf)
-        return target_probs(logits, self.temperature, self.top_k, self.top_p, forced)
+        p = target_probs(logits, self.temperature, self.top_k, self.top_p, forced)
+        if self.faults is not None:
+            off = (p.detach().sum(-1) - 1).abs().masked_fill(positions >= self.length, 0)
+            worst = self.faults[int(drafted)]
+            torch.maximum(worst, off.amax(), out=worst)
+        return p
+
+    def broken(self) -> bool:
+        """Whether a distribution so far was none. The host waits for the device."""
+        return self.faults is not None and not bool((self.faults < OFF).all())
+
+    def check(self) -> None:
+        """Raise `VisarError` if a distribution so far was none: it would have been sampled from all the same."""
+        if self.faults is None or not self.broken():
+            return
+        target, _ = (self.faults < OFF).tolist()
+        if target:
+            raise VisarError("The drafter gave no distribution: its logits are not finite, so its weights are damaged.")
+        raise VisarError(
+            "The model gave no distribution: its logits are not finite in float32, or too large for the guidance scale "
+            f"and temperature {self.temperature:g}, or no token was allowed at a position."
+        )
 
     def forced_at(self, positions: Tensor) -> Tensor:
         """The forced tokens [B, W] at positions [B, W], -1 where the position is free."""
         if self.forced is None:
             return torch.full_like(positions, -1)
         return self.forced[positions.clamp_max(len(self.forced) - 1)]
+
+
+def is_whole(tokens: Tensor) -> bool:
+    """Whether a tensor has a dtype of whole numbers; truth values are none."""
+    return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)

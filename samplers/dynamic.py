@@ -69,7 +69,7 @@ class DynamicSpeculative(Speculative):
         drafts, draft_probs = [], []
         logits = drafter.root(state.tokens, session.lengths)
         for i in range(self.gamma):
-            probs = state.target.probs(logits, at[:, i : i + 1])
+            probs = state.target.probs(logits, at[:, i : i + 1], drafted=True)
             drafts.append(torch.where(goes_on[:, None], sample(probs, u[:, i : i + 1]), -1))
             draft_probs.append(torch.where(goes_on[:, None, None], probs, 0))
             chance = chance * rates.gather(1, level(probs)).squeeze(1)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from visar.engine.denoising import Denoiser
+from visar.engine.finite import is_finite
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
+from visar.params import LARGEST
 from visar.samplers.base import Sampler
 from visar.samplers.gaussian import Trials
 from visar.samplers.parameters import option
@@ -30,9 +32,10 @@ class ContinuousTarget:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not 0.01 <= self.temperature < math.inf:
+        if self.temperature != 0 and not 0.01 <= self.temperature <= LARGEST:
             # Below, noise is lost in the rounding of fp32, and densities with it.
-            raise VisarError(f"The temperature must be 0, or 0.01 or more and finite, not {self.temperature}.")
+            most = f"{LARGEST:g}"
+            raise VisarError(f"The temperature must be 0, or 0.01 or more, up to {most}, not {self.temperature}.")
 
 
 @dataclass
@@ -46,6 +49,16 @@ class MaskedState:
     denoiser: Denoiser
     draft_denoiser: Denoiser | None = None
     passes: int = 0
+
+    def broken(self) -> bool:
+        """Whether a token or a guess of a head is not finite. The host waits for the device."""
+        heads = [head.finite for head in (self.denoiser, self.draft_denoiser) if head is not None]
+        return not all(map(bool, (is_finite(self.tokens), *heads)))
+
+    def check(self) -> None:
+        """Raise `VisarError` where `broken`."""
+        if self.broken():
+            raise VisarError("Tokens are not finite; use another guidance scale or temperature.")
 
     def write(self, positions: Tensor, tokens: Tensor) -> None:
         """Write the tokens [B, n, d] at `positions` [B, n]."""

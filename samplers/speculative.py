@@ -98,7 +98,7 @@ class Speculative(Registered):
         drafts, draft_probs = [], []
         logits = drafter.root(state.tokens, session.lengths)
         for i in range(self.gamma):
-            draft_probs.append(state.target.probs(logits, at[:, i : i + 1]))
+            draft_probs.append(state.target.probs(logits, at[:, i : i + 1], drafted=True))
             drafts.append(sample(draft_probs[-1], u[:, i : i + 1]))
             if i + 1 < self.gamma:
                 logits = drafter.extend(drafts[-1], None, i + 1)
@@ -217,7 +217,7 @@ class TreeSpeculative(Registered):
                 logits = drafter.root(state.tokens, session.lengths)
             else:
                 logits = drafter.extend(tokens[:, span].clamp_min(0), tree, level.start)
-            draft_probs[:, span] = state.target.probs(logits, session.follows(len(level), tree, level.start))
+            draft_probs[:, span] = state.target.probs(logits, session.follows(len(level), tree, level.start), True)
             for node in level:
                 below = state.below[node]
                 if self.children == "sampled":

@@ -18,6 +18,8 @@ from visar.errors import VisarError, unknown
 if TYPE_CHECKING:
     from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-5  # of discrete tokens
+LARGEST = 1e38  # of guidance scales and temperatures, which are float32 in a pass
 DISCRETE, CONTINUOUS = "discrete", "continuous"
 SCHEDULES = ("constant", "linear")
 
@@ -47,18 +49,26 @@ def setting(
 class SamplingParams:
     """How an image is sampled. None means the model's own default (`resolved`); for `seed`, a random one.
 
-    `forced_tokens` [N], long, or a list, keeps its non-negative entries and samples the rest around them; for
+    `forced_tokens` [N], whole numbers, or a list, gives tokens, and -1 where one is sampled around them; for
     continuous tokens it is [N, d], NaN where tokens are sampled. Numbers may be Python's, NumPy's or 0-d tensors.
     Raises `VisarError` for a value out of range.
     """
 
-    seed: int | None = setting(0, "seed of all random numbers", low=-(2**63), high=2**64 - 1)
-    guidance_scale: float | None = setting(None, "strength of classifier-free guidance; 1 is none", slider=(0, 20, 0.1))
+    seed: int | None = setting(0, "seed of all random numbers", low=0, high=2**64 - 1)
+    guidance_scale: float | None = setting(
+        None,
+        "strength of classifier-free guidance; 1 is none",
+        low=-LARGEST,
+        high=LARGEST,
+        slider=(0, 20, 0.1),
+    )
     guidance_interval: int | None = setting(
         None, "the last position with guidance; -1 guides all", low=-1, only=DISCRETE, flag=False
     )
     guidance_schedule: str | None = setting(None, "guidance over the passes", choices=SCHEDULES, only=CONTINUOUS)
-    temperature: float | None = setting(None, "randomness; 1 is the model's own", low=0.0, slider=(0.05, 5, 0.05))
+    temperature: float | None = setting(
+        None, "randomness; 1 is the model's own", low=0.0, high=LARGEST, slider=(0.05, 5, 0.05)
+    )
     top_k: int | None = setting(
         None, "sample among the K most likely tokens; 0 keeps all", low=0, only=DISCRETE, slider=(0, 5000, 1)
     )
@@ -85,10 +95,9 @@ class SamplingParams:
                 if value not in about["choices"]:
                     raise VisarError(f"{f.name} must be {' or '.join(about['choices'])}, not {value!r}.")
                 continue
-            if (about["low"] is not None and value < about["low"]) or (
-                about["high"] is not None and value > about["high"]
-            ):
-                raise VisarError(f"{f.name} must be {range_of(f.name)}, not {value}.")
+            low, high = about["low"], about["high"]
+            if (low is not None and value < low) or (high is not None and value > high):
+                raise VisarError(f"{f.name} must be {range_of(f.name, value)}, not {value}.")
         if self.top_p == 0:
             raise VisarError("top_p must be above 0 and at most 1, not 0.0.")
         if self.forced_tokens is not None:
@@ -117,9 +126,9 @@ class SamplingParams:
 
     def check(self, tokens: str) -> None:
         """Raise `VisarError` for a setting that models of such `tokens`, "discrete" or "continuous", do not have."""
-        if tokens == DISCRETE and self.temperature is not None and self.temperature < 1e-5:
+        if tokens == DISCRETE and self.temperature is not None and self.temperature < LEAST_TEMPERATURE:
             raise VisarError(
-                "temperature must be above 0 (1e-05 at least; for greedy decoding use top_k 1), "
+                f"temperature must be above 0 ({LEAST_TEMPERATURE:g} at least; for greedy decoding use top_k 1), "
                 f"not {self.temperature}."
             )
         neutral = {"top_k": 0, "top_p": 1.0, "guidance_interval": -1}
@@ -138,12 +147,15 @@ class SamplingParams:
         return values | ({} if forced is None else {"forced_tokens": forced_count(forced)})
 
 
-def range_of(name: str) -> str:
-    """In words, what a setting may be: "at least 0", "from 0 to 1"."""
+def range_of(name: str, value: float) -> str:
+    """In words, what a setting may be that is not this `value`: "0 or more", "from 0 to 1"."""
     about = next(f.metadata for f in fields(SamplingParams) if f.name == name)
     low, high = about["low"], about["high"]
     if name == "top_p":
         return "above 0 and at most 1"
+    if high == LARGEST:
+        end = f"at most {high:g}" if value > high else f"{low:g} or more"
+        return end if low == 0 else f"from {low:g} to {high:g}"
     if low is not None and high is not None:
         return f"from {low} to {high}"
     return f"{low:g} or more" if low is not None else f"at most {high}"
@@ -157,11 +169,14 @@ def plain(value: Any) -> Any:
 
 
 def whole(name: str, value: Any) -> int | None:
-    """An int, also of 2.0, NumPy's or a 0-d tensor; a `VisarError` for what is no whole number."""
+    """An int, also of 2.0, NumPy's or a 0-d tensor; a `VisarError` for what is no whole number.
+
+    Floats from 2**53 on are refused: there, several numbers are one float.
+    """
     value = plain(value)
     if value is None:
         return None
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     try:
         if isinstance(value, bool):
@@ -189,7 +204,11 @@ def as_tokens(value: Any) -> Tensor:
 
     try:
         made = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+        if made.dtype == torch.bool or made.is_complex():
+            raise TypeError
+        if made.dtype == torch.uint64 and bool((made.long() < 0).any()):
+            raise OverflowError  # such a number would become -1
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise VisarError("forced_tokens must be a tensor or a list of token ids, -1 where one is sampled.") from error
     return made
 

@@ -14,7 +14,7 @@ import torch
 
 from visar.errors import VisarError
 from visar.generation.model import ImageModel
-from visar.generation.stats import MaskedStats
+from visar.generation.stats import MaskedStats, tokens_per_pass
 from visar.host import synchronize
 
 # Common things in the three styles of the embedded model; the first `images` of them are decoded.
@@ -131,7 +131,7 @@ def compare(
             heads[name] = _head_stats(masked)
         return {
             "nfe": passes / len(groups),
-            "tokens_per_pass": sum(s.tokens for s in stats) / sum(max(s.passes_per_image) for s in stats),
+            "tokens_per_pass": tokens_per_pass(stats),
             "ms_per_pass": statistics.median(s.ms_per_pass for s in stats),
             "draft_share": sum(math.nan if s.draft_seconds is None else s.draft_seconds for s in stats) / seconds,
             "seconds_per_image": seconds / images,
@@ -172,14 +172,13 @@ def compare(
 
 
 def _head_stats(stats: list[MaskedStats]) -> HeadStats:
-    """Means over batches; samplers are deterministic, so repeats do not differ."""
-    tested, passes = sum(s.tested for s in stats), sum(s.nfe for s in stats)
-    calls = sum(s.denoiser_calls for s in stats)
+    """Over all batches; samplers are deterministic, so repeats do not differ."""
+    whole = stats[0].joined(stats[1:])
     return HeadStats(
-        stats[0].parameters.get("steps"),
-        stats[0].denoising_steps,
-        calls / passes,
-        calls / sum(s.tokens for s in stats),
-        statistics.mean(s.evaluations_per_token for s in stats),
-        sum(s.accepted for s in stats) / tested if tested else None,
+        whole.parameters.get("steps"),
+        whole.denoising_steps,
+        whole.calls_per_pass,
+        whole.denoiser_calls / sum(s.tokens for s in stats),
+        whole.evaluations_per_token,
+        whole.acceptance,
     )

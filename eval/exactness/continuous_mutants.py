@@ -43,9 +43,6 @@ class WrongNoise(Noise):
         made.key = noise.key
         return made
 
-    def of(self, rows: Tensor) -> Self:
-        return self.like(super().of(rows))
-
 
 class OnePosition(WrongNoise):
     """The noise of all head steps is that of the first position."""

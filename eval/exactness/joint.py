@@ -157,13 +157,14 @@ Decode = Callable[[Tensor], Decoded]  # decodes these image indices as one batch
 
 
 def sampled(decoding: Decode, sequences: int, batch: int = 16384) -> tuple[Tensor, float]:
-    """The tokens [sequences, N] of the images 0.., and the mean tokens per pass of a row."""
-    parts, tokens_per_pass = [], []
+    """The tokens [sequences, N] of the images 0.., and their number over that of the rows' own passes."""
+    parts, passes = [], 0
     for images in torch.arange(sequences).split(batch):
         out = decoding(images)
         parts.append(out.tokens.cpu())
-        tokens_per_pass.append(out.tokens.shape[1] / (out.commit_pass[:, -1] + 1).double().mean().item())
-    return torch.cat(parts), float(np.mean(tokens_per_pass))
+        passes += int((out.commit_pass.amax(1) + 1).sum())
+    tokens = torch.cat(parts)
+    return tokens, tokens.numel() / passes
 
 
 def joint_z(tokens: Tensor, vocab: int, probabilities: np.ndarray) -> float:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from visar.engine.callable_session import CallableSession
 from visar.engine.rng import IMAGES, SPAN, Noise, Purpose
+from visar.errors import VisarError
 from visar.eval.exactness.joint import chi_square_z
 from visar.kernels import noise as noises
+from visar.params import SamplingParams
+from visar.samplers import Target
+from visar.samplers.base import State
 
 COUNT = 40_000
 
@@ -88,10 +94,10 @@ def test_the_two_numbers_of_a_position_are_independent() -> None:
 
 
 def test_keys_tell_rows_of_one_index_apart() -> None:
-    keys = torch.tensor([0, 1, 2**16, 2**32 - 1])
-    u, _ = Noise(5, torch.zeros(4), keys).uniforms(Purpose.STEP, torch.arange(COUNT // 4).expand(4, -1), 1)
+    keys = torch.tensor([0, 1, 2**16, 2**32 - 1, 2**32, 2**40, -1, -(2**63)])
+    u, _ = Noise(5, torch.zeros(8), keys).uniforms(Purpose.STEP, torch.arange(COUNT // 4).expand(8, -1), 1)
     assert len(u.unique()) == u.numel() and ks(u.flatten()) < 1.95
-    assert max(abs(correlation(u[i], u[j])) for i in range(4) for j in range(i)) < 4
+    assert max(abs(correlation(u[i], u[j])) for i in range(8) for j in range(i)) < 4
 
 
 def test_batch_order_and_calls_do_not_matter() -> None:
@@ -120,10 +126,60 @@ def test_a_pass_counter_on_the_device_counts_like_a_number() -> None:
         counter += 1
 
 
-def test_seeds_of_64_bits_and_negative_ones() -> None:
-    seeds = (0, 1, -1, 2**32, 2**63 - 1, 2**64 - 2, -(2**63))
+def test_seeds_of_64_bits() -> None:
+    seeds = (0, 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1)
     assert len(uniforms(seeds=seeds).unique()) == len(seeds)
-    assert torch.equal(uniforms(seeds=(-1,)), uniforms(seeds=(2**64 - 1,)))
+    for same in (7.0, np.int8(7), np.uint64(7), torch.tensor(7)):
+        assert torch.equal(Noise(same, torch.arange(2)).key, Noise(7, torch.arange(2)).key)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**64 + 5, 1e30, 2.0**53, 1.5, math.nan, True, np.True_, "1", None])
+def test_seeds_that_would_share_their_noise_are_refused(seed: Any) -> None:
+    with pytest.raises(VisarError, match=r"The seed must be (from 0 to 18446744073709551615|a whole number), not"):
+        Noise(seed, torch.arange(2))
+    if seed is not None:  # which is a random one
+        with pytest.raises(VisarError, match=r"seed must be (from 0 to 18446744073709551615|a whole number), not"):
+            SamplingParams(seed=seed)
+
+
+@pytest.mark.parametrize("images", [[-1, 0], [0, IMAGES], [0.0, 1.5], [0.0, math.nan]])
+def test_image_indices_out_of_range_are_refused(images: list[float]) -> None:
+    with pytest.raises(VisarError, match="Image indices are whole numbers from 0 to 16777215"):
+        Noise(0, torch.tensor(images))
+
+
+def test_images_longer_than_there_are_positions_are_refused() -> None:
+    for window in (1, 64):
+        most = SPAN - 2 * window
+        session = CallableSession(lambda tokens: torch.zeros(1), 1, most + 1, 4)
+        with pytest.raises(VisarError, match=f"Images may have up to {most} tokens here, not {most + 1}"):
+            State.empty(session, Target(), Noise(0, torch.arange(1)), window)
+
+
+def test_nothing_in_range_shares_a_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key and counter of every combination of the extremes of all coordinates, and of some in between."""
+    seen: list[Tensor] = []
+
+    def spy(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        words = torch.broadcast_tensors(*key, *counter)
+        assert all(bool(((w >= 0) & (w < 2**32)).all()) for w in words)
+        seen.append(torch.stack(words).flatten(1).T)
+        return tuple(torch.zeros_like(words[0]) for _ in range(4))
+
+    monkeypatch.setattr(noises, "philox", spy)
+    ends = (0, 1, SPAN // 2, SPAN - 1)
+    # Lower halves that differ: keys with one lower half and seeds that differ as the upper ones do would share noise,
+    # which hashes of 64 bits do not by chance.
+    keys = torch.tensor([0, 1, SPAN, 2**32 - 2, 2**32 | 2, 2**48 | 3, -1, -(2**63) | 4, 12345 << 32 | 7])
+    images = torch.tensor([0, 1, 255, 256, IMAGES - 1])
+    rows = torch.cartesian_prod(images, keys)
+    for seed in (0, 1, 2**32 - 1, 2**32, 2**63, 2**64 - 1):
+        noise = Noise(seed, *rows.unbind(1))
+        for passes in ends:
+            for purpose in Purpose:
+                noise.uniforms(purpose, torch.tensor([ends]).expand(len(rows), -1), passes, torch.tensor([0, 9, 77, 5]))
+    found = torch.cat(seen)
+    assert len(found.unique(dim=0)) == len(found)
 
 
 @pytest.mark.parametrize("word", [0, 1, SPAN - 1, 2**32 - 2, 2**32 - 1])

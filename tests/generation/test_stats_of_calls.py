@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from tests.helpers.tiny import GRID
+from visar.engine.kv_cache import KVCache
 from visar.engine.loop import decode
+from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
 from visar.generation.progress import Progress
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
@@ -27,6 +29,8 @@ from visar.samplers import (
 )
 
 TOKENS, SIDE = GRID**2, 2 * GRID
+LINEAR = 32 * 96 + 32 * 32 + 3 * 32 * 48  # numbers in the linear layers of a block of the tiny GPT
+WEIGHTS = 2 * (LINEAR + 64) + 32 + 24 * 32  # with two norms each, the last norm and the output head
 Pipe = Any  # either pipeline
 
 
@@ -73,9 +77,48 @@ def test_no_prefill_for_a_class(class_pipe: ClassToImagePipeline) -> None:
 
 def test_bytes_are_counted(class_pipe: ClassToImagePipeline) -> None:
     """Two rows (guidance), 2 layers, keys and values of 32 fp32 numbers; pass i reads i + 1 slots."""
-    weights = 4 * (sum(p.numel() for p in class_pipe.gpt.parameters()) - 24 * 32)
     cache = 2 * 2 * 2 * 32 * 4 * sum(range(1, TOKENS + 1))
-    assert class_pipe(3, sampler="ar", output_type="tokens").stats.gigabytes * 1e9 == weights * TOKENS + cache
+    counted = class_pipe(3, sampler="ar", output_type="tokens").stats.gigabytes * 1e9
+    assert counted == pytest.approx(4 * WEIGHTS * TOKENS + cache, abs=0.5)
+    class_pipe.quantize("int8")
+    rounded = 2 * (LINEAR + 4 * (96 + 32 + 48 + 48 + 32)) + 4 * (WEIGHTS - 2 * LINEAR)  # and a scale for each output
+    counted = class_pipe(3, sampler="ar", output_type="tokens").stats.gigabytes * 1e9
+    assert counted == pytest.approx(rounded * TOKENS + cache, abs=0.5)
+
+
+def test_bytes_of_a_caption_are_none(text_pipe: TextToImagePipeline) -> None:
+    """The projector works before the first pass. Of three slots before the last one is left, so pass i reads i + 2."""
+    cache = 2 * 2 * 2 * 32 * 4 * sum(range(2, TOKENS + 2))
+    counted = text_pipe("cat", sampler="ar", output_type="tokens").stats.gigabytes * 1e9
+    assert counted == pytest.approx(4 * WEIGHTS * TOKENS + cache, abs=0.5)
+    shared = streamed_bytes(text_pipe.gpt)
+    text_pipe.gpt.output.weight = text_pipe.gpt.tok_embeddings.weight  # a table that the head shares is read whole
+    assert streamed_bytes(text_pipe.gpt) == shared
+
+
+HEAD = 24 * 32
+DRAFTERS_BYTES = {  # of a round, in numbers: the calls of a chain of one draft, or of the levels of a tree
+    "eagle-chain": (64 * 32 + 32) + LINEAR + 5 * 32 + HEAD,
+    "medusa": 3 * (2 * 32 * 32 + 32 + HEAD),
+    "hydra": (2 + 3 + 4) * 32 * 32 + 3 * (32 * 32 + 32 + 32 + HEAD),
+    "kangaroo": 2 * (LINEAR + 64) + 32 + HEAD,
+    "swift": LINEAR + 64 + 32 + HEAD,
+    "speculative": (3 * 16 * 16 + 16 * 16 + 3 * 16 * 48) + 2 * 16 + 16 + 24 * 16,
+}
+
+
+@pytest.mark.parametrize("name", DRAFTERS_BYTES)
+def test_bytes_of_drafters(
+    text_pipe: TextToImagePipeline, drafters: list[Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KVCache, "bytes_per_slot", 0)  # weights alone
+    for folder in drafters:
+        text_pipe.load_drafter(folder)
+    chain = name not in ("medusa", "hydra")
+    sampler = replace(get_sampler(name), **({"gamma": 1} if chain else {}))
+    stats = text_pipe("cat", sampler=sampler, output_type="tokens").stats
+    passes = stats.nfe - 1
+    assert stats.gigabytes * 1e9 == pytest.approx(4 * (WEIGHTS + DRAFTERS_BYTES[name]) * passes, abs=0.5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from visar.kernels.noise import ExponentialNoise, _exponential, _uniforms, expon
 
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 
-IMAGES, KEYS = (0, 5, 2**24 - 1), (0, 70_000, 2**32 - 1)
+IMAGES, KEYS = (0, 5, 2**24 - 1), (2**40 + 5, 70_000, -3)
 
 
 def rows(device: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -206,7 +206,25 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
         ("cat", {"top_k": -1}, "top_k must be 0 .* not -1"),
         ("cat", {"guidance_scale": float("inf")}, "guidance_scale must be a finite number, not inf"),
         ("cat", {"output_type": "png"}, "output_type must be one of pil, pt, np, latent, tokens, not 'png'"),
+        ("cat", {"guidance_scale": 1e39}, r"guidance_scale must be from -1e\+38 to 1e\+38, not 1e\+39"),
+        ("cat", {"temperature": 1e39}, r"temperature must be at most 1e\+38, not 1e\+39"),
+        ("cat", {"temperature": 1e-30}, r"temperature must be above 0 \(1e-05 at least"),
         ("cat", {"num_images_per_prompt": 0}, "The number of images must be 1 or more, not 0"),
+        ("cat", {"num_images_per_prompt": True}, "num_images_per_prompt must be a whole number, not True"),
+        ("cat", {"top_k": True}, "top_k must be a whole number, not True"),
+        ("cat", {"top_p": True}, "top_p must be a number, not True"),
+        ("cat", {"seed": True}, "seed must be a whole number, not True"),
+        ("cat", {"seed": -1}, "seed must be from 0 to 18446744073709551615, not -1"),
+        ("cat", {"first_image": True}, "first_image must be a whole number, not True"),
+        ("cat", {"forced_tokens": -7}, r"forced_tokens must hold 25 whole numbers, .* of shape \[\] down to -7"),
+        ("cat", {"forced_tokens": [-7] * 25}, "forced_tokens must hold 25 whole numbers, .* down to -7"),
+        ("cat", {"forced_tokens": [-1] * 24 + [24]}, "each -1 or a token below 24"),
+        ("cat", {"forced_tokens": [[-1] * 25]}, r"not int64 of shape \[1, 25\]"),
+        ("cat", {"forced_tokens": [-1.0] * 25}, "25 whole numbers, .* not float32"),
+        ("cat", {"forced_tokens": [True] * 25}, "forced_tokens must be a tensor or a list of token ids"),
+        ("cat", {"forced_tokens": [10**30] * 25}, "forced_tokens must be a tensor or a list of token ids"),
+        ("cat", {"forced_tokens": np.full(25, 2**64 - 1)}, "forced_tokens must be a tensor or a list of token ids"),
+        ("cat", {"forced_tokens": ["a"] * 25}, "forced_tokens must be a tensor or a list of token ids"),
     ],
 )
 def test_bad_calls(text_pipe: TextToImagePipeline, prompt: Any, settings: dict[str, Any], message: str) -> None:
@@ -216,7 +234,16 @@ def test_bad_calls(text_pipe: TextToImagePipeline, prompt: Any, settings: dict[s
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(7, "Class 7 does not exist; this model knows 0 to 6"), ([0, -1], "Class -1 does not"), ([], "No class was")],
+    [
+        (7, "Class 7 does not exist; this model knows 0 to 6"),
+        ([0, -1], "Class -1 does not"),
+        ([], "No class was"),
+        (True, "Classes are whole numbers, not True"),
+        ([1, np.True_], "Classes are whole numbers, not True"),
+        (torch.tensor(True), "Classes are whole numbers, not True"),
+        ([1, 2.0], r"Classes are whole numbers, not 2\.0"),
+        ([1, None], "Classes are whole numbers, not None"),
+    ],
 )
 def test_bad_classes(class_pipe: ClassToImagePipeline, labels: Any, message: str) -> None:
     with pytest.raises(VisarError, match=message):

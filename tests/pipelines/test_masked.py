@@ -12,6 +12,7 @@ import torch
 from visar.cli import main
 from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLAutoencoder, fingerprint
+from visar.families.mar.session import MARSession
 from visar.families.mar.transformer import MAR
 from visar.pipelines import (
     ClassToImagePipeline,
@@ -242,6 +243,76 @@ def test_overflow_is_one_sentence(pipe: Any) -> None:
     for sampler in (MaskedAutoregressive(**FAST), HeadSpeculation(**FAST)):
         with pytest.raises(VisarError, match="Tokens are not finite"):
             pipe("red heart", sampler=sampler, guidance_scale=1e38)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    ["caption_proj.weight", "encoder_pos_embed_learned", "encoder_blocks.0.norm1.weight",
+     "encoder_blocks.0.attn.qkv.weight", "decoder_blocks.0.mlp.fc2.weight", "diffloss.net.input_proj.weight",
+     "diffloss.net.time_embed.mlp.0.weight", "diffloss.net.final_layer.linear.bias", "fake_latent",
+     "decoder.conv_out.weight"],
+)  # fmt: skip
+def test_a_weight_that_is_not_finite_gives_no_image(pipe: Any, layer: str) -> None:
+    tensors = {n: t for part in (pipe.mar, pipe.vae) for n, t in part.state_dict().items()}
+    tensors[layer].flatten()[-1] = torch.nan
+    for sampler in (MaskedAutoregressive(**FAST), HeadSpeculation(**FAST)):
+        with pytest.raises(VisarError, match=f"not finite: {layer} holds NaN or infinity"):
+            pipe("red heart", sampler=sampler)
+
+
+def test_a_draft_model_that_is_not_finite_is_refused(pipe: Any) -> None:
+    pipe.image_model.drafters.find("draft").z_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(VisarError, match=r"weights of the drafter are not finite: z_proj\.weight"):
+        pipe("red heart", sampler=fast("cspd"))
+
+
+@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize("name", samplers_for("continuous"))
+def test_every_denoiser_call_is_checked(pipe: Any, name: str, draft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One number of one row in the second pass of the model, or of the draft model where there is one."""
+    inner, calls = MARSession.context, 0
+
+    def spoilt(self: MARSession, *arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        out = inner(self, *arguments)
+        if (self.draft is None) == draft or not name.startswith("cspd"):
+            calls += 1
+            out[-1, 0, 0] = torch.nan if calls == 2 else out[-1, 0, 0]
+        return out
+
+    monkeypatch.setattr(MARSession, "context", spoilt)
+    seen: list[int] = []
+    with pytest.raises(VisarError, match="Tokens are not finite"):
+        pipe(["red heart", "cat"], sampler=fast(name), callback=lambda progress: seen.append(progress.passes))
+    assert len(seen) <= 1  # it ends there
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+def test_forced_tokens_are_numbers_or_nan(pipe: Any, bad: float) -> None:
+    forced = torch.full((GRID**2, 4), torch.nan)
+    forced[2] = bad
+    for value in (
+        forced,
+        forced[:, :3],
+        forced.isnan(),
+        forced.nan_to_num(0.0, 1.0, 1.0).index_fill(1, torch.tensor(0), torch.nan),
+    ):
+        with pytest.raises(VisarError, match="forced_tokens must be"):
+            pipe("red heart", sampler=MaskedAutoregressive(**FAST), forced_tokens=value)
+
+
+def test_bytes_are_counted(pipe: Any) -> None:
+    """Of a width of 32 throughout: two blocks and what is around them in a pass, the head in a call."""
+    norm, block = 2 * 32, (32 * 96 + 96) + (32 * 32 + 32) + (32 * 128 + 128) + (128 * 32 + 32) + 2 * 2 * 32
+    cells, slots = GRID**2, 4
+    positions = 32 * (2 * (cells + slots) + cells + 2)  # encoder, decoder and head, mask token and null caption
+    body = 2 * block + positions + (4 * 32 + 32) + 3 * norm + (32 * 32 + 32)
+    steps = (256 * 32 + 32) + (32 * 32 + 32)
+    residual = norm + 2 * (32 * 32 + 32) + (32 * 96 + 96)
+    call = (32 * 32 + 32) + (4 * 32 + 32) + residual + (32 * 64 + 64) + (32 * 8 + 8)
+    stats = pipe("red heart", sampler=MaskedAutoregressive(**FAST), output_type="tokens").stats
+    assert (stats.nfe, stats.denoiser_calls) == (4, 16)
+    assert stats.gigabytes * 1e9 == pytest.approx(4 * (4 * body + steps + 16 * call), abs=0.5)
 
 
 def test_a_sampler_of_your_own_is_of_its_family(pipe: Any) -> None:

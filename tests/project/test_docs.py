@@ -298,3 +298,21 @@ def test_the_tables_name_every_sampler_and_model() -> None:
     assert f"There are {len(samplers())} samplers" in readme
     for listing in catalogue().values():
         assert f"`{listing.name}`" in readme or listing.needs
+
+
+def test_tokens_per_pass_are_tokens_over_passes() -> None:
+    """In every table that has both: 256 tokens over the passes without the caption's, up to rounding."""
+    checked = 0
+    for page in PAGES:
+        names: list[str] = []
+        for line in page.read_text().splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+            if not cells or "tokens per pass" in cells:
+                names = cells
+            elif (nfe := next((i for i, name in enumerate(names) if name.startswith("NFE")), None)) is not None:
+                if cells[0].startswith("-"):
+                    continue
+                least, most = (256 / (float(cells[nfe]) - 1 + off) for off in (0.05, -0.05))
+                assert least - 0.005 <= float(cells[names.index("tokens per pass")]) <= most + 0.005, line
+                checked += 1
+    assert checked > 20

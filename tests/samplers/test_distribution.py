@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def slow(logits: list[float], temperature: float, top_k: int, top_p: float) -> l
     if top_k:
         least = sorted(logits, reverse=True)[min(top_k, len(logits)) - 1]
         kept = {v for v in kept if logits[v] >= least}
-    weight = {v: math.exp(logits[v] / temperature) for v in kept}
+    most = max(logits)
+    weight = {v: math.exp((logits[v] - most) / temperature) for v in kept}
     total = sum(weight.values())
     if top_p < 1:
         before, nucleus = 0.0, set()
@@ -50,6 +52,62 @@ def test_probs_equal_the_slow_reference(temperature: float, top_k: int, top_p: f
     assert torch.equal(p == 0, expected == 0)
     torch.testing.assert_close(p, expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(p.sum(-1), torch.ones(4, 5))
+
+
+EXTREMES = [
+    *(dict(temperature=t) for t in (1e-5, 1.7e-5, 1e-3, 1e3, 1e30, 1e38)),
+    *(dict(top_p=p) for p in (5e-324, 1e-45, 1e-30, 1 - 2**-53, 1 - 1e-9)),
+    *(dict(top_k=k) for k in (1, 2**31, 2**63, 10**30)),
+    dict(temperature=1e38, top_k=3, top_p=1e-30),
+    dict(temperature=1e-5, top_k=3, top_p=0.5),
+]
+SCALES = (-1e38, -1e4, 0.0, -0.0, 5e-324, 1e-45, 1e-30, 1.0, 1e4, 1e20, 1e38)
+
+
+@pytest.mark.parametrize("settings", EXTREMES, ids=str)
+@pytest.mark.parametrize("scale", SCALES)
+def test_extreme_settings_give_the_right_limit(scale: float, settings: dict[str, Any]) -> None:
+    """Against float64; what float32 cannot hold is an error, and never another distribution."""
+    g = torch.Generator().manual_seed(5)
+    cond, uncond = (torch.randn(3, 4, 9, generator=g) / 4 for _ in range(2))
+    target = Target(**settings).on(torch.device("cpu"), 4, 9)
+    p = target.probs(Guidance(scale).combine(cond, uncond, at(3, 4)), at(3, 4))
+    logits = uncond.double() + scale * (cond.double() - uncond.double())
+    wanted = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | settings
+    expected = torch.tensor([[slow(x, **wanted) for x in row] for row in logits.tolist()])
+    if target.broken():
+        assert (logits / wanted["temperature"]).abs().max() > torch.finfo(torch.float32).max
+    else:
+        torch.testing.assert_close(p, expected, rtol=1e-2 if abs(scale) == 1e4 else 1e-4, atol=1e-6)
+
+
+def test_a_mask_and_a_large_temperature() -> None:
+    """-inf over a temperature that float32 does not hold would be NaN."""
+    allowed = torch.tensor([True, False, True])
+    target = Target(1e38, allowed=allowed).on(torch.device("cpu"), 1, 3)
+    assert target.probs(torch.randn(1, 1, 3), at(1, 1)).flatten().tolist() == [0.5, 0.0, 0.5] and not target.broken()
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.5}, {"top_k": 2}])
+@pytest.mark.parametrize("bad", [math.nan, INF, None])
+def test_what_is_no_distribution_is_noted(settings: dict[str, Any], bad: float | None) -> None:
+    for drafted in (False, True):
+        logits, target = torch.randn(2, 3, 5), Target(**settings).on(torch.device("cpu"), 3, 5)
+        target.probs(logits, at(2, 3), drafted)
+        target.check()
+        logits[1, 2, slice(None) if bad is None else 4] = -INF if bad is None else bad
+        target.probs(logits, at(2, 3) + 1, drafted)  # at a position past the end
+        assert not target.broken()
+        target.probs(logits, at(2, 3), drafted)
+        target.probs(torch.zeros(2, 3, 5), at(2, 3), drafted)  # later passes do not clear it
+        with pytest.raises(VisarError, match=f"The {'drafter' if drafted else 'model'} gave no distribution"):
+            target.check()
+
+
+def test_a_forced_token_needs_no_distribution() -> None:
+    target = Target(forced=torch.tensor([2, -1])).on(torch.device("cpu"), 2, 4)
+    p = target.probs(torch.full((1, 1, 4), math.nan), at(1, 1))
+    assert p.flatten().tolist() == [0, 0, 1, 0] and not target.broken()
 
 
 def probs(logits: list[float], **settings: float) -> list[float]:
@@ -133,6 +191,11 @@ def test_equal_logits_are_cut_in_the_order_of_the_tokens() -> None:
         ({"temperature": math.inf}, "Temperature must be"),
         ({"temperature": -1.0}, "Temperature must be"),
         ({"temperature": math.nan}, "Temperature must be"),
+        ({"temperature": 1e39}, r"Temperature must be a number above 0 \(1e-05 at least, 1e\+38 at most\), not 1e\+39"),
+        ({"temperature": True}, "Temperature must be"),
+        ({"top_k": True}, "top_k must be a whole number, not True"),
+        ({"top_k": 2.5}, "top_k must be a whole number, not 2.5"),
+        ({"top_p": True}, "top_p must be above 0 and at most 1"),
         ({"top_k": -1}, r"top_k must be 0 \(all tokens\) or above, not -1\."),
         ({"top_p": 0.0}, r"top_p must be above 0 and at most 1, not 0.0\."),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
@@ -144,8 +207,17 @@ def test_bad_settings_are_errors_of_the_user(settings: dict[str, float], message
         Target(**settings)
 
 
-@pytest.mark.parametrize("forced", [[-1, 2, -1], [-1, 2, -1, -1, -1], [-1, -1, -1, 5]])
-def test_forced_tokens_that_do_not_fit_are_errors_of_the_user(forced: list[int]) -> None:
+@pytest.mark.parametrize("scale", [1e39, -1e39, math.nan, INF])
+def test_bad_guidance_is_an_error_of_the_user(scale: float) -> None:
+    with pytest.raises(VisarError, match=r"The guidance scale must be from -1e\+38 to 1e\+38, not"):
+        Guidance(scale)
+
+
+@pytest.mark.parametrize(
+    "forced",
+    [[-1, 2, -1], [-1, 2, -1, -1, -1], [-1, -1, -1, 5], [-1, -7, 0, 0], [[-1] * 4], [0.0, 1, 2, 3], [True] * 4, []],
+)
+def test_forced_tokens_that_do_not_fit_are_errors_of_the_user(forced: list[Any]) -> None:
     with pytest.raises(VisarError, match="forced must hold 4 entries, each -1 or a token below 5"):
         Target(forced=torch.tensor(forced)).on(torch.device("cpu"), 4, 5)
     assert Target().on(torch.device("cpu"), 4, 5) == Target()

@@ -19,6 +19,7 @@ from visar.engine.decoder import Decoder
 from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter, SessionDrafter, Timed
 from visar.engine.guidance import Guidance
+from visar.engine.memory import streamed_bytes
 from visar.engine.session import Session
 from visar.errors import VisarError, unknown
 
@@ -154,8 +155,7 @@ class DraftKind(ABC):
             decoder = self.decoder(model, target)
             # The root of the drafter's own session is one node before that of the tree.
             inner = target.session(decoder, encoded, window + 1, session.guidance)
-            weights = sum(p.numel() * p.element_size() for n, p in decoder.named_parameters() if "embedding" not in n)
-            drafter = SessionDrafter(inner, weights)
+            drafter = SessionDrafter(inner, streamed_bytes(decoder.layers, decoder.norm, decoder.output))
         return Timed(drafter, session.device)
 
 

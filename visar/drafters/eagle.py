@@ -22,9 +22,10 @@ from visar.engine.component import Component, fill, unfilled
 from visar.engine.decoder import Attend
 from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter
+from visar.engine.finite import require_finite
 from visar.engine.kv_cache import KVCache
 from visar.engine.layers import Linear, RMSNorm
-from visar.engine.session import require_finite
+from visar.engine.memory import streamed_bytes
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import Block
@@ -94,8 +95,8 @@ class EagleDrafter(Drafter):
         c = model.config
         self.cache = KVCache(1, rows, slots, c.num_heads, model.head_dim, model.dtype, session.device)
         self.drafted = torch.zeros(rows, 0, c.dim, dtype=model.dtype, device=session.device)  # one for each node fed
-        head = [p for n, p in model.named_parameters() if n != "embedding.weight"] + [session.model.output.weight]
-        self._weights = sum(p.numel() * p.element_size() for p in head)
+        self._fusion = 0 if model.fusion is None else streamed_bytes(model.fusion)
+        self._weights = streamed_bytes(model, session.model.output) - self._fusion
         self._prefill()
 
     def _prefill(self) -> None:
@@ -128,6 +129,7 @@ class EagleDrafter(Drafter):
         slots = slots.repeat(s.batches, 1)
         assert s.features is not None
         hidden = self.model.fuse(s.features[s.cache.rows, slots])
+        self.bytes_read += self._fusion
         h = self._run(x, hidden, slots, slots, self._mask(slots, s.visible(1)))
         self.drafted = h[:, -1:]
         return self._logits(self.drafted, s.positions(1))

@@ -16,8 +16,9 @@ from visar.drafters.loss import DraftLoss, TargetPass, later
 from visar.engine.component import Component
 from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter
+from visar.engine.finite import require_finite
 from visar.engine.layers import Linear, RMSNorm
-from visar.engine.session import require_finite
+from visar.engine.memory import streamed_bytes
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.reading import Count, Size
@@ -64,9 +65,8 @@ class HeadsDrafter(Drafter):
         if depth > model.config.depth:
             raise VisarError(f"The drafter has {model.config.depth} heads and cannot draft {depth} tokens deep.")
         self.session, self.model = session, model
-        head = session.model.output.weight
-        own = [[*model.inner[i].parameters(), *model.outer[i].parameters(), head] for i in range(depth)]
-        self._weights = [sum(p.numel() * p.element_size() for p in each) for each in own]
+        shared = [session.model.output, *([model.embedding_norm] if model.embedding_norm is not None else [])]
+        self._weights = [streamed_bytes(model.inner[i], model.outer[i], *shared) for i in range(depth)]
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         s = self.session

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from visar.engine.session import Session, require_finite
+from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 
@@ -30,7 +30,6 @@ class CallableSession(Session):
         super().__init__(batch, length, vocab, device)
         self.logits = logits
         self.history = torch.zeros(batch, length, dtype=torch.long, device=self.device)
-        self.last = torch.zeros(batch, 1, vocab, device=self.device)
 
     def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
         if tree is not None:
@@ -40,12 +39,8 @@ class CallableSession(Session):
         rows, inputs = torch.where((at > 0) & (at <= self.length))
         self.history[rows, at[rows, inputs] - 1] = tokens[rows, inputs]
         fed = min(int(at.max()), self.length - 1)
-        self.last = of_positions(self.logits(self.history[:, :fed]), (self.batch, fed + 1, self.vocab))
-        return self.last.gather(1, at.clamp_max(fed)[..., None].expand(-1, -1, self.vocab)).float()
-
-    def check(self) -> None:
-        # Masked tokens may have logits of -inf, so check the probabilities.
-        require_finite(self.last.softmax(-1), "The probabilities", self.last.dtype)
+        logits = of_positions(self.logits(self.history[:, :fed]), (self.batch, fed + 1, self.vocab))
+        return logits.gather(1, at.clamp_max(fed)[..., None].expand(-1, -1, self.vocab)).float()
 
 
 def of_positions(logits: Tensor, shape: tuple[int, int, int]) -> Tensor:

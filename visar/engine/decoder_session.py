@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from visar.engine.decoder import Attend, Decoder
+from visar.engine.finite import require_finite
 from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
-from visar.engine.session import Session, require_finite
+from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.kernels.attention import AttentionMetadata
 
@@ -57,6 +58,7 @@ class DecoderSession(Session):
         self.valid = torch.ones(rows, slots, dtype=torch.bool, device=device)
         self.prefill_passes = 1 if prefix > 1 else 0
         self._slot = torch.arange(slots, device=device)
+        self._slots_read = torch.zeros((), dtype=torch.long, device=device)
 
     @abstractmethod
     def embed(self, *condition: Tensor) -> Tensor:
@@ -70,6 +72,7 @@ class DecoderSession(Session):
         if self.prefix > 1:
             self._prefill()
         self.bytes_read = 0  # the clock starts after the prefill
+        self._slots_read.zero_()
 
     def _prefill(self) -> None:
         """Run all condition slots but the last, which is the first pass's root."""
@@ -147,7 +150,10 @@ class DecoderSession(Session):
     def _pass(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
         """Logits of embeddings x [rows, W, dim], which attend by `mask` to the slots before `visible`."""
         visible -= self.folded
-        self.bytes_read += len(x) * visible * self.cache.bytes_per_slot
+        if self.device.type == "cpu" or isinstance(mask, Tensor):
+            self.bytes_read += len(x) * visible * self.cache.bytes_per_slot
+        else:  # the kernel reads each row up to its last input, and the host does not know how far that is
+            self._slots_read += (slots[:, -1] + 1 - self.folded).sum()
         self._logits = self.model.logits(self._run(x, slots, at, self.cache.attend(slots - self.folded, mask, visible)))
         return self._logits
 
@@ -188,5 +194,9 @@ class DecoderSession(Session):
             self.features[self.cache.rows, to + 1] = self.features[self.cache.rows, source + 1]
 
     def check(self) -> None:
-        # A value that is not finite stays in the cache, so the last pass shows an overflow in any earlier one.
+        self.bytes_read += int(self._slots_read) * self.cache.bytes_per_slot
+        self._slots_read.zero_()
         require_finite(self._logits, "The model's logits", self.model.dtype)
+        # Attention gives no weight to a key of -inf, which then shows nowhere else.
+        for cached in (self.cache.keys, self.cache.values):
+            require_finite(cached, "The model's keys and values", self.model.dtype)

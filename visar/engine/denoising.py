@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from visar.engine.finite import is_finite
 from visar.errors import VisarError
 
 
@@ -20,18 +21,22 @@ class Denoiser(ABC):
     """`steps` denoising steps over tokens of `dim` numbers; step 0 is the noisiest.
 
     `calls` counts the sequential calls of the network, `evaluations` the rows in them; the unconditional batch is not
-    counted separately. At `temperature` 0 no step adds noise. The last step adds noise only with `last_noise`.
+    counted separately. At `temperature` 0 no step adds noise. The last step adds noise only with `last_noise`. `finite`
+    says, on the device, whether all guesses so far were.
     """
 
     def __init__(self, steps: int, dim: int, temperature: float = 1.0, last_noise: bool = False):
         self.steps, self.dim, self.temperature, self.last_noise = steps, dim, float(temperature), last_noise
         self.calls = self.evaluations = 0
+        self.finite = torch.ones((), dtype=torch.bool)
 
     def evaluate(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:
         """The network's guess [R, G] for x [R, d] at the steps [R] under conditions [R, K]. Counted."""
         self.calls += 1
         self.evaluations += len(x)
-        return self.captured("guess", self.guess)(x, step, condition)
+        guess = self.captured("guess", self.guess)(x, step, condition)
+        self.finite = self.finite.to(guess.device) & is_finite(guess)
+        return guess
 
     @abstractmethod
     def guess(self, x: Tensor, step: Tensor, condition: Tensor) -> Tensor:

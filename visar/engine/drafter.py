@@ -69,6 +69,7 @@ class Timed(Drafter):
 
     def check(self) -> None:
         self.inner.check()
+        self.bytes_read = self.inner.bytes_read
         self.seconds += sum(start.elapsed_time(end) for start, end in self._events) / 1000
         self._events.clear()
 
@@ -114,13 +115,17 @@ class SessionDrafter(Drafter):
         return self._forward(tokens, self._inner(tree), first + self._before)
 
     def _forward(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
-        before = getattr(self.session, "bytes_read", 0)
-        logits = self.session.forward(tokens, tree, first)
-        self.bytes_read += self.weights + getattr(self.session, "bytes_read", 0) - before
-        return logits
+        self.bytes_read += self.weights
+        return self._counted(lambda: self.session.forward(tokens, tree, first))
 
     def check(self) -> None:
-        self.session.check()
+        self._counted(self.session.check)
+
+    def _counted(self, call: Callable[[], T]) -> T:
+        before = getattr(self.session, "bytes_read", 0)
+        result = call()
+        self.bytes_read += getattr(self.session, "bytes_read", 0) - before
+        return result
 
     def start(self, *condition: Tensor) -> None:
         super().start(*condition)

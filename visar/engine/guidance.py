@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from visar.errors import VisarError
 from visar.kernels.target_probs import guide
+from visar.params import LARGEST
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,10 @@ class Guidance:
 
     scale: float = 1.0
     interval: int = -1
+
+    def __post_init__(self) -> None:
+        if not abs(self.scale) <= LARGEST:
+            raise VisarError(f"The guidance scale must be from {-LARGEST:g} to {LARGEST:g}, not {self.scale}.")
 
     @property
     def active(self) -> bool:

@@ -66,7 +66,8 @@ def decode(
     on a CPU and after every fourth on a GPU, where reading the lengths makes the host wait. Callbacks are not in
     `seconds`; the host waits for the device around each, unless `waits` is false, and then `seconds` mean nothing. Idle
     passes at the end are counted. With a `graph` steps are captured; one captured before must be of this session,
-    started again. Raises `VisarError` if the model's arithmetic overflowed.
+    started again. Raises `VisarError` if something that is no distribution was sampled from in any pass: every pass
+    notes it on the device, and the host reads it where it waits anyway, and in any case before this returns.
     """
     every = every or (1 if session.device.type == "cpu" else 4)
     fewest = -(-session.length // sampler.window)
@@ -79,14 +80,18 @@ def decode(
     def step() -> None:
         sampler.step(session, state)
 
-    passes, in_callbacks = 0, 0.0
+    passes, in_callbacks, waits_anyway = 0, 0.0, session.device.type == "cpu"
     while True:
         if graph is None:
             step()
         else:
             graph.step(step, lambda: _bytes_read(session))
         passes += 1
-        if callback is not None and passes % every == 0:
+        ending = passes >= fewest and (passes - fewest) % every == 0
+        told = callback is not None and passes % every == 0
+        if (waits_anyway or ending or (told and waits)) and state.broken():
+            break
+        if callback is not None and told:
             if waits:
                 synchronize(session.device)
             now, length = time.perf_counter(), session.length
@@ -95,7 +100,6 @@ def decode(
             if waits:
                 synchronize(session.device)
             in_callbacks += time.perf_counter() - now
-        ending = passes >= fewest and (passes - fewest) % every == 0
         if ending or (session.watched and passes % every == 0):
             least = int(session.lengths.min())
             if least >= session.length:
@@ -107,6 +111,7 @@ def decode(
     session.check()
     if session.drafter is not None:
         session.drafter.check()
+    state.check()
     length = session.length
     tokens, commit_pass = state.tokens[:, :length].clone(), state.commit_pass[:, :length].clone()
     captured, replays, uncounted = (0.0, 0, 0) if graph is None else (graph.seconds, graph.replays, graph.uncounted)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from visar.engine.denoising import Denoiser
+from visar.engine.rng import check_length
 from visar.host import synchronize
 
 
@@ -29,6 +30,7 @@ class MaskedSession(ABC):
     def __init__(self, order: Tensor, dim: int, given: Tensor | None = None):
         self.order = order
         self.batch, self.length = order.shape
+        check_length(self.length)
         self.dim, self.device = dim, order.device
         self.given = 0 if given is None else given.shape[1]
         self.start = torch.zeros(self.batch, self.length, dim, device=order.device)

@@ -1,4 +1,4 @@
-"""Memory that decoding needs besides the weights, checked before it starts."""
+"""Bytes: those that a pass reads of the weights, and the memory that decoding needs besides them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,29 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visar.engine.component import unfilled
 from visar.engine.decoder import Decoder
+from visar.engine.quantization import QuantizedLinear
 from visar.errors import VisarError
 from visar.host import available_memory
 
 GIB = 2**30
 M = TypeVar("M", bound=nn.Module)
 COPIES = 12  # of a pass's logits in fp32: both batches of guidance, distributions of window and drafts, float64 sums
+
+
+def streamed_bytes(*modules: nn.Module) -> int:
+    """Bytes of the weights that a pass through the modules reads, in the dtype that they are stored in.
+
+    A pass reads a few rows of an embedding, which are not counted, unless an output head shares the whole table.
+    """
+    read: dict[int, Tensor] = {}
+    for part in (part for module in modules for part in module.modules() if not isinstance(part, nn.Embedding)):
+        own = [*part.parameters(recurse=False), *([part.scale] if isinstance(part, QuantizedLinear) else [])]
+        read |= {id(t): t for t in own}
+    return sum(t.numel() * t.element_size() for t in read.values())
 
 
 def free_memory(device: torch.device) -> int:

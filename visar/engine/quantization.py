@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.engine.decoder import Decoder
+from visar.engine.finite import require_finite
 from visar.errors import VisarError, unknown
 from visar.kernels.backend import say_once
 from visar.kernels.linear import epilogue
@@ -32,9 +33,11 @@ STORED = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 def rounded(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     """`weight` [out, in] in 8 bits and its scales [out], fp32, so that weight is about stored * scale[:, None].
 
+    Raises `VisarError` for weights that are not finite, which 8 bits would hide.
     int8 is off by half a scale at most, float8 by 1/16 of the value (half a scale / 512 below its normal numbers).
     """
     dtype, most = STORED[weights]
+    require_finite(weight, "The weights to be rounded", weight.dtype)
     w = weight.detach().float()
     scale = w.abs().amax(1) / most
     scale = torch.where(scale > 0, scale, 1.0)

@@ -6,6 +6,7 @@ from a pass counter there, so a captured graph replays it with fresh values.
 
 from __future__ import annotations
 
+import copy
 import math
 from enum import IntEnum
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.kernels import noise as made
 from visar.kernels.noise import ExponentialNoise
+from visar.params import whole
 
 _MASK = 0xFFFFFFFF
+SEEDS = 2**64
 IMAGES = 2**24  # image indices
 SPAN = made.SPAN  # positions, and passes
 
@@ -32,15 +35,33 @@ class Purpose(IntEnum):
     ORDER = 6  # the order in which a masked model samples its positions
 
 
+def checked_seed(seed: int) -> int:
+    """The seed. Raises `VisarError` unless it is a whole number of 64 bits, which no other seed has."""
+    found = whole("The seed", seed)
+    if found is None or not 0 <= found < SEEDS:
+        raise VisarError(f"The seed must be from 0 to {SEEDS - 1}, not {seed}.")
+    return found
+
+
+def check_length(length: int, window: int = 0) -> None:
+    """Raise `VisarError` for images of more tokens than there are positions, with windows that reach past the end."""
+    if length + 2 * window > SPAN:
+        raise VisarError(f"Images may have up to {SPAN - 2 * window} tokens here, not {length}.")
+
+
 class Noise:
     """Noise for the rows of a batch.
 
-    `seed` is any integer of 64 bits; `images` [B] are the rows' image indices, below 2**24; `keys` [B], of 32 bits,
-    distinguish rows of the same index, such as those of different prompts. Positions and passes are below 2**16.
+    `seed` is from 0 to 2**64 - 1; `images` [B] are the rows' image indices, from 0 to 2**24 - 1; `keys` [B], of 64
+    bits, distinguish rows of the same index, such as those of different prompts. Positions and passes are below 2**16
+    (`check_length`). Nothing that is in these ranges shares its numbers with anything else that is; a `VisarError` for
+    a seed or an index that is not.
     """
 
     def __init__(self, seed: int, images: Tensor, keys: Tensor | None = None):
-        self.images = images.long()
+        seed, self.images = checked_seed(seed), images.long()
+        if bool(((images != self.images) | (images < 0) | (images >= IMAGES)).any()):
+            raise VisarError(f"Image indices are whole numbers from 0 to {IMAGES - 1}.")
         self.key = torch.tensor([seed & _MASK, seed >> 32 & _MASK], device=self.images.device)
         self.keys = torch.zeros_like(self.images) if keys is None else keys.long()
 
@@ -52,8 +73,8 @@ class Noise:
 
     def of(self, rows: Tensor) -> Noise:
         """The noise of the rows [R] as a batch."""
-        own = Noise(0, self.images[rows], self.keys[rows])
-        own.key = self.key
+        own = copy.copy(self)
+        own.images, own.keys = self.images[rows], self.keys[rows]
         return own
 
     def normals(

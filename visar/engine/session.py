@@ -15,13 +15,6 @@ if TYPE_CHECKING:
     from visar.engine.drafter import Drafter
 
 
-def require_finite(values: Tensor, what: str, dtype: torch.dtype) -> None:
-    """Raise `VisarError` for values that overflowed in `dtype`."""
-    if not bool(torch.isfinite(values).all()):
-        name = str(dtype).removeprefix("torch.")
-        raise VisarError(f"{what} are not finite in {name}; load the model in bfloat16 or float32.")
-
-
 class Session(ABC):
     """A batch of B sequences of `length` tokens, of which row b has committed `lengths[b]`.
 
@@ -85,7 +78,10 @@ class Session(ABC):
         return False
 
     def check(self) -> None:  # noqa: B027 (a session without a model has nothing to check)
-        """Raise `VisarError` if the last pass gave no distribution; called once, when all rows are done."""
+        """Raise `VisarError` if the arithmetic of a pass overflowed; called once, when all rows are done.
+
+        Whether every distribution that was sampled is one, the target checks (`visar.samplers.Target`).
+        """
 
     def commit(self, count: Tensor) -> None:
         """Row b commits its next `count[b]` tokens, at most those up to `length`."""

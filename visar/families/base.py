@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
 from visar.families.weights import load_part
 from visar.host import has_bfloat16
@@ -155,8 +156,8 @@ class Family(ABC):
 
     @property
     def bytes_per_pass(self) -> int:
-        """Bytes of weights that a pass reads."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        """Bytes of weights that a pass reads. Families override it where a pass does not run all of the model."""
+        return streamed_bytes(self.model)
 
     def bytes_per_image(self, window: int, guided: bool) -> int:
         """Bytes of memory that decoding one image needs besides the weights; 0 if not known."""

@@ -55,8 +55,6 @@ def run(
     )  # fmt: skip
     # Each pass makes the host wait anyway, so check the rows after each.
     result = model.run(session, method, target, noise, callback, given, every=1)
-    if not bool(result.tokens.isfinite().all()):
-        raise VisarError("Tokens are not finite; use another guidance scale or temperature.")
     calls, evaluations = (sum(getattr(d, n) for d in session.denoisers) for n in ("calls", "evaluations"))
     stats = MaskedStats.of(
         method, params, model.settings_of(params), session, result,
@@ -74,9 +72,10 @@ def run(
 
 def checked_forced(family: ContinuousFamily, tokens: Tensor) -> Tensor:
     """The forced tokens [N, d] on the device. Raises `VisarError` unless each is given whole or NaN."""
-    shape, found = (family.layout.length, family.token_dim), tokens.isfinite()
-    if tuple(tokens.shape) != shape or not bool((found.all(-1) == found.any(-1)).all()):
-        raise VisarError(f"forced_tokens must be {list(shape)}, each token given whole or NaN.")
+    shape, found = (family.layout.length, family.token_dim), ~tokens.isnan()
+    whole = tuple(tokens.shape) == shape and bool((found.all(-1) == found.any(-1)).all())
+    if not whole or bool(tokens.isinf().any()):
+        raise VisarError(f"forced_tokens must be {list(shape)}, each token given whole, in finite numbers, or NaN.")
     if bool(found.all()):
         raise VisarError("forced_tokens gives every token: there is nothing to sample.")
     return tokens.to(family.device)

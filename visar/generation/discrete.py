@@ -16,6 +16,7 @@ from visar.generation.sessions import Call
 from visar.generation.stats import DecodeStats
 from visar.params import SamplingParams
 from visar.samplers import Target
+from visar.samplers.distribution import is_whole
 
 if TYPE_CHECKING:
     from visar.generation.model import ImageModel
@@ -58,18 +59,20 @@ def run(
 def target_of(family: DiscreteFamily, params: SamplingParams) -> Target:
     """The target of the settings, the caller's forced tokens and the family's own. Raises `VisarError`."""
     forced, own = params.forced_tokens, family.forced
-    if forced is not None and (forced.is_floating_point() or forced.ndim != 1 or len(forced) != family.layout.length):
+    if forced is not None and (
+        not is_whole(forced) or tuple(forced.shape) != (family.layout.length,) or bool((forced.long() < -1).any())
+    ):
+        least = f" down to {int(forced.long().min())}" if is_whole(forced) and forced.numel() else ""
         raise VisarError(
             f"forced_tokens must hold {family.layout.length} whole numbers, -1 where a token is sampled, not "
-            f"{str(forced.dtype).removeprefix('torch.')} of shape {list(forced.shape)}."
+            f"{str(forced.dtype).removeprefix('torch.')} of shape {list(forced.shape)}{least}."
         )
     if own is not None:
-        forced = own if forced is None else torch.where(own >= 0, own, forced.long())
-    allowed = {} if family.allowed is None else {"allowed": family.allowed}
+        forced = own if forced is None else torch.where(own >= 0, own, forced.to(own))
     return Target(
         1.0 if params.temperature is None else params.temperature,
         params.top_k or 0,
         1.0 if params.top_p is None else params.top_p,
-        None if forced is None else forced.long(),
-        **allowed,
+        forced,
+        family.allowed,
     )

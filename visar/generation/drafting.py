@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.drafters.loading import kind_of, load_drafter
+from visar.engine.finite import require_finite_weights
 from visar.errors import VisarError
 from visar.families.base import Family
 from visar.params import CONTINUOUS
@@ -45,6 +46,8 @@ class Drafters:
         if (found := self.find(kind)) is None:
             what = {"model": "a smaller model", "draft": "a smaller MAR"}.get(kind, f"a drafter of the kind {kind!r}")
             raise VisarError(f"Sampler {method.name!r} needs {what}; give it with load_drafter, or --drafter PATH.")
+        # A drafter's NaN is no draft that a test could reject: its residual would be NaN, too.
+        require_finite_weights(found, "the drafter")
         return found
 
     def to(self) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
+from visar.engine.finite import require_finite, require_finite_weights
 from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
 from visar.engine.memory import check_memory
@@ -31,7 +32,7 @@ from visar.generation.output import ImageOutput, as_output, checked_output
 from visar.generation.progress import Progress, StepCallback
 from visar.generation.rows import noise_of
 from visar.generation.sessions import Sessions
-from visar.params import DISCRETE, SamplingParams
+from visar.params import DISCRETE, SamplingParams, plain, whole
 from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
 
 COPIES = 4  # of the pixels in fp32, while the images of a call are put together
@@ -177,6 +178,8 @@ class ImageModel:
         self._check_modules()
         with undisturbed(self.device), torch.inference_mode():
             encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
+            for part in encoded:
+                require_finite(part, f"The features of the {self.family.condition}", part.dtype)
             for note in self.family.notes(values):
                 warnings.warn(note, NotInTraining, stacklevel=2)
             noise = noise_of(keys, first_image, params.seed or 0, self.device)
@@ -184,23 +187,30 @@ class ImageModel:
         # No inference mode: outputs are ordinary tensors.
         with torch.no_grad(), undisturbed(self.device):
             tokens, commit_pass = result.tokens.clone(), result.commit_pass.clone()
-            images = as_output(lambda: self.family.decode(tokens), tokens, output_type)
+            images = as_output(lambda: self._pixels(tokens), tokens, output_type)
         return ImageOutput(images=images, tokens=tokens, commit_pass=commit_pass, stats=stats)
 
     __call__ = generate
+
+    def _pixels(self, tokens: Tensor) -> Tensor:
+        """Images [B, 3, H, W] of tokens. Raises `VisarError` where the decoder's arithmetic overflowed."""
+        pixels = self.family.decode(tokens)
+        require_finite(pixels, "The decoder's pixels", self.dtype)
+        return pixels
 
     def _checked(self, values: list[Any]) -> list[Any]:
         """Conditions that the family takes; class ids may be NumPy's or 0-d tensors."""
         if self.family.condition == "class":
             try:
-                values = [v if isinstance(v, str) else index(v) for v in values]
+                values = [v if isinstance(v, str) else class_id(v) for v in values]
             except TypeError as error:
-                raise VisarError(f"Classes are whole numbers, not {values[0]!r}.") from error
+                raise VisarError(f"Classes are whole numbers, not {error}.") from error
         self.family.check_conditions(values)
         return values
 
     def _check_modules(self) -> None:
-        """Raise `VisarError` for wrappers and patches of the model that have no effect on decoding."""
+        """Raise `VisarError` for wrappers and patches that have no effect on decoding, and for weights that are not
+        finite, which attention or an unused row of a table can hide from the images."""
         model = self.family.model
         name = type(model).__name__
         if name == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
@@ -215,6 +225,9 @@ class ImageModel:
                 raise VisarError("Adapter layers (PEFT) cannot be decoded with; merge them first (merge_and_unload).")
             if hasattr(layer, "_hf_hook"):
                 raise VisarError("Weights that are offloaded cannot be decoded with; move the model with .to(device).")
+        for name, part in self.family.components.items():
+            if isinstance(part, nn.Module) and name != "text_encoder":  # whose features are checked instead
+                require_finite_weights(part, repr(name))
 
     def run(
         self,
@@ -268,8 +281,17 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _count(value: Any) -> int:
-    from visar.params import whole
+def class_id(value: Any) -> int:
+    """The class of an int, NumPy's or a 0-d tensor. Raises `TypeError` for anything else, and for truth values."""
+    value = plain(value)
+    if isinstance(value, bool):
+        raise TypeError(repr(value))
+    try:
+        return index(value)
+    except TypeError as error:
+        raise TypeError(repr(value)) from error
 
+
+def _count(value: Any) -> int:
     found = whole("The number of images", value)
     return 1 if found is None else found

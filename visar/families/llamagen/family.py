@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from visar.engine.guidance import Guidance
-from visar.engine.memory import decoding_bytes
+from visar.engine.memory import decoding_bytes, streamed_bytes
 from visar.engine.quantization import NOT_SAVED, quantize, weights_of
 from visar.engine.quantization import check as check_weights
 from visar.errors import VisarError
@@ -174,8 +174,7 @@ class LlamaGenFamily(DiscreteFamily):
 
     @property
     def bytes_per_pass(self) -> int:
-        embedding = self.gpt.tok_embeddings.weight
-        return super().bytes_per_pass - embedding.numel() * embedding.element_size()  # a pass reads only rows of it
+        return streamed_bytes(self.gpt.layers, self.gpt.norm, self.gpt.output)  # the condition is embedded only once
 
     def bytes_per_image(self, window: int, guided: bool) -> int:
         slots = min(self.gpt.config.condition_length, 2) + self.layout.length + window

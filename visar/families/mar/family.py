@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from visar.engine.graphs import RowGraphs
+from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
 from visar.families.base import ContinuousFamily, Encoded
 from visar.families.layout import Layout
@@ -173,12 +174,15 @@ class MARFamily(ContinuousFamily):
             raise VisarError("8-bit weights are for GPTs over image tokens, not for MARs.")
 
     def bytes_read(self, session: Any) -> int:
-        """The transformer's weights for each pass, and the head's for each denoiser call."""
+        """The transformer's weights for each pass, and the head's for each denoiser call.
+
+        Captions are projected before the first pass, and the head's step embeddings made once for each denoiser.
+        """
         total = 0
         for at in (session, session.draft):
             if at is not None:
-                whole, head = (
-                    sum(p.numel() * p.element_size() for p in m.parameters()) for m in (at.mar, at.mar.diffloss)
-                )
-                total += (whole - head) * at.passes + head * sum(d.calls for d in at.denoisers)
+                head, steps = streamed_bytes(at.mar.diffloss), streamed_bytes(at.mar.diffloss.net.time_embed)
+                once = streamed_bytes(at.mar.caption_proj) if at.mar.config.condition == "text" else 0
+                total += (streamed_bytes(at.mar) - head - once) * at.passes + steps * len(at.denoisers)
+                total += (head - steps) * sum(d.calls for d in at.denoisers)
         return total
