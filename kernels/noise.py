@@ -95,7 +95,7 @@ def uniforms_triton(
 def exponential(
     key: Tensor, images: Tensor, keys: Tensor, positions: Tensor, passes: Tensor | int, purpose: int, vocab: int
 ) -> Tensor:
-    """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]; `passes` is a number, here or on the device."""
+    """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]; `passes` is a number, or [B, 1]."""
     form = exponential_triton if use_triton(positions) else exponential_torch
     return form(key, images, keys, positions, passes, purpose, vocab)
 
@@ -105,7 +105,8 @@ def exponential_torch(
 ) -> Tensor:
     lanes = torch.arange((vocab + 3) // 4, device=positions.device)
     spread = positions[..., None].expand(*positions.shape, lanes.shape[-1])
-    w = torch.stack(words(key, images, keys, spread, passes, purpose, lanes), -1).flatten(-2)[..., :vocab]
+    turns = passes[..., None] if isinstance(passes, Tensor) else passes
+    w = torch.stack(words(key, images, keys, spread, turns, purpose, lanes), -1).flatten(-2)[..., :vocab]
     u = ((w.double() + 0.5) * 2.0**-32).float()
     return -torch.log1p(-u.clamp_max(1 - 2.0**-24))
 
@@ -126,7 +127,7 @@ def exponential_triton(
 class ExponentialNoise:
     """Exp(1) variables e [B, W, vocab] that are not made yet: argmax p/e over the tokens is a sample from p.
 
-    The fields are the arguments of `exponential`, `positions` being [B, W].
+    The fields are the arguments of `exponential`, `positions` being [B, W] and `passes` a number or [B, 1].
     """
 
     key: Tensor
@@ -149,7 +150,7 @@ class ExponentialNoise:
         """What a kernel is given to make them: the arguments of `noise_counter`."""
         return (
             self.key, self.images, self.keys, self.positions, self.passes, self.images.stride(0), self.keys.stride(0),
-            *self.positions.stride(),
+            *self.positions.stride(), self.passes.stride(0) if isinstance(self.passes, Tensor) else 0,
         )  # fmt: skip
 
     def constants(self) -> dict[str, Any]:
@@ -166,14 +167,14 @@ def counter(image, own, position, turn, purpose: tl.constexpr):  # type: ignore[
 
 @jit
 def noise_counter(  # type: ignore[no-untyped-def]
-    key, images, keys, positions, passes, image_step, key_step, row_step, column_step, row, column,
+    key, images, keys, positions, passes, image_step, key_step, row_step, column_step, turn_step, row, column,
     purpose: tl.constexpr, turn_read: tl.constexpr,
 ):  # fmt: skip
     """Counter words 1 to 3 and the two words of the seed, for one position of an `ExponentialNoise`; all scalars."""
     own = tl.load(keys + row * key_step)
     turn = passes
     if turn_read:
-        turn = tl.load(passes)
+        turn = tl.load(passes + row * turn_step)
     position = tl.load(positions + row * row_step + column * column_step)
     c1, c2, c3 = counter(tl.load(images + row * image_step), own, position, turn, purpose)
     return c1, c2, c3, tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
@@ -222,13 +223,13 @@ def _unit(high, low):  # type: ignore[no-untyped-def]
 
 @jit
 def _exponential(  # type: ignore[no-untyped-def]
-    out, key, images, keys, positions, passes, image_step, key_step, row_step, column_step, vocab, width,
+    out, key, images, keys, positions, passes, image_step, key_step, row_step, column_step, turn_step, vocab, width,
     purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     c1, c2, c3, k0, k1 = noise_counter(
-        key, images, keys, positions, passes, image_step, key_step, row_step, column_step, program // width,
-        program % width, purpose, turn_read,
+        key, images, keys, positions, passes, image_step, key_step, row_step, column_step, turn_step,
+        program // width, program % width, purpose, turn_read,
     )  # fmt: skip
     first = tl.program_id(1) * block
     at = first + tl.arange(0, block)

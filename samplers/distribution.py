@@ -65,3 +65,41 @@ class Target:
         if self.forced is None:
             return torch.full_like(positions, -1)
         return self.forced[positions.clamp_max(len(self.forced) - 1)]
+
+
+class RowTargets:
+    """A target of each row's own, in tensors that the kernels read; all rows have the same `allowed` tokens.
+
+    A limit that no row has had so far is left out of the kernels.
+    """
+
+    def __init__(self, batch: int, length: int, device: torch.device, allowed: Tensor | None = None):
+        self.temperature, self.top_p = (torch.ones(batch, device=device) for _ in range(2))
+        self.top_k = torch.zeros(batch, dtype=torch.long, device=device)
+        self.forced = torch.full((batch, length), -1, device=device)
+        self.allowed = None if allowed is None else allowed.to(device)
+        self._limited = self._nucleus = False
+
+    def on(self, device: torch.device, length: int, vocab: int) -> RowTargets:
+        """The targets themselves, which were made for this session."""
+        return self
+
+    def place(self, row: int, target: Target) -> bool:
+        """Give a row this target; whether the kernels now read a setting that they have not read before."""
+        before = self._limited, self._nucleus
+        self.temperature[row], self.top_k[row], self.top_p[row] = target.temperature, target.top_k, target.top_p
+        self.forced[row] = -1 if target.forced is None else target.forced
+        self._limited |= target.top_k > 0
+        self._nucleus |= target.top_p < 1
+        return before != (self._limited, self._nucleus)
+
+    def probs(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """As `Target.probs`."""
+        if self.allowed is not None:
+            logits = torch.where(self.allowed, logits, -torch.inf)
+        top_k, top_p = self.top_k if self._limited else 0, self.top_p if self._nucleus else 1.0
+        return target_probs(logits, self.temperature, top_k, top_p, self.forced_at(positions))
+
+    def forced_at(self, positions: Tensor) -> Tensor:
+        """As `Target.forced_at`."""
+        return self.forced.gather(1, positions.clamp_max(self.forced.shape[1] - 1))

@@ -43,6 +43,10 @@ class CallableSession(Session):
         self.last = of_positions(self.logits(self.history[:, :fed]), (self.batch, fed + 1, self.vocab))
         return self.last.gather(1, at.clamp_max(fed)[..., None].expand(-1, -1, self.vocab)).float()
 
+    def place(self, row: int, fresh: Session) -> None:
+        self.lengths[row] = 0
+        self.history[row] = 0
+
     def check(self) -> None:
         # Masked tokens may have logits of -inf, so check the probabilities.
         require_finite(self.last.softmax(-1), "The probabilities", self.last.dtype)
