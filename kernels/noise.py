@@ -24,14 +24,14 @@ def words(
 ) -> Words:
     """Four words of 32 random bits for each of `positions` [B, ...], for rows `images` [B] with the `keys` [B].
 
-    `passes` and `lane` are numbers or broadcast with the positions; `key` [2] is the seed.
+    `passes` and `lane` are numbers or broadcast with the positions; `key` [B, 2] are the rows' seeds.
     """
     ones = (1,) * (positions.ndim - 1)
     image, own = images.view(-1, *ones), keys.view(-1, *ones)
     zero = torch.zeros_like(positions)
     at = positions + (own % SPAN) * SPAN
     turn = zero + passes + (own // SPAN % SPAN) * SPAN
-    return philox(key, (zero + lane, at, turn, zero + image * 256 + purpose))
+    return philox(key.t().reshape(2, -1, *ones), (zero + lane, at, turn, zero + image * 256 + purpose))
 
 
 def uniforms(
@@ -75,7 +75,7 @@ def uniforms_triton(
     shape = torch.broadcast_shapes(positions.shape, (len(images), *(1,) * (positions.ndim - 1)))
     flat = (shape[0], shape[1:].numel())
     at = positions.expand(shape).reshape(flat)
-    images, keys = images.expand(flat[0]), keys.expand(flat[0])
+    images, keys, key = images.expand(flat[0]), keys.expand(flat[0]), key.expand(flat[0], 2)
     (turn, turn_steps), (lane, lane_steps) = (
         (x.expand(shape).reshape(flat), x.expand(shape).reshape(flat).stride())
         if isinstance(x, Tensor)
@@ -85,8 +85,8 @@ def uniforms_triton(
     out = torch.empty(2, *shape, dtype=torch.float64, device=positions.device)
     size = flat[0] * flat[1]
     _uniforms[((size + 127) // 128,)](
-        out, key, images, keys, at, turn, lane, size, flat[1], images.stride(0), keys.stride(0), *at.stride(),
-        *turn_steps, *lane_steps, purpose=int(purpose), turn_read=isinstance(turn, Tensor),
+        out, key, images, keys, at, turn, lane, size, flat[1], images.stride(0), keys.stride(0), key.stride(0),
+        *at.stride(), *turn_steps, *lane_steps, purpose=int(purpose), turn_read=isinstance(turn, Tensor),
         lane_read=isinstance(lane, Tensor), block=128,
     )  # fmt: skip
     return out[0], out[1]
@@ -150,7 +150,8 @@ class ExponentialNoise:
         """What a kernel is given to make them: the arguments of `noise_counter`."""
         return (
             self.key, self.images, self.keys, self.positions, self.passes, self.images.stride(0), self.keys.stride(0),
-            *self.positions.stride(), self.passes.stride(0) if isinstance(self.passes, Tensor) else 0,
+            self.key.stride(0), *self.positions.stride(),
+            self.passes.stride(0) if isinstance(self.passes, Tensor) else 0,
         )  # fmt: skip
 
     def constants(self) -> dict[str, Any]:
@@ -167,8 +168,8 @@ def counter(image, own, position, turn, purpose: tl.constexpr):  # type: ignore[
 
 @jit
 def noise_counter(  # type: ignore[no-untyped-def]
-    key, images, keys, positions, passes, image_step, key_step, row_step, column_step, turn_step, row, column,
-    purpose: tl.constexpr, turn_read: tl.constexpr,
+    key, images, keys, positions, passes, image_step, key_step, seed_step, row_step, column_step, turn_step, row,
+    column, purpose: tl.constexpr, turn_read: tl.constexpr,
 ):  # fmt: skip
     """Counter words 1 to 3 and the two words of the seed, for one position of an `ExponentialNoise`; all scalars."""
     own = tl.load(keys + row * key_step)
@@ -177,6 +178,7 @@ def noise_counter(  # type: ignore[no-untyped-def]
         turn = tl.load(passes + row * turn_step)
     position = tl.load(positions + row * row_step + column * column_step)
     c1, c2, c3 = counter(tl.load(images + row * image_step), own, position, turn, purpose)
+    key += row * seed_step
     return c1, c2, c3, tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
 
 
@@ -197,8 +199,8 @@ def exponentials(first, c1, c2, c3, k0, k1, block: tl.constexpr):  # type: ignor
 
 @jit
 def _uniforms(  # type: ignore[no-untyped-def]
-    out, key, images, keys, positions, passes, trial, size, width, image_step, key_step, row_step, column_step,
-    turn_row, turn_column, lane_row, lane_column, purpose: tl.constexpr, turn_read: tl.constexpr,
+    out, key, images, keys, positions, passes, trial, size, width, image_step, key_step, seed_step, row_step,
+    column_step, turn_row, turn_column, lane_row, lane_column, purpose: tl.constexpr, turn_read: tl.constexpr,
     lane_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * block + tl.arange(0, block)
@@ -210,7 +212,8 @@ def _uniforms(  # type: ignore[no-untyped-def]
     position = tl.load(positions + row * row_step + column * column_step, inside, 0)
     image, own = tl.load(images + row * image_step, inside, 0), tl.load(keys + row * key_step, inside, 0)
     c1, c2, c3 = counter(image, own, position, turn, purpose)
-    k0, k1 = tl.load(key + zero).to(tl.uint32), tl.load(key + 1 + zero).to(tl.uint32)
+    key += row * seed_step
+    k0, k1 = tl.load(key, inside, 0).to(tl.uint32), tl.load(key + 1, inside, 0).to(tl.uint32)
     a, b, c, d = philox_rounds(lane.to(tl.uint32), c1, c2, c3, k0, k1)
     tl.store(out + at, _unit(a, b), inside)
     tl.store(out + size + at, _unit(c, d), inside)
@@ -223,12 +226,12 @@ def _unit(high, low):  # type: ignore[no-untyped-def]
 
 @jit
 def _exponential(  # type: ignore[no-untyped-def]
-    out, key, images, keys, positions, passes, image_step, key_step, row_step, column_step, turn_step, vocab, width,
-    purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
+    out, key, images, keys, positions, passes, image_step, key_step, seed_step, row_step, column_step, turn_step, vocab,
+    width, purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     c1, c2, c3, k0, k1 = noise_counter(
-        key, images, keys, positions, passes, image_step, key_step, row_step, column_step, turn_step,
+        key, images, keys, positions, passes, image_step, key_step, seed_step, row_step, column_step, turn_step,
         program // width, program % width, purpose, turn_read,
     )  # fmt: skip
     first = tl.program_id(1) * block

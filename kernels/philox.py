@@ -22,7 +22,8 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 def philox(key: Tensor, counter: Words) -> Words:
     """Four words of 32 random bits, each int64 in [0, 2**32), for four int64 counter tensors [...].
 
-    `key` [2], int64, holds two words of 32 bits. It is a tensor so that a captured graph can be given another seed.
+    `key` [2] or [2, ...], int64, holds two words of 32 bits, for all counters or broadcasting with them. It is a
+    tensor so that a captured graph can be given another seed.
     """
     return philox_numpy(key, counter) if counter[0].device.type == "cpu" else philox_torch(key, counter)
 
@@ -32,7 +33,8 @@ def philox_numpy(key: Tensor, counter: Words) -> Words:
     c = np.stack(np.broadcast_arrays(*(x.numpy() for x in counter))).view(np.uint64)
     even, odd = c[::2], c[1::2]
     ones = (1,) * (c.ndim - 1)
-    k = key.numpy().view(np.uint64).reshape(2, *ones)
+    k = key.numpy().astype(np.uint64)
+    k = k.reshape(2, *ones) if k.ndim == 1 else k
     multipliers, steps = (np.array(x, dtype=np.uint64).reshape(2, *ones) for x in (_MULTIPLIERS, _KEY_STEPS))
     mask, half = np.uint64(_MASK), np.uint64(32)
     for _ in range(10):

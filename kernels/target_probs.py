@@ -139,8 +139,9 @@ def target_probs_triton(
         _target_probs[(batch * window,)](
             out, logits, tokens, _argument(temperature), top_k, _argument(top_p), size, window, *logits.stride()[:2],
             *tokens.stride()[:2], own_temperature=isinstance(temperature, Tensor),
-            own_top_k=isinstance(top_k, Tensor), own_top_p=isinstance(top_p, Tensor), by_count=by_count, by_mass=by_mass, certain=forced is not None,
-            whole=whole, block=block, num_warps=16 if block > 4096 else 8 if block > 1024 else 4,
+            own_top_k=isinstance(top_k, Tensor), own_top_p=isinstance(top_p, Tensor), by_count=by_count,
+            by_mass=by_mass, certain=forced is not None, whole=whole, block=block,
+            num_warps=16 if block > 4096 else 8 if block > 1024 else 4,
         )  # fmt: skip
     return out
 

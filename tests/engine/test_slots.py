@@ -37,13 +37,13 @@ def requests(count: int, seed: int = 0) -> list[Request]:
     g = random.Random(seed)
     forced = torch.full((16,), -1)
     forced[[0, 5, 6]] = torch.tensor([3, 9, 60])
-    out = [Request(torch.tensor([0]), Target(), Guidance(2.0), 0)]
+    out = [Request(torch.tensor([0]), Target(), Guidance(2.0), 11)]
     for i in range(1, count):
         target = Target(
             g.choice([0.7, 1.0, 1.4]), g.choice([0, 5, 30]), g.choice([0.8, 1.0]), forced if i % 4 == 0 else None
         )
         guidance = Guidance(g.choice([1.0, 1.7, 3.0]), g.choice([-1, -1, 4]))
-        out.append(Request(torch.tensor([i]), target, guidance, 0))
+        out.append(Request(torch.tensor([i]), target, guidance, g.choice([0, 5, 2**63 + 1])))
     return out
 
 
@@ -125,6 +125,14 @@ class SettingsOfThePool(Slots):
         super().admit(row, fresh, replace(target, temperature=1.0, top_k=0, top_p=1.0), noise)
 
 
+class SeedOfThePool(Slots):
+    """Known bad: one seed for all rows."""
+
+    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
+        noise.key = torch.zeros_like(noise.key)
+        super().admit(row, fresh, target, noise)
+
+
 class OldCache(Slots):
     """Known bad: the row still has the condition of the image before."""
 
@@ -134,7 +142,7 @@ class OldCache(Slots):
         self.session.cache.values.copy_(old)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("bad", [PassesOfTheBatch, SettingsOfThePool, OldCache])
+@pytest.mark.parametrize("bad", [PassesOfTheBatch, SettingsOfThePool, SeedOfThePool, OldCache])
 def test_known_bad_slots_are_caught(bad: type[Slots]) -> None:
     sampler, asked = made("scd"), requests(9)
     found = Pool(sampler, bad).run(asked)

@@ -169,7 +169,7 @@ class ImageModel:
         if (num_images := _count(num_images)) < 1:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
         keys: list[Hashable] = [value for value in values for _ in range(num_images)]
-        self._check_modules()
+        self.check_modules()
         with undisturbed(self.device), torch.inference_mode():
             encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
             for note in self.family.notes(values):
@@ -194,7 +194,7 @@ class ImageModel:
         self.family.check_conditions(values)
         return values
 
-    def _check_modules(self) -> None:
+    def check_modules(self) -> None:
         """Raise `VisarError` for wrappers and patches of the model that have no effect on decoding."""
         model = self.family.model
         name = type(model).__name__
