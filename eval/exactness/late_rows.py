@@ -1,4 +1,4 @@
-"""Images decoded in slots, whose rows begin and end at different times: they must be those of a batch, token for token."""
+"""Images decoded in slots, whose rows begin and end at different times: their tokens must be those of a batch."""
 
 from __future__ import annotations
 

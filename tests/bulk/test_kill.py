@@ -184,7 +184,7 @@ print(json.dumps(codes))
 
 
 def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alone: Path, tmp_path: Path) -> None:
-    """Two ranks; more ranks than some have images for; two of which one is killed, then three that go on; and errors, said once.
+    """Two ranks; five; two of which one is killed, then three that go on; and errors, said once.
 
     Of the errors one is found by all ranks, and one by rank 1 alone.
     """

@@ -46,7 +46,6 @@ def test_a_captured_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch)
                 kept.drafter.start(*condition)
         found = decode(kept, sampler, TARGET, Noise(seed, images), every=2, graph=graph)
         same(found, plain)
-        eager = WARM if images is IMAGES else kept.drafter is not None
         assert found.replays == found.passes - (WARM if images is IMAGES else 0)
         assert found.bytes_read == plain.bytes_read
     assert record.captures == 1

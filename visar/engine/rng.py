@@ -36,8 +36,9 @@ class Purpose(IntEnum):
 class Noise:
     """Noise for the rows of a batch.
 
-    `seed` is any integer of 64 bits, or one for each row; `images` [B] are the rows' image indices, below 2**24; `keys` [B], of 32 bits,
-    distinguish rows of the same index, such as those of different prompts. Positions and passes are below 2**16.
+    `seed` is any integer of 64 bits, or one for each row; `images` [B] are the rows' image indices, below 2**24;
+    `keys` [B], of 32 bits, distinguish rows of the same index, such as those of different prompts. Positions and passes
+    are below 2**16.
     """
 
     def __init__(self, seed: int | Sequence[int], images: Tensor, keys: Tensor | None = None):

@@ -57,8 +57,8 @@ class Session(ABC):
 
         `tokens` [B, W] are the last committed token, then W - 1 drafts. While nothing is committed, the condition
         replaces the first. With a `tree` they are its nodes, and each attends only to its ancestors among them. With
-        `first` > 0 they are the nodes from `first` on; earlier passes since the last commit have cached the others. In a
-        drafter's session `lengths` may then be -1: node 1 is the condition, and there is no node 0.
+        `first` > 0 they are the nodes from `first` on; earlier passes since the last commit have cached the others.
+        In a drafter's session `lengths` may then be -1: node 1 is the condition, and there is no node 0.
         """
 
     def forward_at(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Row(NamedTuple):
 class Slots:
     """The rows of `session` as slots, all free at first; `targets` holds a target of each row's own.
 
-    `every`: passes between two looks at the device, which a free slot is noticed by. With `capture`, steps are captured.
+    `every`: passes between two looks at the device, which notice what is done. With `capture`, steps are captured.
     """
 
     def __init__(
