@@ -24,13 +24,13 @@ def words(
 ) -> Words:
     """Four words of 32 random bits for each of `positions` [B, ...], for rows `images` [B] with the `keys` [B].
 
-    `passes` and `lane` are numbers or broadcast with the positions; `key` [2] is the seed. The counter holds the lower
-    half of a row's key of 64 bits; the upper half goes into the seed.
+    `passes` and `lane` are numbers or broadcast with the positions; `key` [B, 2] are the rows' seeds. The counter
+    holds the lower half of a row's key of 64 bits; the upper half goes into the seed.
     """
     ones = (1,) * (positions.ndim - 1)
     image, own = images.view(-1, *ones), keys.view(-1, *ones)
-    high = own >> 32 & 0xFFFFFFFF
-    key = torch.stack([key[0].expand_as(high), key[1] ^ high])
+    low, high = key.t().reshape(2, -1, *ones)
+    key = torch.stack(torch.broadcast_tensors(low, high ^ (own >> 32 & 0xFFFFFFFF)))
     zero = torch.zeros_like(positions)
     at = positions + (own % SPAN) * SPAN
     turn = zero + passes + (own // SPAN % SPAN) * SPAN
@@ -78,7 +78,7 @@ def uniforms_triton(
     shape = torch.broadcast_shapes(positions.shape, (len(images), *(1,) * (positions.ndim - 1)))
     flat = (shape[0], shape[1:].numel())
     at = positions.expand(shape).reshape(flat)
-    images, keys = images.expand(flat[0]), keys.expand(flat[0])
+    images, keys, key = images.expand(flat[0]), keys.expand(flat[0]), key.expand(flat[0], 2)
     (turn, turn_steps), (lane, lane_steps) = (
         (x.expand(shape).reshape(flat), x.expand(shape).reshape(flat).stride())
         if isinstance(x, Tensor)
@@ -88,8 +88,8 @@ def uniforms_triton(
     out = torch.empty(2, *shape, dtype=torch.float64, device=positions.device)
     size = flat[0] * flat[1]
     _uniforms[((size + 127) // 128,)](
-        out, key, images, keys, at, turn, lane, size, flat[1], images.stride(0), keys.stride(0), *at.stride(),
-        *turn_steps, *lane_steps, purpose=int(purpose), turn_read=isinstance(turn, Tensor),
+        out, key, images, keys, at, turn, lane, size, flat[1], images.stride(0), keys.stride(0), key.stride(0),
+        *at.stride(), *turn_steps, *lane_steps, purpose=int(purpose), turn_read=isinstance(turn, Tensor),
         lane_read=isinstance(lane, Tensor), block=128,
     )  # fmt: skip
     return out[0], out[1]
@@ -98,7 +98,7 @@ def uniforms_triton(
 def exponential(
     key: Tensor, images: Tensor, keys: Tensor, positions: Tensor, passes: Tensor | int, purpose: int, vocab: int
 ) -> Tensor:
-    """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]; `passes` is a number, here or on the device."""
+    """Exp(1) variables [B, W, vocab], fp32, for positions [B, W]; `passes` is a number, or [B, 1]."""
     form = exponential_triton if use_triton(positions) else exponential_torch
     return form(key, images, keys, positions, passes, purpose, vocab)
 
@@ -108,7 +108,8 @@ def exponential_torch(
 ) -> Tensor:
     lanes = torch.arange((vocab + 3) // 4, device=positions.device)
     spread = positions[..., None].expand(*positions.shape, lanes.shape[-1])
-    w = torch.stack(words(key, images, keys, spread, passes, purpose, lanes), -1).flatten(-2)[..., :vocab]
+    turns = passes[..., None] if isinstance(passes, Tensor) else passes
+    w = torch.stack(words(key, images, keys, spread, turns, purpose, lanes), -1).flatten(-2)[..., :vocab]
     u = ((w.double() + 0.5) * 2.0**-32).float()
     return -torch.log1p(-u.clamp_max(1 - 2.0**-24))
 
@@ -129,7 +130,7 @@ def exponential_triton(
 class ExponentialNoise:
     """Exp(1) variables e [B, W, vocab] that are not made yet: argmax p/e over the tokens is a sample from p.
 
-    The fields are the arguments of `exponential`, `positions` being [B, W].
+    The fields are the arguments of `exponential`, `positions` being [B, W] and `passes` a number or [B, 1].
     """
 
     key: Tensor
@@ -152,7 +153,8 @@ class ExponentialNoise:
         """What a kernel is given to make them: the arguments of `noise_counter`."""
         return (
             self.key, self.images, self.keys, self.positions, self.passes, self.images.stride(0), self.keys.stride(0),
-            *self.positions.stride(),
+            self.key.stride(0), *self.positions.stride(),
+            self.passes.stride(0) if isinstance(self.passes, Tensor) else 0,
         )  # fmt: skip
 
     def constants(self) -> dict[str, Any]:
@@ -175,16 +177,17 @@ def keyed(word, own):  # type: ignore[no-untyped-def]
 
 @jit
 def noise_counter(  # type: ignore[no-untyped-def]
-    key, images, keys, positions, passes, image_step, key_step, row_step, column_step, row, column,
-    purpose: tl.constexpr, turn_read: tl.constexpr,
+    key, images, keys, positions, passes, image_step, key_step, seed_step, row_step, column_step, turn_step, row,
+    column, purpose: tl.constexpr, turn_read: tl.constexpr,
 ):  # fmt: skip
     """Counter words 1 to 3 and the two words of the seed, for one position of an `ExponentialNoise`; all scalars."""
     own = tl.load(keys + row * key_step)
     turn = passes
     if turn_read:
-        turn = tl.load(passes)
+        turn = tl.load(passes + row * turn_step)
     position = tl.load(positions + row * row_step + column * column_step)
     c1, c2, c3 = counter(tl.load(images + row * image_step), own, position, turn, purpose)
+    key += row * seed_step
     return c1, c2, c3, tl.load(key).to(tl.uint32), keyed(tl.load(key + 1), own)
 
 
@@ -205,8 +208,8 @@ def exponentials(first, c1, c2, c3, k0, k1, block: tl.constexpr):  # type: ignor
 
 @jit
 def _uniforms(  # type: ignore[no-untyped-def]
-    out, key, images, keys, positions, passes, trial, size, width, image_step, key_step, row_step, column_step,
-    turn_row, turn_column, lane_row, lane_column, purpose: tl.constexpr, turn_read: tl.constexpr,
+    out, key, images, keys, positions, passes, trial, size, width, image_step, key_step, seed_step, row_step,
+    column_step, turn_row, turn_column, lane_row, lane_column, purpose: tl.constexpr, turn_read: tl.constexpr,
     lane_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0) * block + tl.arange(0, block)
@@ -218,7 +221,8 @@ def _uniforms(  # type: ignore[no-untyped-def]
     position = tl.load(positions + row * row_step + column * column_step, inside, 0)
     image, own = tl.load(images + row * image_step, inside, 0), tl.load(keys + row * key_step, inside, 0)
     c1, c2, c3 = counter(image, own, position, turn, purpose)
-    k0, k1 = tl.load(key + zero).to(tl.uint32), keyed(tl.load(key + 1 + zero), own)
+    key += row * seed_step
+    k0, k1 = tl.load(key, inside, 0).to(tl.uint32), keyed(tl.load(key + 1, inside, 0), own)
     a, b, c, d = philox_rounds(lane.to(tl.uint32), c1, c2, c3, k0, k1)
     tl.store(out + at, _unit(a, b), inside)
     tl.store(out + size + at, _unit(c, d), inside)
@@ -231,13 +235,13 @@ def _unit(high, low):  # type: ignore[no-untyped-def]
 
 @jit
 def _exponential(  # type: ignore[no-untyped-def]
-    out, key, images, keys, positions, passes, image_step, key_step, row_step, column_step, vocab, width,
-    purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
+    out, key, images, keys, positions, passes, image_step, key_step, seed_step, row_step, column_step, turn_step, vocab,
+    width, purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     c1, c2, c3, k0, k1 = noise_counter(
-        key, images, keys, positions, passes, image_step, key_step, row_step, column_step, program // width,
-        program % width, purpose, turn_read,
+        key, images, keys, positions, passes, image_step, key_step, seed_step, row_step, column_step, turn_step,
+        program // width, program % width, purpose, turn_read,
     )  # fmt: skip
     first = tl.program_id(1) * block
     at = first + tl.arange(0, block)

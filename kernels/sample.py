@@ -155,13 +155,13 @@ def _sample(  # type: ignore[no-untyped-def]
 @jit
 def _sample_gumbel(  # type: ignore[no-untyped-def]
     out, weights, size, width, row_step, column_step, step, key, images, keys, positions, passes, image_step, key_step,
-    noise_row, noise_column, purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
+    seed_step, noise_row, noise_column, turn_step, purpose: tl.constexpr, turn_read: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, column = (program // width).to(tl.int64), (program % width).to(tl.int64)
     c1, c2, c3, k0, k1 = noise_counter(
-        key, images, keys, positions, passes, image_step, key_step, noise_row, noise_column, row, column, purpose,
-        turn_read,
+        key, images, keys, positions, passes, image_step, key_step, seed_step, noise_row, noise_column, turn_step, row,
+        column, purpose, turn_read,
     )  # fmt: skip
     p = weights + row * row_step + column * column_step
     tl.store(out + program, gumbel_argmax(p, step, size, c1, c2, c3, k0, k1, block))

@@ -20,41 +20,45 @@ BLOCK = 8192  # and how many at a time, of more
 MOST = 2**21  # a program counts no further
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float, guided: Tensor | None = None) -> Tensor:
-    """u + scale (c - u), fp32, for logits c and u [B, W, V] of any dtype; c alone where not `guided` [B, W]."""
+def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor, guided: Tensor | None = None) -> Tensor:
+    """u + scale (c - u), fp32, for logits c and u [B, W, V] of any dtype; c alone where not `guided` [B, W].
+
+    `scale` is a number, or [B], fp32.
+    """
     form = guide_triton if use_triton(cond) else guide_torch
     return form(cond, uncond, scale, guided)
 
 
-def guide_torch(cond: Tensor, uncond: Tensor, scale: float, guided: Tensor | None = None) -> Tensor:
+def guide_torch(cond: Tensor, uncond: Tensor, scale: float | Tensor, guided: Tensor | None = None) -> Tensor:
     c, u = cond.float(), uncond.float()
-    both = u + scale * (c - u)
+    both = u + _of_rows(scale) * (c - u)
     return both if guided is None else torch.where(guided[..., None], both, c)
 
 
-def guide_triton(cond: Tensor, uncond: Tensor, scale: float, guided: Tensor | None = None) -> Tensor:
+def guide_triton(cond: Tensor, uncond: Tensor, scale: float | Tensor, guided: Tensor | None = None) -> Tensor:
     """`guide_torch` as one launch, which reads the logits of both batches and writes one in fp32."""
     cond, uncond = _rows(cond), _rows(uncond)
     batch, window, size = cond.shape
     out = torch.empty(batch, window, size, device=cond.device)
     if out.numel():
         _guide[(batch * window, triton.cdiv(size, 1024))](
-            out, cond, uncond, *_flags(guided, cond), float(scale), size, window, *cond.stride()[:2],
-            *uncond.stride()[:2], some=guided is not None, block=1024,
+            out, cond, uncond, *_flags(guided, cond), _argument(scale), size, window, *cond.stride()[:2],
+            *uncond.stride()[:2], by_row=isinstance(scale, Tensor), some=guided is not None, block=1024,
         )  # fmt: skip
     return out
 
 
 def target_probs(
     logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
     forced: Tensor | None = None,
 ) -> Tensor:
     """The target distribution [B, W, V], fp32, of guided logits [B, W, V]; see `visar.samplers.distribution.Target`.
 
-    `forced` [B, W] are tokens that are certain, -1 where there is none. Gradients pass through the plain form alone.
+    `forced` [B, W] are tokens that are certain, -1 where there is none. Each setting is a number, or [B], fp32 or for
+    `top_k` int64, for rows with settings of their own. Gradients pass through the plain form alone.
     """
     learning = torch.is_grad_enabled() and logits.requires_grad
     fits = not learning and logits.shape[-1] < MOST
@@ -64,24 +68,32 @@ def target_probs(
 
 def target_probs_torch(
     logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
     forced: Tensor | None = None,
 ) -> Tensor:
-    x = logits.float() / temperature
-    if 0 < top_k < x.shape[-1]:
+    x = logits.float() / _of_rows(temperature)
+    size = x.shape[-1]
+    if isinstance(top_k, Tensor):
+        last = torch.where(top_k > 0, top_k, size).clamp_max(size) - 1
+        least = descending(x).gather(-1, _of_rows(last).expand(*x.shape[:2], 1))
+        x = torch.where(x < least, -torch.inf, x)
+    elif 0 < top_k < size:
         least = x.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
         x = torch.where(x < least, -torch.inf, x)
     p = x.softmax(-1)
-    if top_p < 1:
+    if isinstance(top_p, Tensor):
+        share = _of_rows(top_p)
+        p = torch.where(share < 1, nucleus(p, share), p)
+    elif top_p < 1:
         p = nucleus(p, top_p)
     if forced is not None:
         p = torch.where((forced >= 0)[..., None], F.one_hot(forced.clamp_min(0), p.shape[-1]).to(p.dtype), p)
     return p
 
 
-def nucleus(p: Tensor, top_p: float) -> Tensor:
+def nucleus(p: Tensor, top_p: float | Tensor) -> Tensor:
     """The largest probabilities up to and with the one that passes `top_p`, renormalised; the others are 0.
 
     Of equal ones at the end the first tokens stay, so that equal logits give equal distributions in whatever window
@@ -104,9 +116,9 @@ def descending(p: Tensor) -> Tensor:
 
 def target_probs_triton(
     logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
     forced: Tensor | None = None,
 ) -> Tensor:
     """`target_probs_torch` as one launch, a program for each row.
@@ -121,13 +133,27 @@ def target_probs_triton(
     tokens = out if forced is None else forced.expand(batch, window)
     if out.numel():
         whole = size <= RESIDENT
+        by_count = isinstance(top_k, Tensor) or 0 < top_k < size
+        by_mass = isinstance(top_p, Tensor) or top_p < 1
         block = max(triton.next_power_of_2(size), 128) if whole else BLOCK
         _target_probs[(batch * window,)](
-            out, logits, tokens, float(temperature), top_k, float(top_p), size, window, *logits.stride()[:2],
-            *tokens.stride()[:2], by_count=0 < top_k < size, by_mass=top_p < 1, certain=forced is not None,
-            whole=whole, block=block, num_warps=16 if block > 4096 else 8 if block > 1024 else 4,
+            out, logits, tokens, _argument(temperature), top_k, _argument(top_p), size, window, *logits.stride()[:2],
+            *tokens.stride()[:2], own_temperature=isinstance(temperature, Tensor),
+            own_top_k=isinstance(top_k, Tensor), own_top_p=isinstance(top_p, Tensor), by_count=by_count,
+            by_mass=by_mass, certain=forced is not None, whole=whole, block=block,
+            num_warps=16 if block > 4096 else 8 if block > 1024 else 4,
         )  # fmt: skip
     return out
+
+
+def _of_rows(value: float | Tensor) -> float | Tensor:
+    """A number, or [B] as [B, 1, 1]."""
+    return value[:, None, None] if isinstance(value, Tensor) else value
+
+
+def _argument(value: float | Tensor) -> float | Tensor:
+    """For a kernel, to which an integer would be one of another type."""
+    return value if isinstance(value, Tensor) else float(value)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -199,10 +225,18 @@ def _final(  # type: ignore[no-untyped-def]
 @jit
 def _target_probs(  # type: ignore[no-untyped-def]
     out, logits, forced, temperature, top_k, top_p, size, width, logits_row, logits_column, forced_row, forced_column,
-    by_count: tl.constexpr, by_mass: tl.constexpr, certain: tl.constexpr, whole: tl.constexpr, block: tl.constexpr,
+    own_temperature: tl.constexpr, own_top_k: tl.constexpr, own_top_p: tl.constexpr, by_count: tl.constexpr,
+    by_mass: tl.constexpr, certain: tl.constexpr, whole: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, column = program // width, program % width
+    if own_temperature:
+        temperature = tl.load(temperature + row)
+    if own_top_k:
+        top_k = tl.load(top_k + row)
+        top_k = tl.where((top_k > 0) & (top_k < size), top_k, size)
+    if own_top_p:
+        top_p = tl.load(top_p + row)
     out += program * size
     logits += row * logits_row + column * logits_column
     lane = tl.arange(0, block)
@@ -282,6 +316,8 @@ def _target_probs(  # type: ignore[no-untyped-def]
         room = tl.minimum((limit - above) // each + 1, equal)
         remaining = tl.where(cut == 0, reaching, above + room * each)
         share = remaining.to(tl.float32) * 8.673617379884035e-19
+        if own_top_p and top_p >= 1:
+            cut, room, share = cut * 0, size + room * 0, share * 0 + 1
 
     token = tl.full((), -1, tl.int64)
     if certain:
@@ -300,10 +336,12 @@ def _target_probs(  # type: ignore[no-untyped-def]
 @jit
 def _guide(  # type: ignore[no-untyped-def]
     out, cond, uncond, guided, guided_row, guided_column, scale, size, width, cond_row, cond_column, uncond_row,
-    uncond_column, some: tl.constexpr, block: tl.constexpr,
+    uncond_column, by_row: tl.constexpr, some: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, column = program // width, program % width
+    if by_row:
+        scale = tl.load(scale + row)
     at = tl.program_id(1) * block + tl.arange(0, block)
     inside = at < size
     c = tl.load(cond + row * cond_row + column * cond_column + at, inside, 0.0).to(tl.float32)

@@ -44,7 +44,7 @@ def verify_triton(
         assert exponential is not None
         noise, constants = exponential.arguments(), exponential.constants()
     else:  # never read
-        noise, constants = (drafts,) * 5 + (0,) * 4, dict(purpose=0, turn_read=False)
+        noise, constants = (drafts,) * 5 + (0,) * 6, dict(purpose=0, turn_read=False)
     _verify[(batch * window,)](
         tokens, accepted, p, q, drafts, accept, sample, equal, size, window, *p.stride(), *q.stride(), *drafts.stride(),
         *accept.stride(), *sample.stride(), *noise, **constants, rule=rule,
@@ -57,8 +57,8 @@ def verify_triton(
 def _verify(  # type: ignore[no-untyped-def]
     tokens, accepted, p, q, drafts, accept, sample, equal, size, window, p_row, p_column, p_step, q_row, q_column,
     q_step, draft_row, draft_column, accept_row, accept_column, sample_row, sample_column, key, images, keys, positions,
-    passes, image_step, key_step, noise_row, noise_column, purpose: tl.constexpr, turn_read: tl.constexpr, rule:
-    tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
+    passes, image_step, key_step, seed_step, noise_row, noise_column, turn_step, purpose: tl.constexpr, turn_read:
+    tl.constexpr, rule: tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, own = (program // window).to(tl.int64), (program % window).to(tl.int64)
@@ -94,8 +94,8 @@ def _verify(  # type: ignore[no-untyped-def]
                 tl.store(tokens + program, inverse_cdf(p, q, p_step, q_step, True, equal, goal, size, True, block))
             else:
                 c1, c2, c3, k0, k1 = noise_counter(
-                    key, images, keys, positions, passes, image_step, key_step, noise_row, noise_column, row, own,
-                    purpose, turn_read,
+                    key, images, keys, positions, passes, image_step, key_step, seed_step, noise_row, noise_column,
+                    turn_step, row, own, purpose, turn_read,
                 )  # fmt: skip
                 tl.store(tokens + program, gumbel_argmax(p, p_step, size, c1, c2, c3, k0, k1, block))
         else:

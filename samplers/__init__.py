@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from visar.samplers.base import Sampler, State
     from visar.samplers.beam_tree import BeamTree
     from visar.samplers.continuous_speculative import ContinuousSpeculative
-    from visar.samplers.distribution import Target
+    from visar.samplers.distribution import RowTargets, Target
     from visar.samplers.dynamic import DynamicSpeculative
     from visar.samplers.head_speculation import HeadSpeculation
     from visar.samplers.jacobi import Jacobi, SpeculativeJacobi
@@ -37,7 +37,7 @@ _HOMES = {
     "base": ("Sampler", "State"),
     "beam_tree": ("BeamTree",),
     "continuous_speculative": ("ContinuousSpeculative",),
-    "distribution": ("Target",),
+    "distribution": ("RowTargets", "Target"),
     "dynamic": ("DynamicSpeculative",),
     "head_speculation": ("HeadSpeculation",),
     "jacobi": ("Jacobi", "SpeculativeJacobi"),
@@ -72,6 +72,7 @@ __all__ = [
     "LanternPlusPlus",
     "MaskedAutoregressive",
     "MaskedSampler",
+    "RowTargets",
     "Sampler",
     "SamplerSpec",
     "Speculative",

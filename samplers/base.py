@@ -19,7 +19,8 @@ class State:
     """A decoding in progress; samplers with more state have a subclass.
 
     `tokens` [B, N + W]: row b holds its committed tokens, then the drafts of its window. `commit_pass` [B, N + W]: the
-    pass that committed each token. `passes`: a scalar on the device, so that a captured graph counts by itself.
+    pass that committed each token. `passes` [B, 1]: each row's own, as rows may begin at different times; on the
+    device, so that a captured graph counts by itself.
     """
 
     target: Target
@@ -38,7 +39,7 @@ class State:
             noise,
             tokens=torch.zeros(shape, dtype=torch.long, device=session.device),
             commit_pass=torch.full(shape, -1, dtype=torch.long, device=session.device),
-            passes=torch.zeros((), dtype=torch.long, device=session.device),
+            passes=torch.zeros(session.batch, 1, dtype=torch.long, device=session.device),
             **own,
         )
 

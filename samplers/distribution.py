@@ -82,9 +82,7 @@ class Target:
             logits = torch.where(self.allowed, logits, -torch.inf)
         p = target_probs(logits, self.temperature, self.top_k, self.top_p, forced)
         if self.faults is not None:
-            off = (p.detach().sum(-1) - 1).abs().masked_fill(positions >= self.length, 0)
-            worst = self.faults[int(drafted)]
-            torch.maximum(worst, off.amax(), out=worst)
+            note_faults(self.faults[int(drafted)], p, positions, self.length)
         return p
 
     def broken(self) -> bool:
@@ -110,6 +108,58 @@ class Target:
         return self.forced[positions.clamp_max(len(self.forced) - 1)]
 
 
+def note_faults(worst: Tensor, p: Tensor, positions: Tensor, length: int) -> None:
+    """Note in `worst`, one number or [B], how far from 1 the sum of a distribution p [B, W, V] is."""
+    off = (p.detach().sum(-1) - 1).abs().masked_fill(positions >= length, 0)
+    torch.maximum(worst, off.amax(1) if worst.ndim else off.amax(), out=worst)
+
+
 def is_whole(tokens: Tensor) -> bool:
     """Whether a tensor has a dtype of whole numbers; truth values are none."""
     return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+
+
+class RowTargets:
+    """A target of each row's own, in tensors that the kernels read; all rows have the same `allowed` tokens.
+
+    A limit that no row has had so far is left out of the kernels. `faults` [2, B] are those of each row.
+    """
+
+    def __init__(self, batch: int, length: int, device: torch.device, allowed: Tensor | None = None):
+        self.temperature, self.top_p = (torch.ones(batch, device=device) for _ in range(2))
+        self.top_k = torch.zeros(batch, dtype=torch.long, device=device)
+        self.forced = torch.full((batch, length), -1, device=device)
+        self.allowed = None if allowed is None else allowed.to(device)
+        self.faults = torch.zeros(2, batch, device=device)
+        self._limited = self._nucleus = False
+
+    def on(self, device: torch.device, length: int, vocab: int) -> RowTargets:
+        """The targets themselves, which were made for this session."""
+        return self
+
+    def place(self, row: int, target: Target) -> bool:
+        """Give a row this target; whether the kernels now read a setting that they have not read before."""
+        before = self._limited, self._nucleus
+        self.temperature[row], self.top_k[row], self.top_p[row] = target.temperature, target.top_k, target.top_p
+        self.forced[row] = -1 if target.forced is None else target.forced
+        self.faults[:, row] = 0
+        self._limited |= target.top_k > 0
+        self._nucleus |= target.top_p < 1
+        return before != (self._limited, self._nucleus)
+
+    def probs(self, logits: Tensor, positions: Tensor, drafted: bool = False) -> Tensor:
+        """As `Target.probs`."""
+        if self.allowed is not None:
+            logits = torch.where(self.allowed, logits, -torch.inf)
+        top_k, top_p = self.top_k if self._limited else 0, self.top_p if self._nucleus else 1.0
+        p = target_probs(logits, self.temperature, top_k, top_p, self.forced_at(positions))
+        note_faults(self.faults[int(drafted)], p, positions, self.forced.shape[1])
+        return p
+
+    def sound(self) -> Tensor:
+        """The rows [B] whose distributions so far were all distributions."""
+        return (self.faults < OFF).all(0)
+
+    def forced_at(self, positions: Tensor) -> Tensor:
+        """As `Target.forced_at`."""
+        return self.forced.gather(1, positions.clamp_max(self.forced.shape[1] - 1))

@@ -24,7 +24,7 @@ LEVELS = 24  # of entropy, half a nat each
 
 @dataclass
 class DynamicState(State):
-    """`counts` [2, B, levels]: drafts tested and drafts accepted, by the entropy of their draft distribution."""
+    """`counts` [B, 2, levels]: drafts tested and drafts accepted, by the entropy of their draft distribution."""
 
     counts: Tensor
 
@@ -55,14 +55,14 @@ class DynamicSpeculative(Speculative):
 
     def begin(self, session: Session, target: Target, noise: Noise) -> DynamicState:
         drafter_of(session, self.drafter)
-        counts = torch.zeros(2, session.batch, LEVELS, dtype=torch.float64, device=session.device)
+        counts = torch.zeros(session.batch, 2, LEVELS, dtype=torch.float64, device=session.device)
         return DynamicState.empty(session, target, noise, self.window, counts=counts)
 
     def draft(
         self, drafter: Drafter, session: Session, state: DynamicState, at: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Drafts [B, n], -1 after the end of a row's chain, and their distributions [B, n, V], 0 there."""
-        tested, accepted = state.counts
+        tested, accepted = state.counts.unbind(1)
         rates = (accepted + 1) / (tested + 1)
         goes_on = torch.ones(session.batch, dtype=torch.bool, device=session.device)
         chance = torch.ones(session.batch, dtype=torch.float64, device=session.device)
@@ -88,8 +88,8 @@ class DynamicSpeculative(Speculative):
         column, first = torch.arange(drafts.shape[1], device=q.device), verified.accepted[:, None]
         tested = (drafts >= 0) & (column <= first)
         at = level(q)
-        state.counts[0].scatter_add_(1, at, tested.double())
-        state.counts[1].scatter_add_(1, at, (tested & (column < first)).double())
+        state.counts[:, 0].scatter_add_(1, at, tested.double())
+        state.counts[:, 1].scatter_add_(1, at, (tested & (column < first)).double())
 
 
 def level(probs: Tensor) -> Tensor:

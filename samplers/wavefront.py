@@ -47,6 +47,7 @@ class ZipAR(Registered):
     grid: int = field(default=0, compare=False)  # filled in by the pipeline
     exact: ClassVar[bool] = False
     capturable: ClassVar[bool] = False  # the schedule runs on the host
+    lockstep: ClassVar[bool] = True  # and is one for all rows
 
     def __post_init__(self) -> None:
         if self.ahead < 1:

@@ -20,6 +20,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.errors import VisarError
+from visar.eval.exactness.late_rows import decoded_late
 from visar.eval.exactness.mutants import MUTANTS
 from visar.eval.exactness.tabular import Settings, TabularModel, TabularSession, joint
 from visar.samplers import BeamTree, Jacobi, Sampler, Target, check_sampler, get_sampler, samplers_for, values_of
@@ -81,7 +82,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. `alone`: whether rows decoded alone and in eights gave the same tokens as in the batch.
+    """A line of the table. `alone`: whether rows decoded alone, in eights, and in slots that they come to at different
+    times gave the same tokens as in the batch.
 
     `acceptance`: the acceptance rate, and `distance`: from the distribution of a relaxed sampler to the one that it
     approximates, where these are measured.
@@ -117,17 +119,30 @@ def configured(sampler: Sampler, case: Case) -> Sampler:
 
 def run(model: TabularModel, case: Case, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
     """Decode the given image indices as one batch."""
-    settings, guidance = case.settings, Guidance(case.settings.scale, case.settings.interval)
-    session = TabularSession(model, len(images), sampler.window, guidance)
+    session = session_of(model, sampler, len(images), guidance_of(case))
+    return decode(session, sampler, target_of(model, case), Noise(seed, images))
+
+
+def session_of(model: TabularModel, sampler: Sampler, batch: int, guidance: Guidance) -> TabularSession:
+    """A session with the drafter that the sampler needs, which knows the model somewhat."""
+    session = TabularSession(model, batch, sampler.window, guidance)
     session.codebook = CODEBOOK[: model.vocab]
     if hasattr(sampler, "drafter"):
         # The root of the drafter's own session is one node before that of the tree.
         draft = model.disturbed(seed=99)
-        session.drafter = SessionDrafter(TabularSession(draft, len(images), sampler.window + 1, guidance))
+        session.drafter = SessionDrafter(TabularSession(draft, batch, sampler.window + 1, guidance))
+    return session
+
+
+def guidance_of(case: Case) -> Guidance:
+    return Guidance(case.settings.scale, case.settings.interval)
+
+
+def target_of(model: TabularModel, case: Case) -> Target:
+    settings = case.settings
     forced = torch.tensor(settings.forced) if settings.forced else None
     allowed = torch.isin(torch.arange(model.vocab), torch.tensor(settings.allowed)) if settings.allowed else None
-    target = Target(settings.temperature, settings.top_k, settings.top_p, forced, allowed)
-    return decode(session, sampler, target, Noise(seed, images))
+    return Target(settings.temperature, settings.top_k, settings.top_p, forced, allowed)
 
 
 def values(tokens: Tensor, vocab: int) -> np.ndarray:
@@ -191,9 +206,19 @@ def measure(sampler: Sampler, case: Case, sequences: int, seed: int, batch: int 
 
 
 def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
-    """`alike`, for a sampler on the model of a case."""
+    """`alike`, for a sampler on the model of a case, and in slots, unless its rows go in lockstep."""
     model = case.build()
-    return alike(lambda images: run(model, case, sampler, images, seed), tokens)
+    if not alike(lambda images: run(model, case, sampler, images, seed), tokens):
+        return False
+    if getattr(sampler, "lockstep", False):
+        return True
+
+    def make(batch: int, guidance: Guidance) -> TabularSession:
+        return session_of(model, sampler, batch, guidance)
+
+    images = torch.arange(32)
+    late = decoded_late(make, sampler, target_of(model, case), guidance_of(case), images, seed)
+    return bool((late == tokens[: len(images)]).all())
 
 
 def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:

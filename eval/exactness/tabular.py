@@ -77,7 +77,7 @@ class TabularSession(Session):
             prefix = torch.where(n < self.lengths, prefix * vocab + self.history[:, n + 1], prefix)
         values = [prefix.unsqueeze(1)]  # the root is the last of the prefix
         nodes = first + count
-        fed = self.history.gather(1, self.positions(nodes))
+        fed = self.history.gather(1, self.positions(nodes).clamp_min(0))
         parents = tree.parents.expand(self.batch, -1)
         for j in range(1, nodes):
             above = torch.cat(values, dim=1).gather(1, parents[:, j : j + 1])
@@ -89,6 +89,10 @@ class TabularSession(Session):
         if not self.guidance.active:
             return self.model.cond[row]
         return self.guidance.combine(self.model.cond[row], self.model.uncond[row], positions)
+
+    def place(self, row: int, fresh: Session) -> None:
+        self.lengths[row] = 0
+        self.history[row] = 0
 
     def keep(self, path: Tensor) -> None:
         to = self.lengths[:, None] + torch.arange(1, path.shape[1] + 1)

@@ -184,7 +184,7 @@ print(json.dumps(codes))
 
 
 def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alone: Path, tmp_path: Path) -> None:
-    """Two ranks; more ranks than batches; two of which one is killed, then three that go on; and errors, said once.
+    """Two ranks; five; two of which one is killed, then three that go on; and errors, said once.
 
     Of the errors one is found by all ranks, and one by rank 1 alone.
     """
@@ -208,11 +208,11 @@ def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alo
     folder = RunFolder(tmp_path / "killed-left")
     left = images(folder.path)
     assert len(left) < COUNT and all(images(alone)[name] == data for name, data in left.items())
-    assert "000002.png" in left and "000003.png" not in left  # of the first batch of rank 1
-    for rank, own in ((0, {"000000", "000001", "000004", "000005"}), (1, {"000002"})):
+    assert len(left.keys() & {"000001.png", "000003.png", "000005.png"}) == 1  # of rank 1
+    for rank in range(2):
         journal = folder.path / f".journal.{rank}"
         lines = journal.read_text().splitlines() if journal.exists() else []
-        assert {json.loads(line)["id"] for line in lines} <= own
+        assert all(int(json.loads(line)["id"]) % 2 == rank for line in lines)
     assert "manifest.jsonl" not in names(folder.path) and [n for n in names(folder.path) if ".partial." in n]
     drawn = (COUNT, COUNT, COUNT - len(folder.done()))
     for line, out, number in zip(printed, (two, many, killed), drawn, strict=True):  # rank 0 alone prints

@@ -46,8 +46,7 @@ def test_a_captured_step_is_the_step(name: str, monkeypatch: pytest.MonkeyPatch)
                 kept.drafter.start(*condition)
         found = decode(kept, sampler, TARGET, Noise(seed, images), every=2, graph=graph)
         same(found, plain)
-        eager = WARM if images is IMAGES else kept.drafter is not None
-        assert found.replays == found.passes - eager
+        assert found.replays == found.passes - (WARM if images is IMAGES else 0)
         assert found.bytes_read == plain.bytes_read
     assert record.captures == 1
 
@@ -126,7 +125,7 @@ def test_refilling_what_differs_is_refused() -> None:
         refill(Target(0.5), Target(0.7))
     old = [torch.zeros(2), Noise(1, torch.zeros(2))]
     refill(old, [torch.ones(2), Noise(7, torch.ones(2))])
-    assert old[0].tolist() == [1, 1] and old[1].key.tolist() == [7, 0] and old[1].images.tolist() == [1, 1]  # type: ignore[attr-defined]
+    assert old[0].tolist() == [1, 1] and old[1].key.tolist() == [[7, 0], [7, 0]] and old[1].images.tolist() == [1, 1]  # type: ignore[attr-defined]
 
 
 def test_functions_of_rows_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:

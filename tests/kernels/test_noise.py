@@ -12,11 +12,12 @@ from visar.kernels.noise import ExponentialNoise, _exponential, _uniforms, expon
 
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 
+SEEDS = ((0xFFFFFFFF, 77), (0, 0xFFFFFFFF), (5, 0))
 IMAGES, KEYS = (0, 5, 2**24 - 1), (2**40 + 5, 70_000, -3)
 
 
 def rows(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.tensor(x, device=device) for x in ((0xFFFFFFFF, 77), IMAGES, KEYS))  # type: ignore[return-value]
+    return tuple(torch.tensor(x, device=device) for x in (SEEDS, IMAGES, KEYS))  # type: ignore[return-value]
 
 
 def positions(width: int, device: str) -> Tensor:
@@ -47,9 +48,9 @@ def check_uniforms(device: str) -> None:
 def check_exponentials(device: str) -> None:
     key, images, keys = rows(device)
     for vocab, width in ((2, 5), (7, 1), (1000, 2), (2050, 2)):
-        at, passes = positions(width, device), torch.tensor(3, device=device)
+        at, passes = positions(width, device), torch.tensor([[3], [0], [65535]], device=device)
         lanes = torch.arange((vocab + 3) // 4, device=device)
-        w = torch.stack(words(key, images, keys, at[..., None] + 0 * lanes, passes, 2, lanes), -1)
+        w = torch.stack(words(key, images, keys, at[..., None] + 0 * lanes, passes[..., None], 2, lanes), -1)
         true = -torch.log1p(-(w.flatten(-2)[..., :vocab].double() + 0.5) * 2.0**-32)
         for form in ("torch", "triton"):
             with backend(form):  # type: ignore[arg-type]

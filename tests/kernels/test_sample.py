@@ -84,8 +84,8 @@ def check_ends(device: str) -> None:
 
 def gumbel_max(vocab: int, device: str, width: int = 3) -> ExponentialNoise:
     images, at = torch.arange(2, device=device), torch.arange(2 * width, device=device).view(2, width)
-    key = torch.tensor([5, 6], device=device)
-    return ExponentialNoise(key, images, images + 9, at, torch.tensor(2, device=device), 3, vocab)
+    key = torch.stack([images + 5, images + 6], dim=1)
+    return ExponentialNoise(key, images, images + 9, at, images[:, None] + 2, 3, vocab)
 
 
 def check_gumbel(device: str) -> None:

@@ -143,7 +143,21 @@ def check_places(device: str) -> None:
             assert torch.equal(target_probs(x, 0.9, 9, 0.7)[b, k], alone)
 
 
-CHECKS = [check_settings, check_extremes, check_forced, check_guidance, check_places]
+def check_rows(device: str) -> None:
+    """Settings of each row's own: bit for bit what a call with these alone gives."""
+    settings = [*SETTINGS, (1.0, 0, 1.0), (0.9, 500, 1.0)]
+    x = random(300).to(device)[:1].expand(len(settings), -1, -1)
+    temperature, top_k, top_p = (torch.tensor(values, device=device) for values in zip(*settings, strict=True))
+    for b, each in enumerate(settings):
+        assert torch.equal(target_probs(x, temperature, top_k, top_p)[b : b + 1], target_probs(x[b : b + 1], *each))
+        assert torch.equal(target_probs(x, temperature)[b : b + 1], target_probs(x[b : b + 1], each[0]))
+    c, u = torch.randn(2, 3, 2, 70, generator=torch.Generator().manual_seed(1)).to(device)
+    scales = torch.tensor([0.0, 1.3, 7.5], device=device)
+    for b, scale in enumerate((0.0, 1.3, 7.5)):
+        assert torch.equal(guide(c, u, scales)[b : b + 1], guide(c[b : b + 1], u[b : b + 1], scale))
+
+
+CHECKS = [check_settings, check_extremes, check_forced, check_guidance, check_places, check_rows]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -215,9 +229,14 @@ if __name__ == "__main__":
     types |= {"forced": "*i64", "scale": "fp32", "temperature": "fp32", "top_p": "fp32"}
     for dtype in ("*fp32", "*bf16"):
         types |= {"cond": dtype, "uncond": dtype, "logits": dtype}
-        compiled(_guide, types, dict(some=True, block=1024))
-    every = dict(by_count=True, by_mass=True, certain=True)
-    one = dict(by_count=True, by_mass=False, certain=False)
+        compiled(_guide, types, dict(by_row=False, some=True, block=1024))
+    of_rows = {"scale": "*fp32", "temperature": "*fp32", "top_p": "*fp32", "top_k": "*i64"}
+    compiled(_guide, types | of_rows, dict(by_row=True, some=True, block=1024))
+    shared = dict(own_temperature=False, own_top_k=False, own_top_p=False)
+    every = dict(by_count=True, by_mass=True, certain=True) | shared
+    one = dict(by_count=True, by_mass=False, certain=False) | shared
+    own = dict(own_temperature=True, own_top_k=True, own_top_p=True, by_count=True, by_mass=True, certain=True)
+    compiled(_target_probs, types | of_rows, own | dict(whole=True, block=2048), 16)
     for whole, block in ((True, 16384), (False, kernel.BLOCK)):  # 16,384 and 184,622 tokens
         for constants in (every, one):
             compiled(_target_probs, types, constants | dict(whole=whole, block=block), 16)

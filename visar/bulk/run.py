@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from tqdm import tqdm
 
 from visar.bulk.about import FORMAT, changed, machine, method_of, sampler_of, settings_of, weights_mark
 from visar.bulk.conditions import Condition, Interleaved
-from visar.bulk.folder import Journal, Line, RunFolder
+from visar.bulk.folder import Journal, RunFolder
 from visar.bulk.ranks import Ranks
+from visar.bulk.work import Work, batches, rows
 from visar.engine.rng import IMAGES
 from visar.errors import NotInTraining, VisarError
 from visar.files import output_folder
 from visar.generation.model import ImageModel
-from visar.generation.stats import DecodeStats, MaskedStats
+from visar.generation.pool import fits_pool
 from visar.params import DISCRETE
 
 
@@ -30,7 +30,7 @@ from visar.params import DISCRETE
 class Sampled:
     """A finished run; this call sampled `sampled` of its `images`, on all ranks.
 
-    `passes` and `seconds` are means over all images; an image's seconds are those of its batch over the batch size.
+    `passes` and `seconds` are means over all images; an image's seconds are its share of the passes that it was in.
     """
 
     folder: Path
@@ -68,8 +68,9 @@ def sample_images(
     """Sample `count` images, by default one of each condition, into the folder `out`; continues a run in it.
 
     `conditions`: prompts, or class ids for a class model; image i has condition i % P. `batch`: images decoded at
-    once. `tokens` adds each image's tokens to the manifest. `settings`: guidance_scale, guidance_interval,
-    guidance_schedule, temperature, top_k and top_p, as in `SamplingParams`. `name` and `drafters` are for run.json.
+    once, each of which leaves its row to the next as soon as it is done, unless the sampler goes in lockstep. `tokens`
+    adds each image's tokens to the manifest. `settings`: guidance_scale, guidance_interval, guidance_schedule,
+    temperature, top_k and top_p, as in `SamplingParams`. `name` and `drafters` are for run.json.
     With several `ranks` all of them call this with the same arguments, on one shared folder. `progress` shows a bar on
     rank 0; it does not disable the model's own bar.
 
@@ -105,8 +106,6 @@ def sample_images(
                 f"{count} images are no multiple of {len(order.conditions)} classes: the first {extra} get one more.",
                 stacklevel=2,
             )
-        batches = (range(b, min(b + batch, count)) for b in range(0, count, batch))
-        own = islice((ids for ids in batches if not done.issuperset(ids)), ranks.rank, None, ranks.world)
         bar = tqdm(
             total=count,
             initial=len(done),
@@ -118,10 +117,11 @@ def sample_images(
         try:
             journal = Journal(folder, ranks.rank)
             with bar:
-                for ids in own:
-                    _sample_batch(model, order, ids, done, journal, method, seed, tokens, settings)
+                work = Work(model, order, count, done, batch, method, seed, tokens, settings, ranks)
+                for image, line in rows(work) if fits_pool(model, method) else batches(work):
+                    journal.write(image, line)
                     # The other ranks have made about as many; to count their files would take ever longer.
-                    bar.update(min(ranks.world * sum(i not in done for i in ids), count - bar.n))
+                    bar.update(min(ranks.world, count - bar.n))
                 ranks.agree(lambda: None)  # wait for all
                 bar.update(count - bar.n)
             ranks.first(lambda: folder.finish(count))
@@ -168,52 +168,6 @@ def _begin(folder: RunFolder, about: dict[str, Any], here: Mapping[str, Any]) ->
         warnings.warn(f"The run continues on another machine ({difference}): rounding may differ.", stacklevel=2)
     folder.describe(about | {"machines": before if here in before else [*before, here]})
     return {i for i in folder.done() if i < about["count"]}
-
-
-def _sample_batch(
-    model: ImageModel,
-    order: Interleaved,
-    ids: Sequence[int],
-    done: set[int],
-    journal: Journal,
-    method: Any,
-    seed: int,
-    tokens: bool,
-    settings: Mapping[str, Any],
-) -> None:
-    """One call of the model, of which only images that are not `done` are written."""
-    values = [order.condition(i).value for i in ids]
-    indices = [order.index(i) for i in ids]
-    out = model.generate(values, sampler=method, seed=seed, first_image=indices, **settings)
-    for row, (i, image) in enumerate(zip(ids, out.images, strict=True)):
-        if i not in done:
-            line = _line(order, i, row, out.stats)
-            journal.write(image, line | ({"tokens": out.tokens[row].tolist()} if tokens else {}))
-
-
-def _line(order: Interleaved, i: int, row: int, stats: DecodeStats) -> Line:
-    """The manifest's line of image i, one row of a call."""
-    condition = order.condition(i)
-    metrics: dict[str, Any] = {
-        "passes": stats.passes_per_image[row],
-        "batch": stats.images,
-        "nfe": stats.nfe,
-        "seconds": stats.seconds / stats.images,
-        "draft_seconds": None if stats.draft_seconds is None else stats.draft_seconds / stats.images,
-    }
-    if isinstance(stats, MaskedStats):
-        metrics["denoiser_calls"] = stats.denoiser_calls
-    line: Line = {"id": f"{i:06d}", "file": f"{i:06d}.png", order.kind: condition.value}
-    if condition.id is not None:
-        line["prompt_id"] = condition.id
-    line |= {
-        "index": order.index(i),
-        "seed": stats.seed,
-        "sampler": stats.sampler,
-        "exact": stats.exact,
-        "stats": metrics,
-    }
-    return line | ({"metadata": dict(condition.metadata)} if condition.metadata else {})
 
 
 def _summary(folder: RunFolder, sampled: int) -> Sampled:

@@ -150,6 +150,9 @@ class EagleDrafter(Drafter):
         self.drafted = torch.cat([self.drafted, gap, h], dim=1)
         return self._logits(h, s.follows(count, tree, first))
 
+    def place(self, row: int, fresh: EagleDrafter) -> None:
+        self.cache.place(self.session.rows_of(row), fresh.cache)
+
     def drop_unconditional(self) -> None:
         self.cache.keep_rows(len(self.session.condition))
 

@@ -47,7 +47,7 @@ class DecoderSession(Session):
         self.model, self.guidance, self.table = model, guidance, table
         self.prefix, self.folded = prefix, folded
         self.batches = 2 if guidance.active else 1
-        self.watched = guidance.active and guidance.interval >= 0
+        self.watched = guidance.active and guidance.ends
         rows, slots = batch * self.batches, prefix + length + window - 1
         c, device = model.config, self.device
         self.cache = KVCache(c.num_layers, rows, slots - folded, c.num_heads, model.head_dim, model.dtype, device)
@@ -133,6 +133,22 @@ class DecoderSession(Session):
             self.features = self.features[: self.batch]
         if self.drafter is not None:
             self.drafter.drop_unconditional()
+
+    def rows_of(self, row: int) -> Tensor:
+        """The rows of one image in the batches of guidance."""
+        return torch.arange(self.batches, device=self.device) * self.batch + row
+
+    def place(self, row: int, fresh: Session) -> None:
+        assert isinstance(fresh, DecoderSession)
+        rows = self.rows_of(row)
+        self.lengths[row] = 0
+        self.cache.place(rows, fresh.cache)
+        for name in ("condition", "valid", "bias", "features"):
+            if (own := getattr(self, name)) is not None:
+                own[rows] = getattr(fresh, name)
+
+    def finite_rows(self) -> Tensor:
+        return self._logits.isfinite().flatten(1).all(1).view(self.batches, -1).all(0)
 
     def reached(self, least: int) -> bool:
         if self.batches == 1 or not self.guidance.over(least):

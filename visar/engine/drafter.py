@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ class Drafter(ABC):
         """The session has started new images of this condition. Allocates nothing."""
         self.bytes_read, self.seconds = 0, 0.0
 
+    def place(self, row: int, fresh: Any) -> None:  # noqa: B027 (as above)
+        """The session has a new image in `row`; `fresh` is the drafter of the session that it was started in."""
+
     def drop_unconditional(self) -> None:  # noqa: B027 (not all have rows to drop)
         """The session has dropped the unconditional rows of its batch."""
 
@@ -63,6 +66,9 @@ class Timed(Drafter):
     def start(self, *condition: Tensor) -> None:
         super().start(*condition)
         self.inner.start(*condition)
+
+    def place(self, row: int, fresh: Any) -> None:
+        self.inner.place(row, fresh.inner)
 
     def drop_unconditional(self) -> None:
         self.inner.drop_unconditional()
@@ -94,25 +100,27 @@ class Timed(Drafter):
 class SessionDrafter(Drafter):
     """Any Session of the same vocabulary as a drafter: a smaller model with its own cache.
 
-    A round feeds the last two committed tokens, because the last accepted draft may not have been an input yet.
+    A round feeds the last two committed tokens, because the last accepted draft may not have been an input yet. A row
+    that has committed none is fed the condition first, and its second input means nothing.
     """
 
     def __init__(self, session: Session, weights: int = 0):
         """`weights`: bytes of the model that a pass reads."""
         self.session = session
         self.weights = weights
-        self._before = -1  # nodes before the root in this round: none in the first
         self._trees: dict[int, tuple[Tree, Tree]] = {}
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         inner = self.session
-        self._before = min(self._before + 1, 1)
         inner.lengths.copy_((lengths - 1).clamp_min(0))
-        fed = tokens.gather(1, (inner.positions(1 + self._before) - 1).clamp_min(0))
-        return self._forward(fed, None, 0)[:, -1:]
+        logits = self._forward(tokens.gather(1, (inner.positions(2) - 1).clamp_min(0)), None, 0)
+        own = (lengths - inner.lengths)[:, None, None].expand(-1, 1, logits.shape[-1])  # the root's column
+        # One before the root in all rows: drafts of a new row lie where its meaningless input was.
+        inner.lengths.copy_(lengths - 1)
+        return logits.gather(1, own)
 
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
-        return self._forward(tokens, self._inner(tree), first + self._before)
+        return self._forward(tokens, self._inner(tree), first + 1)
 
     def _forward(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
         self.bytes_read += self.weights
@@ -130,20 +138,20 @@ class SessionDrafter(Drafter):
     def start(self, *condition: Tensor) -> None:
         super().start(*condition)
         self.session.start(*condition)
-        self._before = -1
+
+    def place(self, row: int, fresh: Any) -> None:
+        self.session.place(row, fresh.session)
 
     def drop_unconditional(self) -> None:
         self.session.drop_unconditional()
 
     def keep(self, path: Tensor) -> None:
-        if self._before:
-            root = torch.ones_like(path[:, :1])
-            path = torch.cat([root, torch.where(path > 0, path + 1, path)], dim=1)
-        self.session.keep(path)
+        root = torch.ones_like(path[:, :1])
+        self.session.keep(torch.cat([root, torch.where(path > 0, path + 1, path)], dim=1))
 
     def _inner(self, tree: Tree | None) -> Tree | None:
-        if tree is None or not self._before:
-            return tree
+        if tree is None:
+            return None
         known, inner = self._trees.get(id(tree), (None, None))
         if known is not tree:
             inner = tree.after(1)

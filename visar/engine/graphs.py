@@ -18,7 +18,7 @@ from torch import Tensor
 
 Step = Callable[[], None]
 Capture = Callable[[Step], Step]  # records a step without running it, and returns a function that runs it
-WARM = 2  # steps before a capture: Triton compiles kernels, cuBLAS allocates workspaces, drafters run their first round
+WARM = 2  # steps before a capture: Triton compiles kernels, cuBLAS allocates workspaces
 
 
 def cuda_graph(step: Step) -> Step:
@@ -47,14 +47,10 @@ class Graph:
         self.replays = self.uncounted = 0
         self.seconds = 0.0
 
-    def begin(self, state: Any, drafts: bool) -> Any:
-        """The state to decode with: the captured one, refilled from `state`, or `state` itself.
-
-        With a drafter (`drafts`) the first step is eager, because its first round differs from the others.
-        """
+    def begin(self, state: Any) -> Any:
+        """The state to decode with: the captured one, refilled from `state`, or `state` itself."""
         self.replays, self.uncounted, self.seconds = 0, 0, 0.0
         if self._replay is not None:
-            self._warm = 1 if drafts else 0
             refill(self.state, state)
         else:
             self._warm, self.state = WARM, state

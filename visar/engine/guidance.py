@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from visar.errors import VisarError
@@ -30,6 +31,11 @@ class Guidance:
         """Whether an unconditional batch is needed."""
         return self.scale != 1.0
 
+    @property
+    def ends(self) -> bool:
+        """Whether there are positions without guidance."""
+        return self.interval >= 0
+
     def over(self, position: int) -> bool:
         """Whether no token from this position on is guided."""
         return 0 <= self.interval < position - 1
@@ -37,3 +43,30 @@ class Guidance:
     def combine(self, cond: Tensor, uncond: Tensor, positions: Tensor) -> Tensor:
         """Guided logits [B, W, V] for logits of both batches and the absolute positions [B, W] they predict."""
         return guide(cond, uncond, self.scale, None if self.interval < 0 else positions <= self.interval + 1)
+
+
+class RowGuidance(Guidance):
+    """Guidance of each row's own: `scales` [B], fp32, and `intervals` [B]. Both batches run to the end."""
+
+    active, ends = True, False  # type: ignore[assignment]
+
+    def __init__(self, batch: int, device: torch.device):
+        super().__init__()
+        object.__setattr__(self, "scales", torch.ones(batch, device=device))
+        object.__setattr__(self, "intervals", torch.full((batch,), -1, device=device))
+
+    scales: Tensor
+    intervals: Tensor
+
+    def place(self, row: int, guidance: Guidance) -> None:
+        """Give a row this guidance."""
+        self.scales[row], self.intervals[row] = guidance.scale, guidance.interval
+
+    def over(self, position: int) -> bool:
+        return False
+
+    def combine(self, cond: Tensor, uncond: Tensor, positions: Tensor) -> Tensor:
+        own = self.intervals[:, None]
+        # A row without guidance has the very logits of its conditional batch.
+        guided = ((own < 0) | (positions <= own + 1)) & (self.scales != 1)[:, None]
+        return guide(cond, uncond, self.scales, guided)

@@ -49,6 +49,10 @@ class KVCache:
         for cache in (self.keys, self.values):
             cache[:, self.rows, to] = cache[:, self.rows, source]
 
+    def place(self, rows: Tensor, fresh: KVCache) -> None:
+        """Replace the `rows` [R] by those of a cache of R rows, empty slots too."""
+        self.keys[:, rows], self.values[:, rows] = fresh.keys, fresh.values
+
     def keep_rows(self, count: int) -> None:
         """Drop all rows but the first `count`."""
         self.keys, self.values, self.rows = self.keys[:, :count], self.values[:, :count], self.rows[:count]

@@ -75,7 +75,7 @@ def decode(
     start = time.perf_counter()
     state: State | MaskedState = sampler.begin(session, target, noise)
     if graph is not None:
-        state = graph.begin(state, session.drafter is not None)
+        state = graph.begin(state)
 
     def step() -> None:
         sampler.step(session, state)

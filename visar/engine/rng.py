@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -52,17 +53,18 @@ def check_length(length: int, window: int = 0) -> None:
 class Noise:
     """Noise for the rows of a batch.
 
-    `seed` is from 0 to 2**64 - 1; `images` [B] are the rows' image indices, from 0 to 2**24 - 1; `keys` [B], of 64
+    `seed` is from 0 to 2**64 - 1, or one for each row; `images` [B] are the rows' image indices, from 0 to 2**24 - 1; `keys` [B], of 64
     bits, distinguish rows of the same index, such as those of different prompts. Positions and passes are below 2**16
     (`check_length`). Nothing that is in these ranges shares its numbers with anything else that is; a `VisarError` for
     a seed or an index that is not.
     """
 
-    def __init__(self, seed: int, images: Tensor, keys: Tensor | None = None):
-        seed, self.images = checked_seed(seed), images.long()
+    def __init__(self, seed: int | Sequence[int], images: Tensor, keys: Tensor | None = None):
+        seeds = [checked_seed(s) for s in (seed if isinstance(seed, Sequence) else [seed] * len(images))]
+        self.images = images.long()
         if bool(((images != self.images) | (images < 0) | (images >= IMAGES)).any()):
             raise VisarError(f"Image indices are whole numbers from 0 to {IMAGES - 1}.")
-        self.key = torch.tensor([seed & _MASK, seed >> 32 & _MASK], device=self.images.device)
+        self.key = torch.tensor([[s & _MASK, s >> 32 & _MASK] for s in seeds], device=self.images.device)
         self.keys = torch.zeros_like(self.images) if keys is None else keys.long()
 
     def uniforms(
@@ -74,7 +76,7 @@ class Noise:
     def of(self, rows: Tensor) -> Noise:
         """The noise of the rows [R] as a batch."""
         own = copy.copy(self)
-        own.images, own.keys = self.images[rows], self.keys[rows]
+        own.images, own.keys, own.key = self.images[rows], self.keys[rows], self.key[rows]
         return own
 
     def normals(

@@ -51,6 +51,7 @@ class Session(ABC):
         `tokens` [B, W] are the last committed token, then W - 1 drafts. While nothing is committed, the condition
         replaces the first. With a `tree` they are its nodes, and each attends only to its ancestors among them. With
         `first` > 0 they are the nodes from `first` on; earlier passes since the last commit have cached the others.
+        In a drafter's session `lengths` may then be -1: node 1 is the condition, and there is no node 0.
         """
 
     def forward_at(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:
@@ -69,6 +70,17 @@ class Session(ABC):
     def start(self, *condition: Tensor) -> None:
         """Start new images in the same buffers, for conditions of the same shapes."""
         raise VisarError(f"{type(self).__name__} cannot be started again.")
+
+    def place(self, row: int, fresh: Session) -> None:
+        """Start a new image in one `row`: that of `fresh`, a session of one row that has just started.
+
+        Nothing of what was in the row stays, and no other row changes. Raises `VisarError` if rows cannot be replaced.
+        """
+        raise VisarError(f"Rows of a {type(self).__name__} cannot be replaced; decode in batches.")
+
+    def finite_rows(self) -> Tensor:
+        """Which rows [B] the last pass gave a distribution for."""
+        return torch.ones(self.batch, dtype=torch.bool, device=self.device)
 
     def drop_unconditional(self) -> None:  # noqa: B027 (a session may have one batch only)
         """Drop the unconditional batch: no token from here on is guided."""

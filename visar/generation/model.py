@@ -175,7 +175,7 @@ class ImageModel:
             height, width = self.family.pixels
             check_memory(4 * 3 * height * width * COPIES, len(values) * num_images, self.device)
         keys: list[Hashable] = [value for value in values for _ in range(num_images)]
-        self._check_modules()
+        self.check_modules()
         with undisturbed(self.device), torch.inference_mode():
             encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
             for part in encoded:
@@ -208,7 +208,7 @@ class ImageModel:
         self.family.check_conditions(values)
         return values
 
-    def _check_modules(self) -> None:
+    def check_modules(self) -> None:
         """Raise `VisarError` for wrappers and patches that have no effect on decoding, and for weights that are not
         finite, which attention or an unused row of a table can hide from the images."""
         model = self.family.model

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine.test_slots import PassesOfTheBatch, SeedOfThePool
+from visar.engine.slots import Slots
 from visar.errors import VisarError
 from visar.eval.exactness.joint import (
     CASES,
@@ -112,6 +114,14 @@ def test_same_alone_sees_rows_that_lean_on_each_other(kind: type[SpeculativeJaco
         sampler = configured(sampler, PLAIN)
         _, _, tokens = measure(sampler, PLAIN, 512, seed=3)
         assert same_alone(sampler, PLAIN, tokens, seed=3) is expected
+
+
+@pytest.mark.parametrize("bad", [PassesOfTheBatch, SeedOfThePool])
+def test_same_alone_sees_slots_that_are_wrong(bad: type[Slots], monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = configured(get_sampler("scd"), PLAIN)
+    _, _, tokens = measure(sampler, PLAIN, 512, seed=3)
+    monkeypatch.setattr("visar.eval.exactness.late_rows.Slots", bad)
+    assert not same_alone(sampler, PLAIN, tokens, seed=3)
 
 
 def test_batch_size_does_not_change_a_token() -> None:

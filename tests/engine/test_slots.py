@@ -1,0 +1,193 @@
+"""Slots against decoding alone: rows that come late and with settings of their own, cancelled, failed, and captured."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.recording import Recorder
+from tests.helpers.worlds import LARGE, made, session_of, world
+from visar.engine.guidance import Guidance, RowGuidance
+from visar.engine.loop import decode
+from visar.engine.rng import Noise
+from visar.engine.session import Session
+from visar.engine.slots import Row, Slots
+from visar.samplers import RowTargets, Target, samplers_for
+
+NAMES = [n for n, spec in samplers_for("discrete").items() if not getattr(spec.make(), "lockstep", False)]
+SHORT = ("ar", "scd", "scd-gumbel", "speculative", "eagle2", "hydra", "specdec++")
+ROWS = 3
+
+
+class Request(NamedTuple):
+    image: Tensor  # [1]: its index, which stands for its condition
+    target: Target
+    guidance: Guidance
+    seed: int
+
+
+def requests(count: int, seed: int = 0) -> list[Request]:
+    """Of all kinds of settings; some have no guidance, and one no setting at all."""
+    g = random.Random(seed)
+    forced = torch.full((16,), -1)
+    forced[[0, 5, 6]] = torch.tensor([3, 9, 60])
+    out = [Request(torch.tensor([0]), Target(), Guidance(2.0), 11)]
+    for i in range(1, count):
+        target = Target(
+            g.choice([0.7, 1.0, 1.4]), g.choice([0, 5, 30]), g.choice([0.8, 1.0]), forced if i % 4 == 0 else None
+        )
+        guidance = Guidance(g.choice([1.0, 1.7, 3.0]), g.choice([-1, -1, 4]))
+        out.append(Request(torch.tensor([i]), target, guidance, g.choice([0, 5, 2**63 + 1])))
+    return out
+
+
+def fresh(sampler: Any, request: Request, pool: bool) -> Session:
+    """A session of one row; in a pool both batches run, whatever the guidance."""
+    guidance = RowGuidance(1, torch.device("cpu")) if pool else request.guidance
+    return session_of(world("text", **LARGE), sampler, request.image, guidance=guidance)
+
+
+def alone(sampler: Any, request: Request) -> Row:
+    out = decode(fresh(sampler, request, False), sampler, request.target, Noise(request.seed, request.image))
+    return Row(out.tokens[0], out.commit_pass[0])
+
+
+class Pool:
+    """Slots with what admission needs."""
+
+    def __init__(self, sampler: Any, made_of: type[Slots] = Slots, **options: Any):
+        self.sampler, self.guidance = sampler, RowGuidance(ROWS, torch.device("cpu"))
+        images = torch.zeros(ROWS, dtype=torch.long)
+        session = session_of(world("text", **LARGE), sampler, images, guidance=self.guidance)
+        targets = RowTargets(ROWS, 16, torch.device("cpu"))
+        self.slots = made_of(session, sampler, targets, Noise(0, images), **options)
+
+    def admit(self, row: int, request: Request) -> None:
+        self.guidance.place(row, request.guidance)
+        noise = Noise(request.seed, request.image)
+        self.slots.admit(row, fresh(self.sampler, request, True), request.target, noise)
+
+    def run(self, waiting: list[Request], each: Callable[[dict[int, Request]], None] = lambda rows: None) -> list[Row]:
+        """All requests, which come at random times; the rows by image."""
+        g, rows, found = random.Random(1), dict[int, Request](), dict[int, Row]()
+        queue = list(waiting)
+        while queue or rows:
+            while queue and self.slots.free and (not rows or g.random() < 0.4):
+                row = g.choice(sorted(self.slots.free))
+                rows[row] = queue.pop(0)
+                self.admit(row, rows[row])
+            done, failed = self.slots.step()
+            assert not failed
+            for row in done:
+                found[int(rows.pop(row).image)] = self.slots.read(row)
+                self.slots.release(row)
+            each(rows)
+        return [found[int(request.image)] for request in waiting if int(request.image) in found]
+
+
+def same(found: list[Row], expected: list[Row]) -> bool:
+    return all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in NAMES])
+def test_a_request_is_what_it_would_be_alone(name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens in the same passes, counted from its admission."""
+    sampler, asked = made(name), requests(9)
+    if graphs and not getattr(sampler, "capturable", True):
+        pytest.skip("its host looks at the device")
+    expected = [alone(sampler, request) for request in asked]
+    record = Recorder(monkeypatch) if graphs else None
+    pool = Pool(sampler, capture=record)
+    assert same(pool.run(asked), expected)
+    assert record is None or record.captures <= 3  # once for each kind of limit
+
+
+class PassesOfTheBatch(Slots):
+    """Known bad: one count of passes for all rows."""
+
+    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
+        before = self.state.passes.clone()
+        super().admit(row, fresh, target, noise)
+        self.state.passes.copy_(before)
+
+
+class SettingsOfThePool(Slots):
+    """Known bad: the settings of whoever was there first."""
+
+    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
+        super().admit(row, fresh, replace(target, temperature=1.0, top_k=0, top_p=1.0), noise)
+
+
+class SeedOfThePool(Slots):
+    """Known bad: one seed for all rows."""
+
+    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
+        noise.key = torch.zeros_like(noise.key)
+        super().admit(row, fresh, target, noise)
+
+
+class OldCache(Slots):
+    """Known bad: the row still has the condition of the image before."""
+
+    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
+        old = self.session.cache.values.clone()  # type: ignore[attr-defined]
+        super().admit(row, fresh, target, noise)
+        self.session.cache.values.copy_(old)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("bad", [PassesOfTheBatch, SettingsOfThePool, SeedOfThePool, OldCache])
+def test_known_bad_slots_are_caught(bad: type[Slots]) -> None:
+    sampler, asked = made("scd"), requests(9)
+    found = Pool(sampler, bad).run(asked)
+    assert not same(found, [alone(sampler, request) for request in asked])
+
+
+@pytest.mark.parametrize("name", ["ar", "scd", "eagle"])
+def test_a_cancelled_row_changes_no_other(name: str) -> None:
+    sampler, asked, g = made(name), requests(9), random.Random(2)
+    pool, cancelled = Pool(sampler), set()
+
+    def maybe(rows: dict[int, Request]) -> None:
+        if rows and g.random() < 0.15:
+            row = g.choice(sorted(rows))
+            cancelled.add(int(rows.pop(row).image))
+            pool.slots.release(row)
+
+    found = pool.run(asked, maybe)
+    rest = [r for r in asked if int(r.image) not in cancelled]
+    assert cancelled and rest and same(found, [alone(sampler, r) for r in rest])
+
+
+def test_a_row_that_is_not_finite_fails_alone() -> None:
+    """And leaves nothing to the next request in its slot."""
+    sampler, asked = made("scd"), requests(5)
+    expected = [alone(sampler, request) for request in asked]
+    pool = Pool(sampler)
+    for row in range(ROWS):
+        pool.admit(row, asked[row])
+    pool.slots.session.condition[1] = torch.nan  # type: ignore[attr-defined]
+    assert pool.slots.step() == ([], [1])
+    pool.slots.release(1)
+    pool.admit(1, asked[3])
+    rows, found = {0: 0, 1: 3, 2: 2}, {}
+    while rows:
+        done, failed = pool.slots.step()
+        assert not failed
+        for row in done:
+            found[rows.pop(row)] = pool.slots.read(row)
+            pool.slots.release(row)
+    assert same([found[i] for i in (0, 2, 3)], [expected[i] for i in (0, 2, 3)])
+
+
+def test_a_taken_slot_is_refused() -> None:
+    pool = Pool(made("ar"))
+    pool.admit(0, requests(1)[0])
+    with pytest.raises(ValueError, match="Slot 0 is taken"):
+        pool.admit(0, requests(1)[0])
