@@ -53,10 +53,10 @@ def check_length(length: int, window: int = 0) -> None:
 class Noise:
     """Noise for the rows of a batch.
 
-    `seed` is from 0 to 2**64 - 1, or one for each row; `images` [B] are the rows' image indices, from 0 to 2**24 - 1; `keys` [B], of 64
-    bits, distinguish rows of the same index, such as those of different prompts. Positions and passes are below 2**16
-    (`check_length`). Nothing that is in these ranges shares its numbers with anything else that is; a `VisarError` for
-    a seed or an index that is not.
+    `seed` is from 0 to 2**64 - 1, or one for each row; `images` [B] are the rows' image indices, from 0 to 2**24 - 1;
+    `keys` [B], of 64 bits, distinguish rows of the same index, such as those of different prompts. Positions and passes
+    are below 2**16 (`check_length`). Nothing that is in these ranges shares its numbers with anything else that is; a
+    `VisarError` for a seed or an index that is not.
     """
 
     def __init__(self, seed: int | Sequence[int], images: Tensor, keys: Tensor | None = None):
