@@ -71,11 +71,15 @@ class Slots:
     @torch.inference_mode()
     def step(self) -> tuple[list[int], list[int]]:
         """Run `every` passes; the slots that have finished since, and those that failed. Both are still taken."""
+
+        def step() -> None:
+            self.sampler.step(self.session, self.state)
+
         for _ in range(self.every):
             if self.graph is None:
-                self._step()
+                step()
             else:
-                self.graph.step(self._step)
+                self.graph.step(step)
         self.passes += self.every
         taken = [row for row in range(self.session.batch) if row not in self.free]
         self.row_passes += self.every * len(taken)
@@ -94,9 +98,6 @@ class Slots:
         """Free a slot, finished or not: it commits nothing more."""
         self.session.lengths[row] = self.session.length
         self.free.add(row)
-
-    def _step(self) -> None:
-        self.sampler.step(self.session, self.state)
 
 
 def place(old: Any, row: int, new: Any) -> None:
