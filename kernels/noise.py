@@ -24,7 +24,7 @@ def words(
 ) -> Words:
     """Four words of 32 random bits for each of `positions` [B, ...], for rows `images` [B] with the `keys` [B].
 
-    `passes` and `lane` are numbers or broadcast with the positions; `key` [2] is the seed.
+    `passes` and `lane` are numbers or broadcast with the positions; `key` [2] is the seed, [B, 2] that of each row.
     """
     ones = (1,) * (positions.ndim - 1)
     image, own = images.view(-1, *ones), keys.view(-1, *ones)
@@ -76,6 +76,7 @@ def uniforms_triton(
     flat = (shape[0], shape[1:].numel())
     at = positions.expand(shape).reshape(flat)
     images, keys = images.expand(flat[0]), keys.expand(flat[0])
+    key = key.expand(flat[0], 2).contiguous()
     (turn, turn_steps), (lane, lane_steps) = (
         (x.expand(shape).reshape(flat), x.expand(shape).reshape(flat).stride())
         if isinstance(x, Tensor)
@@ -148,7 +149,8 @@ class ExponentialNoise:
     def arguments(self) -> tuple[Any, ...]:
         """What a kernel is given to make them: the arguments of `noise_counter`."""
         return (
-            self.key, self.images, self.keys, self.positions, self.passes, self.images.stride(0), self.keys.stride(0),
+            self.key.expand(len(self.images), 2).contiguous(), self.images, self.keys, self.positions, self.passes,
+            self.images.stride(0), self.keys.stride(0),
             *self.positions.stride(),
         )  # fmt: skip
 
@@ -176,7 +178,7 @@ def noise_counter(  # type: ignore[no-untyped-def]
         turn = tl.load(passes)
     position = tl.load(positions + row * row_step + column * column_step)
     c1, c2, c3 = counter(tl.load(images + row * image_step), own, position, turn, purpose)
-    return c1, c2, c3, tl.load(key).to(tl.uint32), tl.load(key + 1).to(tl.uint32)
+    return c1, c2, c3, tl.load(key + row * 2).to(tl.uint32), tl.load(key + row * 2 + 1).to(tl.uint32)
 
 
 @jit
@@ -209,7 +211,7 @@ def _uniforms(  # type: ignore[no-untyped-def]
     position = tl.load(positions + row * row_step + column * column_step, inside, 0)
     image, own = tl.load(images + row * image_step, inside, 0), tl.load(keys + row * key_step, inside, 0)
     c1, c2, c3 = counter(image, own, position, turn, purpose)
-    k0, k1 = tl.load(key + zero).to(tl.uint32), tl.load(key + 1 + zero).to(tl.uint32)
+    k0, k1 = tl.load(key + row * 2, inside, 0).to(tl.uint32), tl.load(key + row * 2 + 1, inside, 0).to(tl.uint32)
     a, b, c, d = philox_rounds(lane.to(tl.uint32), c1, c2, c3, k0, k1)
     tl.store(out + at, _unit(a, b), inside)
     tl.store(out + size + at, _unit(c, d), inside)

@@ -22,7 +22,8 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 def philox(key: Tensor, counter: Words) -> Words:
     """Four words of 32 random bits, each int64 in [0, 2**32), for four int64 counter tensors [...].
 
-    `key` [2], int64, holds two words of 32 bits. It is a tensor so that a captured graph can be given another seed.
+    `key` [2], int64, holds two words of 32 bits, or [R, 2] those of each row, the counters' first dimension. It is a
+    tensor so that a captured graph can be given another seed.
     """
     return philox_numpy(key, counter) if counter[0].device.type == "cpu" else philox_torch(key, counter)
 
@@ -32,7 +33,7 @@ def philox_numpy(key: Tensor, counter: Words) -> Words:
     c = np.stack(np.broadcast_arrays(*(x.numpy() for x in counter))).view(np.uint64)
     even, odd = c[::2], c[1::2]
     ones = (1,) * (c.ndim - 1)
-    k = key.numpy().view(np.uint64).reshape(2, *ones)
+    k = key.numpy().view(np.uint64).T.reshape(2, *key.shape[:-1], *ones[key.ndim - 1 :])
     multipliers, steps = (np.array(x, dtype=np.uint64).reshape(2, *ones) for x in (_MULTIPLIERS, _KEY_STEPS))
     mask, half = np.uint64(_MASK), np.uint64(32)
     for _ in range(10):
@@ -48,8 +49,8 @@ def philox_numpy(key: Tensor, counter: Words) -> Words:
 
 def philox_torch(key: Tensor, counter: Words) -> Words:
     """`philox` in torch, on any device."""
-    k0, k1 = key.unbind()
     c0, c1, c2, c3 = counter
+    k0, k1 = key.movedim(-1, 0).reshape(2, *key.shape[:-1], *(1,) * (c0.ndim - key.ndim + 1))
     for _ in range(10):
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the products wrap, their bits are right
         c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK

@@ -12,11 +12,12 @@ from visar.kernels.noise import ExponentialNoise, _exponential, _uniforms, expon
 
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 
+SEEDS = ((0xFFFFFFFF, 77), (0, 0), (5, 0xFFFFFFFF))  # of each row
 IMAGES, KEYS = (0, 5, 2**24 - 1), (0, 70_000, 2**32 - 1)
 
 
 def rows(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.tensor(x, device=device) for x in ((0xFFFFFFFF, 77), IMAGES, KEYS))  # type: ignore[return-value]
+    return tuple(torch.tensor(x, device=device) for x in (SEEDS, IMAGES, KEYS))  # type: ignore[return-value]
 
 
 def positions(width: int, device: str) -> Tensor:

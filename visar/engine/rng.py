@@ -7,6 +7,7 @@ from a pass counter there, so a captured graph replays it with fresh values.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -35,13 +36,16 @@ class Purpose(IntEnum):
 class Noise:
     """Noise for the rows of a batch.
 
-    `seed` is any integer of 64 bits; `images` [B] are the rows' image indices, below 2**24; `keys` [B], of 32 bits,
-    distinguish rows of the same index, such as those of different prompts. Positions and passes are below 2**16.
+    `seed` is any integer of 64 bits, or one for each row; `images` [B] are the rows' image indices, below 2**24;
+    `keys` [B], of 32 bits, distinguish rows of the same index, such as those of different prompts. Positions and passes
+    are below 2**16.
     """
 
-    def __init__(self, seed: int, images: Tensor, keys: Tensor | None = None):
+    def __init__(self, seed: int | Sequence[int], images: Tensor, keys: Tensor | None = None):
         self.images = images.long()
-        self.key = torch.tensor([seed & _MASK, seed >> 32 & _MASK], device=self.images.device)
+        seeds = [seed] * len(images) if isinstance(seed, int) else seed
+        words = [[s & _MASK, s >> 32 & _MASK] for s in seeds]
+        self.key = torch.tensor(words, device=self.images.device).view(len(images), 2)
         self.keys = torch.zeros_like(self.images) if keys is None else keys.long()
 
     def uniforms(
@@ -53,7 +57,7 @@ class Noise:
     def of(self, rows: Tensor) -> Noise:
         """The noise of the rows [R] as a batch."""
         own = Noise(0, self.images[rows], self.keys[rows])
-        own.key = self.key
+        own.key = self.key[rows]
         return own
 
     def normals(
