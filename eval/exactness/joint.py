@@ -17,6 +17,7 @@ from torch import Tensor
 
 from visar.engine.drafter import SessionDrafter
 from visar.engine.guidance import Guidance
+from visar.engine.layout import Layout
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.errors import VisarError
@@ -43,7 +44,7 @@ class Case:
     length: int = 5
     window: int = 4
     init: str = "uniform"
-    grid: int = 0
+    columns: int = 1
 
     def build(self) -> TabularModel:
         make = TabularModel.markov if self.model == "markov" else TabularModel.full_prefix
@@ -68,7 +69,7 @@ CASES = (
     Case("N 7, W 3", length=7, window=3),
     Case("N 5, W 8 > N", window=8),
     Case("init left", init="left", length=7, window=3),
-    Case("init above, grid 2", init="above", grid=2, length=8),
+    Case("init above, columns 2", init="above", columns=2, length=8),
     Case("init left-probs", init="left-probs", length=7, window=3),
     Case("V 8, N 5, top-k 3", Settings(top_k=3), vocab=8, model="full"),
     Case(
@@ -107,8 +108,8 @@ class Row:
 
 
 def configured(sampler: Sampler, case: Case) -> Sampler:
-    """The sampler with the window, init and grid of the case, where it has such fields, and a tree of a few nodes."""
-    wanted: dict[str, Any] = {"window": case.window, "gamma": case.window - 1, "init": case.init, "grid": case.grid}
+    """The sampler with the window and init of the case, where it has such fields, and a tree of a few nodes."""
+    wanted: dict[str, Any] = {"window": case.window, "gamma": case.window - 1, "init": case.init}
     has = values_of(sampler)
     if isinstance(sampler, BeamTree):  # small enough that drafts are left out
         wanted |= {"beam": min(sampler.beam, 3), "depth": min(sampler.depth, 3), "nodes": min(sampler.nodes, 12)}
@@ -120,6 +121,7 @@ def run(model: TabularModel, case: Case, sampler: Sampler, images: Tensor, seed:
     settings, guidance = case.settings, Guidance(case.settings.scale, case.settings.interval)
     session = TabularSession(model, len(images), sampler.window, guidance)
     session.codebook = CODEBOOK[: model.vocab]
+    session.layout = Layout(-(-model.length // case.columns), case.columns)
     if hasattr(sampler, "drafter"):
         # The root of the drafter's own session is one node before that of the tree.
         draft = model.disturbed(seed=99)

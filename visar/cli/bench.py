@@ -57,7 +57,7 @@ def _shapes(options: argparse.Namespace) -> int:
     check_json(options)
     import torch
 
-    from visar.cli.common import device_of
+    from visar.devices import device_of
     from visar.eval.benchmark.shapes import WINDOWS, measure, shape_named, shapes_text
 
     report = measure(

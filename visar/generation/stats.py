@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
@@ -32,7 +32,7 @@ class DecodeStats:
     parameters: dict[str, Any]
     exact: bool
     exactness: str
-    seed: int
+    seed: int | list[int]  # or one for each image
     settings: dict[str, Any]  # guidance, temperature, top-k, top-p, dtype, weights, device
     images: int
     tokens: int
@@ -68,7 +68,7 @@ class DecodeStats:
             parameters=values_of(method),
             exact=method.exact,
             exactness=exactness_of(method),
-            seed=params.seed or 0,
+            seed=params.to_dict()["seed"],
             settings=settings,
             images=session.batch,
             tokens=session.length,
@@ -83,21 +83,6 @@ class DecodeStats:
             capture_seconds=result.capture_seconds,
             **more,
         )
-
-    def joined(self, others: Sequence[DecodeStats]) -> Self:
-        """The stats of several consecutive decodings with one sampler; the seed is that of the first."""
-        every: list[DecodeStats] = [self, *others]
-        passes = sum(max(s.passes_per_image) for s in every)
-        seconds = sum(s.seconds for s in every)
-        drafting = [s.draft_seconds for s in every]
-        return replace(
-            self, images=sum(s.images for s in every), nfe=sum(s.nfe for s in every),
-            passes_per_image=[n for s in every for n in s.passes_per_image],
-            tokens_per_pass=sum(s.tokens_per_pass * max(s.passes_per_image) for s in every) / passes,
-            seconds=seconds, draft_seconds=None if None in drafting else sum(filter(None, drafting)),
-            ms_per_pass=1000 * seconds / passes, gigabytes=sum(s.gigabytes for s in every),
-            graph_passes=sum(s.graph_passes for s in every), capture_seconds=sum(s.capture_seconds for s in every),
-        )  # fmt: skip
 
     @property
     def gb_per_second(self) -> float:
