@@ -194,7 +194,7 @@ def check_sampler(sampler: Any, tokens: str | None = None) -> Any:
     for name, said, good in (
         ("name", "a text", lambda x: isinstance(x, str) and x),
         ("exact", "true or false", lambda x: isinstance(x, bool)),
-        ("window", "the inputs of a pass, a whole number from 1", lambda x: isinstance(x, Integral) and x > 0),
+        ("window", "the inputs of a pass, a whole number from 1", lambda x: isinstance(x, Integral) and int(x) > 0),
     ):
         if not hasattr(sampler, name):
             raise VisarError(f"{kind} is no sampler: it has no {name}, {said}.")

@@ -34,9 +34,7 @@ def run(
     family = cast(DiscreteFamily, model.family)
     method = model.sampler_of(sampler, window)
     target = target_of(family, params)
-    guidance = Guidance(
-        cast(float, params.guidance_scale), -1 if params.guidance_interval is None else params.guidance_interval
-    )
+    guidance = guidance_of(params)
     call = Call(family, model.drafters.of(method), encoded, method, target, guidance)
     # A progress bar alone does not need every pass of a GPU.
     every = None if callback is None else 1
@@ -53,6 +51,12 @@ def run(
         gigabytes=(family.bytes_per_pass * result.passes + result.bytes_read) / 1e9,
     )  # fmt: skip
     return result, stats
+
+
+def guidance_of(params: SamplingParams) -> Guidance:
+    """The guidance of the settings."""
+    interval = -1 if params.guidance_interval is None else params.guidance_interval
+    return Guidance(cast(float, params.guidance_scale), interval)
 
 
 def target_of(family: DiscreteFamily, params: SamplingParams) -> Target:
