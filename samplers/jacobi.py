@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -52,13 +52,12 @@ class SpeculativeJacobi(Registered):
     `window` is W, the inputs of a pass, of which W - 1 are drafts. `coupling` says how a draft after a rejection
     follows its predecessor: "independent" samples it again (SJD), "maximal" and "gumbel" make the two coincide as often
     as they can. `init` is the distribution of a position that enters the window (see `visar.samplers.windows`); "above"
-    needs `grid`, the cells in a row of the image, which the pipelines fill in. All of them are exact.
+    needs a session that has a `layout`. All of them are exact.
     """
 
     window: int = option(16, "inputs of a pass, of which all but one are drafts", 2, 64)
     init: Init = option("uniform", "what is drafted for a position that enters the window")
     coupling: Coupling = "independent"
-    grid: int = field(default=0, compare=False)  # filled in by the pipeline
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -69,15 +68,15 @@ class SpeculativeJacobi(Registered):
             raise VisarError(f"Unknown init {self.init!r}; known: {', '.join(get_args(Init))}.")
 
     def begin(self, session: Session, target: Target, noise: Noise) -> JacobiState:
-        if self.init == "above" and self.grid < 1:
-            raise VisarError('init="above" needs grid, the number of cells in a row of the image.')
+        if self.init == "above" and session.layout is None:
+            raise VisarError('init="above" needs a session with a layout, the rows and columns of the image.')
         shape = (session.batch, self.window - 1, session.vocab)
         probs = torch.empty(shape, device=session.device)
         state = JacobiState.empty(session, target, noise, self.window, draft_probs=probs)
         at = session.positions(self.window - 1)
         drafts, probs = initial_drafts(
             self.init,
-            self.grid,
+            0 if session.layout is None else session.layout.stride,
             state,
             at,
             session.vocab,
@@ -104,7 +103,7 @@ class SpeculativeJacobi(Registered):
         new = session.positions(window - 1)
         drafts, draft_probs = initial_drafts(
             self.init,
-            self.grid,
+            0 if session.layout is None else session.layout.stride,
             state,
             new,
             session.vocab,

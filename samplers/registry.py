@@ -8,11 +8,13 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property, partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
 from visar import user_code
 from visar.errors import VisarError, unknown
+from visar.params import number, plain, whole
 from visar.samplers.parameters import Parameter, parameters_of
 
 DEFAULTS = {"discrete": "scd", "continuous": "mar-headspec"}  # by the kind of tokens
@@ -54,7 +56,7 @@ class SamplerSpec:
         _load()
         maker = _MAKERS[self.name]
         _check_parameters(self.name, maker.func, parameters)
-        made = maker(**parameters)
+        made = maker(**_typed(self.options, parameters))
         object.__setattr__(made, "name", self.name)
         return made
 
@@ -149,15 +151,16 @@ def get_sampler(sampler: Any, **parameters: Any) -> Any:
     made = load_sampler(sampler) if isinstance(sampler, str) else sampler
     if not given:
         return made
-    _check_parameters(made.name, type(made), given)
-    changed = replace(made, **given)
+    _check_parameters(check_sampler(made).name, type(made), given)
+    changed = replace(made, **_typed(parameters_of(made), given))
     object.__setattr__(changed, "name", made.name)
     return changed
 
 
 def values_of(sampler: Any) -> dict[str, Any]:
-    """All fields of a sampler with their values; none of one that is no dataclass."""
-    return {f.name: getattr(sampler, f.name) for f in fields(sampler)} if is_dataclass(sampler) else {}
+    """All fields of a sampler with their values, but those that a model fills in; none of one that is no dataclass."""
+    own = fields(sampler) if is_dataclass(sampler) else ()
+    return {f.name: plain(getattr(sampler, f.name)) for f in own if f.compare}
 
 
 def name_of(sampler: Any) -> str:
@@ -191,7 +194,7 @@ def check_sampler(sampler: Any, tokens: str | None = None) -> Any:
     for name, said, good in (
         ("name", "a text", lambda x: isinstance(x, str) and x),
         ("exact", "true or false", lambda x: isinstance(x, bool)),
-        ("window", "the inputs of a pass, a whole number from 1", lambda x: isinstance(x, int) and x > 0),
+        ("window", "the inputs of a pass, a whole number from 1", lambda x: isinstance(x, Integral) and int(x) > 0),
     ):
         if not hasattr(sampler, name):
             raise VisarError(f"{kind} is no sampler: it has no {name}, {said}.")
@@ -223,6 +226,13 @@ def load_sampler(spec: str) -> Any:
         with user_code.blamed():
             found = found()
     return check_sampler(found)
+
+
+def _typed(options: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as Python's numbers, where an option is one: NumPy's, 0-d tensors and 8.0 are taken too."""
+    read: dict[type, Any] = {int: whole, float: number}
+    kinds = {name: option.kind for name, option in options.items()}
+    return {n: read[k](n, value) if (k := kinds.get(n)) in read else plain(value) for n, value in given.items()}  # type: ignore[index]
 
 
 def _check_parameters(name: str, cls: Any, given: Mapping[str, Any]) -> None:

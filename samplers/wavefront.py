@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from visar.engine.layout import Layout
 from visar.engine.rng import Noise, Purpose
 from visar.engine.session import Session
 from visar.errors import VisarError
@@ -40,11 +41,11 @@ class ZipAR(Registered):
 
     Relaxed: a token is sampled from its distribution given what is there of the tokens before it. The first token of a
     row needs the last one of the row above, which is not there yet; the newest one of that row is used instead, and is
-    replaced in the cache when the true one comes. With `ahead` as large as the `grid` this is plain decoding.
+    replaced in the cache when the true one comes. With `ahead` as large as a row this is plain decoding.
     """
 
     ahead: int = option(8, "tokens that the row above is ahead", 1, 64)
-    grid: int = field(default=0, compare=False)  # filled in by the pipeline
+    layout: Layout | None = field(default=None, compare=False)  # filled in by the model
     exact: ClassVar[bool] = False
     capturable: ClassVar[bool] = False  # the schedule runs on the host
     lockstep: ClassVar[bool] = True  # and is one for all rows
@@ -54,26 +55,31 @@ class ZipAR(Registered):
             raise VisarError(f"ahead must be 1 or more tokens, not {self.ahead}.")
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Rows, and tokens in each, the one at its end included."""
+        return (1, 1) if self.layout is None else (self.layout.rows, self.layout.stride)
+
+    @property
     def lag(self) -> int:
         """Passes between the first tokens of a row and the next."""
-        return min(self.ahead, self.grid)
+        return min(self.ahead, self.size[1])
 
     @property
     def window(self) -> int:
         """The most tokens that a pass may sample."""
-        return -(-self.grid // self.lag) if self.grid else 1
+        return min(self.size[0], -(-self.size[1] // self.lag))
 
     @cached_property
     def turns(self) -> list[Turn]:
-        """The passes of an image of grid x grid tokens; they are the same for every image."""
-        size, lag = self.grid, self.lag
+        """The passes of an image; they are the same for every image."""
+        (rows, size), lag = self.size, self.lag
         turns = []
-        for now in range(size + (size - 1) * lag):
+        for now in range(size + (rows - 1) * lag):
             feeds, positions, late = [], [], []
-            for row in range(size):
+            for row in range(rows):
                 column = now - row * lag
                 first = row * size  # the position that begins a row
-                if column == size and lag < size and row + 1 < size:
+                if column == size and lag < size and row + 1 < rows:
                     late.append(first + size)  # a row is complete: its last token replaces the one used instead
                 if not 0 <= column < size:
                     continue
@@ -85,11 +91,12 @@ class ZipAR(Registered):
 
     def reached(self, now: int) -> list[int]:
         """How many tokens each row has once the pass `now` is done; their positions are written by then, too."""
-        return [min(max(now + 1 - row * self.lag, 0), self.grid) for row in range(self.grid)]
+        rows, size = self.size
+        return [min(max(now + 1 - row * self.lag, 0), size) for row in range(rows)]
 
     def begin(self, session: Session, target: Target, noise: Noise) -> WavefrontState:
-        if self.grid < 1 or self.grid**2 != session.length:
-            raise VisarError(f"zipar needs grid, the cells in a row of the image; {self.grid} is not.")
+        if self.layout is None or self.layout.length != session.length:
+            raise VisarError(f"zipar needs layout, the rows and columns of an image of {session.length} tokens.")
         return WavefrontState.empty(session, target, noise, self.window)
 
     def step(self, session: Session, state: WavefrontState) -> None:
@@ -100,7 +107,7 @@ class ZipAR(Registered):
         turn = self.turns[now]
         state.turn += 1
         positions = torch.tensor(turn.positions, device=device)
-        column = torch.arange(self.grid, device=device)
+        column = torch.arange(self.size[1], device=device)
         written = (column < torch.tensor(self.reached(now), device=device)[:, None]).flatten()
         feeds = torch.tensor(turn.feeds, device=device).clamp_min(0).expand(session.batch, -1)
         logits = session.forward_at(state.tokens.gather(1, feeds), positions, written)
@@ -110,7 +117,7 @@ class ZipAR(Registered):
         state.tokens.scatter_(1, at, tokens)
         state.commit_pass.scatter_(1, at, state.passes.expand_as(at))
         state.passes += 1
-        session.commit(gapless(self.reached(now), self.grid) - session.lengths)
+        session.commit(gapless(self.reached(now), self.size[1]) - session.lengths)
 
 
 def gapless(reached: list[int], size: int) -> int:

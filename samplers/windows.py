@@ -25,7 +25,7 @@ Init = Literal["uniform", "left", "above", "left-probs"]
 
 def initial_drafts(
     init: Init,
-    grid: int,
+    stride: int,
     state: State,
     positions: Tensor,
     vocab: int,
@@ -37,10 +37,10 @@ def initial_drafts(
 ) -> tuple[Tensor, Tensor]:
     """Drafts [B, W-1] for `positions` [B, W-1], and the distributions [B, W-1, V] that they are sampled from.
 
-    `state.tokens` is written up to position `known` [B] (exclusive). `u` [B, W-1] is fresh uniform noise. `last_probs`
-    [B, 1, V] is the distribution of the token just before `known`, None at the start, where every init is uniform.
-    `shared` is the exponential noise of the positions under Gumbel coupling, else None: a draft that is sampled takes
-    part in it.
+    `stride` is the number of tokens from a cell to the one below it, for "above". `state.tokens` is written up to
+    position `known` [B] (exclusive). `u` [B, W-1] is fresh uniform noise. `last_probs` [B, 1, V] is the distribution of
+    the token just before `known`, None at the start, where every init is uniform. `shared` is the exponential noise of
+    the positions under Gumbel coupling, else None: a draft that is sampled takes part in it.
     """
     shape = (*positions.shape, vocab)
     if last_probs is None or init == "uniform":
@@ -56,7 +56,7 @@ def initial_drafts(
     else:
         source = (known - 1)[:, None].expand_as(positions)
         if init == "above":
-            above = positions - grid
+            above = positions - stride
             source = torch.where((above >= 0) & (above < known[:, None]), above, source)
         drafts = state.tokens.gather(1, source)
         draft_probs = F.one_hot(drafts, vocab).float()

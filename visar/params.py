@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from visar.errors import VisarError, unknown
 
@@ -49,12 +49,13 @@ def setting(
 class SamplingParams:
     """How an image is sampled. None means the model's own default (`resolved`); for `seed`, a random one.
 
+    A list of seeds has one for each image of a call: each image is the one that its seed gives alone.
     `forced_tokens` [N], whole numbers, or a list, gives tokens, and -1 where one is sampled around them; for
     continuous tokens it is [N, d], NaN where tokens are sampled. Numbers may be Python's, NumPy's or 0-d tensors.
     Raises `VisarError` for a value out of range.
     """
 
-    seed: int | None = setting(0, "seed of all random numbers", low=0, high=2**64 - 1)
+    seed: int | Sequence[int] | None = setting(0, "seed of all random numbers", low=0, high=2**64 - 1)
     guidance_scale: float | None = setting(
         None,
         "strength of classifier-free guidance; 1 is none",
@@ -83,7 +84,11 @@ class SamplingParams:
     forced_tokens: Tensor | None = setting(None, "tokens that are given", flag=False)
 
     def __post_init__(self) -> None:
-        for name in ("seed", "guidance_interval", "top_k"):
+        if is_list(self.seed):
+            self._set("seed", tuple(whole("seed", seed) for seed in self.seed))
+        else:
+            self._set("seed", whole("seed", self.seed))
+        for name in ("guidance_interval", "top_k"):
             self._set(name, whole(name, getattr(self, name)))
         for name in ("guidance_scale", "temperature", "top_p"):
             self._set(name, number(name, getattr(self, name)))
@@ -96,8 +101,9 @@ class SamplingParams:
                     raise VisarError(f"{f.name} must be {' or '.join(about['choices'])}, not {value!r}.")
                 continue
             low, high = about["low"], about["high"]
-            if (low is not None and value < low) or (high is not None and value > high):
-                raise VisarError(f"{f.name} must be {range_of(f.name, value)}, not {value}.")
+            for one in value if isinstance(value, tuple) else (value,):
+                if one is None or (low is not None and one < low) or (high is not None and one > high):
+                    raise VisarError(f"{f.name} must be {range_of(f.name, one)}, not {one}.")
         if self.top_p == 0:
             raise VisarError("top_p must be above 0 and at most 1, not 0.0.")
         if self.forced_tokens is not None:
@@ -110,6 +116,8 @@ class SamplingParams:
     def of(params: SamplingParams | Mapping[str, Any] | None = None, **keywords: Any) -> SamplingParams:
         """The `params` with those `keywords` that are not None; a `VisarError` for a name that is no setting."""
         names = [f.name for f in fields(SamplingParams)]
+        if not isinstance(params, SamplingParams | Mapping | None):
+            raise VisarError(f"params must be a SamplingParams, not a {type(params).__name__}.")
         for name in keywords if not isinstance(params, Mapping) else {**params, **keywords}:
             if name not in names:
                 raise unknown("setting", name, names)
@@ -143,6 +151,7 @@ class SamplingParams:
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold: all settings but the tokens, of which only the number that is forced is told."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["seed"] = list(self.seed) if isinstance(self.seed, tuple) else self.seed
         forced = values.pop("forced_tokens")
         return values | ({} if forced is None else {"forced_tokens": forced_count(forced)})
 
@@ -166,6 +175,11 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         return value.item()
     return value
+
+
+def is_list(value: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether it is a list of values, which NumPy's arrays and tensors of one dimension are too."""
+    return getattr(value, "ndim", 0) == 1 or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
 def whole(name: str, value: Any) -> int | None:
@@ -208,6 +222,8 @@ def as_tokens(value: Any) -> Tensor:
             raise TypeError
         if made.dtype == torch.uint64 and bool((made.long() < 0).any()):
             raise OverflowError  # such a number would become -1
+        if made.is_floating_point() and made.ndim == 1 and bool((made == made.round()).all()):
+            made = made.long()  # ids as 3.0; a token of a continuous model is no single number
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise VisarError("forced_tokens must be a tensor or a list of token ids, -1 where one is sampled.") from error
     return made

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from visar.engine.drafter import SessionDrafter
 from visar.engine.guidance import Guidance
+from visar.engine.layout import Layout
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.errors import VisarError
@@ -44,7 +45,7 @@ class Case:
     length: int = 5
     window: int = 4
     init: str = "uniform"
-    grid: int = 0
+    columns: int = 1
 
     def build(self) -> TabularModel:
         make = TabularModel.markov if self.model == "markov" else TabularModel.full_prefix
@@ -69,7 +70,7 @@ CASES = (
     Case("N 7, W 3", length=7, window=3),
     Case("N 5, W 8 > N", window=8),
     Case("init left", init="left", length=7, window=3),
-    Case("init above, grid 2", init="above", grid=2, length=8),
+    Case("init above, columns 2", init="above", columns=2, length=8),
     Case("init left-probs", init="left-probs", length=7, window=3),
     Case("V 8, N 5, top-k 3", Settings(top_k=3), vocab=8, model="full"),
     Case(
@@ -109,8 +110,8 @@ class Row:
 
 
 def configured(sampler: Sampler, case: Case) -> Sampler:
-    """The sampler with the window, init and grid of the case, where it has such fields, and a tree of a few nodes."""
-    wanted: dict[str, Any] = {"window": case.window, "gamma": case.window - 1, "init": case.init, "grid": case.grid}
+    """The sampler with the window and init of the case, where it has such fields, and a tree of a few nodes."""
+    wanted: dict[str, Any] = {"window": case.window, "gamma": case.window - 1, "init": case.init}
     has = values_of(sampler)
     if isinstance(sampler, BeamTree):  # small enough that drafts are left out
         wanted |= {"beam": min(sampler.beam, 3), "depth": min(sampler.depth, 3), "nodes": min(sampler.nodes, 12)}
@@ -119,14 +120,15 @@ def configured(sampler: Sampler, case: Case) -> Sampler:
 
 def run(model: TabularModel, case: Case, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
     """Decode the given image indices as one batch."""
-    session = session_of(model, sampler, len(images), guidance_of(case))
+    session = session_of(model, case, sampler, len(images), guidance_of(case))
     return decode(session, sampler, target_of(model, case), Noise(seed, images))
 
 
-def session_of(model: TabularModel, sampler: Sampler, batch: int, guidance: Guidance) -> TabularSession:
+def session_of(model: TabularModel, case: Case, sampler: Sampler, batch: int, guidance: Guidance) -> TabularSession:
     """A session with the drafter that the sampler needs, which knows the model somewhat."""
     session = TabularSession(model, batch, sampler.window, guidance)
     session.codebook = CODEBOOK[: model.vocab]
+    session.layout = Layout(-(-model.length // case.columns), case.columns)
     if hasattr(sampler, "drafter"):
         # The root of the drafter's own session is one node before that of the tree.
         draft = model.disturbed(seed=99)
@@ -214,7 +216,7 @@ def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
         return True
 
     def make(batch: int, guidance: Guidance) -> TabularSession:
-        return session_of(model, sampler, batch, guidance)
+        return session_of(model, case, sampler, batch, guidance)
 
     images = torch.arange(32)
     late = decoded_late(make, sampler, target_of(model, case), guidance_of(case), images, seed)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
-from visar.pipelines import TextToImagePipeline
+from visar.generation.model import ImageModel
 
 PROMPTS = (
     "a cat", "a house", "a car", "a flower", "a tree", "a dog", "the sun", "a person", "a birthday cake", "a rocket",
@@ -25,7 +25,7 @@ PROMPTS = (
 
 
 def prompt_sheet(
-    pipe: TextToImagePipeline, prompts: tuple[str, ...] = PROMPTS, seeds: int = 2, side: int = 128, columns: int = 3
+    model: ImageModel, prompts: tuple[str, ...] = PROMPTS, seeds: int = 2, side: int = 128, columns: int = 3
 ) -> Image.Image:
     """`seeds` images of each prompt next to one another with the prompt below, `columns` prompts in a row."""
     text, rows = 14, -(-len(prompts) // columns)
@@ -33,7 +33,7 @@ def prompt_sheet(
     writer = ImageDraw.Draw(canvas)
     for i, prompt in enumerate(prompts):
         x, y = i % columns * (seeds * side + 6), i // columns * (side + text)
-        for k, image in enumerate(pipe(prompt, num_images_per_prompt=seeds).images or ()):
+        for k, image in enumerate(model.generate(prompt, num_images=seeds).images or ()):
             canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x + k * side, y))
         writer.text((x + 2, y + side), prompt, fill="black")
     return canvas
@@ -50,12 +50,12 @@ def main() -> int:
         if given.seeds < 1:
             raise VisarError(f"--seeds must be 1 or more, not {given.seeds}.")
         writable_folder(Path(given.out).absolute().parent)
-        pipe = TextToImagePipeline.from_pretrained(given.model)
-        pipe.set_progress_bar_config(disable=True)
+        model = ImageModel.load(given.model)
+        model.bar = {"disable": True}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             prompts = tuple(f"{p}, {given.style}" if given.style else p for p in PROMPTS)
-            sheet = prompt_sheet(pipe, prompts, given.seeds)
+            sheet = prompt_sheet(model, prompts, given.seeds)
         with replacing(Path(given.out)) as temporary:
             sheet.save(temporary, "PNG")
     except VisarError as error:

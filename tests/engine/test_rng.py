@@ -118,6 +118,21 @@ def test_batch_order_and_calls_do_not_matter() -> None:
         assert torch.equal(wider[:, :3], whole)
 
 
+def test_rows_have_seeds_of_their_own() -> None:
+    seeds, images = [3, -1, 2**63, 3], torch.tensor([0, 0, 5, 1])
+    noise, at = Noise(seeds, images), torch.arange(6).expand(4, -1)
+
+    def made(n: Noise, at: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        normals = n.normals(Purpose.SHARED, at, 2, 5)
+        return (*n.uniforms(Purpose.STEP, at, 3), n.exponential(Purpose.SHARED, at, 3, 11), normals)
+
+    for row, seed in enumerate(seeds):
+        alone = made(Noise(seed, images[row : row + 1]), at[:1])
+        part = made(noise.of(torch.tensor([row])), at[:1])
+        for whole, one, other in zip(made(noise, at), alone, part, strict=True):
+            assert torch.equal(whole[row], one[0]) and torch.equal(other, one)
+
+
 def test_a_pass_counter_on_the_device_counts_like_a_number() -> None:
     noise, at = Noise(7, torch.arange(3)), torch.arange(5).expand(3, -1)
     counter = torch.zeros((), dtype=torch.long)

@@ -96,6 +96,13 @@ def test_the_command_line_generates_samples_and_measures(
     assert "scd" in capsys.readouterr().out
     assert cli.main(["generate", "wide", *model, "--sampler", "eagle"]) == 2
     assert "needs a drafter" in capsys.readouterr().err
+    assert cli.main(["verify", *model, "--samplers", "scd", "--sequences", "16384", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["sampler"] == "scd" and row["passed"] and row["sequences"] == 910
+    for wrong in (["--class", "1"], ["--session", "x.py:make"], ["--samplers", "zipar"]):
+        assert cli.main(["verify", *model, *wrong]) == 2
+    assert cli.main(["verify", "--prompt", "wide"]) == 2
+    assert "go with --model" in capsys.readouterr().err
 
 
 def test_the_demo_decodes_it(folder: Path) -> None:

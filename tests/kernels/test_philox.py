@@ -63,6 +63,12 @@ def test_reference_equals_plain_integers(key: tuple[int, int]) -> None:
     square = torch.stack(philox_numpy(torch.tensor(key), tuple(c.view(4, 10, 20))))
     assert torch.equal(square.flatten(1), got)
     assert got.T.tolist() == [list(plain(key, tuple(column))) for column in c.T.tolist()]
+    # Rows with keys of their own.
+    keys = torch.tensor([key, (7, 9), *[KEYS[-1]] * 8])
+    for form in (philox_torch, philox_numpy):
+        rows = torch.stack(form(keys.T[..., None].contiguous(), tuple(c.view(4, 10, 20))))
+        assert torch.equal(rows[:, 0], got[:, :20])
+        assert torch.equal(rows[:, 1], torch.stack(form(keys[1], tuple(c.view(4, 10, 20)[:, 1]))))
 
 
 def check_kernel(device: str) -> None:

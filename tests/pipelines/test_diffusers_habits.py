@@ -18,12 +18,17 @@ from visar.errors import VisarError
 from visar.families.llamagen.vq import VQModel
 from visar.params import SamplingParams
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
+from visar.samplers import SpeculativeJacobi
 
 Pipe = Any
 
 
 def tokens(pipe: Pipe, prompt: Any = "red heart", **settings: Any) -> torch.Tensor:
     return pipe(prompt, output_type="tokens", **settings).tokens
+
+
+def tokens_stats(pipe: Pipe) -> Any:
+    return pipe("red heart", output_type="tokens").stats
 
 
 # Seeds
@@ -42,11 +47,26 @@ def test_a_list_of_generators_gives_one_seed_for_each_image(text_pipe: Pipe) -> 
     def generators(*seeds: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(s) for s in seeds]
 
-    out = text_pipe(["red heart", "cat"], generator=generators(3, 4))
+    seen: list[Any] = []
+    out = text_pipe(["red heart", "cat"], generator=tuple(generators(3, 4)), callback=seen.append)
     assert len(out.images) == 2 and out.tokens.shape[0] == out.commit_pass.shape[0] == out.stats.images == 2
+    assert {len(progress.tokens) for progress in seen} == {2}  # one batch, and not one image after the other
     alone = text_pipe("cat", generator=generators(4)[0])
-    assert torch.equal(out.tokens[1:], alone.tokens)
-    assert len(out.stats.passes_per_image) == 2 and out.stats.nfe >= max(out.stats.passes_per_image)
+    assert torch.equal(out.tokens[1:], alone.tokens) and out.stats.seed[1] == alone.stats.seed
+    assert torch.equal(tokens(text_pipe, ["red heart", "cat"], seed=out.stats.seed), out.tokens)
+    same = tokens(text_pipe, np.array(["cat", "cat"]), generator=generators(4, 4))
+    assert torch.equal(same[0], same[1]) and torch.equal(same[:1], alone.tokens)
+    shared = torch.Generator().manual_seed(3)
+    assert torch.unique(tokens(text_pipe, num_images_per_prompt=2, generator=[shared] * 2), dim=0).shape[0] == 2
+    assert torch.equal(
+        tokens(text_pipe, seed=None, generator=generators(4)[0]), tokens(text_pipe, generator=generators(4))
+    )
+    with pytest.raises(VisarError, match="3 seeds for 2 images; give one, or one for each"):
+        tokens(text_pipe, num_images_per_prompt=2, seed=[1, 2, 3])
+    with pytest.raises(VisarError, match="seed must be a whole number, not 'a'"):
+        tokens(text_pipe, seed=["a"])
+    with pytest.raises(VisarError, match="seed or a generator, not both"):
+        tokens(text_pipe, params=SamplingParams(seed=5), generator=generators(1)[0])
     with pytest.raises(VisarError, match="3 generators for 2 images"):
         text_pipe(["red heart", "cat"], generator=generators(1, 2, 3))
     with pytest.raises(VisarError, match=r"must be a torch.Generator, not a int"):
@@ -96,8 +116,31 @@ def test_callback_on_step_end(text_pipe: Pipe) -> None:
     assert torch.equal(seen[-1][1]["tokens"], out.tokens)
     with pytest.raises(VisarError, match="Unknown callback tensor 'latents'"):
         text_pipe("red heart", callback_on_step_end=tell, callback_on_step_end_tensor_inputs=["latents"])
-    with pytest.raises(VisarError, match="cannot change tokens"):
-        text_pipe("red heart", callback_on_step_end=lambda *_: {"tokens": 0})
+    # Diffusers' own examples return what they were given.
+    text_pipe("red heart", callback_on_step_end=lambda pipe, step, time, tensors: tensors)
+    assert torch.equal(
+        tokens(text_pipe, callback_on_step_end=tell, callback_on_step_end_tensor_inputs=None), out.tokens
+    )
+    text_pipe("red heart", callback_on_step_end=tell, callback_on_step_end_tensor_inputs="tokens")
+    assert set(seen[-1][1]) == {"tokens"}
+
+    def changed(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> None:
+        tensors["tokens"][0, 0] = 3
+
+    def interrupt(pipe: Any, step: int, timestep: int, tensors: dict[str, Any]) -> None:
+        pipe._interrupt = True
+
+    for bad, message in (
+        (lambda *_: {"tokens": 0}, "cannot change tokens"),
+        (lambda *_: 3, "cannot change tokens, commit_pass"),
+        (changed, "cannot change tokens"),
+        (interrupt, "raise an exception to stop decoding"),
+        (lambda progress: None, r"must be a function of \(pipe, step, timestep, tensors\)"),
+        (3, "must be a function"),
+    ):
+        with pytest.raises(VisarError, match=message):
+            text_pipe("red heart", callback_on_step_end=bad)
+    assert torch.equal(tokens(text_pipe), out.tokens)  # an interrupted call leaves no mark
 
 
 def test_outputs_are_ordinary_tensors(text_pipe: Pipe) -> None:
@@ -112,6 +155,9 @@ def test_outputs_are_ordinary_tensors(text_pipe: Pipe) -> None:
         text_pipe.decode_tokens(out.tokens),
     ):
         assert not tensor.is_inference()
+    with torch.inference_mode():
+        inside = text_pipe("red heart", output_type="pt")
+    assert not inside.images.is_inference() and not text_pipe.decode_tokens(inside.tokens).is_inference()
     out.images.mul_(2)
     logits = torch.zeros(*out.tokens.shape, 24, requires_grad=True)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), out.tokens.flatten()).backward()
@@ -126,6 +172,7 @@ def test_arguments_of_other_pipelines(text_pipe: Pipe, class_pipe: Pipe) -> None
     assert torch.equal(tokens(text_pipe, height=height, width=width, negative_prompt=None), tokens(text_pipe))
     with pytest.raises(VisarError, match=f"height must be {height}: this model makes images of one size"):
         text_pipe("red heart", height=512)
+    tokens(text_pipe, negative_prompt=[""])
     with pytest.raises(VisarError, match=r"negative_prompt has no meaning for this model.*guidance_scale"):
         text_pipe("red heart", negative_prompt="ugly")
     with pytest.raises(VisarError, match="num_inference_steps has no meaning for the sampler 'scd'"):
@@ -141,6 +188,11 @@ def test_arguments_of_other_pipelines(text_pipe: Pipe, class_pipe: Pipe) -> None
     [
         ("seed", np.int64(3), 3), ("seed", 3.0, 3), ("seed", torch.tensor(3), 3), ("top_k", np.float32(4), 4),
         ("guidance_scale", 3, 3.0), ("guidance_scale", torch.tensor(2.5), 2.5), ("temperature", np.float64(0.5), 0.5),
+        ("window", np.int64(4), 4), ("window", 4.0, 4), ("window", torch.tensor(4), 4),
+        ("first_image", np.int64(3), 3), ("first_image", np.array([3]), 3), ("seed", torch.tensor([3]), [3]),
+        ("params", {"seed": 3}, SamplingParams(seed=3)), ("num_images_per_prompt", None, 1),
+        ("sampler", SpeculativeJacobi(np.int64(4)), SpeculativeJacobi(4)),
+        ("forced_tokens", [3.0, 4.0] + [-1.0] * 23, torch.tensor([3, 4] + [-1] * 23)),
         ("num_images_per_prompt", 2.0, 2), ("num_images_per_prompt", np.int32(2), 2),
         ("forced_tokens", [3, 4] + [-1] * 23, torch.tensor([3, 4] + [-1] * 23)),
         ("forced_tokens", np.array([3, 4] + [-1] * 23), torch.tensor([3, 4] + [-1] * 23)),
@@ -167,12 +219,20 @@ def test_numbers_of_any_library(text_pipe: Pipe, name: str, value: Any, same: An
         ("forced_tokens", [[1]], "forced_tokens must hold 25 whole numbers"),
         ("forced_tokens", ["x"], "forced_tokens must be a tensor or a list"),
         ("forced_tokens", [99] * 25, "below 24"),
+        ("forced_tokens", torch.ones(25, dtype=torch.bool), "forced_tokens must be a tensor or a list"),
+        ("window", "8", "window must be a whole number, not '8'"),
+        ("window", 1.5, "window must be a whole number, not 1.5"),
+        ("first_image", "a", "first_image must be a whole number, not 'a'"),
+        ("first_image", 1.5, "first_image must be a whole number, not 1.5"),
+        ("params", 3, "params must be a SamplingParams, not a int"),
+        ("prompt", None, "No prompt was given"),
+        ("prompt", 3, "A prompt is a text, not 3"),
         ("guidance_schedule", "linear", "guidance_schedule is for models of continuous tokens"),
     ],
 )
 def test_what_is_no_number_is_said(text_pipe: Pipe, name: str, value: Any, message: str) -> None:
     with pytest.raises(VisarError, match=message):
-        text_pipe("red heart", **{name: value})
+        text_pipe(**{"prompt": "red heart", name: value})
 
 
 def test_params_and_keywords_say_the_same(text_pipe: Pipe) -> None:
@@ -192,6 +252,12 @@ def test_a_component_of_ones_own_is_taken(text_folder: Path) -> None:
     assert pipe.gpt is mine and pipe.image_model.family.model is mine
     with pytest.raises(VisarError, match="Unknown keyword 'unet'"):
         TextToImagePipeline.from_pretrained(text_folder, unet=mine)
+    for bad, said in ((None, "None"), ("x", "a str"), (mine.state_dict(), "a OrderedDict"), (pipe.vq, "a VQModel")):
+        with pytest.raises(VisarError, match=f"gpt must be a LlamaGen, not {said}"):
+            TextToImagePipeline.from_pretrained(text_folder, gpt=bad)
+        with pytest.raises(VisarError, match=f"gpt must be a LlamaGen, not {said}"):
+            pipe.gpt = bad
+    assert pipe.gpt is mine and pipe.image_model.family.model is mine
 
 
 def test_a_component_that_is_replaced_is_the_one_that_decodes(text_pipe: Pipe) -> None:
@@ -224,8 +290,22 @@ def test_loading_options(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }
     with pytest.raises(VisarError, match="device_map must be one device, such as 'cuda', not 'auto'"):
         TextToImagePipeline.from_pretrained(text_folder, device_map="auto")
-    with pytest.raises(VisarError, match=r"dtype must be a torch.dtype"):
+    with pytest.raises(VisarError, match=r"dtype must be a floating torch.dtype"):
         TextToImagePipeline.from_pretrained(text_folder, dtype="half-ish")
+    for options, message in (
+        ({"dtype": torch.int64}, "dtype must be a floating torch.dtype"),
+        ({"dtype": torch.float32, "torch_dtype": torch.bfloat16}, "two names of one thing"),
+        ({"device_map": "gpu"}, "Unknown device 'gpu'"),
+        ({"device_map": "cuda:77"}, "'cuda:77' is not there"),
+        ({"revision": "abc"}, "is not from the hub"),
+    ):
+        with pytest.raises(VisarError, match=message):
+            TextToImagePipeline.from_pretrained(text_folder, **options)
+    with pytest.raises(VisarError, match="'cuda:77' is not there"):
+        TextToImagePipeline.from_pretrained(pretrained_model_name_or_path=text_folder).to("cuda:77")
+    for name, message in ((None, "must be a name or a path, not a NoneType"), ("", "The name of the model is empty")):
+        with pytest.raises(VisarError, match=message):
+            visar.load(name)
     with pytest.raises(VisarError, match="variant 'fp16'"):
         TextToImagePipeline.from_pretrained(text_folder, variant="fp16")
 
@@ -237,6 +317,9 @@ def test_saving_options(text_pipe: Pipe, tmp_path: Path, monkeypatch: pytest.Mon
         ({"max_shard_size": "1GB"}, "one file for each component"),
         ({"push_to_hub": True}, "needs repo_id"),
         ({"private": True}, "Unknown keyword 'private'"),
+        ({"dtypes": {"unet": torch.bfloat16}}, "Unknown component 'unet'"),
+        ({"parts_of": {"unet": "icons"}}, "Unknown component 'unet'"),
+        ({"parts_of": {"vq": "iconsx"}}, "shared with an embedded model, which 'iconsx' is not"),
     ):
         with pytest.raises(VisarError, match=message):
             text_pipe.save_pretrained(tmp_path / "no", **option)
@@ -267,7 +350,10 @@ def test_components_make_the_same_pipeline(text_folder: Path, drafters: list[Pat
         other.set_progress_bar_config(disable=True)
         assert (other.config.guidance_scale, other.config.top_k) == (2.0, 0)
         assert torch.equal(tokens(other, sampler="speculative"), tokens(pipe, sampler="speculative"))
-    assert TextToImagePipeline.from_pipe(pipe, guidance_scale=5.0).config.guidance_scale == 5.0
+    scale = TextToImagePipeline.from_pipe(pipe, guidance_scale=np.float32(5)).config.guidance_scale
+    assert scale == 5.0 and isinstance(scale, float)
+    with pytest.raises(VisarError, match="have the same components"):
+        TextToImagePipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
     with pytest.raises(VisarError, match="No family is made of the components gpt, text_encoder"):
         TextToImagePipeline(gpt=pipe.gpt, text_encoder=pipe.text_encoder)
     with pytest.raises(VisarError, match="called with a prompt"):
@@ -298,17 +384,59 @@ def test_offloading_is_refused(text_pipe: Pipe) -> None:
     for name in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
         with pytest.raises(VisarError, match="keeps the weights on one device"):
             getattr(text_pipe, name)()
+    with pytest.raises(VisarError, match="chooses its own attention kernels"):
+        text_pipe.enable_attention_slicing("auto")
+    with pytest.raises(VisarError, match="Adapters are not loaded"):
+        text_pipe.load_lora_weights("folder", weight_name="x")
 
 
-def test_wrapped_models_are_refused(text_pipe: Pipe) -> None:
+@pytest.mark.parametrize("name", ["gpt", "vq"])
+def test_wrapped_models_are_refused(text_pipe: Pipe, name: str) -> None:
+    part = getattr(text_pipe, name)
+    for wrap, message in (
+        (torch.nn.DataParallel, "DataParallel does not split decoding"),
+        (torch.compile, f"torch.compile has no effect on {name}"),
+    ):
+        with pytest.raises(VisarError, match=message):
+            setattr(text_pipe, name, wrap(part))
+    assert getattr(text_pipe, name) is part
+    handle = part.register_forward_hook(lambda *_: None)
+    with pytest.raises(VisarError, match=f"A forward hook of {name} has no effect"):
+        text_pipe("red heart")
+    handle.remove()
+    part.forward = part.forward
+    with pytest.raises(VisarError, match=f"Another forward of {name} has no effect"):
+        text_pipe("red heart")
+    del part.forward
+    part.compile()
+    with pytest.raises(VisarError, match=f"torch.compile has no effect on {name}"):
+        text_pipe("red heart")
+
+
+def test_layers_of_your_own_decode(text_pipe: Pipe) -> None:
+    """A layer in the place of a linear one, such as an adapter, sees what that one sees."""
+    before = tokens(text_pipe)
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, base: torch.nn.Linear, scale: float):
+            super().__init__()
+            self.base, self.scale = base, scale
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) * self.scale
+
+    block = text_pipe.gpt.layers[0]
+    for layer, name in ((block.attention, "wo"), (block.feed_forward, "w1"), (block.feed_forward, "w2")):
+        base = getattr(layer, name)
+        setattr(layer, name, Adapter(base, 1.0))
+        assert torch.equal(tokens(text_pipe), before)
+        setattr(layer, name, Adapter(base, -9.0))
+        assert not torch.equal(tokens(text_pipe), before)
+        setattr(layer, name, base)
+
+
+def test_adapters_of_peft_are_refused(text_pipe: Pipe) -> None:
     gpt = text_pipe.gpt
-    text_pipe.gpt = torch.nn.DataParallel(gpt)
-    with pytest.raises(VisarError, match="DataParallel does not split decoding"):
-        text_pipe("red heart")
-    text_pipe.gpt = torch.compile(gpt)
-    with pytest.raises(VisarError, match=r"torch.compile has no effect"):
-        text_pipe("red heart")
-    text_pipe.gpt = gpt
     gpt.layers[0].attention.wo.base_layer, gpt.layers[0].attention.wo.active_adapters = torch.nn.Identity(), ["a"]
     with pytest.raises(VisarError, match="merge them first"):
         text_pipe("red heart")
@@ -324,8 +452,29 @@ def test_autocast_and_default_dtype_change_nothing(text_pipe: Pipe) -> None:
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-    for out in (inside, wide):
+    with torch.device("meta"):
+        elsewhere = text_pipe("red heart", output_type="pt")
+    for out in (inside, wide, elsewhere):
         assert torch.equal(out.tokens, plain.tokens) and torch.equal(out.images, plain.images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(text_pipe.decode_tokens(plain.tokens), plain.images)
+    assert "float32_matmul_precision" not in plain.stats.settings
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert tokens_stats(text_pipe).settings["float32_matmul_precision"] == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_tokens_that_no_image_has_are_refused(text_pipe: Pipe) -> None:
+    good = tokens(text_pipe)
+    for bad, message in (
+        (good[:, :7], r"tokens must be a tensor \[B, 25\], not \[1, 7\]"),
+        (good.tolist(), r"tokens must be a tensor \[B, 25\], not a list"),
+        (good + 99, "an id that is no image token"),
+    ):
+        with pytest.raises(VisarError, match=message):
+            text_pipe.decode_tokens(bad)
 
 
 def test_the_package_shows_its_api() -> None:

@@ -116,6 +116,15 @@ def test_a_image_depends_on_seed_and_prompt_alone(pipe: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("name", samplers_for("continuous"))
+def test_images_have_seeds_of_their_own(pipe: Any, name: str) -> None:
+    prompts, seeds = ["red heart", "blue cat", "red heart"], [3, 4, 5]
+    together = pipe(prompts, sampler=fast(name), seed=seeds, output_type="tokens").tokens
+    for row, prompt, seed in zip(together, prompts, seeds, strict=True):
+        alone = pipe(prompt, sampler=fast(name), seed=seed, output_type="tokens").tokens[0]
+        assert torch.allclose(row, alone, atol=1e-4)
+
+
 def test_forced_tokens_stay_and_bend_the_rest(pipe: Any) -> None:
     forced = torch.full((GRID**2, 4), float("nan"))
     forced[[1, 7]] = torch.randn(2, 4)

@@ -55,7 +55,7 @@ def _shapes(options: argparse.Namespace) -> int:
             )
     import torch
 
-    from visar.cli.common import device_of
+    from visar.devices import device_of
     from visar.eval.benchmark.shapes import WINDOWS, measure, shape_named, shapes_text
 
     report = measure(

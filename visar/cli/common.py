@@ -7,11 +7,10 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from visar.devices import device_of
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
-    import torch
-
     from visar.families.source import Source
     from visar.generation.model import ImageModel
     from visar.samplers import AnySampler
@@ -67,24 +66,6 @@ def samplers_of(options: argparse.Namespace) -> dict[str, AnySampler]:
         )
         for label, (name, *own) in parts.items()
     }
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a name, "auto" being the GPU where there is one; a `VisarError` if it is not there."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise VisarError(f"Unknown device {name!r}; use auto, cpu, cuda or cuda:N.") from error
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise VisarError(f"Device {name!r} is not there; this machine has {count} CUDA devices.")
-    if device.type not in ("cpu", "cuda"):
-        raise VisarError(f"Device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
-    return device
 
 
 def source_of(options: argparse.Namespace) -> Source:

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import device_of, load_model, samplers_of
+from visar.cli.common import load_model, samplers_of
 from visar.cli.output import show
 from visar.cli.parsers.options import params_of, settings_of
+from visar.devices import device_of
 from visar.errors import VisarError
 from visar.files import check_output, output_folder
 from visar.tables import table

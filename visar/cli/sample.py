@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import device_of, load_model, tokens_of
+from visar.cli.common import load_model, tokens_of
 from visar.cli.generate import chosen_sampler
 from visar.cli.output import show
 from visar.cli.parsers.options import params_of, settings_of
+from visar.devices import device_of
 from visar.errors import VisarError
 from visar.files import check_output, output_folder
 from visar.params import CONTINUOUS, SamplingParams

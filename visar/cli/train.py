@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from visar.cli.common import device_of
 from visar.cli.parsers.options import params_of, settings_of
+from visar.devices import device_of
 from visar.errors import VisarError
 from visar.files import is_new, new_folder, output_folder, writable_folder
 from visar.params import CONTINUOUS, DISCRETE

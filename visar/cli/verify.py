@@ -25,6 +25,10 @@ def verify(options: argparse.Namespace) -> int:
     from visar.samplers import DEFAULTS, get_sampler
 
     names = None if options.samplers in (None, [], ["all"]) else options.samplers
+    if options.model is not None:
+        return verify_on(options, names)
+    if options.prompt is not None or options.label is not None or options.drafter:
+        raise VisarError("--prompt, --class and --drafter go with --model; give it too.")
     kinds = {name: getattr(get_sampler(name), "tokens", "discrete") for name in names or ()}
     if options.session is not None:
         return verify_own(options, names)
@@ -52,6 +56,43 @@ def verify(options: argparse.Namespace) -> int:
         f"{' '.join(tests)} Exact: |z| < {EXACT_LIMIT:g}, and the same tokens in batches of 1, 8 and all"
         f"{', continuous ones up to rounding' if continuous or not names else ''}. "
         f"Known-bad samplers: |z| > {MUTANT_LIMIT:g}. {_result(good)}"
+    )
+    show(options, text, [_said(row) for row in rows])
+    return 0 if good else 1
+
+
+def verify_on(options: argparse.Namespace, names: list[str] | None) -> int:
+    """The table of the samplers of a loaded model; exit code 1 if a row fails."""
+    import torch
+
+    from visar.devices import device_of
+    from visar.eval.exactness.joint import EXACT_LIMIT
+    from visar.eval.exactness.on_model import verify_model
+    from visar.generation.model import ImageModel
+
+    if options.session is not None or options.reference is not None:
+        raise VisarError("Give either --model or --session.")
+    model = ImageModel.load(options.model).to(device_of(options.device), torch.float32)  # passes of any width agree
+    model.bar = {"disable": True}
+    for path in options.drafter:
+        model.load_drafter(path)
+    text, label = options.prompt, options.label
+    if (label is not None and text is not None) or (label if model.family.condition == "prompt" else text) is not None:
+        raise VisarError(f"{options.model} is called with a {model.family.condition}; give that only.")
+    condition = text or "a red heart" if model.family.condition == "prompt" else label or 0
+
+    shown: list[Row] = []
+
+    def line(row: Row) -> None:
+        if options.json != STDOUT:
+            print(_line(row) if shown else f"{_heads('SAMPLER')}\n{_line(row)}", flush=True)
+        shown.append(row)
+
+    rows = verify_model(model, condition, names, options.sequences, options.seed, line)
+    good = all(row.passed for row in rows)
+    text = (
+        f"Rosenblatt's test of all tokens given those before them, on {options.model}. Exact: |z| < {EXACT_LIMIT:g}, "
+        f"and the same tokens alone. {_result(good)}"
     )
     show(options, text, [_said(row) for row in rows])
     return 0 if good else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 from visar.demo.models import DemoModel
 from visar.errors import VisarError, unknown
@@ -42,7 +42,7 @@ class Request:
 
     @property
     def seed(self) -> int:
-        return self.params.seed or 0
+        return cast(int, self.params.seed)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.kernels.linear import linear
+from visar.kernels.linear import epilogue, linear
 
 
 def check_heads(dim: int, heads: int, multiple: int = 1) -> None:
@@ -20,11 +22,20 @@ def check_heads(dim: int, heads: int, multiple: int = 1) -> None:
 class Linear(nn.Linear):
     """`torch.nn.Linear`, which on a CPU stores its weight in the order that the processor reads."""
 
+    fuses = True  # takes what follows the product
+
     def forward(  # type: ignore[override]
         self, x: Tensor, *, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
         """x [..., K] -> [..., N]; then optionally SiLU, a factor `times` and a summand `plus`, [..., N] each."""
         return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
+
+
+def run_linear(layer: nn.Module, x: Tensor, **after: Any) -> Tensor:
+    """A layer with what follows it; one of another class, such as an adapter of your own, is called without it."""
+    if getattr(layer, "fuses", False):
+        return layer(x, **after)  # type: ignore[no-any-return]
+    return epilogue(layer(x), **after)
 
 
 class RMSNorm(nn.Module):

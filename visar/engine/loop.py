@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from visar.engine.graphs import Graph
+from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.host import synchronize
 
-if TYPE_CHECKING:
-    from visar.engine.masked_session import MaskedSession
-    from visar.samplers.base import State
-    from visar.samplers.distribution import Target
-    from visar.samplers.masked import ContinuousTarget, MaskedState
+
+class Decoding(Protocol):
+    """The state of a sampler, as far as the loop knows it: `tokens` and `commit_pass`, [B, N or more]."""
+
+    tokens: Tensor
+    commit_pass: Tensor
 
 
 class Snapshot(NamedTuple):
@@ -53,7 +55,7 @@ class Decoded(NamedTuple):
 def decode(
     session: Session | MaskedSession,
     sampler: Any,
-    target: Target | ContinuousTarget,
+    target: Any,
     noise: Noise,
     callback: Callback | None = None,
     every: int | None = None,
@@ -73,7 +75,7 @@ def decode(
     fewest = -(-session.length // sampler.window)
     synchronize(session.device)
     start = time.perf_counter()
-    state: State | MaskedState = sampler.begin(session, target, noise)
+    state: Decoding = sampler.begin(session, target, noise)
     if graph is not None:
         state = graph.begin(state)
 

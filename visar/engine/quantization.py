@@ -74,6 +74,7 @@ class QuantizedLinear(nn.Module):
     weight: nn.Parameter
     scale: Tensor
     weights: str
+    fuses = True
 
     def __init__(self, linear: nn.Linear, weights: str):
         super().__init__()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from visar.engine.layout import Layout
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 
@@ -30,6 +31,7 @@ class Session(ABC):
         self.prefill_passes = 0  # passes before the first that predicts
         self.watched = False  # whether the loop should call `reached`
         self.codebook: Tensor | None = None  # [V, D], for samplers that compare tokens
+        self.layout: Layout | None = None  # rows and columns of the image, for samplers that use them
 
     def positions(self, window: int) -> Tensor:
         """The positions [B, W] that a pass of W tokens predicts: those after the committed prefix.

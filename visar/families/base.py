@@ -27,9 +27,9 @@ from visar.texts import check_prompt
 if TYPE_CHECKING:
     from visar.engine.graphs import RowGraphs
     from visar.engine.guidance import Guidance
+    from visar.engine.layout import Layout
     from visar.engine.masked_session import MaskedSession
     from visar.engine.session import Session
-    from visar.families.layout import Layout
     from visar.families.source import Source
 
 Encoded = tuple[Tensor, ...]  # tensors with one row for each condition, as `session` takes them
@@ -46,6 +46,7 @@ class Family(ABC):
     tokens: ClassVar[str] = DISCRETE  # or CONTINUOUS
     required: ClassVar[frozenset[str]] = frozenset()  # names of components
     optional: ClassVar[frozenset[str]] = frozenset()  # components that a model may have
+    token_shape: tuple[int, ...] = ()  # of one token: that of a number, or of continuous tokens [d]
     setting_names: ClassVar[tuple[str, ...]] = ()
 
     components: dict[str, Any]
@@ -97,10 +98,12 @@ class Family(ABC):
         if not conditions:
             raise VisarError(f"No {self.condition} was given.")
         if self.condition == "prompt":
-            if any(not isinstance(c, str) or not c.strip() for c in conditions):
-                raise VisarError("The prompt is empty; give at least one word.")
-            for prompt in conditions:
-                check_prompt(prompt)
+            for text in conditions:
+                if not isinstance(text, str):
+                    raise VisarError(f"A prompt is a text, not {text!r}.")
+                if not text.strip():
+                    raise VisarError("The prompt is empty; give at least one word.")
+                check_prompt(text)
             return
         for label in conditions:
             if isinstance(label, str):
@@ -184,8 +187,10 @@ class Family(ABC):
         """Raise `VisarError` if the model cannot be saved."""
 
     def replace(self, name: str, component: Any) -> None:
-        """Replace the component `name`."""
-        self.components[name] = component
+        """Replace the component `name`; checked, with all that follows from it, as at first. Raises `VisarError`."""
+        made = self.of(self.components | {name: component}, self.settings)
+        vars(self).clear()
+        vars(self).update(vars(made))
 
     def copy(self) -> Self:
         """A copy that shares the components."""
@@ -216,6 +221,10 @@ class ContinuousFamily(Family):
 
     tokens: ClassVar[str] = CONTINUOUS
     token_dim: int
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (self.token_dim,)
 
     @abstractmethod
     def session(

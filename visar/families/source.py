@@ -122,6 +122,11 @@ def open_source(
 
     Raises `VisarError` for a missing model, and for options that exclude each other.
     """
+    for what, path in (("The model", name), ("vq", vq or ""), ("vae", vae or "")):
+        if not isinstance(path, str | Path):
+            raise VisarError(f"{what} must be a name or a path, not a {type(path).__name__}.")
+    if not str(name):
+        raise VisarError("The name of the model is empty.")
     if is_weights(name) or vq or vae:
         return _files(name, vq, vae, text_encoder, image_size, num_heads, ema, condition)
     if any(value is not None for value in (text_encoder, image_size, num_heads, ema)):
@@ -132,6 +137,8 @@ def open_source(
     folder = resolve(name)
     if isinstance(folder, str):
         folder = download(folder, hub, subfolder)
+    elif hub.revision is not None:
+        raise VisarError(f"{name} is not from the hub, so it has no revision {hub.revision!r}.")
     if subfolder is not None:
         folder = folder / subfolder
         if not folder.is_dir():

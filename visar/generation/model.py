@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from operator import index
 from pathlib import Path
@@ -26,11 +26,12 @@ from visar.errors import NotInTraining, VisarError
 from visar.families.base import Family
 from visar.families.registry import family_of
 from visar.families.source import Source, check_condition, open_source
+from visar.families.wrapped import check_layers, check_unwrapped
 from visar.generation import continuous, discrete
 from visar.generation.drafting import Drafters
 from visar.generation.output import ImageOutput, as_output, checked_output
 from visar.generation.progress import Progress, StepCallback
-from visar.generation.rows import noise_of
+from visar.generation.rows import listed, noise_of
 from visar.generation.sessions import Sessions
 from visar.params import DISCRETE, SamplingParams, plain, whole
 from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
@@ -127,11 +128,11 @@ class ImageModel:
         return self.fitted(method, default=sampler is None)
 
     def fitted(self, sampler: Any, default: bool = False, free: int | None = None) -> Any:
-        """The sampler with this model's cells per row, if it has a `grid`; a default one with at most as many passes as
-        tokens to sample (`free`)."""
+        """The sampler with this model's `layout`, if it has one; a default one with at most as many passes as tokens to
+        sample (`free`)."""
         names, layout = getattr(sampler, "__dataclass_fields__", {}), self.family.layout
-        if "grid" in names and not sampler.grid:
-            sampler = replace(sampler, grid=layout.stride)
+        if "layout" in names:
+            sampler = replace(sampler, layout=layout)
         if default and "steps" in names:
             sampler = replace(sampler, steps=min(sampler.steps, layout.length if free is None else free))
         return sampler
@@ -165,11 +166,8 @@ class ImageModel:
         """
         checked_output(output_type)
         params = self.params_of(params, **settings)
-        single = (
-            isinstance(conditions, str) or not hasattr(conditions, "__len__") or getattr(conditions, "ndim", 1) == 0
-        )
-        values = self._checked([conditions] if single else list(conditions))
-        if (num_images := _count(num_images)) < 1:
+        values = self._checked(listed(conditions))
+        if (num_images := whole("The number of images", num_images) or 0) < 1:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
         if output_type not in ("tokens", "latent"):
             height, width = self.family.pixels
@@ -182,20 +180,30 @@ class ImageModel:
                 require_finite(part, f"The features of the {self.family.condition}", part.dtype)
             for note in self.family.notes(values):
                 warnings.warn(note, NotInTraining, stacklevel=2)
-            noise = noise_of(keys, first_image, params.seed or 0, self.device)
+            noise = noise_of(keys, first_image, params.seed if params.seed is not None else 0, self.device)
             result, stats = RUN[self.family.tokens](self, encoded, noise, params, sampler, window, callback)
-        # No inference mode: outputs are ordinary tensors.
-        with torch.no_grad(), undisturbed(self.device):
+        with ordinary():
             tokens, commit_pass = result.tokens.clone(), result.commit_pass.clone()
-            images = as_output(lambda: self._pixels(tokens), tokens, output_type)
+            images = as_output(lambda: self.decode_tokens(tokens), tokens, output_type)
         return ImageOutput(images=images, tokens=tokens, commit_pass=commit_pass, stats=stats)
 
     __call__ = generate
 
-    def _pixels(self, tokens: Tensor) -> Tensor:
-        """Images [B, 3, H, W] of tokens. Raises `VisarError` where the decoder's arithmetic overflowed."""
-        pixels = self.family.decode(tokens)
-        require_finite(pixels, "The decoder's pixels", self.dtype)
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, N], of continuous models [B, N, d].
+
+        Raises `VisarError` for tokens of another shape, ids that no image has, or pixels that are not finite.
+        """
+        family, wanted = self.family, [self.family.layout.length, *self.family.token_shape]
+        if not isinstance(tokens, Tensor) or [*tokens.shape[1:]] != wanted or tokens.ndim != 1 + len(wanted):
+            shape = list(tokens.shape) if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+            raise VisarError(f"tokens must be a tensor [B, {', '.join(map(str, wanted))}], not {shape}.")
+        with ordinary(), undisturbed(self.device):
+            try:
+                pixels = family.decode(tokens)
+            except IndexError as error:
+                raise VisarError(f"tokens has an id that is no image token, such as {int(tokens.max())}.") from error
+            require_finite(pixels, "The decoder's pixels", self.dtype)
         return pixels
 
     def _checked(self, values: list[Any]) -> list[Any]:
@@ -211,23 +219,11 @@ class ImageModel:
     def check_modules(self) -> None:
         """Raise `VisarError` for wrappers and patches that have no effect on decoding, and for weights that are not
         finite, which attention or an unused row of a table can hide from the images."""
-        model = self.family.model
-        name = type(model).__name__
-        if name == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None:
-            raise VisarError(
-                "torch.compile has no effect on this model: visar runs its layers itself, as CUDA graphs on a GPU. "
-                "Give the original model."
-            )
-        if name in ("DataParallel", "DistributedDataParallel"):
-            raise VisarError(f"{name} does not split decoding; run `visar sample` under torchrun for several GPUs.")
-        for layer in model.modules():
-            if hasattr(layer, "base_layer") and hasattr(layer, "active_adapters"):
-                raise VisarError("Adapter layers (PEFT) cannot be decoded with; merge them first (merge_and_unload).")
-            if hasattr(layer, "_hf_hook"):
-                raise VisarError("Weights that are offloaded cannot be decoded with; move the model with .to(device).")
-        for name, part in self.family.components.items():
-            if isinstance(part, nn.Module) and name != "text_encoder":  # whose features are checked instead
-                require_finite_weights(part, repr(name))
+        for name, component in self.family.components.items():
+            check_unwrapped(name, component)
+            if isinstance(component, nn.Module) and name != "text_encoder":  # whose features are checked instead
+                require_finite_weights(component, repr(name))
+        check_layers(self.family.model)
 
     def run(
         self,
@@ -264,6 +260,8 @@ class ImageModel:
         """The settings of a call for its stats."""
         settings = {name: value for name, value in params.to_dict().items() if value is not None and name != "seed"}
         settings["dtype"] = str(self.dtype).removeprefix("torch.")
+        if (precision := torch.get_float32_matmul_precision()) != "highest":
+            settings["float32_matmul_precision"] = precision  # TF32 or bfloat16 within products: another target model
         if self.family.tokens == DISCRETE:
             settings["weights"] = self.family.weights  # 8-bit weights are another target model
         return settings | {"device": str(self.device)}
@@ -271,11 +269,12 @@ class ImageModel:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Disable a caller's autocast and default dtype, which would change the sampled distribution."""
+    """Disable a caller's autocast, default dtype and default device, which would change the sampled distribution."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
+    elsewhere = torch.get_default_device().type != "cpu"
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), torch.device("cpu") if elsewhere else nullcontext():
             yield
     finally:
         torch.set_default_dtype(before)
@@ -292,6 +291,8 @@ def class_id(value: Any) -> int:
         raise TypeError(repr(value)) from error
 
 
-def _count(value: Any) -> int:
-    found = whole("The number of images", value)
-    return 1 if found is None else found
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """For tensors that callers get: without gradients, and never inference tensors, also in a caller's mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -76,19 +75,3 @@ def as_output(pixels: Any, tokens: Tensor, output_type: str) -> Any:
     if output_type == "pt":
         return images
     return images.permute(0, 2, 3, 1).cpu().numpy() if output_type == "np" else to_pil(images)
-
-
-def joined(outputs: Sequence[ImageOutput]) -> ImageOutput:
-    """The outputs of several calls as one, with stats over all."""
-    first = outputs[0].images
-    images: Any = None if first is None else [image for out in outputs for image in out.images]
-    if isinstance(first, Tensor):
-        images = torch.stack(images)
-    elif isinstance(first, np.ndarray):
-        images = np.stack(images)
-    return ImageOutput(
-        images,
-        torch.cat([o.tokens for o in outputs]),
-        torch.cat([o.commit_pass for o in outputs]),
-        outputs[0].stats.joined([o.stats for o in outputs[1:]]),
-    )

@@ -1,24 +1,38 @@
-"""The rows of a call: their image indices, and the noise that depends only on prompt and index."""
+"""The rows of a call: conditions, image indices, and the noise that depends only on seed, prompt and index."""
 
 from __future__ import annotations
 
 import hashlib
 import zlib
 from collections.abc import Hashable, Sequence
-from typing import cast
+from typing import Any
 
-import numpy as np
 import torch
 
 from visar.engine.rng import IMAGES, Noise
 from visar.errors import VisarError
-from visar.params import whole
+from visar.params import is_list, whole
 
 
-def noise_of(keys: Sequence[Hashable], first: int | Sequence[int], seed: int, device: torch.device) -> Noise:
-    """The noise of one row per key, a function of key and image index; `first` as in `image_indices`."""
+def listed(conditions: Any) -> list[Any]:
+    """The prompts or classes of a call, which may be given as one, a list, an array or a tensor."""
+    return list(conditions) if is_list(conditions) else [conditions]
+
+
+def noise_of(
+    keys: Sequence[Hashable], first: int | Sequence[int], seed: int | Sequence[int], device: torch.device
+) -> Noise:
+    """The noise of one row per key, a function of seed, key and image index; `first` as in `image_indices`.
+
+    With a seed for each row, each row is the first of its key. Raises `VisarError` for a wrong number of seeds.
+    """
     hashes = torch.tensor([key_of(k) for k in keys], device=device)
-    return Noise(seed, torch.tensor(image_indices(keys, first), device=device), hashes)
+    rows: Sequence[Hashable] = keys
+    if not isinstance(seed, int):
+        if len(seed) != len(keys):
+            raise VisarError(f"There are {len(seed)} seeds for {len(keys)} images; give one, or one for each.")
+        rows = range(len(keys))
+    return Noise(seed, torch.tensor(image_indices(rows, first), device=device), hashes)
 
 
 def key_of(condition: Hashable) -> int:
@@ -30,18 +44,17 @@ def key_of(condition: Hashable) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little", signed=True)
 
 
-def image_indices(keys: Sequence[Hashable], first: int | Sequence[int]) -> list[int]:
-    """One index per key: `first`, `first` + 1, ... for each key, or `first` itself if it is a sequence.
+def image_indices(keys: Sequence[Hashable], first: Any) -> list[int]:
+    """One index per key: `first`, `first` + 1, ... for each key, or `first` itself if it is a list.
 
     Raises `VisarError` for a wrong number of indices, and for indices out of range.
     """
-    if np.ndim(first):
-        out = [_index(i) for i in cast(Sequence[int], first)]
+    if is_list(first):
+        out = [_index(i) for i in first]
         if len(out) != len(keys):
             raise VisarError(f"first_image is one number, or one for each of the {len(keys)} images, not {len(out)}.")
     else:
-        start, following = _index(first), dict[Hashable, int]()
-        out = []
+        start, following, out = _index(first), dict[Hashable, int](), list[int]()
         for key in keys:
             out.append(following.get(key, start))
             following[key] = out[-1] + 1

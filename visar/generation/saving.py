@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from visar.engine.component import Component
+from visar.errors import VisarError, unknown
 from visar.families.base import Family
+from visar.families.catalogue import is_embedded
 from visar.files import is_new, new_folder, output_folder, replacing
 from visar.generation.model import ImageModel
 
@@ -41,6 +43,12 @@ def _write(model: ImageModel, folder: Path, dtypes: Mapping[str, torch.dtype], p
     parts = dict(family.components)
     if (draft := model.drafters.find("draft")) is not None:
         parts["draft"] = draft
+    for name in (*dtypes, *parts_of):
+        if name not in parts:
+            raise unknown("component", name, parts)
+    for name in parts_of.values():
+        if not is_embedded(name):
+            raise VisarError(f"Components are shared with an embedded model, which {name!r} is not.")
     index: dict[str, Any] = {"_class_name": PIPELINES[family.condition], "_family": family.name, **family.settings}
     for part, module in parts.items():
         if part != "draft":

@@ -49,7 +49,7 @@ class Call(NamedTuple):
             guidance=c.guidance,
             aux_layers=None if kind is None else kind.aux_layers(c.drafter),
         )
-        made.codebook = c.family.codebook
+        made.codebook, made.layout = c.family.codebook, c.family.layout
         if kind is not None:
             depth: int = c.method.depth  # type: ignore[attr-defined]
             session: Any = made

@@ -5,6 +5,7 @@ Arguments of diffusers work, or raise a `VisarError` that says what to use inste
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,14 +18,17 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from typing_extensions import Self
 
+from visar.devices import device_of
 from visar.errors import VisarError, unknown
 from visar.families.registry import family_of, family_of_components
 from visar.families.source import HubOptions, check_condition, open_source
 from visar.generation.model import ImageModel
-from visar.generation.output import ImageOutput, joined
+from visar.generation.output import ImageOutput
 from visar.generation.progress import Progress, StepCallback
+from visar.generation.rows import listed
 from visar.generation.saving import save
-from visar.params import SamplingParams, whole
+from visar.params import SamplingParams, is_list, whole
+from visar.samplers import get_sampler
 
 CALLBACK_INPUTS = ("tokens", "commit_pass", "lengths")  # tensors that `callback_on_step_end` may ask for
 LOADING = ("torch_dtype", "dtype", "device_map", "revision", "variant", "cache_dir", "token", "local_files_only",
@@ -38,6 +42,15 @@ class Origin(NamedTuple):
     settings: Mapping[str, Any]
     folder: Path | None
     drafters: Mapping[str, Any]
+
+
+def _refusal(sentence: str) -> Any:
+    """A method that raises `VisarError` with the `sentence`."""
+
+    def refuse(self: Any, *_: Any, **__: Any) -> None:
+        raise VisarError(sentence)
+
+    return refuse
 
 
 _ORIGINS: weakref.WeakKeyDictionary[Any, Origin] = weakref.WeakKeyDictionary()  # by the component that decodes
@@ -71,10 +84,10 @@ class ImagePipeline(DiffusionPipeline):
         _ORIGINS[family.model] = Origin(family.settings, model.folder, model.drafters.loaded)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
         model = vars(self).get("image_model")
         if model is not None and name in model.family.components and model.family.components[name] is not value:
             model.family.replace(name, value)
+        super().__setattr__(name, value)
 
     def set_progress_bar_config(self, **options: Any) -> None:
         """Options of tqdm, such as `disable=True`."""
@@ -84,14 +97,14 @@ class ImagePipeline(DiffusionPipeline):
     # Loading and saving
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> Self:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
         """Load a model by name ("icons"), from a folder made by `save_pretrained`, or from a hub id.
 
         As in diffusers: `dtype` or `torch_dtype`, `device_map` (a device), `revision`, `variant`, `subfolder`,
         `cache_dir`, `token` and `local_files_only`, and components by name that replace those of the folder. Raises
         `VisarError` for an unknown name or keyword, a missing or damaged file, and weights that are not finite.
         """
-        return cls.opened(name, {}, options)
+        return cls.opened(pretrained_model_name_or_path, {}, options)
 
     @classmethod
     def _of_files(cls, model: str | Path, **files: Any) -> Self:
@@ -128,6 +141,8 @@ class ImagePipeline(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: Any, **changes: Any) -> Self:  # type: ignore[override]
         """A pipeline of the same components, settings and drafters; `changes` replace components or settings."""
+        if set(changes) & {"dtype", "torch_dtype"}:
+            raise VisarError("Both pipelines have the same components, so they have one dtype; use .to(dtype).")
         model = ImageModel.of(pipeline)
         return cls(**{**model.family.components, **model.family.settings, **changes})
 
@@ -146,7 +161,7 @@ class ImagePipeline(DiffusionPipeline):
                 dtype = value
             else:
                 device = value
-        self.image_model.to(device, dtype)
+        self.image_model.to(None if device is None else device_of(device), _dtype_of({"dtype": dtype}))
         return self
 
     @property
@@ -159,7 +174,7 @@ class ImagePipeline(DiffusionPipeline):
 
     def save_pretrained(  # type: ignore[override]
         self,
-        folder: str | Path,
+        save_directory: str | Path,
         *,
         safe_serialization: bool = True,
         variant: str | None = None,
@@ -187,24 +202,27 @@ class ImagePipeline(DiffusionPipeline):
             raise VisarError("push_to_hub needs repo_id, the name of the repository: owner/name.")
         if hub and not push_to_hub:
             raise unknown("keyword", next(iter(hub)), ("dtypes", "parts_of", "push_to_hub", "repo_id"))
-        save(self.image_model, folder, dtypes, parts_of)
+        save(self.image_model, save_directory, dtypes, parts_of)
         if push_to_hub:
             from huggingface_hub import HfApi
 
             private, token = hub.pop("private", None), hub.pop("token", None)
             api = HfApi(token=token)
             name = api.create_repo(str(repo_id), private=private, exist_ok=True).repo_id
-            api.upload_folder(repo_id=name, folder_path=folder, **hub)
+            api.upload_folder(repo_id=name, folder_path=save_directory, **hub)
 
     # What is refused by name
 
-    def enable_model_cpu_offload(self, *_: Any, **__: Any) -> None:
-        raise VisarError(
-            "visar keeps the weights on one device while it decodes; move the pipeline with .to(device), or make it "
-            'smaller with quantize("int8").'
-        )
-
-    enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
+    enable_model_cpu_offload = enable_sequential_cpu_offload = enable_group_offload = _refusal(
+        "visar keeps the weights on one device while it decodes; move the pipeline with .to(device), or make it "
+        'smaller with quantize("int8").'
+    )
+    enable_attention_slicing = enable_xformers_memory_efficient_attention = _refusal(
+        "visar chooses its own attention kernels; decode fewer images at once if memory is short."
+    )
+    load_lora_weights = load_ip_adapter = load_textual_inversion = _refusal(
+        "Adapters are not loaded; merge them into the model's weights first, and give that model as a component."
+    )
 
     # What is asked of the model
 
@@ -222,20 +240,19 @@ class ImagePipeline(DiffusionPipeline):
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, N]."""
-        with torch.no_grad():
-            return self.image_model.family.decode(tokens)
+        return self.image_model.decode_tokens(tokens)
 
     def _generate(
         self,
         conditions: Any,
         *,
-        num_images_per_prompt: int,
+        num_images_per_prompt: Any,
         params: SamplingParams | None,
         generator: Any,
         height: int | None,
         width: int | None,
         callback_on_step_end: Callable[..., Any] | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
+        callback_on_step_end_tensor_inputs: Sequence[str] | None,
         callback: StepCallback | None,
         num_inference_steps: int | None,
         sampler: Any,
@@ -249,59 +266,51 @@ class ImagePipeline(DiffusionPipeline):
             if value is not None and whole(what, value) != own:
                 raise VisarError(f"{what} must be {own}: this model makes images of one size.")
         sampler = _with_steps(self.image_model, sampler, num_inference_steps)
-        num_images_per_prompt = whole("num_images_per_prompt", num_images_per_prompt) or 0
-        seeds: list[int] = []
+        if conditions is None:
+            raise VisarError(f"No {self.condition} was given.")
+        conditions = listed(conditions)
+        count = whole("num_images_per_prompt", num_images_per_prompt)
+        count = 1 if count is None else count
+        if params is not None:
+            params = SamplingParams.of(params)
         for name in settings:
             if name not in SamplingParams.__dataclass_fields__:
                 raise unknown("keyword", name, [*SamplingParams.__dataclass_fields__, *CALL])
         if generator is not None:
-            if "seed" in settings:
+            if settings.get("seed") is not None or (params and params.seed not in (None, SamplingParams.seed)):
                 raise VisarError("Give a seed or a generator, not both.")
-            seeds = seeds_of(generator, num_images_per_prompt * _rows(conditions))
+            settings["seed"] = seeds_of(generator, count * len(conditions))
         if callback_on_step_end is not None:
             if callback is not None:
                 raise VisarError("Give callback or callback_on_step_end, not both.")
             callback = _step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        model = self.image_model
         if "seed" in settings and settings["seed"] is None:
             settings.pop("seed")
             params = replace(params or SamplingParams(), seed=None)
-
-        def ask(values: Any, **given: Any) -> ImageOutput:
-            return model.generate(values, params, sampler=sampler, callback=callback, **options, **given)
-
-        if len(seeds) > 1:  # one call for each image, with its own seed
-            rows = [conditions] if _rows(conditions) == 1 and isinstance(conditions, str | int) else list(conditions)
-            each = [row for row in rows for _ in range(num_images_per_prompt)]
-            out = joined([ask([row], seed=seed, **settings) for row, seed in zip(each, seeds, strict=True)])
-        else:
-            given = {**settings, **({"seed": seeds[0]} if seeds else {})}
-            out = ask(conditions, num_images=num_images_per_prompt, **given)
+        out = self.image_model.generate(
+            conditions, params, sampler=sampler, num_images=count, callback=callback, **options, **settings
+        )
         return out if return_dict else out.to_tuple()
-
-
-def _rows(conditions: Any) -> int:
-    """The number of prompts or classes."""
-    return len(conditions) if isinstance(conditions, Sequence | Tensor) and not isinstance(conditions, str) else 1
 
 
 CALL = ("sampler", "window", "num_images_per_prompt", "generator", "output_type", "callback", "callback_on_step_end",
         "return_dict", "height", "width", "num_inference_steps")  # fmt: skip
 
 
-def seeds_of(generator: Any, images: int) -> list[int]:
-    """The seeds of a call: one for a `torch.Generator`; for a list of them, one for each image.
+def seeds_of(generator: Any, images: int) -> int | list[int]:
+    """The seed of a call for a `torch.Generator`; for a list of them, one for each image.
 
     A seed is a random number of the generator, so that successive calls with one generator give different images, and
     generators with equal seeds give equal images. Raises `VisarError` for other types.
     """
-    generators = list(generator) if isinstance(generator, Sequence) else [generator]
+    generators = list(generator) if is_list(generator) else [generator]
     for one in generators:
         if not isinstance(one, torch.Generator):
             raise VisarError(f"generator must be a torch.Generator, not a {type(one).__name__}; or give seed=.")
     if len(generators) not in (1, images):
         raise VisarError(f"There are {len(generators)} generators for {images} images; give one, or one for each.")
-    return [int(torch.randint(2**62, (), generator=one, device=one.device)) for one in generators]
+    seeds = [int(torch.randint(2**62, (), generator=one, device=one.device)) for one in generators]
+    return seeds[0] if len(seeds) == 1 else seeds
 
 
 def _with_steps(model: ImageModel, sampler: Any, steps: int | None) -> Any:
@@ -314,40 +323,64 @@ def _with_steps(model: ImageModel, sampler: Any, steps: int | None) -> Any:
             f"num_inference_steps has no meaning for the sampler {method.name!r}, which ends when all tokens are "
             "committed; samplers of continuous tokens have steps."
         )
-    from visar.samplers import get_sampler
-
     return get_sampler(method, steps=whole("num_inference_steps", steps))
 
 
-def _step_callback(pipe: Any, callback: Callable[..., Any], names: Sequence[str]) -> StepCallback:
+def _step_callback(pipe: Any, callback: Callable[..., Any], names: Sequence[str] | None) -> StepCallback:
     """`callback(pipe, step, timestep, tensors)` as in diffusers; the step counts passes from 0."""
+    names = getattr(callback, "tensor_inputs", names)  # a callback object of diffusers
+    names = CALLBACK_INPUTS if names is None else [names] if isinstance(names, str) else names
     for name in names:
         if name not in CALLBACK_INPUTS:
             raise unknown("callback tensor", name, CALLBACK_INPUTS)
+    try:
+        inspect.signature(callback).bind(pipe, 0, 0, {})
+    except TypeError as error:
+        raise VisarError("callback_on_step_end must be a function of (pipe, step, timestep, tensors).") from error
 
     def tell(now: Progress) -> None:
-        changed = callback(pipe, now.passes - 1, now.passes - 1, {name: getattr(now, name) for name in names})
-        if changed:
+        tensors = {name: getattr(now, name) for name in names}
+        versions = {name: value._version for name, value in tensors.items()}
+        returned = callback(pipe, now.passes - 1, now.passes - 1, dict(tensors))
+        found = returned if isinstance(returned, Mapping) else {}
+        changed = [
+            name
+            for name, value in tensors.items()
+            if value._version != versions[name] or not _same(found.get(name, value), value)
+        ]
+        if changed or not isinstance(returned, Mapping | None):
             raise VisarError(
-                f"callback_on_step_end cannot change {', '.join(changed)}: that would change the sampled "
-                "distribution. Return nothing."
+                f"callback_on_step_end cannot change {', '.join(changed or names)}: that would change the sampled "
+                "distribution. Return the tensors as they are, or nothing."
             )
+        if getattr(pipe, "_interrupt", False):
+            pipe._interrupt = False
+            raise VisarError("An image that is not finished cannot be returned; raise an exception to stop decoding.")
 
     return tell
 
 
+def _same(given: Any, own: Tensor) -> bool:
+    return given is own or (isinstance(given, Tensor) and torch.equal(given, own))
+
+
 def _dtype_of(loading: Mapping[str, Any]) -> torch.dtype | None:
-    given = loading.get("dtype", loading.get("torch_dtype"))
-    dtype = getattr(torch, given, given) if isinstance(given, str) else given
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise VisarError(f"dtype must be a torch.dtype, such as torch.bfloat16, not {given!r}.")
+    asked = {value for key in ("dtype", "torch_dtype") if (value := loading.get(key)) is not None}
+    dtypes = {getattr(torch, value, value) if isinstance(value, str) else value for value in asked}
+    if len(dtypes) > 1:
+        raise VisarError("dtype and torch_dtype are two names of one thing; give one of them.")
+    (dtype,) = dtypes or {None}
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise VisarError(f"dtype must be a floating torch.dtype, such as torch.bfloat16, not {dtype!r}.")
     return dtype
 
 
-def _device_of(device_map: Any) -> Any:
+def _device_of(device_map: Any) -> torch.device | None:
     spread = ("auto", "balanced", "sequential", "balanced_low_0")
-    if device_map is None or (isinstance(device_map, str | torch.device) and device_map not in spread):
-        return device_map
+    if device_map is None:
+        return None
+    if isinstance(device_map, str | torch.device) and device_map not in spread:
+        return device_of(device_map)
     raise VisarError(f"device_map must be one device, such as 'cuda', not {device_map!r}: a model is on one device.")
 
 

@@ -47,7 +47,7 @@ class ClassToImagePipeline(ImagePipeline):
 
     def __call__(
         self,
-        class_labels: int | Sequence[int],
+        class_labels: int | Sequence[int] | None = None,
         params: SamplingParams | None = None,
         *,
         sampler: Any = None,
@@ -59,7 +59,7 @@ class ClassToImagePipeline(ImagePipeline):
         return_dict: bool = True,
         callback: StepCallback | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_INPUTS,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = CALLBACK_INPUTS,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from visar.errors import VisarError
 from visar.generation.output import ImageOutput
 from visar.generation.progress import StepCallback
+from visar.generation.rows import listed
 from visar.params import SamplingParams
 from visar.pipelines.base import CALLBACK_INPUTS, ImagePipeline
 
@@ -52,7 +53,7 @@ class TextToImagePipeline(ImagePipeline):
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         params: SamplingParams | None = None,
         *,
         sampler: Any = None,
@@ -65,7 +66,7 @@ class TextToImagePipeline(ImagePipeline):
         return_dict: bool = True,
         callback: StepCallback | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_INPUTS,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = CALLBACK_INPUTS,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -76,12 +77,13 @@ class TextToImagePipeline(ImagePipeline):
         `params` or the same names as keywords (`SamplingParams`: seed, guidance_scale, temperature, top_k, top_p, ...)
         say how; `sampler` is a name of `visar samplers`, FILE.py:NAME, or an object, and `window` replaces its W. The
         same seed and prompt give the same image in any batch; `seed=None` takes a random one, which the stats report. A
-        `generator` samples the seed. A prompt's images have the indices `first_image`, `first_image` + 1, ..., or one
-        for each image. `callback` gets a `Progress` after every pass, `callback_on_step_end` the arguments of
-        diffusers. `num_inference_steps` is for samplers of continuous tokens. Raises `VisarError` for values that are
-        out of range or unknown.
+        `generator` samples the seed; a list of seeds or generators has one for each image. A prompt's images have the
+        indices `first_image`, `first_image` + 1, ..., or one for each image. `callback` gets a `Progress` after every
+        pass, `callback_on_step_end` the arguments of diffusers. `num_inference_steps` is for samplers of continuous
+        tokens. Raises `VisarError` for values that are out of range or unknown.
         """
-        if negative_prompt not in (None, "", []):
+        texts = listed(negative_prompt)
+        if any(text not in (None, "") for text in texts):
             raise VisarError(
                 "negative_prompt has no meaning for this model, whose unconditional batch has no text; use "
                 "guidance_scale."

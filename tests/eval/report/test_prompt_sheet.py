@@ -13,7 +13,7 @@ from visar.eval.report.prompt_sheet import main, prompt_sheet
 
 
 def test_images_stand_where_their_prompts_do(text_pipe: TextToImagePipeline) -> None:
-    sheet = prompt_sheet(text_pipe, ("cat", "dog", "red"), seeds=2, side=16, columns=2)
+    sheet = prompt_sheet(text_pipe.image_model, ("cat", "dog", "red"), seeds=2, side=16, columns=2)
     assert sheet.size == (2 * (32 + 6), 2 * (16 + 14))
     for i, prompt in enumerate(("cat", "dog", "red")):
         for k, image in enumerate(text_pipe(prompt, num_images_per_prompt=2).images or ()):

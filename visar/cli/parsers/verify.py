@@ -1,14 +1,14 @@
 """The options of `visar verify`."""
 
 from visar.cli.parsers.base import CommandParser, names, seed, whole
-from visar.cli.parsers.options import json_option
+from visar.cli.parsers.options import MODEL_OR_PATH, device_option, drafter_option, json_option
 
 
 def verify(p: CommandParser) -> None:
-    """Test that exact samplers are exact, on models small enough to enumerate.
+    """Test that exact samplers are exact, on models small enough to enumerate, or on a model of yours.
 
     visar verify --samplers scd --sequences 16384 --no-mutants
-    visar verify --samplers sjd,scd --sequences 16384 --json
+    visar verify --model icons --samplers scd --sequences 16384
     """
     p.add_argument(
         "--samplers",
@@ -21,12 +21,21 @@ def verify(p: CommandParser) -> None:
         type=whole(16384, 2**28),
         default=131072,
         metavar="N",
-        help="sequences per row of the table, 16384 or more",
+        help="sequences per row of the table, with --model tokens; 16384 or more",
     )
     p.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of all random numbers")
     p.add_argument("--no-mutants", action="store_true", help="leave out the known-bad samplers, which must fail")
     json_option(p, "the table")
     own = p.add_argument_group("A model of your own")
+    own.add_argument(
+        "--model",
+        metavar=MODEL_OR_PATH,
+        help="test the samplers on this model of any family: a name of `visar models`, a folder or a hub id",
+    )
+    own.add_argument("--prompt", metavar="PROMPT", help="the prompt of its images (default: a red heart)")
+    own.add_argument("--class", dest="label", type=whole(), metavar="ID", help="or the class (default: 0)")
+    drafter_option(own)
+    device_option(own)
     own.add_argument(
         "--session",
         metavar="FILE.py:MAKE",

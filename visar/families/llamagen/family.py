@@ -12,12 +12,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from visar.engine.guidance import Guidance
+from visar.engine.layout import Layout
 from visar.engine.memory import decoding_bytes, streamed_bytes
 from visar.engine.quantization import NOT_SAVED, quantize, weights_of
 from visar.engine.quantization import check as check_weights
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
-from visar.families.layout import Layout
 from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.loading import load_gpt, load_vq
@@ -28,6 +28,7 @@ from visar.families.llamagen.vq import VQModel
 from visar.families.registry import register_family
 from visar.families.source import Source, check_condition
 from visar.families.weights import has_ema
+from visar.families.wrapped import check_component
 from visar.params import SamplingParams
 from visar.reading import Side
 from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
@@ -55,6 +56,8 @@ class LlamaGenFamily(DiscreteFamily):
         guidance_scale: float | None = None,
         top_k: int | None = None,
     ):
+        check_component("gpt", gpt, LlamaGen)
+        check_component("vq", vq, VQModel)
         text = gpt.config.condition == "text"
         if text and text_encoder is None:
             raise VisarError("This GPT takes captions: it needs a text_encoder.")
@@ -71,8 +74,7 @@ class LlamaGenFamily(DiscreteFamily):
         usual = MODELS["llamagen-t2i-xl" if text else "llamagen-l"]
         scale = usual.guidance if guidance_scale is None else guidance_scale
         top_k = usual.top_k if top_k is None else top_k
-        self.settings = {"grid": grid, "guidance_scale": scale, "top_k": top_k}
-        self.defaults = SamplingParams(
+        self.defaults = d = SamplingParams(
             guidance_scale=scale,
             guidance_interval=-1,
             guidance_schedule="constant",
@@ -80,6 +82,7 @@ class LlamaGenFamily(DiscreteFamily):
             top_k=top_k,
             top_p=1.0,
         )
+        self.settings = {"grid": grid, "guidance_scale": d.guidance_scale, "top_k": d.top_k}
         self.condition = "prompt" if text else "class"
         self.classes = 0 if text else gpt.config.classes
         side = grid or gpt.config.grid
@@ -125,10 +128,6 @@ class LlamaGenFamily(DiscreteFamily):
     def vq(self) -> VQModel:
         found: VQModel = self.components["vq"]
         return found
-
-    def replace(self, name: str, component: Any) -> None:
-        super().replace(name, component)
-        vars(self).pop("_colours", None)
 
     def encode(self, conditions: Sequence[Any]) -> Encoded:
         """Caption features [B, T, C] and their mask [B, T], or class ids [B]."""

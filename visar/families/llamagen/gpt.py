@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visar.engine.component import Component
 from visar.engine.decoder import Attend
-from visar.engine.layers import Linear, RMSNorm, check_heads
+from visar.engine.layers import Linear, RMSNorm, check_heads, run_linear
 from visar.errors import VisarError
 from visar.families.llamagen.rotary import rotary_table, turned
 from visar.reading import Count, Side, Size
@@ -33,7 +33,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, table: Tensor, attend: Attend, layer: int, residual: Tensor) -> Tensor:
         """`residual` plus what x attends to."""
         qkv = self.wqkv(x).unflatten(-1, (3 * self.heads, -1))
-        return self.wo(attend(layer, qkv, table).flatten(-2), plus=residual)
+        return run_linear(self.wo, attend(layer, qkv, table).flatten(-2), plus=residual)
 
 
 class FeedForward(nn.Module):
@@ -47,7 +47,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """`residual` plus what the layer makes of x."""
-        return self.w2(self.w3(x, times=self.w1(x, silu=True)), plus=residual)
+        gated = run_linear(self.w3, x, times=run_linear(self.w1, x, silu=True))
+        return run_linear(self.w2, gated, plus=residual)
 
 
 class Block(nn.Module):

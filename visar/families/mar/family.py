@@ -7,14 +7,14 @@ from operator import index
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.engine.graphs import RowGraphs
+from visar.engine.layout import Layout
 from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
 from visar.families.base import ContinuousFamily, Encoded
-from visar.families.layout import Layout
 from visar.families.mar.autoencoder import KLAutoencoder, downsample, fingerprint, to_latents
 from visar.families.mar.drafting import MARTarget
 from visar.families.mar.loading import load_kl16, load_mar
@@ -23,6 +23,7 @@ from visar.families.mar.specs import MAR_MODELS, match_mar
 from visar.families.mar.transformer import MAR
 from visar.families.registry import register_family
 from visar.families.source import Source
+from visar.families.wrapped import check_component
 from visar.params import SamplingParams
 
 
@@ -47,17 +48,17 @@ class MARFamily(ContinuousFamily):
         guidance_schedule: str = "linear",
         temperature: float = 1.0,
     ):
+        check_component("mar", mar, MAR)
+        check_component("vae", vae, nn.Module)
         vae = KLAutoencoder.of(vae)
         c, text = mar.config, mar.config.condition == "text"
         if guidance_scale is None:
             guidance_scale = 3.0 if text else 2.9
         self.components = {"mar": mar, "vae": vae} | ({"text_encoder": text_encoder} if text else {})
-        self.settings = {
-            "guidance_scale": guidance_scale,
-            "guidance_schedule": guidance_schedule,
-            "temperature": temperature,
-        }
-        self.defaults = SamplingParams(**self.settings)
+        self.defaults = SamplingParams(
+            guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, temperature=temperature
+        )
+        self.settings = {name: getattr(self.defaults, name) for name in self.setting_names}
         self.condition, self.classes = ("prompt", 0) if text else ("class", c.classes)
         self.layout, self.token_dim = Layout(c.grid, c.grid), c.token_dim
         self._check(text_encoder)

@@ -1,0 +1,96 @@
+"""`visar verify --model`: whether exact samplers are exact on a loaded model, whose distributions nobody can enumerate.
+
+The test is that of Rosenblatt (1952): u = F(x - 1) + v p(x), with p the distribution of a token
+given those before it, F its cumulative sum and v uniform, is uniform and independent of the other tokens' u if and only
+if the images have the joint distribution. p comes from passes of one token over the sampled images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from visar.errors import VisarError
+from visar.eval.exactness.joint import Row, alike, check_exact, exact_samplers, sampled
+from visar.eval.exactness.ranks import rank_z
+from visar.families.base import DiscreteFamily
+from visar.generation.discrete import guidance_of, target_of
+from visar.generation.model import ImageModel
+from visar.generation.output import ImageOutput
+from visar.generation.sessions import Call
+from visar.params import DISCRETE
+from visar.samplers import Autoregressive
+
+CELLS = 10  # of the uniform interval
+LEAST_IMAGES = 128  # about a dozen in a cell
+BATCH = 256
+ALONE = 4  # images that are decoded alone, too
+
+
+def verify_model(
+    model: ImageModel,
+    condition: Any,
+    names: Iterable[str] | None = None,
+    tokens: int = 131072,
+    seed: int = 0,
+    report: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """A row for each exact sampler that the model can use, from about so many sampled `tokens`.
+
+    `condition` is a prompt or a class. Raises `VisarError` for samplers that are relaxed or need a drafter, and for
+    models of continuous tokens.
+    """
+    if model.family.tokens != DISCRETE:
+        raise VisarError(
+            "--model is for models of discrete tokens; `visar verify --samplers mar-headspec` tests samplers of "
+            "continuous ones."
+        )
+    if names is None:
+        names = [name for name in exact_samplers() if name in model.usable_samplers() and name != "jacobi"]
+    check_exact(names)
+    rows = []
+    for name in names:
+        sampler = model.sampler_of(name)
+        if not sampler.exact:
+            raise VisarError(f"{name!r} does not sample from the model's distribution: there is nothing to prove.")
+        rows.append(_row(model, condition, name, sampler, tokens, seed))
+        report(rows[-1])
+    return rows
+
+
+def _row(model: ImageModel, condition: Any, name: str, sampler: Any, count: int, seed: int) -> Row:
+    images = max(count // model.family.layout.length, LEAST_IMAGES)
+
+    def decoding(indices: Tensor) -> ImageOutput:
+        return model.generate(
+            [condition] * len(indices), sampler=sampler, seed=seed, first_image=indices.tolist(), output_type="tokens"
+        )
+
+    tokens, speed = sampled(decoding, images, BATCH)  # type: ignore[arg-type]
+    uniforms = torch.cat([rosenblatt(model, condition, part, seed) for part in tokens.split(BATCH)])
+    alone = alike(decoding, tokens, ALONE)  # type: ignore[arg-type]
+    return Row(name, f"{images} images", "exact", images, rank_z((uniforms * CELLS).long(), CELLS), speed, alone)
+
+
+@torch.inference_mode()
+def rosenblatt(model: ImageModel, condition: Any, tokens: Tensor, seed: int = 0) -> Tensor:
+    """u [B, F] in [0, 1), float64, of images' tokens [B, N], without those that are forced."""
+    family, params = cast(DiscreteFamily, model.family), model.params_of()
+    target, guidance = target_of(family, params), guidance_of(params)
+    encoded = family.encode([condition] * len(tokens))
+    session = Call(family, None, encoded, Autoregressive(), target, guidance).session()
+    target = target.on(session.device, session.length, session.vocab)
+    tokens = tokens.to(session.device)
+    noise = torch.Generator().manual_seed(seed)
+    out = []
+    for n in range(session.length):
+        p = target.probs(session.forward(tokens[:, max(n - 1, 0)][:, None]), session.positions(1))[:, 0].double()
+        own = tokens[:, n, None]
+        below = p.cumsum(-1).gather(1, own)[:, 0] - p.gather(1, own)[:, 0]
+        out.append(below.cpu() + torch.rand(len(tokens), generator=noise).double() * p.gather(1, own)[:, 0].cpu())
+        session.commit(torch.ones_like(session.lengths))
+    free = slice(None) if target.forced is None else target.forced[: session.length].cpu() < 0
+    return torch.stack(out, 1)[:, free].clamp(0, 1 - 1e-12)

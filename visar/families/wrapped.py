@@ -1,0 +1,41 @@
+"""Wrappers and patches of components that decoding would pass by, and components of a wrong class: refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from visar.errors import VisarError
+
+NO_EFFECT = "visar runs the layers of a model itself, as CUDA graphs on a GPU"
+
+
+def check_component(name: str, component: Any, kind: type) -> None:
+    """Raise `VisarError` unless the component `name` is a `kind` without a wrapper."""
+    check_unwrapped(name, component)
+    if not isinstance(component, kind):
+        given = "None" if component is None else f"a {type(component).__name__}"
+        raise VisarError(f"{name} must be a {kind.__name__}, not {given}.")
+
+
+def check_unwrapped(name: str, component: Any) -> None:
+    """Raise `VisarError` for a wrapper or a patch of a component that would have no effect."""
+    wrapper = type(component).__name__
+    if wrapper == "OptimizedModule" or getattr(component, "_compiled_call_impl", None) is not None:
+        raise VisarError(f"torch.compile has no effect on {name}: {NO_EFFECT}. Give the original model.")
+    if wrapper in ("DataParallel", "DistributedDataParallel"):
+        raise VisarError(f"{wrapper} does not split decoding; run `visar sample` under torchrun for several GPUs.")
+    hooks = [*getattr(component, "_forward_hooks", ()), *getattr(component, "_forward_pre_hooks", ())]
+    if hooks or "forward" in getattr(component, "__dict__", ()):
+        what = "A forward hook" if hooks else "Another forward"
+        raise VisarError(f"{what} of {name} has no effect: {NO_EFFECT}. Put it on one of its layers.")
+
+
+def check_layers(model: Any) -> None:
+    """Raise `VisarError` for layers that decoding cannot run: adapters that are not merged, and offloaded weights."""
+    for layer in model.modules():
+        if hasattr(layer, "base_layer") and hasattr(layer, "active_adapters"):
+            raise VisarError("Adapter layers (PEFT) cannot be decoded with; merge them first (merge_and_unload).")
+        if hasattr(layer, "_hf_hook"):
+            raise VisarError("Weights that are offloaded cannot be decoded with; move the model with .to(device).")
+    if any(p.is_meta for p in model.parameters()):
+        raise VisarError("The model is on the device 'meta', which holds no weights; load it on a CPU or GPU.")
