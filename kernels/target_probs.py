@@ -8,6 +8,8 @@ at any position of a batch or window.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -146,7 +148,7 @@ def target_probs_triton(
     return out
 
 
-def _of_rows(value: float | Tensor) -> float | Tensor:
+def _of_rows(value: Any) -> Any:
     """A number, or [B] as [B, 1, 1]."""
     return value[:, None, None] if isinstance(value, Tensor) else value
 

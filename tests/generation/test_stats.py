@@ -93,6 +93,22 @@ def test_table() -> None:
     assert "drafts" not in stats_of(MaskedStats, tested=0)._repr_html_()
 
 
+def test_joined_metrics_are_sums_over_sums() -> None:
+    one = stats_of(tokens_per_pass=4.0, passes_per_image=[64], images=1, nfe=65)
+    other = stats_of(tokens_per_pass=2.0, passes_per_image=[100, 128], images=2, nfe=129)
+    whole = one.joined([other])
+    assert whole.tokens_per_pass == pytest.approx(512 / 192) and whole.nfe == 194 and whole.images == 3
+    masked = [
+        stats_of(MaskedStats, images=i, denoiser_calls=calls, calls_per_pass=calls / passes, tested=t, accepted=a,
+                 evaluations_per_token=e)
+        for i, calls, passes, t, a, e in ((1, 100, 10, 10, 9, 50.0), (3, 300, 60, 90, 10, 90.0))
+    ]  # fmt: skip
+    both = masked[0].joined(masked[1:])
+    assert (both.denoiser_calls, both.tested, both.accepted) == (400, 100, 19) and both.acceptance == 0.19
+    assert both.calls_per_pass == pytest.approx(400 / 70)  # type: ignore[attr-defined]
+    assert both.evaluations_per_token == pytest.approx((50 + 3 * 90) / 4)  # type: ignore[attr-defined]
+
+
 def test_exactness_in_words() -> None:
     relaxed = stats_of(exact=False, exactness="relaxed")
     assert (

@@ -22,6 +22,14 @@ class Decoding(Protocol):
     tokens: Tensor
     commit_pass: Tensor
 
+    def broken(self) -> bool:
+        """Whether something that is no distribution was sampled from."""
+        ...
+
+    def check(self) -> None:
+        """Raise `VisarError` where `broken`."""
+        ...
+
 
 class Snapshot(NamedTuple):
     """The state of a decoding after `passes` in `seconds`: `tokens` [B, N, ...], drafts included; `commit_pass` [B, N],

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from html import escape
-from typing import Any
+from typing import Any, cast
 
 from typing_extensions import Self
 
@@ -84,6 +84,21 @@ class DecodeStats:
             **more,
         )
 
+    def joined(self, others: Sequence[DecodeStats]) -> Self:
+        """The stats of several consecutive decodings with one sampler; the seed is that of the first."""
+        every: list[DecodeStats] = [self, *others]
+        passes = sum(max(s.passes_per_image) for s in every)
+        seconds = sum(s.seconds for s in every)
+        drafting = [s.draft_seconds for s in every]
+        return replace(
+            self, images=sum(s.images for s in every), nfe=sum(s.nfe for s in every),
+            passes_per_image=[n for s in every for n in s.passes_per_image],
+            tokens_per_pass=tokens_per_pass(every),
+            seconds=seconds, draft_seconds=None if None in drafting else sum(filter(None, drafting)),
+            ms_per_pass=1000 * seconds / passes, gigabytes=sum(s.gigabytes for s in every),
+            graph_passes=sum(s.graph_passes for s in every), capture_seconds=sum(s.capture_seconds for s in every),
+        )  # fmt: skip
+
     @property
     def gb_per_second(self) -> float:
         """`gigabytes` per second of decoding."""
@@ -148,6 +163,16 @@ class MaskedStats(DecodeStats):
     tested: int
     accepted: int
 
+    def joined(self, others: Sequence[DecodeStats]) -> Self:
+        every: list[MaskedStats] = [self, *cast(Sequence[MaskedStats], others)]
+        calls, images = sum(s.denoiser_calls for s in every), sum(s.images for s in every)
+        return replace(
+            super().joined(others), denoiser_calls=calls,
+            calls_per_pass=calls / sum(s.denoiser_calls / s.calls_per_pass for s in every),
+            evaluations_per_token=sum(s.evaluations_per_token * s.images for s in every) / images,
+            tested=sum(s.tested for s in every), accepted=sum(s.accepted for s in every),
+        )  # fmt: skip
+
     @property
     def acceptance(self) -> float | None:
         """The share of tested drafts that were accepted; None without drafts."""
@@ -168,6 +193,11 @@ class MaskedStats(DecodeStats):
         head = f"{self.calls_per_pass:.1f} calls per pass, {self.evaluations_per_token:.0f} evaluations per token"
         drafts = "" if self.acceptance is None else f", {100 * self.acceptance:.0f}% of drafts accepted"
         return [*rows[:-1], ("diffusion head", head + drafts), rows[-1]]
+
+
+def tokens_per_pass(every: Sequence[DecodeStats]) -> float:
+    """Tokens of all over passes of all, for decodings that sample equally many tokens of an image."""
+    return len(every) / sum(1 / s.tokens_per_pass for s in every)
 
 
 def _listed(values: Mapping[str, Any]) -> str:
