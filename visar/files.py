@@ -1,4 +1,4 @@
-"""Atomic files: written under a temporary name, then renamed."""
+"""Atomic files, written under a temporary name and then renamed; folders that are written to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from visar.errors import VisarError
+
+
+def cache_folder() -> Path:
+    """The folder of what is computed once for a machine: `$VISAR_CACHE`, or `visar` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("VISAR_CACHE") or Path(base) / "visar")
 
 
 @contextmanager

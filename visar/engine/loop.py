@@ -13,6 +13,7 @@ from visar.engine.graphs import Graph
 from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.host import synchronize
+from visar.kernels.derived import steady_weights
 
 if TYPE_CHECKING:
     from visar.engine.masked_session import MaskedSession
@@ -50,6 +51,7 @@ class Decoded(NamedTuple):
 
 
 @torch.inference_mode()
+@steady_weights()
 def decode(
     session: Session | MaskedSession,
     sampler: Any,
@@ -66,7 +68,7 @@ def decode(
     on a CPU and after every fourth on a GPU, where reading the lengths makes the host wait. Callbacks are not in
     `seconds`; the host waits for the device around each, unless `waits` is false, and then `seconds` mean nothing. Idle
     passes at the end are counted. With a `graph` steps are captured; one captured before must be of this session,
-    started again. Raises `VisarError` if the model's arithmetic overflowed.
+    started again. No weight may change meanwhile. Raises `VisarError` if the model's arithmetic overflowed.
     """
     every = every or (1 if session.device.type == "cpu" else 4)
     fewest = -(-session.length // sampler.window)

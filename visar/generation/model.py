@@ -30,6 +30,7 @@ from visar.generation.output import ImageOutput, as_output, checked_output
 from visar.generation.progress import Progress, StepCallback
 from visar.generation.rows import noise_of
 from visar.generation.sessions import Sessions
+from visar.kernels.derived import steady_weights
 from visar.params import DISCRETE, SamplingParams
 from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
 
@@ -170,7 +171,7 @@ class ImageModel:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
         keys: list[Hashable] = [value for value in values for _ in range(num_images)]
         self._check_modules()
-        with undisturbed(self.device), torch.inference_mode():
+        with steady_weights(), undisturbed(self.device), torch.inference_mode():
             encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
             for note in self.family.notes(values):
                 warnings.warn(note, NotInTraining, stacklevel=2)
