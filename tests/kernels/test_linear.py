@@ -208,3 +208,19 @@ def test_measuring_prefers_what_is_faster_by_far(monkeypatch: pytest.MonkeyPatch
         assert choice._measured(forms) in FORMS
         large = kernel._forms(torch.ones(4, 768), torch.randn(2304, 768), None, False, None, None)
         assert list(large) == ["plain", "packed"] and choice._measured(large) in FORMS
+
+
+def test_compiled_and_exported_layers_are_the_librarys(decoding: None) -> None:
+    """Inductor and exported programs know no layouts of ours, which training once met in its target's pass."""
+    layer, x = nn.Sequential(Linear(8, 4), Linear(4, 4)), torch.randn(3, 8)
+    traced: list[str] = []
+
+    def backend_of_ours(module: torch.fx.GraphModule, _: object) -> object:
+        traced.append(module.code)
+        return module.forward
+
+    wanted = F.linear(F.linear(x, layer[0].weight, layer[0].bias), layer[1].weight, layer[1].bias)
+    assert torch.equal(torch.compile(layer, backend=backend_of_ours)(x), wanted)
+    program = torch.export.export(layer, (x,))
+    assert torch.equal(program.module()(x), wanted)
+    assert len(traced) == 1 and "linear" in traced[0] and "mkldnn" not in traced[0] + program.graph_module.code
