@@ -131,9 +131,10 @@ def _planned(
         what = "{} x {} x {} {} bias {} times {} plus {}{}".format(
             rows, *reversed(weight.shape), *dtypes, " silu" if silu else ""
         )
-        if (form := now.plans.get(what)) is None:
+        if (found := now.plans.get(what)) is None:
             forms = functools.partial(_forms, x.new_ones(rows, x.shape[-1]), weight, bias, silu, times, plus)
-            form = now.plans[what] = cast(Form, fastest(what, FORMS, forms))
+            found = now.plans[what] = fastest(what, FORMS, forms)
+        form = cast(Form, found)
     if form == "plain":
         return plain
     packed = _packed.of([weight], lambda: _laid_out(weight))

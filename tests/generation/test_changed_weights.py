@@ -40,8 +40,9 @@ def ema(gpt: LlamaGen) -> None:
 
 def lora(gpt: LlamaGen) -> None:
     """Merged as PEFT and diffusers do it."""
-    for block in gpt.layers:
-        w = block.attention.wqkv.weight  # type: ignore[union-attr]
+    for name, w in gpt.named_parameters():
+        if "wqkv" not in name:
+            continue
         w.data += noisy(torch.zeros(w.shape[0], 2)) @ noisy(torch.zeros(2, w.shape[1]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ class Clock:
         self.now, self.calls = 0.0, 0
         monkeypatch.setattr(choice.time, "perf_counter", lambda: self.now)
 
-    def forms(self, **ms: float) -> dict[str, object]:
-        def taking(seconds: float) -> object:
+    def forms(self, **ms: float) -> dict[str, Callable[[int], None]]:
+        def taking(seconds: float) -> Callable[[int], None]:
             def run(_: int) -> None:
                 self.calls += 1
                 self.now += seconds

@@ -6,6 +6,7 @@ import copy
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_against_fp64(dtype: torch.dtype, rows: tuple[int, ...], sizes: tuple[in
         for shape in ((*rows, sizes[0]), sizes[::-1], sizes[1:], (*rows, sizes[1]))
     )
     w = w / 16
-    close = dict(atol=2e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.05, rtol=0.02)
+    close: dict[str, Any] = dict(atol=2e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=0.05, rtol=0.02)
     for bias in (None, b):
         y = exact(x, w, bias)
         for given, wanted in (
@@ -212,14 +213,15 @@ def test_measuring_prefers_what_is_faster_by_far(monkeypatch: pytest.MonkeyPatch
 
 def test_compiled_and_exported_layers_are_the_librarys(decoding: None) -> None:
     """Inductor and exported programs know no layouts of ours, which training once met in its target's pass."""
-    layer, x = nn.Sequential(Linear(8, 4), Linear(4, 4)), torch.randn(3, 8)
+    one, two, x = Linear(8, 4), Linear(4, 4), torch.randn(3, 8)
+    layer = nn.Sequential(one, two)
     traced: list[str] = []
 
     def backend_of_ours(module: torch.fx.GraphModule, _: object) -> object:
         traced.append(module.code)
         return module.forward
 
-    wanted = F.linear(F.linear(x, layer[0].weight, layer[0].bias), layer[1].weight, layer[1].bias)
+    wanted = F.linear(F.linear(x, one.weight, one.bias), two.weight, two.bias)
     assert torch.equal(torch.compile(layer, backend=backend_of_ours)(x), wanted)
     program = torch.export.export(layer, (x,))
     assert torch.equal(program.module()(x), wanted)
