@@ -1,35 +1,68 @@
-"""Linear layers of few rows: on a CPU with weights laid out once as oneDNN wants them, elsewhere as the library does.
+"""Linear layers of few rows: on a CPU in the form that is the fastest on this machine, elsewhere as the library does.
 
-`F.linear` hands oneDNN the plain weight, which it lays out again in every call. That takes as long as the product
-itself where there are few rows, as in decoding, so the layout is cached: a second copy of the weights, made on first
-use and made again when the weight has changed. What follows the product (SiLU, a factor, a residual) is done on its way
-out.
+`F.linear` hands oneDNN the plain weight, which it lays out again in every call. That can take as long as the product
+itself where there are few rows, as in decoding. So in decoding (`visar.kernels.derived.steady_weights`) the layout may
+be kept, a second copy of the weights, and what follows the product (SiLU, a factor, a residual) is then done on its way
+out. Where the library is faster for a shape, a dtype and a number of rows, it is used: `visar.kernels.choice` measures.
+The forms differ in rounding alone.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import NamedTuple
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visar.errors import unknown
 from visar.host import available_memory, has_bfloat16
 from visar.kernels.backend import say_once
+from visar.kernels.choice import fastest
+from visar.kernels.derived import Derived, Steady, steady
 
+# "plain" is the library's; "packed" keeps oneDNN's layout; "padded" also rounds the rows up to `LEAST_ROWS`; "auto" is
+# the fastest of them.
+Form = Literal["auto", "plain", "packed", "padded"]
+FORMS = get_args(Form)[1:]
+VARIABLE = "VISAR_LINEAR"
 ROWS = 16  # a hint for the layout; any number of rows may follow
-LEAST_ROWS = 4  # oneDNN is quicker with four rows than with two or three, where the weight is
-LARGE = 2**19  # numbers or more
+LEAST_ROWS = 4  # oneDNN can be faster with four rows than with fewer
+MOST_ROWS = 64  # that are measured; more rows take the form of so many
+LARGE = 2**21  # bytes of a weight: the model does not stay in the processor's caches from pass to pass
+CACHES = 2**26  # bytes
+
+_pinned: ContextVar[Form | None] = ContextVar("visar_linear_form", default=None)
+_packed: Derived[Tensor] = Derived()
 
 
-class _Packed(NamedTuple):
-    of: weakref.ref[Tensor]
-    state: tuple[int, int, torch.dtype]  # when it was laid out: changed or converted since, it is another
-    weight: Tensor
+@contextmanager
+def linear_form(form: Form) -> Iterator[None]:
+    """Within it all products have this form, whatever their rows; "plain" and "packed" are reproducible anywhere."""
+    token = _pinned.set(_checked(form))
+    try:
+        yield
+    finally:
+        _pinned.reset(token)
 
 
-_packed: dict[int, _Packed] = {}
+def _checked(form: str) -> Form:
+    if form not in get_args(Form):
+        raise unknown("form of linear layers", form, get_args(Form))
+    return cast(Form, form)
+
+
+class _Plan(NamedTuple):
+    """How the product of a weight is done in this call."""
+
+    weight: Tensor  # held, so that its id is not another's
+    packed: Tensor | None
+    padded: bool
 
 
 def linear(
@@ -43,23 +76,17 @@ def linear(
 ) -> Tensor:
     """x [..., K] @ weight [N, K] + bias, then SiLU if asked for, then `times` [..., N] or `plus` [..., N] if given.
 
-    The packed form rounds to bfloat16 once, after the last of them; the plain form after each.
+    The packed form rounds to bfloat16 once, after the last of them; the plain form after each. Outside of decoding, in
+    training, compilation and export for example, the form is the plain one.
     """
-    if (packed := _packed_weight(x, weight)) is None:
+    if torch.compiler.is_compiling() or (now := steady()) is None or torch.is_grad_enabled():
         return epilogue(F.linear(x, weight, bias), silu, times, plus)
-    rows = x.numel() // x.shape[-1]
-    if 1 < rows < LEAST_ROWS and weight.numel() >= LARGE:
-        wide = F.pad(x.reshape(rows, -1), (0, 0, 0, LEAST_ROWS - rows))
-        y = torch.ops.mkldnn._linear_pointwise(wide, packed, bias, "swish" if silu else "none", [], "")
-        return epilogue(y[:rows].view(*x.shape[:-1], -1), False, times, plus)
-    other = plus if times is None else times
-    if silu or other is None or other.dtype != x.dtype:
-        y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "swish" if silu else "none", [], "")
-        return epilogue(y, False, times, plus)
-    if times is not None:
-        y = torch.ops.mkldnn._linear_pointwise.binary(x, times, packed, bias, "mul")
-        return epilogue(y, False, None, plus)
-    return torch.ops.mkldnn._linear_pointwise.binary(x, plus, packed, bias, "add")
+    key = id(weight), x.numel(), x.dtype, silu, times is None, plus is None, _pinned.get()
+    if (plan := now.plans.get(key)) is None:
+        plan = now.plans[key] = _planned(x, weight, bias, silu, times, plus, now)
+    if plan.packed is None:
+        return epilogue(F.linear(x, weight, bias), silu, times, plus)
+    return _product(x, plan.packed, bias, silu, times, plus, plan.padded)
 
 
 def epilogue(y: Tensor, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
@@ -71,24 +98,74 @@ def epilogue(y: Tensor, silu: bool = False, times: Tensor | None = None, plus: T
     return y if plus is None else y + plus
 
 
-def _packed_weight(x: Tensor, weight: Tensor) -> Tensor | None:
-    """The weight as oneDNN wants it; None where the plain layout is used: on a GPU, in training, without oneDNN."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or x.dtype != weight.dtype or weight.is_inference():
-        return None
-    cached = _packed.get(id(weight))
-    if cached is not None and cached.of() is weight and cached.state == _state(weight):
-        return cached.weight
-    if not packs(weight.dtype) or not _room_for(weight):
-        return None
-    key = id(weight)
-    made = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
-    gone = weakref.ref(weight, lambda _: _packed.pop(key, None))
-    _packed[key] = _Packed(gone, _state(weight), made)
+def _product(
+    x: Tensor, packed: Tensor, bias: Tensor | None, silu: bool, times: Tensor | None, plus: Tensor | None, padded: bool
+) -> Tensor:
+    pointwise, activation = torch.ops.mkldnn._linear_pointwise, "swish" if silu else "none"
+    if padded:
+        rows = x.numel() // x.shape[-1]
+        wide = torch.cat([x.reshape(rows, -1)] * -(-LEAST_ROWS // rows))  # faster than zeros
+        y = pointwise(wide, packed, bias, activation, [], "")[:rows].view(*x.shape[:-1], -1)
+        return epilogue(y, False, times, plus)
+    other = plus if times is None else times
+    if silu or other is None or other.dtype != x.dtype:
+        return epilogue(pointwise(x, packed, bias, activation, [], ""), False, times, plus)
+    if times is not None:
+        return epilogue(pointwise.binary(x, times, packed, bias, "mul"), False, None, plus)
+    return pointwise.binary(x, plus, packed, bias, "add")
+
+
+def _planned(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, times: Tensor | None, plus: Tensor | None, now: Steady
+) -> _Plan:
+    """The plan for such rows; the weight is laid out if that is of use."""
+    plain, rows = _Plan(weight, None, False), x.numel() // x.shape[-1]
+    form = _pinned.get() or _checked(os.environ.get(VARIABLE) or "auto")
+    if form == "plain" or not rows or x.device.type != "cpu" or x.dtype != weight.dtype or not packs(x.dtype):
+        return plain
+    if not _room_for(weight):
+        return plain
+    if form == "auto":
+        rows = rows if rows < LEAST_ROWS else min(1 << (rows - 1).bit_length(), MOST_ROWS)
+        dtypes = [None if t is None else str(t.dtype).removeprefix("torch.") for t in (weight, bias, times, plus)]
+        what = "{} x {} x {} {} bias {} times {} plus {}{}".format(
+            rows, *reversed(weight.shape), *dtypes, " silu" if silu else ""
+        )
+        if (found := now.plans.get(what)) is None:
+            forms = functools.partial(_forms, x.new_ones(rows, x.shape[-1]), weight, bias, silu, times, plus)
+            found = now.plans[what] = fastest(what, FORMS, forms)
+        form = cast(Form, found)
+    if form == "plain":
+        return plain
+    packed = _packed.of([weight], lambda: _laid_out(weight))
+    return _Plan(weight, packed, form == "padded" and rows < LEAST_ROWS)
+
+
+def _forms(
+    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, times: Tensor | None, plus: Tensor | None
+) -> dict[str, Callable[[int], Tensor]]:
+    """The forms of a product with rows x [R, K], to be timed; copies of a large weight fill the caches."""
+    times, plus = (None if t is None else t.new_ones(len(x), len(weight)) for t in (times, plus))
+    size = weight.numel() * weight.element_size()
+    plain = [weight, *(weight.clone() for _ in range(CACHES // (2 * size) if size > LARGE else 0))]
+    packed = [_laid_out(w) for w in plain]
+
+    def of(copies: list[Tensor]) -> Callable[[int], Tensor]:
+        return lambda turn: copies[turn % len(copies)]
+
+    weights, layouts = of(plain), of(packed)
+    forms: dict[str, Callable[[int], Tensor]] = {
+        "plain": lambda turn: epilogue(F.linear(x, weights(turn), bias), silu, times, plus),
+        "packed": lambda turn: _product(x, layouts(turn), bias, silu, times, plus, False),
+    }
+    if len(x) < LEAST_ROWS:  # of other layouts than those just read
+        forms["padded"] = lambda turn: _product(x, layouts(turn + len(packed) // 2), bias, silu, times, plus, True)
+    return forms
+
+
+def _laid_out(weight: Tensor) -> Tensor:
+    made: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
     return made
-
-
-def _state(weight: Tensor) -> tuple[int, int, torch.dtype]:
-    return weight._version, weight.data_ptr(), weight.dtype
 
 
 def packs(dtype: torch.dtype) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -12,13 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.files import replacing
-
-
-def cache_folder() -> Path:
-    """The folder of the tables: `$VISAR_CACHE`, or `visar` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("VISAR_CACHE") or Path(base) / "visar")
+from visar.files import cache_folder, replacing
 
 
 def nearest(codebook: Tensor, k: int, rows: int = 1024) -> Tensor:

@@ -36,9 +36,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is left in the user's cache folder."""
+def own_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is left in the user's cache folder, and no product has a form that depends on the clock."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISAR_LINEAR", "packed")
         patch.setenv("VISAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

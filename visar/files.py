@@ -22,6 +22,12 @@ _count = itertools.count()  # of temporary files, of which several may be open
 _made: ContextVar[list[Path] | None] = ContextVar("made", default=None)  # folders, of the innermost `tidy`
 
 
+def cache_folder() -> Path:
+    """The folder of what is computed once for a machine: `$VISAR_CACHE`, or `visar` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("VISAR_CACHE") or Path(base) / "visar")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path, whose file becomes `path` if the block succeeds and is removed if not.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +82,19 @@ def _of_address_space() -> int:
         return most - next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize:"))
     except (ImportError, OSError, ValueError, StopIteration):
         return UNKNOWN
+
+
+@functools.cache
+def processor() -> str:
+    """The name of this CPU, with its family and model where the name of a virtual one says too little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        lines = []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
 
 
 def has_bfloat16() -> bool:

@@ -87,6 +87,23 @@ def test_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert json.loads(capsys.readouterr().out)["sampler"] == "eagle"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["eagle", "exit"])
+def test_the_command_compiles_by_default(class_folder: Path, tmp_path: Path, kind: str) -> None:
+    """With Inductor, on whatever device this is; the target runs without gradients within the compiled loss."""
+    command = ["train", "drafter", "--model", str(class_folder), "--kind", kind, "-n", "6", "--batch", "2"]
+    assert main([*command, "--steps", "2", "-o", str(tmp_path)]) == 0
+    assert (tmp_path / kind / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_computes_the_same(class_pipe: ClassToImagePipeline) -> None:
+    """As users compile one to score sequences; decoding refuses it, as it runs the layers itself."""
+    given = torch.tensor([1, 2]), torch.randint(0, 24, (2, 24))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(class_pipe.gpt)(*given), class_pipe.gpt(*given))
+
+
 @pytest.mark.parametrize(
     ("kind", "sampler"),
     [("medusa", "medusa"), ("hydra", "hydra"), ("exit", "kangaroo"), ("skip", "swift"), ("model", "speculative")],

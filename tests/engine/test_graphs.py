@@ -179,3 +179,6 @@ def test_a_captured_diffusion_head(name: str, monkeypatch: pytest.MonkeyPatch) -
         assert [c.evaluations for c in captured.denoisers] == [c.evaluations for c in session.denoisers]
         captures.append(record.captures)
     assert captures[0] == captures[1] > 0
+    for p in list(mar.diffloss.parameters())[2:]:  # the first ones stay where they are
+        p.data = p.data * 1.5
+    assert torch.allclose(decoded(graphs)[0].tokens, decoded(None)[0].tokens, atol=1e-4)

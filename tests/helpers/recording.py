@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from visar.families.llamagen.session import LlamaGenSession
 from visar.kernels import philox, target_probs
 from visar.kernels.attention import AttentionMetadata
+from visar.kernels.linear import linear_form
 
 
 def all_tensors(root: Any) -> list[Tensor]:
@@ -58,7 +59,8 @@ class Recorder:
         held = all_tensors([step.__closure__ and [c.cell_contents for c in step.__closure__]])
         before = [t.clone() for t in held]
         try:
-            graph = make_fx(lambda: step())()  # takes the step while it is recorded
+            with linear_form("plain"):  # a GPU has no other
+                graph = make_fx(lambda: step())()  # takes the step while it is recorded
         finally:
             for tensor, old in zip(held, before, strict=True):
                 tensor.copy_(old)

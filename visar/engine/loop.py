@@ -14,6 +14,7 @@ from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
 from visar.engine.session import Session
 from visar.host import synchronize
+from visar.kernels.derived import steady_weights
 
 
 class Decoding(Protocol):
@@ -60,6 +61,7 @@ class Decoded(NamedTuple):
 
 
 @torch.inference_mode()
+@steady_weights()
 def decode(
     session: Session | MaskedSession,
     sampler: Any,
@@ -76,8 +78,9 @@ def decode(
     on a CPU and after every fourth on a GPU, where reading the lengths makes the host wait. Callbacks are not in
     `seconds`; the host waits for the device around each, unless `waits` is false, and then `seconds` mean nothing. Idle
     passes at the end are counted. With a `graph` steps are captured; one captured before must be of this session,
-    started again. Raises `VisarError` if something that is no distribution was sampled from in any pass: every pass
-    notes it on the device, and the host reads it where it waits anyway, and in any case before this returns.
+    started again. No weight may change meanwhile. Raises `VisarError` if something that is no distribution was sampled
+    from in any pass: every pass notes it on the device, and the host reads it where it waits anyway, and in any case
+    before this returns.
     """
     every = every or (1 if session.device.type == "cpu" else 4)
     fewest = -(-session.length // sampler.window)

@@ -10,7 +10,6 @@ exact sums: activations have 15 bits, where bfloat16 has 8. Elsewhere the weight
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from visar.engine.decoder import Decoder
 from visar.engine.finite import require_finite
 from visar.errors import VisarError, unknown
 from visar.kernels.backend import say_once
+from visar.kernels.derived import Derived
 from visar.kernels.linear import epilogue
 
 WEIGHTS = ("native", "int8", "fp8")
@@ -58,7 +58,7 @@ def planes(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([hi, q.sub_(hi, alpha=128)]).add_(128).to(torch.uint8), scale
 
 
-def integer_product(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+def integer_product(x: Tensor, packed: Tensor, zeros: Tensor, scale: Tensor) -> Tensor:
     """x [M, K] times packed weights [N, K] with scales [N], fp32 [M, N]; `zeros` [N] are int32."""
     rows, own = planes(x)
     out = torch.ops.onednn.qlinear_pointwise(
@@ -90,7 +90,6 @@ class QuantizedLinear(nn.Module):
         super()._apply(fn, recurse)
         device = self.scale.device  # `to` may move both, and must round neither
         self.weight.data, self.scale = weight.to(device), scale.to(device)
-        _packed.pop(self, None)
         return self
 
     def forward(
@@ -103,21 +102,22 @@ class QuantizedLinear(nn.Module):
         return epilogue(y, silu, times, plus)
 
     def _product(self, x: Tensor) -> Tensor:
-        if self.weights == "fp8" or x.device.type != "cpu" or not multiplies_bytes():
+        plain = self.weights == "fp8" or x.device.type != "cpu" or torch.compiler.is_compiling()
+        if plain or not multiplies_bytes():
             return F.linear(x, self.weight.to(x.dtype)) * self.scale
-        if self not in _packed:
-            packed = torch.ops.onednn.qlinear_prepack(self.weight.detach(), [ROWS, self.weight.shape[1]])
-            _packed[self] = packed, torch.zeros(len(packed), dtype=torch.int32)
-        packed, zeros = _packed[self]
-        return integer_product(x, packed, self.scale, zeros)
+        return integer_product(x, *_packed.of([self.weight], self._laid_out), self.scale)
+
+    def _laid_out(self) -> tuple[Tensor, Tensor]:
+        """The weight in oneDNN's layout, and a zero for each row of it."""
+        packed = torch.ops.onednn.qlinear_prepack(self.weight.detach(), [ROWS, self.weight.shape[1]])
+        return packed, torch.zeros(len(packed), dtype=torch.int32)
 
     def extra_repr(self) -> str:
         out, width = self.weight.shape
         return f"in_features={width}, out_features={out}, weights={self.weights}"
 
 
-# The weights of layers in oneDNN's layout. A copied layer packs its own.
-_packed: weakref.WeakKeyDictionary[QuantizedLinear, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+_packed: Derived[tuple[Tensor, Tensor]] = Derived()  # in decoding compared once, elsewhere with every product
 
 
 def multiplies_bytes() -> bool:

@@ -33,6 +33,7 @@ from visar.generation.output import ImageOutput, as_output, checked_output
 from visar.generation.progress import Progress, StepCallback
 from visar.generation.rows import listed, noise_of
 from visar.generation.sessions import Sessions
+from visar.kernels.derived import steady_weights
 from visar.params import DISCRETE, SamplingParams, plain, whole
 from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
 
@@ -174,7 +175,7 @@ class ImageModel:
             check_memory(4 * 3 * height * width * COPIES, len(values) * num_images, self.device)
         keys: list[Hashable] = [value for value in values for _ in range(num_images)]
         self.check_modules()
-        with undisturbed(self.device), torch.inference_mode():
+        with steady_weights(), undisturbed(self.device), torch.inference_mode():
             encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
             for part in encoded:
                 require_finite(part, f"The features of the {self.family.condition}", part.dtype)

@@ -20,6 +20,7 @@ from visar.generation.discrete import guidance_of, target_of
 from visar.generation.model import ImageModel, undisturbed
 from visar.generation.rows import noise_of
 from visar.generation.sessions import Call
+from visar.kernels.derived import Steady, steady_weights
 from visar.params import DISCRETE, SamplingParams
 from visar.samplers import RowTargets, Target
 
@@ -65,7 +66,7 @@ class Pool:
 
     `rows` are the requests at work by row; `passes` counts those of the pool, `row_passes` those of rows at work. With
     `guided`, both batches of guidance run for all rows, whatever their scale. Raises `VisarError` for a sampler whose
-    rows go in lockstep.
+    rows go in lockstep. No weight may change while rows are at work.
     """
 
     def __init__(self, model: ImageModel, sampler: Any = None, *, size: int = 8, guided: bool = True):
@@ -81,6 +82,7 @@ class Pool:
         self.passes = self.row_passes = 0
         self._slots: Slots | None = None
         self._scratch: Session | None = None
+        self._steady = Steady()
 
     @property
     def free(self) -> int:
@@ -109,7 +111,10 @@ class Pool:
         if guidance.active and not self.guided:
             raise VisarError("This pool has no guidance; give guidance_scale 1.")
         device = self.family.device
-        with undisturbed(device), torch.inference_mode():
+        if not self.rows:
+            self.model.check_modules()
+            self._steady = Steady()
+        with steady_weights(self._steady), undisturbed(device), torch.inference_mode():
             encoded = self.family.encode([request.condition])
             fresh = self._fresh(encoded)
             noise = noise_of([request.condition], request.image, params.seed or 0, device)
@@ -129,7 +134,7 @@ class Pool:
         slots, drafter = self._slots, self._slots.session.drafter
         drafting = 0.0 if drafter is None else drafter.seconds
         start = time.perf_counter()
-        with undisturbed(self.family.device):
+        with steady_weights(self._steady), undisturbed(self.family.device):
             done, failed = slots.step()  # which waits for the device
         seconds = time.perf_counter() - start
         self.passes += slots.every
@@ -174,7 +179,6 @@ class Pool:
     def _made(self, encoded: Encoded) -> Slots:
         """All rows as free slots; until they are taken they hold this condition."""
         family, device = self.family, self.family.device
-        self.model.check_modules()
         session = self._session(tuple(e.expand(self.size, *e.shape[1:]) for e in encoded), self.guidance)
         targets = RowTargets(self.size, family.layout.length, device, family.allowed)
         noise = noise_of([0] * self.size, [0] * self.size, 0, device)

@@ -31,7 +31,9 @@ class Call(NamedTuple):
     def key(self) -> Hashable:
         """Equal for calls that can share a captured step."""
         parts = [self.family.model] + ([] if self.drafter is None else [self.drafter])
-        weights = tuple(p.data_ptr() for part in parts for p in part.parameters())
+        # A graph reads weights where they were; what is written there since, it reads too.
+        tensors = (t for part in parts for t in (*part.parameters(), *part.buffers()))
+        weights = tuple((t.data_ptr(), t.dtype, t.stride()) for t in tensors)
         given = self.target.forced is not None, self.target.allowed is not None
         shapes = tuple((e.shape, e.dtype) for e in self.encoded)
         target = replace(self.target, forced=None, allowed=None)
@@ -76,6 +78,7 @@ class Sessions:
             session, graph = self._made(call), Graph(capture)
         else:
             session, graph = found
+            session.codebook = call.family.codebook
             session.start(*call.encoded)
             if session.drafter is not None:
                 session.drafter.start(*call.encoded)

@@ -19,6 +19,7 @@ from visar.reading import read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from visar.kernels.derived import Derived
     from visar.text_encoders.words import WordEncoder
 
 FILE = "concepts.json"
@@ -47,7 +48,7 @@ class Concepts:
     groups: dict[str, list[str]]
     words: list[str]
     _seen: frozenset[str] = field(init=False, repr=False, compare=False)
-    _vectors: tuple[list[str], Tensor] | None = field(default=None, init=False, repr=False, compare=False)
+    _vectors: Derived[tuple[list[str], Tensor]] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._seen = frozenset(self.words)
@@ -81,12 +82,17 @@ class Concepts:
 
     def nearest(self, text: str, encoder: WordEncoder) -> str:
         """The name whose words' mean vector is nearest in angle to that of the text, which has a known word."""
-        import torch
+        import torch  # here, because the list is read without torch
+
+        from visar.kernels.derived import Derived
+
+        def of_names() -> tuple[list[str], Tensor]:
+            names = [n for n in self.names() if encoder.ids(n)[0]]
+            return names, torch.stack([_mean(encoder, n) for n in names])
 
         if self._vectors is None:
-            names = [n for n in self.names() if encoder.ids(n)[0]]
-            self._vectors = names, torch.stack([_mean(encoder, n) for n in names])
-        names, vectors = self._vectors
+            self._vectors = Derived()
+        names, vectors = self._vectors.of([encoder.table, encoder.scale], of_names)
         return names[int((vectors @ _mean(encoder, text)).argmax())]
 
     def _has(self, forms: Iterable[str]) -> bool:
@@ -108,7 +114,7 @@ class Concepts:
 
 
 def _mean(encoder: WordEncoder, text: str) -> Tensor:
-    import torch.nn.functional as F  # here, because the list is read without torch
+    import torch.nn.functional as F
 
     rows = encoder.ids(text)[0]
     table, scale = encoder.table[rows].cpu(), encoder.scale[rows].cpu()  # wherever the encoder is by then

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import cached_property
 from operator import index
 from typing import Any
 
@@ -29,6 +28,7 @@ from visar.families.registry import register_family
 from visar.families.source import Source, check_condition
 from visar.families.weights import has_ema
 from visar.families.wrapped import check_component
+from visar.kernels.derived import Derived
 from visar.params import SamplingParams
 from visar.reading import Side
 from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
@@ -86,6 +86,7 @@ class LlamaGenFamily(DiscreteFamily):
         self.condition = "prompt" if text else "class"
         self.classes = 0 if text else gpt.config.classes
         side = grid or gpt.config.grid
+        self._colours: Derived[CodePreview] = Derived()
         self.layout = Layout(side, side)
 
     @classmethod
@@ -164,12 +165,10 @@ class LlamaGenFamily(DiscreteFamily):
         parts = [self.vq.decode(part.to(self.vq.device), self.layout.rows).float() for part in tokens.split(batch)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
-    @cached_property
-    def _colours(self) -> CodePreview:
-        return CodePreview.fit(self.vq)
-
     def preview(self, tokens: Tensor) -> Tensor:
-        return self._colours(tokens, self.layout.rows)
+        vq = self.vq
+        colours = self._colours.of([*vq.parameters(), *vq.buffers()], lambda: CodePreview.fit(vq))
+        return colours(tokens, self.layout.rows)
 
     @property
     def bytes_per_pass(self) -> int:

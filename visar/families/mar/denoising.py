@@ -11,6 +11,7 @@ from visar.engine.denoising import Denoiser
 from visar.engine.graphs import RowGraphs
 from visar.errors import VisarError
 from visar.families.mar.diffusion import HeadNet, Schedule
+from visar.kernels.derived import fingerprint
 
 
 class DiffusionDenoiser(Denoiser):
@@ -53,8 +54,11 @@ class DiffusionDenoiser(Denoiser):
         if not last_noise:
             self.factor[-1] = 0
         self.graphs = graphs
-        # Denoisers with equal settings and weights have equal tables, so they share graphs.
-        self._key = (parameter.data_ptr(), s.steps, int(s.times[0]), self.temperature, last_noise)
+        # Denoisers with equal settings and weights have equal tables, so they share graphs. Graphs read weights where
+        # they were, and the embeddings that were made of them.
+        places = tuple((p.data_ptr(), p.dtype, p.stride()) for p in net.parameters())
+        embedded = None if graphs is None else fingerprint(self.embedded)
+        self._key = (places, embedded, s.steps, int(s.times[0]), self.temperature, last_noise)
 
     def captured(self, what: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function if self.graphs is None else self.graphs.of((what, *self._key), function)
