@@ -7,6 +7,7 @@ import torch
 from visar.engine.decoder import Decoder
 from visar.errors import VisarError
 from visar.host import available_memory
+from visar.kernels.invariant import is_invariant
 
 GIB = 2**30
 COPIES = 12  # of a pass's logits in fp32: both batches of guidance, distributions of window and drafts, float64 sums
@@ -26,7 +27,7 @@ def decoding_bytes(model: Decoder, batches: int, slots: int, window: int) -> int
     `batches` is 2 with guidance, else 1; `slots` are those of the cache.
     """
     c = model.config
-    number = 4 if model.device.type == "cpu" else model.dtype.itemsize
+    number = (8 if is_invariant() else 4) if model.device.type == "cpu" else model.dtype.itemsize
     return batches * 2 * c.num_layers * c.dim * slots * number + COPIES * window * c.vocab_size * 4
 
 

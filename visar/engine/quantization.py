@@ -15,12 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.engine.decoder import Decoder
 from visar.errors import VisarError, unknown
 from visar.kernels.backend import say_once
+from visar.kernels.invariant import product
 from visar.kernels.linear import epilogue
 
 WEIGHTS = ("native", "int8", "fp8")
@@ -100,7 +100,7 @@ class QuantizedLinear(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         if self.weights == "fp8" or x.device.type != "cpu" or not multiplies_bytes():
-            return F.linear(x, self.weight.to(x.dtype)) * self.scale
+            return product(x, self.weight.to(x.dtype)) * self.scale
         if self not in _packed:
             packed = torch.ops.onednn.qlinear_prepack(self.weight.detach(), [ROWS, self.weight.shape[1]])
             _packed[self] = packed, torch.zeros(len(packed), dtype=torch.int32)

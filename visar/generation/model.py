@@ -21,7 +21,7 @@ from typing_extensions import Self
 from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
 from visar.errors import NotInTraining, VisarError
-from visar.families.base import Family
+from visar.families.base import Encoded, Family
 from visar.families.registry import family_of
 from visar.families.source import Source, check_condition, open_source
 from visar.generation import continuous, discrete
@@ -30,6 +30,8 @@ from visar.generation.output import ImageOutput, as_output, checked_output
 from visar.generation.progress import Progress, StepCallback
 from visar.generation.rows import noise_of
 from visar.generation.sessions import Sessions
+from visar.kernels.backend import triton
+from visar.kernels.invariant import invariant
 from visar.params import DISCRETE, SamplingParams
 from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
 
@@ -170,8 +172,8 @@ class ImageModel:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
         keys: list[Hashable] = [value for value in values for _ in range(num_images)]
         self._check_modules()
-        with undisturbed(self.device), torch.inference_mode():
-            encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
+        with undisturbed(self.device), torch.inference_mode(), invariant(self._invariant(params)):
+            encoded = tuple(part.repeat_interleave(num_images, 0) for part in self._encoded(values, params))
             for note in self.family.notes(values):
                 warnings.warn(note, NotInTraining, stacklevel=2)
             noise = noise_of(keys, first_image, params.seed or 0, self.device)
@@ -183,6 +185,19 @@ class ImageModel:
         return ImageOutput(images=images, tokens=tokens, commit_pass=commit_pass, stats=stats)
 
     __call__ = generate
+
+    def _invariant(self, params: SamplingParams) -> bool:
+        """Whether kernels shall be invariant. Raises `VisarError` where they cannot be."""
+        if params.invariant and self.device.type == "cuda" and triton is None:
+            raise VisarError("The invariant mode on a GPU needs Triton, which is not installed.")
+        return bool(params.invariant)
+
+    def _encoded(self, values: list[Any], params: SamplingParams) -> Encoded:
+        """The encoded conditions; in the invariant mode one at a time, as text encoders know nothing of it."""
+        if not params.invariant:
+            return self.family.encode(values)
+        every = [self.family.encode([value]) for value in values]
+        return tuple(torch.cat(parts) for parts in zip(*every, strict=True))
 
     def _checked(self, values: list[Any]) -> list[Any]:
         """Conditions that the family takes; class ids may be NumPy's or 0-d tensors."""
@@ -248,6 +263,7 @@ class ImageModel:
         settings["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.family.tokens == DISCRETE:
             settings["weights"] = self.family.weights  # 8-bit weights are another target model
+            settings["invariant"] = bool(params.invariant)
         return settings | {"device": str(self.device)}
 
 
