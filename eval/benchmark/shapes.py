@@ -347,9 +347,9 @@ def shapes_text(report: ShapeReport) -> str:
     return "\n".join(
         [
             *parts,
-            f"Random weights of the published shapes, guidance on{mode}: the time of a pass, without acceptance or images. "
-            f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of an image; copy "
-            f"bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
+            f"Random weights of the published shapes, guidance on{mode}: the time of a pass, without acceptance or "
+            f"images. {report.device}, {report.threads} threads, medians of {report.repeats} in the middle of an "
+            f"image; copy bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
         ]
     )
 

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,7 @@ def measure(
 
     def sampled(by: Pass, top_k: int) -> Tensor:
         model.to(dtype=getattr(torch, by.dtype))
-        settings = {"guidance_scale": guidance_scale, "top_k": top_k, "invariant": by.invariant}
+        settings: dict[str, Any] = {"guidance_scale": guidance_scale, "top_k": top_k, "invariant": by.invariant}
         return model.generate(chosen, sampler="ar", seed=0, output_type="tokens", **settings).tokens.cpu()
 
     def logits(of: Pass, by: Pass, top_k: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from visar.engine.guidance import Guidance
 from visar.engine.quantization import quantize
 from visar.engine.tree import Tree
+from visar.errors import VisarError
 from visar.eval.benchmark.shapes import SHAPES, random_model
 from visar.eval.exactness.dtype import Pass, difference, forced_logits
 from visar.families.base import Encoded
@@ -19,6 +20,7 @@ from visar.families.llamagen.session import LlamaGenSession
 from visar.generation.model import ImageModel
 from visar.host import has_bfloat16
 from visar.kernels.invariant import invariant
+from visar.params import SamplingParams
 from visar.samplers import Target
 
 PROMPTS = ("a red heart, 3d", "dog", "a cat, flat", "sun", "pizza", "a green apple, 3d", "bee", "fish, noto")
@@ -136,3 +138,12 @@ def test_samplers_have_one_distribution(icons: ImageModel) -> None:
     same, other = found[True], found[False]
     assert same.equal and (same.tv_max, same.support, same.impossible, same.image_tv) == (0, 0, 0, 0)
     assert not has_bfloat16() or (other.tv_max > 0.01 and other.support > 0.05 and other.image_tv > 0)
+
+
+def test_the_setting() -> None:
+    assert SamplingParams(invariant=True).to_dict()["invariant"] is True
+    SamplingParams(invariant=False).check("continuous")
+    with pytest.raises(VisarError, match="invariant is for models of discrete tokens"):
+        SamplingParams(invariant=True).check("continuous")
+    with pytest.raises(VisarError, match="invariant must be true or false, not 'yes'"):
+        SamplingParams(invariant="yes")  # type: ignore[arg-type]

@@ -76,11 +76,22 @@ def test_one_line() -> None:
     )
 
 
+def test_the_target_of_16_bits_depends_on_the_passes() -> None:
+    def said(**settings: object) -> object:
+        return stats_of(settings=settings).to_dict()["distribution"]
+
+    assert said(dtype="bfloat16", invariant=False) == "the model's in bfloat16, by passes of 16 tokens"
+    assert said(dtype="bfloat16", invariant=True) == "the model's in bfloat16, by passes of any width"
+    assert said(dtype="float32", invariant=False) == "the model's in float32"
+    assert "1 token" in stats_of(settings={"dtype": "float16", "invariant": False}, window=1).distribution
+
+
 def test_table() -> None:
     rows = dict(Table(stats_of()._repr_html_()).rows)
     assert rows == {
         "sampler": "sjd window 16, init uniform",
         "distribution": "exact: images have the model's own distribution",
+        "target": "the model's in float32",
         "passes (NFE)": "83 for 2 x 256 tokens",
         "tokens per pass": "3.16",
         "a pass": "8.60 ms",

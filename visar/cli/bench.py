@@ -77,10 +77,12 @@ def _shapes(options: argparse.Namespace) -> int:
 def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
     """`visar bench --profile`."""
     from visar.eval.benchmark.profiling import profile_model, profile_text
+    from visar.kernels.invariant import invariant
 
     if options.batch not in (None, 1):
         raise VisarError("--profile is of one image: it takes no --batch.")
-    rows = {label: profile_model(model, sampler, **settings) for label, sampler in samplers.items()}
+    with invariant(bool(settings.get("invariant"))):
+        rows = {label: profile_model(model, sampler, **settings) for label, sampler in samplers.items()}
     report = ProfileReport(options.model, str(model.device), str(model.dtype), rows)
     show(options, profile_text(list(rows.items()), ("SAMPLER",)), asdict(report))
     return 0

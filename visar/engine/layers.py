@@ -35,7 +35,8 @@ class Linear(nn.Linear):
         plain = not use_triton(x)
         if plain and x.numel() // x.shape[-1] in row_counts(kind, self.weight):
             return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
-        rows, *others = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, times, plus))
+        rows = x.reshape(-1, x.shape[-1])
+        others = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (times, plus)]
         if plain:
             y = by_rows(
                 kind, self.weight, lambda x, t, p: linear(x, self.weight, self.bias, silu=silu, times=t, plus=p),
