@@ -18,6 +18,7 @@ from torch import Tensor
 
 from visar.errors import VisarError
 from visar.kernels.backend import jit, say_once, tl, use_triton
+from visar.kernels.invariant import is_invariant
 
 MOST_QUERIES = 128
 MOST_DIM = 256
@@ -26,6 +27,7 @@ MOST_NODES = 63  # ancestor sets are the bits of one int64
 # How many programs a launch aims at: two for each processor of an H100. It is not asked of the device, so that a split,
 # and with it the rounding, is the same on every GPU.
 PROGRAMS = 256
+PART = 256  # slots of a split in the invariant mode, where their number must not change the order of sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,16 +117,27 @@ def decode_attention_torch(
     q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, visible: int, scale: float | None = None
 ) -> Tensor:
     """`decode_attention` by PyTorch's own, which is also what runs on a CPU."""
-    queries = q.shape[1]
-    mask = metadata.mask(queries, visible)
+    return masked_attention(q, keys[:, :visible], values[:, :visible], metadata.mask(q.shape[1], visible), scale)
+
+
+def masked_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
+    """PyTorch's attention [R, W, H, D] of q [R, W, H, D] to keys and values [R, S, H, D].
+
+    `mask` [R, W, S] is bool, or added to the logits. In the invariant mode all sums are in float64: those of other
+    shapes, and of a tree's nodes, which lie in other slots, differ in the 53rd bit, which rounding to bfloat16 hides.
+    """
+    dtype, single = q.dtype, q.shape[1] == 1
+    q, k, v = (t.transpose(1, 2) for t in (q, keys, values))
+    if is_invariant():
+        q, k, v = q.double(), k.double(), v.double()  # a session's cache is float64 already, on a CPU
+    elif single and not q.is_cuda:  # on a CPU a single row goes through bf16 three times as slowly as through fp32
+        q, k, v = q.float(), k.float(), v.float()
     if mask is not None:
         mask = mask.unsqueeze(1)
-        if q.is_cuda and mask.is_floating_point():
-            mask = mask.to(q.dtype)  # PyTorch's kernels for GPUs ask for it
-    q, k, v = (t.transpose(1, 2) for t in (q, keys[:, :visible], values[:, :visible]))
-    dtype = q.dtype
-    if queries == 1 and not q.is_cuda:  # on a CPU a single row goes through bf16 three times as slowly as through fp32
-        q, k, v = q.float(), k.float(), v.float()
+        if mask.is_floating_point() and (q.is_cuda or is_invariant()):
+            mask = mask.to(q.dtype)  # PyTorch's kernels for GPUs, and those of float64, ask for it
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).to(dtype)
 
 
@@ -215,13 +228,14 @@ def _join(  # type: ignore[no-untyped-def]
     top = tl.load(maxima + p[None, :] * lines + line[:, None], here, float("-inf"))
     highest = tl.max(top, 1)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.load(sums + p[None, :] * lines + line[:, None], here, 0.0) * tl.exp2(top - highest[:, None]), 1)
+    total = tl.zeros([block_n], tl.float32)
     result = tl.zeros([block_n, block_d], tl.float32)
     for part in range(splits):
         at = part * lines + line
         weight = tl.exp2(tl.load(maxima + at, line < lines, float("-inf")) - highest)
         # A split whose slots are all masked has weight 0, and may have written nothing.
         v = tl.load(sums_v + at[:, None] * dim + d[None, :], (weight > 0)[:, None] & lanes, 0.0)
+        total += tl.load(sums + at, line < lines, 0.0) * weight
         result += v * weight[:, None]
     result = result / tl.where(total == 0, 1.0, total)[:, None]
     inside = (line < lines)[:, None] & lanes
@@ -247,11 +261,13 @@ def decode_attention_triton(
         raise ValueError("Queries, keys and values need contiguous heads.")
     block_d, wide = max(16, _power_of_two(dim)), q.dtype == torch.float32
     block_q = min(max(16, _power_of_two(queries)), 32 if wide else 64)  # the largest that stay within registers
+    if is_invariant():
+        block_q = 32  # one kind of instruction for every W
     block_s = (32 if block_d <= 64 else 16) * (1 if wide else 2)
     programs = rows * heads * -(-queries // block_q)
     if splits is None:  # a part is not worth a program where its partial sum is as large as what it reads
         splits = max(1, min(-(-PROGRAMS // programs), visible // max(64, queries)))
-    part = -(-visible // (splits * block_s)) * block_s
+    part = PART if is_invariant() else -(-visible // (splits * block_s)) * block_s
     splits = -(-visible // part)
 
     strides = [n for t in (q, keys, values) for n in t.stride()[:3]]

@@ -51,6 +51,13 @@ def linear_form(form: Form) -> Iterator[None]:
         _pinned.reset(token)
 
 
+def pinned_form() -> Form:
+    """The form that products of any number of rows have now; "auto" where it may depend on them."""
+    if steady() is None or torch.is_grad_enabled():
+        return "plain"
+    return _pinned.get() or _checked(os.environ.get(VARIABLE) or "auto")
+
+
 def _checked(form: str) -> Form:
     if form not in get_args(Form):
         raise unknown("form of linear layers", form, get_args(Form))
@@ -120,7 +127,7 @@ def _planned(
 ) -> _Plan:
     """The plan for such rows; the weight is laid out if that is of use."""
     plain, rows = _Plan(weight, None, False), x.numel() // x.shape[-1]
-    form = _pinned.get() or _checked(os.environ.get(VARIABLE) or "auto")
+    form = pinned_form()
     if form == "plain" or not rows or x.device.type != "cpu" or x.dtype != weight.dtype or not packs(x.dtype):
         return plain
     if not _room_for(weight):

@@ -33,14 +33,17 @@ def setting(
     choices: tuple[str, ...] = (),
     only: str = "",
     flag: bool = True,
+    box: bool = True,
     slider: tuple[float, float, float] | None = None,
 ) -> Any:
     """A field of `SamplingParams`: what it means, its range, and the `only` kind of tokens that has it.
 
-    `flag` says whether the command line and the demo have it; `slider` is the demo's: least, most and step.
+    `flag` says whether the command line has it, and `box` whether the demo has it too; `slider` is the demo's: least,
+    most and step.
     """
     about = {
-        "help": help, "low": low, "high": high, "choices": choices, "only": only, "flag": flag, "slider": slider,
+        "help": help, "low": low, "high": high, "choices": choices, "only": only, "flag": flag, "box": flag and box,
+        "slider": slider,
     }  # fmt: skip
     return field(default=default, compare=default is not None or flag, metadata=about)
 
@@ -81,6 +84,9 @@ class SamplingParams:
         only=DISCRETE,
         slider=(0.05, 1, 0.01),
     )
+    invariant: bool | None = setting(
+        None, "passes of any width and batch give the same bits, which takes more time", only=DISCRETE, box=False
+    )
     forced_tokens: Tensor | None = setting(None, "tokens that are given", flag=False)
 
     def __post_init__(self) -> None:
@@ -92,9 +98,11 @@ class SamplingParams:
             self._set(name, whole(name, getattr(self, name)))
         for name in ("guidance_scale", "temperature", "top_p"):
             self._set(name, number(name, getattr(self, name)))
+        if self.invariant not in (None, False, True):
+            raise VisarError(f"invariant must be true or false, not {self.invariant!r}.")
         for f in fields(self):
             value, about = getattr(self, f.name), f.metadata
-            if value is None or f.name == "forced_tokens":
+            if value is None or f.name in ("forced_tokens", "invariant"):
                 continue
             if about["choices"]:
                 if value not in about["choices"]:
@@ -139,7 +147,7 @@ class SamplingParams:
                 f"temperature must be above 0 ({LEAST_TEMPERATURE:g} at least; for greedy decoding use top_k 1), "
                 f"not {self.temperature}."
             )
-        neutral = {"top_k": 0, "top_p": 1.0, "guidance_interval": -1}
+        neutral = {"top_k": 0, "top_p": 1.0, "guidance_interval": -1, "invariant": False}
         for f in fields(self):
             only, value = f.metadata["only"], getattr(self, f.name)
             if not only or only == tokens or value is None or value == neutral.get(f.name, object()):

@@ -26,15 +26,18 @@ if "--dry-run" in sys.argv:
 import torch
 
 from visar.engine.graphs import Graph
+from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.eval.benchmark import kernel_checks, shapes
 from visar.eval.benchmark.profiling import PassProfile, profile_model, profile_text
 from visar.eval.benchmark.shapes import SHAPES, Shape, ShapeReport, ShapeRow, shapes_text
 from visar.eval.benchmark.speed import PROMPTS, bandwidth, compare, device_title
+from visar.eval.exactness.dtype import forced_logits
 from visar.families.llamagen.specs import GPTShape
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
-from visar.kernels.backend import triton
+from visar.kernels.backend import backend, triton
+from visar.kernels.invariant import invariant
 from visar.kernels.philox import philox, philox_triton
 from visar.samplers import get_sampler, samplers_for, spec_of
 from visar.tables import table
@@ -114,6 +117,30 @@ def kernels(run: Run) -> Iterator[Check]:
             result = f"off by {o.difference:.1e}, {o.microseconds:.1f} us, torch {o.torch_microseconds:.1f} us"
             share = f", {o.gb_per_second:.0f} GB/s, {o.gb_per_second / run.bandwidth:.0%} of a copy"
             yield Check(f"{case.name}, {kind}", result + share, o.same)
+
+
+def same_bits(run: Run) -> Iterator[Check]:
+    """In the invariant mode the logits of a position do not depend on the width of a pass and on the batch."""
+    if triton is None:
+        yield Check("invariant logits", "Triton is not installed: the mode is refused")
+        return
+    sizes = ((2, 1), (5, 2)) if run.dry else ((2, 1), (5, 1), (16, 8), (64, 8))
+    count, most = (5, 2) if run.dry else (80, 8)
+    model = run.model("icons", torch.float32 if run.dry else torch.bfloat16)
+    tokens = torch.randint(2048, (most, count), generator=torch.Generator().manual_seed(0))
+    # A dry run is of Triton's forms too.
+    with invariant(), backend("triton" if run.dry else "auto"), torch.inference_mode():
+        encoded = model.family.encode(list(PROMPTS[:most]))
+
+        def logits(window: int, batch: int) -> torch.Tensor:
+            first = tuple(part[:batch] for part in encoded)
+            session = model.family.session(first, window=window, guidance=Guidance(1.5))
+            return forced_logits(session, tokens[:batch], window)[0]
+
+        alone = logits(1, 1)
+        for window, batch in sizes:
+            same = torch.equal(logits(window, batch), alone)
+            yield Check(f"invariant logits, W {window} and batch {batch} == W 1 and batch 1", "bits", same)
 
 
 def shape_rows(run: Run) -> Iterator[Check]:
@@ -211,8 +238,8 @@ def continuous_speed(run: Run) -> Iterator[Check]:
 
 # In this order, so that what is left out where time is short is what matters least.
 SECTIONS: dict[str, Callable[[Run], Iterator[Check]]] = {
-    "noise": same_noise, "kernels": kernels, "shapes": shape_rows, "profiles": profiles, "speed of icons": icons_speed,
-    "images of icons": same_images, "speed of icons-mar": continuous_speed,
+    "noise": same_noise, "kernels": kernels, "invariant": same_bits, "shapes": shape_rows, "profiles": profiles,
+    "speed of icons": icons_speed, "images of icons": same_images, "speed of icons-mar": continuous_speed,
     "images of icons-mar": same_continuous_images,
 }  # fmt: skip
 

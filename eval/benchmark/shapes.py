@@ -30,6 +30,7 @@ from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.session import LlamaGenSession
 from visar.families.llamagen.specs import MODELS, GPTShape
 from visar.host import synchronize
+from visar.kernels.invariant import is_invariant
 from visar.samplers import Autoregressive, Sampler, SpeculativeJacobi, Target
 from visar.tables import table
 
@@ -144,6 +145,7 @@ class ShapeReport:
     bandwidth: float
     rows: list[ShapeRow]
     weights: str = "random"
+    invariant: bool = False
 
 
 def shape_named(name: str) -> Shape:
@@ -214,7 +216,9 @@ def measure(
         lacks = _problem(shape, batch, windows[-1], dtype, device, free_memory(device))
         row = _plain_row(shape, batch, windows[-1], dtype, device, note=lacks)
         rows.append(row if lacks else _measured(row, shape, windows, dtype, device, repeats, passes, peak))
-    return ShapeReport(device_title(device), torch.__version__, torch.get_num_threads(), repeats, peak, rows)
+    return ShapeReport(
+        device_title(device), torch.__version__, torch.get_num_threads(), repeats, peak, rows, invariant=is_invariant()
+    )
 
 
 def _problem(shape: Shape, batch: int, window: int, dtype: torch.dtype, device: torch.device, free: int) -> str:
@@ -337,15 +341,15 @@ def shapes_text(report: ShapeReport) -> str:
         lines.append((r.name, r.dtype, r.batch, *ms, f"{r.streamed_gb:.2f}", of, *numbers, captured))
         notes += [r.note] if r.note else []
         profiles += [(r.name, r.dtype, r.batch, p) for p in r.profiles.values()]
-    parts = [table(header, lines), *notes]
+    parts, mode = [table(header, lines), *notes], ", invariant mode" if report.invariant else ""
     if profiles:
         parts += ["", profile_text(profiles, ("SHAPE", "DTYPE", "BATCH"))]
     return "\n".join(
         [
             *parts,
-            f"Random weights of the published shapes, guidance on: the time of a pass, without acceptance or images. "
-            f"{report.device}, {report.threads} threads, medians of {report.repeats} in the middle of an image; copy "
-            f"bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
+            f"Random weights of the published shapes, guidance on{mode}: the time of a pass, without acceptance or "
+            f"images. {report.device}, {report.threads} threads, medians of {report.repeats} in the middle of an "
+            f"image; copy bandwidth measured in this run: {report.bandwidth:.1f} GB/s.",
         ]
     )
 

@@ -73,6 +73,7 @@ class SpeedReport:
     repeats: int
     bandwidth: float
     rows: list[SpeedRow]
+    invariant: bool = False
 
 
 def bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 5) -> float:
@@ -168,6 +169,7 @@ def compare(
     return SpeedReport(
         device_title(device), str(model.dtype).removeprefix("torch."), torch.__version__,
         torch.get_num_threads(), batch, images, repeats, bandwidth(device), rows,
+        bool(settings.get("invariant")),
     )  # fmt: skip
 
 

@@ -110,8 +110,8 @@ def test_the_settings_are_what_was_asked_for(models: Any) -> None:
     assert sentence(models["masked"], guidance_schedule="up").startswith("Guidance schedule must be constant or linear")
 
 
-def test_the_page_has_a_box_for_every_setting_with_a_flag(models: Any) -> None:
-    boxes = {f.name for f in fields(SamplingParams) if f.metadata["flag"]}
+def test_the_page_has_a_box_for_every_setting_that_says_so(models: Any) -> None:
+    boxes = {f.name for f in fields(SamplingParams) if f.metadata["box"]}
     assert set(page_settings()) == boxes == set(SETTINGS)
     assert set(page_settings("discrete")) | {"guidance_schedule"} == boxes
     assert all(m["slider"] or m["choices"] or name == "seed" for name, m in page_settings().items())

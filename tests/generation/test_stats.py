@@ -31,7 +31,7 @@ def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> Decode
         accepted=20,
     )
     made = kind(
-        sampler="sjd", parameters={"window": 16, "init": "uniform"}, exact=True, exactness="exact", seed=7,
+        sampler="sjd", parameters={"window": 16, "init": "uniform"}, window=16, exact=True, exactness="exact", seed=7,
         settings={"guidance_scale": 2.5, "top_k": 0, "guidance_schedule": None, "dtype": "float32", "device": "cpu"},
         images=2, tokens=256,
         nfe=83, passes_per_image=[80, 82], tokens_per_pass=3.161, seconds=0.714, draft_seconds=None,
@@ -76,11 +76,22 @@ def test_one_line() -> None:
     )
 
 
+def test_the_target_of_16_bits_depends_on_the_passes() -> None:
+    def said(**settings: object) -> object:
+        return stats_of(settings=settings).to_dict()["distribution"]
+
+    assert said(dtype="bfloat16", invariant=False) == "the model's in bfloat16, by passes of 16 tokens"
+    assert said(dtype="bfloat16", invariant=True) == "the model's in bfloat16, by passes of any width"
+    assert said(dtype="float32", invariant=False) == "the model's in float32"
+    assert "1 token" in stats_of(settings={"dtype": "float16", "invariant": False}, window=1).distribution
+
+
 def test_table() -> None:
     rows = dict(Table(stats_of()._repr_html_()).rows)
     assert rows == {
         "sampler": "sjd window 16, init uniform",
         "distribution": "exact: images have the model's own distribution",
+        "target": "the model's in float32",
         "passes (NFE)": "83 for 2 x 256 tokens",
         "tokens per pass": "3.16",
         "a pass": "8.60 ms",

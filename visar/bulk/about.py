@@ -38,7 +38,7 @@ def settings_of(model: ImageModel, given: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: UNUSED.get(name) if only not in ("", kind) else getattr(params, name)
         for name, only in named.items()
-        if name != "seed"
+        if name != "seed" and (name != "invariant" or params.invariant)  # runs before there was one can continue
     }
 
 

@@ -70,7 +70,7 @@ def sample_images(
     `conditions`: prompts, or class ids for a class model; image i has condition i % P. `batch`: images decoded at
     once, each of which leaves its row to the next as soon as it is done, unless the sampler goes in lockstep. `tokens`
     adds each image's tokens to the manifest. `settings`: guidance_scale, guidance_interval, guidance_schedule,
-    temperature, top_k and top_p, as in `SamplingParams`. `name` and `drafters` are for run.json.
+    temperature, top_k, top_p and invariant, as in `SamplingParams`. `name` and `drafters` are for run.json.
     With several `ranks` all of them call this with the same arguments, on one shared folder. `progress` shows a bar on
     rank 0; it does not disable the model's own bar.
 

@@ -61,7 +61,9 @@ def rows(work: Work) -> Made:
     missing = (i for i in range(work.count) if i not in work.done)
     own = islice(missing, work.ranks.rank, None, work.ranks.world)
     params = SamplingParams(seed=work.seed, **{n: v for n, v in work.settings.items() if v is not None})
-    pool = Pool(work.model, work.method, size=work.batch, guided=params.guidance_scale != 1)
+    pool = Pool(
+        work.model, work.method, size=work.batch, guided=params.guidance_scale != 1, invariant=bool(params.invariant)
+    )
     for done in pool.run(Request(work.order.condition(i).value, params, work.order.index(i), i) for i in own):
         with torch.no_grad(), undisturbed(family.device):
             (image,) = to_pil(family.decode(done.tokens[None]))

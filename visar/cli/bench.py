@@ -57,15 +57,17 @@ def _shapes(options: argparse.Namespace) -> int:
 
     from visar.devices import device_of
     from visar.eval.benchmark.shapes import WINDOWS, measure, shape_named, shapes_text
+    from visar.kernels.invariant import invariant
 
-    report = measure(
-        [shape_named(name) for name in options.shapes] or None,
-        batches=None if options.batch is None else (options.batch,),
-        windows=WINDOWS if options.window is None else (1, options.window),
-        dtypes=None if options.dtype is None else (getattr(torch, options.dtype),),
-        device=device_of(options.device),
-        repeats=options.repeats,
-    )
+    with invariant(bool(options.invariant)):
+        report = measure(
+            [shape_named(name) for name in options.shapes] or None,
+            batches=None if options.batch is None else (options.batch,),
+            windows=WINDOWS if options.window is None else (1, options.window),
+            dtypes=None if options.dtype is None else (getattr(torch, options.dtype),),
+            device=device_of(options.device),
+            repeats=options.repeats,
+        )
     show(options, shapes_text(report), asdict(report))
     return 0
 
@@ -73,10 +75,12 @@ def _shapes(options: argparse.Namespace) -> int:
 def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any], settings: dict[str, Any]) -> int:
     """`visar bench --profile`."""
     from visar.eval.benchmark.profiling import profile_model, profile_text
+    from visar.kernels.invariant import invariant
 
     if options.batch not in (None, 1):
         raise VisarError("--profile is of one image: it takes no --batch.")
-    rows = {label: profile_model(model, sampler, **settings) for label, sampler in samplers.items()}
+    with invariant(bool(settings.get("invariant"))):
+        rows = {label: profile_model(model, sampler, **settings) for label, sampler in samplers.items()}
     report = ProfileReport(options.model, str(model.device), str(model.dtype), rows)
     show(options, profile_text(list(rows.items()), ("SAMPLER",)), asdict(report))
     return 0
@@ -154,7 +158,9 @@ def _speed_text(report: SpeedReport, model: str) -> str:
         ))  # fmt: skip
     passes = ("NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE")
     rows_text = table(("SAMPLER", "EXACT", *shape, *passes, *more, f"NFE/{first}", f"TIME/{first}"), rows)
+    mode = ", invariant" if report.invariant else ""
     return (
-        f"{rows_text}\n{model}, {report.device}, {report.dtype}, batch {report.batch}, {report.images} images, medians "
-        f"of {report.repeats} repeats after a warm-up; bandwidth measured in this run: {report.bandwidth:.1f} GB/s."
+        f"{rows_text}\n{model}, {report.device}, {report.dtype}{mode}, batch {report.batch}, {report.images} images, "
+        f"medians of {report.repeats} repeats after a warm-up; bandwidth measured in this run: "
+        f"{report.bandwidth:.1f} GB/s."
     )

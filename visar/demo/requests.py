@@ -73,7 +73,7 @@ class Request:
 
 def page_settings(tokens: str | None = None) -> dict[str, Any]:
     """The metadata of the settings with boxes on the page, by name; all, or those for one kind of `tokens`."""
-    found = {f.name: f.metadata for f in fields(SamplingParams) if f.metadata["flag"]}
+    found = {f.name: f.metadata for f in fields(SamplingParams) if f.metadata["box"]}
     return {name: m for name, m in found.items() if tokens is None or m["only"] in ("", tokens)}
 
 

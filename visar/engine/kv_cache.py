@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visar.engine.decoder import Attend
-from visar.kernels.attention import AttentionMetadata, decode_attention
+from visar.kernels.attention import AttentionMetadata, decode_attention, masked_attention
+from visar.kernels.backend import use_triton
+from visar.kernels.invariant import is_invariant
 from visar.kernels.rotary_append import rotary_append
 
 
@@ -15,14 +16,16 @@ class KVCache:
     """Static keys and values, [layers, rows, slots, heads, head_dim] each. Rolling back is overwriting.
 
     In memory the slots of one head are contiguous. On a CPU the cache is fp32 whatever the model is, because
-    attention of one token in bfloat16 takes twice as long there.
+    attention of one token in bfloat16 takes twice as long there, and float64 in the invariant mode.
     """
 
     def __init__(
         self, layers: int, rows: int, slots: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ):
         shape = (layers, rows, heads, slots, head_dim)
-        dtype = torch.float32 if device.type == "cpu" else dtype
+        if device.type == "cpu":
+            summed = is_invariant() and not use_triton(torch.empty(0))  # by `masked_attention`, in float64
+            dtype = torch.float64 if summed else torch.float32
         # Zeros, not empty: a masked slot has weight 0, and 0 times what was in memory could be NaN.
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(2))
         self.rows = torch.arange(rows, device=device)[:, None]
@@ -38,9 +41,8 @@ class KVCache:
             q = rotary_append(qkv, table, k, v, slots)
             if isinstance(mask, AttentionMetadata):
                 return decode_attention(q, k, v, mask, visible).to(qkv.dtype)
-            q, k, v = (t.transpose(1, 2) for t in (q, k[:, :visible], v[:, :visible]))
             bias = mask if mask.dtype == torch.bool else mask.to(q.dtype)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(1)).transpose(1, 2).to(qkv.dtype)
+            return masked_attention(q, k[:, :visible], v[:, :visible], bias).to(qkv.dtype)
 
         return attend
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.errors import VisarError
+from visar.kernels.backend import use_triton
+from visar.kernels.invariant import Product, by_rows, is_invariant, row_counts
 from visar.kernels.linear import epilogue, linear
+from visar.kernels.product import product_triton, rms_norm_triton
 
 
 def check_heads(dim: int, heads: int, multiple: int = 1) -> None:
@@ -17,6 +21,14 @@ def check_heads(dim: int, heads: int, multiple: int = 1) -> None:
     if heads < 1 or dim % heads or dim // heads % multiple:
         each = f" of a multiple of {multiple} each" if multiple > 1 else ""
         raise VisarError(f"A width of {dim} cannot be split into {heads} heads{each}.")
+
+
+def _kind(silu: bool, times: bool, plus: bool) -> Product:
+    """`linear` with what follows it, for `by_rows` to compare row counts with."""
+    return lambda x, w, other: linear(x, w, silu=silu, times=other if times else None, plus=other if plus else None)
+
+
+KINDS = {flags: _kind(*flags) for flags in itertools.product((False, True), repeat=3)}
 
 
 class Linear(nn.Linear):
@@ -28,7 +40,23 @@ class Linear(nn.Linear):
         self, x: Tensor, *, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
         """x [..., K] -> [..., N]; then optionally SiLU, a factor `times` and a summand `plus`, [..., N] each."""
-        return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
+        if not is_invariant():
+            return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
+        kind = KINDS[silu, times is not None, plus is not None]
+        plain = not use_triton(x)
+        if plain and x.numel() // x.shape[-1] in row_counts(kind, self.weight):
+            return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
+        rows = x.reshape(-1, x.shape[-1])
+        others = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (times, plus)]
+        if plain:
+            y = by_rows(
+                kind, self.weight, lambda x, t, p: linear(x, self.weight, self.bias, silu=silu, times=t, plus=p),
+                rows, *others,
+            )  # fmt: skip
+        else:
+            y = product_triton(rows, self.weight)
+            y = epilogue(y if self.bias is None else y + self.bias, silu, *others)
+        return y.view(*x.shape[:-1], -1)
 
 
 def run_linear(layer: nn.Module, x: Tensor, **after: Any) -> Tensor:
@@ -47,4 +75,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # In training a drafter has weights of more bits than the target's features.
         x = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        if is_invariant() and use_triton(x):
+            return rms_norm_triton(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

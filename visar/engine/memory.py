@@ -13,6 +13,7 @@ from visar.engine.decoder import Decoder
 from visar.engine.quantization import QuantizedLinear
 from visar.errors import VisarError
 from visar.host import available_memory
+from visar.kernels.invariant import is_invariant
 
 GIB = 2**30
 M = TypeVar("M", bound=nn.Module)
@@ -45,7 +46,7 @@ def decoding_bytes(model: Decoder, batches: int, slots: int, window: int) -> int
     `batches` is 2 with guidance, else 1; `slots` are those of the cache.
     """
     c = model.config
-    number = 4 if model.device.type == "cpu" else model.dtype.itemsize
+    number = (8 if is_invariant() else 4) if model.device.type == "cpu" else model.dtype.itemsize
     return batches * 2 * c.num_layers * c.dim * slots * number + COPIES * window * c.vocab_size * 4
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.engine.decoder import Decoder
@@ -22,6 +21,7 @@ from visar.engine.finite import require_finite
 from visar.errors import VisarError, unknown
 from visar.kernels.backend import say_once
 from visar.kernels.derived import Derived
+from visar.kernels.invariant import product
 from visar.kernels.linear import epilogue
 
 WEIGHTS = ("native", "int8", "fp8")
@@ -104,7 +104,7 @@ class QuantizedLinear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         plain = self.weights == "fp8" or x.device.type != "cpu" or torch.compiler.is_compiling()
         if plain or not multiplies_bytes():
-            return F.linear(x, self.weight.to(x.dtype)) * self.scale
+            return product(x, self.weight.to(x.dtype)) * self.scale
         return integer_product(x, *_packed.of([self.weight], self._laid_out), self.scale)
 
     def _laid_out(self) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from operator import index
 from pathlib import Path
@@ -23,7 +23,7 @@ from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
 from visar.engine.memory import check_memory
 from visar.errors import NotInTraining, VisarError
-from visar.families.base import Family
+from visar.families.base import Encoded, Family
 from visar.families.registry import family_of
 from visar.families.source import Source, check_condition, open_source
 from visar.families.wrapped import check_layers, check_unwrapped
@@ -33,6 +33,7 @@ from visar.generation.output import ImageOutput, as_output, checked_output
 from visar.generation.progress import Progress, StepCallback
 from visar.generation.rows import listed, noise_of
 from visar.generation.sessions import Sessions
+from visar.kernels.backend import triton
 from visar.kernels.derived import steady_weights
 from visar.params import DISCRETE, SamplingParams, plain, whole
 from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
@@ -175,8 +176,8 @@ class ImageModel:
             check_memory(4 * 3 * height * width * COPIES, len(values) * num_images, self.device)
         keys: list[Hashable] = [value for value in values for _ in range(num_images)]
         self.check_modules()
-        with steady_weights(), undisturbed(self.device), torch.inference_mode():
-            encoded = tuple(part.repeat_interleave(num_images, 0) for part in self.family.encode(values))
+        with steady_weights(), undisturbed(self.device), torch.inference_mode(), self.invariant(params):
+            encoded = tuple(part.repeat_interleave(num_images, 0) for part in self._encoded(values, params))
             for part in encoded:
                 require_finite(part, f"The features of the {self.family.condition}", part.dtype)
             for note in self.family.notes(values):
@@ -206,6 +207,19 @@ class ImageModel:
                 raise VisarError(f"tokens has an id that is no image token, such as {int(tokens.max())}.") from error
             require_finite(pixels, "The decoder's pixels", self.dtype)
         return pixels
+
+    def invariant(self, params: SamplingParams) -> AbstractContextManager[None]:
+        """The invariant mode, where it is asked for. Raises `VisarError` where there is none."""
+        if params.invariant and self.device.type == "cuda" and triton is None:
+            raise VisarError("The invariant mode on a GPU needs Triton, which is not installed.")
+        return invariant(bool(params.invariant))
+
+    def _encoded(self, values: list[Any], params: SamplingParams) -> Encoded:
+        """The encoded conditions; in the invariant mode one at a time, as text encoders know nothing of it."""
+        if not params.invariant:
+            return self.family.encode(values)
+        every = [self.family.encode([value]) for value in values]
+        return tuple(torch.cat(parts) for parts in zip(*every, strict=True))
 
     def _checked(self, values: list[Any]) -> list[Any]:
         """Conditions that the family takes; class ids may be NumPy's or 0-d tensors."""
@@ -265,6 +279,7 @@ class ImageModel:
             settings["float32_matmul_precision"] = precision  # TF32 or bfloat16 within products: another target model
         if self.family.tokens == DISCRETE:
             settings["weights"] = self.family.weights  # 8-bit weights are another target model
+            settings["invariant"] = bool(params.invariant)
         return settings | {"device": str(self.device)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -66,17 +67,20 @@ class Pool:
 
     `rows` are the requests at work by row; `passes` counts those of the pool, `row_passes` those of rows at work. With
     `guided`, both batches of guidance run for all rows, whatever their scale. Raises `VisarError` for a sampler whose
-    rows go in lockstep. No weight may change while rows are at work.
+    rows go in lockstep. No weight may change while rows are at work. `invariant` says for all of them whether kernels
+    are (`SamplingParams.invariant`).
     """
 
-    def __init__(self, model: ImageModel, sampler: Any = None, *, size: int = 8, guided: bool = True):
+    def __init__(
+        self, model: ImageModel, sampler: Any = None, *, size: int = 8, guided: bool = True, invariant: bool = False
+    ):
         if size < 1:
             raise VisarError(f"A pool has 1 row or more, not {size}.")
         self.model, self.sampler = model, model.sampler_of(sampler)
         if not fits_pool(model, self.sampler):
             raise VisarError(f"Sampler {self.sampler.name!r} decodes all rows in lockstep; give it batches.")
         self.family, self.size = cast(DiscreteFamily, model.family), size
-        self.guided = guided
+        self.guided, self.params = guided, SamplingParams(invariant=invariant)
         self.guidance = self._guidance(size)
         self.rows: dict[int, _Taken] = {}
         self.passes = self.row_passes = 0
@@ -110,11 +114,13 @@ class Pool:
         guidance, target = guidance_of(params), target_of(self.family, params)
         if guidance.active and not self.guided:
             raise VisarError("This pool has no guidance; give guidance_scale 1.")
+        if bool(params.invariant) != self.params.invariant:
+            raise VisarError(f"This pool has invariant {self.params.invariant}; a request cannot choose it.")
         device = self.family.device
         if not self.rows:
             self.model.check_modules()
             self._steady = Steady()
-        with steady_weights(self._steady), undisturbed(device), torch.inference_mode():
+        with self._at_work(), torch.inference_mode():
             encoded = self.family.encode([request.condition])
             fresh = self._fresh(encoded)
             noise = noise_of([request.condition], request.image, params.seed or 0, device)
@@ -134,7 +140,7 @@ class Pool:
         slots, drafter = self._slots, self._slots.session.drafter
         drafting = 0.0 if drafter is None else drafter.seconds
         start = time.perf_counter()
-        with steady_weights(self._steady), undisturbed(self.family.device):
+        with self._at_work():
             done, failed = slots.step()  # which waits for the device
         seconds = time.perf_counter() - start
         self.passes += slots.every
@@ -153,6 +159,11 @@ class Pool:
         assert self._slots is not None
         self._slots.release(row)
         del self.rows[row]
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        with steady_weights(self._steady), undisturbed(self.family.device), self.model.invariant(self.params):
+            yield
 
     def _finished(self, row: int) -> Finished:
         assert self._slots is not None

@@ -15,6 +15,7 @@ from visar.engine.memory import check_memory
 from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
+from visar.kernels.invariant import is_invariant
 from visar.samplers import Sampler, Target
 
 
@@ -37,7 +38,7 @@ class Call(NamedTuple):
         given = self.target.forced is not None, self.target.allowed is not None
         shapes = tuple((e.shape, e.dtype) for e in self.encoded)
         target = replace(self.target, forced=None, allowed=None)
-        return weights, shapes, self.method, target, given, self.guidance, self.family.layout
+        return weights, shapes, self.method, target, given, self.guidance, self.family.layout, is_invariant()
 
     def session(self) -> Session:
         """A new session with the sampler's drafter. Raises `VisarError` if memory is too small."""

@@ -19,6 +19,7 @@ from visar.samplers import SAMPLERS, values_of
 class DecodeStats:
     """Metrics of one batch.
 
+    `window`: tokens of an image that a pass takes at most, on which the distribution depends in 16 bits;
     `exactness`: "exact", "relaxed", or a phrase if it is neither; `nfe`: passes of the target model over the batch, the
     prefill of a caption included; `passes_per_image`: decoding passes until each image was complete; `tokens_per_pass`:
     tokens of an image over the passes of the batch, which ends with its slowest image; `seconds`: of decoding, without
@@ -30,10 +31,11 @@ class DecodeStats:
 
     sampler: str
     parameters: dict[str, Any]
+    window: int
     exact: bool
     exactness: str
     seed: int | list[int]  # or one for each image
-    settings: dict[str, Any]  # guidance, temperature, top-k, top-p, dtype, weights, device
+    settings: dict[str, Any]  # guidance, temperature, top-k, top-p, dtype, weights, invariant, device
     images: int
     tokens: int
     nfe: int
@@ -66,6 +68,7 @@ class DecodeStats:
         return cls(
             sampler=method.name,
             parameters=values_of(method),
+            window=min(method.window, session.length),
             exact=method.exact,
             exactness=exactness_of(method),
             seed=params.to_dict()["seed"],
@@ -104,10 +107,20 @@ class DecodeStats:
         """`gigabytes` per second of decoding."""
         return self.gigabytes / self.seconds
 
+    @property
+    def distribution(self) -> str:
+        """Which distribution the target is: in 16 bits it depends on the passes, but for the invariant mode."""
+        dtype = str(self.settings.get("dtype", "float32"))
+        if self.settings.get("invariant"):
+            return f"the model's in {dtype}, by passes of any width"
+        if dtype == "float32" or "invariant" not in self.settings:
+            return f"the model's in {dtype}"
+        return f"the model's in {dtype}, by passes of {self.window} token{'' if self.window == 1 else 's'}"
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, as values that JSON supports."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
-        return values | {"gb_per_second": self.gb_per_second}
+        return values | {"gb_per_second": self.gb_per_second, "distribution": self.distribution}
 
     def __str__(self) -> str:
         images = f"{self.images} image{'' if self.images == 1 else 's'}"
@@ -128,6 +141,7 @@ class DecodeStats:
         return [
             ("sampler", f"{self.sampler} {_listed(self.parameters)}".strip()),
             ("distribution", what),
+            ("target", self.distribution),
             ("passes (NFE)", f"{self.nfe} for {self.images} x {self.tokens} tokens"),
             ("tokens per pass", f"{self.tokens_per_pass:.2f}"),
             ("a pass", f"{self.ms_per_pass:.2f} ms"),

@@ -28,6 +28,9 @@ def sampling_options(parser: CommandParser) -> None:
         choices = f.metadata["choices"] or None
         notes = [f.metadata["help"]]
         notes += [f"only for {f.metadata['only']} tokens"] if f.metadata["only"] else []
+        if str(f.type).startswith("bool"):
+            group.add_argument(f"--{f.name}", action="store_true", default=None, help="; ".join(notes))
+            continue
         notes += [f"{RANDOM} picks one and says which"] if f.name == "seed" else []
         default = "the model's own" if f.default is None else f.default
         value = f"N|{RANDOM}" if f.name == "seed" else _kind(f)[2]

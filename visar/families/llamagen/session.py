@@ -10,6 +10,7 @@ from torch import Tensor
 from visar.engine.decoder_session import DecoderSession
 from visar.engine.guidance import Guidance
 from visar.families.llamagen.gpt import LlamaGen
+from visar.kernels.invariant import is_invariant
 
 
 class LlamaGenSession(DecoderSession):
@@ -52,16 +53,17 @@ class LlamaGenSession(DecoderSession):
         """
         before = self.prefix - 1
         at = self._slot[:before].expand(len(self.condition), -1)
-        mask = self.attention_mask(at, before).float()
+        wide = torch.float64 if is_invariant() else torch.float32  # so that no sum depends on the batch
+        mask = self.attention_mask(at, before).to(wide)
         share = mask / mask.sum(-1, keepdim=True)
-        valid = self.valid[:, :before].float()
+        valid = self.valid[:, :before].to(wide)
         count = valid.sum(-1, keepdim=True)
         assert self.bias is not None
         self.bias.copy_(count[:, 0].log())  # -inf if none is valid
         mean = valid / count.clamp_min(1)
 
         def attend(layer: int, qkv: Tensor, _: Tensor) -> Tensor:
-            v = qkv[:, :, 2 * self.model.config.num_heads :].float()
+            v = qkv[:, :, 2 * self.model.config.num_heads :].to(wide)
             self.cache.values[layer, :, 0] = torch.einsum("rs,rshd->rhd", mean, v).to(self.cache.values.dtype)
             return torch.einsum("rqs,rshd->rqhd", share, v).to(qkv.dtype)
 
