@@ -71,7 +71,7 @@ def test_the_shape_of_llamagen_b(weights: str) -> None:
     gpt = random_model(SHAPES["B-256"], torch.bfloat16, torch.device("cpu"))
     if weights != "native":
         quantize(gpt, weights)
-    same_bits(gpt, (torch.arange(len(PROMPTS)) * 37,), 66)
+    same_bits(gpt, (torch.arange(len(PROMPTS)) * 37,), 24)
 
 
 @pytest.mark.slow
