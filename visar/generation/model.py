@@ -35,6 +35,7 @@ from visar.generation.rows import listed, noise_of
 from visar.generation.sessions import Sessions
 from visar.kernels.backend import triton
 from visar.kernels.derived import steady_weights
+from visar.kernels.invariant import invariant
 from visar.params import DISCRETE, SamplingParams, plain, whole
 from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
 
