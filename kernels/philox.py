@@ -50,8 +50,8 @@ def philox_numpy(key: Tensor, counter: Words) -> Words:
 
 def philox_torch(key: Tensor, counter: Words) -> Words:
     """`philox` in torch, on any device."""
+    k0, k1 = key.unbind()
     c0, c1, c2, c3 = counter
-    k0, k1 = key.movedim(-1, 0).reshape(2, *key.shape[:-1], *(1,) * (c0.ndim - key.ndim + 1))
     for _ in range(10):
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the products wrap, their bits are right
         c0, c1, c2, c3 = (b >> 32 & _MASK) ^ c1 ^ k0, b & _MASK, (a >> 32 & _MASK) ^ c3 ^ k1, a & _MASK

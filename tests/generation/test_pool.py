@@ -77,8 +77,11 @@ def test_what_a_pool_refuses(text_pipe: Any, masked_pipe: Any) -> None:
 
 
 def test_weights_that_are_not_finite_give_no_image(text_pipe: Any) -> None:
-    model = ImageModel.of(text_pipe)
+    pool = Pool(ImageModel.of(text_pipe), "scd")
+    pool.admit(Request("red heart"))
     with torch.no_grad():
-        model.family.model.norm.weight[0] = torch.nan
+        pool.family.model.norm.weight[0] = torch.nan
     with pytest.raises(VisarError, match="not finite in float32"):
-        list(Pool(model, "scd").run([Request("cat")]))
+        list(pool.run([Request("cat")]))
+    with pytest.raises(VisarError, match="weights of 'gpt' are not finite"):
+        Pool(pool.model, "scd").admit(Request("cat"))

@@ -43,6 +43,8 @@ class Call(NamedTuple):
     def session(self) -> Session:
         """A new session with the sampler's drafter. Raises `VisarError` if memory is too small."""
         c, rows = self, len(self.encoded[0])
+        if is_invariant() and hasattr(c.method, "children") and c.family.device.type == "cuda":
+            raise VisarError("The invariant mode has no trees of drafts on a GPU; use a sampler that drafts sequences.")
         check_memory(c.family.bytes_per_image(c.method.window, c.guidance.active), rows, c.family.device)
         target = c.family.drafting
         kind = None if c.drafter is None else kind_of(c.drafter, target)
