@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visar.kernels.backend import use_triton
+from visar.kernels.derived import steady_weights
 from visar.kernels.linear import Form, linear_form, pinned_form
 from visar.kernels.product import product_triton
 
@@ -34,10 +35,16 @@ DISTINCT = 64  # rows of the weight that products are compared with
 
 @contextmanager
 def invariant(on: bool = True) -> Iterator[None]:
-    """Within it, in this thread, kernels are invariant; sessions must be made and used within it."""
+    """Within it, in this thread, kernels are invariant; sessions must be made and used within it.
+
+    No weight may change meanwhile, as in `steady_weights`.
+    """
     token = _on.set(on)
     try:
-        with linear_form("packed") if on else nullcontext():  # the same for any number of rows
+        with ExitStack() as stack:
+            if on:  # one form for any number of rows
+                stack.enter_context(steady_weights())
+                stack.enter_context(linear_form("packed"))
             yield
     finally:
         _on.reset(token)

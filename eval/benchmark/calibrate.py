@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visar.engine.tree import MOST_NODES
 from visar.errors import VisarError
-from visar.eval.benchmark.speed import PROMPTS
+from visar.eval.prompts import PROMPTS
 from visar.generation.model import ImageModel
 from visar.samplers import TreeSpeculative
 from visar.samplers.tree_verification import ChildRule, VerifiedTree

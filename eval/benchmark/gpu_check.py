@@ -31,8 +31,9 @@ from visar.errors import VisarError
 from visar.eval.benchmark import kernel_checks, shapes
 from visar.eval.benchmark.profiling import PassProfile, profile_model, profile_text
 from visar.eval.benchmark.shapes import SHAPES, Shape, ShapeReport, ShapeRow, shapes_text
-from visar.eval.benchmark.speed import PROMPTS, bandwidth, compare, device_title
+from visar.eval.benchmark.speed import bandwidth, compare, device_title
 from visar.eval.exactness.dtype import forced_logits
+from visar.eval.prompts import PROMPTS
 from visar.families.llamagen.specs import GPTShape
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel

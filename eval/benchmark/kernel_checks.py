@@ -18,6 +18,7 @@ from visar.kernels.aggregate import pool
 from visar.kernels.attention import AttentionMetadata, decode_attention
 from visar.kernels.backend import backend
 from visar.kernels.noise import ExponentialNoise, exponential, uniforms
+from visar.kernels.product import product_torch, product_triton, rms_norm_torch, rms_norm_triton
 from visar.kernels.rotary_append import rotary_append
 from visar.kernels.sample import sample, sample_gumbel
 from visar.kernels.target_probs import guide, target_probs
@@ -124,7 +125,18 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("top-k + softmax", lambda i: target_probs(cond, 1.0, s.top_k), count * (size + 4), 1e-4)
     yield Case("top-p + softmax", lambda i: target_probs(cond, 0.9, 0, 0.9), count * (size + 4), 1e-4)
 
-    key, images = torch.tensor([1, 2], device=device), torch.arange(batch, device=device)
+    weight, scale = normal(3 * wide, wide, as_=dtype), normal(wide, as_=dtype)
+    rows = normal(s.rows * s.window, wide, as_=dtype)
+    yield Case(
+        "invariant product", lambda i: product_triton(rows, weight), weight.numel() * size, loose,
+        lambda i: product_torch(rows, weight),
+    )  # fmt: skip
+    yield Case(
+        "invariant norm", lambda i: rms_norm_triton(rows, scale, 1e-5), 2 * rows.numel() * size, loose,
+        lambda i: rms_norm_torch(rows, scale, 1e-5),
+    )  # fmt: skip
+
+    key, images = torch.tensor([[1, 2]], device=device).expand(batch, 2), torch.arange(batch, device=device)
     at = torch.arange(s.window, device=device).expand(batch, -1)
     noise = (key, images, torch.zeros_like(images), at, 5, int(Purpose.STEP))
     yield Case("uniforms", lambda i: uniforms(*noise), 16 * batch * s.window, 0.0)

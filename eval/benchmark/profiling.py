@@ -131,7 +131,7 @@ def profile_model(
     model: Any, sampler: Any, *, passes: int = 24, warm: int = 8, graph: Graph | None = None, **call: Any
 ) -> PassProfile:
     """As `profile_passes`, for one image of a model, with the drafter of its sampler; `call` goes to its call."""
-    from visar.eval.benchmark.speed import conditions
+    from visar.eval.prompts import conditions
     from visar.generation.model import ImageModel
     from visar.params import DISCRETE
 

@@ -13,17 +13,10 @@ from typing import Any
 import torch
 
 from visar.errors import VisarError
+from visar.eval.prompts import conditions
 from visar.generation.model import ImageModel
 from visar.generation.stats import MaskedStats, tokens_per_pass
 from visar.host import synchronize
-
-# Common things in the three styles of the embedded model; the first `images` of them are decoded.
-THINGS = (
-    "red heart", "lion", "green apple", "dog face", "pizza", "cat", "grinning face", "elephant", "banana", "panda",
-    "tiger face", "fish", "rose", "carrot", "hamburger", "birthday cake", "penguin", "cherries", "crying face", "bee",
-    "frog", "blue heart",
-)  # fmt: skip
-PROMPTS = tuple(f"{thing}, {style}" for thing in THINGS for style in ("3d", "noto", "flat"))[:64]
 
 
 @dataclass(frozen=True)
@@ -93,14 +86,6 @@ def bandwidth(device: torch.device, megabytes: int = 256, repeats: int = 5) -> f
 def device_title(device: torch.device) -> str:
     """What a report calls the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-
-
-def conditions(model: Any, count: int) -> list[Any]:
-    """The prompts or classes that are measured with."""
-    family = ImageModel.of(model).family
-    if family.condition == "prompt":
-        return [PROMPTS[i % len(PROMPTS)] for i in range(count)]
-    return [i * 37 % family.classes for i in range(count)]
 
 
 def compare(

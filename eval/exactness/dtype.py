@@ -26,7 +26,7 @@ from torch import Tensor
 from visar.engine.guidance import Guidance
 from visar.engine.session import Session
 from visar.errors import VisarError
-from visar.eval.benchmark.speed import conditions
+from visar.eval.prompts import conditions
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
 from visar.kernels.invariant import invariant

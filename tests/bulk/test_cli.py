@@ -76,7 +76,7 @@ def test_sample(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert err == "visar: note: Words not known to this model were left out: zebra.\n"  # and no bar: this is no tty
     about = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (about["model"], about["batch"], about["count"], about["seed"]) == (str(text_folder), 3, 5, 4)
-    assert about["parameters"] == {"window": 6, "coupling": "independent", "init": "left", "grid": 5}
+    assert about["parameters"] == {"window": 6, "coupling": "independent", "init": "left"}
     assert about["settings"] == {"guidance_scale": 1.5, "guidance_interval": -1, "guidance_schedule": None,
                                  "temperature": 0.8, "top_k": 9, "top_p": 0.9}  # fmt: skip
     assert run(*given, "--json") == 0
@@ -144,8 +144,8 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
         ("--prompts TMP/nothing.txt", "nothing.txt is empty."),
         ("--prompts TMP/gap.txt", "Line 2 of TMP/gap.txt is empty; give a prompt in each line."),
         ("--prompts TMP/twice.jsonl", "Lines 1 and 3 of TMP/twice.jsonl have the same id 'a'."),
-        ("--prompts TMP/bad.jsonl", "Line 2 of TMP/bad.jsonl is no JSON;"),
-        ("--prompts TMP/other.jsonl", "Line 1 of TMP/other.jsonl has no prompt;"),
+        ("--prompts TMP/bad.jsonl", "Line 2 of TMP/bad.jsonl: it is not valid JSON"),
+        ("--prompts TMP/other.jsonl", "Line 1 of TMP/other.jsonl: it should be an object"),
         ("--prompts TMP/blank.jsonl", "Line 2 of TMP/blank.jsonl has an empty prompt."),
         ("--prompts TMP/id.jsonl", "Line 1 of TMP/id.jsonl has an id that is neither text nor a whole number: [1]."),
         ("--prompts TMP/zebra.txt", "No word of the prompt 'zebra' is known to this model"),

@@ -340,7 +340,7 @@ def test_a_site_may_show_it_in_a_frame() -> None:
         ("--embed-in", "https://a.b; script-src *", "is no origin"), ("--embed-in", "*", "is no origin"),
         ("--allowed-host", "*", "is no name of a host"), ("--allowed-host", "https://a.b", "is no name of a host"),
         ("--allowed-host", "a.b:80", "is no name of a host"), ("--trusted-proxy", "nginx", "is no address"),
-        ("--trusted-proxy", "", "is no address"), ("--max-per-address", "0", "must be 1 or more"),
+        ("--trusted-proxy", "", "--trusted-proxy is empty"), ("--max-per-address", "0", "must be 1 or more"),
     ],
 )  # fmt: skip
 def test_bad_options_are_a_sentence(option: str, value: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.helpers.worlds import made, run, session_of, world
 from visar.cli import main
 from visar.engine.callable_session import CallableSession
 from visar.engine.finite import is_finite
+from visar.engine.layout import Layout
 from visar.engine.loop import Snapshot, decode
 from visar.engine.quantization import rounded
 from visar.engine.rng import Noise
@@ -101,7 +103,7 @@ def test_every_pass_is_checked(name: str, kind: str) -> None:
     """One logit of one row in the first pass, of which no later pass shows anything."""
     sampler, target = made(name), Target(top_k=3)
     if name == "zipar":
-        sampler = type(sampler)(1, 2)
+        sampler = replace(sampler, layout=Layout(2, 2))
     session = session_of(world("text"), sampler, IMAGES)
     for method in ("forward", "forward_at"):
         spoil(session, method, 1, BAD.get(kind, -torch.inf), 1 if kind in BAD else None)

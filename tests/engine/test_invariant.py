@@ -19,6 +19,7 @@ from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.session import LlamaGenSession
 from visar.generation.model import ImageModel
 from visar.host import has_bfloat16
+from visar.kernels.derived import steady_weights
 from visar.kernels.invariant import invariant
 from visar.params import SamplingParams
 from visar.samplers import Target
@@ -42,7 +43,7 @@ def logits(
     scale: float = 1.5,
 ) -> Tensor:  # fmt: skip
     """Of the first image, [N, V], by passes of `window` tokens in a batch of so many images."""
-    with invariant(on), torch.inference_mode():
+    with steady_weights(), invariant(on), torch.inference_mode():
         first = [part[:batch] for part in encoded]
         session = LlamaGenSession(gpt, *first, length=256, window=window, grid=16, guidance=Guidance(scale))
         return forced_logits(session, tokens[:batch], window, kept)[0]
@@ -96,7 +97,7 @@ def test_nodes_of_a_tree(icons: ImageModel) -> None:
     paths = {6: [1, 3, 6], 12: [1, 4, 7, 9, 12], 5: [2, 5], 10: [1, 4, 8, 10]}
     found: dict[bool, list[bool]] = {}
     for on in (True, False):
-        with invariant(on), torch.inference_mode():
+        with steady_weights(), invariant(on), torch.inference_mode():
 
             def session(window: int) -> LlamaGenSession:
                 return LlamaGenSession(gpt, *encoded, length=256, window=window, grid=16, guidance=Guidance(1.5))
@@ -131,7 +132,7 @@ def test_samplers_have_one_distribution(icons: ImageModel) -> None:
         encoded = family.encode(prompts)
         both = []
         for window in (1, 16):
-            with invariant(on), torch.inference_mode():
+            with steady_weights(), invariant(on), torch.inference_mode():
                 made = family.session(encoded, window=window, guidance=Guidance(1.5))  # type: ignore[attr-defined]
                 both.append(forced_logits(made, tokens, window))
         found[on] = difference(Pass("bfloat16", 1, on), Pass("bfloat16", 16, on), both, tokens, Target(top_k=10))

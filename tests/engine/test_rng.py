@@ -119,7 +119,7 @@ def test_batch_order_and_calls_do_not_matter() -> None:
 
 
 def test_rows_have_seeds_of_their_own() -> None:
-    seeds, images = [3, -1, 2**63, 3], torch.tensor([0, 0, 5, 1])
+    seeds, images = [3, 2**64 - 1, 2**63, 3], torch.tensor([0, 0, 5, 1])
     noise, at = Noise(seeds, images), torch.arange(6).expand(4, -1)
 
     def made(n: Noise, at: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.helpers.worlds import LARGE, SCALE, made, run, world
 from visar.engine.decoder import Attend
 from visar.engine.kv_cache import KVCache
+from visar.engine.layout import Layout
 from visar.eval.exactness.joint import chi_square_z, values
 from visar.eval.exactness.tabular import Settings, reference_probs
 from visar.families.llamagen.rotary import turned
@@ -220,6 +221,8 @@ def test_greedy_laws_leave_nothing_to_chance(name: str) -> None:
 def test_forced_tokens_stand_in_the_image(name: str) -> None:
     forced = torch.full((16,), -1)
     forced[[0, 3, 4, 15]] = torch.tensor([9, 63, 0, 7])
-    grid = {"grid": 4} if name == "zipar" else {}
-    out = run(world("class", **LARGE), get_sampler(name, **grid), torch.arange(8), Target(forced=forced))
+    sampler = get_sampler(name)
+    if name == "zipar":
+        sampler = replace(sampler, layout=Layout(4, 4))
+    out = run(world("class", **LARGE), sampler, torch.arange(8), Target(forced=forced))
     assert (out.tokens[:, forced >= 0] == forced[forced >= 0]).all()

@@ -60,10 +60,10 @@ def twice_rounded(x: Tensor, w: Tensor, other: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_row_counts_are_found_by_measurement(dtype: torch.dtype) -> None:
     for outputs, inputs in ((20, 96), (7, 33)):
-        assert agreeing_rows(few_differ, outputs, inputs, dtype, False, 1) == ROWS[2:]
-        assert agreeing_rows(places_differ, outputs, inputs, dtype, False, 1) == (1,)
+        assert agreeing_rows(few_differ, outputs, inputs, dtype, False, 1, "plain") == ROWS[2:]
+        assert agreeing_rows(places_differ, outputs, inputs, dtype, False, 1, "plain") == (1,)
         if dtype != torch.float32:
-            assert agreeing_rows(twice_rounded, outputs, inputs, dtype, False, 1) == ROWS[1:]
+            assert agreeing_rows(twice_rounded, outputs, inputs, dtype, False, 1, "plain") == ROWS[1:]
     weight = torch.randn(20, 96).to(dtype)
     x = torch.randn(200, 96).to(dtype)
     for kind in (few_differ, places_differ):

@@ -37,16 +37,16 @@ def test_what_was_never_tried_is_drafted_to_the_end() -> None:
     session, state = begun(DynamicSpeculative(gamma=5), MODEL)
     DynamicSpeculative(gamma=5).step(session, state)
     assert session.inputs == 6 and bool((session.lengths == 6).all())  # the drafter is the target: all stands
-    assert torch.equal(state.counts[0], state.counts[1]) and bool((state.counts[0].sum(-1) == 5).all())
+    assert torch.equal(state.counts[:, 0], state.counts[:, 1]) and bool((state.counts[:, 0].sum(-1) == 5).all())
 
 
 def test_a_drafter_that_fails_is_asked_for_less() -> None:
     sampler = DynamicSpeculative(gamma=5, stop=0.3)
     session, state = begun(sampler, MODEL)
-    state.counts[0].fill_(9.0)  # of nine drafts at every level none stood
+    state.counts[:, 0].fill_(9.0)  # of nine drafts at every level none stood
     sampler.step(session, state)
     assert session.inputs == 2
-    state.counts[:, 0].fill_(9.0)  # but in the first row all did: it is asked for a chain, and the others for one draft
+    state.counts[0].fill_(9.0)  # but in the first row all did: it is asked for a chain, and the others for one draft
     sampler.step(session, state)
     assert session.inputs == 2 + 6
 
@@ -55,7 +55,7 @@ def test_drafts_after_the_end_of_a_chain_are_never_committed() -> None:
     """Rows with chains of 1 and of 5 in one pass: the short ones commit two tokens at most."""
     sampler = DynamicSpeculative(gamma=5, stop=0.3)
     session, state = begun(sampler, MODEL)
-    state.counts[0, 1:].fill_(9.0)
+    state.counts[1:, 0].fill_(9.0)
     sampler.step(session, state)
     assert session.lengths[0] == 6 and bool((session.lengths[1:] == 2).all())
 
@@ -64,7 +64,7 @@ def test_only_what_was_tested_is_counted() -> None:
     sampler = DynamicSpeculative(gamma=4)
     session, state = begun(sampler, TabularModel.markov(4, 12, seed=8), batch=64)
     sampler.step(session, state)
-    tested, accepted = state.counts.sum(-1)
+    tested, accepted = state.counts.sum(-1).unbind(1)
     assert torch.equal(accepted.long(), session.lengths - 1)
     assert torch.equal(tested.long(), session.lengths.clamp_max(4)) and bool((tested > accepted).any())
 

@@ -245,7 +245,7 @@ def test_bad_requests(cache: Path, tmp_path: Path) -> None:
         build_images(tmp_path / "out", styles=("notto",), cache=cache)
     with pytest.raises(VisarError, match="at least 1 pixel"):
         build_images(tmp_path / "out", 0, cache=cache)
-    with pytest.raises(VisarError, match="new or an empty folder"):
+    with pytest.raises(VisarError, match="a folder that is new or empty"):
         build_images(cache, cache=cache)
 
 

@@ -17,12 +17,11 @@ from visar.bulk.about import FORMAT, changed, machine, method_of, sampler_of, se
 from visar.bulk.conditions import Condition, Interleaved
 from visar.bulk.folder import Journal, RunFolder
 from visar.bulk.ranks import Ranks
-from visar.bulk.work import Work, batches, rows
+from visar.bulk.work import Work, made
 from visar.engine.rng import IMAGES
 from visar.errors import NotInTraining, VisarError
 from visar.files import output_folder
 from visar.generation.model import ImageModel
-from visar.generation.pool import fits_pool
 from visar.params import DISCRETE
 
 
@@ -118,7 +117,7 @@ def sample_images(
             journal = Journal(folder, ranks.rank)
             with bar:
                 work = Work(model, order, count, done, batch, method, seed, tokens, settings, ranks)
-                for image, line in rows(work) if fits_pool(model, method) else batches(work):
+                for image, line in made(work):
                     journal.write(image, line)
                     # The other ranks have made about as many; to count their files would take ever longer.
                     bar.update(min(ranks.world, count - bar.n))

@@ -13,8 +13,9 @@ from PIL import Image
 from visar.bulk.conditions import Interleaved
 from visar.bulk.folder import Line
 from visar.bulk.ranks import Ranks
+from visar.engine.session import RowsAreFixed
 from visar.generation.model import ImageModel, undisturbed
-from visar.generation.pool import Finished, Pool, Request
+from visar.generation.pool import Finished, Pool, Request, fits_pool
 from visar.generation.progress import to_pil
 from visar.generation.stats import DecodeStats, MaskedStats
 from visar.params import SamplingParams
@@ -53,6 +54,17 @@ class Work:
         if condition.metadata:
             line["metadata"] = dict(condition.metadata)
         return line | ({"tokens": tokens.tolist()} if self.tokens else {})
+
+
+def made(work: Work) -> Made:
+    """All that are missing for this rank: in rows, or where those cannot be replaced one by one, in batches."""
+    if fits_pool(work.model, work.method):
+        try:
+            yield from rows(work)
+            return
+        except RowsAreFixed:  # raised for the first image
+            pass
+    yield from batches(work)
 
 
 def rows(work: Work) -> Made:

@@ -151,7 +151,7 @@ def _conditions(options: argparse.Namespace) -> list[Any]:
 
 def _usual(model: Any) -> list[Any]:
     """Common prompts, or all classes."""
-    from visar.eval.benchmark.speed import conditions
+    from visar.eval.prompts import conditions
 
     return conditions(model, 48 if model.family.condition == "prompt" else model.family.classes)
 

@@ -244,7 +244,9 @@ def assemble(options: argparse.Namespace) -> int:
     model = ImageModel(family_of_components(parts).of(parts, settings))
     if options.draft:
         model.load_drafter(options.draft)
-    dtypes = dict.fromkeys(model.family.components, dtype) | {"draft": getattr(torch, options.draft_dtype)}
+    dtypes = dict.fromkeys(model.family.components, dtype)
+    if options.draft:
+        dtypes["draft"] = getattr(torch, options.draft_dtype)
     save(model, options.out, dtypes=dtypes, parts_of=shared)
     print(options.out)
     return 0

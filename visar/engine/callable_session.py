@@ -42,10 +42,6 @@ class CallableSession(Session):
         logits = of_positions(self.logits(self.history[:, :fed]), (self.batch, fed + 1, self.vocab))
         return logits.gather(1, at.clamp_max(fed)[..., None].expand(-1, -1, self.vocab)).float()
 
-    def place(self, row: int, fresh: Session) -> None:
-        self.lengths[row] = 0
-        self.history[row] = 0
-
 
 def of_positions(logits: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """The logits of n + 1 positions that a function gave. Raises `VisarError` unless they are [B, n + 1, V]."""

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from visar.engine.drafter import Drafter
 
 
+class RowsAreFixed(VisarError):
+    """A session whose rows cannot be replaced one by one."""
+
+
 class Session(ABC):
     """A batch of B sequences of `length` tokens, of which row b has committed `lengths[b]`.
 
@@ -76,9 +80,9 @@ class Session(ABC):
     def place(self, row: int, fresh: Session) -> None:
         """Start a new image in one `row`: that of `fresh`, a session of one row that has just started.
 
-        Nothing of what was in the row stays, and no other row changes. Raises `VisarError` if rows cannot be replaced.
+        Nothing of what was in the row stays, and no other row changes. Raises `RowsAreFixed` where they cannot be.
         """
-        raise VisarError(f"Rows of a {type(self).__name__} cannot be replaced; decode in batches.")
+        raise RowsAreFixed(f"Rows of a {type(self).__name__} cannot be replaced; decode in batches.")
 
     def finite_rows(self) -> Tensor:
         """Which rows [B] the last pass gave a distribution for."""

@@ -55,7 +55,8 @@ def test_every_kernel_is_among_the_checks() -> None:
     import visar.kernels
 
     folder = Path(visar.kernels.__file__).parent
-    files = {p.stem for p in folder.glob("*.py") if "_triton(" in p.read_text()} - {"philox"}  # checked with the noise
+    others = {"philox", "invariant"}  # checked with the noise, and with the product
+    files = {p.stem for p in folder.glob("*.py") if "_triton(" in p.read_text()} - others
     text = Path(kernel_checks.__file__).read_text()
     assert {f for f in files if f"visar.kernels.{f} import" not in text} == set()
 

@@ -123,7 +123,7 @@ def test_free_memory_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) ->
 
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 2**26 < free_memory(CPU) <= total
-    monkeypatch.setattr(Path, "read_text", lambda self: "")  # where there is no such file
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: "")  # where there is no such file
     assert free_memory(CPU) == total
 
 

@@ -127,7 +127,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch:
         ("lantern", {"delta": 1.0}, "delta must lie between 0 and 1"),
         ("lantern", {"k": 0}, "k must be 1 or more"),
         ("lantern++", {"lam": 0.9}, "lam must be 1 or more, not 0.9"),
-        ("lantern++", {"lam": float("nan")}, "lam must be 1 or more"),
+        ("lantern++", {"lam": float("nan")}, "lam must be a finite number"),
         ("cool-sd", {"omega": 0.5}, "omega must be 1 or more"),
         ("cool-sd", {"nu": -1.0}, "nu must be 0 or more"),
         ("gsd", {"group": 0}, "group must be 1 or more"),

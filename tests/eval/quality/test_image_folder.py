@@ -167,7 +167,7 @@ def test_captions_of_coco(tmp_path: Path) -> None:
     assert found.captions == {"COCO_val2014_000000000042": "first", "x": "x"}
     for text, message in (
         ('{"annotations": [{"id": 1}], "images": []}', "is not one of COCO's captions"),
-        ('{"x": "a", "x": "b"}', "gives 'x' twice"), ('[{"id": "x", "caption": "a"}]', "is not a JSON object of id"),
+        ('{"x": "a", "x": "b"}', "it has 'x' twice"), ('[{"id": "x", "caption": "a"}]', "is not a JSON object of id"),
         ("[" * 100_000, "too deep"),
     ):  # fmt: skip
         file.write_text(text)
