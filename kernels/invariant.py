@@ -98,8 +98,9 @@ def agreeing_rows(
     `form` of products that is in use.
 
     Half of the sums that it measures with are zero but for their rounding, so that any other order shows in every
-    output, even in bfloat16; the others show what is rounded twice. Where row counts form several groups, that of the
-    largest is taken; (1,) if none is uniform.
+    output, even in bfloat16; the others show what is rounded twice. What goes on with the product is once as large as
+    the sums, and once so small that it hides nothing. Where row counts form several groups, that of the largest is
+    taken; (1,) if none is uniform.
     """
     generator = torch.Generator().manual_seed(0)
     found: list[tuple[int, Tensor]] = []
@@ -107,13 +108,14 @@ def agreeing_rows(
         half = inputs // 2
         x = torch.randn(1, inputs, generator=generator) * 2.0 ** torch.randint(-6, 7, (1, inputs), generator=generator)
         w = torch.randn(min(outputs, DISTINCT), inputs, generator=generator)
-        other = (torch.randn(1, outputs, generator=generator) * x.norm()).to(dtype)  # about as large as the sums
+        other = (torch.randn(1, outputs, generator=generator) * x.norm()).to(dtype)
+        others = other, torch.full_like(other, 2.0**-20)
         mixed = torch.randperm(half, generator=generator)
         x[:, half : 2 * half], w[::2, half : 2 * half] = x[:, mixed], -w[::2, mixed]
         w[::2, 2 * half :] = 0
         w = w.repeat(-(-outputs // len(w)), 1)[:outputs].to(dtype).contiguous()
         for n in ROWS:
-            y = kind(x.to(dtype).repeat(n, 1), w, other.repeat(n, 1))
+            y = torch.cat([kind(x.to(dtype).repeat(n, 1), w, o.repeat(n, 1)) for o in others], dim=1)
             if torch.equal(y, y[:1].expand_as(y)):
                 found.append((n, y[0]))
     return tuple(n for n, y in found if torch.equal(y, found[-1][1])) or (1,)
