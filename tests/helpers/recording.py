@@ -16,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from visar.families.llamagen.session import LlamaGenSession
 from visar.kernels import philox, target_probs
 from visar.kernels.attention import AttentionMetadata
-from visar.kernels.linear import linear_form
 
 
 def all_tensors(root: Any) -> list[Tensor]:
@@ -52,6 +51,7 @@ class Recorder:
         monkeypatch.setattr(AttentionMetadata, "_all_visible", lambda s, queries, visible: False)
         monkeypatch.setattr(target_probs, "descending", lambda p: p.sort(dim=-1, descending=True).values)
         monkeypatch.setattr(philox, "philox_numpy", philox.philox_torch)
+        monkeypatch.setenv("VISAR_LINEAR", "plain")  # a GPU has no other form
         self.captures = 0
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
@@ -59,8 +59,7 @@ class Recorder:
         held = all_tensors([step.__closure__ and [c.cell_contents for c in step.__closure__]])
         before = [t.clone() for t in held]
         try:
-            with linear_form("plain"):  # a GPU has no other
-                graph = make_fx(lambda: step())()  # takes the step while it is recorded
+            graph = make_fx(lambda: step())()  # takes the step while it is recorded
         finally:
             for tensor, old in zip(held, before, strict=True):
                 tensor.copy_(old)
