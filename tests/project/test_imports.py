@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # The arrows of docs/architecture.md: a part imports only from those after it.
 ARROWS = (
-    ("cli", "demo"), ("eval.report",), ("eval.benchmark", "eval.quality", "bulk"), ("eval.exactness",),
-    ("generation",), ("drafters",), ("families", "samplers"), ("engine",), ("kernels",),
+    ("cli", "demo"), ("serving",), ("eval.report",), ("eval.benchmark", "eval.quality", "bulk"),
+    ("eval.exactness",), ("generation",), ("drafters",), ("families", "samplers"), ("engine",), ("kernels",),
 )  # fmt: skip
 RELAXED = "visar.eval.exactness.relaxed"  # a script that draws a plot of the report
 HEAVY = ("diffusers", "transformers", "torch._dynamo", "torch._inductor")

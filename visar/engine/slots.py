@@ -48,6 +48,7 @@ class Slots:
             self.state = self.graph.begin(self.state)
         self.free = set(range(session.batch))
         self.passes = self.row_passes = 0  # of the pool, and of rows that were taken
+        self.seen: list[int] = [session.length] * session.batch  # tokens committed, when the host last looked
         session.lengths.fill_(session.length)
 
     @torch.inference_mode()
@@ -85,8 +86,9 @@ class Slots:
         self.row_passes += self.every * len(taken)
         sound = self.session.finite_rows() & self.state.target.sound()
         seen = torch.stack([self.session.lengths, sound.long()]).tolist()  # the host waits once
+        self.seen = seen[0]
         failed = [row for row in taken if not seen[1][row]]
-        return [r for r in taken if seen[0][r] >= self.session.length and r not in failed], failed
+        return [r for r in taken if self.seen[r] >= self.session.length and r not in failed], failed
 
     def read(self, row: int) -> Row:
         """The tokens of a slot, of which those not committed yet are drafts."""

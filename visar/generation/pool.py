@@ -39,6 +39,14 @@ class Request:
     tag: Any = None
 
 
+class Glance(NamedTuple):
+    """How far a request is: `committed` tokens after `passes`, and its share of their `seconds`."""
+
+    committed: int
+    passes: int
+    seconds: float
+
+
 class Finished(NamedTuple):
     """`tokens` [N] and `commit_pass` [N] of a request after `passes` of its row and `nfe` with its prefill.
 
@@ -58,6 +66,7 @@ class Finished(NamedTuple):
 @dataclass
 class _Taken:
     request: Request
+    passes: int = 0
     seconds: float = 0.0
     draft_seconds: float = 0.0
 
@@ -105,8 +114,7 @@ class Pool:
             done, failed = self.step()
             yield from done
             if failed:
-                name = str(self.family.dtype).removeprefix("torch.")
-                raise VisarError(f"The model's logits are not finite in {name}; load the model in bfloat16 or float32.")
+                raise not_finite(self.family)
 
     def admit(self, request: Request) -> int:
         """Give a request a free row, and return its number. Raises `VisarError` if it is refused."""
@@ -146,6 +154,7 @@ class Pool:
         self.passes += slots.every
         self.row_passes += slots.every * len(self.rows)
         for taken in self.rows.values():
+            taken.passes += slots.every
             taken.seconds += seconds / len(self.rows)
             taken.draft_seconds += (0.0 if drafter is None else drafter.seconds - drafting) / len(self.rows)
         finished = [self._finished(row) for row in done]
@@ -153,6 +162,19 @@ class Pool:
         for row in [*done, *failed]:
             self.release(row)
         return finished, lost
+
+    def glance(self, row: int) -> Glance:
+        """How far the request in a row was after the last step."""
+        assert self._slots is not None
+        taken = self.rows[row]
+        return Glance(self._slots.seen[row], taken.passes, taken.seconds)
+
+    def read(self, row: int) -> tuple[Tensor, Tensor]:
+        """Copies of a row's tokens [N], drafts included, and of the pass that committed each [N], -1 for drafts."""
+        assert self._slots is not None
+        found = self._slots.read(row)
+        with torch.inference_mode(False):  # outputs are ordinary tensors
+            return found.tokens.clone(), found.commit_pass.clone()
 
     def release(self, row: int) -> None:
         """Free a row, whether its image is done or not."""
@@ -167,11 +189,10 @@ class Pool:
 
     def _finished(self, row: int) -> Finished:
         assert self._slots is not None
-        taken, found, slots = self.rows[row], self._slots.read(row), self._slots
-        passes = int(found.commit_pass.max()) + 1
+        taken, slots = self.rows[row], self._slots
+        tokens, commit_pass = self.read(row)
+        passes = int(commit_pass.max()) + 1
         hidden = slots.graph is not None and slots.session.drafter is not None
-        with torch.inference_mode(False):  # outputs are ordinary tensors
-            tokens, commit_pass = found.tokens.clone(), found.commit_pass.clone()
         return Finished(
             taken.request, tokens, commit_pass, passes, passes + slots.session.prefill_passes, taken.seconds,
             None if hidden else taken.draft_seconds,
@@ -204,6 +225,12 @@ class Pool:
     def _session(self, encoded: Encoded, guidance: Guidance) -> Session:
         drafter = self.model.drafters.of(self.sampler)
         return Call(self.family, drafter, encoded, self.sampler, Target(), guidance).session()
+
+
+def not_finite(family: DiscreteFamily) -> VisarError:
+    """The error of a request whose distribution was none."""
+    name = str(family.dtype).removeprefix("torch.")
+    return VisarError(f"The model's logits are not finite in {name}; load the model in bfloat16 or float32.")
 
 
 def fits_pool(model: ImageModel, sampler: Any) -> bool:
