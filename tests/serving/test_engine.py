@@ -111,7 +111,7 @@ def test_one_who_leaves_changes_nobody(engine: Engine, text_pipe: Any) -> None:
         else:
 
             def leave(now: Any, i: int = i, at: int = len(leavers)) -> bool:
-                if now.passes > i // 3:
+                if now.passes > i // 6:
                     leavers[at].job.cancel()
                 return False
 
