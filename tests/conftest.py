@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,16 @@ def own_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("VISAR_LINEAR", "packed")
         patch.setenv("VISAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """A Ray cluster of this machine, one for all tests that are marked `ray`."""
+    pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+    from visar.cluster import connected
+
+    with connected() as ray:
+        yield ray
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ paired by id.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from visar.eval.quality.metrics.interval import Interval, mean_interval
 class ImageAndText(Protocol):
     """What `visar.eval.quality.extractors.clip.Clip` is to this file."""
 
-    def __call__(self, images: Tensor) -> dict[str, Tensor]: ...
+    def each(self, batches: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]: ...
 
     def texts(self, captions: list[str]) -> Tensor: ...
 
@@ -50,9 +50,9 @@ def clip_scores(
     folder.require_captions("The CLIP score")
     scores: dict[str, float] = {}
     ids = list(folder.ids)
-    for images in folder.batches(size=batch):
-        part, ids = ids[: len(images)], ids[len(images) :]
-        features = extract(prepare(images))["pool"]
+    for found in extract.each(map(prepare, folder.batches(size=batch))):
+        features = found["pool"]
+        part, ids = ids[: len(features)], ids[len(features) :]
         texts = extract.texts([prefix + folder.captions[name] for name in part])
         cosines = scale * torch.nn.functional.cosine_similarity(features.double(), texts.double(), dim=1)
         if not bool(cosines.isfinite().all()):

@@ -222,8 +222,7 @@ def _look(
     collected: dict[str, list[Tensor]] = {_NEEDS[m["kind"]]: [] for m in metrics if m["kind"] in _NEEDS}
     if not moments and not collected:
         return _Measured({}, {})
-    for part in images.batches(size=batch):
-        found = extract(PREPARE[protocol.prepare](part))
+    for found in extract.each(map(PREPARE[protocol.prepare], images.batches(size=batch))):
         for name in {*moments, *collected}:
             if not bool(found[name].isfinite().all()):
                 raise VisarError(f"Images of {images.path} have {extract.name} features that are NaN or infinite.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from visar.bulk.about import FORMAT, changed, machine, method_of, sampler_of, se
 from visar.bulk.conditions import Condition, Interleaved
 from visar.bulk.folder import Journal, RunFolder
 from visar.bulk.ranks import Ranks
-from visar.bulk.work import Work, made
+from visar.bulk.work import Made, Work, in_rows, own_share
 from visar.engine.rng import IMAGES
 from visar.errors import NotInTraining, VisarError
 from visar.files import output_folder
@@ -59,6 +59,7 @@ def sample_images(
     seed: int = 0,
     tokens: bool = False,
     ranks: Ranks = Ranks(),
+    crew: Callable[[Work], Made] = own_share,
     name: str = "",
     drafters: Sequence[str] = (),
     progress: bool = False,
@@ -70,7 +71,8 @@ def sample_images(
     once, each of which leaves its row to the next as soon as it is done, unless the sampler goes in lockstep. `tokens`
     adds each image's tokens to the manifest. `settings`: guidance_scale, guidance_interval, guidance_schedule,
     temperature, top_k, top_p and invariant, as in `SamplingParams`. `name` and `drafters` are for run.json.
-    With several `ranks` all of them call this with the same arguments, on one shared folder. `progress` shows a bar on
+    With several `ranks` all of them call this with the same arguments, on one shared folder; a `crew` makes the images
+    elsewhere (`visar.bulk.crew`). `progress` shows a bar on
     rank 0; it does not disable the model's own bar.
 
     Raises `VisarError` for bad input, for a folder with another run, and if another run is working in it.
@@ -116,8 +118,9 @@ def sample_images(
         try:
             journal = Journal(folder, ranks.rank)
             with bar:
-                work = Work(model, order, count, done, batch, method, seed, tokens, settings, ranks)
-                for image, line in made(work):
+                one_by_one = in_rows(model, method, order.condition(0).value, settings)
+                work = Work(model, order, count, done, batch, method, seed, tokens, settings, ranks, one_by_one)
+                for image, line in crew(work):
                     journal.write(image, line)
                     # The other ranks have made about as many; to count their files would take ever longer.
                     bar.update(min(ranks.world, count - bar.n))

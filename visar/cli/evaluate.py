@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visar.cli.cluster import spread
 from visar.cli.common import load_model, samplers_of
 from visar.cli.output import show
 from visar.cli.parsers.options import params_of, settings_of
@@ -23,10 +25,11 @@ def fid(options: argparse.Namespace) -> int:
     from visar.eval.quality.image_folder import ImageFolder
     from visar.eval.quality.measure import measure
 
-    found = measure(
-        options.protocol, ImageFolder.open(options.folder), options.reference, device=device_of(options.device),
-        batch=options.batch, seed=options.seed, weights=options.weights,
-    )  # fmt: skip
+    with ExitStack() as stack:
+        found = measure(
+            options.protocol, ImageFolder.open(options.folder), options.reference, device=device_of(options.device),
+            batch=options.batch, seed=options.seed, weights=options.weights, extractor=spread(options, stack),
+        )  # fmt: skip
     for name, reason in found.left_out.items():
         print(f"visar: note: {name} was left out: {reason}.", file=sys.stderr)
     show(options, str(found), found.to_dict())
@@ -38,9 +41,11 @@ def clip(options: argparse.Namespace) -> int:
     from visar.eval.quality.measure import measure
 
     images = ImageFolder.open(options.folder, captions=options.captions)
-    found = measure(
-        options.protocol, images, device=device_of(options.device), batch=options.batch, weights=options.weights
-    )
+    with ExitStack() as stack:
+        found = measure(
+            options.protocol, images, device=device_of(options.device), batch=options.batch, weights=options.weights,
+            extractor=spread(options, stack),
+        )  # fmt: skip
     show(options, str(found), found.to_dict())
     return 0
 
@@ -51,14 +56,11 @@ def stats(options: argparse.Namespace) -> int:
     if Path(options.out).suffix != ".npz":
         raise VisarError(f"Statistics are written as .npz, not {options.out}.")
     check_output(options.out)
-    found = reference_stats(
-        options.protocol,
-        options.sources,
-        options.out,
-        device=device_of(options.device),
-        batch=options.batch,
-        weights=options.weights,
-    )
+    with ExitStack() as stack:
+        found = reference_stats(
+            options.protocol, options.sources, options.out, device=device_of(options.device), batch=options.batch,
+            weights=options.weights, extractor=spread(options, stack),
+        )  # fmt: skip
     count = next(iter(found.moments.values())).n
     show(options, f"{options.out}: {count} images, sha256:{found.fingerprint[:12]}", found.provenance)
     return 0

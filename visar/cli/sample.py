@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visar.cli.cluster import crew_of
 from visar.cli.common import load_model, tokens_of
 from visar.cli.generate import chosen_sampler
 from visar.cli.output import show
@@ -39,6 +40,7 @@ def sample(options: argparse.Namespace) -> int:
 
 def _sample(options: argparse.Namespace, ranks: Ranks) -> int:
     from visar.bulk import export_npz, sample_images
+    from visar.bulk.work import own_share
 
     with ExitStack() as stack:
         # Everything that can be wrong is checked before the weights are read.
@@ -46,11 +48,13 @@ def _sample(options: argparse.Namespace, ranks: Ranks) -> int:
         conditions, sampler = ranks.agree(lambda: _checked(options, params))
         ranks.agree(lambda: _own_device(options, ranks))
         ranks.agree(lambda: stack.enter_context(output_folder(options.out)))
-        model = ranks.agree(lambda: load_model(options, "class" if options.classes else "prompt"))
+        kind = "class" if options.classes else "prompt"
+        crew, here = ranks.agree(lambda: crew_of(options, kind, stack))
+        model = ranks.agree(lambda: load_model(here, kind))
         model.bar = {"disable": True}
         done = sample_images(
             model, conditions, options.out, count=options.num_images, sampler=sampler, batch=options.batch,
-            tokens=options.tokens, ranks=ranks, name=options.model, drafters=options.drafter,
+            tokens=options.tokens, ranks=ranks, crew=crew or own_share, name=options.model, drafters=options.drafter,
             progress=sys.stderr.isatty() and options.json is None, **settings_of(params),
         )  # fmt: skip
         if ranks.rank == 0 and options.npz:

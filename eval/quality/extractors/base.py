@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class Extractor(ABC):
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is off by a thousandth
         with torch.inference_mode(), exact:
             return {name: found.float().cpu() for name, found in self.extract(images).items()}
+
+    def each(self, batches: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The features of each of many batches, in order."""
+        return map(self, batches)
 
     @abstractmethod
     def extract(self, images: Tensor) -> dict[str, Tensor]:

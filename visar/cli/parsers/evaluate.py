@@ -2,6 +2,7 @@
 
 from visar.cli.parsers.base import CommandParser, Group, add_commands, seed, whole
 from visar.cli.parsers.options import (
+    cluster_options,
     device_option,
     json_option,
     model_options,
@@ -32,6 +33,7 @@ def fid(p: CommandParser) -> None:
     p.add_argument("--reference", metavar="PATH", help="images, or statistics: of `visar eval stats`, or published")
     p.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of KID's subsets")
     _extractor_options(p)
+    cluster_options(p)
 
 
 def clip(p: CommandParser) -> None:
@@ -44,6 +46,7 @@ def clip(p: CommandParser) -> None:
     p.add_argument("--protocol", default="clip-vit-b32", metavar="PROTOCOL", help=PROTOCOL)
     p.add_argument("--captions", metavar="FILE", help="a JSON object of id and caption, if the folder has none")
     _extractor_options(p)
+    cluster_options(p)
 
 
 def stats(p: CommandParser) -> None:
@@ -56,6 +59,7 @@ def stats(p: CommandParser) -> None:
     p.add_argument("--protocol", required=True, metavar="PROTOCOL", help=PROTOCOL)
     p.add_argument("-o", "--out", required=True, metavar="FILE", help="an .npz file")
     _extractor_options(p)
+    cluster_options(p)
 
 
 def compare(p: CommandParser) -> None:

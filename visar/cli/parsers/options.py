@@ -89,6 +89,16 @@ def _reader(f: Field[Any]) -> Callable[[str], Any]:
     return read
 
 
+def cluster_options(parser: CommandParser) -> None:
+    """Workers on a Ray cluster."""
+    group = parser.add_argument_group("Many machines")
+    group.add_argument("--launcher", choices=("ray",), help="share the work among workers on a Ray cluster")
+    group.add_argument("--workers", type=whole(1), metavar="N", help="how many (default: one for each GPU, or one)")
+    group.add_argument(
+        "--ray-address", metavar="ADDRESS", help='"auto", or host:port (default: a cluster of this machine alone)'
+    )
+
+
 def model_options(parser: CommandParser, *, several: bool = False, quantize: bool = True) -> None:
     """Which model, on which device, in which dtype."""
     group = parser.add_argument_group("Model")

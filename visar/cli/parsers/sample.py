@@ -1,7 +1,7 @@
 """The options of `visar sample` and `visar export`."""
 
 from visar.cli.parsers.base import CommandParser, whole
-from visar.cli.parsers.options import json_option, model_options, sampler_options, sampling_options
+from visar.cli.parsers.options import cluster_options, json_option, model_options, sampler_options, sampling_options
 
 
 def sample(p: CommandParser) -> None:
@@ -29,6 +29,7 @@ def sample(p: CommandParser) -> None:
         "--npz", metavar="FILE", help="also write all images to one .npz file, as ADM's evaluator reads"
     )
     json_option(output, "the summary")
+    cluster_options(p)
     model_options(p)
     sampler_options(p)
     sampling_options(p)

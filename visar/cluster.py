@@ -1,0 +1,62 @@
+"""Ray: the cluster that bulk runs, features and servers work on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from visar.errors import VisarError
+
+STARTS = 3  # of a cluster of this machine: its processes give up early where it is busy
+
+
+def ray_module() -> Any:
+    """The module `ray`. Raises `VisarError` where it is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would otherwise make the environment of `uv run` anew for each of its workers.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise VisarError("This needs Ray: pip install 'visar[cluster]'.") from error
+    return ray
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[Any]:
+    """Ray's module, connected to the cluster at `address` ("auto" for one that runs on this machine).
+
+    Without one, a cluster of this machine alone is started, which ends with the block; one that this process is
+    already connected to is left as it is. Raises `VisarError` where there is none.
+    """
+    ray = ray_module()
+    if ray.is_initialized():
+        yield ray
+        return
+    own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(address=address or "local", log_to_driver=False, **({} if address else own))
+            break
+        except Exception as error:
+            ray.shutdown()
+            if address:
+                raise VisarError(f"There is no Ray cluster at {address!r}: {error}") from error
+            if attempt == STARTS:
+                raise VisarError(f"Ray could not be started on this machine: {error}") from error
+            time.sleep(5)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def devices(ray: Any, device: str) -> dict[str, int]:
+    """What an actor with a model on `device` takes of the cluster: a GPU if there are any and they may be used."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if device.startswith("cuda") and not gpus:
+        raise VisarError("No machine of the Ray cluster has a GPU.")
+    return {"num_cpus": 1, "num_gpus": 1 if gpus and device != "cpu" else 0}
