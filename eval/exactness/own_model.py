@@ -19,6 +19,7 @@ from torch import Tensor
 from visar import user_code
 from visar.engine.callable_session import Logits, of_positions
 from visar.engine.drafter import SessionDrafter
+from visar.engine.layout import Layout
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.engine.session import Session
@@ -133,6 +134,7 @@ class Flattened(Session):
 def decoded(subject: Subject, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
     """Decode these image indices as one batch; a sampler that drafts does so with a session of the same kind."""
     session = subject.make(len(images), sampler.window)
+    session.layout = session.layout or Layout(session.length, 1)  # for samplers that draft from the row above
     if hasattr(sampler, "drafter"):
         # The root of the drafter's own session is one node before that of the tree.
         session.drafter = SessionDrafter(Flattened(subject.make(len(images), sampler.window + 1)))

@@ -33,7 +33,7 @@ pipe = TextToImagePipeline.from_pretrained(model)
 pipe.set_progress_bar_config(disable=True)
 
 def run(folder):
-    return sample_images(pipe, prompts, folder, count=3, batch=2, tokens=True)
+    return sample_images(pipe, prompts, folder, count=2, batch=1, tokens=True)
 
 def killed(folder, at):
     left = at
@@ -62,11 +62,11 @@ def killed(folder, at):
 run(out / "whole")
 at = 1
 while killed(out / str(at), at):
-    # Once more, so that what two kills leave is there together.
-    killed(out / str(at), 4)
+    if at % 2:  # once more, so that what two kills leave is there together
+        killed(out / str(at), 4)
     saved = len(list((out / str(at)).glob("[!.]*.png")))
     drawn = run(out / str(at)).sampled
-    assert drawn <= 3 - saved + 1, at  # at most one image was saved and had no line yet
+    assert drawn <= 2 - saved + 1, at  # at most one image was saved and had no line yet
     at += 1
 print(at)
 """
@@ -77,7 +77,7 @@ def test_a_kill_at_any_moment_loses_nothing(text_folder: Path, tmp_path: Path) -
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kills = int(done.stdout)
-    assert kills > 20  # description, 3 images with their lines, manifest, and what is taken away
+    assert kills > 14  # description, 2 images with their lines, manifest, and what is taken away
     whole = tmp_path / "whole"
     for at in range(1, kills):
         folder = tmp_path / str(at)
@@ -115,6 +115,7 @@ def alone(text_folder: Path, prompts: Path, tmp_path_factory: pytest.TempPathFac
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(text_folder: Path, prompts: Path, alone: Path, tmp_path: Path) -> None:
     """A real command, killed when its third image appears."""
     out = tmp_path / "out"
@@ -184,14 +185,13 @@ print(json.dumps(codes))
 
 
 def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alone: Path, tmp_path: Path) -> None:
-    """Two ranks; five; two of which one is killed, then three that go on; and errors, said once.
+    """Two ranks; two of which one is killed, then three that go on; and errors, said once.
 
     Of the errors one is found by all ranks, and one by rank 1 alone.
     """
-    two, many, killed, new = (tmp_path / name for name in ("two", "many", "killed", "new"))
+    two, killed, new = (tmp_path / name for name in ("two", "killed", "new"))
     given = [
         (2, 0, 0, arguments(text_folder, prompts, two)),
-        (5, 0, 0, arguments(text_folder, prompts, many)),
         (2, 1, 0, arguments(text_folder, prompts, killed)),
         (3, 0, 0, arguments(text_folder, prompts, killed)),
         (2, 0, 0, ["sample", "--sampler", "scdd", *arguments(text_folder, prompts, new)[1:]]),
@@ -201,8 +201,8 @@ def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alo
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     *printed, codes = done.stdout.splitlines()
-    assert json.loads(codes) == [[0] * 2, [0] * 5, [-signal.SIGKILL], [0] * 3, [2] * 2, [2] * 2], done.stderr
-    for out in (two, many, killed):
+    assert json.loads(codes) == [[0] * 2, [-signal.SIGKILL], [0] * 3, [2] * 2, [2] * 2], done.stderr
+    for out in (two, killed):
         assert images(out) == images(alone) and told(out) == told(alone) and names(out) == names(alone)
 
     folder = RunFolder(tmp_path / "killed-left")
@@ -214,8 +214,8 @@ def test_ranks_make_the_set_of_one_process(text_folder: Path, prompts: Path, alo
         lines = journal.read_text().splitlines() if journal.exists() else []
         assert all(int(json.loads(line)["id"]) % 2 == rank for line in lines)
     assert "manifest.jsonl" not in names(folder.path) and [n for n in names(folder.path) if ".partial." in n]
-    drawn = (COUNT, COUNT, COUNT - len(folder.done()))
-    for line, out, number in zip(printed, (two, many, killed), drawn, strict=True):  # rank 0 alone prints
+    drawn = (COUNT, COUNT - len(folder.done()))
+    for line, out, number in zip(printed, (two, killed), drawn, strict=True):  # rank 0 alone prints
         assert line.startswith(f"scd (exact): {COUNT} images in {out}, {number} of them sampled now, ")
 
     ours = [line for line in done.stderr.splitlines() if line.startswith("visar:")]

@@ -134,7 +134,7 @@ class Stop(BaseException):
     """A kill, as far as one process can show it."""
 
 
-@pytest.mark.parametrize("after", range(7))
+@pytest.mark.parametrize("after", [0, 1, 3, 6])
 def test_a_run_goes_on(
     go: Callable[..., Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:

@@ -43,15 +43,14 @@ def tokens(pipe: Pipe, condition: Any, **settings: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", samplers_for("discrete"))
 def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, drafters: list[Path], name: str) -> None:
-    prompts = ["red heart", "cat", "star"]
-    for folder in drafters:
+    for folder in drafters if spec_of(name).drafter else ():
         text_pipe.load_drafter(folder)
     sampler = get_sampler(name, **({"ahead": 2} if name == "zipar" else {}))  # of rows of five tokens
-    out = text_pipe(prompts, sampler=sampler, seed=9, output_type="tokens")
+    out = text_pipe(["red heart", "cat"], sampler=sampler, seed=9, output_type="tokens")
     stats = out.stats
     assert (stats.sampler, stats.exact, stats.exactness) == (name, spec_of(name).exact, spec_of(name).exactness)
     assert stats.exact == (stats.exactness == "exact")
-    assert (stats.images, stats.tokens, stats.seed) == (3, TOKENS, 9)
+    assert (stats.images, stats.tokens, stats.seed) == (2, TOKENS, 9)
     assert stats.passes_per_image == (out.commit_pass.amax(1) + 1).tolist()
     assert stats.nfe == max(stats.passes_per_image) + 1  # and the prefill of the caption
     assert stats.tokens_per_pass == TOKENS / max(stats.passes_per_image)  # of the batch, which waits for its slowest
@@ -64,9 +63,7 @@ def test_stats_of_every_sampler(text_pipe: TextToImagePipeline, drafters: list[P
     else:
         assert stats.nfe < TOKENS
     assert json.loads(json.dumps(stats.to_dict()))["gb_per_second"] == stats.gb_per_second
-    assert str(stats).startswith(f"{name} ({stats.exactness}): {stats.nfe} NFE for {TOKENS} tokens x 3 images")
-    again = text_pipe(prompts, sampler=sampler, seed=9, output_type="tokens")
-    assert torch.equal(again.tokens, out.tokens)
+    assert str(stats).startswith(f"{name} ({stats.exactness}): {stats.nfe} NFE for {TOKENS} tokens x 2 images")
 
 
 def test_no_prefill_for_a_class(class_pipe: ClassToImagePipeline) -> None:

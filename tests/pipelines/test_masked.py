@@ -27,6 +27,7 @@ GRID = 3
 SMALL: dict[str, Any] = dict(token_dim=4, grid=GRID, dim=32, encoder_layers=1, decoder_layers=1, num_heads=2,
                              head_width=32, head_layers=1, latest=500)  # fmt: skip
 FAST = dict(steps=4, head_steps=6)
+QUICK = ("mar", "mar-headspec", "cspd-exact")  # the others are much like these
 
 
 def text_mar(seed: int = 0, **other: Any) -> MAR:
@@ -116,7 +117,9 @@ def test_a_image_depends_on_seed_and_prompt_alone(pipe: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("name", samplers_for("continuous"))
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in samplers_for("continuous")]
+)
 def test_images_have_seeds_of_their_own(pipe: Any, name: str) -> None:
     prompts, seeds = ["red heart", "blue cat", "red heart"], [3, 4, 5]
     together = pipe(prompts, sampler=fast(name), seed=seeds, output_type="tokens").tokens

@@ -5,7 +5,6 @@ Arguments of diffusers work, or raise a `VisarError` that says what to use inste
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,13 +23,14 @@ from visar.families.registry import family_of, family_of_components
 from visar.families.source import HubOptions, check_condition, open_source
 from visar.generation.model import ImageModel
 from visar.generation.output import ImageOutput
-from visar.generation.progress import Progress, StepCallback
+from visar.generation.progress import StepCallback
 from visar.generation.rows import listed
 from visar.generation.saving import save
-from visar.params import SamplingParams, is_list, whole
-from visar.samplers import get_sampler
+from visar.params import SamplingParams, whole
+from visar.pipelines.arguments import device_from, dtype_of, seeds_of, step_callback, with_steps
 
-CALLBACK_INPUTS = ("tokens", "commit_pass", "lengths")  # tensors that `callback_on_step_end` may ask for
+CALL = ("sampler", "window", "num_images_per_prompt", "generator", "output_type", "callback", "callback_on_step_end",
+        "return_dict", "height", "width", "num_inference_steps")  # fmt: skip
 LOADING = ("torch_dtype", "dtype", "device_map", "revision", "variant", "cache_dir", "token", "local_files_only",
            "subfolder")  # fmt: skip
 FILES = ("vq", "vae", "text_encoder", "image_size", "num_heads", "ema")  # arguments for published files
@@ -132,7 +132,7 @@ class ImagePipeline(DiffusionPipeline):
         for key in options:
             if key not in parts or source.files:
                 raise unknown("keyword", key, [*LOADING, *(FILES if source.files else sorted(parts))])
-        device, dtype = _device_of(loading.get("device_map")), _dtype_of(loading)
+        device, dtype = device_from(loading.get("device_map")), dtype_of(loading)
         model = ImageModel(family.load(source), source.folder)
         pipe = kinds.get(model.family.condition, cls)(image_model=model)
         given = [value for value in (device, dtype) if value is not None]
@@ -161,7 +161,7 @@ class ImagePipeline(DiffusionPipeline):
                 dtype = value
             else:
                 device = value
-        self.image_model.to(None if device is None else device_of(device), _dtype_of({"dtype": dtype}))
+        self.image_model.to(None if device is None else device_of(device), dtype_of({"dtype": dtype}))
         return self
 
     @property
@@ -265,7 +265,7 @@ class ImagePipeline(DiffusionPipeline):
         for what, value, own in (("height", height, family.pixels[0]), ("width", width, family.pixels[1])):
             if value is not None and whole(what, value) != own:
                 raise VisarError(f"{what} must be {own}: this model makes images of one size.")
-        sampler = _with_steps(self.image_model, sampler, num_inference_steps)
+        sampler = with_steps(self.image_model, sampler, num_inference_steps)
         if conditions is None:
             raise VisarError(f"No {self.condition} was given.")
         conditions = listed(conditions)
@@ -283,7 +283,7 @@ class ImagePipeline(DiffusionPipeline):
         if callback_on_step_end is not None:
             if callback is not None:
                 raise VisarError("Give callback or callback_on_step_end, not both.")
-            callback = _step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+            callback = step_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         if "seed" in settings and settings["seed"] is None:
             settings.pop("seed")
             params = replace(params or SamplingParams(), seed=None)
@@ -291,97 +291,6 @@ class ImagePipeline(DiffusionPipeline):
             conditions, params, sampler=sampler, num_images=count, callback=callback, **options, **settings
         )
         return out if return_dict else out.to_tuple()
-
-
-CALL = ("sampler", "window", "num_images_per_prompt", "generator", "output_type", "callback", "callback_on_step_end",
-        "return_dict", "height", "width", "num_inference_steps")  # fmt: skip
-
-
-def seeds_of(generator: Any, images: int) -> int | list[int]:
-    """The seed of a call for a `torch.Generator`; for a list of them, one for each image.
-
-    A seed is a random number of the generator, so that successive calls with one generator give different images, and
-    generators with equal seeds give equal images. Raises `VisarError` for other types.
-    """
-    generators = list(generator) if is_list(generator) else [generator]
-    for one in generators:
-        if not isinstance(one, torch.Generator):
-            raise VisarError(f"generator must be a torch.Generator, not a {type(one).__name__}; or give seed=.")
-    if len(generators) not in (1, images):
-        raise VisarError(f"There are {len(generators)} generators for {images} images; give one, or one for each.")
-    seeds = [int(torch.randint(2**62, (), generator=one, device=one.device)) for one in generators]
-    return seeds[0] if len(seeds) == 1 else seeds
-
-
-def _with_steps(model: ImageModel, sampler: Any, steps: int | None) -> Any:
-    """The sampler with this number of passes. Raises `VisarError` if it has no fixed number."""
-    if steps is None:
-        return sampler
-    method = model.sampler_of(sampler)
-    if "steps" not in getattr(method, "__dataclass_fields__", {}):
-        raise VisarError(
-            f"num_inference_steps has no meaning for the sampler {method.name!r}, which ends when all tokens are "
-            "committed; samplers of continuous tokens have steps."
-        )
-    return get_sampler(method, steps=whole("num_inference_steps", steps))
-
-
-def _step_callback(pipe: Any, callback: Callable[..., Any], names: Sequence[str] | None) -> StepCallback:
-    """`callback(pipe, step, timestep, tensors)` as in diffusers; the step counts passes from 0."""
-    names = getattr(callback, "tensor_inputs", names)  # a callback object of diffusers
-    names = CALLBACK_INPUTS if names is None else [names] if isinstance(names, str) else names
-    for name in names:
-        if name not in CALLBACK_INPUTS:
-            raise unknown("callback tensor", name, CALLBACK_INPUTS)
-    try:
-        inspect.signature(callback).bind(pipe, 0, 0, {})
-    except TypeError as error:
-        raise VisarError("callback_on_step_end must be a function of (pipe, step, timestep, tensors).") from error
-
-    def tell(now: Progress) -> None:
-        tensors = {name: getattr(now, name) for name in names}
-        versions = {name: value._version for name, value in tensors.items()}
-        returned = callback(pipe, now.passes - 1, now.passes - 1, dict(tensors))
-        found = returned if isinstance(returned, Mapping) else {}
-        changed = [
-            name
-            for name, value in tensors.items()
-            if value._version != versions[name] or not _same(found.get(name, value), value)
-        ]
-        if changed or not isinstance(returned, Mapping | None):
-            raise VisarError(
-                f"callback_on_step_end cannot change {', '.join(changed or names)}: that would change the sampled "
-                "distribution. Return the tensors as they are, or nothing."
-            )
-        if getattr(pipe, "_interrupt", False):
-            pipe._interrupt = False
-            raise VisarError("An image that is not finished cannot be returned; raise an exception to stop decoding.")
-
-    return tell
-
-
-def _same(given: Any, own: Tensor) -> bool:
-    return given is own or (isinstance(given, Tensor) and torch.equal(given, own))
-
-
-def _dtype_of(loading: Mapping[str, Any]) -> torch.dtype | None:
-    asked = {value for key in ("dtype", "torch_dtype") if (value := loading.get(key)) is not None}
-    dtypes = {getattr(torch, value, value) if isinstance(value, str) else value for value in asked}
-    if len(dtypes) > 1:
-        raise VisarError("dtype and torch_dtype are two names of one thing; give one of them.")
-    (dtype,) = dtypes or {None}
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise VisarError(f"dtype must be a floating torch.dtype, such as torch.bfloat16, not {dtype!r}.")
-    return dtype
-
-
-def _device_of(device_map: Any) -> torch.device | None:
-    spread = ("auto", "balanced", "sequential", "balanced_low_0")
-    if device_map is None:
-        return None
-    if isinstance(device_map, str | torch.device) and device_map not in spread:
-        return device_of(device_map)
-    raise VisarError(f"device_map must be one device, such as 'cuda', not {device_map!r}: a model is on one device.")
 
 
 def _assembled(components: dict[str, Any]) -> ImageModel:

@@ -12,7 +12,8 @@ from visar.errors import VisarError
 from visar.generation.output import ImageOutput
 from visar.generation.progress import StepCallback
 from visar.params import SamplingParams
-from visar.pipelines.base import CALLBACK_INPUTS, ImagePipeline
+from visar.pipelines.arguments import CALLBACK_INPUTS
+from visar.pipelines.base import ImagePipeline
 
 
 class ClassToImagePipeline(ImagePipeline):

@@ -13,7 +13,8 @@ from visar.generation.output import ImageOutput
 from visar.generation.progress import StepCallback
 from visar.generation.rows import listed
 from visar.params import SamplingParams
-from visar.pipelines.base import CALLBACK_INPUTS, ImagePipeline
+from visar.pipelines.arguments import CALLBACK_INPUTS
+from visar.pipelines.base import ImagePipeline
 
 
 class TextToImagePipeline(ImagePipeline):

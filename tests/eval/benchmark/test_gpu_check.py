@@ -20,7 +20,11 @@ needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton wh
 Capture = pytest.CaptureFixture[str]
 
 
-def test_dry_run(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+# The invariant mode under Triton's interpreter is nearly all of it; `tests/kernels/test_invariant.py` has its kernels.
+@pytest.mark.parametrize("without", ["invariant", pytest.param("", marks=pytest.mark.slow)])
+def test_dry_run(without: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = {name: section for name, section in gpu_check.SECTIONS.items() if name != without}
+    monkeypatch.setattr(gpu_check, "SECTIONS", sections)
     path = tmp_path / "new" / "gpu.json"
     for module in (gpu_check, shapes, speed):
         monkeypatch.setattr(module, "bandwidth", lambda *_: 20.0)  # a large copy, again and again

@@ -20,11 +20,12 @@ from visar.eval.exactness.joint import MUTANT_LIMIT
 from visar.eval.exactness.own_model import joint_rows, subject_of, verify_session
 from visar.samplers import Target, get_sampler
 
-PAGE = (Path(__file__).parents[3] / "docs" / "own-model.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.S | re.M)
+DOCS = Path(__file__).parents[3] / "docs"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (DOCS / "own-model.md").read_text(), flags=re.S | re.M)
 MODEL = next(b for b in BLOCKS if b.startswith("# my_model.py"))
 TREES = next(b for b in BLOCKS if "class TreeSession" in b)
 SOURCE = MODEL + "\n\n" + TREES
+ROW_ABOVE = re.findall(r"^```python\n(.*?)^```", (DOCS / "own-sampler.md").read_text(), flags=re.S | re.M)[0]
 SEQUENCES = 8192
 
 
@@ -193,12 +194,18 @@ def test_a_function_decodes_as_a_session_with_a_cache_does(sampler: str) -> None
     assert (plain.passes == 12) if sampler == "ar" else (plain.passes <= 12)
 
 
-def test_a_function_is_verified() -> None:
+def test_a_function_is_verified_by_a_sampler_that_uses_rows(tmp_path: Path) -> None:
+    """The session has no layout, so its images are one column wide, and the row above is the token before."""
+
     def make(batch: int, window: int) -> Session:
         return CallableSession(PLAIN["logits"], batch, 5, 4)
 
-    checks, rows = verify_session(make, PLAIN["logits"], ["sjd"], SEQUENCES)
+    (own := tmp_path / "my_sampler.py").write_text(ROW_ABOVE)
+    checks, rows = verify_session(make, PLAIN["logits"], [f"{own}:small"], SEQUENCES)
     assert all(c.passed for c in checks) and len(rows) == 2 and all(row.passed for row in rows)
+    assert all(row.tokens_per_pass > 1.1 for row in rows)
+    with pytest.raises(VisarError, match="needs a session with a layout"):
+        decode(make(6, 4), get_sampler(f"{own}:small"), Target(), Noise(0, torch.arange(6)))
 
 
 def test_ten_tokens_of_two_values_are_verified() -> None:
