@@ -132,7 +132,7 @@ def test_metadata(metadata: email.message.Message, wheel: Path) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("visar", visar.__version__)
     assert wheel.name == f"visar-{visar.__version__}-py3-none-any.whl"
     assert metadata["Requires-Python"] == ">=3.10" and metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "docs", "eval", "train"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "docs", "eval", "serve", "train"}
     classifiers = metadata.get_all("Classifier", [])
     assert not any(c.startswith("License ::") for c in classifiers)  # the expression says it
     minors = {int(c.rpartition(".")[2]) for c in classifiers if re.fullmatch(r"Programming .* 3\.\d+", c)}

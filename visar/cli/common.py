@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import errno
 import re
+import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -112,3 +115,37 @@ def load_model(options: argparse.Namespace, condition: str | None = None) -> Ima
     model.to(dtype=getattr(torch, options.dtype) if options.dtype else model.family.fastest_dtype)
     model.quantize(getattr(options, "quantize", None) or "native")
     return model
+
+
+def each_model(options: argparse.Namespace, default: list[str]) -> list[argparse.Namespace]:
+    """The options of each model of a command that takes several. Raises `VisarError` for files that fit one only."""
+    wanted = options.models or default
+    if len(wanted) > 1 and (options.vq or options.vae):
+        raise VisarError("A published file is served alone, with its --vq or --vae; give one --model.")
+    if len(wanted) > 1 and options.drafter:
+        raise VisarError("A drafter is for one model; give one --model.")
+    each = [copy.copy(options) for _ in wanted]
+    for own, name in zip(each, wanted, strict=True):
+        own.model = name
+    return each
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket with this address, and for port 0 with one that is free; a `VisarError` where there is none."""
+    if not 0 <= port < 65536:
+        raise VisarError(f"--port must be from 0 (any that is free) to 65535, not {port}.")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise VisarError(f"There is no address {host!r} to listen on; --host takes one of this machine.") from error
+    made = socket.socket(family, kind, protocol)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise VisarError(f"{host} is no address of this machine; --host takes one that is.") from error
+        why = error.strerror or str(error)
+        raise VisarError(f"Cannot listen on {host}:{port} ({why}); use another --port.") from error
+    return made

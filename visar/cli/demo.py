@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import copy
-import errno
-import socket
 from typing import TYPE_CHECKING
 
-from visar.cli.common import load_model
+from visar.cli.common import bound, each_model, load_model
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
@@ -22,9 +19,8 @@ def demo(options: argparse.Namespace) -> int:
     except ImportError as error:
         what = "pip install gradio matplotlib, or visar with its extra, 'visar[demo]'"
         raise VisarError(f"The demo needs Gradio and matplotlib: {what}.") from error
-    if not 0 <= options.port < 65536:
-        raise VisarError(f"--port must be from 0 (any that is free) to 65535, not {options.port}.")
-    port = _free_port(options.host, options.port)  # before models are loaded
+    with bound(options.host, options.port) as listener:  # before models are loaded
+        port = int(listener.getsockname()[1])
     from visar.demo.app import build
     from visar.demo.guard import Access
     from visar.demo.jobs import end_all
@@ -52,32 +48,4 @@ def demo(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> list[tuple[str, ImageModel]]:
     """The pipelines of all models that were asked for, by what they were called."""
-    wanted = options.models or ["icons", "icons-mar"]
-    each = []
-    for name in wanted:
-        own = copy.copy(options)
-        own.model = name
-        each.append(own)
-    if len(wanted) > 1 and (options.vq or options.vae):
-        raise VisarError("A published file is served alone, with its --vq or --vae; give one --model.")
-    if len(wanted) > 1 and options.drafter:
-        raise VisarError("A drafter is for one model; give one --model.")
-    return [(own.model, load_model(own)) for own in each]
-
-
-def _free_port(host: str, port: int) -> int:
-    """The port, or for 0 one that is free; a `VisarError` where it cannot be listened on."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        raise VisarError(f"There is no address {host!r} to listen on; --host takes one of this machine.") from error
-    try:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise VisarError(f"{host} is no address of this machine; --host takes one that is.") from error
-        why = error.strerror or str(error)
-        raise VisarError(f"Cannot listen on {host}:{port} ({why}); use another --port.") from error
+    return [(own.model, load_model(own)) for own in each_model(options, ["icons", "icons-mar"])]

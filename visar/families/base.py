@@ -116,6 +116,11 @@ class Family(ABC):
         found = getattr(self.components.get("text_encoder"), "notes", None)
         return found(conditions) if found else []
 
+    def left_out(self, conditions: Sequence[Any]) -> list[str]:
+        """Sentences about what of the conditions is not used. Raises `VisarError` where nothing of one is left."""
+        found = getattr(self.components.get("text_encoder"), "left_out", None)
+        return found(conditions) if found else []
+
     # Pixels
 
     @abstractmethod

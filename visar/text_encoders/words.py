@@ -126,17 +126,25 @@ class WordEncoder(nn.Module):
         """
         slots = []
         for prompt in prompts:
+            for note in self.left_out([prompt]):
+                warnings.warn(note, stacklevel=2)
+            slots.append((self.ids(prompt)[0] * self.length)[-self.length :])
+        at = torch.tensor(slots, device=self.device)
+        features = self.table[at].float() * self.scale[at].float().unsqueeze(-1)
+        return features, torch.ones(at.shape, dtype=torch.bool, device=self.device)
+
+    def left_out(self, prompts: Sequence[str]) -> list[str]:
+        """Which words are not used, in sentences. Raises `VisarError` for a prompt with no known word."""
+        said = []
+        for prompt in prompts:
             rows, missing = self.ids(prompt)
             if not rows:
                 raise VisarError(f"No word of the prompt {prompt!r} is known to this model; use English words.")
             if missing:
-                warnings.warn(f"Words not known to this model were left out: {', '.join(missing)}.", stacklevel=2)
+                said.append(f"Words not known to this model were left out: {', '.join(missing)}.")
             if len(rows) > self.length:
-                warnings.warn(f"Only the last {self.length} words of a long prompt are used.", stacklevel=2)
-            slots.append((rows * self.length)[-self.length :])
-        at = torch.tensor(slots, device=self.device)
-        features = self.table[at].float() * self.scale[at].float().unsqueeze(-1)
-        return features, torch.ones(at.shape, dtype=torch.bool, device=self.device)
+                said.append(f"Only the last {self.length} words of a long prompt are used.")
+        return said
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
         """What of the prompts the model was not trained on, in sentences, each once; none where it is not known."""

@@ -10,7 +10,7 @@ def demo(p: CommandParser) -> None:
     visar demo
     visar demo --model icons --port 7861 --max-images 2
     """
-    model_options(p, several=True)
+    model_options(p, several="icons and icons-mar")
     drafter_option(p.add_argument_group("Model"))
     server = p.add_argument_group("Server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")

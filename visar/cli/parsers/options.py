@@ -99,8 +99,8 @@ def cluster_options(parser: CommandParser) -> None:
     )
 
 
-def model_options(parser: CommandParser, *, several: bool = False, quantize: bool = True) -> None:
-    """Which model, on which device, in which dtype."""
+def model_options(parser: CommandParser, *, several: str = "", quantize: bool = True) -> None:
+    """Which model, on which device, in which dtype; of `several` models, the text says which are the default."""
     group = parser.add_argument_group("Model")
     what = "a name of `visar models`, a folder, a hub id, or a published weights file"
     if several:
@@ -109,7 +109,7 @@ def model_options(parser: CommandParser, *, several: bool = False, quantize: boo
             dest="models",
             action="append",
             metavar=MODEL_OR_PATH,
-            help=f"{what}; repeatable (default: icons and icons-mar)",
+            help=f"{what}; repeatable (default: {several})",
         )
     else:
         group.add_argument("--model", default="icons", metavar=MODEL_OR_PATH, help=what)
@@ -143,8 +143,8 @@ def device_option(group: Group) -> None:
     group.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:1")
 
 
-def sampler_options(parser: CommandParser, *, several: str = "") -> None:
-    """Which sampler and its parameters; of `several` samplers, the text says which are the default."""
+def sampler_options(parser: CommandParser, *, several: str = "", repeatable: str = "") -> None:
+    """Which sampler and its parameters; of `several` or `repeatable` ones, the text says which are the default."""
     group = parser.add_argument_group("Sampler")
     if several:
         group.add_argument(
@@ -152,6 +152,14 @@ def sampler_options(parser: CommandParser, *, several: str = "") -> None:
             type=names,
             metavar="SAMPLERS",
             help=f"names of `visar samplers`, separated by commas; with parameters: sjd:window=8 (default: {several})",
+        )
+    elif repeatable:
+        group.add_argument(
+            "--sampler",
+            dest="samplers",
+            action="append",
+            metavar="SAMPLER",
+            help=f"a name of `visar samplers`, also with parameters: sjd:window=8; repeatable (default: {repeatable})",
         )
     else:
         group.add_argument(
