@@ -15,6 +15,8 @@ from visar.kernels.rotary_append import rotary_append
 class KVCache:
     """Static keys and values, [layers, rows, slots, heads, head_dim] each. Rolling back is overwriting.
 
+    `heads` are those of keys and values, which several heads of queries may share.
+
     In memory the slots of one head are contiguous. On a CPU the cache is fp32 whatever the model is, because
     attention of one token in bfloat16 takes twice as long there, and float64 in the invariant mode.
     """
