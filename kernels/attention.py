@@ -158,8 +158,9 @@ def _attend(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One split of the slots for one block of the queries of one row and head of keys, which `group` heads share.
 
-    Query n of a block is that of input n // `group`. Where there is one split `out` [R, W, H, D] is the result; else `out` [splits, R, W, H, D] (fp32) is a sum that is
-    not divided yet, with the largest logit (base 2) in `maxima` [splits, R, W, H] and the sum of weights in `sums`.
+    Query n is that of input n // `group`. Where there is one split `out` [R, W, H, D] is the result; else `out`
+    [splits, R, W, H, D] (fp32) is a sum that is not divided yet, with the largest logit (base 2) in `maxima`
+    [splits, R, W, H] and the sum of weights in `sums`.
     """
     shared = heads // group
     row, key_head = (tl.program_id(0) // shared).to(tl.int64), tl.program_id(0) % shared

@@ -242,9 +242,9 @@ def compile_some() -> None:
         types |= dict.fromkeys(("maxima", "sums", "bias"), "*fp32") | dict.fromkeys(("root", "ancestors"), "*i64")
         types |= {"out": "*fp32" if rich else "*" + dtype, "scale": "fp32"}
         constants = {
-            "dim": dim, "group": 16 if rich else 1, "unit": 16 if dim == 64 else 4, "splits": 3 if rich else 1, "is_tree": rich, "has_bias": rich,
-            "widened": False, "block_q": (32 if wide else 64) if rich else 16, "block_d": block_d,
-            "block_s": (32 if block_d == 64 else 16) * (1 if wide else 2),
+            "dim": dim, "group": 16 if rich else 1, "unit": 16 if dim == 64 else 4, "splits": 3 if rich else 1,
+            "is_tree": rich, "has_bias": rich, "widened": False, "block_q": (32 if wide else 64) if rich else 16,
+            "block_d": block_d, "block_s": (32 if block_d == 64 else 16) * (1 if wide else 2),
         }  # fmt: skip
         constants |= {} if rich else {"queries": 1}  # Triton makes a constant of an argument that is 1
         compiled(_attend, types, constants, warps=8 if wide and block_d == 128 else 4)

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# (layer, qkv [B, W, heads of queries, keys and values, head_dim], table) -> attention output [B, W, heads, head_dim]. It
-# rotates q and k by the rotary rows `table`, so that a KV cache can rotate and write them in one kernel.
+# (layer, qkv [B, W, heads of queries, keys and values, head_dim], table) -> attention output [B, W, heads, head_dim].
+# It rotates q and k by the rotary rows `table`, so that a KV cache can rotate and write them in one kernel.
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 

@@ -48,6 +48,11 @@ class KVCache:
 
         return attend
 
+    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Write keys and values [rows, W, heads, head_dim] of a layer, which are rotated already, at `slots`."""
+        self.keys[layer][self.rows, slots] = keys.to(self.keys.dtype)
+        self.values[layer][self.rows, slots] = values.to(self.values.dtype)
+
     def move(self, source: Tensor, to: Tensor) -> None:
         """Copy the slots `source` [rows, D] of all layers to the slots `to`; the two may overlap."""
         for cache in (self.keys, self.values):

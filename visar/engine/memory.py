@@ -47,7 +47,8 @@ def decoding_bytes(model: Decoder, batches: int, slots: int, window: int) -> int
     """
     c = model.config
     number = (8 if is_invariant() else 4) if model.device.type == "cpu" else model.dtype.itemsize
-    return batches * 2 * c.num_layers * kv_heads(c) * model.head_dim * slots * number + COPIES * window * c.vocab_size * 4
+    cached = 2 * c.num_layers * kv_heads(c) * model.head_dim * slots * number
+    return batches * cached + COPIES * window * c.vocab_size * 4
 
 
 def check_training(make: Callable[[], M], device: str) -> M:

@@ -58,6 +58,7 @@ class Finished(NamedTuple):
 @dataclass
 class _Taken:
     request: Request
+    prefill_passes: int
     seconds: float = 0.0
     draft_seconds: float = 0.0
 
@@ -121,7 +122,7 @@ class Pool:
             self.model.check_modules()
             self._steady = Steady()
         with self._at_work(), torch.inference_mode():
-            encoded = self.family.encode([request.condition])
+            encoded = self.family.widened(self.family.encode([request.condition]))
             fresh = self._fresh(encoded)
             noise = noise_of([request.condition], request.image, params.seed or 0, device)
             if self._slots is None:
@@ -130,7 +131,7 @@ class Pool:
             if isinstance(self.guidance, RowGuidance):
                 self.guidance.place(row, guidance)
             self._slots.admit(row, fresh, target, noise)
-        self.rows[row] = _Taken(request)
+        self.rows[row] = _Taken(request, fresh.prefill_passes)
         return row
 
     def step(self) -> tuple[list[Finished], list[Request]]:
@@ -173,7 +174,7 @@ class Pool:
         with torch.inference_mode(False):  # outputs are ordinary tensors
             tokens, commit_pass = found.tokens.clone(), found.commit_pass.clone()
         return Finished(
-            taken.request, tokens, commit_pass, passes, passes + slots.session.prefill_passes, taken.seconds,
+            taken.request, tokens, commit_pass, passes, passes + taken.prefill_passes, taken.seconds,
             None if hidden else taken.draft_seconds,
         )  # fmt: skip
 
