@@ -5,7 +5,8 @@ The Triton form is flash decoding: the slots are split among programs, each of w
 FlashAttention (Dao 2023, arXiv:2307.08691) over its part, and a second, small kernel joins the parts. A program works
 out what its queries attend to from the row's root slot and a tree's packed ancestor sets: no mask is ever written, and
 the host never asks the device how far a row is. The torch form builds one mask per pass and calls PyTorch's own
-attention.
+attention. Where G heads of queries share one of keys and values (grouped-query attention, Ainslie et al. 2023,
+arXiv:2305.13245), both forms take them as G * W queries of that head, so that a key is read once and never repeated.
 """
 
 from __future__ import annotations
@@ -91,13 +92,16 @@ class AttentionMetadata:
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, metadata: AttentionMetadata, visible: int, scale: float | None = None
 ) -> Tensor:
-    """Attention [R, W, H, D] of queries q [R, W, H, D] to the first `visible` slots of keys and values [R, S, H, D].
+    """Attention [R, W, H, D] of queries q [R, W, H, D] to the first `visible` slots of keys and values [R, S, K, D].
 
-    `metadata` says which of them a query attends to; one that attends to none gives 0. `scale` is 1 / sqrt(D) unless
-    given. The cache may have any strides as long as D is contiguous; [R, H, S, D] in memory is the fastest on a CPU. A
-    `VisarError` for W over 128 or D over 256; D over 128 runs in torch on a GPU too.
+    K divides H, and head h of the queries attends to head h // (H / K). `metadata` says which slots a query attends to;
+    one that attends to none gives 0. `scale` is 1 / sqrt(D) unless given. The cache may have any strides as long as D
+    is contiguous; [R, K, S, D] in memory is the fastest on a CPU. A `VisarError` for W over 128, D over 256 or a K that
+    does not divide H; D over 128 runs in torch on a GPU too.
     """
-    _, queries, _, dim = q.shape
+    _, queries, heads, dim = q.shape
+    if heads % keys.shape[2]:
+        raise VisarError(f"{heads} heads of queries cannot share {keys.shape[2]} heads of keys evenly.")
     if queries > MOST_QUERIES:
         raise VisarError(f"A pass takes at most {MOST_QUERIES} tokens per row, not {queries}; choose a smaller window.")
     if dim > MOST_DIM:
@@ -123,12 +127,15 @@ def decode_attention_torch(
 def masked_attention(
     q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None = None
 ) -> Tensor:
-    """PyTorch's attention [R, W, H, D] of q [R, W, H, D] to keys and values [R, S, H, D].
+    """PyTorch's attention [R, W, H, D] of q [R, W, H, D] to keys and values [R, S, K, D], K dividing H.
 
     `mask` [R, W, S] is bool, or added to the logits. In the invariant mode all sums are in float64: those of other
     shapes, and of a tree's nodes, which lie in other slots, differ in the 53rd bit, which rounding to bfloat16 hides.
     """
-    dtype, single = q.dtype, q.shape[1] == 1
+    shape, dtype, single = q.shape, q.dtype, q.shape[1] == 1
+    if (group := q.shape[2] // keys.shape[2]) > 1:  # the queries of a head of keys become rows of it
+        q = q.unflatten(2, (-1, group)).transpose(2, 3).flatten(1, 2)
+        mask = mask if mask is None or single else mask.repeat_interleave(group, 1)
     q, k, v = (t.transpose(1, 2) for t in (q, keys, values))
     if is_invariant():
         q, k, v = q.double(), k.double(), v.double()  # a session's cache is float64 already, on a CPU
@@ -138,38 +145,43 @@ def masked_attention(
         mask = mask.unsqueeze(1)
         if mask.is_floating_point() and (q.is_cuda or is_invariant()):
             mask = mask.to(q.dtype)  # PyTorch's kernels for GPUs, and those of float64, ask for it
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).to(dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).to(dtype)
+    return out if group == 1 else out.unflatten(1, (-1, group)).transpose(2, 3).reshape(shape)
 
 
 @jit
 def _attend(  # type: ignore[no-untyped-def]
     q, keys, values, out, maxima, sums, root, ancestors, bias, scale, first, visible, part, queries, heads, trees,
     nodes, q_row, q_query, q_head, k_row, k_slot, k_head, v_row, v_slot, v_head,
-    dim: tl.constexpr, unit: tl.constexpr, splits: tl.constexpr, is_tree: tl.constexpr, has_bias: tl.constexpr,
-    widened: tl.constexpr, block_q: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
+    dim: tl.constexpr, group: tl.constexpr, unit: tl.constexpr, splits: tl.constexpr, is_tree: tl.constexpr,
+    has_bias: tl.constexpr, widened: tl.constexpr, block_q: tl.constexpr, block_s: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
-    """One split of the slots for one block of queries of one row and head.
+    """One split of the slots for one block of the queries of one row and head of keys, which `group` heads share.
 
-    Where there is one split `out` [R, W, H, D] is the result; else `out` [splits, R, W, H, D] (fp32) is a sum that is
-    not divided yet, with the largest logit (base 2) in `maxima` [splits, R, W, H] and the sum of weights in `sums`.
+    Query n is that of input n // `group`. Where there is one split `out` [R, W, H, D] is the result; else `out`
+    [splits, R, W, H, D] (fp32) is a sum that is not divided yet, with the largest logit (base 2) in `maxima`
+    [splits, R, W, H] and the sum of weights in `sums`.
     """
-    row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    shared = heads // group
+    row, key_head = (tl.program_id(0) // shared).to(tl.int64), tl.program_id(0) % shared
     start = tl.program_id(2) * part
-    w = tl.program_id(1) * block_q + tl.arange(0, block_q)
+    n = tl.program_id(1) * block_q + tl.arange(0, block_q)
+    w, head = n // group, key_head * group + n % group
     d = tl.arange(0, block_d)
     here, lanes = w < queries, d < dim
     at_root = tl.load(root + row).to(tl.int32)
     own = first + w  # the node of each query
-    last = tl.minimum(first + (tl.program_id(1) + 1) * block_q, first + queries)  # no query here attends to node `last`
+    fed = ((tl.program_id(1) + 1) * block_q + group - 1) // group
+    last = first + tl.minimum(fed, queries)  # no query here attends to node `last`
     end = tl.minimum(tl.minimum(start + part, visible), at_root + last)
 
     # Strides are passed in units, so that the compiler knows what divides them and loads several numbers at once.
-    at = row * (q_row * unit) + w[:, None] * (q_query * unit) + head * (q_head * unit) + d[None, :]
+    at = row * (q_row * unit) + w[:, None] * (q_query * unit) + head[:, None] * (q_head * unit) + d[None, :]
     x = tl.load(q + at, here[:, None] & lanes[None, :], 0.0)
     if widened:  # Triton's interpreter multiplies the bits of bf16 as integers
         x = x.to(tl.float32)
-    k_base = keys + row * (k_row * unit) + head * (k_head * unit)
-    v_base = values + row * (v_row * unit) + head * (v_head * unit)
+    k_base = keys + row * (k_row * unit) + key_head * (k_head * unit)
+    v_base = values + row * (v_row * unit) + key_head * (v_head * unit)
     if is_tree:
         bits = tl.load(ancestors + (row % trees) * nodes + own, here, 0)
     shift = 0.0
@@ -204,7 +216,7 @@ def _attend(  # type: ignore[no-untyped-def]
         sum_v = sum_v * old[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
 
-    rows = tl.num_programs(0) // heads
+    rows = tl.num_programs(0) // shared
     line = ((tl.program_id(2) * rows + row) * queries + w) * heads + head
     if splits == 1:
         sum_v = sum_v / tl.where(total == 0, 1.0, total)[:, None]
@@ -257,16 +269,19 @@ def decode_attention_triton(
     padding does not touch, and one form serves all W.
     """
     rows, queries, heads, dim = q.shape
+    shared = keys.shape[2]
+    lines = queries * (heads // shared)  # queries of one head of keys
     if any(t.stride(-1) != 1 for t in (q, keys, values)):
         raise ValueError("Queries, keys and values need contiguous heads.")
     block_d, wide = max(16, _power_of_two(dim)), q.dtype == torch.float32
-    block_q = min(max(16, _power_of_two(queries)), 32 if wide else 64)  # the largest that stay within registers
+    block_q = min(max(16, _power_of_two(lines)), 32 if wide else 64)  # the largest that stay within registers
     if is_invariant():
         block_q = 32  # one kind of instruction for every W
     block_s = (32 if block_d <= 64 else 16) * (1 if wide else 2)
-    programs = rows * heads * -(-queries // block_q)
+    blocks = -(-lines // block_q)
+    programs = rows * shared * blocks
     if splits is None:  # a part is not worth a program where its partial sum is as large as what it reads
-        splits = max(1, min(-(-PROGRAMS // programs), visible // max(64, queries)))
+        splits = max(1, min(-(-PROGRAMS // programs), visible // max(64, lines)))
     part = PART if is_invariant() else -(-visible // (splits * block_s)) * block_s
     splits = -(-visible // part)
 
@@ -280,16 +295,16 @@ def decode_attention_triton(
     ancestors = metadata.ancestors if metadata.ancestors is not None else metadata.root[None]  # not read without a tree
     bias = metadata.bias if metadata.bias is not None else metadata.root  # not read either
     scale = dim**-0.5 if scale is None else scale
-    _attend[(rows * heads, -(-queries // block_q), splits)](
+    _attend[(rows * shared, blocks, splits)](
         q, keys, values, partial, maxima, sums, metadata.root, ancestors.contiguous(), bias, scale, metadata.first,
-        visible, part, queries, heads, *ancestors.shape, *strides, dim=dim, unit=unit, splits=splits, is_tree=tree,
-        has_bias=metadata.bias is not None, widened=not q.is_cuda, block_q=block_q, block_s=block_s, block_d=block_d,
-        num_warps=8 if wide and block_d > 64 else 4,
+        visible, part, queries, heads, *ancestors.shape, *strides, dim=dim, group=heads // shared, unit=unit,
+        splits=splits, is_tree=tree, has_bias=metadata.bias is not None, widened=not q.is_cuda, block_q=block_q,
+        block_s=block_s, block_d=block_d, num_warps=8 if wide and block_d > 64 else 4,
     )  # fmt: skip
     if splits > 1:
-        lines = rows * queries * heads
-        _join[(-(-lines // 4),)](
-            out, partial, maxima, sums, lines,
+        every = rows * queries * heads
+        _join[(-(-every // 4),)](
+            out, partial, maxima, sums, every,
             dim=dim, splits=splits, block_n=4, block_p=_power_of_two(splits), block_d=block_d,
         )  # fmt: skip
     return out

@@ -15,9 +15,9 @@ from visar.kernels.backend import jit, tl, use_triton
 def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     """Turn queries and keys, write keys and values into a layer's cache, and give the turned queries [R, W, H, D].
 
-    `qkv` [R, W, 3H, D] has the heads of queries, of keys, then of values; `table` [R, W, D / 2, 2], fp32, is (cos, sin)
-    for each pair; `keys` and `values` [R, S, H, D] are written at `slots` [R, W], int64, which differ within a row.
-    The queries have the cache's dtype.
+    `qkv` [R, W, H + 2K, D] has the heads of queries, of keys, then of values; `table` [R, W, D / 2, 2], fp32, is
+    (cos, sin) for each pair; `keys` and `values` [R, S, K, D] are written at `slots` [R, W], int64, which differ within
+    a row. The queries have the cache's dtype.
     """
     form = rotary_append_triton if use_triton(qkv) else rotary_append_torch
     return form(qkv, table, keys, values, slots)
@@ -25,31 +25,34 @@ def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slot
 
 def rotary_append_torch(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     """`rotary_append` in plain torch, which is also what runs on a CPU."""
-    heads = keys.shape[2]
+    shared = keys.shape[2]
+    heads = qkv.shape[2] - 2 * shared
     # A pair is a complex number, which is several times as fast on a CPU as turning the two parts, and gives the same
     # bits.
-    pairs = torch.view_as_complex(qkv[:, :, : 2 * heads].float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(qkv[:, :, : heads + shared].float().unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * torch.view_as_complex(table).unsqueeze(2)).flatten(-2).to(keys.dtype)
-    q, k = turned.chunk(2, dim=2)
+    q, k = turned.split([heads, shared], dim=2)
     rows = torch.arange(len(slots), device=slots.device)[:, None]
     keys[rows, slots] = k
-    values[rows, slots] = qkv[:, :, 2 * heads :].to(values.dtype)
+    values[rows, slots] = qkv[:, :, heads + shared :].to(values.dtype)
     return q
 
 
 @jit
 def _turn_and_write(  # type: ignore[no-untyped-def]
     out, qkv, table, keys, values, slots, queries, in_row, in_query, in_head, k_row, k_slot, k_head, v_row, v_slot,
-    v_head, heads: tl.constexpr, dim: tl.constexpr, block_h: tl.constexpr, block_p: tl.constexpr,
+    v_head, heads: tl.constexpr, shared: tl.constexpr, dim: tl.constexpr, block_h: tl.constexpr, block_p: tl.constexpr,
 ):  # fmt: skip
     """One input of one row: a block of heads of its queries (`part` 0), keys (1) or values (2)."""
     line = tl.program_id(0).to(tl.int64)
     row, w = line // queries, line % queries
     part = tl.program_id(1)
+    own = tl.where(part == 0, heads, shared)
+    before = tl.where(part == 0, 0, heads + (part - 1) * shared)
     h = tl.program_id(2) * block_h + tl.arange(0, block_h)
     p = tl.arange(0, block_p)
-    here = (h < heads)[:, None] & (p < dim // 2)[None, :]
-    at = row * in_row + w * in_query + (part * heads + h)[:, None].to(tl.int64) * in_head + 2 * p[None, :]
+    here = (h < own)[:, None] & (p < dim // 2)[None, :]
+    at = row * in_row + w * in_query + (before + h)[:, None].to(tl.int64) * in_head + 2 * p[None, :]
     a, b = tl.load(qkv + at, here, 0.0).to(tl.float32), tl.load(qkv + at + 1, here, 0.0).to(tl.float32)
     if part < 2:
         angle = table + line * dim + 2 * p
@@ -68,14 +71,15 @@ def _turn_and_write(  # type: ignore[no-untyped-def]
 
 def rotary_append_triton(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
     """`rotary_append` as one Triton launch; the cache may have any strides as long as D is contiguous."""
-    rows, queries, _, dim = qkv.shape
-    heads = keys.shape[2]
+    rows, queries, every, dim = qkv.shape
+    shared = keys.shape[2]
+    heads = every - 2 * shared
     if any(t.stride(-1) != 1 for t in (qkv, keys, values)):
         raise ValueError("Queries, keys and values need contiguous heads.")
     out = torch.empty(rows, queries, heads, dim, dtype=keys.dtype, device=qkv.device)
     block_h, block_p = min(8, 1 << (heads - 1).bit_length()), 1 << (dim // 2 - 1).bit_length()
     _turn_and_write[(rows * queries, 3, -(-heads // block_h))](
         out, qkv, table.contiguous(), keys, values, slots.contiguous(), queries, *qkv.stride()[:3], *keys.stride()[:3],
-        *values.stride()[:3], heads=heads, dim=dim, block_h=block_h, block_p=block_p,
+        *values.stride()[:3], heads=heads, shared=shared, dim=dim, block_h=block_h, block_p=block_p,
     )  # fmt: skip
     return out

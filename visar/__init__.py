@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from visar.families.registry import register_family
     from visar.generation.model import ImageModel
     from visar.params import SamplingParams
-    from visar.pipelines import ClassToImagePipeline, TextToImagePipeline, load
+    from visar.pipelines import ClassToImagePipeline, TextToImagePipeline, accelerate, load
     from visar.samplers import SAMPLERS, Autoregressive, HeadSpeculation, Jacobi, SpeculativeJacobi
 
 # Nothing heavy is imported before it is asked for.
@@ -20,6 +20,7 @@ _HOMES = {
     "ClassToImagePipeline": "visar.pipelines",
     "ImageModel": "visar.generation.model",
     "SamplingParams": "visar.params",
+    "accelerate": "visar.pipelines",
     "load": "visar.pipelines",
     "register_family": "visar.families.registry",
     "TextToImagePipeline": "visar.pipelines",
@@ -43,6 +44,7 @@ __all__ = [
     "TextToImagePipeline",
     "VisarError",
     "__version__",
+    "accelerate",
     "load",
     "register_family",
 ]

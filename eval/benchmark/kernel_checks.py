@@ -87,8 +87,8 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     keys, values = (normal(s.layers, s.rows, s.slots, s.heads, s.dim, as_=dtype) for _ in range(2))
     loose = 2e-2 if dtype != torch.float32 else 1e-4
 
-    def attention(name: str, count: int, **more: Any) -> Case:
-        q = normal(s.rows, count, s.heads, s.dim, as_=dtype)
+    def attention(name: str, count: int, group: int = 1, **more: Any) -> Case:
+        q = normal(s.rows, count, s.heads * group, s.dim, as_=dtype)
         root = torch.full((s.rows,), s.slots - count, device=device) - torch.arange(s.rows, device=device) % 2
         metadata = AttentionMetadata(root, **more)
         return Case(
@@ -102,6 +102,7 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     yield attention(f"{s.window} queries", s.window)
     tree = Tree.of([-1] + [n // 2 for n in range(s.window - 1)]).to(device)
     yield attention(f"tree of {s.window}", s.window, ancestors=tree.ancestors)
+    yield attention("8 heads to one of keys", s.window, group=8)
     yield attention("pseudo-key", 1, bias=torch.full((s.rows,), 3.0, device=device))
 
     qkv = normal(s.rows, s.window, 3 * s.heads, s.dim, as_=dtype)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from visar.families.llamagen.session import LlamaGenSession
+from visar.engine.cached_session import CachedSession
 from visar.kernels import philox, target_probs
 from visar.kernels.attention import AttentionMetadata
 
@@ -47,7 +47,7 @@ class Recorder:
 
     def __init__(self, monkeypatch: Any):
         # What a CPU may ask of its tensors, a GPU is not asked.
-        monkeypatch.setattr(LlamaGenSession, "visible", lambda s, count: len(s._slot))
+        monkeypatch.setattr(CachedSession, "visible", lambda s, count: len(s._slot))
         monkeypatch.setattr(AttentionMetadata, "_all_visible", lambda s, queries, visible: False)
         monkeypatch.setattr(target_probs, "descending", lambda p: p.sort(dim=-1, descending=True).values)
         monkeypatch.setattr(philox, "philox_numpy", philox.philox_torch)

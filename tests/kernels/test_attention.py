@@ -31,7 +31,8 @@ class Case(NamedTuple):
     dim: int
     slots: int
     roots: tuple[int, ...]  # one row each
-    heads: int = 2
+    heads: int = 2  # of keys
+    group: int = 1  # heads of queries for each of them
     trees: int = 0  # how many different ones; 0 for a chain
     first: int = 0
     bias: tuple[float, ...] | None = None
@@ -63,11 +64,17 @@ CASES = (
     Case(3, 16, 100, (0, 10, 40, 97), largest=1e4, splits=2),
     Case(17, 64, 150, (30, 133), largest=1e4, bias=(math.log(120), -math.inf), rows_first=False),
     *(Case(**SEVERAL_BLOCKS, splits=n) for n in (1, 2, 3, 5)),
+    Case(1, 64, 150, (30, 133), group=16, splits=2),  # GLM-Image's 32 heads of queries and 2 of keys
+    Case(1, 16, 37, (1, 9, 14, 36), group=3, bias=LOGS, rows_first=False),
+    Case(5, 16, 77, (0, 3, 14, 66), heads=3, group=4, trees=4, first=2),
+    Case(17, 64, 99, (30, 82), heads=1, group=8, trees=1, rows_first=False),  # several blocks of queries
+    Case(7, 16, 40, (5, 20), heads=1, group=5, splits=1),  # blocks end within the heads of one input
+    Case(33, 16, 70, (0, 37), heads=1, group=16, splits=2),
 )
 
 
 def name(case: Case) -> str:
-    return f"W{case.queries}-D{case.dim}-trees{case.trees}"
+    return f"W{case.queries}-D{case.dim}-trees{case.trees}-group{case.group}"
 
 
 def random_parents(trees: int, nodes: int, seed: torch.Generator) -> list[list[int]]:
@@ -105,11 +112,12 @@ def reference(case: Case, parents: list[list[int]], q: Tensor, keys: Tensor, val
     for row, root in enumerate(case.roots):
         for w in range(case.queries):
             seen = [s for s in range(root + case.first + w + 1) if sees(case, parents, row, w, s)]
-            logits = scale * torch.einsum("hd,shd->hs", q[row, w].double(), keys[row, seen].double())
+            own, others = (t[row, seen].double().repeat_interleave(case.group, 1) for t in (keys, values))
+            logits = scale * torch.einsum("hd,shd->hs", q[row, w].double(), own)
             if case.bias is not None and 0 in seen:
                 logits[:, 0] += case.bias[row]
             if bool((logits > -math.inf).any()):
-                out[row, w] = torch.einsum("hs,shd->hd", logits.softmax(-1), values[row, seen].double())
+                out[row, w] = torch.einsum("hs,shd->hd", logits.softmax(-1), others)
     return out
 
 
@@ -117,19 +125,17 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     seed = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
     rows, visible = len(case.roots), max(case.roots) + case.first + case.queries
     assert visible <= case.slots
-    shape = (rows, case.slots, case.heads, case.dim)
+    shape, heads = (rows, case.slots, case.heads, case.dim), case.heads * case.group
+    keys, scale = torch.randn(shape, generator=seed).to(dtype), case.dim**-0.5
+    wide = torch.randn(rows, case.queries, heads + 2 * case.heads, case.dim, generator=seed).to(dtype)
+    q = wide[:, :, :heads]  # a part of a larger tensor, as in the model
     if case.largest:  # whole numbers, so that products of fp32 are exact and the closest logits stay apart
         size = int((case.largest / case.dim) ** 0.5) + 1
-        qkv, keys = (torch.randint(-size, size + 1, s, generator=seed).to(dtype) for s in (shape, shape))
-        keys[:, 1::3], scale = qkv[:, 1:2].sign() * size, 1.0
-        qkv[:, :, 0] = keys[:, 1:2, 0]  # the largest product that there is, of both signs, and ties
+        large, keys = (torch.randint(-size, size + 1, shape, generator=seed).to(dtype) for _ in range(2))
+        keys[:, 1::3], scale = large[:, 1:2].sign() * size, 1.0
+        large[:, :, 0] = keys[:, 1:2, 0]  # the largest product that there is, of both signs, and ties
         keys[:, 4::6] *= -1
-    else:
-        qkv, keys = (torch.randn(s, generator=seed).to(dtype) for s in (shape, shape))
-        scale = case.dim**-0.5
-    wide = torch.randn(rows, case.queries, 3 * case.heads, case.dim, generator=seed).to(dtype)
-    wide[:, :, : case.heads] = qkv[:, : case.queries] if case.queries <= case.slots else qkv
-    q = wide[:, :, : case.heads]  # a part of a larger tensor, as in the model
+        q.copy_(large[:, : case.queries])
     values = torch.randn(shape, generator=seed).to(dtype)
     parents = random_parents(case.trees, case.first + case.queries, seed)
     expected = reference(case, parents, q, keys, values, scale)
@@ -145,10 +151,10 @@ def check(case: Case, dtype: torch.dtype, device: str) -> None:
     if not case.rows_first:
         k = k.transpose(1, 2).contiguous().transpose(1, 2)
     tolerance = {torch.float32: 2e-3 if case.largest else 4e-6, torch.bfloat16: 0.02, torch.float16: 4e-3}[dtype]
-    forms = {"torch": decode_attention_torch(wide.to(device)[:, :, : case.heads], k, v, metadata, visible, scale)}
+    forms = {"torch": decode_attention_torch(wide.to(device)[:, :, :heads], k, v, metadata, visible, scale)}
     if triton is not None:
         forms["triton"] = decode_attention_triton(
-            wide.to(device)[:, :, : case.heads], k, v, metadata, visible, scale, case.splits
+            wide.to(device)[:, :, :heads], k, v, metadata, visible, scale, case.splits
         )
     for form, out in forms.items():
         assert out.dtype == dtype and out.shape == q.shape
@@ -200,6 +206,8 @@ def test_what_no_kernel_takes() -> None:
         decode_attention(*inputs(129, 16), metadata, 140)
     with pytest.raises(VisarError, match="at most 256 dimensions, not 260"):
         decode_attention(*inputs(1, 260), metadata, 20)
+    with pytest.raises(VisarError, match="3 heads of queries cannot share 2 heads of keys"):
+        decode_attention(torch.randn(2, 1, 3, 16), *torch.randn(2, 2, 20, 2, 16), metadata, 20)
     with pytest.raises(VisarError, match="at most 63 nodes, not 64"):
         AttentionMetadata(metadata.root, ancestors=torch.ones(1, 64, dtype=torch.long))
     with pytest.raises(VisarError, match="2 rows do not share 3 trees"):
@@ -234,9 +242,9 @@ def compile_some() -> None:
         types |= dict.fromkeys(("maxima", "sums", "bias"), "*fp32") | dict.fromkeys(("root", "ancestors"), "*i64")
         types |= {"out": "*fp32" if rich else "*" + dtype, "scale": "fp32"}
         constants = {
-            "dim": dim, "unit": 16 if dim == 64 else 4, "splits": 3 if rich else 1, "is_tree": rich, "has_bias": rich,
-            "widened": False, "block_q": (32 if wide else 64) if rich else 16, "block_d": block_d,
-            "block_s": (32 if block_d == 64 else 16) * (1 if wide else 2),
+            "dim": dim, "group": 16 if rich else 1, "unit": 16 if dim == 64 else 4, "splits": 3 if rich else 1,
+            "is_tree": rich, "has_bias": rich, "widened": False, "block_q": (32 if wide else 64) if rich else 16,
+            "block_d": block_d, "block_s": (32 if block_d == 64 else 16) * (1 if wide else 2),
         }  # fmt: skip
         constants |= {} if rich else {"queries": 1}  # Triton makes a constant of an argument that is 1
         compiled(_attend, types, constants, warps=8 if wide and block_d == 128 else 4)

@@ -144,23 +144,24 @@ def test_triton_norm() -> None:
         assert torch.equal(rms_norm_triton(x[2:3, 1:2], w, 1e-5), whole[2:3, 1:2])
 
 
-def attended(queries: int, at: int, slots: int) -> Tensor:
+def attended(queries: int, at: int, slots: int, group: int = 1) -> Tensor:
     """Attention of the positions `at`.., by the Triton form over a cache of so many slots."""
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 4 * PART, 1, 16, generator=g) for _ in range(3))
+    q, k, v = (torch.randn(1, 4 * PART, heads, 16, generator=g) for heads in (group, 1, 1))
     with backend("triton"):
         metadata = AttentionMetadata(torch.tensor([at]))
         return decode_attention(q[:, at : at + queries], k[:, :slots], v[:, :slots], metadata, slots)
 
 
 @needs_triton
-def test_triton_attention_has_one_order_of_sums() -> None:
+@pytest.mark.parametrize("group", [1, 5])
+def test_triton_attention_has_one_order_of_sums(group: int) -> None:
     """Windows before and across a split's end, and caches of one to four splits."""
     at = PART - 2
     with invariant():
-        alone = {i: attended(1, at + i, at + i + 1) for i in (0, 1, 2, 4)}
-        for queries, slots in ((2, at + 2), (5, 2 * PART), (16, PART + 40), (64, 3 * PART)):
-            many = attended(queries, at, slots)
+        alone = {i: attended(1, at + i, at + i + 1, group) for i in (0, 1, 2, 4)}
+        for queries, slots in ((2, at + 2), (5, 2 * PART), (16, PART + 40), (64 // group, 3 * PART)):
+            many = attended(queries, at, slots, group)
             assert all(torch.equal(many[:, i : i + 1], one) for i, one in alone.items() if i < queries), queries
     # The known-bad: the number of splits follows from the shape.
     assert not torch.equal(*(attended(n, at, slots)[:, :1] for n, slots in ((1, 400), (64, 3 * PART))))

@@ -16,8 +16,11 @@ from visar.kernels.rotary_append import _turn_and_write, rotary_append, rotary_a
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 FORMS = (rotary_append_torch,) if triton is None else (rotary_append_torch, rotary_append_triton)
 
-# rows, W, heads, head_dim, whether the cache is [R, S, H, D] in memory or [R, H, S, D]
-SHAPES = ((1, 1, 1, 4, True), (2, 1, 12, 64, False), (3, 5, 9, 100, True), (2, 17, 4, 16, False), (1, 33, 3, 20, True))
+# rows, W, heads of queries and of keys, head_dim, whether the cache is [R, S, H, D] in memory or [R, H, S, D]
+SHAPES = (
+    (1, 1, 1, 1, 4, True), (2, 1, 12, 12, 64, False), (3, 5, 9, 9, 100, True), (2, 17, 4, 4, 16, False),
+    (1, 33, 3, 3, 20, True), (2, 3, 32, 2, 16, False), (3, 1, 20, 10, 20, True), (1, 5, 9, 1, 8, False),
+)  # fmt: skip
 
 
 def turned(x: Tensor, table: Tensor) -> Tensor:
@@ -27,14 +30,14 @@ def turned(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([pairs.real, pairs.imag], dim=-1).flatten(-2)
 
 
-def check(shape: tuple[int, int, int, int, bool], dtype: torch.dtype, device: str) -> None:
-    rows, queries, heads, dim, rows_first = shape
+def check(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype, device: str) -> None:
+    rows, queries, heads, shared, dim, rows_first = shape
     seed = torch.Generator().manual_seed(rows + queries + dim)
     slots = torch.stack([torch.randperm(queries + 7, generator=seed)[:queries] for _ in range(rows)])
     table = rotary_table(2, 8, dim)[slots]  # of which the first two slots turn everything to 0
-    qkv = torch.randn(rows, queries, 3 * heads, dim, generator=seed).to(dtype)
-    before = torch.randn(2, rows, queries + 7, heads, dim, generator=seed).to(dtype)
-    q, k, v = qkv.chunk(3, dim=2)
+    qkv = torch.randn(rows, queries, heads + 2 * shared, dim, generator=seed).to(dtype)
+    before = torch.randn(2, rows, queries + 7, shared, dim, generator=seed).to(dtype)
+    q, k, v = qkv.split([heads, shared, shared], dim=2)
 
     for form in FORMS:
         cache = before.to(device) if rows_first else before.to(device).transpose(2, 3).contiguous().transpose(2, 3)
@@ -56,7 +59,7 @@ def check(shape: tuple[int, int, int, int, bool], dtype: torch.dtype, device: st
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_forms(shape: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
+def test_both_forms(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype) -> None:
     check(shape, dtype, "cpu")
 
 
@@ -75,7 +78,7 @@ def test_cache_of_more_precision_than_the_model(form: Callable[..., Tensor]) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_forms_on_a_gpu(shape: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
+def test_both_forms_on_a_gpu(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype) -> None:
     check(shape, dtype, "cuda")
 
 
@@ -95,8 +98,8 @@ def test_kernel_compiles() -> None:
 
 
 if __name__ == "__main__":
-    for dtype, heads, dim in (("bf16", 12, 64), ("bf16", 32, 100), ("fp32", 20, 64)):
+    for dtype, heads, shared, dim in (("bf16", 12, 12, 64), ("bf16", 32, 2, 100), ("fp32", 20, 20, 64)):
         types = dict.fromkeys(_turn_and_write.arg_names, "i32") | {"table": "*fp32", "slots": "*i64"}
         types |= dict.fromkeys(("out", "qkv", "keys", "values"), "*" + dtype)
-        sizes = {"heads": heads, "dim": dim, "block_h": 8, "block_p": 32 if dim == 64 else 64}
+        sizes = {"heads": heads, "shared": shared, "dim": dim, "block_h": 8, "block_p": 32 if dim == 64 else 64}
         compiled(_turn_and_write, types, sizes)

@@ -8,15 +8,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-# (layer, qkv [B, W, 3 * heads, head_dim], table) -> attention output [B, W, heads, head_dim]. It rotates q and k by the
-# rotary rows `table`, so that a KV cache can rotate and write them in one kernel.
+# (layer, qkv [B, W, heads of queries, keys and values, head_dim], table) -> attention output [B, W, heads, head_dim].
+# It rotates q and k by the rotary rows `table`, so that a KV cache can rotate and write them in one kernel.
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Decoder(Protocol):
     """A stack of `layers` between the embedding of V tokens and an output head, `dim` wide.
 
-    `config` names at least `vocab_size`, `dim`, `num_layers`, `num_heads` and `ffn`.
+    `config` names at least `vocab_size`, `dim`, `num_layers`, `num_heads` and `ffn`, and `num_kv_heads` where heads of
+    queries share those of keys and values.
     """
 
     config: Any
@@ -44,3 +45,8 @@ class Decoder(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, W, V], fp32, of the output of `run`; auxiliary hidden states are ignored."""
         ...
+
+
+def kv_heads(config: Any) -> int:
+    """The heads of keys and values of a decoder."""
+    return int(getattr(config, "num_kv_heads", None) or config.num_heads)

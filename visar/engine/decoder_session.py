@@ -8,26 +8,24 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from visar.engine.decoder import Attend, Decoder
-from visar.engine.finite import require_finite
+from visar.engine.cached_session import CachedSession
+from visar.engine.decoder import Attend, Decoder, kv_heads
 from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
-from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.kernels.attention import AttentionMetadata
 
 
-class DecoderSession(Session):
+class DecoderSession(CachedSession):
     """Decode `length` tokens after `prefix` condition slots; a subclass embeds its conditions (`embed`).
 
-    `batches` is 2 with guidance, else 1: the model runs on `batches` * B rows, the conditional batch first, with the
-    same drafts in both. `table` [slots, ...] holds the rotary rows of all input positions. The cache has room for
-    `window` - 1 tokens past the end, so the last window needs no special shape. With `aux_layers`, the hidden states
-    that the output head reads and the outputs of those layers are stored for a drafter: `features`
-    [rows, 1 + slots, dim * (1 + aux_layers)], one slot late. The first `folded` slots are not in the cache, for
-    families that do not need them.
+    `table` [slots, ...] holds the rotary rows of all input positions. The cache has room for `window` - 1 tokens past
+    the end, so the last window needs no special shape. With `aux_layers`, the hidden states that the output head reads
+    and the outputs of those layers are stored for a drafter: `features` [rows, 1 + slots, dim * (1 + aux_layers)], one
+    slot late. The first `folded` slots are not in the cache, for families that do not need them.
     """
 
+    row_tensors = ("condition", "valid", "bias", "features")
     bias: Tensor | None = None  # [rows], for families whose first cache slot represents several keys
 
     def __init__(
@@ -43,22 +41,20 @@ class DecoderSession(Session):
         aux_layers: Collection[int] | None = None,
         folded: int = 0,
     ):
-        super().__init__(batch, length, model.config.vocab_size, model.device)
-        self.model, self.guidance, self.table = model, guidance, table
-        self.prefix, self.folded = prefix, folded
-        self.batches = 2 if guidance.active else 1
-        self.watched = guidance.active and guidance.ends
-        rows, slots = batch * self.batches, prefix + length + window - 1
-        c, device = model.config, self.device
-        self.cache = KVCache(c.num_layers, rows, slots - folded, c.num_heads, model.head_dim, model.dtype, device)
+        slots = prefix + length + window - 1
+        super().__init__(
+            batch, length, model.config.vocab_size, model.device, slots=slots, dtype=model.dtype, guidance=guidance,
+            folded=folded,
+        )  # fmt: skip
+        self.model, self.table, self.prefix = model, table, prefix
+        rows, c, device = batch * self.batches, model.config, self.device
+        self.cache = KVCache(c.num_layers, rows, slots - folded, kv_heads(c), model.head_dim, model.dtype, device)
         self.aux_layers = aux_layers or ()
         shape = (rows, 1 + slots, c.dim * (1 + len(self.aux_layers)))
         self.features = None if aux_layers is None else torch.zeros(shape, dtype=model.dtype, device=device)
         self.condition = torch.zeros(rows, prefix, c.dim, dtype=model.dtype, device=device)
         self.valid = torch.ones(rows, slots, dtype=torch.bool, device=device)
         self.prefill_passes = 1 if prefix > 1 else 0
-        self._slot = torch.arange(slots, device=device)
-        self._slots_read = torch.zeros((), dtype=torch.long, device=device)
 
     @abstractmethod
     def embed(self, *condition: Tensor) -> Tensor:
@@ -103,58 +99,9 @@ class DecoderSession(Session):
             mask &= (tree.ancestor_mask(first, slots.shape[1], nodes) | (nodes < 0)[:, None]).repeat(self.batches, 1, 1)
         return mask
 
-    def visible(self, count: int) -> int:
-        """The number of slots up to the last of `count` inputs; on a GPU all slots, as reading `lengths` would wait."""
-        if self.device.type != "cpu":
-            return len(self._slot)
-        return self.prefix - 1 + int(self.lengths.max()) + count
-
     def rotary_rows(self, slots: Tensor) -> Tensor:
         """The rows of the rotary table for slots [rows, W]; slots past the end are clamped."""
         return self.table[slots.clamp_max(len(self.table) - 1)]
-
-    def guided(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """Guided logits [B, W, V] for logits [rows, W, V] of the positions [B, W]."""
-        if self.batches == 1:
-            return logits
-        cond, uncond = logits.chunk(2)
-        return self.guidance.combine(cond, uncond, positions)
-
-    def drop_unconditional(self) -> None:
-        """Drop the unconditional batch once guidance is over in all rows."""
-        if self.batches == 1:
-            return
-        self.batches, self.watched = 1, False
-        self.cache.keep_rows(self.batch)
-        self.condition, self.valid = self.condition[: self.batch], self.valid[: self.batch]
-        if self.bias is not None:
-            self.bias = self.bias[: self.batch]
-        if self.features is not None:
-            self.features = self.features[: self.batch]
-        if self.drafter is not None:
-            self.drafter.drop_unconditional()
-
-    def rows_of(self, row: int) -> Tensor:
-        """The rows of one image in the batches of guidance."""
-        return torch.arange(self.batches, device=self.device) * self.batch + row
-
-    def place(self, row: int, fresh: Session) -> None:
-        assert isinstance(fresh, DecoderSession)
-        rows = self.rows_of(row)
-        self.lengths[row] = 0
-        self.cache.place(rows, fresh.cache)
-        for name in ("condition", "valid", "bias", "features"):
-            if (own := getattr(self, name)) is not None:
-                own[rows] = getattr(fresh, name)
-
-    def finite_rows(self) -> Tensor:
-        return self._logits.isfinite().flatten(1).all(1).view(self.batches, -1).all(0)
-
-    def reached(self, least: int) -> bool:
-        if self.batches == 1 or not self.guidance.over(least):
-            return False
-        self.drop_unconditional()
-        return True
 
     def _run(self, x: Tensor, slots: Tensor, at: Tensor, attend: Attend) -> Tensor:
         """Features of embeddings x [rows, W, dim] at `slots`, rotated to the slots `at`, both [rows, W]."""
@@ -165,12 +112,9 @@ class DecoderSession(Session):
 
     def _pass(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
         """Logits of embeddings x [rows, W, dim], which attend by `mask` to the slots before `visible`."""
-        visible -= self.folded
-        if self.device.type == "cpu" or isinstance(mask, Tensor):
-            self.bytes_read += len(x) * visible * self.cache.bytes_per_slot
-        else:  # the kernel reads each row up to its last input, and the host does not know how far that is
-            self._slots_read += (slots[:, -1] + 1 - self.folded).sum()
-        self._logits = self.model.logits(self._run(x, slots, at, self.cache.attend(slots - self.folded, mask, visible)))
+        self.counted(slots, visible, isinstance(mask, Tensor))
+        attend = self.cache.attend(slots - self.folded, mask, visible - self.folded)
+        self._logits = self.model.logits(self._run(x, slots, at, attend))
         return self._logits
 
     def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
@@ -208,11 +152,3 @@ class DecoderSession(Session):
         self.cache.move(source - self.folded, to - self.folded)
         if self.features is not None:
             self.features[self.cache.rows, to + 1] = self.features[self.cache.rows, source + 1]
-
-    def check(self) -> None:
-        self.bytes_read += int(self._slots_read) * self.cache.bytes_per_slot
-        self._slots_read.zero_()
-        require_finite(self._logits, "The model's logits", self.model.dtype)
-        # Attention gives no weight to a key of -inf, which then shows nowhere else.
-        for cached in (self.cache.keys, self.cache.values):
-            require_finite(cached, "The model's keys and values", self.model.dtype)

@@ -15,6 +15,8 @@ from visar.kernels.rotary_append import rotary_append
 class KVCache:
     """Static keys and values, [layers, rows, slots, heads, head_dim] each. Rolling back is overwriting.
 
+    `heads` are those of keys and values, which several heads of queries may share.
+
     In memory the slots of one head are contiguous. On a CPU the cache is fp32 whatever the model is, because
     attention of one token in bfloat16 takes twice as long there, and float64 in the invariant mode.
     """
@@ -45,6 +47,11 @@ class KVCache:
             return masked_attention(q, k[:, :visible], v[:, :visible], bias).to(qkv.dtype)
 
         return attend
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Write keys and values [rows, W, heads, head_dim] of a layer, which are rotated already, at `slots`."""
+        self.keys[layer][self.rows, slots] = keys.to(self.keys.dtype)
+        self.values[layer][self.rows, slots] = values.to(self.values.dtype)
 
     def move(self, source: Tensor, to: Tensor) -> None:
         """Copy the slots `source` [rows, D] of all layers to the slots `to`; the two may overlap."""

@@ -40,23 +40,33 @@ class Linear(nn.Linear):
         self, x: Tensor, *, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None
     ) -> Tensor:
         """x [..., K] -> [..., N]; then optionally SiLU, a factor `times` and a summand `plus`, [..., N] each."""
-        if not is_invariant():
-            return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
-        kind = KINDS[silu, times is not None, plus is not None]
-        plain = not use_triton(x)
-        if plain and x.numel() // x.shape[-1] in row_counts(kind, self.weight):
-            return linear(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
-        rows = x.reshape(-1, x.shape[-1])
-        others = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (times, plus)]
-        if plain:
-            y = by_rows(
-                kind, self.weight, lambda x, t, p: linear(x, self.weight, self.bias, silu=silu, times=t, plus=p),
-                rows, *others,
-            )  # fmt: skip
-        else:
-            y = product_triton(rows, self.weight)
-            y = epilogue(y if self.bias is None else y + self.bias, silu, *others)
-        return y.view(*x.shape[:-1], -1)
+        return run_product(x, self.weight, self.bias, silu=silu, times=times, plus=plus)
+
+
+def run_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    silu: bool = False,
+    times: Tensor | None = None,
+    plus: Tensor | None = None,
+) -> Tensor:
+    """What `Linear` does, of any weight [N, K]; in the invariant mode with rows that do not depend on their number."""
+    if not is_invariant():
+        return linear(x, weight, bias, silu=silu, times=times, plus=plus)
+    kind = KINDS[silu, times is not None, plus is not None]
+    plain = not use_triton(x)
+    if plain and x.numel() // x.shape[-1] in row_counts(kind, weight):
+        return linear(x, weight, bias, silu=silu, times=times, plus=plus)
+    rows = x.reshape(-1, x.shape[-1])
+    others = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (times, plus)]
+    if plain:
+        y = by_rows(kind, weight, lambda x, t, p: linear(x, weight, bias, silu=silu, times=t, plus=p), rows, *others)
+    else:
+        y = product_triton(rows, weight)
+        y = epilogue(y if bias is None else y + bias, silu, *others)
+    return y.view(*x.shape[:-1], -1)
 
 
 def run_linear(layer: nn.Module, x: Tensor, **after: Any) -> Tensor:

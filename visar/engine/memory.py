@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visar.engine.component import unfilled
-from visar.engine.decoder import Decoder
+from visar.engine.decoder import Decoder, kv_heads
 from visar.engine.quantization import QuantizedLinear
 from visar.errors import VisarError
 from visar.host import available_memory
@@ -47,7 +47,8 @@ def decoding_bytes(model: Decoder, batches: int, slots: int, window: int) -> int
     """
     c = model.config
     number = (8 if is_invariant() else 4) if model.device.type == "cpu" else model.dtype.itemsize
-    return batches * 2 * c.num_layers * c.dim * slots * number + COPIES * window * c.vocab_size * 4
+    cached = 2 * c.num_layers * kv_heads(c) * model.head_dim * slots * number
+    return batches * cached + COPIES * window * c.vocab_size * 4
 
 
 def check_training(make: Callable[[], M], device: str) -> M:

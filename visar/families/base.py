@@ -19,6 +19,7 @@ from typing_extensions import Self
 from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
 from visar.families.weights import load_part
+from visar.families.wrapped import check_layers
 from visar.host import has_bfloat16
 from visar.params import CONTINUOUS, DISCRETE, SamplingParams
 from visar.text_encoders import load_text_encoder
@@ -92,6 +93,10 @@ class Family(ABC):
     @abstractmethod
     def encode(self, conditions: Sequence[Any]) -> Encoded:
         """Tensors of the prompts or class ids. Raises `VisarError` for one that the model cannot take."""
+
+    def widened(self, encoded: Encoded) -> Encoded:
+        """Conditions in the shapes that those of any other have, where rows are taken in turns."""
+        return encoded
 
     def check_conditions(self, conditions: Sequence[Any]) -> None:
         """Raise `VisarError` for conditions that this model cannot take."""
@@ -187,6 +192,20 @@ class Family(ABC):
         """Round the weights to 8 bits; "native" leaves them. Raises `VisarError` if the family does not support it."""
         if weights != "native":
             raise VisarError(f"Weights of the family {self.name!r} cannot be rounded to 8 bits.")
+
+    @classmethod
+    def wraps(cls, model: Any) -> bool:
+        """Whether `visar.accelerate` makes a model of this family of another library's loaded `model`."""
+        return False
+
+    @classmethod
+    def around(cls, model: Any, processor: Any) -> Self:
+        """The model of another library's loaded `model`, which stays as it is, and the processor of its prompts."""
+        raise NotImplementedError
+
+    def check_layers(self) -> None:
+        """Raise `VisarError` for layers of the model that decoding cannot run."""
+        check_layers(self.model)
 
     def check_saving(self) -> None:  # noqa: B027 (most can be saved)
         """Raise `VisarError` if the model cannot be saved."""

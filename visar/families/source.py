@@ -219,7 +219,7 @@ def download(hub_id: str, hub: HubOptions, subfolder: str | None = None) -> Path
 
     within = f"{subfolder}/" if subfolder else ""
     wanted = [within + pattern for pattern in ("*.json", "*.txt", "*.model", "*.safetensors", "*/*.json", "*/*.txt",
-                                               "*/*.model", "*/*.safetensors")]  # fmt: skip
+                                               "*/*.model", "*/*.safetensors", "*.jinja")]  # fmt: skip
     try:
         return Path(
             snapshot_download(

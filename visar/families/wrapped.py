@@ -35,6 +35,12 @@ def check_layers(model: Any) -> None:
     for layer in model.modules():
         if hasattr(layer, "base_layer") and hasattr(layer, "active_adapters"):
             raise VisarError("Adapter layers (PEFT) cannot be decoded with; merge them first (merge_and_unload).")
+    check_offloaded(model)
+
+
+def check_offloaded(model: Any) -> None:
+    """Raise `VisarError` for weights that are not on the device when a pass begins."""
+    for layer in model.modules():
         if hasattr(layer, "_hf_hook"):
             raise VisarError("Weights that are offloaded cannot be decoded with; move the model with .to(device).")
     if any(p.is_meta for p in model.parameters()):

@@ -26,7 +26,7 @@ from visar.errors import NotInTraining, VisarError
 from visar.families.base import Encoded, Family
 from visar.families.registry import family_of
 from visar.families.source import Source, check_condition, open_source
-from visar.families.wrapped import check_layers, check_unwrapped
+from visar.families.wrapped import check_unwrapped
 from visar.generation import continuous, discrete
 from visar.generation.drafting import Drafters
 from visar.generation.output import ImageOutput, as_output, checked_output
@@ -219,7 +219,7 @@ class ImageModel:
         """The encoded conditions; in the invariant mode one at a time, as text encoders know nothing of it."""
         if not params.invariant:
             return self.family.encode(values)
-        every = [self.family.encode([value]) for value in values]
+        every = [self.family.widened(self.family.encode([value])) for value in values]
         return tuple(torch.cat(parts) for parts in zip(*every, strict=True))
 
     def _checked(self, values: list[Any]) -> list[Any]:
@@ -239,7 +239,7 @@ class ImageModel:
             check_unwrapped(name, component)
             if isinstance(component, nn.Module) and name != "text_encoder":  # whose features are checked instead
                 require_finite_weights(component, repr(name))
-        check_layers(self.family.model)
+        self.family.check_layers()
 
     def run(
         self,

@@ -66,6 +66,7 @@ class Finished(NamedTuple):
 @dataclass
 class _Taken:
     request: Request
+    prefill_passes: int
     passes: int = 0
     seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -129,7 +130,7 @@ class Pool:
             self.model.check_modules()
             self._steady = Steady()
         with self._at_work(), torch.inference_mode():
-            encoded = self.family.encode([request.condition])
+            encoded = self.family.widened(self.family.encode([request.condition]))
             fresh = self._fresh(encoded)
             noise = noise_of([request.condition], request.image, params.seed or 0, device)
             if self._slots is None:
@@ -138,7 +139,7 @@ class Pool:
             if isinstance(self.guidance, RowGuidance):
                 self.guidance.place(row, guidance)
             self._slots.admit(row, fresh, target, noise)
-        self.rows[row] = _Taken(request)
+        self.rows[row] = _Taken(request, fresh.prefill_passes)
         return row
 
     def step(self) -> tuple[list[Finished], list[Request]]:
@@ -194,7 +195,7 @@ class Pool:
         passes = int(commit_pass.max()) + 1
         hidden = slots.graph is not None and slots.session.drafter is not None
         return Finished(
-            taken.request, tokens, commit_pass, passes, passes + slots.session.prefill_passes, taken.seconds,
+            taken.request, tokens, commit_pass, passes, passes + taken.prefill_passes, taken.seconds,
             None if hidden else taken.draft_seconds,
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.generation.output import ImageOutput
+from visar.pipelines.accelerate import wrapped
 from visar.pipelines.base import FILES, ImagePipeline
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.text_to_image import TextToImagePipeline
@@ -23,4 +24,14 @@ def load(name: str | Path, **options: Any) -> ImagePipeline:
     return ImagePipeline.opened(name, files, options, PIPELINES)  # type: ignore[no-any-return]
 
 
-__all__ = ["ClassToImagePipeline", "ImageOutput", "ImagePipeline", "TextToImagePipeline", "load"]
+def accelerate(model: Any, processor: Any = None) -> ImagePipeline:
+    """A pipeline around a loaded `model` of transformers, such as a Janus, and the `processor` of its prompts.
+
+    The model stays yours: visar calls its layers with an attention of its own and leaves everything as it was, so what
+    you do to its weights, and adapters in its layers, are in the images. Greedy tokens (`top_k=1`) are those of the
+    model's own `generate`. Raises `VisarError` for a model of no known family.
+    """
+    return wrapped(model, processor, PIPELINES)
+
+
+__all__ = ["ClassToImagePipeline", "ImageOutput", "ImagePipeline", "TextToImagePipeline", "accelerate", "load"]

@@ -1,0 +1,146 @@
+"""The base of families whose models are transformers' own: loading, prompts of ids, sessions and memory."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Self
+
+from visar.engine.guidance import Guidance
+from visar.engine.memory import COPIES
+from visar.errors import VisarError
+from visar.families.base import DiscreteFamily, Encoded
+from visar.families.hf.decoder import ImageDecoder
+from visar.families.hf.loading import load_model, load_processor
+from visar.families.hf.session import TransformersSession
+from visar.families.hf.versions import check_version
+from visar.families.source import Source
+from visar.families.wrapped import check_offloaded
+from visar.kernels.invariant import is_invariant
+
+STEP = 64  # prompts are padded to a multiple of this, so that calls share sessions and graphs
+ROOM = 512  # slots for prompts where rows are taken in turns, unless the model has fewer
+
+
+class TransformersFamily(DiscreteFamily):
+    """A loaded `model` of transformers with the `processor` of its prompts, a processor or a tokenizer.
+
+    A subclass gives `name`, the `architecture` (the class in transformers) and its `model_type` in `config.json`;
+    `made` sets `decoder`, `layout`, `defaults` and, if there are any, `forced` and `allowed`; `prompt_ids` and `decode`
+    are the two ends. The caller's model is used where it is, and is not changed.
+    """
+
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
+
+    decoder: ImageDecoder
+
+    def __init__(self, model: Any, processor: Any):
+        check_version()
+        self.processor = processor
+        self.components, self.settings = {"model": model}, {}
+        self.made()
+
+    @abstractmethod
+    def made(self) -> None:
+        """Set what follows from the model and its processor. Raises `VisarError` where a part of them is missing."""
+
+    @abstractmethod
+    def prompt_ids(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a prompt, and those of the unconditional batch; none where the model has no guidance."""
+
+    # Finding and loading
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        return source.folder is not None and source.config.get("model_type") == cls.model_type
+
+    @classmethod
+    def load(cls, source: Source) -> Self:
+        assert source.folder is not None
+        check_version()
+        return cls(load_model(cls.architecture, source.folder), load_processor(source.folder))
+
+    @classmethod
+    def wraps(cls, model: Any) -> bool:
+        return type(model).__name__ == cls.architecture
+
+    @classmethod
+    def around(cls, model: Any, processor: Any) -> Self:
+        if processor is None:
+            raise VisarError(f"Give the processor of this {type(model).__name__} too, as accelerate(model, processor).")
+        return cls(model, processor)
+
+    def replace(self, name: str, component: Any) -> None:
+        made = type(self)(component, self.processor)
+        vars(self).clear()
+        vars(self).update(vars(made))
+
+    def check_saving(self) -> None:
+        raise VisarError("A model of transformers is saved by its own save_pretrained, and its processor by its.")
+
+    def check_layers(self) -> None:
+        """Adapters (PEFT) and hooks of layers work: visar calls the layers as transformers does."""
+        check_offloaded(self.model)
+
+    # Conditions
+
+    @property
+    def room(self) -> int:
+        """The most ids of a prompt."""
+        return self.decoder.context - self.layout.length
+
+    def encode(self, conditions: Sequence[Any]) -> Encoded:
+        """Ids [B, T], padded on the right, and their lengths [B]; with guidance the unconditional ones too."""
+        self.check_conditions(conditions)
+        pairs = [self.prompt_ids(text) for text in conditions]
+        kinds = [ids for ids in zip(*pairs, strict=True) if all(ids)]
+        longest = max(len(ids) for kind in kinds for ids in kind)
+        if longest > self.room:
+            raise VisarError(
+                f"The prompt has {longest} tokens; this model takes at most {self.room} next to the "
+                f"{self.layout.length} of an image."
+            )
+        width = min(-(-longest // STEP) * STEP, self.room)
+        return tuple(part for kind in kinds for part in padded(kind, width))
+
+    def widened(self, encoded: Encoded) -> Encoded:
+        """Padded to one width, which is that of all prompts up to it. Raises `VisarError` for a longer one."""
+        room = min(ROOM, self.room)
+        if (width := max(part.shape[1] for part in encoded[::2])) > room:
+            raise VisarError(
+                f"A prompt of over {room} tokens (padded: {width}) is decoded in a batch only: rows that are taken in "
+                f"turns have room for {room}."
+            )
+        return tuple(F.pad(part, (0, room - part.shape[1])) if part.ndim == 2 else part for part in encoded)
+
+    # Decoding
+
+    def session(
+        self, encoded: Encoded, *, window: int, guidance: Guidance, aux_layers: Collection[int] | None = None
+    ) -> TransformersSession:
+        return TransformersSession(self.decoder, *encoded, length=self.layout.length, window=window, guidance=guidance)
+
+    @property
+    def bytes_per_pass(self) -> int:
+        return self.decoder.bytes_per_pass
+
+    def bytes_per_image(self, window: int, guided: bool) -> int:
+        d = self.decoder
+        number = (8 if is_invariant() else 4) if self.device.type == "cpu" else self.dtype.itemsize
+        slots = min(ROOM, self.room) + self.layout.length + window
+        cached = 2 * d.layers * d.heads * d.head_dim * slots * number
+        return (2 if guided else 1) * cached + COPIES * window * d.vocab * 4
+
+
+def padded(ids: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
+    """Ids [B, width], padded on the right with ids that nothing attends to, and their lengths [B]."""
+    out = torch.zeros(len(ids), width, dtype=torch.long)
+    for row, own in zip(out, ids, strict=True):
+        row[: len(own)] = torch.as_tensor(own)
+    return out, torch.tensor([len(own) for own in ids])

@@ -1,0 +1,161 @@
+"""What a session needs of a model of transformers: a causal decoder, and which tokens it decodes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visar.engine.memory import streamed_bytes
+from visar.errors import VisarError
+from visar.families.hf.attention import configurations
+
+CACHES = ("cache", "past_key_values")  # what `forward` calls its cache, by version
+# What a configuration may ask of logits after the output head, which visar runs without it.
+AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class ImageDecoder:
+    """A `backbone` of transformers that gives hidden states, and the embedding and head of `vocab` image tokens.
+
+    A subclass says how tokens are embedded and what the logits are; `ids` of prompts are those of the backbone's own
+    embedding unless it says otherwise. Raises `VisarError` for a module that is no causal decoder.
+    """
+
+    def __init__(self, backbone: Any, vocab: int):
+        parameters = inspect.signature(backbone.forward).parameters
+        found = [name for name in CACHES if name in parameters]
+        if not found or "inputs_embeds" not in parameters or not configurations(backbone):
+            raise VisarError(f"{type(backbone).__name__} is no causal decoder of transformers with a cache.")
+        self.backbone, self.vocab, self.cache_name = backbone, vocab, found[0]
+
+    # The model's sizes, as configurations of transformers name them
+
+    @property
+    def config(self) -> Any:
+        return self.backbone.config
+
+    @property
+    def layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def heads(self) -> int:
+        """Those of keys and values."""
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
+
+    @property
+    def dim(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def context(self) -> int:
+        """The most positions."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.backbone.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self.backbone.dtype
+        return found
+
+    # What a family says
+
+    def start(self) -> None:
+        """Called when a session starts new images: what is kept of weights is read again, into the same memory."""
+
+    def embed_prompt(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., dim] of the ids of prompts."""
+        found: Tensor = self.backbone.get_input_embeddings()(ids)
+        return found
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [..., dim] of image tokens."""
+        raise NotImplementedError
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., dim]."""
+        raise NotImplementedError
+
+    def position_ids(self, at: Tensor, prefix: Tensor) -> Tensor:
+        """What `forward` calls so, for inputs at the positions `at` [rows, W], after prompts of `prefix` [rows]."""
+        return at
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes of weights that a pass reads."""
+        return streamed_bytes(self.backbone)
+
+
+class VocabularyDecoder(ImageDecoder):
+    """A causal language model whose vocabulary holds the image tokens: token n is the id `codes[n]`.
+
+    A pass runs the rows of the output head that are codes, and no others. They are a view of its weight where the codes
+    follow one another, and else a copy that is made again for every call. Raises `VisarError` for codes that the
+    vocabulary does not have, and for models that change the logits after the head.
+    """
+
+    def __init__(self, model: Any, codes: Sequence[int] | Tensor):
+        super().__init__(model.get_decoder(), len(codes))
+        head: Any = model.get_output_embeddings()
+        ids = torch.as_tensor(codes)
+        if head is None:
+            raise VisarError(f"{type(model).__name__} has no output head, so it is no causal language model.")
+        if ids.ndim != 1 or ids.is_floating_point() or not len(ids) or len(ids.unique()) < len(ids):
+            raise VisarError("The codes of images are ids of the vocabulary, each given once.")
+        size = int(self.config.vocab_size)
+        if int(ids.min()) < 0 or int(ids.max()) >= size:
+            raise VisarError(f"The codes go from {int(ids.min())} to {int(ids.max())}; the vocabulary has {size} ids.")
+        for name in AFTER_HEAD:
+            if getattr(self.config, name, None) not in (None, 1.0):
+                raise VisarError(f"visar does not run {type(model).__name__}: it changes its logits ({name}).")
+        self.codes, self._head = ids.to(self.device), head
+        self._slice = isinstance(head, nn.Linear) and type(head.weight) in (Tensor, nn.Parameter)
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def start(self) -> None:
+        self.codes = self.codes.to(self.device)
+        if self._slice:
+            self._weight = self._rows(self._head.weight, self._weight)
+            self._bias = self._rows(self._head.bias, self._bias)
+
+    def _rows(self, whole: Tensor | None, held: Tensor | None) -> Tensor | None:
+        """The rows of the codes, in the memory of those `held` where that can be: captured graphs read them there."""
+        if whole is None:
+            return None
+        if bool((self.codes.diff() == 1).all()):
+            rows = whole.detach()[int(self.codes[0]) :][: self.vocab]
+            same = held is not None and (held.data_ptr(), held.dtype) == (rows.data_ptr(), rows.dtype)
+            return held if same else rows
+        rows = whole.detach()[self.codes]
+        fits = held is not None and (held.dtype, held.device) == (rows.dtype, rows.device)
+        return held.copy_(rows) if held is not None and fits else rows
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.embed_prompt(self.codes[tokens])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        if not self._slice:  # an adapter, or weights of another kind: all of the vocabulary
+            found: Tensor = self._head(hidden)[..., self.codes]
+            return found
+        assert self._weight is not None
+        return F.linear(hidden, self._weight, self._bias)
+
+    @property
+    def bytes_per_pass(self) -> int:
+        head = streamed_bytes(self._head)
+        return super().bytes_per_pass + (head * self.vocab // int(self.config.vocab_size) if self._slice else head)

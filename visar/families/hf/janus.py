@@ -1,0 +1,120 @@
+"""Janus-Pro (Chen et al. 2025, arXiv:2501.17811): a Llama with an embedding and a head of its own for image codes.
+
+Prompts and guidance are those of `JanusForConditionalGeneration.generate(generation_mode="image")`: in the
+unconditional batch the prompt's ids are padding, but for its first token and that which begins the image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from visar.engine.layout import Layout
+from visar.engine.memory import streamed_bytes
+from visar.errors import VisarError
+from visar.families.hf.base import TransformersFamily
+from visar.families.hf.decoder import ImageDecoder
+from visar.families.registry import register_family
+from visar.families.source import Source
+from visar.params import SamplingParams
+
+CHAT = "<|User|>: {}\n\n<|Assistant|>:"  # of tokenizers that come without a template
+START = "<begin_of_image>"
+ORIGINAL = "multi_modality"  # the model_type of DeepSeek's own repositories
+
+
+class JanusDecoder(ImageDecoder):
+    """Image codes have an embedding, two layers that align it, and a head of their own."""
+
+    def __init__(self, model: Any):
+        super().__init__(model.model.language_model, model.model.vqmodel.config.num_embeddings)
+        self.model = model
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        found: Tensor = self.model.prepare_embeddings_for_image_generation(tokens)
+        return found
+
+    def head(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.model.model.generation_head(hidden)
+        return found
+
+    @property
+    def bytes_per_pass(self) -> int:
+        m = self.model.model
+        return super().bytes_per_pass + streamed_bytes(m.generation_head, m.generation_aligner)
+
+
+@register_family
+class JanusFamily(TransformersFamily):
+    """Janus and Janus-Pro in transformers' layout (deepseek-community/Janus-Pro-1B and -7B)."""
+
+    name = "janus"
+    model_type = "janus"
+    architecture = "JanusForConditionalGeneration"
+
+    @classmethod
+    def recognises(cls, source: Source) -> bool:
+        return super().recognises(source) or source.config.get("model_type") == ORIGINAL
+
+    @classmethod
+    def load(cls, source: Source) -> Self:
+        if source.config.get("model_type") == ORIGINAL:
+            raise VisarError(
+                f"{source.name} is in DeepSeek's own layout, which takes its own code to run; give the same weights in "
+                "transformers' layout, such as deepseek-community/Janus-Pro-1B."
+            )
+        return super().load(source)
+
+    def made(self) -> None:
+        model, tokenizer = self.model, getattr(self.processor, "tokenizer", self.processor)
+        config = model.config.vq_config
+        side = config.num_patches
+        if model.config.vision_config.num_image_tokens != side**2:
+            raise VisarError(f"This Janus has {side} x {side} cells of an image, and another number of image tokens.")
+        self.decoder, self.layout = JanusDecoder(model), Layout(side, side)
+        self._pixels = side * 2 ** (len(config.channel_multiplier) - 1)
+        self.defaults = SamplingParams(
+            guidance_scale=5.0, guidance_interval=-1, guidance_schedule="constant", temperature=1.0, top_k=0, top_p=1.0
+        )
+        own = model.generation_config
+        kept = getattr(own, "generation_kwargs", None) or {}
+        self.start_text = getattr(tokenizer, "boi_token", None) or START
+        start, first = kept.get("boi_token_id"), own.bos_token_id
+        self._start = tokenizer.convert_tokens_to_ids(self.start_text) if start is None else start
+        self._first = tokenizer.bos_token_id if first is None else first
+        self._padding = tokenizer.pad_token_id if own.pad_token_id is None else own.pad_token_id
+        for what, found in (("begins an image", self._start), ("pads prompts", self._padding)):
+            if found is None or found == tokenizer.unk_token_id:
+                raise VisarError(f"The tokenizer of this Janus has no token that {what}.")
+
+    def prompt_ids(self, text: str) -> tuple[list[int], list[int]]:
+        ids = self._tokens(text)
+        return ids, [i if i in (self._first, self._start) else self._padding for i in ids]
+
+    def _tokens(self, text: str) -> list[int]:
+        """The ids of a user's message and of the image's beginning."""
+        if getattr(self.processor, "chat_template", None):
+            message = {"role": "user", "content": [{"type": "text", "text": text}]}
+            chat = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        else:
+            chat = CHAT.format(text)
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        found: list[int] = tokenizer(chat + self.start_text)["input_ids"]
+        return found
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, batch: int = 8) -> Tensor:
+        parts = [self.model.decode_image_tokens(part.to(self.device)) for part in tokens.split(batch)]
+        return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2).contiguous()
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        return self._pixels, self._pixels
+
+    @property
+    def codebook(self) -> Tensor:
+        found: Tensor = self.model.model.vqmodel.quantize.embedding.weight
+        return found

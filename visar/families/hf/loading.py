@@ -1,0 +1,69 @@
+"""Models and processors of transformers from a folder: never a repository's own code, never weights made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from visar.errors import VisarError
+from visar.host import available_memory
+
+
+def load_model(architecture: str, folder: Path) -> Any:
+    """The model in the folder of this class of transformers, in the dtype of its files, on the CPU, in evaluation mode.
+
+    Raises `VisarError` for files that are missing or damaged, weights of which a part is missing, which transformers
+    would fill with random numbers, and for too little memory.
+    """
+    import transformers
+
+    kind = getattr(transformers, architecture)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise VisarError(f"{folder} has no weights: a file model.safetensors, or shards of it.")
+    needed, free = sum(file.stat().st_size for file in files), available_memory()
+    if needed > free:
+        raise VisarError(f"{folder} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")
+    try:
+        model, told = kind.from_pretrained(
+            folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # of several libraries, on files that are missing, cut or changed
+        raise _unreadable(f"the {architecture}", folder, error) from error
+    absent = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
+    if absent:
+        others = f", and {len(absent) - 1} others are" if len(absent) > 1 else ""
+        raise VisarError(f"Tensor {sorted(absent)[0]!r} of {folder} is missing or misshapen{others}.")
+    return model.eval().requires_grad_(False)
+
+
+def load_processor(folder: Path) -> Any:
+    """The processor in the folder, or its tokenizer if there is no more. Raises `VisarError` if neither can be read."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    if code := own_code(folder):
+        raise VisarError(f"{folder} has a tokenizer of its own code ({code}), which visar does not run.")
+    whole = any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json"))
+    kind = AutoProcessor if whole else AutoTokenizer
+    try:
+        return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise _unreadable("the processor of prompts", folder, error) from error
+
+
+def own_code(folder: Path) -> str | None:
+    """The code that a folder's processor or tokenizer asks for, by name."""
+    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        try:
+            found = json.loads((folder / name).read_text()).get("auto_map")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(found, dict) and found:
+            return str(next(iter(found.values())))
+    return None
+
+
+def _unreadable(what: str, folder: Path, error: Exception) -> VisarError:
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return VisarError(f"Could not load {what} from {folder}: {reason}")

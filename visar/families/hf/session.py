@@ -1,0 +1,94 @@
+"""The session over any causal decoder of transformers, by its own `forward`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visar.engine.guidance import Guidance
+from visar.engine.kv_cache import KVCache
+from visar.engine.prompt_session import PromptSession
+from visar.errors import VisarError
+from visar.families.hf.attention import Pass, Products, run
+from visar.families.hf.decoder import ImageDecoder
+from visar.families.hf.versions import check_version
+from visar.kernels.attention import AttentionMetadata
+from visar.kernels.invariant import is_invariant
+
+
+class TransformersSession(PromptSession):
+    """Decode `length` image tokens of a `decoder` for prompts of ids.
+
+    The condition is the ids [B, T] of prompts, padded on the right, and their lengths [B]; for guidance, then those of
+    the unconditional batch [B, U] and [B]. The modules of the decoder are used as they are, with whatever adapters and
+    hooks its layers have. Raises `VisarError` for a version of transformers that visar does not know, a model in
+    training mode, and one that does not decode with the cache that it is given.
+    """
+
+    def __init__(
+        self,
+        decoder: ImageDecoder,
+        *condition: Tensor,
+        length: int,
+        window: int,
+        guidance: Guidance = Guidance(),
+    ):
+        check_version()
+        self.decoder = decoder
+        ids = condition[0]
+        if guidance.active and len(condition) < 4:
+            raise VisarError("This model has no unconditional prompts; give guidance_scale 1.")
+        if decoder.backbone.training:
+            raise VisarError("The model is in training mode, in which it drops features at random; call its eval().")
+        if is_invariant() and decoder.device.type == "cuda":
+            raise VisarError(
+                "The invariant mode on a GPU is for visar's own layers, and this model has those of others."
+            )
+        super().__init__(
+            len(ids), length, decoder.vocab, decoder.device, width=max(part.shape[1] for part in condition[::2]),
+            dim=decoder.dim, window=window, dtype=decoder.dtype, guidance=guidance,
+        )  # fmt: skip
+        self.cache = KVCache(
+            decoder.layers, len(self.prefix), len(self._slot), decoder.heads, decoder.head_dim, decoder.dtype,
+            decoder.device,
+        )  # fmt: skip
+        self.start(*condition)
+
+    def start(self, *condition: Tensor) -> None:
+        self.decoder.start()
+        super().start(*condition)
+
+    def prompts(self, *condition: Tensor) -> tuple[Tensor, Tensor]:
+        parts = condition[: 2 * self.batches]
+        width = max(ids.shape[1] for ids in parts[::2])
+        ids = torch.cat([F.pad(ids, (0, width - ids.shape[1])) for ids in parts[::2]])
+        with self._products():
+            return self.decoder.embed_prompt(ids.to(self.device)), torch.cat(parts[1::2]).to(self.device)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        with self._products():
+            return self.decoder.embed(tokens)
+
+    def run(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
+        now = Pass(self.cache, slots, mask, visible)
+        with self._products():
+            return run(
+                self.decoder.backbone, self.decoder.cache_name, x, self.decoder.position_ids(at, self.prefix), now
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with self._products():
+            return self.decoder.head(hidden).float()
+
+    @contextmanager
+    def _products(self) -> Iterator[None]:
+        """On a CPU linear layers run in visar's forms, which are faster, and invariant where that is asked for."""
+        if self.device.type != "cpu":
+            yield
+            return
+        with Products():
+            yield
