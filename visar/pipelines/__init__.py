@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.generation.output import ImageOutput
-from visar.pipelines.accelerate import wrapped
+from visar.pipelines.wrapped import wrapped
 from visar.pipelines.base import FILES, ImagePipeline
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.text_to_image import TextToImagePipeline
