@@ -68,10 +68,8 @@ def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
         _say("note: without --api-key-file everybody who reaches this address may use it")
     # A note for each prompt would be kept for ever, and clients get theirs in the answer.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"visar\.")
-    print(
-        f"visar serve: {', '.join(served.name for served in models)} on http://{f'[{host}]' if ':' in host else host}:{port}/v1",
-        flush=True,
-    )
+    names, where = ", ".join(served.name for served in models), f"[{host}]" if ":" in host else host
+    print(f"visar serve: {names} on http://{where}:{port}/v1", flush=True)
     Server(app, lambda: _drain(replica, options.drain)).run([listener])
     engine.close(drain=False, timeout=60)
     return 0
