@@ -61,7 +61,11 @@ def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:
     assert torch.equal(out.images, (stock / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2))
     image = pipe(PROMPTS[0], seed=3).images[0]
     theirs = processor.postprocess(list(stock[:1]), return_tensors="pt")["pixel_values"][0]
-    ours = torch.from_numpy(np.array(image)).permute(2, 0, 1) if theirs.shape[0] == 3 else torch.from_numpy(np.array(image))
+    ours = (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if theirs.shape[0] == 3
+        else torch.from_numpy(np.array(image))
+    )
     assert (ours.int() - theirs.int()).abs().max() <= 1  # theirs are cut to whole numbers, and not rounded
 
 
@@ -106,7 +110,7 @@ def test_rows_that_are_taken_in_turns(pipe: Any) -> None:
     """Prompts of unlike lengths, one of them longer than all before it."""
     long = " ".join(["wide"] * 80)
     settings = [SamplingParams(seed=2), SamplingParams(guidance_scale=1.0), SamplingParams(temperature=0.7, top_k=9)]
-    requests = [Request(text, settings[i % 3], tag=i) for i, text in enumerate([*PROMPTS, long, *PROMPTS[::-1]])]
+    requests = [Request(text, settings[i % 3], tag=i) for i, text in enumerate([*PROMPTS, long, PROMPTS[0]])]
     model = ImageModel.of(pipe)
     found = {done.request.tag: done for done in Pool(model, "scd", size=2).run(requests)}
     for request in requests:
@@ -118,14 +122,12 @@ def test_rows_that_are_taken_in_turns(pipe: Any) -> None:
 @pytest.mark.parametrize("invariant", [False, True])
 def test_the_same_image_in_every_batch(pipe: Any, invariant: bool) -> None:
     settings: dict[str, Any] = dict(sampler="sjd", seed=4, output_type="tokens", invariant=invariant)
-    texts = [*PROMPTS, " ".join(["wide"] * 80)]  # of which the last needs more room
+    texts = [PROMPTS[0], " ".join(["wide"] * 80)]  # of which the second needs more room
     whole = pipe(texts, **settings).tokens
     assert all(torch.equal(pipe(text, **settings).tokens[0], whole[i]) for i, text in enumerate(texts))
 
 
-def test_the_command_line_works_by_registration(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_works_by_registration(folder: Path, tmp_path: Path) -> None:
     model = ["--model", str(folder)]
     assert cli.main(["generate", "a red heart", *model, "-o", str(tmp_path / "a.png"), "--top-k", "1"]) == 0
     assert Image.open(tmp_path / "a.png").size == (64, 64)
@@ -136,11 +138,15 @@ def test_the_command_line_works_by_registration(
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *model, "-n", "4", "--out", str(tmp_path / "many")]
     assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 4
-    assert cli.main(["bench", *model, "--samplers", "ar,scd", "--repeats", "1", "-n", "1"]) == 0
-    capsys.readouterr()
-    assert cli.main(["verify", *model, "--samplers", "scd", "--sequences", "16384", "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)
-    assert row["sampler"] == "scd" and row["passed"]
+    assert cli.main(["bench", *model, "--samplers", "ar", "--repeats", "1", "-n", "1"]) == 0
+
+
+@pytest.mark.slow
+def test_verify_on_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["--samplers", "ar,sjd,scd,scd-gumbel"]
+    assert cli.main(["verify", "--model", str(folder), *names, "--sequences", "16384", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 4 and all(row["passed"] for row in rows)
 
 
 def edited(file: str, **changes: Any) -> Callable[[Path], Any]:
@@ -178,7 +184,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_folders(damage: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
     spoil, message = DAMAGE[damage]
     spoil(path := Path(shutil.copytree(folder, tmp_path / "model")))
     with pytest.raises(VisarError, match=message) as caught:
