@@ -20,7 +20,7 @@ from visar.kernels.derived import steady_weights
 class Decoding(Protocol):
     """The state of a sampler, as far as the loop knows it: `tokens` and `commit_pass`, [B, N or more].
 
-    One whose passes may commit more tokens than its sampler's window says how many, in `width`.
+    If its passes may commit more tokens than its sampler's window, `width` is how many.
     """
 
     tokens: Tensor
