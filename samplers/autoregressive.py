@@ -46,7 +46,11 @@ class Autoregressive(Registered):
         return SequentialState.empty(session, target, noise, width, width=width)
 
     def step(self, session: Session, state: SequentialState) -> None:
-        inputs, accepted, forced_at = state.inputs(session, 1), torch.zeros_like(session.lengths), state.target.forced_at
+        inputs, accepted, forced_at = (
+            state.inputs(session, 1),
+            torch.zeros_like(session.lengths),
+            state.target.forced_at,
+        )
         if forced_next(session, state):
             known = forced_at(session.positions(1))
             inputs, accepted = torch.cat([inputs, known.clamp_min(0)], dim=1), (known[:, 0] >= 0).long()

@@ -21,7 +21,6 @@ from tests.helpers.tiny_emu3 import emu3_tokenizer, tiny_ibq, tiny_qwen3
 from tests.helpers.tiny_hf import PROMPTS
 from visar.errors import VisarError
 from visar.families.hf.emu3_5 import NOTHING, USER, Emu35Family
-from visar.families.hf.ibq import IBQ
 from visar.generation.model import ImageModel
 
 SIDE = 3
@@ -110,7 +109,7 @@ def test_pixels_are_those_of_another_decoder(model: ImageModel) -> None:
     wanted = other(z) / 2 + 0.5
     tokens = torch.cat([codes, torch.full((2, SIDE, 1), 16)], dim=2).flatten(1)
     found = model.family.decode(tokens)
-    assert found.shape == (2, 3, 4 * SIDE, 4 * SIDE) and 0.1 < found.std() and found.min() >= 0
+    assert found.shape == (2, 3, 4 * SIDE, 4 * SIDE) and found.std() > 0.1 and found.min() >= 0
     torch.testing.assert_close(found, wanted.detach().clamp(0, 1), atol=1e-5, rtol=0)
 
 
@@ -171,7 +170,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"the vocabulary of this model has \d+ ids: it is no Emu3\.5",
     ),
     "a decoder's tensor missing": (
-        edit_vision(lambda s: s.pop("decoder.mid.attn_1.q.weight")), r"no tensor .*mid\.1\.q\.weight"
+        edit_vision(lambda s: s.pop("decoder.mid.attn_1.q.weight")),
+        r"no tensor .*mid\.1\.q\.weight",
     ),
     "a decoder's tensor unknown": (
         edit_vision(lambda s: s.update({"decoder.up.0.attn.0.q.weight": torch.ones(32, 32, 1, 1)})),

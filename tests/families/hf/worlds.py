@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.helpers.tiny_hf import spread, tiny_janus
 from tests.helpers.tiny_emu3 import tiny_emu3, vocabulary
+from tests.helpers.tiny_hf import spread, tiny_janus
 from visar.engine.guidance import Guidance
 from visar.families.hf.base import padded
 from visar.families.hf.decoder import ImageDecoder, VocabularyDecoder

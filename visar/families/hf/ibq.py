@@ -1,4 +1,4 @@
-"""The decoder of an IBQ image tokenizer (Shi et al. 2024, arXiv:2412.02692), as Emu3.5 has one, with its published keys.
+"""The decoder of an IBQ image tokenizer (Shi et al. 2024, arXiv:2412.02692), as Emu3.5 has, with its published keys.
 
 Codes are vectors of any length, which are not normalised; the decoder is that of latent diffusion. All sizes are read
 from the shapes of the weights. The encoder of a file is left out: images are made, and not read.
@@ -7,7 +7,6 @@ from the shapes of the weights. The encoder of a file is left out: images are ma
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from einops import rearrange
@@ -62,7 +61,9 @@ class IBQ(nn.Module):
                 )
             found[name] = value
         if absent := sorted(wanted.keys() - found.keys()):
-            raise VisarError(f"{path} has no tensor for {absent[0]!r} of the decoder, nor for {len(absent) - 1} others.")
+            raise VisarError(
+                f"{path} has no tensor for {absent[0]!r} of the decoder, nor for {len(absent) - 1} others."
+            )
         made.load_state_dict(found)
         return made.eval().requires_grad_(False)
 

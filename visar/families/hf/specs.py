@@ -17,8 +17,11 @@ def listings() -> list[Listing]:
         _listing("janus-pro-7b", "Janus-Pro 7B, text", "deepseek-community/Janus-Pro-7B", 384),
         _listing("emu3-gen", "Emu3-Gen 8B, text", "Emu3-community/Emu3-Gen-hf", 720),
         _listing(
-            "emu3.5-image", "Emu3.5-Image 34B, text", "BAAI/Emu3.5-Image", 1024,
+            "emu3.5-image",
+            "Emu3.5-Image 34B, text",
+            "BAAI/Emu3.5-Image",
+            1024,
             "a folder with the files of BAAI/Emu3.5-Image, the tokenizer files of a Qwen3, and in its folder "
             "'vision_tokenizer' those of BAAI/Emu3.5-VisionTokenizer",
-        ),  # fmt: skip
+        ),
     ]
