@@ -69,8 +69,8 @@ def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
     # A note for each prompt would be kept for ever, and clients get theirs in the answer.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"visar\.")
     names, where = ", ".join(served.name for served in models), f"[{host}]" if ":" in host else host
-    print(f"visar serve: {names} on http://{where}:{port}/v1", flush=True)
-    Server(app, lambda: _drain(replica, options.drain)).run([listener])
+    told = f"visar serve: {names} on http://{where}:{port}/v1"
+    Server(app, lambda: _drain(replica, options.drain), lambda: print(told, flush=True)).run([listener])
     engine.close(drain=False, timeout=60)
     return 0
 
