@@ -142,14 +142,14 @@ def until(true: Callable[[], Any]) -> None:
 @contextmanager
 def serving(
     *models: tuple[str, Any, tuple[str, ...]], rows: int = 3, waiting: int = 40, keys: tuple[str, ...] = (),
-    drain: float = LONG, **options: Any,
+    drain: float = LONG, invariant: bool | None = None, **options: Any,
 ) -> Iterator[Api]:  # fmt: skip
     """A server of models by (name, pipeline, samplers)."""
     served = []
     for name, pipe, samplers in models:
         model = ImageModel.of(pipe)
         model.bar = {"disable": True}
-        served.append(Served(name, model, {label: model.sampler_of(label) for label in samplers}))
+        served.append(Served(name, model, {label: model.sampler_of(label) for label in samplers}, invariant))
     engine = Engine(rows=rows, waiting=waiting)
     replica, metrics = Replica(served, engine), Metrics()
     metrics.registry.register(EngineCollector(engine))

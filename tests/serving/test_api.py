@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.helpers.api import JSON, Api, serving
@@ -58,6 +59,15 @@ def test_images_are_the_files_of_generate(api: Api, text_folder: Path, tmp_path:
 def test_images_of_a_class(api: Api, class_folder: Path, tmp_path: Path) -> None:
     wanted = generated(class_folder, tmp_path, "--class", 3, "-n", 2)
     assert api.images(class_label=3, model="class", n=2, seed=5).files == wanted
+
+
+def test_the_invariant_mode(text_folder: Path, tmp_path: Path) -> None:
+    """In bfloat16 the bytes are the same, too, though rows are decoded next to others."""
+    wanted = generated(text_folder, tmp_path, "red heart", "-n", 2, "--dtype", "bfloat16", "--invariant")
+    pipe = TextToImagePipeline.from_pretrained(text_folder).to(dtype=torch.bfloat16)
+    with serving(("text", pipe, ("scd",)), invariant=True) as api:
+        answer = api.images(prompt="red heart", n=2, seed=5)
+    assert answer.files == wanted and answer.json["visar"]["invariant"] and answer.json["visar"]["dtype"] == "bfloat16"
 
 
 def test_formats(api: Api) -> None:
