@@ -43,8 +43,11 @@ def pixels(file: bytes) -> bytes:
 
 @pytest.mark.parametrize("sampler", ["scd", "ar", "zipar"])
 def test_images_are_the_files_of_generate(api: Api, text_folder: Path, tmp_path: Path, sampler: str) -> None:
-    wanted = generated(text_folder, tmp_path, "red heart", "-n", 3, "--sampler", sampler, "--temperature", 0.9)
-    answer = api.images(prompt="red heart", model="text", n=3, seed=5, sampler=sampler, temperature=0.9)
+    settings = ("--sampler", sampler, "--temperature", 0.9, "--top-k", 9, "--guidance-scale", 3)
+    wanted = generated(text_folder, tmp_path, "red heart", "-n", 3, *settings)
+    answer = api.images(
+        prompt="red heart", model="text", n=3, seed=5, sampler=sampler, temperature=0.9, top_k=9, guidance_scale=3
+    )
     assert answer.files == wanted and len(set(wanted)) == 3
     told = answer.json
     assert (told["size"], told["output_format"], told["background"]) == ("10x10", "png", "opaque")

@@ -22,7 +22,7 @@ from tests.helpers.api import JSON, LONG, Answer, Api, Held, serving, until
 from visar.engine.slots import Slots
 from visar.generation.pool import Glance, Pool
 from visar.pipelines import TextToImagePipeline
-from visar.serving import gate
+from visar.serving import gate, replica
 from visar.serving.access import LARGEST
 from visar.serving.app import ROUTE
 from visar.serving.gate import Keys
@@ -212,15 +212,30 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream(start: Start, held: Held
     assert (api.engine.counts.cancelled, api.engine.counts.finished) == (1, 0)
 
 
-def test_a_slow_client_holds_nobody_up(start: Start) -> None:
-    """One that reads nothing of its stream: its row is free, and others are served."""
+def test_a_slow_client_holds_nobody_up(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that reads nothing of its stream: its rows are free, others are served, and after a while it is left."""
+    file = replica.encoded
+
+    def large(make: Any, form: str) -> bytes:
+        return file(make, form).ljust(8_000_000 if form == "webp" else 0)
+
+    monkeypatch.setattr(replica, "encoded", large)
     api = start(rows=1)
-    slow = api.open(prompt="cat", n=10, stream=True, partial_images=3, receive=1024)
+    slow = api.open(prompt="cat", n=3, stream=True, partial_images=1, output_format="webp", receive=1024)
     for seed in range(3):
         assert api.images(prompt="red heart", seed=seed).status == 200
-    until(lambda: api.engine.counts.finished == 13)
-    assert api.engine.running == 0
+    until(lambda: api.engine.counts.finished == 6)
+    sent = 'visar_image_seconds_count{model="text",sampler="scd"}'
+    assert api.engine.running == 0 and measured(api, sent) < 6  # it waits for its client
     slow.close()
+    until(lambda: not api.server.server_state.tasks)
+    monkeypatch.setattr("visar.serving.app.UNREAD", 0.1)
+    with api.open(prompt="cat", n=3, stream=True, output_format="webp", receive=1024):
+        until(lambda: api.engine.counts.finished == 9)
+        until(lambda: not api.server.server_state.tasks)
+    assert "Traceback" not in caplog.text
 
 
 def test_mail_keeps_the_newest_preview_only() -> None:
@@ -370,7 +385,7 @@ def test_sigterm_under_load(text_folder: Path, tmp_path: Path) -> None:
         assert told.startswith("visar serve: text on http://127.0.0.1:") and told.endswith("/v1\n"), told
         api = Api(int(told.rpartition(":")[2].partition("/")[0]), None, None, bearer(KEY))  # type: ignore[arg-type]
         asked = [api.later(prompt="cat", n=10, seed=seed, stream=True) for seed in range(3)]
-        until(lambda: _count(api, "finished") >= 2)
+        until(lambda: measured(api, 'visar_images_total{outcome="finished"}') >= 2)
         server.send_signal(signal.SIGTERM)
         for one in asked:
             assert [event["type"] for event in one.answer.events] == ["image_generation.completed"] * 10
@@ -381,6 +396,7 @@ def test_sigterm_under_load(text_folder: Path, tmp_path: Path) -> None:
     assert said == "visar serve: finishing what was begun; another Ctrl-C ends it at once\n"
 
 
-def _count(api: Api, outcome: str) -> float:
-    lines = api.ask("/metrics").body.decode().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f'visar_images_total{{outcome="{outcome}"'))
+def measured(api: Api, name: str) -> float:
+    """A line of `/metrics`."""
+    lines = [line.rpartition(" ") for line in api.ask("/metrics").body.decode().splitlines()]
+    return next((float(value) for found, _, value in lines if found == name), 0.0)
