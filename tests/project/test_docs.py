@@ -44,6 +44,7 @@ SHORTER = {
     r'\.to\("cuda"': '.to("cpu"',
     r"\bsteps=64, head_steps=100\b": "steps=8, head_steps=10",
     r"\bgoogle/flan-t5-xl\b": "flan-t5-xl",
+    r"\bdeepseek-community/Janus-Pro-1B\b": "./Janus-Pro-1B",
 }
 # Options that end a command soon, put behind those that it has.
 SOONER = {
@@ -202,6 +203,8 @@ def workplaces(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Wor
     def of(page: Path) -> Workplace:
         place = Workplace(tmp_path_factory.mktemp(page.stem))
         stand_ins.lay_down(place.folder)
+        if page.parent.name == "families":
+            stand_ins.lay_down_family(place.folder, page.stem)
         return place
 
     return of
