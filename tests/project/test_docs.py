@@ -65,6 +65,8 @@ SOONER = {
 PARSED = {
     "torchrun ": "several processes and GPUs; tests/bulk/test_kill.py runs two",
     "visar demo": "a server that ends when it is stopped",
+    "visar serve": "as above",
+    "visar bench --serve": "a load test of minutes; tests/serving/test_load.py runs a small one",
     "visar bench --shapes": "models of published size; tests/eval/benchmark/test_shapes.py runs small ones",
     "visar train images": "downloads the packages of ten image sets",
     "visar train words": "needs the extra `train`",

@@ -23,14 +23,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(options: argparse.Namespace) -> int:
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import sse_starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        what = "pip install fastapi uvicorn sse-starlette prometheus-client, or visar with its extra, 'visar[serve]'"
-        raise VisarError(f"The server needs FastAPI and three small packages: {what}.") from error
+    require_server()
     for name, value in (("--replicas", options.replicas), ("--ray-address", options.ray_address)):
         if value is not None and not options.ray:
             raise VisarError(f"{name} is of --ray, which is not given.")
@@ -42,6 +35,18 @@ def serve(options: argparse.Namespace) -> int:
     from visar.cli.serve_on_ray import run
 
     return run(options, keys, port)
+
+
+def require_server() -> None:
+    """Raise `VisarError` without the packages of a server."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import sse_starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        what = "pip install fastapi uvicorn sse-starlette prometheus-client, or visar with its extra, 'visar[serve]'"
+        raise VisarError(f"The server needs FastAPI and three small packages: {what}.") from error
 
 
 def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
@@ -66,11 +71,12 @@ def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
     host, port = listener.getsockname()[:2]
     if not keys and options.host not in LOOPBACK:
         _say("note: without --api-key-file everybody who reaches this address may use it")
-    # A note for each prompt would be kept for ever, and clients get theirs in the answer.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"visar\.")
     names, where = ", ".join(served.name for served in models), f"[{host}]" if ":" in host else host
-    print(f"visar serve: {names} on http://{where}:{port}/v1", flush=True)
-    Server(app, lambda: _drain(replica, options.drain)).run([listener])
+    told = f"visar serve: {names} on http://{where}:{port}/v1"
+    with warnings.catch_warnings():
+        # A note for each prompt would be kept for ever, and clients get theirs in the answer.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"visar\.")
+        Server(app, lambda: _drain(replica, options.drain), lambda: print(told, flush=True)).run([listener])
     engine.close(drain=False, timeout=60)
     return 0
 

@@ -195,7 +195,8 @@ class ImageModel:
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, N], of continuous models [B, N, d].
 
-        Raises `VisarError` for tokens of another shape, ids that no image has, or pixels that are not finite.
+        They are decoded one by one, since convolutions round otherwise in another batch. Raises `VisarError` for tokens
+        of another shape, ids that no image has, or pixels that are not finite.
         """
         family, wanted = self.family, [self.family.layout.length, *self.family.token_shape]
         if not isinstance(tokens, Tensor) or [*tokens.shape[1:]] != wanted or tokens.ndim != 1 + len(wanted):
@@ -203,7 +204,7 @@ class ImageModel:
             raise VisarError(f"tokens must be a tensor [B, {', '.join(map(str, wanted))}], not {shape}.")
         with ordinary(), undisturbed(self.device):
             try:
-                pixels = family.decode(tokens)
+                pixels = torch.cat([family.decode(one) for one in tokens.split(1)])
             except IndexError as error:
                 raise VisarError(f"tokens has an id that is no image token, such as {int(tokens.max())}.") from error
             require_finite(pixels, "The decoder's pixels", self.dtype)
