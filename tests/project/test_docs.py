@@ -45,6 +45,10 @@ SHORTER = {
     r"\bsteps=64, head_steps=100\b": "steps=8, head_steps=10",
     r"\bgoogle/flan-t5-xl\b": "flan-t5-xl",
     r"\bdeepseek-community/Janus-Pro-1B\b": "./Janus-Pro-1B",
+    r"\bEmu3-community/Emu3-Gen-hf\b": "./Emu3-Gen-hf",
+    r"--image-size 720\b": "--image-size 32",
+    r"image_area = 960 \* 540\b": "image_area = 32 * 18",
+    r"window=(32|64)\b": "window=8",
 }
 # Options that end a command soon, put behind those that it has.
 SOONER = {

@@ -47,6 +47,7 @@ class Family(ABC):
     tokens: ClassVar[str] = DISCRETE  # or CONTINUOUS
     required: ClassVar[frozenset[str]] = frozenset()  # names of components
     optional: ClassVar[frozenset[str]] = frozenset()  # components that a model may have
+    any_size: ClassVar[bool] = False  # whether an image size may be given with a folder, too
     token_shape: tuple[int, ...] = ()  # of one token: that of a number, or of continuous tokens [d]
     setting_names: ClassVar[tuple[str, ...]] = ()
 

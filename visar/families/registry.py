@@ -42,11 +42,17 @@ def families() -> Mapping[str, type[Family]]:
 
 
 def family_of(source: sources.Source) -> type[Family]:
-    """The family of a model, by names and configurations only. Raises `VisarError` if none recognises it."""
+    """The family of a model, by names and configurations only.
+
+    Raises `VisarError` if none recognises it, and for an image size where a folder has its own.
+    """
     found = [family for family in families().values() if family.recognises(source)]
     if not found:
         raise VisarError(sources.unrecognised(source, families()))
-    return found[-1]  # the last registered, so that your own family takes precedence
+    family = found[-1]  # the last registered, so that your own family takes precedence
+    if source.folder is not None and source.image_size is not None and not family.any_size:
+        raise VisarError(sources.FILES_ALONE)
+    return family
 
 
 def family_of_components(names: Any) -> type[Family]:

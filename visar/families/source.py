@@ -15,6 +15,11 @@ from visar.errors import VisarError, unknown
 from visar.families.catalogue import catalogue, embedded_folder, is_embedded
 from visar.reading import Name, checked_arguments, read_json
 
+FILES_ALONE = (
+    "A text encoder, an image size, a number of heads and ema are given with a published file of weights; a folder has "
+    "its own."
+)
+
 
 class Index(TypedDict, total=False):
     """What is known of a folder's `model_index.json`; the other keys are components and settings."""
@@ -40,9 +45,10 @@ class HubOptions:
 class Source:
     """A model in a `folder`, or as published `files` by their roles ("model", "vq", "vae").
 
-    `variant` is that of the folder's files; `image_size` (pixels), `num_heads`, `text_encoder` and `ema` (whether
-    averaged weights are taken; None: what was published) are for published files; `given` are components to use instead
-    of those in the folder. `condition` is the kind of condition that the caller wants, "prompt" or "class", if known.
+    `variant` is that of the folder's files. For published files are `num_heads`, `text_encoder`, `ema` (whether averaged
+    weights are taken; None: what was published) and `image_size` (pixels), which families of any size take for a folder
+    too; `given` are components to use instead of those in the folder. `condition` is the kind of condition that the
+    caller wants, "prompt" or "class", if known.
     """
 
     name: str
@@ -129,11 +135,8 @@ def open_source(
         raise VisarError("The name of the model is empty.")
     if is_weights(name) or vq or vae:
         return _files(name, vq, vae, text_encoder, image_size, num_heads, ema, condition)
-    if any(value is not None for value in (text_encoder, image_size, num_heads, ema)):
-        raise VisarError(
-            "A text encoder, an image size, a number of heads and ema are given with a published file of weights; "
-            "a folder has its own."
-        )
+    if any(value is not None for value in (text_encoder, num_heads, ema)):
+        raise VisarError(FILES_ALONE)
     folder = resolve(name)
     if isinstance(folder, str):
         folder = download(folder, hub, subfolder)
@@ -143,7 +146,9 @@ def open_source(
         folder = folder / subfolder
         if not folder.is_dir():
             raise VisarError(f"{name} has no folder {subfolder!r}.")
-    return Source(str(name), folder, variant=variant, given=given or {}, condition=condition)
+    return Source(
+        str(name), folder, variant=variant, image_size=image_size, given=given or {}, condition=condition
+    )  # fmt: skip
 
 
 def _files(

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import visar
 from tests.helpers.tiny_emu3 import emu3, emu3_processor, stock_emu3, tiny_emu3
 from tests.helpers.tiny_hf import PROMPTS
+from visar import cli
 from visar.engine.drafter import SessionDrafter
 from visar.engine.guidance import Guidance
 from visar.engine.loop import decode
@@ -216,6 +218,24 @@ def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_command_line_works_by_registration(folder: Path, tmp_path: Path) -> None:
+    model = ["--model", str(folder), "--image-size", "32"]
+    assert cli.main(["generate", "a red heart", *model, "-o", str(tmp_path / "a.png"), "--top-k", "1"]) == 0
+    assert Image.open(tmp_path / "a.png").size == (32, 32)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *model, "-n", "4", "--out", str(tmp_path / "many")]
+    assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 4
+    assert cli.main(["bench", *model, "--samplers", "ar,sjd:window=4", "--repeats", "1", "-n", "1"]) == 0
+
+
+@pytest.mark.slow
+def test_verify_on_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--samplers", "ar,sjd,scd", "--sequences", "8192", "--json"]
+    assert cli.main(["verify", "--model", str(folder), "--image-size", "32", *given]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 3 and all(row["passed"] for row in rows)
+
+
 def test_a_folder_loads_and_has_the_published_size(folder: Path) -> None:
     family: Any = ImageModel.load(folder).family
     assert family.name == "emu3" and family.pixels == (720, 720) and family.layout.length == 90 * 91
@@ -224,7 +244,7 @@ def test_a_folder_loads_and_has_the_published_size(folder: Path) -> None:
     )["input_ids"][0]  # fmt: skip
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(folder: Path) -> None:
     model = emu3()[0]
     for settings, message in (
         (dict(ratio="wide"), r"ratio must be like '4:3'"),
@@ -234,5 +254,7 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(VisarError, match=message):
             visar.accelerate(model, emu3_processor(**settings))
+    with pytest.raises(VisarError, match="image_size must be a multiple of 8 pixels, not 100"):
+        ImageModel.load(folder, image_size=100)
     with pytest.raises(VisarError, match="the Emu3Processor of its prompts is missing"):
         visar.accelerate(model, emu3_processor().tokenizer)

@@ -43,8 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> ImageModel:
-    family: Any = ImageModel.load(folder).family
-    return ImageModel(Emu35Family(family.model, family.processor, family.vision_tokenizer, SIDE))
+    return ImageModel.load(folder, image_size=4 * SIDE)
 
 
 def stock(model: ImageModel, prompts: tuple[str, ...]) -> Tensor:
@@ -196,6 +195,8 @@ def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
 
 def test_what_is_refused(folder: Path, model: ImageModel) -> None:
     family: Any = model.family
+    with pytest.raises(VisarError, match=r"image_size must be a multiple of 4 pixels, not 30"):
+        ImageModel.load(folder, image_size=30)
     with pytest.raises(VisarError, match=r"An image of 200 x 200 cells is 40200 tokens, and this model has 8192"):
         Emu35Family(family.model, family.processor, family.vision_tokenizer, 200)
     with pytest.raises(VisarError, match="knows no images of a Qwen3ForCausalLM"):

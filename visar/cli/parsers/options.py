@@ -118,7 +118,9 @@ def model_options(parser: CommandParser, *, several: str = "", quantize: bool = 
     group.add_argument(
         "--text-encoder", metavar="PATH", help="folder or hub id of FLAN-T5-XL, if --model is a text model's file"
     )
-    group.add_argument("--image-size", type=whole(1), metavar="PX", help="pixels, if --model is a LlamaGen file")
+    group.add_argument(
+        "--image-size", type=whole(1), metavar="PX", help="pixels, if --model is a LlamaGen file or an Emu3"
+    )
     group.add_argument(
         "--num-heads", type=whole(1), metavar="N", help="attention heads, if --model is a file of an unpublished size"
     )

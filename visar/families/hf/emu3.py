@@ -13,7 +13,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from visar.errors import VisarError
-from visar.families.hf.grid import GridDecoder, GridFamily
+from visar.families.hf.grid import GridDecoder, GridFamily, cells_of
+from visar.families.hf.loading import load_model, load_processor
+from visar.families.hf.versions import check_version
 from visar.families.registry import register_family
 from visar.families.source import Source
 from visar.params import SamplingParams
@@ -31,7 +33,7 @@ EMU3_VOCABULARY = 184622
 class Emu3Family(GridFamily):
     """Emu3-Gen in transformers' layout (Emu3-community/Emu3-Gen-hf).
 
-    The image's size is that of the processor: its `image_area` (720 x 720 pixels) and `ratio` (width:height).
+    The image's size is that of the processor, which has `image_area` (720 x 720 pixels) and `ratio` (width:height).
     """
 
     name = "emu3"
@@ -51,7 +53,13 @@ class Emu3Family(GridFamily):
             )
         if not isinstance(source.config.get("vocabulary_map"), dict):
             raise VisarError(f"{source.name}/config.json has no vocabulary_map, so no token of it is a code of images.")
-        return super().load(source)
+        assert source.folder is not None
+        check_version()
+        model, processor = load_model(cls.architecture, source.folder), load_processor(source.folder)
+        if source.image_size is not None:
+            cells_of(source.image_size, model.model.vqmodel.spatial_scale_factor)
+            processor.ratio, processor.image_area = "1:1", source.image_size**2
+        return cls(model, processor)
 
     def made(self) -> None:
         mapping, vq = self.model.vocabulary_mapping, self.model.model.vqmodel

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from visar.errors import VisarError
 from visar.families.hf.emu3 import CODE, EMU3_VOCABULARY, IMAGE, IMAGE_END, IMAGE_START, LINE_END
-from visar.families.hf.grid import GridDecoder, GridFamily
+from visar.families.hf.grid import GridDecoder, GridFamily, cells_of
 from visar.families.hf.ibq import IBQ
 from visar.families.hf.loading import load_model, load_processor
 from visar.families.hf.versions import check_version
@@ -24,7 +24,7 @@ from visar.families.source import Source
 from visar.params import SamplingParams
 
 PART = "vision_tokenizer"  # the folder of the image tokenizer within that of the model
-VOCABULARY = 282926
+SIDE = 64  # codes of a side, by default: 1024 pixels
 BEGIN, ANSWER = "<|extra_203|>", "<|extra_100|>"
 FIRST_CODE = f"{CODE} 000000|>"
 # The published ids, for tokenizers that know words alone, as Qwen3's own does.
@@ -53,7 +53,7 @@ class Emu35Family(GridFamily):
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
 
-    def __init__(self, model: Any, processor: Any, vision_tokenizer: IBQ, side: int = 64):
+    def __init__(self, model: Any, processor: Any, vision_tokenizer: IBQ, side: int = SIDE):
         self.vision_tokenizer, self.side = vision_tokenizer, side
         super().__init__(model, processor)
         self.components[PART] = vision_tokenizer
@@ -74,7 +74,8 @@ class Emu35Family(GridFamily):
                 f"{PART!r}."
             )
         vision, processor = IBQ.load(source.folder / PART), load_processor(source.folder)
-        return cls(load_model(cls.architecture, source.folder, _config(source), strict=True), processor, vision)
+        side = SIDE if source.image_size is None else cells_of(source.image_size, vision.cell)
+        return cls(load_model(cls.architecture, source.folder, _config(source), strict=True), processor, vision, side)
 
     @classmethod
     def wraps(cls, model: Any) -> bool:

@@ -34,9 +34,18 @@ class GridDecoder(VocabularyDecoder):
         return F.pad(super().head(hidden), (0, 1))
 
 
+def cells_of(pixels: int, cell: int) -> int:
+    """The cells of a side. Raises `VisarError` for a size that is no multiple of a cell."""
+    if pixels < cell or pixels % cell:
+        raise VisarError(f"image_size must be a multiple of {cell} pixels, not {pixels}.")
+    return pixels // cell
+
+
 class GridFamily(TransformersFamily):
     """Images of `rows` x `columns` codes, whose tokens are the decoder's. What follows the last row is the same in
     every image, so it is not decoded: `tail` are its ids, the first of which stands for the last token."""
+
+    any_size = True
 
     decoder: GridDecoder
     tail: tuple[int, ...]
