@@ -45,10 +45,10 @@ class HubOptions:
 class Source:
     """A model in a `folder`, or as published `files` by their roles ("model", "vq", "vae").
 
-    `variant` is that of the folder's files. For published files are `num_heads`, `text_encoder`, `ema` (whether averaged
-    weights are taken; None: what was published) and `image_size` (pixels), which families of any size take for a folder
-    too; `given` are components to use instead of those in the folder. `condition` is the kind of condition that the
-    caller wants, "prompt" or "class", if known.
+    `variant` is that of the folder's files. For published files are `num_heads`, `text_encoder`, `ema` (whether
+    averaged weights are taken; None: what was published) and `image_size` (pixels), which families of any size take for
+    a folder too; `given` are components to use instead of those in the folder. `condition` is the kind of condition
+    that the caller wants, "prompt" or "class", if known.
     """
 
     name: str
