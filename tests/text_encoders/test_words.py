@@ -10,6 +10,7 @@ import torch
 
 from visar.errors import VisarError
 from visar.text_encoders.words import WordEncoder, words_of
+from visar.training import words as training
 
 
 def test_words_of_a_text() -> None:
@@ -95,3 +96,9 @@ def test_half_precision_keeps_the_features(words: WordEncoder, tmp_path: Path) -
     features, _ = half.encode(["red cat"])
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, words.encode(["red cat"])[0], rtol=1e-3, atol=0)
+
+
+def test_the_vocabulary_has_no_years_but_those_of_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\na\nx\n7\n24\n1749\ncat\n##s\n")
+    monkeypatch.setattr(training, "_minilm_folder", lambda: tmp_path)
+    assert training.vocabulary(["a cat of 1998", "a kite"]) == ["7", "24", "cat", "1998", "kite"]

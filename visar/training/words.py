@@ -21,9 +21,12 @@ def _minilm_folder() -> Path:
 
 
 def vocabulary(captions: Iterable[str]) -> list[str]:
-    """The whole English words of MiniLM's vocabulary, then those of the captions that it lacks."""
+    """The whole English words of MiniLM's vocabulary, then those of the captions that it lacks.
+
+    Numbers of three digits and more, which are mostly years, are left out unless a caption has them.
+    """
     lines = (_minilm_folder() / "vocab.txt").read_text(encoding="utf8").split("\n")
-    common = [w for w in lines if w.isascii() and (w.isalpha() or w.isdigit()) and (len(w) > 1 or w.isdigit())]
+    common = [w for w in lines if w.isascii() and ((w.isalpha() and len(w) > 1) or (w.isdigit() and len(w) < 3))]
     words = dict.fromkeys(w for w in common if words_of(w) == [w])
     words.update(dict.fromkeys(w for caption in captions for w in words_of(caption)))
     return list(words)
