@@ -56,9 +56,11 @@ def test_greedy_tokens_are_those_of_generate(pipe: Any, sampler: str) -> None:
 def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:
     model, processor = janus()
     out = pipe(list(PROMPTS), seed=3, output_type="pt")
-    stock = model.decode_image_tokens(out.tokens)  # [B, H, W, 3] in [-1, 1]
+    with torch.no_grad():
+        stock = model.decode_image_tokens(out.tokens)  # [B, H, W, 3] in [-1, 1]
     assert out.images.shape == (3, 3, 64, 64)
-    assert torch.equal(out.images, (stock / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2))
+    # Memory that lies otherwise may take convolutions in another order of sums.
+    torch.testing.assert_close(out.images, (stock / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2), atol=1e-6, rtol=0)
     image = pipe(PROMPTS[0], seed=3).images[0]
     theirs = processor.postprocess(list(stock[:1]), return_tensors="pt")["pixel_values"][0]
     ours = (
