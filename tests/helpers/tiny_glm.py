@@ -6,10 +6,12 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.helpers.tiny_hf import WORDS, spread
+from visar.families.hf import glm_image
 
 CODES = 40
 DRAFT = 4
@@ -50,8 +52,7 @@ def tiny_glm(codes: int = CODES, seed: int = 0, **text: Any) -> Any:
     return model
 
 
-def glm_processor(codes: int = CODES, draft: int = DRAFT) -> Any:
-    """The processor; the draft of a square image has `draft` rows, of which published ones have 16."""
+def glm_processor(codes: int = CODES) -> Any:
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from transformers import GlmImageProcessor, PreTrainedTokenizerFast
     from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
@@ -66,17 +67,21 @@ def glm_processor(codes: int = CODES, draft: int = DRAFT) -> Any:
         tokenizer_object=raw, padding_side="left", pad_token="<pad>", bos_token="<start>", eos_token="<end>",
         unk_token="<unk>", image_token="<|image|>", grid_bos_token="<sop>", grid_eos_token="<eop>",
     )  # fmt: skip
-    made = GlmImageProcessor(GlmImageImageProcessorPil(), tokenizer, chat_template=TEMPLATE)
-    if draft != 16:
-        whole = made._get_target_shape
+    return GlmImageProcessor(GlmImageImageProcessorPil(), tokenizer, chat_template=TEMPLATE)
 
-        def smaller(height: int, width: int) -> tuple[int, int, int, int]:
-            rows, columns, *_ = whole(height, width)
-            ratio = rows / columns
-            return rows, columns, int(ratio**0.5 * draft), int((1 / ratio) ** 0.5 * draft)
 
-        made._get_target_shape = smaller
-    return made
+def small_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The draft of a square image gets `DRAFT` rows, in visar and in transformers, and not 16."""
+    from transformers import GlmImageProcessor
+
+    whole = GlmImageProcessor._get_target_shape
+
+    def smaller(self: Any, height: int, width: int) -> tuple[int, int, int, int]:
+        rows, columns, *_ = whole(self, height, width)
+        return rows, columns, int((rows / columns) ** 0.5 * DRAFT), int((columns / rows) ** 0.5 * DRAFT)
+
+    monkeypatch.setattr(GlmImageProcessor, "_get_target_shape", smaller)
+    monkeypatch.setattr(glm_image, "DRAFT", DRAFT)
 
 
 @functools.cache

@@ -32,6 +32,7 @@ Grid = tuple[int, int]  # rows and columns
 CELL = 32  # pixels of a code
 DRAFT = 16  # rows and columns of the draft of a square image
 SIZE = (1024, 1024)  # height and width where none is given, as in the pipeline of diffusers
+SPECIAL = "The prompt holds, as text, a token of the model's that stands for an image; leave it out."
 ENCODER = "vision_language_encoder"  # the folder of the decoder
 
 
@@ -157,6 +158,8 @@ class GlmImageFamily(TransformersFamily):
     def prompt_ids(self, text: str) -> tuple[list[int], list[int]]:
         message = {"role": "user", "content": [{"type": "text", "text": text}]}
         size: dict[str, Any] = {"target_h": self._size[0], "target_w": self._size[1]}
+        if self.processor.image_token in text:
+            raise VisarError(SPECIAL)
         if "processor_kwargs" in inspect.signature(self.processor.apply_chat_template).parameters:
             size = {"processor_kwargs": size}
         made = self.processor.apply_chat_template(
@@ -167,7 +170,7 @@ class GlmImageFamily(TransformersFamily):
         config = self.model.config
         begin, end, cell = config.image_start_token_id, config.image_end_token_id, config.image_token_id
         if ids.count(begin) != 1 or end in ids or cell in ids:
-            raise VisarError("The prompt holds, as text, a token of the model's that stands for an image; leave it out.")
+            raise VisarError(SPECIAL)
         if grids != [(1, *self.grid), (1, *self.draft)] or ids[-1] != begin:
             raise VisarError("The processor of this GLM-Image writes prompts in another way than that of transformers.")
         return ids, []

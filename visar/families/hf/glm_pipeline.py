@@ -20,6 +20,7 @@ from visar.families.hf.loading import unreadable
 from visar.params import is_list, whole
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of pixels, by their folders
+ARGUMENTS: dict[str, Any] = {}  # of the pipeline's call for pixels, where they are not its defaults
 
 
 class GlmPixels:
@@ -31,7 +32,7 @@ class GlmPixels:
 
     def __init__(self, pipeline: Any = None, folder: Path | None = None):
         self.pipeline, self.folder = pipeline, folder
-        self.arguments: dict[str, Any] = {}
+        self.arguments = dict(ARGUMENTS)
 
     def check(self) -> None:
         """Raise `VisarError` where there is nothing to make pixels with."""
