@@ -29,8 +29,8 @@ PROCESSES = min(CORES, 4)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """A run of all tests uses all cores, where pytest-xdist is installed and nothing else was asked for."""
     everything = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return  # a process of such a run has no processes of its own
+    if "PYTEST_XDIST_WORKER" in os.environ or config.option.markexpr == "ray":
+        return  # a process of such a run has no processes of its own, and one cluster is enough
     if everything and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses, config.option.dist = PROCESSES, "loadfile"
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch processes of several threads slow one another

@@ -84,6 +84,15 @@ def _of_address_space() -> int:
         return UNKNOWN
 
 
+def resident_memory() -> int:
+    """Bytes of this process that are in memory; 0 where the system does not tell."""
+    try:
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+    except (OSError, StopIteration):
+        return 0
+
+
 @functools.cache
 def processor() -> str:
     """The name of this CPU, with its family and model where the name of a virtual one says too little."""

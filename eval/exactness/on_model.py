@@ -70,13 +70,14 @@ def _row(model: ImageModel, condition: Any, name: str, sampler: Any, count: int,
         )
 
     tokens, speed = sampled(decoding, images, BATCH)  # type: ignore[arg-type]
-    uniforms = torch.cat([rosenblatt(model, condition, part, seed) for part in tokens.split(BATCH)])
+    noise = torch.Generator().manual_seed(seed)  # one for all parts: where tokens are certain, u is the noise itself
+    uniforms = torch.cat([rosenblatt(model, condition, part, noise) for part in tokens.split(BATCH)])
     alone = alike(decoding, tokens, ALONE)  # type: ignore[arg-type]
     return Row(name, f"{images} images", "exact", images, rank_z((uniforms * CELLS).long(), CELLS), speed, alone)
 
 
 @torch.inference_mode()
-def rosenblatt(model: ImageModel, condition: Any, tokens: Tensor, seed: int = 0) -> Tensor:
+def rosenblatt(model: ImageModel, condition: Any, tokens: Tensor, noise: torch.Generator) -> Tensor:
     """u [B, F] in [0, 1), float64, of images' tokens [B, N], without those that are forced."""
     family, params = cast(DiscreteFamily, model.family), model.params_of()
     target, guidance = target_of(family, params), guidance_of(params)
@@ -84,7 +85,6 @@ def rosenblatt(model: ImageModel, condition: Any, tokens: Tensor, seed: int = 0)
     session = Call(family, None, encoded, Autoregressive(), target, guidance).session()
     target = target.on(session.device, session.length, session.vocab)
     tokens = tokens.to(session.device)
-    noise = torch.Generator().manual_seed(seed)
     out = []
     for n in range(session.length):
         p = target.probs(session.forward(tokens[:, max(n - 1, 0)][:, None]), session.positions(1))[:, 0].double()

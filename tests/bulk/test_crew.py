@@ -85,7 +85,7 @@ class TestOnRay:
     def test_commands(self, cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """`visar sample` and `visar eval stats` with two workers, against one process."""
         (tmp_path / "p.txt").write_text("a red heart\na cat\n")
-        run = ["sample", "--prompts", str(tmp_path / "p.txt"), "--batch", "2", "-n", "4", "--window", "8"]
+        run = ["sample", "--prompts", str(tmp_path / "p.txt"), "--batch", "2", "-n", "4", "--dtype", "float32"]
         ray = ["--launcher", "ray", "--workers", "2"]
         assert main([*run, "-o", str(tmp_path / "one")]) == main([*run, *ray, "-o", str(tmp_path / "two")]) == 0
         assert images(tmp_path / "two") == images(tmp_path / "one")

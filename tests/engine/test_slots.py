@@ -194,3 +194,26 @@ def test_a_taken_slot_is_refused() -> None:
     pool.admit(0, requests(1)[0])
     with pytest.raises(ValueError, match="Slot 0 is taken"):
         pool.admit(0, requests(1)[0])
+
+
+@pytest.mark.slow
+def test_no_noise_comes_again_in_70_000_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows count their own passes, so a pool may run for ever; a counter of the pool would come round."""
+    pool, drawn, uniforms = Pool(made("ar")), [], Noise.uniforms
+
+    def spied(noise: Noise, *args: Any, **kwargs: Any) -> Any:
+        found = uniforms(noise, *args, **kwargs)
+        if len(noise.images) == ROWS:
+            taken = [row for row in range(ROWS) if row not in pool.slots.free]
+            drawn.extend(found[0][taken, 0].tolist())
+        return found
+
+    monkeypatch.setattr(Noise, "uniforms", spied)
+    image = 0
+    while pool.slots.passes < 70_000:
+        while pool.slots.free:
+            pool.admit(min(pool.slots.free), Request(torch.tensor([image]), Target(), Guidance(2.0), 5))
+            image += 1
+        for row in pool.slots.step()[0]:
+            pool.slots.release(row)
+    assert len(drawn) >= ROWS * 70_000 and len(set(drawn)) == len(drawn)

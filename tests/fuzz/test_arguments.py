@@ -50,6 +50,7 @@ BASE = {  # what a command needs, so that one bad argument reaches the command
     "sample": ["--prompts", "prompts.txt", "--model", "MODEL", "-o", "out"],
     "export": ["run", "--layout", "npz", "-o", "out.npz"],
     "demo": ["--model", "MODEL", "--port", "0"],
+    "serve": ["--model", "MODEL", "--port", "0"],
     "models": [], "samplers": [], "verify": ["--sequences", "16384"], "completion": ["bash"],
     "bench": ["--model", "MODEL", "-n", "1", "--repeats", "1"],
     "eval fid": ["images", "--protocol", "icons-efflite0", "--reference", "images"],
@@ -185,6 +186,8 @@ def place(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     vars(page).update(build=aside, css=aside, theme=aside)
     monkeypatch.setitem(sys.modules, "visar.demo.app", page)
     monkeypatch.setattr("visar.cli.demo.load_model", lambda options: None)
+    monkeypatch.setattr("visar.serving.server.Server.run", lambda server, sockets: None)
+    monkeypatch.setattr("visar.serving.load.measure_load", aside)
     return here
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tests.drafters.test_published import released
 from tests.families.mar.test_loading import CHANNELS, checkpoint, kl_shapes, random_state
+from tests.helpers import tiny_hf
 from tests.helpers.tiny import GPT, VQ, WORDS, image_folder
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.vq import VQModel
@@ -56,6 +57,13 @@ def lay_down(folder: Path) -> None:
     state = random_state({key: tuple(t.shape) for key, t in mar.state_dict().items()})
     torch.save(checkpoint(state), folder / "checkpoint-last.pth")
     torch.save({"model": random_state(kl_shapes(CHANNELS))}, folder / "kl16.ckpt")
+
+
+def lay_down_family(folder: Path, name: str) -> None:
+    """The model that the page of a family names; one that transformers has."""
+    if name == "janus":
+        for part in tiny_hf.janus():
+            part.save_pretrained(folder / "Janus-Pro-1B")
 
 
 def caption_encoder(folder: Path) -> None:

@@ -45,7 +45,7 @@ def tiny_glm(codes: int = CODES, seed: int = 0, **text: Any) -> Any:
         vq_config=GlmImageVQVAEConfig(embed_dim=8, num_embeddings=codes, latent_channels=16),
         image_token_id=codes + 8, image_start_token_id=codes, image_end_token_id=codes + 1,
     )  # fmt: skip
-    model = spread(GlmImageForConditionalGeneration(config), seed)
+    model = spread(GlmImageForConditionalGeneration(config), seed, scale=2.5)
     own = model.generation_config
     own.eos_token_id, own.pad_token_id, own.temperature, own.top_p = codes + 1, codes + 9, 0.9, 0.75
     own.do_sample = True

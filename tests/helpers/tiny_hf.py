@@ -79,7 +79,8 @@ def janus_processor() -> Any:
         "{% for m in messages %}User : {{ m['content'][0]['text'] }} {% endfor %}"
         "{% if add_generation_prompt %}Assistant : {% endif %}"
     )
-    return JanusProcessor(JanusImageProcessor(), tokenizer, chat_template=template, num_image_tokens=16)
+    images = JanusImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3)  # as published
+    return JanusProcessor(images, tokenizer, chat_template=template, num_image_tokens=16)
 
 
 @functools.cache

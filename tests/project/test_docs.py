@@ -44,6 +44,7 @@ SHORTER = {
     r'\.to\("cuda"': '.to("cpu"',
     r"\bsteps=64, head_steps=100\b": "steps=8, head_steps=10",
     r"\bgoogle/flan-t5-xl\b": "flan-t5-xl",
+    r"\bdeepseek-community/Janus-Pro-1B\b": "./Janus-Pro-1B",
 }
 # Options that end a command soon, put behind those that it has.
 SOONER = {
@@ -64,6 +65,8 @@ SOONER = {
 PARSED = {
     "torchrun ": "several processes and GPUs; tests/bulk/test_kill.py runs two",
     "visar demo": "a server that ends when it is stopped",
+    "visar serve": "as above",
+    "visar bench --serve": "a load test of minutes; tests/serving/test_load.py runs a small one",
     "visar bench --shapes": "models of published size; tests/eval/benchmark/test_shapes.py runs small ones",
     "visar train images": "downloads the packages of ten image sets",
     "visar train words": "needs the extra `train`",
@@ -200,6 +203,8 @@ def workplaces(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Wor
     def of(page: Path) -> Workplace:
         place = Workplace(tmp_path_factory.mktemp(page.stem))
         stand_ins.lay_down(place.folder)
+        if page.parent.name == "families":
+            stand_ins.lay_down_family(place.folder, page.stem)
         return place
 
     return of

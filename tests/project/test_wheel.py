@@ -132,7 +132,7 @@ def test_metadata(metadata: email.message.Message, wheel: Path) -> None:
     assert (metadata["Name"], metadata["Version"]) == ("visar", visar.__version__)
     assert wheel.name == f"visar-{visar.__version__}-py3-none-any.whl"
     assert metadata["Requires-Python"] == ">=3.10" and metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"demo", "docs", "eval", "serve", "train"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"cluster", "demo", "docs", "eval", "serve", "train"}
     classifiers = metadata.get_all("Classifier", [])
     assert not any(c.startswith("License ::") for c in classifiers)  # the expression says it
     minors = {int(c.rpartition(".")[2]) for c in classifiers if re.fullmatch(r"Programming .* 3\.\d+", c)}
@@ -218,7 +218,10 @@ def test_what_needs_an_extra_says_which(alone: Run) -> None:
         f"import sys; from visar.errors import VisarError\ntry: {plot}\n"
         "except VisarError as error: sys.exit(f'visar: error: {error}')",
     )
-    done = alone("visar", "demo")
-    assert done.returncode == 2
-    for said in (tried.stderr, done.stderr):
-        assert "visar[demo]" in said and said.startswith("visar: error: ") and said.count("\n") == 1
+    told = [(tried.stderr, "demo")]
+    for command, extra in (("demo", "demo"), ("serve", "serve")):
+        done = alone("visar", command)
+        assert done.returncode == 2
+        told.append((done.stderr, extra))
+    for said, extra in told:
+        assert f"visar[{extra}]" in said and said.startswith("visar: error: ") and said.count("\n") == 1

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import load_model, samplers_of
+from visar.cli.common import load_model, samplers_of, tokens_of
 from visar.cli.output import show
 from visar.cli.parsers.base import STDOUT
 from visar.cli.parsers.options import params_of, settings_of
@@ -21,11 +21,16 @@ if TYPE_CHECKING:
     from visar.eval.benchmark.history import BenchmarkRun
     from visar.eval.benchmark.profiling import PassProfile
     from visar.eval.benchmark.speed import SpeedReport, SpeedRow
+    from visar.serving.load import LoadReport
 
 
 def bench(options: argparse.Namespace) -> int:
-    if (options.history or options.against) and (options.shapes is not None or options.profile):
-        raise VisarError("--history and --against are of samplers: they go with neither --shapes nor --profile.")
+    if (options.history or options.against) and (options.shapes is not None or options.profile or options.serve):
+        raise VisarError("--history and --against are of samplers: not of --shapes, --profile or --serve.")
+    if options.minutes is not None and not options.serve:
+        raise VisarError("--minutes are those of the soak of --serve.")
+    if options.serve:
+        return _serve(options)
     if options.shapes is not None:
         return _shapes(options)
     samplers = samplers_of(options)
@@ -86,7 +91,62 @@ def _profile(options: argparse.Namespace, model: Any, samplers: Mapping[str, Any
     return 0
 
 
-NOT_COMPARED = {"parser", "json", "history", "against", "samplers", "device", "dtype", "shapes", "profile", "repeats"}
+def _serve(options: argparse.Namespace) -> int:
+    """`visar bench --serve`."""
+    from visar.cli.serve import require_server
+
+    require_server()
+    from visar.samplers import DEFAULTS
+    from visar.serving.load import measure_load
+
+    if options.samplers is None:
+        options.samplers = [DEFAULTS[tokens_of(options)]]
+    if len(samplers := samplers_of(options)) != 1:
+        raise VisarError("--serve measures one sampler; give one with --samplers.")
+    settings = settings_of(params_of(options))
+    report = measure_load(
+        load_model(options), next(iter(samplers.values())), rows=options.batch or 8, images=options.num_images,
+        minutes=0.5 if options.minutes is None else options.minutes, **settings,
+    )  # fmt: skip
+    show(options, _load_text(report, options.model), asdict(report))
+    return 0
+
+
+def _load_text(report: LoadReport, model: str) -> str:
+    rows = [
+        (
+            r.load, r.system, r.images, f"{r.images_per_second:.2f}", f"{r.p50:.2f}", f"{r.p99:.2f}",
+            "-" if r.first_partial is None else f"{r.first_partial:.2f}", f"{100 * r.idle:.0f}%",
+        )
+        for r in report.table
+    ]  # fmt: skip
+    text = table(("LOAD", "SYSTEM", "IMAGES", "IMAGES/S", "P50 S", "P99 S", "FIRST PARTIAL S", "IDLE ROWS"), rows)
+    text += (
+        f"\n{model}, {report.sampler}, {report.rows} rows, {report.device}, {report.dtype}; Poisson arrivals are in "
+        f"shares of the server's capacity, {report.capacity:.2f} images/s in this run."
+    )
+    if (soak := report.soak) is not None:
+        text += (
+            f"\nAfter {soak.images} more images in {soak.minutes:g} minutes the process has {soak.after:.0f} MiB in "
+            f"memory, before {soak.before:.0f} MiB."
+        )
+    return text
+
+
+NOT_COMPARED = {
+    "parser",
+    "json",
+    "history",
+    "against",
+    "samplers",
+    "device",
+    "dtype",
+    "shapes",
+    "profile",
+    "repeats",
+    "serve",
+    "minutes",
+}
 
 
 def _history(options: argparse.Namespace) -> list[BenchmarkRun]:

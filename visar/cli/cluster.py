@@ -66,7 +66,9 @@ def spread(options: argparse.Namespace, stack: ExitStack) -> Extractor | None:
     name, weights = get_protocol(options.protocol).extractor, options.weights and str(Path(options.weights).absolute())
     ray = stack.enter_context(connected(options.ray_address))
     workers = options.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))
-    return Spread(partial(_extractor, name, weights, options.device), workers, options.device)
+    found = Spread(partial(_extractor, name, weights, options.device), workers, options.device)
+    stack.callback(found.close)
+    return found
 
 
 def _extractor(name: str, weights: str | None, device: str) -> Extractor:

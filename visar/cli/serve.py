@@ -15,6 +15,7 @@ from visar.texts import lines_of, read_text
 
 if TYPE_CHECKING:
     from visar.generation.model import ImageModel
+    from visar.serving.replica import Served
 
 KEY = "VISAR_API_KEY"
 LEAST_KEY = 8  # characters of an API key
@@ -22,6 +23,22 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(options: argparse.Namespace) -> int:
+    require_server()
+    for name, value in (("--replicas", options.replicas), ("--ray-address", options.ray_address)):
+        if value is not None and not options.ray:
+            raise VisarError(f"{name} is of --ray, which is not given.")
+    keys = keys_of(options.api_key_file)
+    with bound(options.host, options.port) as listener:  # before models are loaded
+        if not options.ray:
+            return _serve(options, keys, listener)
+        port = listener.getsockname()[1]
+    from visar.cli.serve_on_ray import run
+
+    return run(options, keys, port)
+
+
+def require_server() -> None:
+    """Raise `VisarError` without the packages of a server."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -30,9 +47,6 @@ def serve(options: argparse.Namespace) -> int:
     except ImportError as error:
         what = "pip install fastapi uvicorn sse-starlette prometheus-client, or visar with its extra, 'visar[serve]'"
         raise VisarError(f"The server needs FastAPI and three small packages: {what}.") from error
-    keys = _keys(options.api_key_file)
-    with bound(options.host, options.port) as listener:  # before models are loaded
-        return _serve(options, keys, listener)
 
 
 def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
@@ -41,13 +55,11 @@ def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
     from visar.serving.engine import Engine
     from visar.serving.gate import Keys
     from visar.serving.metrics import EngineCollector, Metrics
-    from visar.serving.replica import Replica, Served, named
+    from visar.serving.replica import Replica
     from visar.serving.server import Server
 
     access = Access(options.host, options.allowed_host)
-    loaded = named((own.model, load_model(own)) for own in each_model(options, ["icons"]))
-    chosen = _samplers(options, loaded)
-    models = [Served(name, model, chosen[name], options.invariant) for name, model in loaded.items()]
+    models = models_of(options)
     engine = Engine(rows=options.rows, waiting=options.waiting)
     replica = Replica(models, engine)
     metrics = Metrics()
@@ -59,12 +71,23 @@ def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
     host, port = listener.getsockname()[:2]
     if not keys and options.host not in LOOPBACK:
         _say("note: without --api-key-file everybody who reaches this address may use it")
-    # A note for each prompt would be kept for ever, and clients get theirs in the answer.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"visar\.")
-    print(f"visar serve: {', '.join(loaded)} on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-    Server(app, lambda: _drain(replica, options.drain)).run([listener])
+    names, where = ", ".join(served.name for served in models), f"[{host}]" if ":" in host else host
+    told = f"visar serve: {names} on http://{where}:{port}/v1"
+    with warnings.catch_warnings():
+        # A note for each prompt would be kept for ever, and clients get theirs in the answer.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"visar\.")
+        Server(app, lambda: _drain(replica, options.drain), lambda: print(told, flush=True)).run([listener])
     engine.close(drain=False, timeout=60)
     return 0
+
+
+def models_of(options: argparse.Namespace) -> list[Served]:
+    """The loaded models, with the samplers that run for each."""
+    from visar.serving.replica import Served, named
+
+    loaded = named((own.model, load_model(own)) for own in each_model(options, ["icons"]))
+    chosen = _samplers(options, loaded)
+    return [Served(name, model, chosen[name], options.invariant) for name, model in loaded.items()]
 
 
 def _drain(replica: Any, seconds: float) -> None:
@@ -77,7 +100,7 @@ def _say(text: str) -> None:
     print(f"visar serve: {text}", file=sys.stderr, flush=True)
 
 
-def _keys(file: str | None) -> list[str]:
+def keys_of(file: str | None) -> list[str]:
     """API keys: the lines of a file, or the one of the environment. Raises `VisarError` for one that is none."""
     if file is not None:
         found = [line.strip() for line in lines_of(read_text(file)) if line.strip()]

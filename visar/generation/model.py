@@ -207,7 +207,9 @@ class ImageModel:
     def decode_tokens(self, tokens: Tensor, conditions: Sequence[Any] | None = None) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, N], of continuous models [B, N, d].
 
-        The `conditions` of the images, if given, are for decoders that take prompts too. Raises `VisarError` for tokens of another shape, ids that no image has, or pixels that are not finite.
+        They are decoded one by one, since convolutions round otherwise in another batch; the `conditions` of the images,
+        if given, are for decoders that take prompts too. Raises `VisarError` for tokens of another shape, ids that no
+        image has, or pixels that are not finite.
         """
         family, wanted = self.family, [self.family.layout.length, *self.family.token_shape]
         if not isinstance(tokens, Tensor) or [*tokens.shape[1:]] != wanted or tokens.ndim != 1 + len(wanted):
@@ -215,7 +217,12 @@ class ImageModel:
             raise VisarError(f"tokens must be a tensor [B, {', '.join(map(str, wanted))}], not {shape}.")
         with ordinary(), undisturbed(self.device):
             try:
-                pixels = family.decode(tokens) if conditions is None else family.decode_for(conditions, tokens)
+                parts = tokens.split(1)
+                if conditions is None:
+                    pixels = torch.cat([family.decode(one) for one in parts])
+                else:
+                    each = zip(conditions, parts, strict=True)
+                    pixels = torch.cat([family.decode_for([value], one) for value, one in each])
             except IndexError as error:
                 raise VisarError(f"tokens has an id that is no image token, such as {int(tokens.max())}.") from error
             require_finite(pixels, "The decoder's pixels", self.dtype)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from visar.generation.output import ImageOutput
-from visar.pipelines.accelerate import wrapped
 from visar.pipelines.base import FILES, ImagePipeline
 from visar.pipelines.class_to_image import ClassToImagePipeline
 from visar.pipelines.text_to_image import TextToImagePipeline
+from visar.pipelines.wrapped import wrapped
 
 PIPELINES: dict[str, type[ImagePipeline]] = {"prompt": TextToImagePipeline, "class": ClassToImagePipeline}
 

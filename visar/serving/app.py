@@ -52,6 +52,7 @@ def build(
             task.cancel()
 
     app = FastAPI(title="visar", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.studio = studio
     app.add_middleware(Gate, access=access or Access(), keys=keys or Keys())
     _errors(app)
     since = int(time.time())

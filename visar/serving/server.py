@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
@@ -15,18 +16,25 @@ LAST_WORDS = 10  # seconds for the answers that are on their way when all images
 
 
 class Server(uvicorn.Server):
-    """uvicorn that goes on answering while `drain` finishes, in a thread, what was begun; then it ends."""
+    """uvicorn that goes on answering while `drain` finishes, in a thread, what was begun; then it ends.
 
-    def __init__(self, app: ASGIApp, drain: Callable[[], object]):
+    `listens` is called as soon as it can be reached.
+    """
+
+    def __init__(self, app: ASGIApp, drain: Callable[[], object], listens: Callable[[], object] = lambda: None):
         super().__init__(
             uvicorn.Config(
                 app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, ws="none",
                 limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=LAST_WORDS,
             )
         )  # fmt: skip
-        self._drain = drain
+        self._drain, self._listens = drain, listens
         self._ending = False
         AppStatus.disable_automatic_graceful_drain()  # streams end with their images, not with the first signal
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listens()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the end; a second one does not wait for it."""

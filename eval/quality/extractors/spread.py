@@ -42,6 +42,11 @@ class Spread(Extractor):
         while flying:
             yield ray.get(flying.popleft())
 
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            ray_module().kill(worker)
+
     def texts(self, captions: list[str]) -> Tensor:
         """Features of captions, of an extractor that has them."""
         found: Tensor = self._here.texts(captions)  # type: ignore[attr-defined]

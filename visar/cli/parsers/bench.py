@@ -1,6 +1,6 @@
 """The options of `visar bench`."""
 
-from visar.cli.parsers.base import CommandParser, names, whole
+from visar.cli.parsers.base import CommandParser, names, positive, whole
 from visar.cli.parsers.options import json_option, model_options, sampler_options, sampling_options
 
 
@@ -20,7 +20,14 @@ def bench(p: CommandParser) -> None:
         help="measure a pass of published sizes with random weights, such as XL-384,3B-384 (default: those that suit)",
     )
     what.add_argument("--profile", action="store_true", help="show where the time of a pass goes, for each sampler")
-    p.add_argument("--batch", type=whole(1), metavar="N", help="images at once (default: 1; --shapes on a GPU 1 and 8)")
+    what.add_argument(
+        "--serve", action="store_true", help="load a server with clients, against static batches and one at a time"
+    )
+    p.add_argument(
+        "--batch", type=whole(1), metavar="N",
+        help="images at once (default: 1; --shapes on a GPU 1 and 8; rows of --serve 8)",
+    )  # fmt: skip
+    p.add_argument("--minutes", type=positive, metavar="M", help="of the soak of --serve (default: 0.5)")
     count = whole(1, 10**6)
     p.add_argument("-n", "--num-images", type=count, default=16, metavar="N", help="images per sampler and repeat")
     p.add_argument("--repeats", type=count, default=3, metavar="N", help="repeats, of which medians are shown")

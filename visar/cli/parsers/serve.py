@@ -1,7 +1,17 @@
 """The options of `visar serve`."""
 
+import argparse
+
 from visar.cli.parsers.base import CommandParser, positive, whole
 from visar.cli.parsers.options import model_options, sampler_options
+
+
+def least_and_most(text: str) -> tuple[int, int]:
+    """The type of an option for a number, or two of which the first is not larger."""
+    least, _, most = text.partition("-")
+    if not (least.isdecimal() and (most or least).isdecimal() and 1 <= int(least) <= int(most or least) <= 4096):
+        raise argparse.ArgumentTypeError(f"must be a number from 1, or two such as 1-8, not {text!r}")
+    return int(least), int(most or least)
 
 
 def serve(p: CommandParser) -> None:
@@ -24,6 +34,14 @@ def serve(p: CommandParser) -> None:
     )
     server.add_argument(
         "--allowed-host", action="append", default=[], metavar="NAME", help="a name by which others reach it"
+    )
+    machines = p.add_argument_group("Many machines")
+    machines.add_argument("--ray", action="store_true", help="serve with Ray: one front, and an engine for each GPU")
+    machines.add_argument(
+        "--replicas", type=least_and_most, metavar="N|N-M", help="engines; N-M follows the load (default: 1)"
+    )
+    machines.add_argument(
+        "--ray-address", metavar="ADDRESS", help='"auto", or host:port (default: a cluster of this machine alone)'
     )
     limits = p.add_argument_group("Limits")
     limits.add_argument("--rows", type=whole(1, 4096), default=8, metavar="N", help="images at once of a sampler")

@@ -1,0 +1,221 @@
+"""Janus against the stock `generate`, decoder and processor of transformers, on a tiny one of random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import visar
+from tests.helpers.tiny_hf import PROMPTS, janus, janus_processor, stock_janus, tiny_janus
+from visar import cli
+from visar.errors import VisarError
+from visar.generation.model import ImageModel
+from visar.generation.pool import Pool, Request
+from visar.params import SamplingParams
+
+
+@pytest.fixture
+def pipe() -> Any:
+    made = visar.accelerate(*janus())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("families") / "janus"
+    for part in janus():
+        part.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("sampler", ["ar", "scd"])
+def test_greedy_tokens_are_those_of_generate(pipe: Any, sampler: str) -> None:
+    model, processor = janus()
+    stock = stock_janus(model, processor, PROMPTS)
+    assert len(stock.unique(dim=0)) == len(PROMPTS) and len(stock.unique()) > 15
+    assert torch.equal(pipe(list(PROMPTS), sampler=sampler, top_k=1, output_type="tokens").tokens, stock)
+    for i, text in enumerate(PROMPTS):
+        assert torch.equal(pipe(text, sampler=sampler, top_k=1, output_type="tokens").tokens, stock[i : i + 1])
+    weak = stock_janus(model, processor, PROMPTS, 1.5)
+    assert not torch.equal(weak, stock)
+    out = pipe(list(PROMPTS), sampler=sampler, top_k=1, guidance_scale=1.5, output_type="tokens")
+    assert torch.equal(out.tokens, weak)
+
+
+def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:
+    model, processor = janus()
+    out = pipe(list(PROMPTS), seed=3, output_type="pt")
+    stock = model.decode_image_tokens(out.tokens)  # [B, H, W, 3] in [-1, 1]
+    assert out.images.shape == (3, 3, 64, 64)
+    assert torch.equal(out.images, (stock / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2))
+    image = pipe(PROMPTS[0], seed=3).images[0]
+    theirs = processor.postprocess(list(stock[:1]), return_tensors="pt")["pixel_values"][0]
+    ours = (
+        torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if theirs.shape[0] == 3
+        else torch.from_numpy(np.array(image))
+    )
+    assert (ours.int() - theirs.int()).abs().max() <= 1  # theirs are cut to whole numbers, and not rounded
+
+
+def test_a_model_is_left_as_it_was(pipe: Any) -> None:
+    model, processor = janus()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    stock = stock_janus(model, processor, PROMPTS[:1])
+    with pytest.raises(RuntimeError, match="stop"):
+        pipe(PROMPTS[0], callback=lambda now: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert names == [m.config._attn_implementation for m in model.modules() if hasattr(m, "config")]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(stock_janus(model, processor, PROMPTS[:1]), stock)
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter as PEFT's, with the names by which its layers are known."""
+
+    active_adapters = ("default",)
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base_layer, seed = base, torch.Generator().manual_seed(1)
+        self.a = nn.Parameter(torch.randn(2, base.in_features, generator=seed))
+        self.b = nn.Parameter(torch.randn(base.out_features, 2, generator=seed) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + x @ self.a.T @ self.b.T
+
+
+def test_adapters_in_layers_are_in_the_images() -> None:
+    model, processor = tiny_janus(), janus_processor()
+    without = stock_janus(model, processor, PROMPTS)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_proj, layer.mlp.up_proj = Adapter(layer.self_attn.q_proj), Adapter(layer.mlp.up_proj)
+    stock = stock_janus(model, processor, PROMPTS)
+    out = visar.accelerate(model, processor)(list(PROMPTS), top_k=1, sampler="scd", output_type="tokens")
+    assert torch.equal(out.tokens, stock) and not torch.equal(stock, without)
+
+
+def test_rows_that_are_taken_in_turns(pipe: Any) -> None:
+    """Prompts of unlike lengths, one of them longer than all before it."""
+    long = " ".join(["wide"] * 80)
+    settings = [SamplingParams(seed=2), SamplingParams(guidance_scale=1.0), SamplingParams(temperature=0.7, top_k=9)]
+    requests = [Request(text, settings[i % 3], tag=i) for i, text in enumerate([*PROMPTS, long, PROMPTS[0]])]
+    model = ImageModel.of(pipe)
+    found = {done.request.tag: done for done in Pool(model, "scd", size=2).run(requests)}
+    for request in requests:
+        out = model.generate(request.condition, request.params, sampler="scd", output_type="tokens")
+        done = found[request.tag]
+        assert torch.equal(done.tokens, out.tokens[0]) and done.nfe == out.stats.nfe, request.condition
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_the_same_image_in_every_batch(pipe: Any, invariant: bool) -> None:
+    settings: dict[str, Any] = dict(sampler="sjd", seed=4, output_type="tokens", invariant=invariant)
+    texts = [PROMPTS[0], " ".join(["wide"] * 80)]  # of which the second needs more room
+    whole = pipe(texts, **settings).tokens
+    assert all(torch.equal(pipe(text, **settings).tokens[0], whole[i]) for i, text in enumerate(texts))
+
+
+def test_the_command_line_works_by_registration(folder: Path, tmp_path: Path) -> None:
+    model = ["--model", str(folder)]
+    assert cli.main(["generate", "a red heart", *model, "-o", str(tmp_path / "a.png"), "--top-k", "1"]) == 0
+    assert Image.open(tmp_path / "a.png").size == (64, 64)
+    loaded = visar.load(folder)
+    assert torch.equal(
+        loaded("cat", top_k=1, sampler="ar", output_type="tokens").tokens, stock_janus(*janus(), PROMPTS[2:])
+    )
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *model, "-n", "4", "--out", str(tmp_path / "many")]
+    assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 4
+    assert cli.main(["bench", *model, "--samplers", "ar", "--repeats", "1", "-n", "1"]) == 0
+
+
+@pytest.mark.slow
+def test_verify_on_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["--samplers", "ar,sjd,scd,scd-gumbel"]
+    assert cli.main(["verify", "--model", str(folder), *names, "--sequences", "16384", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 4 and all(row["passed"] for row in rows)
+
+
+def edited(file: str, **changes: Any) -> Callable[[Path], Any]:
+    def edit(path: Path) -> None:
+        found = json.loads((path / file).read_text())
+        (path / file).write_text(json.dumps(found | changes))
+
+    return edit
+
+
+def without(path: Path, part: str) -> None:
+    state = load_file(path / "model.safetensors")
+    save_file({k: v for k, v in state.items() if part not in k}, path / "model.safetensors", {"format": "pt"})
+
+
+def cut(path: Path) -> None:
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def code(path: Path) -> None:
+    (path / "own.py").write_text("raise SystemExit('run')")
+    edited("tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Own"]})(path)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no image tokenizer": (lambda f: without(f, "vqmodel"), r"Tensor 'model\.vqmodel\..* is missing or misshapen, and"),
+    "a file that is cut": (cut, "Could not load the JanusForConditionalGeneration from"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "Could not load the processor of prompts"),
+    "code of its own": (code, r"tokenizer of its own code \(.*own.Own.*\), which visar does not run"),
+    "a language model": (edited("config.json", model_type="qwen3"), "'qwen3', which no family of visar loads"),
+    "the original layout": (edited("config.json", model_type="multi_modality"), "in DeepSeek's own layout"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
+    spoil, message = DAMAGE[damage]
+    spoil(path := Path(shutil.copytree(folder, tmp_path / "model")))
+    with pytest.raises(VisarError, match=message) as caught:
+        ImageModel.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    model, processor = janus()
+    room = 512 - 16
+    with pytest.raises(VisarError, match=rf"The prompt has \d+ tokens; this model takes at most {room} next to the 16"):
+        pipe(" ".join(["wide"] * 600))
+    with pytest.raises(VisarError, match="knows no images of a Qwen3ForCausalLM"):
+        visar.accelerate(Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1)))
+    with pytest.raises(VisarError, match="Give the processor of this JanusForConditionalGeneration"):
+        visar.accelerate(model)
+    with pytest.raises(VisarError, match="needs a drafter"):
+        pipe("cat", sampler="eagle")
+    with pytest.raises(VisarError, match="saved by its own save_pretrained"):
+        pipe.save_pretrained("nowhere")
+    with pytest.raises(VisarError, match="'janus' cannot be rounded"):
+        pipe.quantize("int8")
+    model.train()
+    try:
+        with pytest.raises(VisarError, match=r"in training mode.*call its eval\(\)"):
+            pipe("cat")
+    finally:
+        model.eval()
+    for found in ("5.3.2", "5.25.0", "6.0.0.dev0", None):
+        monkeypatch.setattr("visar.families.hf.versions.installed", lambda found=found: found)
+        with pytest.raises(VisarError, match=r"from version 5\.4 to below 5\.25"):
+            visar.accelerate(model, processor)

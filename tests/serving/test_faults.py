@@ -1,0 +1,402 @@
+"""What happens when: the table of docs/serving.md, line by line, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.api import JSON, LONG, Answer, Api, Held, serving, until
+from visar.engine.slots import Slots
+from visar.generation.pool import Glance, Pool
+from visar.pipelines import TextToImagePipeline
+from visar.serving import gate, replica
+from visar.serving.access import LARGEST
+from visar.serving.app import ROUTE
+from visar.serving.gate import Keys
+from visar.serving.jobs import Late, Partial
+from visar.serving.replica import Mail, Steps
+
+KEY = "a-key-of-a-client"
+Start = Callable[..., Api]
+
+
+@pytest.fixture
+def start(text_folder: Path) -> Iterator[Start]:
+    """Servers of the text model; with the fixture `held`, their passes wait to be let go."""
+    with ExitStack() as stack:
+
+        def started(**options: Any) -> Api:
+            pipe = TextToImagePipeline.from_pretrained(text_folder)
+            return stack.enter_context(serving(("text", pipe, ("scd", "ar")), **options))
+
+        yield started
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    made = Held(monkeypatch)
+    yield made
+    made.go()
+
+
+# Requests that the routes do not see
+
+
+@pytest.fixture(scope="module")
+def locked(text_folder: Path) -> Iterator[Api]:
+    """A server with keys."""
+    pipe = TextToImagePipeline.from_pretrained(text_folder)
+    with serving(("text", pipe, ("scd",)), keys=("another-key", KEY)) as api:
+        yield api
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {**JSON, "Authorization": f"Bearer {key}"}
+
+
+def test_api_keys(locked: Api) -> None:
+    body = json.dumps({"prompt": "cat"}).encode()
+    for headers in (
+        {}, {"Authorization": KEY}, {"Authorization": f"Basic {KEY}"}, bearer(""), bearer(KEY[:-1]), bearer(KEY + "x"),
+        bearer("\xe9"),
+    ):  # fmt: skip
+        answer = locked.ask(ROUTE, body, {**JSON, **headers})
+        assert answer.status == 401 and answer.error["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+    for path in ("/v1/models", "/metrics", "/nix"):
+        assert locked.ask(path).status == 401
+    assert locked.ask("/health").status == locked.ask("/ready").status == 200
+    for key in (KEY, "another-key"):
+        assert locked.ask(ROUTE, body, bearer(key)).status == 200
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them are, whatever the first comparison gives."""
+    compared: list[bytes] = []
+
+    def compare(given: bytes, known: bytes) -> bool:
+        compared.append(known)
+        return given == known
+
+    monkeypatch.setattr(gate.hmac, "compare_digest", compare)
+    keys = Keys(["one-of-them", "two-of-them", "three-of-them"])
+    assert keys.fit("Bearer one-of-them") and not keys.fit("Bearer none") and len(compared) == 6
+
+
+def refusal(api: Api, *lines: str, body: bytes = b"") -> Answer:
+    """What a request that is sent as it is gets; the server closes the connection."""
+    with api.raw(*lines, body=body) as connection:
+        found = b""
+        while part := connection.recv(65536):
+            found += part
+    head, _, text = found.partition(b"\r\n\r\n")
+    return Answer(int(head.split()[1]), {}, text)
+
+
+@pytest.fixture(scope="module")
+def api(text_folder: Path) -> Iterator[Api]:
+    with serving(("text", TextToImagePipeline.from_pretrained(text_folder), ("scd", "ar"))) as served:
+        yield served
+
+
+def test_oversized_bodies(api: Api) -> None:
+    """No more of them is read than is needed to know."""
+    assert refusal(api, f"Content-Length: {10**12}").status == 413
+    chunk = b"1000\r\n" + b" " * 4096 + b"\r\n"
+    answer = refusal(api, "Transfer-Encoding: chunked", body=chunk * (LARGEST // 4096 + 1))
+    assert answer.status == 413 and answer.error["message"] == "A request has at most 64 KiB."
+    most = json.dumps({"prompt": "cat"}).encode().ljust(LARGEST)
+    assert api.ask(ROUTE, most, JSON).status == 200
+
+
+def test_a_body_that_does_not_come(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "PATIENCE", 0.1)
+    assert refusal(api, "Content-Length: 100", body=b'{"prompt"').status == 408
+
+
+def test_other_content(api: Api) -> None:
+    text = json.dumps({"prompt": "cat"}).encode()
+    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "multipart/form-data"}, {}):
+        assert api.ask(ROUTE, text, headers).error["code"] == "unsupported_media_type"
+    packed = api.ask(ROUTE, gzip.compress(text), {**JSON, "Content-Encoding": "gzip"})
+    assert packed.status == 415
+
+
+def test_other_sites(api: Api) -> None:
+    """A page of another site, and one whose name was pointed here (DNS rebinding)."""
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""):
+        assert api.ask("/v1/models", headers={"Host": host}).status == 421
+    for origin in ("https://evil.example", "null"):
+        assert api.ask("/v1/models", headers={"Origin": origin}).status == 403
+    assert api.ask("/v1/models", headers={"Host": "localhost:1", "Origin": "http://localhost:1"}).status == 200
+
+
+# The engine
+
+
+def test_a_full_queue(start: Start, held: Held) -> None:
+    api = start(rows=1, waiting=1)
+    first = [api.later(prompt="cat", seed=i) for i in range(2)]
+    until(lambda: api.engine.running + api.engine.queued == 2)
+    for more in ({}, {"stream": True}):
+        answer = api.images(prompt="cat", **more)
+        assert answer.status == 429 and answer.error["code"] == "queue_full"
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert 'visar_images_total{outcome="refused"} 2.0' in api.ask("/metrics").body.decode()
+    held.go()
+    assert [one.answer.status for one in first] == [200, 200]
+
+
+def test_more_images_than_there_is_room_for(start: Start, held: Held) -> None:
+    """All of a request, or none."""
+    api = start(rows=1, waiting=1)
+    assert api.images(prompt="cat", n=3).status == 429 and api.engine.queued == 0
+
+
+def test_a_deadline(start: Start, held: Held) -> None:
+    api = start(rows=1, deadline=0.2)
+    plain, stream = api.later(prompt="cat"), api.later(prompt="cat", stream=True)
+    until(lambda: held.steps)
+    time.sleep(0.3)
+    held.go()
+    answer = plain.answer
+    assert answer.status == 504 and answer.error["code"] == "deadline_exceeded"
+    assert stream.answer.events[-1]["error"]["code"] == "deadline_exceeded"
+    until(lambda: api.engine.running == 0)
+    assert api.engine.counts.late == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_row(start: Start, held: Held, stream: bool) -> None:
+    """At work, in a stream, and while it waits; others get their images."""
+    api = start(rows=1)
+    at_work = api.open(prompt="cat", stream=stream)
+    until(lambda: held.steps == 1)
+    waiting = api.open(prompt="cat", stream=stream)
+    until(lambda: api.engine.queued == 1)
+    stays = api.later(prompt="red heart", seed=5)
+    until(lambda: api.engine.queued == 2)
+    waiting.close()
+    at_work.close()
+    time.sleep(0.2)  # until the server has noticed; else they would be done, and the counts below show it
+    held.go()
+    assert stays.answer.status == 200
+    assert (api.engine.counts.cancelled, api.engine.counts.finished) == (2, 1)
+    assert (api.engine.running, api.engine.queued) == (0, 0)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream(start: Start, held: Held) -> None:
+    api = start(rows=1)
+    with api.open(prompt="cat", stream=True, partial_images=3, sampler="ar") as connection:
+        held.go(8)
+        found = b""
+        while b"partial_image" not in found:
+            found += connection.recv(65536)
+        assert api.engine.running == 1
+    time.sleep(0.2)
+    held.go()
+    until(lambda: api.engine.running == 0)
+    assert (api.engine.counts.cancelled, api.engine.counts.finished) == (1, 0)
+
+
+def test_a_slow_client_holds_nobody_up(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that reads nothing of its stream: its rows are free, others are served, and after a while it is left."""
+    file = replica.encoded
+
+    def large(make: Any, form: str) -> bytes:
+        return file(make, form).ljust(8_000_000 if form == "webp" else 0)
+
+    monkeypatch.setattr(replica, "encoded", large)
+    api = start(rows=1)
+    slow = api.open(prompt="cat", n=3, stream=True, partial_images=1, output_format="webp", receive=1024)
+    for seed in range(3):
+        assert api.images(prompt="red heart", seed=seed).status == 200
+    until(lambda: api.engine.counts.finished == 6)
+    sent = 'visar_image_seconds_count{model="text",sampler="scd"}'
+    assert api.engine.running == 0 and measured(api, sent) < 6  # it waits for its client
+    slow.close()
+    until(lambda: not api.server.server_state.tasks)
+    monkeypatch.setattr("visar.serving.app.UNREAD", 0.1)
+    with api.open(prompt="cat", n=3, stream=True, output_format="webp", receive=1024):
+        until(lambda: api.engine.counts.finished == 9)
+        until(lambda: not api.server.server_state.tasks)
+    assert "Traceback" not in caplog.text
+
+
+def test_mail_keeps_the_newest_preview_only() -> None:
+    def partial(passes: int) -> Partial:
+        return Partial(torch.zeros(1), torch.zeros(1), Glance(passes, passes, 0.0))
+
+    async def read() -> list[tuple[int, int]]:
+        mail = Mail()
+        for passes in range(1000):
+            mail.put(passes % 2, partial(passes))
+        await asyncio.sleep(0)
+        found = [await mail.next(time.monotonic() + LONG) for _ in range(2)]
+        with pytest.raises(Late, match="did not say why"):
+            await mail.next(time.monotonic())
+        return [(image, event.at.passes) for image, event in found if isinstance(event, Partial)]
+
+    assert asyncio.run(read()) == [(0, 998), (1, 999)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_previews_are_evenly_spread(count: int) -> None:
+    watch = Steps(24, count)
+    seen = [n for n in range(25) if watch(Glance(n, n, 0.0))]
+    assert seen == [24 // (count + 1) * (i + 1) for i in range(count)]
+    assert [Steps(24, count)(Glance(n, 1, 0.0)) for n in (0, 24)] == [False, False]
+
+
+def test_one_row_of_nan(
+    start: Start, held: Held, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It fails alone, while the others of the same passes get their images."""
+    api, step = start(rows=3), Slots.step
+    asked = [api.later(prompt="cat", seed=0)]
+    until(lambda: held.steps)
+    asked += [api.later(prompt="cat", seed=seed) for seed in (1, 2)]
+    until(lambda: api.engine.queued == 2)
+    held.go(1)
+    until(lambda: api.engine.running == 3)
+
+    def spoilt(slots: Slots) -> Any:
+        monkeypatch.setattr(Slots, "step", step)
+        with torch.inference_mode():
+            slots.session.condition[1] = torch.nan  # type: ignore[attr-defined]
+        return step(slots)
+
+    monkeypatch.setattr(Slots, "step", spoilt)
+    held.go()
+    failed = [one.answer for one in asked if one.answer.status != 200]
+    assert [one.status for one in failed] == [500] and "not finite" in failed[0].error["message"]
+    assert api.engine.counts.failed == 1 and "not finite" in caplog.text
+    assert api.images(prompt="cat", n=3).status == 200
+
+
+def test_a_mistake_in_visar(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The client gets a sentence, the log has the cause, and the next request is served."""
+    api = start()
+    step = Pool.step
+
+    def breaks(pool: Pool) -> Any:
+        raise RuntimeError("the device at /secret/path is gone")
+
+    monkeypatch.setattr(Pool, "step", breaks)
+    answer = api.images(prompt="cat")
+    assert answer.status == 500 and answer.error["message"] == "This failed on the server; its log says why."
+    assert b"secret" not in answer.body and "/secret/path" in caplog.text
+    monkeypatch.setattr("visar.serving.body.ImagesBody.wanted", lambda *_, **__: 1 / 0)
+    assert api.images(prompt="cat").status == 500
+    monkeypatch.undo()
+    assert step is Pool.step and api.images(prompt="cat").status == 200
+
+
+def test_health_tells_the_truth(start: Start, held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = start(rows=1)
+    assert api.ask("/health").status == api.ask("/ready").status == 200
+    api.replica.warm = False
+    assert api.ask("/ready").status == 503 and api.ask("/health").status == 200
+    api.replica.warm = True
+    waiting = api.later(prompt="cat")
+    until(lambda: held.steps)
+    monkeypatch.setattr("visar.serving.replica.STALLED", 0.0)
+    for path, status, code in (("/health", 500, "unhealthy"), ("/ready", 503, "not_ready")):
+        answer = api.ask(path)
+        assert answer.status == status and answer.error["code"] == code
+    held.go()
+    assert waiting.answer.status == 200
+    until(lambda: api.engine.running == 0)
+    assert api.ask("/health").status == 200
+    api.engine.close(timeout=LONG)
+    assert api.ask("/health").status == 500
+
+
+def test_the_first_images_make_it_ready(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = start()
+    api.replica.warm = False
+    asyncio.run(api.replica.warm_up())
+    assert api.ask("/ready").status == 200 and api.engine.counts.finished == 2  # one by each sampler
+
+
+def test_a_first_image_that_fails(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    api = start()
+    api.replica.warm = False
+    api.replica.models["text"].model.family.model.norm.weight.data[0] = torch.nan
+    asyncio.run(api.replica.warm_up())
+    assert api.ask("/ready").status == 503 and "The first image failed" in caplog.text
+
+
+# The end
+
+
+def test_the_end_finishes_what_was_begun(start: Start, held: Held) -> None:
+    """At work and waiting; new requests get 503 until then, over new connections too."""
+    api = start(rows=1)
+    begun = [api.later(prompt="cat", seed=1), api.later(prompt="cat", seed=2, stream=True)]
+    until(lambda: api.engine.running + api.engine.queued == 2 and held.steps)
+    api.server.handle_exit(signal.SIGTERM, None)
+    until(lambda: api.replica.draining)
+    until(lambda: api.images(prompt="cat").status == 503)
+    answer = api.images(prompt="cat")
+    assert answer.error["code"] == "shutting_down" and api.ask("/ready").status == 503
+    assert api.ask("/health").status == 200
+    held.go()
+    assert begun[0].answer.status == 200
+    assert begun[1].answer.events[-1]["type"] == "image_generation.completed"
+    until(lambda: api.server.should_exit)
+
+
+def test_an_end_that_takes_too_long(start: Start, held: Held) -> None:
+    api = start(rows=1, drain=0.1)
+    begun = [api.later(prompt="cat", seed=seed) for seed in range(2)]
+    until(lambda: api.engine.running + api.engine.queued == 2 and held.steps)
+    api.server.handle_exit(signal.SIGTERM, None)
+    until(lambda: api.engine._at_once)
+    held.go()
+    assert {one.answer.status for one in begun} == {503}
+
+
+def test_sigterm_under_load(text_folder: Path, tmp_path: Path) -> None:
+    """The command itself: every image that was begun arrives, and the exit code is 0."""
+    words = ["serve", "--model", str(text_folder), "--dtype", "float32", "--port", "0", "--rows", "1"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "visar", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "VISAR_API_KEY": KEY}, cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        told = server.stdout.readline()
+        assert told.startswith("visar serve: text on http://127.0.0.1:") and told.endswith("/v1\n"), told
+        api = Api(int(told.rpartition(":")[2].partition("/")[0]), None, None, bearer(KEY))  # type: ignore[arg-type]
+        asked = [api.later(prompt="cat", n=10, seed=seed, stream=True) for seed in range(3)]
+        until(lambda: measured(api, 'visar_images_total{outcome="finished"}') >= 2)
+        server.send_signal(signal.SIGTERM)
+        for one in asked:
+            assert [event["type"] for event in one.answer.events] == ["image_generation.completed"] * 10
+        assert server.wait(LONG) == 0
+    finally:
+        server.kill()
+        _, said = server.communicate()
+    assert said == "visar serve: finishing what was begun; another Ctrl-C ends it at once\n"
+
+
+def measured(api: Api, name: str) -> float:
+    """A line of `/metrics`."""
+    lines = [line.rpartition(" ") for line in api.ask("/metrics").body.decode().splitlines()]
+    return next((float(value) for found, _, value in lines if found == name), 0.0)
