@@ -24,11 +24,13 @@ CODES = (9, 3, 17, 12)  # ids of images in a vocabulary, in no order
 
 @dataclass(frozen=True)
 class World:
-    """A `decoder`, and prompts and unconditional prompts of unlike lengths; `scale` 1 is a model without guidance.
+    """A `model` with its `decoder`, and prompts and unconditional prompts of unlike lengths.
 
+    `scale` 1 is a model without guidance.
     `stock(ids [T], tokens [B, n])` gives logits [B, n + 1, V] by one pass over the whole sequence, without visar.
     """
 
+    model: Any
     decoder: ImageDecoder
     scale: float = 2.0
     prompts: tuple[tuple[int, ...], ...] = ((1, 5, 6, 7, 2), (1, 8, 2), (1, 9, 10, 5, 6, 11, 2))
@@ -70,7 +72,8 @@ class World:
 
 
 def janus() -> World:
-    return World(JanusDecoder(spread(tiny_janus(vocab=4, side=4), seed=3)))
+    model = spread(tiny_janus(vocab=4, side=4), seed=3)
+    return World(model, JanusDecoder(model))
 
 
 def causal(kind: str, **more: Any) -> World:
@@ -83,7 +86,7 @@ def causal(kind: str, **more: Any) -> World:
     )  # fmt: skip
     config = getattr(transformers, f"{kind}Config")(**sizes | more)
     model = spread(getattr(transformers, f"{kind}ForCausalLM")(config), seed=5)
-    return World(VocabularyDecoder(model, CODES))
+    return World(model, VocabularyDecoder(model, CODES))
 
 
 def glm_image() -> World:
