@@ -134,7 +134,9 @@ def tiny_pipeline(model: Any = None, processor: Any = None) -> Any:
             layers_per_block=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
         )  # fmt: skip
         encoder = T5EncoderModel(
-            T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+            T5Config(
+                vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+            )
         )
     made = GlmImagePipeline(
         tokenizer=ByT5Tokenizer(), processor=processor or prompts, text_encoder=encoder.eval(),

@@ -72,7 +72,9 @@ def verify_on(options: argparse.Namespace, names: list[str] | None) -> int:
 
     if options.session is not None or options.reference is not None:
         raise VisarError("Give either --model or --session.")
-    model = ImageModel.load(options.model, image_size=options.image_size).to(device_of(options.device), torch.float32)  # passes of any width agree
+    model = ImageModel.load(options.model, image_size=options.image_size).to(
+        device_of(options.device), torch.float32
+    )  # passes of any width agree
     model.bar = {"disable": True}
     for path in options.drafter:
         model.load_drafter(path)

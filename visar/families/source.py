@@ -15,7 +15,6 @@ from visar.errors import VisarError, unknown
 from visar.families.catalogue import catalogue, embedded_folder, is_embedded
 from visar.reading import Name, checked_arguments, read_json
 
-
 FOR_FILES = (
     "A text encoder, an image size, a number of heads and ema are given with a published file of weights; a folder has "
     "its own."
@@ -155,9 +154,7 @@ def open_source(
         folder = folder / subfolder
         if not folder.is_dir():
             raise VisarError(f"{name} has no folder {subfolder!r}.")
-    return Source(
-        str(name), folder, variant=variant, image_size=image_size, given=given or {}, condition=condition
-    )
+    return Source(str(name), folder, variant=variant, image_size=image_size, given=given or {}, condition=condition)
 
 
 def checked_size(value: Any) -> int | tuple[int, int] | None:

@@ -207,8 +207,8 @@ class ImageModel:
     def decode_tokens(self, tokens: Tensor, conditions: Sequence[Any] | None = None) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, N], of continuous models [B, N, d].
 
-        They are decoded one by one, since convolutions round otherwise in another batch; the `conditions` of the images,
-        if given, are for decoders that take prompts too. Raises `VisarError` for tokens of another shape, ids that no
+        They are decoded one by one, since convolutions round otherwise in another batch. The images' `conditions`, if
+        given, are for decoders that take prompts too. Raises `VisarError` for tokens of another shape, ids that no
         image has, or pixels that are not finite.
         """
         family, wanted = self.family, [self.family.layout.length, *self.family.token_shape]

@@ -26,7 +26,7 @@ from visar.generation.model import ImageModel
 from visar.generation.pool import Pool, Request
 from visar.params import SamplingParams
 
-SIZE = {"height": 64, "width": 128}  # a draft of 2 x 5, and 2 x 4 codes
+SIZE: dict[str, Any] = {"height": 64, "width": 128}  # a draft of 2 x 5, and 2 x 4 codes
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def greedy(pipe: Any, prompts: Any, sampler: str = "ar", **size: int) -> torch.Tensor:
+def greedy(pipe: Any, prompts: Any, sampler: str = "ar", **size: Any) -> torch.Tensor:
     return pipe(prompts, sampler=sampler, top_k=1, output_type="tokens", **(size or SIZE)).tokens
 
 
@@ -99,9 +99,7 @@ def test_positions_are_those_of_generate() -> None:
     assert torch.equal(found, decoded)
     for row, own in enumerate(inputs["attention_mask"].bool()):
         at = torch.arange(int(prefix[row]))[None]
-        assert torch.equal(
-            decoder.position_ids(at, prefix[row : row + 1]).expand(3, 1, -1)[:, 0], prompts[:, row, own]
-        )
+        assert torch.equal(decoder.position_ids(at, prefix[row : row + 1]).expand(3, 1, -1)[:, 0], prompts[:, row, own])
 
 
 # Where the stock code is wrong
@@ -131,12 +129,12 @@ def test_no_token_ends_an_image_early(pipe: Any) -> None:
 def test_prompts_at_once_do_not_share_positions(pipe: Any) -> None:
     """The stock model keeps the positions of its last prompt, of whatever size, for all."""
     model, processor = glm()
-    other = {"height": 128, "width": 64}
+    other: dict[str, Any] = {"height": 128, "width": 64}
     wanted = {text: greedy(pipe, text, **size) for text, size in zip(PROMPTS, (SIZE, other), strict=False)}
     stock_glm(model, processor, PROMPTS[2:], 64, 64)  # which leaves positions behind
     found: dict[str, torch.Tensor] = {}
 
-    def make(text: str, size: dict[str, int]) -> None:
+    def make(text: str, size: dict[str, Any]) -> None:
         own = visar.accelerate(model, processor)
         own.set_progress_bar_config(disable=True)
         found[text] = greedy(own, text, **size)
@@ -177,7 +175,7 @@ def test_the_command_line_gives_codes(folder: Path, tmp_path: Path, capsys: pyte
     model = ["--model", str(folder), "--image-size", "128x64"]
     assert cli.main(["bench", *model, "--samplers", "ar", "--repeats", "1", "-n", "1"]) == 0
     assert cli.main(["generate", "cat", *model, "-o", str(tmp_path / "a.png")]) == 2
-    assert 'has no transformer to make pixels with: ask for its tokens' in capsys.readouterr().err
+    assert "has no transformer to make pixels with: ask for its tokens" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
 
 
@@ -224,7 +222,7 @@ def test_what_is_refused(pipe: Any, folder: Path, tmp_path: Path, monkeypatch: p
         visar.load("icons", image_size=64)
     path = Path(shutil.copytree(folder, tmp_path / "model"))
     shutil.rmtree(path / "vision_language_encoder")
-    with pytest.raises(VisarError, match="has no weights: a file model.safetensors"):
+    with pytest.raises(VisarError, match=r"has no weights: a file model\.safetensors"):
         visar.load(path)
     monkeypatch.setattr(glm_image, "DRAFT", 5)  # not the processor's
     refused("writes prompts in another way", "cat", height=96, width=96)

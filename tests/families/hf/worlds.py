@@ -91,7 +91,8 @@ def causal(kind: str, **more: Any) -> World:
 
 def glm_image() -> World:
     """A draft of 2 x 2 tokens and an image of 3 x 3, without guidance."""
-    return World(GlmDecoder(tiny_glm(codes=4, seed=7), 4, ((2, 2), (3, 3))), scale=1.0)
+    model = tiny_glm(codes=4, seed=7)
+    return World(model, GlmDecoder(model, 4, ((2, 2), (3, 3))), scale=1.0)
 
 
 WORLDS: dict[str, Callable[[], World]] = {

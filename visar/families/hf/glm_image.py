@@ -1,4 +1,4 @@
-"""GLM-Image (Z.ai 2026): a GLM-4 of 9 B parameters decodes image codes, from which a diffusion transformer makes pixels.
+"""GLM-Image (Z.ai 2026): a GLM-4 of 9 B parameters decodes codes, of which a diffusion transformer makes pixels.
 
 The tokens of an image are a small draft of it first, then the image; both are grids of rows. A prompt ends with both
 sizes and a token that begins the image, as `GlmImageProcessor` writes it. There is no guidance. Token n, in a grid that

@@ -18,7 +18,8 @@ def load_model(architecture: str, folder: Path) -> Any:
     """
     import transformers
 
-    kind = getattr(transformers, architecture)
+    if (kind := getattr(transformers, architecture, None)) is None:
+        raise VisarError(f"transformers {transformers.__version__} has no {architecture}; a later version has it.")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise VisarError(f"{folder} has no weights: a file model.safetensors, or shards of it.")
