@@ -25,6 +25,7 @@ from visar.families.hf import glm_image
 from visar.generation.model import ImageModel
 from visar.generation.pool import Pool, Request
 from visar.params import SamplingParams
+from visar.samplers.wavefront import ZipAR
 
 SIZE: dict[str, Any] = {"height": 64, "width": 128}  # a draft of 2 x 5, and 2 x 4 codes
 
@@ -52,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def greedy(pipe: Any, prompts: Any, sampler: str = "ar", **size: Any) -> torch.Tensor:
+def greedy(pipe: Any, prompts: Any, sampler: Any = "ar", **size: Any) -> torch.Tensor:
     return pipe(prompts, sampler=sampler, top_k=1, output_type="tokens", **(size or SIZE)).tokens
 
 
@@ -100,6 +101,14 @@ def test_positions_are_those_of_generate() -> None:
     for row, own in enumerate(inputs["attention_mask"].bool()):
         at = torch.arange(int(prefix[row]))[None]
         assert torch.equal(decoder.position_ids(at, prefix[row : row + 1]).expand(3, 1, -1)[:, 0], prompts[:, row, own])
+
+
+def test_rows_side_by_side_begin_after_the_draft(pipe: Any) -> None:
+    """ZipAR with a lead of a whole row is plain decoding."""
+    plain = greedy(pipe, list(PROMPTS))
+    assert torch.equal(greedy(pipe, list(PROMPTS), ZipAR(ahead=4)), plain)
+    out = pipe(list(PROMPTS), sampler=ZipAR(ahead=1), output_type="tokens", **SIZE)
+    assert int(out.commit_pass.max()) + 1 == 2 * 5 + 4 + 1 and int(out.commit_pass.min()) == 0
 
 
 # Where the stock code is wrong

@@ -50,7 +50,6 @@ class GlmPixels:
         """Images [B, 3, H, W] in [0, 1], fp32, of the family's tokens [B, N]."""
         self.check()
         pipeline, (height, width) = self._loaded(family), family.pixels
-        pipeline.set_progress_bar_config(disable=True)
         images = []
         for text, row, ids in zip(prompts, tokens.cpu(), family.prior_token_ids(tokens), strict=True):
             seed = zlib.crc32(row.contiguous().numpy().tobytes())
@@ -75,6 +74,7 @@ class GlmPixels:
                 )  # fmt: skip
             except Exception as error:  # of several libraries, on files that are missing, cut or changed
                 raise unreadable("the parts that make pixels", self.folder, error) from error
+            self.pipeline.set_progress_bar_config(disable=True)
         for name in ("transformer", "vae", "text_encoder"):
             getattr(self.pipeline, name).to(family.device, family.dtype)
         return self.pipeline
@@ -133,7 +133,7 @@ class FasterGlmImagePipeline:
             seed=_seeds(generator), output_type="tokens", **own,
         )  # fmt: skip
         self.stats = out.stats
-        found: Tensor = model.family.prior_token_ids(out.tokens)
+        found: Tensor = model.family.prior_token_ids(out.tokens).to(self.pipeline.transformer.device)
         return found
 
 
