@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tests.drafters.test_published import released
 from tests.families.mar.test_loading import CHANNELS, checkpoint, kl_shapes, random_state
-from tests.helpers import tiny_hf
+from tests.helpers import tiny_glm, tiny_hf
 from tests.helpers.tiny import GPT, VQ, WORDS, image_folder
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.vq import VQModel
@@ -64,6 +64,14 @@ def lay_down_family(folder: Path, name: str) -> None:
     if name == "janus":
         for part in tiny_hf.janus():
             part.save_pretrained(folder / "Janus-Pro-1B")
+    if name == "glm-image":
+        tiny_glm.tiny_pipeline().save_pretrained(folder / "GLM-Image")
+
+
+def small_glm(patch: pytest.MonkeyPatch) -> None:
+    """Few codes in a draft, and few steps of the pixels."""
+    tiny_glm.small_drafts(patch)
+    patch.setattr("visar.families.hf.glm_pipeline.ARGUMENTS", {"num_inference_steps": 1})
 
 
 def caption_encoder(folder: Path) -> None:

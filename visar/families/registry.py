@@ -46,7 +46,10 @@ def family_of(source: sources.Source) -> type[Family]:
     found = [family for family in families().values() if family.recognises(source)]
     if not found:
         raise VisarError(sources.unrecognised(source, families()))
-    return found[-1]  # the last registered, so that your own family takes precedence
+    family = found[-1]  # the last registered, so that your own family takes precedence
+    if source.folder is not None and source.image_size is not None and not family.sizes:
+        raise VisarError(sources.FOR_FILES)
+    return family
 
 
 def family_of_components(names: Any) -> type[Family]:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.helpers.tiny_glm import tiny_glm
 from tests.helpers.tiny_hf import spread, tiny_janus
 from visar.engine.guidance import Guidance
 from visar.families.hf.base import padded
 from visar.families.hf.decoder import ImageDecoder, VocabularyDecoder
+from visar.families.hf.glm_image import GlmDecoder
 from visar.families.hf.janus import JanusDecoder
 from visar.families.hf.session import TransformersSession
 
@@ -87,7 +89,14 @@ def causal(kind: str, **more: Any) -> World:
     return World(model, VocabularyDecoder(model, CODES))
 
 
+def glm_image() -> World:
+    """A draft of 2 x 2 tokens and an image of 3 x 3, without guidance."""
+    model = tiny_glm(codes=4, seed=7)
+    return World(model, GlmDecoder(model, 4, ((2, 2), (3, 3))), scale=1.0)
+
+
 WORLDS: dict[str, Callable[[], World]] = {
+    "glm-image": functools.cache(glm_image),
     "janus": functools.cache(janus),
     "qwen3": functools.cache(lambda: causal("Qwen3", head_dim=12)),
 }

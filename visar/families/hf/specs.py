@@ -17,4 +17,5 @@ def listings() -> list[Listing]:
     return [
         _listing("janus-pro-1b", "Janus-Pro 1B, text", "deepseek-community/Janus-Pro-1B", 384),
         _listing("janus-pro-7b", "Janus-Pro 7B, text", "deepseek-community/Janus-Pro-7B", 384),
+        _listing("glm-image", "GLM-Image 9B, text", "zai-org/GLM-Image", 1024),
     ]
