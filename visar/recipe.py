@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,7 @@ class Recipe(BaseModel):
     settings: dict[str, Value] = {}
     image: int = 0
     dtype: str = "float32"
-    load: dict[str, Value] = {}
+    load: list[tuple[str, Value]] = []
     version: str = __version__
 
     @property
@@ -49,7 +48,7 @@ class Recipe(BaseModel):
         words = ["visar", "generate"]
         words += [self.prompt] if self.prompt is not None else ["--class", str(self.label)]
         words += ["--model", self.model]
-        for name, value in self.load.items():
+        for name, value in self.load:
             flag = f"--no-{name}" if value is False else f"--{name}"
             words += [flag] if isinstance(value, bool) else [flag, str(value)]
         words += ["--sampler", self.sampler]
@@ -59,7 +58,7 @@ class Recipe(BaseModel):
             flag = f"--{name.replace('_', '-')}"
             words += ([flag] if value else []) if isinstance(value, bool) else [flag, _plain(value)]
         words += ["--dtype", self.dtype] + (["-n", str(self.image + 1)] if self.image else [])
-        return " ".join(shlex.quote(_printable(word)) for word in words)
+        return " ".join(shlex.quote(printable(word)) for word in words)
 
     def python(self) -> str:
         """A program that does the same."""
@@ -67,11 +66,11 @@ class Recipe(BaseModel):
         if self.parameters:
             sampler = f"get_sampler({sampler}, {_keywords(self.parameters)})"
         settings = self.settings | ({"num_images_per_prompt": self.image + 1} if self.image else {})
-        load = {name.replace("-", "_"): value for name, value in self.load.items()}
+        load = [(name.replace("-", "_"), value) for name, value in self.load]
         return "\n".join([
             "import torch", "", "import visar",
             *(["from visar.samplers import get_sampler"] if self.parameters else []), "",
-            f"pipe = visar.load({self.model!r}{''.join(f', {n}={v!r}' for n, v in load.items())})",
+            f"pipe = visar.load({self.model!r}{''.join(f', {n}={v!r}' for n, v in load)})",
             f"pipe.to(dtype=torch.{self.dtype})",
             f"out = pipe({self.label if self.prompt is None else repr(self.prompt)}, sampler={sampler}"
             f"{''.join(f', {name}={value!r}' for name, value in settings.items())})",
@@ -126,8 +125,8 @@ class Recipe(BaseModel):
         if not isinstance(text, str):
             raise VisarError(f"{file} does not say how it was made: it is not a PNG of visar, or was saved again.")
         try:
-            return cls.model_validate(json.loads(text))
-        except (ValidationError, ValueError, RecursionError) as error:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
             raise VisarError(f"{file} is damaged: what it says of its making cannot be read.") from error
 
 
@@ -139,6 +138,6 @@ def _keywords(values: dict[str, Value]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """A text of a file, which a terminal is to show and not to obey."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
