@@ -36,6 +36,7 @@ def connected(address: str | None = None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     for attempt in range(1, STARTS + 1):
         try:
