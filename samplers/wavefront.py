@@ -60,6 +60,11 @@ class ZipAR(Registered):
         return (1, 1) if self.layout is None else (self.layout.rows, self.layout.stride)
 
     @property
+    def lead(self) -> int:
+        """Tokens before the first row, which are decoded one by one."""
+        return 0 if self.layout is None else self.layout.lead
+
+    @property
     def lag(self) -> int:
         """Passes between the first tokens of a row and the next."""
         return min(self.ahead, self.size[1])
@@ -73,17 +78,17 @@ class ZipAR(Registered):
     def turns(self) -> list[Turn]:
         """The passes of an image; they are the same for every image."""
         (rows, size), lag = self.size, self.lag
-        turns = []
+        turns = [Turn((n - 1,), (n,), 1) for n in range(self.lead)]
         for now in range(size + (rows - 1) * lag):
             feeds, positions, late = [], [], []
             for row in range(rows):
                 column = now - row * lag
-                first = row * size  # the position that begins a row
+                first = self.lead + row * size  # the position that begins a row
                 if column == size and lag < size and row + 1 < rows:
                     late.append(first + size)  # a row is complete: its last token replaces the one used instead
                 if not 0 <= column < size:
                     continue
-                newest = first + column - 1 if column or lag == size else first - size + lag - 1
+                newest = first + column - 1 if column or lag == size or not row else first - size + lag - 1
                 feeds.append(newest)
                 positions.append(first + column)
             turns.append(Turn((*feeds, *(position - 1 for position in late)), (*positions, *late), len(positions)))
@@ -92,7 +97,7 @@ class ZipAR(Registered):
     def reached(self, now: int) -> list[int]:
         """How many tokens each row has once the pass `now` is done; their positions are written by then, too."""
         rows, size = self.size
-        return [min(max(now + 1 - row * self.lag, 0), size) for row in range(rows)]
+        return [min(max(now + 1 - self.lead - row * self.lag, 0), size) for row in range(rows)]
 
     def begin(self, session: Session, target: Target, noise: Noise) -> WavefrontState:
         if self.layout is None or self.layout.length != session.length:
@@ -108,7 +113,8 @@ class ZipAR(Registered):
         state.turn += 1
         positions = torch.tensor(turn.positions, device=device)
         column = torch.arange(self.size[1], device=device)
-        written = (column < torch.tensor(self.reached(now), device=device)[:, None]).flatten()
+        before = torch.arange(self.lead, device=device) <= now
+        written = torch.cat([before, (column < torch.tensor(self.reached(now), device=device)[:, None]).flatten()])
         feeds = torch.tensor(turn.feeds, device=device).clamp_min(0).expand(session.batch, -1)
         logits = session.forward_at(state.tokens.gather(1, feeds), positions, written)
         at = positions[: turn.new].expand(session.batch, -1)
@@ -117,7 +123,8 @@ class ZipAR(Registered):
         state.tokens.scatter_(1, at, tokens)
         state.commit_pass.scatter_(1, at, state.passes.expand_as(at))
         state.passes += 1
-        session.commit(gapless(self.reached(now), self.size[1]) - session.lengths)
+        done = min(now + 1, self.lead) + gapless(self.reached(now), self.size[1])
+        session.commit(done - session.lengths)
 
 
 def gapless(reached: list[int], size: int) -> int:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tests.drafters.test_published import released
 from tests.families.mar.test_loading import CHANNELS, checkpoint, kl_shapes, random_state
-from tests.helpers import tiny_emu3, tiny_hf
+from tests.helpers import tiny_emu3, tiny_glm, tiny_hf
 from tests.helpers.tiny import GPT, VQ, WORDS, image_folder
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.vq import VQModel
@@ -65,8 +65,16 @@ def lay_down_family(folder: Path, name: str) -> None:
         for part in tiny_hf.janus():
             part.save_pretrained(folder / "Janus-Pro-1B")
     if name == "emu3":
-        for part in tiny_emu3.emu3():
+        for part in (tiny_emu3.tiny_emu3(max_position_embeddings=9216), tiny_emu3.emu3_processor()):
             part.save_pretrained(folder / "Emu3-Gen-hf")
+    if name == "glm-image":
+        tiny_glm.tiny_pipeline().save_pretrained(folder / "GLM-Image")
+
+
+def small_glm(patch: pytest.MonkeyPatch) -> None:
+    """Few codes in a draft, and few steps of the pixels."""
+    tiny_glm.small_drafts(patch)
+    patch.setattr("visar.families.hf.glm_pipeline.ARGUMENTS", {"num_inference_steps": 1})
 
 
 def caption_encoder(folder: Path) -> None:

@@ -93,7 +93,7 @@ def rows(work: Work, ids: Iterable[int]) -> Made:
     pool = _pool(work.model, work.method, work.settings, work.batch)
     for done in pool.run(Request(work.order.condition(i).value, params, work.order.index(i), i) for i in ids):
         with torch.no_grad(), undisturbed(family.device):
-            (image,) = to_pil(family.decode(done.tokens[None]))
+            (image,) = to_pil(family.decode_for([done.request.condition], done.tokens[None]))
         yield image, work.line(done.request.tag, _metrics_of_row(done, work.batch), done.tokens)
 
 

@@ -27,8 +27,8 @@ def verify(options: argparse.Namespace) -> int:
     names = None if options.samplers in (None, [], ["all"]) else options.samplers
     if options.model is not None:
         return verify_on(options, names)
-    if options.prompt is not None or options.label is not None or options.drafter:
-        raise VisarError("--prompt, --class and --drafter go with --model; give it too.")
+    if options.prompt is not None or options.label is not None or options.image_size is not None or options.drafter:
+        raise VisarError("--prompt, --class, --image-size and --drafter go with --model; give it too.")
     kinds = {name: getattr(get_sampler(name), "tokens", "discrete") for name in names or ()}
     if options.session is not None:
         return verify_own(options, names)
@@ -72,7 +72,9 @@ def verify_on(options: argparse.Namespace, names: list[str] | None) -> int:
 
     if options.session is not None or options.reference is not None:
         raise VisarError("Give either --model or --session.")
-    model = ImageModel.load(options.model).to(device_of(options.device), torch.float32)  # passes of any width agree
+    model = ImageModel.load(options.model, image_size=options.image_size).to(
+        device_of(options.device), torch.float32
+    )  # passes of any width agree
     model.bar = {"disable": True}
     for path in options.drafter:
         model.load_drafter(path)

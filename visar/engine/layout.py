@@ -9,16 +9,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """`rows` x `columns` cells, each one token; with `line_end` one more token, which is no cell, follows each row."""
+    """`rows` x `columns` cells, each one token; with `line_end` one more token, which is no cell, follows each row.
+
+    `lead` tokens, which are no cells either, come before the first row.
+    """
 
     rows: int
     columns: int
     line_end: bool = False
+    lead: int = 0
 
     @property
     def length(self) -> int:
         """Tokens of an image, N."""
-        return self.rows * self.stride
+        return self.lead + self.rows * self.stride
 
     @property
     def stride(self) -> int:
@@ -27,4 +31,4 @@ class Layout:
 
     def cells(self, tokens: Tensor) -> Tensor:
         """[B, rows, columns, ...] for one value per token, [B, N, ...]."""
-        return tokens.unflatten(1, (self.rows, self.stride))[:, :, : self.columns]
+        return tokens[:, self.lead :].unflatten(1, (self.rows, self.stride))[:, :, : self.columns]

@@ -45,9 +45,9 @@ class Family(ABC):
 
     name: ClassVar[str]  # in the registry
     tokens: ClassVar[str] = DISCRETE  # or CONTINUOUS
+    sizes: ClassVar[bool] = False  # whether a model makes images of any size
     required: ClassVar[frozenset[str]] = frozenset()  # names of components
     optional: ClassVar[frozenset[str]] = frozenset()  # components that a model may have
-    any_size: ClassVar[bool] = False  # whether an image size may be given with a folder, too
     token_shape: tuple[int, ...] = ()  # of one token: that of a number, or of continuous tokens [d]
     setting_names: ClassVar[tuple[str, ...]] = ()
 
@@ -133,10 +133,27 @@ class Family(ABC):
     def decode(self, tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, N], of continuous models [B, N, d]."""
 
+    def decode_for(self, conditions: Sequence[Any], tokens: Tensor) -> Tensor:
+        """`decode`, for decoders that take the prompts of the images too."""
+        return self.decode(tokens)
+
+    def check_decoding(self) -> None:  # noqa: B027 (most have a decoder)
+        """Raise `VisarError` if the model has no decoder of pixels."""
+
     @property
     @abstractmethod
     def pixels(self) -> tuple[int, int]:
         """Height and width of an image."""
+
+    def sized(self, height: int | None = None, width: int | None = None) -> Self:
+        """The model for images of another size in pixels, by default its own; it shares the components.
+
+        Raises `VisarError` for a size that the model does not make.
+        """
+        for what, value, own in (("height", height, self.pixels[0]), ("width", width, self.pixels[1])):
+            if value is not None and value != own:
+                raise VisarError(f"{what} must be {own}: this model makes images of one size.")
+        return self
 
     def preview(self, tokens: Tensor) -> Tensor:
         """One colour for each cell, [B, 3, rows, columns] in [0, 1]. Families may override it with a faster way."""
@@ -203,6 +220,10 @@ class Family(ABC):
     def around(cls, model: Any, processor: Any) -> Self:
         """The model of another library's loaded `model`, which stays as it is, and the processor of its prompts."""
         raise NotImplementedError
+
+    def in_place_of(self, model: Any, pipeline: Any) -> Any:
+        """What `visar.accelerate` gives for the loaded `model`: visar's `pipeline`, or what takes the model's place."""
+        return pipeline
 
     def check_layers(self) -> None:
         """Raise `VisarError` for layers of the model that decoding cannot run."""

@@ -50,8 +50,8 @@ def family_of(source: sources.Source) -> type[Family]:
     if not found:
         raise VisarError(sources.unrecognised(source, families()))
     family = found[-1]  # the last registered, so that your own family takes precedence
-    if source.folder is not None and source.image_size is not None and not family.any_size:
-        raise VisarError(sources.FILES_ALONE)
+    if source.folder is not None and source.image_size is not None and not family.sizes:
+        raise VisarError(sources.FOR_FILES)
     return family
 
 

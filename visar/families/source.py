@@ -15,7 +15,7 @@ from visar.errors import VisarError, unknown
 from visar.families.catalogue import catalogue, embedded_folder, is_embedded
 from visar.reading import Name, checked_arguments, read_json
 
-FILES_ALONE = (
+FOR_FILES = (
     "A text encoder, an image size, a number of heads and ema are given with a published file of weights; a folder has "
     "its own."
 )
@@ -45,22 +45,27 @@ class HubOptions:
 class Source:
     """A model in a `folder`, or as published `files` by their roles ("model", "vq", "vae").
 
-    `variant` is that of the folder's files. For published files are `num_heads`, `text_encoder`, `ema` (whether
-    averaged weights are taken; None: what was published) and `image_size` (pixels), which families of any size take for
-    a folder too; `given` are components to use instead of those in the folder. `condition` is the kind of condition
-    that the caller wants, "prompt" or "class", if known.
+    `variant` is that of the folder's files; `image_size` (pixels; height and width where they differ), `num_heads`,
+    `text_encoder` and `ema` (whether averaged weights are taken; None: what was published) are for published files, but
+    for the size, which is for folders of families with `sizes` too; `given` are components to use instead of those in
+    the folder. `condition` is the kind of condition that the caller wants, "prompt" or "class", if known.
     """
 
     name: str
     folder: Path | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
     variant: str | None = None
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     num_heads: int | None = None
     text_encoder: str | Path | None = None
     ema: bool | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
     condition: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width that were asked for, if any, in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @cached_property
     def index(self) -> Mapping[str, Any]:
@@ -115,7 +120,7 @@ def open_source(
     vq: str | Path | None = None,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
     ema: bool | None = None,
     subfolder: str | None = None,
@@ -133,10 +138,13 @@ def open_source(
             raise VisarError(f"{what} must be a name or a path, not a {type(path).__name__}.")
     if not str(name):
         raise VisarError("The name of the model is empty.")
+    image_size = checked_size(image_size)
     if is_weights(name) or vq or vae:
+        if isinstance(image_size, tuple):
+            raise VisarError(f"A published file makes square images: give one image_size, not {image_size}.")
         return _files(name, vq, vae, text_encoder, image_size, num_heads, ema, condition)
     if any(value is not None for value in (text_encoder, num_heads, ema)):
-        raise VisarError(FILES_ALONE)
+        raise VisarError(FOR_FILES)
     folder = resolve(name)
     if isinstance(folder, str):
         folder = download(folder, hub, subfolder)
@@ -146,9 +154,17 @@ def open_source(
         folder = folder / subfolder
         if not folder.is_dir():
             raise VisarError(f"{name} has no folder {subfolder!r}.")
-    return Source(
-        str(name), folder, variant=variant, image_size=image_size, given=given or {}, condition=condition
-    )  # fmt: skip
+    return Source(str(name), folder, variant=variant, image_size=image_size, given=given or {}, condition=condition)
+
+
+def checked_size(value: Any) -> int | tuple[int, int] | None:
+    """The number of pixels of a square, or height and width. Raises `VisarError` for anything else."""
+    if value is None or isinstance(value, int):
+        return value
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(side, int) for side in value):
+        raise VisarError(f"image_size is a number of pixels, or height and width, not {value!r}.")
+    height, width = value
+    return height if height == width else (height, width)
 
 
 def _files(

@@ -5,6 +5,7 @@ The pipelines wrap it in diffusers' API; command line, demo, bulk runs and evalu
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -107,6 +108,16 @@ class ImageModel:
         self.drafters.to()
         return self
 
+    def sized(self, height: int | None = None, width: int | None = None) -> ImageModel:
+        """The model for images of another size in pixels, with this one's weights. Raises `VisarError` for one that it
+        does not make."""
+        family = self.family.sized(height, width)
+        if family is self.family:
+            return self
+        other = copy.copy(self)
+        other.family = family
+        return other
+
     def quantize(self, weights: str) -> None:
         """Round the weights to "int8" or "fp8", on the device where they will be used; "native" leaves them.
 
@@ -173,6 +184,7 @@ class ImageModel:
         if (num_images := whole("The number of images", num_images) or 0) < 1:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
         if output_type not in ("tokens", "latent"):
+            self.family.check_decoding()
             height, width = self.family.pixels
             check_memory(4 * 3 * height * width * COPIES, len(values) * num_images, self.device)
         keys: list[Hashable] = [value for value in values for _ in range(num_images)]
@@ -187,16 +199,17 @@ class ImageModel:
             result, stats = RUN[self.family.tokens](self, encoded, noise, params, sampler, window, callback)
         with ordinary():
             tokens, commit_pass = result.tokens.clone(), result.commit_pass.clone()
-            images = as_output(lambda: self.decode_tokens(tokens), tokens, output_type)
+            images = as_output(lambda: self.decode_tokens(tokens, keys), tokens, output_type)
         return ImageOutput(images=images, tokens=tokens, commit_pass=commit_pass, stats=stats)
 
     __call__ = generate
 
-    def decode_tokens(self, tokens: Tensor) -> Tensor:
+    def decode_tokens(self, tokens: Tensor, conditions: Sequence[Any] | None = None) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, N], of continuous models [B, N, d].
 
-        They are decoded one by one, since convolutions round otherwise in another batch. Raises `VisarError` for tokens
-        of another shape, ids that no image has, or pixels that are not finite.
+        They are decoded one by one, since convolutions round otherwise in another batch. The images' `conditions`, if
+        given, are for decoders that take prompts too. Raises `VisarError` for tokens of another shape, ids that no
+        image has, or pixels that are not finite.
         """
         family, wanted = self.family, [self.family.layout.length, *self.family.token_shape]
         if not isinstance(tokens, Tensor) or [*tokens.shape[1:]] != wanted or tokens.ndim != 1 + len(wanted):
@@ -204,7 +217,12 @@ class ImageModel:
             raise VisarError(f"tokens must be a tensor [B, {', '.join(map(str, wanted))}], not {shape}.")
         with ordinary(), undisturbed(self.device):
             try:
-                pixels = torch.cat([family.decode(one) for one in tokens.split(1)])
+                parts = tokens.split(1)
+                if conditions is None:
+                    pixels = torch.cat([family.decode(one) for one in parts])
+                else:
+                    each = zip(conditions, parts, strict=True)
+                    pixels = torch.cat([family.decode_for([value], one) for value, one in each])
             except IndexError as error:
                 raise VisarError(f"tokens has an id that is no image token, such as {int(tokens.max())}.") from error
             require_finite(pixels, "The decoder's pixels", self.dtype)

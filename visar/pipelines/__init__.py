@@ -24,8 +24,10 @@ def load(name: str | Path, **options: Any) -> ImagePipeline:
     return ImagePipeline.opened(name, files, options, PIPELINES)  # type: ignore[no-any-return]
 
 
-def accelerate(model: Any, processor: Any = None) -> ImagePipeline:
+def accelerate(model: Any, processor: Any = None) -> Any:
     """A pipeline around a loaded `model` of transformers, such as a Janus, and the `processor` of its prompts.
+
+    For a `GlmImagePipeline` of diffusers it is that pipeline with codes from visar, called as before.
 
     The model stays yours: visar calls its layers with an attention of its own and leaves everything as it was, so what
     you do to its weights, and adapters in its layers, are in the images. Greedy tokens (`top_k=1`) are those of the

@@ -261,11 +261,8 @@ class ImagePipeline(DiffusionPipeline):
         **options: Any,
     ) -> Any:
         """Translate a call with diffusers' arguments to one of the model."""
-        family = self.image_model.family
-        for what, value, own in (("height", height, family.pixels[0]), ("width", width, family.pixels[1])):
-            if value is not None and whole(what, value) != own:
-                raise VisarError(f"{what} must be {own}: this model makes images of one size.")
-        sampler = with_steps(self.image_model, sampler, num_inference_steps)
+        model = self.image_model.sized(whole("height", height), whole("width", width))
+        sampler = with_steps(model, sampler, num_inference_steps)
         if conditions is None:
             raise VisarError(f"No {self.condition} was given.")
         conditions = listed(conditions)
@@ -287,7 +284,7 @@ class ImagePipeline(DiffusionPipeline):
         if "seed" in settings and settings["seed"] is None:
             settings.pop("seed")
             params = replace(params or SamplingParams(), seed=None)
-        out = self.image_model.generate(
+        out = model.generate(
             conditions, params, sampler=sampler, num_images=count, callback=callback, **options, **settings
         )
         return out if return_dict else out.to_tuple()

@@ -221,7 +221,7 @@ def blamed(error: BaseException) -> BaseException:
 def drawn(model: ImageModel, done: Finished) -> Image.Image:
     """The image of a job that is done; on a thread."""
     try:
-        (image,) = to_pil(model.decode_tokens(done.tokens[None]))
+        (image,) = to_pil(model.decode_tokens(done.tokens[None], [done.request.condition]))
     except VisarError as error:
         raise Broken(str(error)) from error
     return image

@@ -54,6 +54,11 @@ def test_greedy_ids_are_those_of_generate(pipe: Any, sampler: str) -> None:
     for i, text in enumerate(PROMPTS):
         found = pipe(text, sampler=sampler, top_k=1, output_type="tokens").tokens
         assert torch.equal(ids_of(pipe, found), stock[i : i + 1])
+    if sampler == "scd":
+        square = emu3_processor(ratio="1:1", area=256)
+        out = pipe(PROMPTS[0], height=16, width=16, sampler=sampler, top_k=1, output_type="tokens")
+        family = ImageModel.of(pipe).family.sized(16, 16)
+        assert torch.equal(family.ids(out.tokens), stock_emu3(emu3()[0], square, PROMPTS[:1]))
     weak = stock_emu3(*emu3(), PROMPTS, 1.5)
     out = pipe(list(PROMPTS), sampler=sampler, top_k=1, guidance_scale=1.5, output_type="tokens")
     assert torch.equal(ids_of(pipe, out.tokens), weak) and not torch.equal(weak, stock)
@@ -230,7 +235,7 @@ def test_the_command_line_works_by_registration(folder: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_verify_on_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--samplers", "ar,sjd,scd", "--sequences", "8192", "--json"]
+    given = ["--samplers", "ar,sjd,scd", "--sequences", "16384", "--json"]
     assert cli.main(["verify", "--model", str(folder), "--image-size", "32", *given]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert len(rows) == 3 and all(row["passed"] for row in rows)
@@ -249,12 +254,12 @@ def test_what_is_refused(folder: Path) -> None:
     for settings, message in (
         (dict(ratio="wide"), r"ratio must be like '4:3'"),
         (dict(area="big"), r"image_area a number of pixels"),
-        (dict(area=4), "has no cell of 8"),
+        (dict(area=4), "are multiples of 8 pixels, not 0 and 0"),
         (dict(area=10**6), r"cells is \d+ tokens, and this model has 256 positions"),
     ):
         with pytest.raises(VisarError, match=message):
             visar.accelerate(model, emu3_processor(**settings))
-    with pytest.raises(VisarError, match="image_size must be a multiple of 8 pixels, not 100"):
+    with pytest.raises(VisarError, match="are multiples of 8 pixels, not 100 and 100"):
         ImageModel.load(folder, image_size=100)
     with pytest.raises(VisarError, match="the Emu3Processor of its prompts is missing"):
         visar.accelerate(model, emu3_processor().tokenizer)

@@ -195,10 +195,10 @@ def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
 
 def test_what_is_refused(folder: Path, model: ImageModel) -> None:
     family: Any = model.family
-    with pytest.raises(VisarError, match=r"image_size must be a multiple of 4 pixels, not 30"):
+    with pytest.raises(VisarError, match=r"are multiples of 4 pixels, not 30 and 30"):
         ImageModel.load(folder, image_size=30)
     with pytest.raises(VisarError, match=r"An image of 200 x 200 cells is 40200 tokens, and this model has 8192"):
-        Emu35Family(family.model, family.processor, family.vision_tokenizer, 200)
+        Emu35Family(family.model, family.processor, family.vision_tokenizer, (800, 800))
     with pytest.raises(VisarError, match="knows no images of a Qwen3ForCausalLM"):
         visar.accelerate(family.model, family.processor)
     with pytest.raises(VisarError, match=r"The prompt has \d+ tokens; this model takes at most"):

@@ -56,7 +56,9 @@ def test_greedy_tokens_are_those_of_generate(pipe: Any, sampler: str) -> None:
 def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:
     model, processor = janus()
     out = pipe(list(PROMPTS), seed=3, output_type="pt")
-    stock = model.decode_image_tokens(out.tokens)  # [B, H, W, 3] in [-1, 1]
+    with torch.no_grad():
+        # [B, H, W, 3] in [-1, 1]; one by one, as visar does, since convolutions round otherwise in a batch.
+        stock = torch.cat([model.decode_image_tokens(one) for one in out.tokens.split(1)])
     assert out.images.shape == (3, 3, 64, 64)
     assert torch.equal(out.images, (stock / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2))
     image = pipe(PROMPTS[0], seed=3).images[0]
@@ -215,7 +217,7 @@ def test_what_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             pipe("cat")
     finally:
         model.eval()
-    for found in ("5.3.2", "5.25.0", "6.0.0.dev0", None):
+    for found in ("4.57.6", "5.25.0", "6.0.0.dev0", None):
         monkeypatch.setattr("visar.families.hf.versions.installed", lambda found=found: found)
-        with pytest.raises(VisarError, match=r"from version 5\.4 to below 5\.25"):
+        with pytest.raises(VisarError, match=r"from version 5\.0 to below 5\.25"):
             visar.accelerate(model, processor)

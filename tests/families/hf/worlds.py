@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tiny_emu3 import tiny_emu3, vocabulary
+from tests.helpers.tiny_glm import tiny_glm
 from tests.helpers.tiny_hf import spread, tiny_janus
 from visar.engine.guidance import Guidance
 from visar.families.hf.base import padded
 from visar.families.hf.decoder import ImageDecoder, VocabularyDecoder
+from visar.families.hf.glm_image import GlmDecoder
 from visar.families.hf.grid import GridDecoder
 from visar.families.hf.janus import JanusDecoder
 from visar.families.hf.session import TransformersSession
@@ -24,11 +26,13 @@ CODES = (9, 3, 17, 12)  # ids of images in a vocabulary, in no order
 
 @dataclass(frozen=True)
 class World:
-    """A `decoder`, and prompts and unconditional prompts of unlike lengths; `scale` 1 is a model without guidance.
+    """A `model` with its `decoder`, and prompts and unconditional prompts of unlike lengths.
 
+    `scale` 1 is a model without guidance.
     `stock(ids [T], tokens [B, n])` gives logits [B, n + 1, V] by one pass over the whole sequence, without visar.
     """
 
+    model: Any
     decoder: ImageDecoder
     scale: float = 2.0
     prompts: tuple[tuple[int, ...], ...] = ((1, 5, 6, 7, 2), (1, 8, 2), (1, 9, 10, 5, 6, 11, 2))
@@ -70,7 +74,8 @@ class World:
 
 
 def janus() -> World:
-    return World(JanusDecoder(spread(tiny_janus(vocab=4, side=4), seed=3)))
+    model = spread(tiny_janus(vocab=4, side=4), seed=3)
+    return World(model, JanusDecoder(model))
 
 
 def causal(kind: str, **more: Any) -> World:
@@ -83,7 +88,13 @@ def causal(kind: str, **more: Any) -> World:
     )  # fmt: skip
     config = getattr(transformers, f"{kind}Config")(**sizes | more)
     model = spread(getattr(transformers, f"{kind}ForCausalLM")(config), seed=5)
-    return World(VocabularyDecoder(model, CODES))
+    return World(model, VocabularyDecoder(model, CODES))
+
+
+def glm_image() -> World:
+    """A draft of 2 x 2 tokens and an image of 3 x 3, without guidance."""
+    model = tiny_glm(codes=4, seed=7)
+    return World(model, GlmDecoder(model, 4, ((2, 2), (3, 3))), scale=1.0)
 
 
 class Emu3World(World):
@@ -98,10 +109,11 @@ class Emu3World(World):
 
 def emu3() -> World:
     model = tiny_emu3(codes=3)
-    return Emu3World(GridDecoder(model, model.vocabulary_mapping.image_tokens, vocabulary(3)["<|extra_200|>"]))
+    return Emu3World(model, GridDecoder(model, model.vocabulary_mapping.image_tokens, vocabulary(3)["<|extra_200|>"]))
 
 
 WORLDS: dict[str, Callable[[], World]] = {
+    "glm-image": functools.cache(glm_image),
     "janus": functools.cache(janus),
     "qwen3": functools.cache(lambda: causal("Qwen3", head_dim=12)),
     "emu3": functools.cache(emu3),

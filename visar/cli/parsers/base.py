@@ -167,6 +167,12 @@ def whole(low: int | None = None, high: int = MOST) -> Callable[[str], int]:
     return value
 
 
+def size(text: str) -> int | tuple[int, int]:
+    """The type of an image's size: the pixels of a square, or WIDTHxHEIGHT, which becomes height and width."""
+    width, across, height = text.partition("x")
+    return (whole(1)(height), whole(1)(width)) if across else whole(1)(width)
+
+
 def seed(text: str) -> int:
     """The type of a seed of what takes 63 bits."""
     return whole(0, 2**63 - 1)(text)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import Field, fields
 from typing import Any
 
-from visar.cli.parsers.base import STDOUT, CommandParser, Group, json_target, names, whole
+from visar.cli.parsers.base import STDOUT, CommandParser, Group, json_target, names, size, whole
 from visar.errors import VisarError
 from visar.params import SamplingParams
 
@@ -119,7 +119,10 @@ def model_options(parser: CommandParser, *, several: str = "", quantize: bool = 
         "--text-encoder", metavar="PATH", help="folder or hub id of FLAN-T5-XL, if --model is a text model's file"
     )
     group.add_argument(
-        "--image-size", type=whole(1), metavar="PX", help="pixels, if --model is a LlamaGen file or an Emu3"
+        "--image-size",
+        type=size,
+        metavar="PX|WxH",
+        help="pixels, if --model is a LlamaGen file, or makes images of any size: width x height, such as 1024x768",
     )
     group.add_argument(
         "--num-heads", type=whole(1), metavar="N", help="attention heads, if --model is a file of an unpublished size"

@@ -1,6 +1,6 @@
 """The options of `visar verify`."""
 
-from visar.cli.parsers.base import CommandParser, names, seed, whole
+from visar.cli.parsers.base import CommandParser, names, seed, size, whole
 from visar.cli.parsers.options import MODEL_OR_PATH, device_option, drafter_option, json_option
 
 
@@ -34,6 +34,7 @@ def verify(p: CommandParser) -> None:
     )
     own.add_argument("--prompt", metavar="PROMPT", help="the prompt of its images (default: a red heart)")
     own.add_argument("--class", dest="label", type=whole(), metavar="ID", help="or the class (default: 0)")
+    own.add_argument("--image-size", type=size, metavar="PX|WxH", help="pixels, if it makes images of any size")
     drafter_option(own)
     device_option(own)
     own.add_argument(

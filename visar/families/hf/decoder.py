@@ -114,13 +114,13 @@ class VocabularyDecoder(ImageDecoder):
             raise VisarError(f"{type(model).__name__} has no output head, so it is no causal language model.")
         if ids.ndim != 1 or ids.is_floating_point() or not len(ids) or len(ids.unique()) < len(ids):
             raise VisarError("The codes of images are ids of the vocabulary, each given once.")
-        size = int(self.config.vocab_size)
+        size = int(getattr(head, "out_features", self.config.vocab_size))
         if int(ids.min()) < 0 or int(ids.max()) >= size:
             raise VisarError(f"The codes go from {int(ids.min())} to {int(ids.max())}; the vocabulary has {size} ids.")
         for name in AFTER_HEAD:
             if getattr(self.config, name, None) not in (None, 1.0):
                 raise VisarError(f"visar does not run {type(model).__name__}: it changes its logits ({name}).")
-        self.codes, self._head = ids.to(self.device), head
+        self.codes, self._head, self._ids = ids.to(self.device), head, size
         self._slice = isinstance(head, nn.Linear) and type(head.weight) in (Tensor, nn.Parameter)
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
@@ -158,4 +158,4 @@ class VocabularyDecoder(ImageDecoder):
     @property
     def bytes_per_pass(self) -> int:
         head = streamed_bytes(self._head)
-        return super().bytes_per_pass + (head * len(self.codes) // int(self.config.vocab_size) if self._slice else head)
+        return super().bytes_per_pass + (head * len(self.codes) // self._ids if self._slice else head)

@@ -19,7 +19,8 @@ def load_model(architecture: str, folder: Path, config: Any = None, strict: bool
     """
     import transformers
 
-    kind = getattr(transformers, architecture)
+    if (kind := getattr(transformers, architecture, None)) is None:
+        raise VisarError(f"transformers {transformers.__version__} has no {architecture}; a later version has it.")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise VisarError(f"{folder} has no weights: a file model.safetensors, or shards of it.")
@@ -32,7 +33,7 @@ def load_model(architecture: str, folder: Path, config: Any = None, strict: bool
             **({} if config is None else {"config": config}),
         )  # fmt: skip
     except Exception as error:  # of several libraries, on files that are missing, cut or changed
-        raise _unreadable(f"the {architecture}", folder, error) from error
+        raise unreadable(f"the {architecture}", folder, error) from error
     absent = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
     if absent:
         others = f", and {len(absent) - 1} others are" if len(absent) > 1 else ""
@@ -53,7 +54,7 @@ def load_processor(folder: Path) -> Any:
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise _unreadable("the processor of prompts", folder, error) from error
+        raise unreadable("the processor of prompts", folder, error) from error
 
 
 def own_code(folder: Path) -> str | None:
@@ -68,6 +69,7 @@ def own_code(folder: Path) -> str | None:
     return None
 
 
-def _unreadable(what: str, folder: Path, error: Exception) -> VisarError:
+def unreadable(what: str, folder: Path, error: Exception) -> VisarError:
+    """The error of files that a library could not read."""
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return VisarError(f"Could not load {what} from {folder}: {reason}")

@@ -15,6 +15,7 @@ def listings() -> list[Listing]:
     return [
         _listing("janus-pro-1b", "Janus-Pro 1B, text", "deepseek-community/Janus-Pro-1B", 384),
         _listing("janus-pro-7b", "Janus-Pro 7B, text", "deepseek-community/Janus-Pro-7B", 384),
+        _listing("glm-image", "GLM-Image 9B, text", "zai-org/GLM-Image", 1024),
         _listing("emu3-gen", "Emu3-Gen 8B, text", "Emu3-community/Emu3-Gen-hf", 720),
         _listing(
             "emu3.5-image",

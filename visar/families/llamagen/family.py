@@ -105,7 +105,7 @@ class LlamaGenFamily(DiscreteFamily):
     def _published(cls, source: Source) -> Self:
         file, ema = source.files["vq"], bool(source.ema)
         vq = load_vq(file, ema=ema and has_ema(file))
-        side, pixels = vq.sizes.downsample, source.image_size
+        side, pixels = vq.sizes.downsample, source.size and source.size[0]
         if pixels is not None and (pixels < side or pixels % side):
             raise VisarError(f"image_size must be a multiple of {side} pixels, not {pixels}.")
         file = source.files["model"]
