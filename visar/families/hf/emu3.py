@@ -33,8 +33,8 @@ EMU3_VOCABULARY = 184622
 class Emu3Family(GridFamily):
     """Emu3-Gen in transformers' layout (Emu3-community/Emu3-Gen-hf).
 
-    Images are of one `size`, height and width in pixels: by default that of the processor, whose `image_area` is that of
-    720 x 720 pixels and whose `ratio` is width:height.
+    Images are of one `size`, height and width in pixels: by default that of the processor, which has `image_area`
+    (720 x 720) and `ratio` (width:height).
     """
 
     name = "emu3"

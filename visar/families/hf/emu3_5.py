@@ -119,10 +119,8 @@ class Emu35Family(GridFamily):
 
     def _prompt(self, text: str) -> list[int]:
         """The ids of a request, and of the beginning of an image of this size."""
-        words, size = (
-            self.processor(part, add_special_tokens=False)["input_ids"]
-            for part in (text, f"{self.layout.rows}*{self.layout.columns}")
-        )
+        parts = text, f"{self.layout.rows}*{self.layout.columns}"
+        words, size = (self.processor(part, add_special_tokens=False)["input_ids"] for part in parts)
         start, answer, image, codes = (self._id(name) for name in (BEGIN, ANSWER, IMAGE_START, IMAGE))
         return [start, *words, answer, image, *size, codes]
 
