@@ -78,7 +78,8 @@ new PerformanceObserver(list => {
 # Texts in sight whose contrast with what is behind them is below WCAG's AA: 4.5, or 3 for large ones.
 PALE = """() => {
   const parse = text => { const n = (text.match(/[\\d.]+/g) || []).map(Number); return n.length < 4 ? [...n, 1] : n; };
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
   const behind = node => {
     for (let at = node; at; at = at.parentElement) {
@@ -91,10 +92,13 @@ PALE = """() => {
   for (const node of document.querySelectorAll("body *")) {
     const own = [...node.childNodes].some(c => c.nodeType === 3 && c.textContent.trim());
     if (!own && !(node.matches("input:not([type=checkbox]):not([type=range]), textarea") && node.value)) continue;
-    if (!node.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true }) || node.closest("svg, button:disabled")) continue;
+    if (!node.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true })) continue;
+    if (node.closest("svg, button:disabled")) continue;
     const style = getComputedStyle(node), a = light(parse(style.color)), b = light(behind(node));
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05), large = parseFloat(style.fontSize) >= 24;
-    if (ratio < (large ? 3 : 4.5)) found.push(`${node.tagName} ${node.className} ${(node.textContent || node.value).trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
+    if (ratio < (large ? 3 : 4.5)) found.push(
+      `${node.tagName} ${node.className} ${(node.textContent || node.value).trim().slice(0, 30)}: ${ratio.toFixed(2)}`
+    );
   }
   return found;
 }"""
