@@ -173,7 +173,8 @@ class Visitor:
 
     def __init__(self, browser: Any, address: str, width: int = 1280, dark: bool = False, query: str = ""):
         self.context = browser.new_context(
-            viewport={"width": width, "height": 900 if width > 800 else 800}, device_scale_factor=1 if width > 800 else 2,
+            viewport={"width": width, "height": 900 if width > 800 else 800},
+            device_scale_factor=1 if width > 800 else 2,
             color_scheme="dark" if dark else "light", permissions=["clipboard-read", "clipboard-write"],
             accept_downloads=True,
         )  # fmt: skip
