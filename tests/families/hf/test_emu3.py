@@ -15,10 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 import visar
+from tests.helpers.recording import Recorder
 from tests.helpers.tiny_emu3 import emu3, emu3_processor, stock_emu3, tiny_emu3
 from tests.helpers.tiny_hf import PROMPTS
 from visar import cli
 from visar.engine.drafter import SessionDrafter
+from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.loop import decode
 from visar.engine.rng import Noise
@@ -177,6 +179,16 @@ def test_joint_distribution_with_forced_tokens(name: str, small: Emu3Family, exp
             lambda batch, own: session(small, batch, window, own), sampler, target, guidance, torch.arange(6), 7
         )
         assert torch.equal(late, tokens[:6])
+
+
+def test_a_captured_step_feeds_forced_tokens(small: Emu3Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, images = Recorder(monkeypatch), torch.arange(3)
+    target, sampler = Target(0.9, forced=small.forced, allowed=small.allowed), get_sampler("ar")
+    with torch.inference_mode():
+        plain = decode(session(small, 3, 2, Guidance(3.0)), sampler, target, Noise(3, images), every=1)
+        kept = session(small, 3, 2, Guidance(3.0))
+        found = decode(kept, sampler, target, Noise(3, images), every=1, graph=Graph(record))
+    assert torch.equal(found.tokens, plain.tokens) and record.captures == 1 and found.passes == 4 > found.replays > 0
 
 
 @pytest.fixture(scope="module")
