@@ -44,7 +44,9 @@ def pipe() -> Any:
 
 
 def ids_of(pipe: Any, tokens: Tensor) -> Tensor:
-    return ImageModel.of(pipe).family.ids(tokens)
+    family: Any = ImageModel.of(pipe).family
+    found: Tensor = family.ids(tokens)
+    return found
 
 
 @pytest.mark.parametrize("sampler", ["ar", "scd"])
@@ -59,7 +61,7 @@ def test_greedy_ids_are_those_of_generate(pipe: Any, sampler: str) -> None:
     if sampler == "scd":
         square = emu3_processor(ratio="1:1", area=256)
         out = pipe(PROMPTS[0], height=16, width=16, sampler=sampler, top_k=1, output_type="tokens")
-        family = ImageModel.of(pipe).family.sized(16, 16)
+        family: Any = ImageModel.of(pipe).family.sized(16, 16)
         assert torch.equal(family.ids(out.tokens), stock_emu3(emu3()[0], square, PROMPTS[:1]))
     weak = stock_emu3(*emu3(), PROMPTS, 1.5)
     out = pipe(list(PROMPTS), sampler=sampler, top_k=1, guidance_scale=1.5, output_type="tokens")
@@ -81,7 +83,8 @@ def test_the_stock_guidance_rounds_in_bfloat16() -> None:
         return rule(torch.zeros(1, 1, dtype=torch.long), c.to(dtype).float()).softmax(-1)
 
     for dtype, low, high in ((torch.float32, 0, 1e-6), (torch.bfloat16, 2e-3, 0.1)):
-        ours = Guidance(3.0).combine(*(x.to(dtype).float()[:, None] for x in (c, u)), torch.zeros(1, 1)).softmax(-1)
+        cond, uncond = (x.to(dtype).float()[:, None] for x in (c, u))
+        ours = Guidance(3.0).combine(cond, uncond, torch.zeros(1, 1)).softmax(-1)
         assert low <= (ours[:, 0] - stock(dtype)).abs().sum() / 2 < high
 
 
