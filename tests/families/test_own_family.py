@@ -113,7 +113,7 @@ def test_the_demo_decodes_it(folder: Path) -> None:
     request = checked(model, "wide", None, [("scd", {"window": 4})], 1, settings, Limits())
     engine = Engine(rows=1)
     (run,) = served(engine, request)
-    assert engine.close(timeout=60) and run.done and run.frame.image.size == (20, 12)
+    assert engine.close(timeout=60) and run.done and run.frame is not None and run.frame.image.size == (20, 12)
 
 
 def test_what_it_does_not_have_is_said(folder: Path) -> None:
