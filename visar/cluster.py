@@ -36,10 +36,13 @@ def connected(address: str | None = None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     for attempt in range(1, STARTS + 1):
         try:
-            ray.init(address=address or "local", log_to_driver=False, **({} if address else own))
+            ray.init(
+                address=address or "local", log_to_driver=False, logging_level="WARNING", **({} if address else own)
+            )
             break
         except Exception as error:
             ray.shutdown()

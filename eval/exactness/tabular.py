@@ -63,7 +63,7 @@ class TabularSession(Session):
 
     def __init__(self, model: TabularModel, batch: int, window: int, guidance: Guidance = Guidance()):
         super().__init__(batch, model.length, model.vocab)
-        self.model, self.guidance = model, guidance
+        self.model, self.guidance, self.window = model, guidance, window
         self.history = torch.zeros(batch, model.length + window, dtype=torch.long)
         self._offsets = torch.tensor([sum(model.vocab**m for m in range(n)) for n in range(model.length)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 import visar
-from tests.helpers.stepped import LONG, hears_interrupts
+from tests.helpers.stepped import LONG, hears_interrupts, held
 from tests.helpers.web import Visitor, get, image_in, serving
 from visar.cli import main
+from visar.recipe import Recipe
 
 Capture = pytest.CaptureFixture[str]
 REPOSITORY = Path(visar.__file__).parent.parent
@@ -143,43 +144,30 @@ def test_it_answers(served: str) -> None:
     assert json.loads(get(f"{served}/gradio_api/info")[1]) == {"named_endpoints": {}, "unnamed_endpoints": {}}
 
 
-def test_two_visitors(served: str, text_pipe: Any) -> None:
+def test_two_visitors_in_one_batch(served: str, text_pipe: Any) -> None:
     one, two = Visitor(served, "one"), Visitor(served, "two")
-    for visitor, prompt, seed in ((one, "red heart", 1), (two, "blue cat", 2)):
-        visitor.press("generate", Prompt=prompt, Seed=seed)
-        visitor.wait()
+    with held() as go:
+        for visitor, prompt, seed in ((one, "red heart", 1), (two, "blue cat", 2)):
+            visitor.press("generate", Prompt=prompt, Seed=seed)
+        go.set()
     for visitor, prompt, seed in ((two, "blue cat", 2), (one, "red heart", 1)):
-        ((status, images, *_),) = visitor.results()
-        assert "done, " in status and f"{prompt}, seed {seed}" in images
-        wanted = text_pipe(prompt, seed=seed)
-        assert image_in(images) == wanted.images[0].tobytes()
+        status, images, *_, used = visitor.results()
+        assert "Done: " in status and f"{prompt}, seed {seed}" in images and used == seed
+        assert image_in(images) == text_pipe(prompt, seed=seed).images[0].tobytes()
 
 
-def asked_twice(served: str, monkeypatch: pytest.MonkeyPatch, count: int) -> list[list[Any]]:
-    """What a visitor's turns end with who asks for a red heart and then for a blue cat while another is served."""
-    hold = threading.Event()
-    monkeypatch.setattr("visar.demo.jobs.warm_up", lambda *_: hold.wait(LONG))
-    first, me = Visitor(served, f"first{count}"), Visitor(served, f"me{count}")
-    first.press("generate")
-    first.wait()
-    for prompt, seed in (("red heart", 1), ("blue cat", 2)):
-        me.press("generate", Prompt=prompt, Seed=seed)
-        me.wait()
-    hold.set()
-    found = me.results(count)
-    assert "done, " in first.results()[0][0]
-    return found
-
-
-def test_asked_again_while_it_waits(served: str, text_pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ((status, images, *_),) = asked_twice(served, monkeypatch, 1)
-    assert "done, " in status and "blue cat, seed 2" in images
-    assert image_in(images) == text_pipe("blue cat", seed=2).images[0].tobytes()
-
-
-def test_the_turn_that_is_left_over_changes_nothing(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, later = asked_twice(served, monkeypatch, 2)
-    assert [(shown or {}).get("__type__") for shown in later] == ["update"] * 4
+def test_the_file_says_how_it_was_made(served: str, tmp_path: Path, capsys: Capture) -> None:
+    me = Visitor(served, "me")
+    me.press("generate", Prompt="red heart", **{"Top k": 7})
+    _, images, result, _, seed = me.results()
+    file = tmp_path / "image.png"
+    found = re.search(r'data:image/png;base64,([^"]+)" download="([^"]+)"', images)
+    assert found and found[2] == f"red-heart-seed{seed}-scd.png" and f"<b data-seed>{seed}</b>" in result
+    file.write_bytes(base64.b64decode(found[1]))
+    recipe = Recipe.read(file)
+    assert (recipe.prompt, recipe.sampler) == ("red heart", "scd") and recipe.settings == {"seed": seed, "top_k": 7}
+    me.press("generate", Prompt="red heart", **{"Top k": 7})
+    assert me.results()[4] != seed  # another one, of its own
 
 
 # From start to end
@@ -202,6 +190,7 @@ def getaddrinfo(host, *rest, **named):
     return real[1](host, *rest, **named)
 socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
 from visar.cli import main
+from visar.recipe import Recipe
 sys.exit(main(["demo", "--port", "0", "--model", "icons"]))
 """
 
@@ -224,7 +213,6 @@ def test_the_command_from_start_to_interrupt(tmp_path: Path) -> None:
         assert get(found[1])[0] == 200 and get(f"{found[1]}/config")[0] == 200
         visitor = Visitor(found[1], "visitor")
         visitor.press("generate", Sampler="ar", Images=4)
-        visitor.wait()
         next(visitor.messages("process_generating"))  # it ends in the middle of a decoding
         server.send_signal(signal.SIGINT)
         rest, _ = server.communicate(timeout=LONG)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.stepped import served
 from tests.pipelines.test_masked import masked_folder  # noqa: F401  (a fixture)
-from visar.demo.desk import Desk
 from visar.demo.models import DemoModel, named
 from visar.demo.requests import SEEDS, Limits, Request, checked, page_settings
 from visar.errors import VisarError
@@ -18,6 +19,7 @@ from visar.params import SamplingParams
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import SAMPLERS, get_sampler, samplers_for, spec_of
 from visar.samplers.parameters import Parameter
+from visar.serving.engine import Engine
 
 LIMITS = Limits()
 EVERY = {name: spec.options for name, spec in SAMPLERS.items()}
@@ -41,6 +43,13 @@ def models(text_folder: Path, class_folder: Path, masked_folder: Path, drafters:
         text.load_drafter(drafter)
     classes = ClassToImagePipeline.from_pretrained(class_folder)
     return named([("text", text), ("masked", masked), ("classes", classes)])
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    made = Engine(rows=1, pools=1)
+    yield made
+    assert made.close(drain=False, timeout=60)
 
 
 def model_of(models: Any, sampler: str) -> DemoModel:
@@ -104,7 +113,7 @@ def test_what_must_be_whole(models: Any) -> None:
 def test_the_settings_are_what_was_asked_for(models: Any) -> None:
     request = ask(models["text"], images=3, seed=17, guidance_scale=1.5, temperature=0.5, top_k=7, top_p=0.9)
     wanted = SamplingParams(seed=17, guidance_scale=1.5, temperature=0.5, top_k=7, top_p=0.9)
-    assert request.settings == dict(num_images=3, params=wanted)
+    assert (request.images, request.params) == (3, wanted)
     masked = ask(models["masked"], guidance_schedule="linear", top_k=7).params
     assert (masked.guidance_schedule, masked.top_k) == ("linear", None)
     assert sentence(models["masked"], guidance_schedule="up").startswith("Guidance schedule must be constant or linear")
@@ -216,9 +225,9 @@ def test_no_more_passes_than_tokens_by_default(models: Any) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_what_passes_the_check_is_drawn_or_refused_in_a_sentence(models: Any, name: str) -> None:
-    """The low end of everything, the high end of everything, and the defaults, as the desk serves them."""
-    model, desk = model_of(models, name), Desk(LIMITS)
+def test_what_passes_the_check_is_drawn_or_refused_in_a_sentence(models: Any, name: str, engine: Engine) -> None:
+    """The low end of everything, the high end of everything, and the defaults, as the engine serves them."""
+    model = model_of(models, name)
     free = [p for p in EVERY[name].values() if p.low is not None]
     slow = {"head_steps": 12, "last_head_steps": 5, "latest": 400, "steps": 9}  # at their ends
     low, high = ({p.name: slow.get(p.name, getattr(p, end)) for p in free} for end in ("low", "high"))
@@ -228,12 +237,12 @@ def test_what_passes_the_check_is_drawn_or_refused_in_a_sentence(models: Any, na
             continue  # not all ends go together; something must
         try:
             request = ask(model, name, of=of, guidance_scale=guidance, temperature=temperature)
-            *_, (_, frame) = desk.serve(desk.ask("me", request))
+            ((run,),) = [served(engine, request)]
         except VisarError as error:
             assert str(error).endswith(".")
         else:
             drawn += 1
-            assert frame.stats is not None and is_one(request.samplers[0], name) and len(frame.images) == 1
+            assert run.done and is_one(request.samplers[0], name)
     assert drawn
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -12,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.stepped import LONG
+from tests.helpers.stepped import held, until
 from tests.helpers.web import Visitor, serving
 from visar.demo import requests, server
 from visar.demo.requests import Limits
 from visar.demo.visitors import Visitors, address_of
+from visar.generation.pool import Pool
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,7 @@ def served(text_folder: Path, launched: list[Any]) -> Iterator[str]:
 def test_sessions_do_not_pile_up(served: str, launched: list[Any]) -> None:
     states, queue = launched[0].page.state_holder, launched[0].page._queue
     for number in range(20):
-        visitor = Visitor(served, f"many{number}")
-        visitor.press("generate", Prompt="")
-        visitor.wait()
-        assert len(visitor.results()) == 1
+        assert "empty" in Visitor(served, f"many{number}").answer("generate", Prompt="")
     assert len(states.session_data) <= 8 and len(queue.pending_messages_per_session) <= 8
     launched[0].forget()
     assert len(queue.pending_event_ids_session) <= 8
@@ -54,52 +51,43 @@ def test_sessions_do_not_pile_up(served: str, launched: list[Any]) -> None:
 def test_who_does_nothing_for_long_is_forgotten(served: str, launched: list[Any]) -> None:
     states = launched[0].page.state_holder
     old, new = Visitor(served, "old"), Visitor(served, "new")
-    old.press("generate", Prompt="")
-    new.press("generate", Prompt="")
+    old.press("stop")
+    new.press("stop")
     states.time_last_used["old"] = datetime.now() - timedelta(seconds=3601)
     launched[0].forget()
     assert "old" not in states.session_data and "old" not in states.time_last_used and "new" in states.session_data
-    old.press("generate", Prompt="red heart")
-    old.wait()
-    assert "done, " in old.results()[0][0]  # and is served as before
+    assert "Done: " in old.answer("generate", Prompt="red heart")  # and is served as before
 
 
-def test_the_request_of_a_forgotten_session_is_served(
-    served: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hold = threading.Event()
-    monkeypatch.setattr("visar.demo.jobs.warm_up", lambda *_: hold.wait(LONG))
-    first, me = Visitor(served, "first"), Visitor(served, "me")
-    for visitor in (first, me):
-        visitor.press("generate")
-        visitor.wait()
-    for number in range(10):  # push it out of what Gradio keeps
-        Visitor(served, f"flood{number}").press("stop")
-    assert "me" not in launched[0].page.state_holder.session_data
-    hold.set()
-    assert "done, " in me.results()[0][0]
+def test_the_request_of_a_forgotten_session_is_served(served: str, launched: list[Any]) -> None:
+    with held() as go:
+        me = Visitor(served, "me")
+        me.press("generate")
+        for number in range(10):  # push it out of what Gradio keeps
+            Visitor(served, f"flood{number}").press("stop")
+        assert "me" not in launched[0].page.state_holder.session_data
+        go.set()
+        assert "Done: " in me.results()[0]
 
 
 def test_who_reads_nothing_is_not_decoded_for(
     served: str, launched: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from visar.demo.jobs import Job
-
-    monkeypatch.setattr(Job, "__init__", _every_pass(Job.__init__))
+    monkeypatch.setattr("visar.demo.runs.EVERY", 0)
+    monkeypatch.setattr(Pool, "step", _slowly(Pool.step))
     visitor = Visitor(served, "deaf")
     visitor.press("generate", Sampler="ar")
-    visitor.wait()
-    while launched[0].unread("deaf") < 5 or list(launched[0]._events()):
-        time.sleep(0.01)  # it listens to nothing meanwhile
+    until(lambda: launched[0].unread("deaf") >= 5 and not list(launched[0]._events()))  # it listens to nothing
     assert launched[0].unread("deaf") < 12
-    assert "nobody was looking" in visitor.results()[0][0]
+    assert "nobody was looking" in visitor.results()[0]
 
 
-def _every_pass(original: Any) -> Any:
-    def init(self: Any, decode: Any, machine: Any, every: float = 0, limit: float = 600) -> None:
-        original(self, decode, machine, 0, limit)
+def _slowly(step: Any) -> Any:
+    def slow(pool: Any) -> Any:
+        time.sleep(0.05)  # so that frames come one by one
+        return step(pool)
 
-    return init
+    return slow
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from visar.engine.cached_session import CachedSession
 from visar.kernels import philox, target_probs
 from visar.kernels.attention import AttentionMetadata
+from visar.samplers import autoregressive
 
 
 def all_tensors(root: Any) -> list[Tensor]:
@@ -50,6 +51,7 @@ class Recorder:
         monkeypatch.setattr(CachedSession, "visible", lambda s, count: len(s._slot))
         monkeypatch.setattr(AttentionMetadata, "_all_visible", lambda s, queries, visible: False)
         monkeypatch.setattr(target_probs, "descending", lambda p: p.sort(dim=-1, descending=True).values)
+        monkeypatch.setattr(autoregressive, "forced_next", lambda session, state: state.width > 1)
         monkeypatch.setattr(philox, "philox_numpy", philox.philox_torch)
         monkeypatch.setenv("VISAR_LINEAR", "plain")  # a GPU has no other form
         self.captures = 0

@@ -1,105 +1,43 @@
-"""What the tests of the demo share: a pipeline whose passes are let go one by one, and watchers of frames."""
+"""What the tests of the demo share: requests, what a model itself makes of them, and an engine that waits."""
 
 from __future__ import annotations
 
-import queue
+import asyncio
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
+import pytest
 
-from visar.demo.jobs import Frame, Job, Stopped
 from visar.demo.models import DemoModel
 from visar.demo.requests import Limits, Request, checked
-from visar.generation.model import ImageModel
+from visar.demo.runs import Run, Runs
+from visar.serving.engine import Engine
 
 LONG = 600  # seconds until a test gives up waiting, on however busy a machine; nothing is measured by it
 
 
-class Stepped:
-    """A model whose passes are let go one by one; `seen` has the number of each when it is over."""
+@contextmanager
+def held(passes: int = 0) -> Iterator[threading.Event]:
+    """In this block engines wait after `passes` of their pools' turns until the event is set, as it is at the end."""
+    go, left, turn = threading.Event(), [passes], Engine._turn
 
-    def __init__(self, pipe: Any):
-        self.model, self.seen, self.go = ImageModel.of(pipe), queue.Queue[int](), threading.Semaphore(0)
-        self.calls = self.inside = self.most_inside = 0
-        self.finish: Callable[[], object] = lambda: None  # done before the images are handed over
+    def waits(engine: Engine) -> None:
+        if any(pool.rows for pool in engine._pools.values()) or engine._line:
+            left[0] -= 1
+            while left[0] < 0 and not go.wait(0.02):
+                engine._drop()  # who leaves is let go
+        turn(engine)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def free(self) -> None:
-        """Let all passes go."""
-        self.go.release(100_000)
-
-    def passed(self, count: int) -> None:
-        """Let all but the last of `count` passes go, and wait until that one is over; it waits in turn."""
-        for number in range(count):
-            self.seen.get(timeout=LONG)
-            if number < count - 1:
-                self.go.release()
-
-    def generate(self, *conditions: Any, callback: Any, **settings: Any) -> Any:
-        def after(progress: Any) -> None:
-            self.seen.put(progress.passes)
-            assert self.go.acquire(timeout=LONG)
-            callback(progress)
-
-        self.calls += 1
-        self.inside += 1
-        self.most_inside = max(self.most_inside, self.inside)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_turn", waits)
         try:
-            out = self.model.generate(*conditions, callback=after, **settings)
-            self.finish()
-            return out
+            yield go
         finally:
-            self.inside -= 1
-
-    __call__ = generate
-
-
-class Watched(threading.Thread):
-    """Takes all frames in a thread of its own, as the page does for each visitor."""
-
-    def __init__(self, frames: Iterator[Any]):
-        super().__init__(daemon=True)
-        self.source, self.frames, self.error = frames, [], None  # type: ignore[var-annotated]
-        self.start()
-
-    def run(self) -> None:
-        try:
-            for frame in self.source:
-                self.frames.append(frame)
-        except Exception as error:
-            self.error = error
-
-    def ended(self) -> Watched:
-        self.join(LONG)
-        assert not self.is_alive()
-        return self
-
-    def stopped(self) -> str:
-        assert isinstance(self.ended().error, Stopped), self.error
-        return str(self.error)
-
-
-def pixels(images: Any) -> list[bytes]:
-    return [p.tobytes() for p in images]
-
-
-def assert_same(frame: Frame, out: Any) -> None:
-    """A last frame has the images of the pipeline alone."""
-    assert frame.stats is not None and pixels(frame.images) == pixels(out.images)
-    assert torch.equal(frame.commit_pass, out.commit_pass) and frame.stats.nfe == out.stats.nfe
-    assert (frame.stats.seed, frame.stats.sampler) == (out.stats.seed, out.stats.sampler)
-
-
-def job_of(pipe: Any, machine: threading.Lock | None = None, prompt: str = "red heart", **options: Any) -> Job:
-    return Job(
-        lambda callback: pipe(prompt, sampler="ar", seed=3, callback=callback), machine or threading.Lock(), **options
-    )
+            go.set()
 
 
 def request_of(model: DemoModel, prompt: str = "red heart", *samplers: str, **values: Any) -> Request:
@@ -110,16 +48,30 @@ def request_of(model: DemoModel, prompt: str = "red heart", *samplers: str, **va
     return checked(model, prompt, samplers=chosen, settings=settings, limits=Limits(), **given)
 
 
+def served(engine: Engine, request: Request) -> list[Run]:
+    """The finished runs of a request."""
+
+    async def all_of_them() -> list[Run]:
+        shown = [list(runs) async for runs in Runs(engine, Limits()).serve("me", request)]
+        return shown[-1]
+
+    return asyncio.run(all_of_them())
+
+
 def alone(request: Request, number: int = 0) -> Any:
     """What the model itself makes of a request."""
-    model: Any = request.model.model
-    model = model.model if isinstance(model, Stepped) else model
-    return model.generate(
-        request.condition,
-        sampler=request.samplers[number],
-        num_images=request.images,
-        params=request.params,
+    return request.model.model.generate(
+        request.condition, sampler=request.samplers[number], num_images=request.images, params=request.params
     )
+
+
+def assert_same(runs: list[Run], out: Any) -> None:
+    """The finished runs of a sampler have the images of the model alone."""
+    for i, run in enumerate(runs):
+        frame = run.frame
+        assert frame is not None and frame.finished is not None
+        assert frame.image.tobytes() == out.images[i].tobytes() and frame.finished.tokens.equal(out.tokens[i])
+        assert frame.commit_pass.equal(out.commit_pass[i])
 
 
 def until(condition: Callable[[], Any]) -> None:
@@ -128,11 +80,6 @@ def until(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def assert_free(machine: threading.Lock) -> None:
-    assert machine.acquire(timeout=LONG)
-    machine.release()
 
 
 def hears_interrupts() -> None:

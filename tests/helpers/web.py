@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ from PIL import Image
 
 from tests.helpers.stepped import LONG
 from visar.cli import main
+from visar.serving.engine import Engine
 
 JSON = {"Content-Type": "application/json"}
 
@@ -33,12 +33,15 @@ def serving(model: object, *options: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NO_PROXY", "127.0.0.1")
         patch.setattr(gradio.Blocks, "block_thread", lambda page: launched.append(page))
-        assert main(["demo", "--port", "0", "--dtype", "float32", "--model", str(model), *options]) == 0
-        (page,) = launched
+        with pytest.MonkeyPatch.context() as running:  # the command ends at once, and the server goes on
+            running.setattr(Engine, "close", lambda engine, **_: launched.append(engine))
+            assert main(["demo", "--port", "0", "--dtype", "float32", "--model", str(model), *options]) == 0
+        page, engine = launched
         try:
             yield str(page.local_url).rstrip("/")
         finally:
             page.close(verbose=False)
+            assert engine.close(drain=False, timeout=LONG)
 
 
 def ask(
@@ -100,23 +103,27 @@ class Visitor:
         """The event of a button by its id."""
         (own,) = (c["id"] for c in self.components.values() if c["props"].get("elem_id") == name)
         (event,) = (d for d in self.config["dependencies"] if [own, "click"] in d["targets"])
-        self.then = next((d for d in self.config["dependencies"] if d.get("trigger_after") == event["id"]), None)
         return event
 
     def values(self, event: Any, **values: Any) -> list[Any]:
-        """What the boxes of an event hold; as the page has them, but for `values` by their labels."""
+        """What the boxes of an event hold; as the page has them, but for `values` by their labels.
+
+        A seed that is given is not random.
+        """
+        values |= {"Random seed": False} if "Seed" in values else {}
         boxes = [self.components[number]["props"] for number in event["inputs"]]
         return [values.get(str(b.get("label")), b.get("value")) for b in boxes]
 
     def press(self, button: str, **values: Any) -> Any:
-        """Press a button by its id."""
+        """Press a button by its id: what a quick one answers, nothing from one that waits."""
         event = self.button(button)
-        return self._send("run/predict", event, self.values(event, **values))["data"]
+        route = "queue/join" if event["queue"] else "run/predict"
+        return self._send(route, event, self.values(event, **values)).get("data")
 
-    def wait(self) -> None:
-        """Stand in the queue with what was asked for."""
-        assert self.then is not None
-        self._send("queue/join", self.then, [None] * len(self.then["inputs"]))
+    def answer(self, button: str, **values: Any) -> str:
+        """The status that a request ends with."""
+        self.press(button, **values)
+        return str(self.results()[0])
 
     def messages(self, kind: str) -> Iterator[list[Any]]:
         """What the page is sent of one kind, as it comes."""
@@ -131,9 +138,9 @@ class Visitor:
         finally:
             connection.close()
 
-    def results(self, count: int = 1) -> list[list[Any]]:
-        """What the next requests of this visitor end with."""
-        return list(islice(self.messages("process_completed"), count))
+    def results(self) -> list[Any]:
+        """What the next request of this visitor ends with."""
+        return next(self.messages("process_completed"))
 
     def sends(self, route: str, event: Any, data: list[Any]) -> tuple[int, bytes]:
         """Status and body of the answer to a press."""

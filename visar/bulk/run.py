@@ -157,7 +157,7 @@ def _checked(
     if family.condition == "prompt":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # repeated when the image is made
-            family.encode(values)
+            family.widened(family.encode(values))
     return order, count
 
 

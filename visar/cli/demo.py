@@ -11,6 +11,8 @@ from visar.errors import VisarError
 if TYPE_CHECKING:
     from visar.generation.model import ImageModel
 
+POOLS = 12  # of samplers and widths, whose rows stay in memory
+
 
 def demo(options: argparse.Namespace) -> int:
     try:
@@ -23,26 +25,29 @@ def demo(options: argparse.Namespace) -> int:
         port = int(listener.getsockname()[1])
     from visar.demo.app import build
     from visar.demo.guard import Access
-    from visar.demo.jobs import end_all
     from visar.demo.models import named
     from visar.demo.requests import Limits
     from visar.demo.server import launch
+    from visar.serving.engine import Engine
 
     access = Access(options.host, options.allowed_host, options.embed_in, options.trusted_proxy)
     models = named(_load(options))
     everybody = options.max_waiting + 1  # who come by --share have one address
     per_address = options.max_per_address or (everybody if options.share and not access.proxies else 1)
     limits = Limits(images=options.max_images, waiting=options.max_waiting, per_address=per_address)
-    page = build(models, limits)
+    # Two samplers of a comparison must find room, and pools of a few samplers, each in several widths.
+    engine = Engine(rows=max(limits.rows, limits.images), waiting=limits.waiting, pools=POOLS)
+    page = build(models, limits, engine)
     try:
         url, shared = launch(page, access, limits, options.host, port, options.share)
     except (OSError, ValueError) as error:
+        engine.close(drain=False)
         raise VisarError(f"The demo could not be served on {options.host}:{port}: {error}.") from error
     print(f"visar demo: {', '.join(models)} on {shared or url}", flush=True)
     try:
         page.block_thread()
     finally:
-        end_all()
+        engine.close(drain=False, timeout=60)
     return 0
 
 

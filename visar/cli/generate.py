@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import re
 import sys
@@ -11,7 +12,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from visar.cli.common import configured, load_model, tokens_of
 from visar.cli.output import show
@@ -20,11 +23,14 @@ from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import check_output, replacing
 from visar.params import SamplingParams
+from visar.recipe import Recipe
 from visar.texts import check_prompt
 
 if TYPE_CHECKING:
     from visar.generation.stats import DecodeStats
     from visar.samplers import AnySampler
+
+LOAD = ("vq", "vae", "text_encoder", "image_size", "num_heads", "ema", "quantize")  # options of a model
 
 
 def output_paths(out: str | None, names: list[str], force: bool = False) -> list[Path]:
@@ -76,7 +82,7 @@ def generate(options: argparse.Namespace) -> int:
     # Everything that can be wrong is checked before the weights are read.
     params = params_of(options)
     sampler = chosen_sampler(options, params)
-    paths = output_paths(options.out, names, options.force)
+    paths = output_paths(options.out, names[:1] if options.grid else names, options.force)
     for path in paths:  # first of all, so that nothing is computed that cannot be saved
         if path == paths[0] or os.path.lexists(path):
             check_output(path)
@@ -107,15 +113,44 @@ def chosen_sampler(options: argparse.Namespace, params: SamplingParams) -> AnySa
 def _write(
     options: argparse.Namespace, params: SamplingParams, sampler: AnySampler | None, paths: list[Path]
 ) -> DecodeStats:
+    from visar.cli.preview import Preview, bar, grid, protocol
+
     model = load_model(options, "class" if options.classes else "prompt")
-    model.bar = {"disable": not sys.stderr.isatty() or options.json is not None}
+    quiet, form = options.json is not None, options.preview
+    if form == "auto":
+        form = protocol(sys.stderr)
+    looks = form != "none" and not quiet and sys.stderr.isatty()
+    model.bar = {"disable": True} if quiet or looks else bar(sys.stderr)
+    conditions = options.classes or options.prompt
     out = model.generate(
-        options.classes or options.prompt,
+        conditions,
         sampler=sampler,
         num_images=options.num_images,
+        callback=Preview(sys.stderr, form) if looks else None,
         **settings_of(params),
     )
+    dtype, method = str(model.dtype).removeprefix("torch."), model.sampler_of(sampler)
+    images, recipes = out.images, _recipes(options, method, params, conditions, dtype)
+    if options.grid:
+        images, recipes = [grid(images, columns=math.ceil(math.sqrt(len(images))))], recipes[-1:]
     with ExitStack() as stack:  # all images, or none
-        for image, path in zip(out.images, paths, strict=True):
-            image.save(stack.enter_context(replacing(path)))
+        for image, recipe, path in zip(images, recipes, paths, strict=True):
+            if options.scale > 1:
+                image = image.resize([side * options.scale for side in image.size], Image.Resampling.NEAREST)
+            image.save(stack.enter_context(replacing(path)), pnginfo=recipe.info())
     return out.stats
+
+
+def _recipes(
+    options: argparse.Namespace, method: Any, params: SamplingParams, conditions: Any, dtype: str
+) -> list[Recipe]:
+    """How each image was made."""
+    load = [(name.replace("_", "-"), value) for name in LOAD if (value := getattr(options, name)) is not None]
+    load += [("drafter", path) for path in options.drafter]
+    common: dict[str, Any] = {"model": options.model, "settings": settings_of(params), "dtype": dtype, "load": load}
+    kind = "label" if options.classes else "prompt"
+    return [
+        Recipe.of(method, image=number, **{kind: condition}, **common)
+        for condition in conditions
+        for number in range(options.num_images)
+    ]

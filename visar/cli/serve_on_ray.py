@@ -30,14 +30,20 @@ def run(options: argparse.Namespace, keys: list[str], port: int) -> int:
 
     ended = threading.Event()
     with connected(options.ray_address):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: ended.set())
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing was begun that is to be finished
+        if serve.status().proxies:
+            raise VisarError(
+                "Ray Serve is at work on this cluster, at an address of its own; add visar to it by "
+                "`serve run visar.cli.serve_on_ray:app`."
+            )
         serve.start(http_options={"host": options.host, "port": port}, logging_config={"log_level": "WARNING"})
         settings = settings_of(options, keys)
         try:
             serve.run(application(partial(served, options), settings), name="visar")
         except RuntimeError as error:
             raise VisarError(f"The engines could not be started: {error}") from error
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: ended.set())
         print(f"visar serve: on http://{options.host}:{port}/v1, with Ray", flush=True)
         ended.wait()
         print("visar serve: finishing what was begun", file=sys.stderr, flush=True)

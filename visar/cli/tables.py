@@ -91,6 +91,27 @@ def sampler_rows() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def info(options: argparse.Namespace) -> int:
+    """`visar info`: what a file says of its making, and the command that repeats it."""
+    from visar.recipe import Recipe, printable
+
+    recipe = Recipe.read(options.file)
+    more = f"\nIt is the last of the {recipe.image + 1} images of this command." if recipe.image else ""
+    settings = [(name.replace("_", " "), str(value)) for name, value in recipe.settings.items()]
+    rows = [
+        ("prompt" if recipe.prompt is not None else "class", recipe.title.removeprefix("class ")), ("model", recipe.model),
+        ("sampler", f"{recipe.sampler} ({recipe.exactness})"), *settings,
+        *((name, str(value)) for name, value in recipe.parameters.items()), ("dtype", recipe.dtype),
+    ]  # fmt: skip
+    text = table(("FILE", printable(str(options.file))), [(name, printable(value)) for name, value in rows])
+    show(
+        options,
+        f"{text}\n{recipe.command()}{more}",
+        recipe.model_dump(exclude_none=True) | {"command": recipe.command()},
+    )
+    return 0
+
+
 def _parameters(options: argparse.Namespace, row: dict[str, Any]) -> int:
     """Those of one sampler that `--set` may give."""
     from visar.samplers.catalogue import catalogue

@@ -1,4 +1,4 @@
-"""The boxes of a request: model, prompt or class, images, and a box for each setting of `SamplingParams`."""
+"""The boxes of a request: prompt or class, model, images, seed, and a box for each setting of `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -8,53 +8,46 @@ from typing import Any
 
 import gradio as gr
 
+from visar.demo import view
 from visar.demo.models import DemoModel
-from visar.demo.requests import SEEDS, TEXT, Limits, Request, checked, label_of, page_settings, whole
+from visar.demo.requests import SEEDS, TEXT, Limits, Request, checked, label_of, page_settings
 from visar.errors import VisarError
-
-PROMPTS = ["a red heart, 3d", "a lion, noto", "a green apple, flat", "a sailboat, 3d"]
+from visar.families.catalogue import is_embedded
 
 
 class Conditions:
-    """Boxes for model and prompt in the current layout; `add_settings` adds the others. The first model is chosen."""
+    """Boxes in the current layout, by `add_settings` and `add_advanced` the others. The first model is chosen."""
 
     def __init__(self, models: Mapping[str, DemoModel], limits: Limits):
-        self.models = models
+        self.models, self.limits = models, limits
         first = next(iter(models.values()))
-        self.model = gr.Dropdown(list(models), value=first.name, label="Model", visible=len(models) > 1)
         self.prompt = gr.Textbox(
-            value=PROMPTS[0],
-            label="Prompt",
-            max_lines=3,
-            max_length=limits.prompt,
-            visible=not first.classes,
-            elem_classes="visar-prompt",
-        )
-        self.examples = gr.Dataset(
-            components=[self.prompt],
-            samples=[[p] for p in PROMPTS],
-            type="index",
-            label="Try",
-            visible=not first.classes,
-        )
+            value=view.EXAMPLES[0], label="Prompt", max_lines=1, max_length=limits.prompt, visible=not first.classes,
+            elem_id="prompt",
+        )  # fmt: skip
         self.label = gr.Number(0, label=_class_label(first), visible=bool(first.classes))
+        self.examples = gr.HTML(view.examples(), visible=_has_examples(first), elem_id="examples")
 
-    def add_settings(self, limits: Limits) -> None:
-        """The boxes for images and settings."""
-        first = next(iter(self.models.values()))
-        self.settings: dict[str, Any] = {}
+    def add_settings(self) -> None:
+        """Model, images and seed."""
+        names = list(self.models)
+        self.model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+        self.images = gr.Slider(1, self.limits.images, value=1, step=1, label="Images", visible=self.limits.images > 1)
         with gr.Row():
-            self.images = gr.Slider(1, limits.images, value=1, step=1, label="Images", visible=limits.images > 1)
-            with gr.Column(min_width=140):
-                self.settings["seed"] = gr.Number(0, label=label_of("seed"), elem_classes="visar-seed")
-                self.dice = gr.Button("Another seed", size="sm")
+            self.random = gr.Checkbox(True, label="Random seed", min_width=120)
+            seed = gr.Number(0, label=label_of("seed"), elem_id="seed", min_width=120)
+        self.settings: dict[str, Any] = {"seed": seed}
+
+    def add_advanced(self) -> None:
+        """The other settings."""
+        first = next(iter(self.models.values()))
         for name, about in page_settings().items():
-            if name not in self.settings:
+            if name != "seed":
                 self.settings[name] = _box(name, about, first)
 
     @property
     def components(self) -> list[Any]:
-        return [self.model, self.prompt, self.label, self.images, *self.settings.values()]
+        return [self.model, self.prompt, self.label, self.images, self.random, *self.settings.values()]
 
     @property
     def dependent(self) -> list[Any]:
@@ -67,28 +60,45 @@ class Conditions:
             raise VisarError(f"There is no model {str(name)[:TEXT]!r} here; there are {', '.join(self.models)}.")
         return self.models[name]
 
-    def example(self, number: Any) -> list[Any]:
-        """The prompt of a number of the examples. Raises `VisarError`."""
-        return [PROMPTS[whole("The example", number, 0, len(PROMPTS) - 1)]]
-
-    def another_seed(self) -> list[Any]:
-        return [secrets.randbelow(SEEDS)]
-
     def of_model(self, name: Any) -> list[Any]:
         """Updates of `dependent` for a chosen model."""
         model, about = self.known(name), page_settings()
         return [
             gr.update(visible=not model.classes),
-            gr.update(visible=not model.classes),
+            gr.update(visible=_has_examples(model)),
             gr.update(visible=bool(model.classes), label=_class_label(model)),
             *(gr.update(**_shown(s, about[s], model)) for s in self.settings if s != "seed"),
         ]
 
-    def request(self, values: Sequence[Any], samplers: list[tuple[str, dict[str, Any]]], limits: Limits) -> Request:
-        """The request for the values of `components`. Raises `VisarError` if it is not allowed."""
-        name, prompt, label, images, *rest = values
+    def of_request(self, request: Request) -> list[Any]:
+        """Updates of `components` for a request of a link."""
+        given = {"value": request.condition}
+        settings = page_settings(request.model.tokens)
+        return [
+            request.model.name,
+            gr.update() if request.model.classes else gr.update(**given),
+            gr.update(**given) if request.model.classes else gr.update(),
+            request.images,
+            False,
+            *(gr.update(value=getattr(request.params, n)) if n in settings else gr.update() for n in self.settings),
+        ]
+
+    def request(self, values: Sequence[Any], samplers: list[tuple[str, dict[str, Any]]], images: bool) -> Request:
+        """The request for the values of `components`, of one image unless `images`.
+
+        Raises `VisarError` if it is not allowed.
+        """
+        name, prompt, label, count, random, *rest = values
         settings = dict(zip(self.settings, rest, strict=True))
-        return checked(self.known(name), prompt, label, samplers, images, settings, limits)
+        if not isinstance(random, bool):
+            raise VisarError("Random seed must be true or false.")
+        if random:
+            settings["seed"] = secrets.randbelow(SEEDS)
+        return checked(self.known(name), prompt, label, samplers, count if images else 1, settings, self.limits)
+
+
+def _has_examples(model: DemoModel) -> bool:
+    return not model.classes and is_embedded(model.name)
 
 
 def _shown(name: str, about: Mapping[str, Any], model: DemoModel) -> dict[str, Any]:

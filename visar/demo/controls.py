@@ -7,15 +7,16 @@ and help.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
 
-from visar.demo import view
+from visar.demo import view, words
 from visar.demo.models import DemoModel
 from visar.demo.requests import known_sampler
-from visar.samplers import get_sampler, spec_of
+from visar.samplers import get_sampler
 from visar.samplers.parameters import Parameter, parameters_of
 
 
@@ -45,28 +46,27 @@ def _box_of(p: Parameter, visible: bool) -> Any:
     return gr.Slider(p.low, p.high, step=1 if p.kind is int else 0.01, **common)
 
 
-@dataclass(frozen=True)
 class SamplerControls:
-    """The components of one choice of a sampler."""
+    """The components of one choice of a sampler, in the current layout; `add_parameters` adds the boxes.
 
-    sampler: Any
-    exactness: Any
-    boxes: dict[str, Any]
+    `chosen` is a sampler of the first model.
+    """
 
-    @staticmethod
-    def build(models: Mapping[str, DemoModel], label: str, chosen: str) -> SamplerControls:
-        """The components, in the current layout; `chosen` is a sampler of the first model."""
+    def __init__(self, models: Mapping[str, DemoModel], label: str, chosen: str):
+        self.models, self.chosen = models, chosen
         first = next(iter(models.values()))
-        sampler = gr.Dropdown(choices_of(first), value=chosen, label=label, elem_classes="visar-sampler")
-        exactness = gr.HTML(exactness_of(chosen))
-        own = shown_parameters(first, chosen)
+        self.sampler = gr.Dropdown(choices_of(first), value=chosen, label=label, elem_classes="visar-sampler")
+        self.line = gr.HTML(view.explained(chosen))
+        self.boxes: dict[str, Any] = {}
+
+    def add_parameters(self) -> None:
+        own = shown_parameters(next(iter(self.models.values())), self.chosen)
         every: dict[str, Parameter] = {}
-        for model in models.values():
+        for model in self.models.values():
             for name in model.samplers:
                 every |= {k: p for k, p in shown_parameters(model, name).items() if k not in every}
         with gr.Row():
-            boxes = {name: _box_of(own.get(name, p), name in own) for name, p in every.items()}
-        return SamplerControls(sampler, exactness, boxes)
+            self.boxes |= {name: _box_of(own.get(name, p), name in own) for name, p in every.items()}
 
     @property
     def components(self) -> list[Any]:
@@ -76,33 +76,28 @@ class SamplerControls:
     @property
     def outputs(self) -> list[Any]:
         """The components that `of_model` updates; those after the first are updated by `choose`."""
-        return [self.sampler, self.exactness, *self.boxes.values()]
+        return [self.sampler, self.line, *self.boxes.values()]
 
     def named(self, values: Sequence[Any]) -> tuple[str, dict[str, Any]]:
         """The sampler's name, and the values of all boxes by name."""
         name, *rest = values
         return name, dict(zip(self.boxes, rest, strict=True))
 
-    def choose(self, model: DemoModel, sampler: Any) -> list[Any]:
-        """Updates for a chosen sampler. Raises `VisarError` for one that the model does not have."""
+    def choose(self, model: DemoModel, sampler: Any, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+        """Updates for a chosen sampler, and `values` of its parameters. Raises `VisarError` for one that the model does
+        not have."""
         own = shown_parameters(model, known_sampler(model, sampler))
+        own |= {name: replace(own[name], default=value) for name, value in values.items() if name in own}
         boxes = [_box_of(own[name], True) if name in own else gr.update(visible=False) for name in self.boxes]
-        return [exactness_of(sampler), *boxes]
+        return [view.explained(sampler), *boxes]
 
-    def of_model(self, model: DemoModel, chosen: str) -> list[Any]:
+    def of_model(self, model: DemoModel, chosen: str, values: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
         """Updates for a chosen model."""
-        return [gr.update(choices=choices_of(model), value=chosen), *self.choose(model, chosen)]
+        return [gr.update(choices=choices_of(model), value=chosen), *self.choose(model, chosen, values)]
 
 
 def choices_of(model: DemoModel) -> list[tuple[str, str]]:
-    """The samplers of a model, labelled with whether they are exact."""
-    return [(name if spec_of(name).exact else f"{name} ({_short(name)})", name) for name in model.samplers]
-
-
-def _short(name: str) -> str:
-    return spec_of(name).exactness.partition(";")[0]
-
-
-def exactness_of(sampler: str) -> str:
-    spec = spec_of(sampler)
-    return f'<p class="visar-exactness">{view.exactness(spec.name, spec.exactness)}<br><small>{spec.paper}</small></p>'
+    """The samplers of a model in their groups, each with what kind it is."""
+    kinds = ("exact", "exact, with a drafter", "relaxed")
+    found = sorted(model.samplers, key=words.group_of)
+    return [(f"{n} · {kinds[words.group_of(n)]}", n) for n in found]

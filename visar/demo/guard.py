@@ -117,7 +117,7 @@ class Guard:
             raise Refused(400, f"This button takes {len(event.inputs)} values, not {len(press.data)}.")
         if queued:
             try:
-                self.visitors.may_wait(press.session_hash, address_of(scope))
+                self.visitors.may_ask(press.session_hash, address_of(scope))
             except VisarError as error:
                 raise Refused(429, str(error)) from None
         return anew

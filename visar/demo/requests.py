@@ -9,6 +9,7 @@ from typing import Any, cast
 from visar.demo.models import DemoModel
 from visar.errors import VisarError, unknown
 from visar.params import SamplingParams
+from visar.recipe import Recipe
 from visar.samplers import get_sampler, values_of
 from visar.samplers.parameters import parameters_of
 
@@ -18,13 +19,14 @@ TEXT = 400  # characters of a sampler's parameter
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits: images and characters of a request, seconds of a decoding, and what the server keeps of its visitors."""
+    """Limits: images and characters of a request, seconds until its end, and what the server keeps of its visitors."""
 
     images: int = 4
     prompt: int = 300
     seconds: float = 600
-    waiting: int = 16  # requests in the queue
-    per_address: int = 1  # of them and of those at work from one network address
+    rows: int = 8  # images of a sampler that are decoded at once
+    waiting: int = 16  # images in line
+    per_address: int = 1  # requests of one network address
     sessions: int = 256  # browsers that are remembered, 0.3 MB each
     idle: float = 3600  # seconds until a browser that does nothing is forgotten
     unread: int = 100  # frames for a browser that reads none
@@ -32,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """Requested images, one decoding for each of `samplers`; made by `checked` only."""
+    """Requested images, `images` with each of `samplers`; made by `checked` only."""
 
     model: DemoModel
     condition: str | int
@@ -43,11 +45,6 @@ class Request:
     @property
     def seed(self) -> int:
         return cast(int, self.params.seed)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Arguments of the model's call besides condition, sampler and callback."""
-        return {"params": self.params, "num_images": self.images}
 
     @property
     def tokens(self) -> int:
@@ -69,6 +66,15 @@ class Request:
     def title(self) -> str:
         """The condition, in words."""
         return f"class {self.condition}" if isinstance(self.condition, int) else self.condition
+
+    def recipe(self, number: int = 0, image: int = 0) -> Recipe:
+        """How an image of a sampler is made again; settings that are the model's own are left out."""
+        named = {"label" if isinstance(self.condition, int) else "prompt": self.condition}
+        given = {name: getattr(self.params, name) for name in page_settings(self.model.tokens)}
+        settings = {n: v for n, v in given.items() if n == "seed" or v != self.model.default(n)}
+        dtype = str(self.model.model.dtype).removeprefix("torch.")
+        values: Any = {"model": self.model.name, "image": image, "settings": settings, "dtype": dtype, **named}
+        return Recipe.of(self.samplers[number], **values)
 
 
 def page_settings(tokens: str | None = None) -> dict[str, Any]:

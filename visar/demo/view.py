@@ -1,136 +1,259 @@
-"""Frames as HTML that loads nothing: images, maps, curves, metrics and sentences."""
+"""Runs as HTML that loads nothing: images, progress, results, maps, curves and sentences."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
 
 from PIL import Image
 
-from visar.demo.jobs import Frame
+from visar.demo import words
+from visar.demo.links import link_of
+from visar.demo.models import DemoModel
 from visar.demo.requests import Request
-from visar.generation.stats import DecodeStats, MaskedStats
+from visar.demo.runs import Frame, Run
+from visar.generation.pool import Finished, Glance
+from visar.samplers import spec_of
 from visar.viz import Curve, commit_curve, heat_map, to_svg
 
 IN_WORDS = {
-    "exact": "Exact: images have the distribution of plain sampling.",
-    "relaxed": "Relaxed: images do not have the distribution of plain sampling.",
+    "exact": "Exact: the images have the distribution of plain decoding.",
+    "relaxed": "Relaxed: the images have another distribution than those of plain decoding.",
 }
+# Those of the model `icons` that come out at every seed that was tried; `examples.webp` has them side by side.
+EXAMPLES = (
+    "a red heart, 3d", "a smiling face, 3d", "a cat face, noto", "a red apple, 3d", "a strawberry, 3d",
+    "a green apple, flat",
+)  # fmt: skip
 
 
-def images(request: Request | None, frame: Frame | None, label: str = "", most: int | None = None) -> str:
-    """Each image next to its map of accepted tokens per pass, under the heading `label`.
-
-    The colours of the map end at `most` tokens.
-    """
-    if frame is None or request is None:
-        what = f"{label}: waits for the other" if label else "Images appear here while they are decoded"
-        return f'<div class="visar-empty">{html.escape(what)}.</div>'
-    cells = []
-    most = most or frame.most
-    for i, image in enumerate(frame.images):
-        title = html.escape(f"{request.title}, seed {request.seed}, image {i + 1}")
-        name = html.escape(f"visar-seed{request.seed}-{i + 1}.png")
-        done = frame.stats is not None
-        source = _data_uri(image, "PNG" if done else "WEBP")
-        shown = f'<img class="visar-image" src="{source}" alt="{title}">'
-        if done:
-            shown = f'<a href="{source}" download="{name}" title="Save as PNG">{shown}</a>'
-        caption = f"image {i + 1}" if len(frame.images) > 1 else ("click to save it" if done else "being decoded")
-        plot = to_svg(heat_map(frame.commit_pass, i, most=most, missing="given" if done else "not yet"))
-        cells.append(
-            f"<figure>{shown}<figcaption>{caption}</figcaption></figure>"
-            f'<figure class="visar-map">{plot}<figcaption>tokens accepted by each pass</figcaption></figure>'
-        )
-    head = f'<h4 class="visar-head">{html.escape(label)}</h4>' if label else ""
-    return head + "".join(f'<div class="visar-row">{cell}</div>' for cell in cells)
+def status(text: str, kind: str = "info", done: float = 0, of: int = 0) -> str:
+    """A sentence for the visitor; `kind` is info, busy, done or error. With `of`, a bar of `done`."""
+    role = "alert" if kind == "error" else "status"
+    bar = f'<progress max="{of}" value="{done:.0f}" aria-label="tokens"></progress>' if of else ""
+    return f'<div class="visar-status visar-{kind}" role="{role}"><p>{html.escape(text)}</p>{bar}</div>'
 
 
-def curves(frames: Mapping[str, Frame], length: int) -> str:
-    """Committed tokens against passes and seconds, a curve for each sampler."""
-    runs = [
-        Curve(label, frame.passes, frame.tokens, frame.seconds)  # type: ignore[arg-type]
-        for label, frame in frames.items()
-    ]
-    return f'<div class="visar-curves">{to_svg(commit_curve(runs, length))}</div>' if runs else ""
+def progress(request: Request, runs: Sequence[Run], queued: int) -> str:
+    """How far a request is, in tokens of all its images, and the time that is left at this pace."""
+    total = request.tokens * len(runs)
+    tokens = sum(request.tokens if run.done else run.at.committed for run in runs)
+    if all(run.done for run in runs):
+        passes = max(finished(run).passes for run in runs)
+        seconds = sum(finished(run).seconds for run in runs)
+        notes = request.model.model.family.notes([request.condition])
+        said = f"Done: {passes} passes, {seconds:.2f} s of decoding."
+        return status(" ".join([said, *notes]), "done", total, total)
+    if not tokens:
+        return status(f"Waiting for a free row; {queued} in line." if queued else "Starting.", "busy", 0, total)
+    seconds = sum(run.at.seconds for run in runs)
+    left = f", about {seconds / tokens * (total - tokens):.1f} s left" if tokens >= total / 10 else ""
+    each = max(run.at.passes for run in runs)
+    return status(f"{tokens:,} of {total:,} tokens, {each} passes{left}.", "busy", tokens, total)
 
 
-def metrics(stats: DecodeStats | None) -> str:
-    """The metrics of a decoding with units, and whether it is exact; empty before its end."""
-    if stats is None:
-        return ""
+def images(runs: Sequence[Run] = (), size: int = 1) -> str:
+    """The images of one sampler in a grid that keeps its place; `size` squares where there are none yet."""
+    cells = [_figure(run) for run in runs] or ['<div class="visar-empty">Your image appears here</div>'] * size
+    columns = 1 if len(cells) == 1 else 2
+    return f'<div class="visar-grid" style="--columns:{columns}">{"".join(cells)}</div>'
+
+
+def result(request: Request, runs: Sequence[Run]) -> str:
+    """Of finished images: what they are, and buttons to keep them, share them, and make them again."""
+    first = request.recipe()
+    what = f"<b>{html.escape(request.title)}</b> · seed <b data-seed>{request.seed}</b> · {html.escape(first.sampler)}"
+    saves = "".join(
+        f'<a class="visar-button" download="{request.recipe(run.number, run.image).file_name}" '
+        f'href="{_png(request, run)}">Download{f" {run.image + 1}" if len(runs) > 1 else ""}</a>'
+        for run in runs
+    )
+    last = request.recipe(0, request.images - 1)
+    return (
+        f'<p class="visar-what">{what}</p><div class="visar-actions">{saves}'
+        f"{_copy('link', link_of(request))}{_copy('Python', last.python())}{_copy('command', last.command())}</div>"
+    )
+
+
+def details(request: Request, runs: Sequence[Run]) -> str:
+    """The metrics of finished images, in words whether they are exact, the map of the first, and its curve."""
+    done = [finished(run) for run in runs]
+    passes, seconds = sum(f.passes for f in done) / len(done), sum(f.seconds for f in done)
     tiles = [
-        ("NFE", f"{stats.nfe:,}", "model passes"),
-        ("tokens per pass", f"{stats.tokens_per_pass:.2f}", f"of {stats.tokens:,} tokens"),
-        ("ms per pass", f"{stats.ms_per_pass:.2f}", "on average" if stats.draft_seconds == 0 else "drafting included"),
-        ("seconds", f"{stats.seconds:.2f}", "of decoding" + _capture(stats)),
+        ("NFE", f"{sum(f.nfe for f in done) / len(done):,.0f}", "passes of the model for an image"),
+        ("tokens per pass", f"{request.tokens / passes:.2f}", f"of {request.tokens:,} tokens"),
+        ("ms per pass", f"{1000 * seconds / len(done) / passes:.2f}", "shared with others at work"),
+        ("seconds", f"{seconds:.2f}", "in passes for you"),
     ]
-    if isinstance(stats, MaskedStats):
-        tiles.append(("denoiser calls per pass", f"{stats.calls_per_pass:.1f}", f"of {stats.denoising_steps} steps"))
     cells = "".join(
         f'<div><dt>{name}</dt><dd data-metric="{name}">{value}</dd><small>{what}</small></div>'
         for name, value, what in tiles
     )
-    kind = exactness(stats.sampler, stats.exactness)
-    return f'<dl class="visar-metrics">{cells}</dl><p class="visar-exactness">{kind}</p>'
+    frame = runs[0].frame
+    assert frame is not None
+    return (
+        f'{DETAILS}<dl class="visar-metrics">{cells}</dl>{exactness(request.samplers[0].name)}'
+        f'<div class="visar-plots">{_map(frame)}{curves(request, runs[:1])}</div></details>'
+    )
 
 
-def exactness(name: str, kind: str) -> str:
-    """A sampler and whether it is exact, in words."""
+def curves(request: Request, runs: Sequence[Run]) -> str:
+    """Committed tokens of finished images against passes and seconds, a curve for each sampler."""
+    found = [Curve.of(request.labels[r.number], finished(r).commit_pass, finished(r).seconds) for r in runs]
+    plot = to_svg(commit_curve(found, request.tokens))
+    what = "committed tokens; dotted: one per pass"
+    return f'<figure class="visar-curves">{plot}<figcaption>{what}</figcaption></figure>'
+
+
+def racer(request: Request, run: Run | None, number: int, first: int | None = None) -> str:
+    """One column of a race: its sampler, clock, passes and image, and whether it was `first`."""
+    frame = None if run is None else run.frame
+    at = Glance(0, 0, 0.0) if frame is None else frame.at
+    place = ""
+    if first is not None and frame is not None and frame.finished is not None:
+        place = "first" if first == number else "second"
+    badge = place and f'<span class="visar-place visar-place-{place}">{place}</span>'
+    shown = images([] if run is None or frame is None else [run])
+    return _column(request.labels[number], badge, at.seconds, at.passes, at.committed, request.tokens, shown)
+
+
+def start(name: str) -> str:
+    """A column before a race."""
+    return _column(name, "", 0.0, 0, 0, 1, images())
+
+
+def _column(name: str, badge: str, seconds: float, passes: int, tokens: int, of: int, image: str) -> str:
+    return (
+        f'<h3 class="visar-head">{html.escape(name)} {badge}</h3>'
+        f'<dl class="visar-clock"><div><dt>seconds</dt><dd data-metric="seconds">{seconds:.2f}</dd></div>'
+        f'<div><dt>passes</dt><dd data-metric="passes">{passes}</dd></div></dl>'
+        f'<progress max="{of}" value="{tokens}" aria-label="tokens of {html.escape(name)}"></progress>{image}'
+    )
+
+
+def race(request: Request, runs: Sequence[Run]) -> str:
+    """Where a race stands, or what it came to."""
+    if not all(run.done for run in runs):
+        total = request.tokens * len(runs)
+        tokens = sum(run.frame.at.committed for run in runs if run.frame is not None)
+        return status("Both decode the same prompt and seed.", "busy", tokens, total)
+    quick, slow = sorted(runs, key=lambda run: finished(run).seconds)
+    (a, quickest), (b, slowest) = ((request.labels[r.number], finished(r)) for r in (quick, slow))
+    said = f"{a} was first: {quickest.seconds:.2f} s and {quickest.passes} passes, "
+    return status(f"{said}against {slowest.seconds:.2f} s and {slowest.passes} passes of {b}.", "done", 1, 1)
+
+
+def first_of(runs: Sequence[Run]) -> int | None:
+    """The number of the sampler that took least time, once it is clear."""
+    done = [run for run in runs if run.done]
+    return min(done, key=lambda run: finished(run).seconds).number if done else None
+
+
+def race_details(request: Request, runs: Sequence[Run]) -> str:
+    """After a race: whether each is exact, the curves, and a link."""
+    kinds = "".join(exactness(sampler.name) for sampler in request.samplers)
+    return (
+        f'<div class="visar-actions">{_copy("link", link_of(request))}</div>{kinds}'
+        '<p class="visar-note">The clock counts a sampler\'s own passes. Equal seeds need not give equal images: exact '
+        f"means that all seeds together have one distribution.</p>{curves(request, runs)}"
+    )
+
+
+def exactness(sampler: str) -> str:
+    """A sampler, and whether it is exact, in one sentence."""
+    kind = spec_of(sampler).exactness
     said = IN_WORDS.get(kind, f"{kind[:1].upper()}{kind[1:]}.")
     mark = "relaxed" if kind == "relaxed" else "exact"
-    return f'<b>{html.escape(name)}</b> <span class="visar-{mark}">{html.escape(said)}</span>'
+    name = f"<b>{html.escape(sampler)}</b>"
+    return f'<p class="visar-exactness">{name} <span class="visar-{mark}">{html.escape(said)}</span></p>'
 
 
-def ratio(frames: Mapping[str, Frame]) -> str:
-    """A sentence that compares passes and time of two runs; empty before both are done."""
-    done = [(name, frame.stats) for name, frame in frames.items() if frame.stats is not None]
-    if len(done) < 2:
-        return ""
-    (left, base), (right, other) = done
-    passes, seconds = other.nfe / base.nfe, _seconds(other) / _seconds(base)
-    text = (
-        f'<p class="visar-ratio"><b>{html.escape(right)}</b> against <b>{html.escape(left)}</b>: '
-        f'<b data-metric="NFE ratio">{passes:.2f}</b> of the passes ({other.nfe} and {base.nfe}), '
-        f'<b data-metric="time ratio">{seconds:.2f}</b> of the time '
-        f"({_seconds(other):.2f} s and {_seconds(base):.2f} s). One run on this machine, one after the other.</p>"
-    )
-    if base.exact and other.exact:
-        text += (
-            "<p>Both are exact. Equal seeds need not give equal images: exact means that the images of all seeds "
-            "together have one distribution, not that two samplers give the same image.</p>"
+def explained(sampler: str) -> str:
+    """A chosen sampler in a line of its own."""
+    kind = "relaxed" if spec_of(sampler).exactness == "relaxed" else "exact"
+    line = html.escape(words.line_of(sampler))
+    return f'<p class="visar-line"><span class="visar-{kind}">{words.short_kind(sampler)}</span> {line}</p>'
+
+
+def samplers(model: DemoModel, speeds: words.Speeds) -> str:
+    """All samplers of a model in their groups, with what an image took here."""
+    parts = []
+    for number, group in enumerate(words.GROUPS):
+        rows = "".join(
+            f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(words.line_of(name))}</td>"
+            f"<td>{speeds.told(model.name, name) or '<small>not run yet</small>'}</td></tr>"
+            for name in model.samplers
+            if words.group_of(name) == number
         )
-    return text
+        if rows:
+            names = "".join(f"<th scope=col>{name}</th>" for name in ("sampler", "what it does", "an image here"))
+            head = f"<thead><tr>{names}</tr></thead>"
+            parts.append(f'<h3>{group}</h3><table class="visar-table">{head}<tbody>{rows}</tbody></table>')
+    return "".join(parts)
 
 
-def progress(label: str, frame: Frame, others: Mapping[str, Frame] = MappingProxyType({})) -> str:
-    """The progress of a sampler, and whether it and the `others` are done."""
-    if frame.stats is None:
-        return status(f"{label}: {frame.passes[-1]} passes, {frame.tokens[-1]:.0f} tokens.", "busy")
-    said = f"{label}: done, {frame.stats.nfe} passes in {frame.stats.seconds:.2f} seconds."
-    if len(others) > 1 and all(other.stats for other in others.values()):
-        said = f"All done: {' and '.join(others)}."
-    return status(" ".join([said, *frame.notes]), "done")
+@cache
+def examples() -> str:
+    """Prompts to try, each with a thumbnail."""
+    file = resources.files("visar.demo").joinpath("examples.webp").read_bytes()
+    strip = f"data:image/webp;base64,{base64.b64encode(file).decode()}"
+    chips = "".join(
+        f'<button type="button" data-prompt="{html.escape(text)}"><i style="--at:{number}"></i>'
+        f"<span>{html.escape(text.partition(',')[0])}</span></button>"
+        for number, text in enumerate(EXAMPLES)
+    )
+    return f'<div class="visar-examples" style="--strip:url({strip});--of:{len(EXAMPLES)}">{chips}</div>'
 
 
-def status(text: str, kind: str = "info") -> str:
-    """A sentence for the visitor; `kind` is info, busy, done or error."""
-    role = "alert" if kind == "error" else "status"
-    return f'<p class="visar-status visar-{kind}" role="{role}">{html.escape(text)}</p>'
+GALLERY = (
+    '<h3>This visit</h3><div id="visar-gallery" class="visar-gallery" aria-label="Images of this visit">'
+    "<p>Your images stay here until you leave the page.</p></div>"
+)
+DETAILS = '<details class="visar-details"><summary>How it was decoded</summary>'
+SMOOTH = '<label class="visar-smooth"><input type="checkbox" id="visar-smooth"> Smooth pixels</label>'
 
 
-def _seconds(stats: DecodeStats) -> float:
-    return stats.seconds - stats.capture_seconds
+def _figure(run: Run) -> str:
+    """An image; a finished one is a link that saves it."""
+    if run.frame is None:
+        return '<div class="visar-empty">Starting</div>'
+    request, title = run.request, html.escape(f"{run.request.title}, seed {run.request.seed}, image {run.image + 1}")
+    if run.frame.finished is None:
+        source = _uri(run.frame.image, "WEBP", quality=80)
+        return f'<img class="visar-image" src="{source}" alt="{title}, being decoded">'
+    source, name = _png(request, run), request.recipe(run.number, run.image).file_name
+    shown = f'<img class="visar-image" src="{source}" alt="{title}">'
+    return f'<a href="{source}" download="{name}" title="Save as PNG" data-result="{title}">{shown}</a>'
 
 
-def _capture(stats: DecodeStats) -> str:
-    return f", {stats.capture_seconds:.2f} of them to make a CUDA graph, once" if stats.capture_seconds else ""
+def _map(frame: Frame) -> str:
+    try:
+        plot = to_svg(heat_map(frame.commit_pass))
+    except ValueError:  # of images that are not square
+        return ""
+    return f'<figure class="visar-map">{plot}<figcaption>bright cells came many in a pass</figcaption></figure>'
 
 
-def _data_uri(image: Image.Image, form: str) -> str:
+def _copy(what: str, text: str) -> str:
+    return f'<button type="button" class="visar-button" data-copy="{html.escape(text)}">Copy {what}</button>'
+
+
+def finished(run: Run) -> Finished:
+    """What a run that is done came to."""
+    assert run.frame is not None and run.frame.finished is not None
+    return run.frame.finished
+
+
+def _png(request: Request, run: Run) -> str:
+    assert run.frame is not None
+    return _uri(run.frame.image, "PNG", pnginfo=request.recipe(run.number, run.image).info())
+
+
+def _uri(image: Image.Image, form: str, **options: object) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, form, **({"quality": 85} if form == "WEBP" else {}))
+    image.save(buffer, form, **options)  # type: ignore[arg-type]
     return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

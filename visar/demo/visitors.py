@@ -1,4 +1,4 @@
-"""What the server keeps of its visitors: how many of them may wait, what they have not read, and when it goes.
+"""What the server keeps of its visitors: how many may ask at once, what they have not read, and when it goes.
 
 Gradio keeps 0.3 MB for each name that a browser gives itself, and frames for a browser that reads none of them. Its
 private fields are named in this file alone, and `tests/demo` runs with the oldest and the newest version allowed.
@@ -42,22 +42,15 @@ class Visitors:
     def _queue(self) -> Any:
         return self.page._queue
 
-    def check(self, session: str, address: str) -> None:
-        """Raises `VisarError` while other sessions of the address have all the requests that it may have."""
-        others = {e.session_hash for e in self._events() if address_of(e.request.scope) == address} - {session}
-        if len(others) >= self.limits.per_address:
+    def may_ask(self, session: str, address: str) -> None:
+        """Raises `VisarError` while a session has a request, or others of its address have all that it may have."""
+        self.forget()
+        busy = {e.session_hash: address_of(e.request.scope) for e in self._events()}
+        if session in busy:
+            raise VisarError("Your last request is still at work; stop it first, or wait for its images.")
+        if sum(other == address for other in busy.values()) >= self.limits.per_address:
             many = "a request" if self.limits.per_address == 1 else f"{self.limits.per_address} requests"
             raise VisarError(f"Your address has {many} at work or waiting in another window; try again in a while.")
-
-    def may_wait(self, session: str, address: str) -> None:
-        """Raises `VisarError` if a session may have no turn more.
-
-        Who asks again while waiting has two turns, of which the first serves the last request.
-        """
-        self.forget()
-        self.check(session, address)
-        if sum(e.session_hash == session for e in self._events()) > 1:
-            raise VisarError("Your last request is waiting already.")
 
     def waits(self, session: str) -> bool:
         """Whether the server has, or will have, something for a session."""

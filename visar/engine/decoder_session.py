@@ -46,7 +46,7 @@ class DecoderSession(CachedSession):
             batch, length, model.config.vocab_size, model.device, slots=slots, dtype=model.dtype, guidance=guidance,
             folded=folded,
         )  # fmt: skip
-        self.model, self.table, self.prefix = model, table, prefix
+        self.model, self.table, self.prefix, self.window = model, table, prefix, window
         rows, c, device = batch * self.batches, model.config, self.device
         self.cache = KVCache(c.num_layers, rows, slots - folded, kv_heads(c), model.head_dim, model.dtype, device)
         self.aux_layers = aux_layers or ()

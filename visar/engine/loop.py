@@ -18,7 +18,10 @@ from visar.kernels.derived import steady_weights
 
 
 class Decoding(Protocol):
-    """The state of a sampler, as far as the loop knows it: `tokens` and `commit_pass`, [B, N or more]."""
+    """The state of a sampler, as far as the loop knows it: `tokens` and `commit_pass`, [B, N or more].
+
+    If its passes may commit more tokens than its sampler's window, `width` is how many.
+    """
 
     tokens: Tensor
     commit_pass: Tensor
@@ -83,12 +86,12 @@ def decode(
     before this returns.
     """
     every = every or (1 if session.device.type == "cpu" else 4)
-    fewest = -(-session.length // sampler.window)
     synchronize(session.device)
     start = time.perf_counter()
     state: Decoding = sampler.begin(session, target, noise)
     if graph is not None:
         state = graph.begin(state)
+    fewest = -(-session.length // max(sampler.window, getattr(state, "width", 1)))
 
     def step() -> None:
         sampler.step(session, state)

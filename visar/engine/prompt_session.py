@@ -41,7 +41,7 @@ class PromptSession(CachedSession):
         slots = width + length + window - 1
         super().__init__(batch, length, vocab, device, slots=slots, dtype=dtype, guidance=guidance)
         rows = batch * self.batches
-        self.width = width
+        self.width, self.window = width, window
         self.prefix = torch.ones(rows, dtype=torch.long, device=self.device)
         self.last = torch.zeros(rows, dim, dtype=dtype, device=self.device)
 

@@ -31,6 +31,7 @@ class Session(ABC):
         self.batch, self.length, self.vocab = batch, length, vocab
         self.device = torch.device(device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.window = 1  # the most inputs of a pass that there is room for at the end of an image, as far as is known
         self.drafter: Drafter | None = None  # for samplers that need one
         self.prefill_passes = 0  # passes before the first that predicts
         self.watched = False  # whether the loop should call `reached`

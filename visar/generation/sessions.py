@@ -40,17 +40,23 @@ class Call(NamedTuple):
         target = replace(self.target, forced=None, allowed=None)
         return weights, shapes, self.method, target, given, self.guidance, self.family.layout, is_invariant()
 
+    @property
+    def window(self) -> int:
+        """The most inputs of a pass: a sampler of one feeds a forced token together with the one before."""
+        forced = self.target.forced is not None or self.family.forced is not None
+        return max(self.method.window, 2 if forced else 1)
+
     def session(self) -> Session:
         """A new session with the sampler's drafter. Raises `VisarError` if memory is too small."""
         c, rows = self, len(self.encoded[0])
         if is_invariant() and hasattr(c.method, "children") and c.family.device.type == "cuda":
             raise VisarError("The invariant mode has no trees of drafts on a GPU; use a sampler that drafts sequences.")
-        check_memory(c.family.bytes_per_image(c.method.window, c.guidance.active), rows, c.family.device)
+        check_memory(c.family.bytes_per_image(c.window, c.guidance.active), rows, c.family.device)
         target = c.family.drafting
         kind = None if c.drafter is None else kind_of(c.drafter, target)
         made = c.family.session(
             c.encoded,
-            window=c.method.window,
+            window=c.window,
             guidance=c.guidance,
             aux_layers=None if kind is None else kind.aux_layers(c.drafter),
         )

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from visar.engine.session import RowsAreFixed
 from visar.errors import VisarError
+from visar.generation.model import ImageModel
 from visar.generation.pool import Finished, Glance, Pool, fits_pool, not_finite
 from visar.generation.progress import Progress
 from visar.serving.jobs import Busy, Closed, Event, Failed, Job, Late, Partial, Started
@@ -43,8 +44,9 @@ class _Abandoned(Exception):
 class Engine:
     """At most `rows` images of a sampler at once, and `waiting` jobs in line before more are refused.
 
-    `pools` bounds the samplers and modes that keep their rows in memory. It starts a thread at once, which ends with
-    `close`. No weight of a model may change while it has jobs.
+    `pools` bounds how many pools keep their rows in memory. On a CPU, where a row that waits costs as much as one at
+    work, a pool is no wider than its jobs, and more pools follow when more come. It starts a thread at once, which ends
+    with `close`. No weight of a model may change while it has jobs.
     """
 
     def __init__(self, *, rows: int = 8, waiting: int = 64, pools: int = 4):
@@ -57,7 +59,7 @@ class Engine:
         self.counts = Counts()
         self.stepped = time.monotonic()  # when the last pass ended, or nothing was at work
         self._line: deque[Job] = deque()
-        self._pools: dict[Hashable, Pool] = {}  # the last used is last
+        self._pools: dict[tuple[Any, object], Pool] = {}  # the last used is last
         self._fixed: set[Hashable] = set()  # samplers of models whose rows cannot be replaced
         self._wave: list[Job] = []
         self._change = threading.Condition()
@@ -214,16 +216,22 @@ class Engine:
         return fits_pool(job.model, job.sampler) and (job.model, job.sampler) not in self._fixed
 
     def _pool_of(self, job: Job) -> Pool | None:
-        """The pool of a job, a new one where there is room for it; None if all are at work."""
-        params = job.request.params
-        guided, invariant = params.guidance_scale != 1, bool(params.invariant)
-        key = (job.model, job.sampler, guided, invariant)
+        """A pool of a job's kind with a free row, a full one if there may be no more rows of it, or None if there is no
+        room for another pool yet."""
+        kind = _kind(job)
+        alike = [key for key in self._pools if key[0] == kind]
+        rows = sum(self._pools[key].size for key in alike)
+        key = next((k for k in alike if self._pools[k].free), alike[-1] if rows >= self.rows else (kind, object()))
         if (found := self._pools.pop(key, None)) is None:
             if len(self._pools) >= self.pools:
                 if (idle := next((k for k, pool in self._pools.items() if not pool.rows), None)) is None:
                     return None
                 del self._pools[idle]
-            found = Pool(job.model, job.sampler, size=self.rows, guided=guided, invariant=invariant)
+            size = self.rows
+            if job.model.device.type == "cpu":
+                size = min(self.rows - rows, max(rows, sum(_kind(other) == kind for other in self._waiting())))
+            _, _, guided, invariant = kind
+            found = Pool(job.model, job.sampler, size=size, guided=guided, invariant=invariant)
         self._pools[key] = found
         return found
 
@@ -309,6 +317,12 @@ class Engine:
     def _tell(self, job: Job, event: Event) -> None:
         if not job.cancelled:
             job.tell(event)
+
+
+def _kind(job: Job) -> tuple[ImageModel, Any, bool, bool]:
+    """Equal for jobs that can share a pool."""
+    params = job.request.params
+    return job.model, job.sampler, params.guidance_scale != 1, bool(params.invariant)
 
 
 def _settings(job: Job) -> tuple[Any, ...]:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.helpers.tiny_emu3 import tiny_emu3, vocabulary
 from tests.helpers.tiny_glm import tiny_glm
 from tests.helpers.tiny_hf import spread, tiny_janus
 from visar.engine.guidance import Guidance
 from visar.families.hf.base import padded
 from visar.families.hf.decoder import ImageDecoder, VocabularyDecoder
 from visar.families.hf.glm_image import GlmDecoder
+from visar.families.hf.grid import GridDecoder
 from visar.families.hf.janus import JanusDecoder
 from visar.families.hf.session import TransformersSession
 
@@ -95,8 +97,24 @@ def glm_image() -> World:
     return World(model, GlmDecoder(model, 4, ((2, 2), (3, 3))), scale=1.0)
 
 
+class Emu3World(World):
+    """Emu3 by its whole model and vocabulary; the token that ends a row has logit 0."""
+
+    def stock(self, ids: tuple[int, ...], tokens: Tensor) -> Tensor:
+        d: Any = self.decoder
+        whole = torch.tensor([*d.codes.tolist(), d.line_end])
+        logits = d.model(torch.cat([torch.tensor([ids]).expand(len(tokens), -1), whole[tokens]], dim=1)).logits
+        return torch.cat([logits[..., d.codes], torch.zeros_like(logits[..., :1])], dim=-1)[:, len(ids) - 1 :]
+
+
+def emu3() -> World:
+    model = tiny_emu3(codes=3)
+    return Emu3World(model, GridDecoder(model, model.vocabulary_mapping.image_tokens, vocabulary(3)["<|extra_200|>"]))
+
+
 WORLDS: dict[str, Callable[[], World]] = {
     "glm-image": functools.cache(glm_image),
     "janus": functools.cache(janus),
     "qwen3": functools.cache(lambda: causal("Qwen3", head_dim=12)),
+    "emu3": functools.cache(emu3),
 }

@@ -13,13 +13,13 @@ from visar.cli.parsers.evaluate import eval_
 from visar.cli.parsers.generate import generate
 from visar.cli.parsers.sample import export, sample
 from visar.cli.parsers.serve import serve
-from visar.cli.parsers.tables import models, samplers
+from visar.cli.parsers.tables import info, models, samplers
 from visar.cli.parsers.train import train
 from visar.cli.parsers.verify import verify
 
 GROUPS = {
     "Make images": (generate, sample, export, demo, serve),
-    "Look up": (models, samplers),
+    "Look up": (models, samplers, info),
     "Measure": (verify, bench, eval_),
     "Train": (train,),
     "Shell": (completion,),

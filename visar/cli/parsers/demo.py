@@ -17,7 +17,7 @@ def demo(p: CommandParser) -> None:
     server.add_argument("--port", type=whole(), default=7860, metavar="N", help="0 for any that is free")
     server.add_argument("--share", action="store_true", help="also give it a public address at Gradio's")
     server.add_argument("--max-images", type=whole(1), default=4, metavar="N", help="images in a request, at most")
-    server.add_argument("--max-waiting", type=whole(1), default=16, metavar="N", help="requests in the queue, at most")
+    server.add_argument("--max-waiting", type=whole(1), default=16, metavar="N", help="images in line, at most")
     server.add_argument(
         "--max-per-address", type=whole(1), metavar="N",
         help="requests of one network address, at most (1; without limit with --share, which hides addresses)",

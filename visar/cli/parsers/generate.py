@@ -4,6 +4,8 @@ from visar.cli.parsers.base import CommandParser, whole
 from visar.cli.parsers.options import json_option, model_options, sampler_options, sampling_options
 
 MOST = 10000  # images of a call, which are decoded at once
+LARGEST = 64  # times the pixels
+FORMS = ("auto", "kitty", "iterm", "sixel", "blocks", "none")
 
 
 def generate(p: CommandParser) -> None:
@@ -33,6 +35,12 @@ def generate(p: CommandParser) -> None:
     output.add_argument(
         "-o", "--out", metavar="PATH", help="a .png file, or a folder for files named after the prompts (default: .)"
     )
+    output.add_argument("--scale", type=whole(1, LARGEST), default=1, metavar="N", help="write N x N pixels for each")
+    output.add_argument("--grid", action="store_true", help="write all images as one, in rows")
+    output.add_argument(
+        "--preview", choices=FORMS, default="auto",
+        help="show images while they are decoded, on a terminal; each look takes a little time (default: what it can)",
+    )  # fmt: skip
     output.add_argument("--force", action="store_true", help="overwrite files that exist")
     json_option(output, "the stats")
     model_options(p)

@@ -23,3 +23,13 @@ def samplers(p: CommandParser) -> None:
     """
     p.add_argument("name", nargs="?", metavar="SAMPLER", help="show the parameters of this one")
     json_option(p, "the table")
+
+
+def info(p: CommandParser) -> None:
+    """Say how an image file was made, and the command that makes it again.
+
+    visar info heart.png
+    visar info heart.png --json
+    """
+    p.add_argument("file", metavar="FILE", help="a PNG file that visar has written")
+    json_option(p, "what it says")

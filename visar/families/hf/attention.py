@@ -81,15 +81,16 @@ def attend(
     return out.to(query.dtype), None
 
 
-def run(decoder: nn.Module, cache_name: str, x: Tensor, position_ids: Tensor, now: Pass) -> Tensor:
+def run(decoder: nn.Module, configs: Sequence[Any], cache: str, x: Tensor, position_ids: Tensor, now: Pass) -> Tensor:
     """Hidden states [rows, W, dim] of embeddings x [rows, W, dim] by the decoder's own `forward`.
 
-    Raises `VisarError` where a layer passed by the cache: its tokens would have attended to themselves alone.
+    `configs` are its `configurations`, and `cache` is the name of that argument of its `forward`. Raises `VisarError`
+    where a layer passed by the cache: its tokens would have attended to themselves alone.
     """
     token = _pass.set(now)
     try:
-        with at_work(configurations(decoder)):
-            out = decoder(inputs_embeds=x, position_ids=position_ids, use_cache=True, **{cache_name: now})
+        with at_work(configs):
+            out = decoder(inputs_embeds=x, position_ids=position_ids, use_cache=True, **{cache: now})
     finally:
         _pass.reset(token)
     if len(now.written) != len(now.cache.keys):

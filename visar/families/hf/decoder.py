@@ -138,7 +138,7 @@ class VocabularyDecoder(ImageDecoder):
         if whole is None:
             return None
         if bool((self.codes.diff() == 1).all()):
-            rows = whole.detach()[int(self.codes[0]) :][: self.vocab]
+            rows = whole.detach()[int(self.codes[0]) :][: len(self.codes)]
             same = held is not None and (held.data_ptr(), held.dtype) == (rows.data_ptr(), rows.dtype)
             return held if same else rows
         rows = whole.detach()[self.codes]
@@ -158,4 +158,4 @@ class VocabularyDecoder(ImageDecoder):
     @property
     def bytes_per_pass(self) -> int:
         head = streamed_bytes(self._head)
-        return super().bytes_per_pass + (head * self.vocab // self._ids if self._slice else head)
+        return super().bytes_per_pass + (head * len(self.codes) // self._ids if self._slice else head)

@@ -106,9 +106,9 @@ class JanusFamily(TransformersFamily):
         return found
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, batch: int = 8) -> Tensor:
-        parts = [self.model.decode_image_tokens(part.to(self.device)) for part in tokens.split(batch)]
-        return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2).contiguous()
+    def decode(self, tokens: Tensor) -> Tensor:
+        pixels = self.model.decode_image_tokens(tokens.to(self.device)).float()  # [B, H, W, 3], about [-1, 1]
+        return (pixels / 2 + 0.5).clamp(0, 1).permute(0, 3, 1, 2).contiguous()
 
     @property
     def pixels(self) -> tuple[int, int]:

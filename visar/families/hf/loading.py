@@ -10,11 +10,12 @@ from visar.errors import VisarError
 from visar.host import available_memory
 
 
-def load_model(architecture: str, folder: Path) -> Any:
+def load_model(architecture: str, folder: Path, config: Any = None, strict: bool = False) -> Any:
     """The model in the folder of this class of transformers, in the dtype of its files, on the CPU, in evaluation mode.
 
-    Raises `VisarError` for files that are missing or damaged, weights of which a part is missing, which transformers
-    would fill with random numbers, and for too little memory.
+    `config` is taken instead of the folder's own. Raises `VisarError` for files that are missing or damaged, weights of
+    which a part is missing, which transformers would fill with random numbers, with `strict` for tensors that the model
+    does not have, and for too little memory.
     """
     import transformers
 
@@ -28,14 +29,17 @@ def load_model(architecture: str, folder: Path) -> Any:
         raise VisarError(f"{folder} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")
     try:
         model, told = kind.from_pretrained(
-            folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+            folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True,
+            **({} if config is None else {"config": config}),
+        )  # fmt: skip
     except Exception as error:  # of several libraries, on files that are missing, cut or changed
         raise unreadable(f"the {architecture}", folder, error) from error
     absent = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
     if absent:
         others = f", and {len(absent) - 1} others are" if len(absent) > 1 else ""
         raise VisarError(f"Tensor {sorted(absent)[0]!r} of {folder} is missing or misshapen{others}.")
+    if strict and (unknown := sorted(told["unexpected_keys"])):
+        raise VisarError(f"Tensor {unknown[0]!r} of {folder} is unknown; a {architecture} has none such.")
     return model.eval().requires_grad_(False)
 
 

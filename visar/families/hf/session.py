@@ -13,7 +13,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
 from visar.engine.prompt_session import PromptSession
 from visar.errors import VisarError
-from visar.families.hf.attention import Pass, Products, run
+from visar.families.hf.attention import Pass, Products, configurations, run
 from visar.families.hf.decoder import ImageDecoder
 from visar.families.hf.versions import check_version
 from visar.kernels.attention import AttentionMetadata
@@ -38,7 +38,7 @@ class TransformersSession(PromptSession):
         guidance: Guidance = Guidance(),
     ):
         check_version()
-        self.decoder = decoder
+        self.decoder, self._configs = decoder, configurations(decoder.backbone)
         ids = condition[0]
         if guidance.active and len(condition) < 4:
             raise VisarError("This model has no unconditional prompts; give guidance_scale 1.")
@@ -74,11 +74,9 @@ class TransformersSession(PromptSession):
             return self.decoder.embed(tokens)
 
     def run(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
-        now = Pass(self.cache, slots, mask, visible)
+        d, now = self.decoder, Pass(self.cache, slots, mask, visible)
         with self._products():
-            return run(
-                self.decoder.backbone, self.decoder.cache_name, x, self.decoder.position_ids(at, self.prefix), now
-            )
+            return run(d.backbone, self._configs, d.cache_name, x, d.position_ids(at, self.prefix), now)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self._products():

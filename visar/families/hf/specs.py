@@ -5,11 +5,9 @@ from __future__ import annotations
 from visar.families.catalogue import Listing
 
 
-def _listing(name: str, title: str, hub: str, pixels: int) -> Listing:
-    return Listing(
-        name, title, "prompt", (pixels,), weights=hub,
-        needs=f"the hub id {hub}, or a folder with the files of that repository",
-    )  # fmt: skip
+def _listing(name: str, title: str, hub: str, pixels: int, needs: str = "") -> Listing:
+    needs = needs or f"the hub id {hub}, or a folder with the files of that repository"
+    return Listing(name, title, "prompt", (pixels,), weights=hub, needs=needs)
 
 
 def listings() -> list[Listing]:
@@ -18,4 +16,13 @@ def listings() -> list[Listing]:
         _listing("janus-pro-1b", "Janus-Pro 1B, text", "deepseek-community/Janus-Pro-1B", 384),
         _listing("janus-pro-7b", "Janus-Pro 7B, text", "deepseek-community/Janus-Pro-7B", 384),
         _listing("glm-image", "GLM-Image 9B, text", "zai-org/GLM-Image", 1024),
+        _listing("emu3-gen", "Emu3-Gen 8B, text", "Emu3-community/Emu3-Gen-hf", 720),
+        _listing(
+            "emu3.5-image",
+            "Emu3.5-Image 34B, text",
+            "BAAI/Emu3.5-Image",
+            1024,
+            "a folder with the files of BAAI/Emu3.5-Image, the tokenizer files of a Qwen3, and in its folder "
+            "'vision_tokenizer' those of BAAI/Emu3.5-VisionTokenizer",
+        ),
     ]

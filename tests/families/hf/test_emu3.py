@@ -1,0 +1,238 @@
+"""Emu3 against the stock `generate`, decoder and processor of transformers, on tiny ones of random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import visar
+from tests.helpers.tiny_emu3 import emu3, emu3_processor, stock_emu3, tiny_emu3
+from tests.helpers.tiny_hf import PROMPTS
+from visar.engine.drafter import SessionDrafter
+from visar.engine.guidance import Guidance
+from visar.engine.loop import decode
+from visar.engine.rng import Noise
+from visar.errors import VisarError
+from visar.eval.exactness.joint import chi_square_z, values
+from visar.eval.exactness.late_rows import decoded_late
+from visar.eval.exactness.own_model import Flattened
+from visar.families.hf.emu3 import NEGATIVE, Emu3Family
+from visar.generation.model import ImageModel
+from visar.generation.pool import Pool, Request
+from visar.samplers import Target, get_sampler
+
+ROWS, COLUMNS = 4, 3
+
+
+@pytest.fixture
+def pipe() -> Any:
+    made = visar.accelerate(*emu3())
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def ids_of(pipe: Any, tokens: Tensor) -> Tensor:
+    return ImageModel.of(pipe).family.ids(tokens)
+
+
+@pytest.mark.parametrize("sampler", ["ar", "scd"])
+def test_greedy_ids_are_those_of_generate(pipe: Any, sampler: str) -> None:
+    stock = stock_emu3(*emu3(), PROMPTS)
+    assert stock.shape == (3, ROWS * (COLUMNS + 1) + 3)
+    assert len(stock.unique(dim=0)) == len(PROMPTS) and len(stock.unique()) > 15
+    assert torch.equal(ids_of(pipe, pipe(list(PROMPTS), sampler=sampler, top_k=1, output_type="tokens").tokens), stock)
+    for i, text in enumerate(PROMPTS):
+        found = pipe(text, sampler=sampler, top_k=1, output_type="tokens").tokens
+        assert torch.equal(ids_of(pipe, found), stock[i : i + 1])
+    weak = stock_emu3(*emu3(), PROMPTS, 1.5)
+    out = pipe(list(PROMPTS), sampler=sampler, top_k=1, guidance_scale=1.5, output_type="tokens")
+    assert torch.equal(ids_of(pipe, out.tokens), weak) and not torch.equal(weak, stock)
+
+
+def test_the_stock_guidance_rounds_in_bfloat16() -> None:
+    """Its unconditional log-probabilities are as coarse as the logits; in float32 the two are one distribution."""
+    from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+    seed = torch.Generator().manual_seed(0)
+    c, u = (torch.randn(1, 4096, generator=seed) for _ in range(2))
+
+    def stock(dtype: torch.dtype) -> Tensor:
+        def model(*_: Any, **__: Any) -> Any:
+            return type("Out", (dict,), {"logits": u[:, None].to(dtype)})()
+
+        rule = UnbatchedClassifierFreeGuidanceLogitsProcessor(3.0, model, torch.zeros(1, 1, dtype=torch.long))
+        return rule(torch.zeros(1, 1, dtype=torch.long), c.to(dtype).float()).softmax(-1)
+
+    for dtype, low, high in ((torch.float32, 0, 1e-6), (torch.bfloat16, 2e-3, 0.1)):
+        ours = Guidance(3.0).combine(*(x.to(dtype).float()[:, None] for x in (c, u)), torch.zeros(1, 1)).softmax(-1)
+        assert low <= (ours[:, 0] - stock(dtype)).abs().sum() / 2 < high
+
+
+def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:
+    model, processor = emu3()
+    out = pipe(list(PROMPTS), seed=3, output_type="pt")
+    stock = model.decode_image_tokens(image_tokens=ids_of(pipe, out.tokens), height=ROWS, width=COLUMNS)
+    assert out.images.shape == (3, 3, 8 * ROWS, 8 * COLUMNS)
+    torch.testing.assert_close(out.images, (stock / 2 + 0.5).clamp(0, 1), atol=1e-6, rtol=0)
+    theirs = processor.postprocess(list(stock[:1]), return_tensors="PIL.Image.Image")["pixel_values"][0]
+    ours = pipe(PROMPTS[0], seed=3).images[0]
+    assert ours.size == theirs.size == (8 * COLUMNS, 8 * ROWS)
+    assert np.abs(np.array(ours).astype(int) - np.array(theirs).astype(int)).max() <= 1  # theirs are cut, not rounded
+
+
+def test_a_forced_token_costs_no_pass(pipe: Any) -> None:
+    out = pipe(PROMPTS[0], sampler="ar", seed=1, output_type="tokens")
+    line_end = out.tokens.view(ROWS, COLUMNS + 1)[:, -1]
+    assert (line_end == line_end[0]).all() and (out.tokens == line_end[0]).sum() == ROWS
+    assert out.commit_pass.max() + 1 == ROWS * COLUMNS  # passes: one for each code
+
+
+def test_rows_that_are_taken_in_turns(pipe: Any) -> None:
+    model = ImageModel.of(pipe)
+    requests = [Request(text, model.params_of(seed=i), tag=i) for i, text in enumerate((*PROMPTS, PROMPTS[0]))]
+    for sampler in ("ar", "scd"):
+        for done in Pool(model, sampler, size=2).run(requests):
+            r = done.request
+            out = model.generate(r.condition, r.params, sampler=sampler, output_type="tokens")
+            assert torch.equal(done.tokens, out.tokens[0]) and done.nfe == out.stats.nfe
+
+
+def flatter(model: Any) -> Any:
+    with torch.no_grad():
+        model.lm_head.weight /= 2
+    return model
+
+
+@pytest.fixture(scope="module")
+def small() -> Emu3Family:
+    """Images of 2 x 2 codes of three values."""
+    return Emu3Family(flatter(tiny_emu3(codes=3)), emu3_processor(codes=3, ratio="1:1", area=256))
+
+
+@pytest.fixture(scope="module")
+@torch.inference_mode()
+def expected(small: Emu3Family) -> np.ndarray:
+    """The probability of each of the 81 images, by stock passes over whole sequences and the whole vocabulary."""
+    codes = torch.cartesian_prod(*[torch.arange(3)] * 4)
+    tokens = torch.stack([*codes[:, :2].T, torch.full((81,), 3), *codes[:, 2:].T, torch.full((81,), 3)], 1)
+    logits = []
+    for prompt in small.prompt_ids("a red heart"):
+        ids = torch.cat([torch.tensor(prompt).expand(81, -1), small.ids(tokens)], 1)
+        logits.append(small.model(ids).logits[:, len(prompt) - 1 :].double().log_softmax(-1))
+    guided = logits[1] + 3.0 * (logits[0] - logits[1])
+    first = small.decoder.codes
+    p = (guided[:, [0, 1, 3, 4]][..., first] / 0.9).softmax(-1).gather(-1, codes[..., None])[..., 0]
+    out: np.ndarray = p.prod(1).numpy()
+    assert abs(out.sum() - 1) < 1e-5 and out.max() < 0.5 and (out > 1e-3).sum() > 20
+    return out
+
+
+@torch.inference_mode()
+def session(small: Emu3Family, batch: int, window: int, guidance: Guidance) -> Any:
+    ids, lengths, others, their_lengths = small.encode(["a red heart"] * batch)
+    shorter = ids[:, : lengths[0]], lengths, others[:, : their_lengths[0]], their_lengths
+    made = small.session(shorter, window=window, guidance=guidance)
+    made.layout = small.layout
+    return made
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ar", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sjd", "scd", "scd-gumbel", "speculative-tree"))],
+)
+@torch.inference_mode()
+def test_joint_distribution_with_forced_tokens(name: str, small: Emu3Family, expected: np.ndarray) -> None:
+    sampler = get_sampler(name) if name in ("ar", "speculative-tree") else get_sampler(name, window=3)
+    target = Target(0.9, forced=small.forced, allowed=small.allowed)
+    window = max(sampler.window, 2)
+    guidance, parts = Guidance(3.0), list[Tensor]()
+    for images in torch.arange(2048 if name == "ar" else 8192).split(1024):
+        made = session(small, len(images), window, guidance)
+        if hasattr(sampler, "drafter"):
+            made.drafter = SessionDrafter(Flattened(session(small, len(images), window + 1, guidance)))
+        out = decode(made, sampler, target, Noise(7, images))
+        assert name != "ar" or out.passes == 4
+        parts.append(out.tokens)
+    tokens = torch.cat(parts)
+    assert (tokens[:, [2, 5]] == 3).all() and (tokens[:, [0, 1, 3, 4]] < 3).all()
+    counts = np.bincount(values(tokens[:, [0, 1, 3, 4]], 3), minlength=81)
+    assert abs(chi_square_z(counts, expected)) < 4
+    if not hasattr(sampler, "drafter"):  # and the same images in slots
+        late = decoded_late(
+            lambda batch, own: session(small, batch, window, own), sampler, target, guidance, torch.arange(6), 7
+        )
+        assert torch.equal(late, tokens[:6])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("families") / "emu3"
+    tiny_emu3(max_position_embeddings=9216).save_pretrained(path)
+    emu3_processor().save_pretrained(path)
+    return path
+
+
+def edited(file: str, **changes: Any) -> Callable[[Path], Any]:
+    def edit(path: Path) -> None:
+        found = json.loads((path / file).read_text())
+        (path / file).write_text(json.dumps(found | changes))
+
+    return edit
+
+
+def fewer_codes(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    del config["vocabulary_map"]["<|visual token 000003|>"]
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def no_line_end(path: Path) -> None:
+    text = (path / "tokenizer.json").read_text()
+    (path / "tokenizer.json").write_text(text.replace("<|extra_200|>", "<|extra_199|>"))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "the original layout": (edited("config.json", model_type="Emu3"), "in the layout of BAAI's own code, which visar"),
+    "no map of codes": (edited("config.json", vocabulary_map=None), "has no vocabulary_map"),
+    "a code missing": (fewer_codes, r"has 15 tokens <\|visual token \.\.\.\|>, and its image tokenizer 16 codes"),
+    "no end of rows": (no_line_end, r"tokenizer of this Emu3 has no token <\|extra_200\|>"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
+    spoil, message = DAMAGE[damage]
+    spoil(path := Path(shutil.copytree(folder, tmp_path / "model")))
+    with pytest.raises(VisarError, match=message) as caught:
+        ImageModel.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_loads_and_has_the_published_size(folder: Path) -> None:
+    family: Any = ImageModel.load(folder).family
+    assert family.name == "emu3" and family.pixels == (720, 720) and family.layout.length == 90 * 91
+    assert family.prompt_ids("cat")[1] == emu3_processor(ratio="1:1", area=518400)(
+        text=[NEGATIVE], return_for_image_generation=True
+    )["input_ids"][0]  # fmt: skip
+
+
+def test_what_is_refused() -> None:
+    model = emu3()[0]
+    for settings, message in (
+        (dict(ratio="wide"), r"ratio must be like '4:3'"),
+        (dict(area="big"), r"image_area a number of pixels"),
+        (dict(area=4), "has no cell of 8"),
+        (dict(area=10**6), r"cells is \d+ tokens, and this model has 256 positions"),
+    ):
+        with pytest.raises(VisarError, match=message):
+            visar.accelerate(model, emu3_processor(**settings))
+    with pytest.raises(VisarError, match="the Emu3Processor of its prompts is missing"):
+        visar.accelerate(model, emu3_processor().tokenizer)

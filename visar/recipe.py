@@ -1,0 +1,143 @@
+"""How an image was made: what its PNG file says of it, and the command and the Python that make it again."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from visar import __version__
+from visar.errors import VisarError
+
+if TYPE_CHECKING:
+    from PIL.PngImagePlugin import PngInfo
+
+CHUNK = "visar"  # the text chunk of a PNG file, in JSON; "Description" has the prompt, for other programs
+Value = str | int | float | bool
+
+
+class Recipe(BaseModel):
+    """One image: image number `image`, from 0, of a prompt or class.
+
+    `parameters` are those of the sampler that are not its defaults, `settings` those of `SamplingParams` that were
+    given, the seed among them, `load` further options of the model (`--vq` and the like).
+    """
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    model: str
+    prompt: str | None = None
+    label: int | None = None
+    sampler: str
+    exactness: str
+    parameters: dict[str, Value] = {}
+    settings: dict[str, Value] = {}
+    image: int = 0
+    dtype: str = "float32"
+    load: list[tuple[str, Value]] = []
+    version: str = __version__
+
+    @property
+    def title(self) -> str:
+        return self.prompt if self.prompt is not None else f"class {self.label}"
+
+    def command(self) -> str:
+        """The command of a shell; where `image` is not 0, its last image is the one."""
+        words = ["visar", "generate"]
+        words += [self.prompt] if self.prompt is not None else ["--class", str(self.label)]
+        words += ["--model", self.model]
+        for name, value in self.load:
+            flag = f"--no-{name}" if value is False else f"--{name}"
+            words += [flag] if isinstance(value, bool) else [flag, str(value)]
+        words += ["--sampler", self.sampler]
+        for name, value in self.parameters.items():
+            words += ["--set", f"{name}={_plain(value)}"]
+        for name, value in self.settings.items():
+            flag = f"--{name.replace('_', '-')}"
+            words += ([flag] if value else []) if isinstance(value, bool) else [flag, _plain(value)]
+        words += ["--dtype", self.dtype] + (["-n", str(self.image + 1)] if self.image else [])
+        return " ".join(shlex.quote(printable(word)) for word in words)
+
+    def python(self) -> str:
+        """A program that does the same."""
+        sampler = repr(self.sampler)
+        if self.parameters:
+            sampler = f"get_sampler({sampler}, {_keywords(self.parameters)})"
+        settings = self.settings | ({"num_images_per_prompt": self.image + 1} if self.image else {})
+        load = [(name.replace("-", "_"), value) for name, value in self.load]
+        return "\n".join([
+            "import torch", "", "import visar",
+            *(["from visar.samplers import get_sampler"] if self.parameters else []), "",
+            f"pipe = visar.load({self.model!r}{''.join(f', {n}={v!r}' for n, v in load)})",
+            f"pipe.to(dtype=torch.{self.dtype})",
+            f"out = pipe({self.label if self.prompt is None else repr(self.prompt)}, sampler={sampler}"
+            f"{''.join(f', {name}={value!r}' for name, value in settings.items())})",
+            f"out.images[{self.image}].save({self.file_name!r})",
+        ])  # fmt: skip
+
+    @property
+    def file_name(self) -> str:
+        """By prompt, seed and sampler."""
+        words = "".join(c if c.isalnum() and c.isascii() else "-" for c in self.title.lower())
+        stem = "-".join(filter(None, words.split("-")))[:60] or "image"
+        number = f"-{self.image + 1}" if self.image else ""
+        return f"{stem}-seed{self.settings.get('seed', 0)}-{self.sampler.rpartition(':')[2]}{number}.png"
+
+    def info(self) -> PngInfo:
+        """The texts for Pillow's `save(..., pnginfo=)`."""
+        from PIL.PngImagePlugin import PngInfo
+
+        made = PngInfo()
+        made.add_itxt("Description", self.title)
+        made.add_text("Software", f"visar {self.version}")
+        made.add_text(CHUNK, self.model_dump_json(exclude_none=True, ensure_ascii=True))
+        return made
+
+    @classmethod
+    def of(cls, method: Any, **values: Any) -> Recipe:
+        """The recipe for a sampler object."""
+        from visar.generation.stats import exactness_of
+        from visar.samplers import SAMPLERS, values_of
+
+        spec = SAMPLERS.get(method.name)
+        own = values_of(method)
+        plain = {} if spec is None else spec.parameters()
+        names = plain if spec is not None else own
+        given = {n: own[n] for n in names if n in own and own[n] != plain.get(n, object())}
+        return cls(sampler=method.name, exactness=exactness_of(method), parameters=given, **values)
+
+    @classmethod
+    def read(cls, file: str | Path) -> Recipe:
+        """That of a PNG file. Raises `VisarError` for a file that is no PNG of visar."""
+        from visar.image_files import open_image
+
+        path = Path(file)
+        if not path.is_file():
+            raise VisarError(f"There is no file {file}.")
+        with open_image(path, path) as image:
+            try:
+                image.load()
+            except Exception as error:  # Pillow's readers raise any kind for a damaged file
+                raise VisarError(f"{file} is not an image that can be read.") from error
+            text = image.info.get(CHUNK)
+        if not isinstance(text, str):
+            raise VisarError(f"{file} does not say how it was made: it is not a PNG of visar, or was saved again.")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise VisarError(f"{file} is damaged: what it says of its making cannot be read.") from error
+
+
+def _plain(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _keywords(values: dict[str, Value]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def printable(text: str) -> str:
+    """A text of a file, which a terminal is to show and not to obey."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
