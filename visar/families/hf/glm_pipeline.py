@@ -72,14 +72,16 @@ class GlmPixels:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", FutureWarning)  # of the argument's name, which older versions need
                     self.pipeline = GlmImagePipeline.from_pretrained(
-                        self.folder, vision_language_encoder=family.model, processor=family.processor,
+                        self.folder, vision_language_encoder=None, processor=None,  # which made the codes
                         torch_dtype=family.dtype, local_files_only=True, use_safetensors=True,
                     )  # fmt: skip
             except Exception as error:  # of several libraries, on files that are missing, cut or changed
                 raise unreadable("the parts that make pixels", self.folder, error) from error
             self.pipeline.set_progress_bar_config(disable=True)
         for name in ("transformer", "vae", "text_encoder"):
-            getattr(self.pipeline, name).to(family.device, family.dtype)
+            part = getattr(self.pipeline, name)
+            if (part.device, part.dtype) != (family.device, family.dtype):
+                part.to(family.device, family.dtype)
         return self.pipeline
 
 
