@@ -118,6 +118,7 @@ def sample_images(
         try:
             journal = Journal(folder, ranks.rank)
             with bar:
+                model.family.check_decoding()
                 one_by_one = in_rows(model, method, order.condition(0).value, settings)
                 work = Work(model, order, count, done, batch, method, seed, tokens, settings, ranks, one_by_one)
                 for image, line in crew(work):

@@ -186,6 +186,10 @@ def test_the_command_line_gives_codes(folder: Path, tmp_path: Path, capsys: pyte
     assert cli.main(["generate", "cat", *model, "-o", str(tmp_path / "a.png")]) == 2
     assert "has no transformer to make pixels with: ask for its tokens" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
+    (tmp_path / "prompts.txt").write_text("cat")
+    many = ["--prompts", str(tmp_path / "prompts.txt"), "-n", "1", "--out", str(tmp_path / "many")]
+    assert cli.main(["sample", *model, *many]) == 2
+    assert "has no transformer" in capsys.readouterr().err
 
 
 @pytest.mark.slow
