@@ -155,6 +155,7 @@ def test_the_command_line_makes_images_of_a_folder(tmp_path: Path, monkeypatch: 
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *model, "-n", "3", "--out", str(tmp_path / "many")]
     assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 3
+    assert cli.main([*run, "--image-size", "64"]) == 2  # a run of another size
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(VisarError, match="Could not load the parts that make pixels"):
         visar.load(folder)("cat", **SIZE)
