@@ -50,7 +50,7 @@ class Recipe(BaseModel):
         words += ["--model", self.model]
         for name, value in self.load:
             flag = f"--no-{name}" if value is False else f"--{name}"
-            words += [flag] if isinstance(value, bool) else [flag, str(value)]
+            words += [flag] if isinstance(value, bool) else [flag, _plain(value)]
         words += ["--sampler", self.sampler]
         for name, value in self.parameters.items():
             words += ["--set", f"{name}={_plain(value)}"]
