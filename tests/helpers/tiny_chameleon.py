@@ -22,7 +22,7 @@ def code_name(code: int) -> str:
 
 def vocabulary(codes: int) -> dict[str, int]:
     """Ids by token: the codes follow one another after the first four, as in the published models."""
-    sizes = [f"<reserved{8800 + n:05d}>" for n in range(1, 9)]
+    sizes = [f"<reserved{8800 + n:05d}>" for n in (*range(1, 9), 16, 24)]
     names = ("<s>", "<pad>", "</s>", "<unk>", *map(code_name, range(codes)), *SPECIAL, *sizes, *WORDS, *MORE)
     return {name: n for n, name in enumerate(dict.fromkeys(names))}
 
