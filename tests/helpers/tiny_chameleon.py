@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.helpers.tiny_hf import PROMPTS, WORDS, spread
+from tests.helpers.tiny_vqgan import tiny_vqgan
 
+WIDTHS = (32, 32, 32, 32, 64)  # of an image decoder of cells of 16 pixels
 LETTERS = "ABCDEFGHIJ"
 SPECIAL = ("<racm3:break>", "<eoss>", "<reserved08706>", "<reserved08707>", "<image>", "<reserved08799>")
 MORE = ("Generate", "an", "image", "of", "according", "to", "the", "following", "prompt:", "x", *"0123456789")
@@ -68,6 +71,14 @@ def tiny_chameleon(codes: int = 16, lumina: bool = False, seed: int = 17, **text
     return model
 
 
+def save(path: Path, lumina: bool) -> None:
+    """A folder in the published form, with Meta's file of the image decoder."""
+    tiny_chameleon(lumina=lumina, max_position_embeddings=4096).save_pretrained(path)
+    chameleon_tokenizer().save_pretrained(path)
+    (path / "tokenizer").mkdir()
+    torch.save({"state_dict": tiny_vqgan(16, WIDTHS, attention=False)}, path / "tokenizer" / "vqgan.ckpt")
+
+
 @functools.cache
 def chameleon(lumina: bool = False) -> tuple[Any, Any]:
     """The model and its tokenizer, made once."""
@@ -78,8 +89,8 @@ def chameleon(lumina: bool = False) -> tuple[Any, Any]:
 def greedy(
     model: Any, prompts: Sequence[list[int]], others: Sequence[list[int]], length: int, scale: float, stride: int = 0
 ) -> Tensor:
-    """Greedy ids [B, length], one prompt after another and without a cache: `model.model`, all of its `lm_head`, the two
-    batches of guidance, then everything but codes masked; with `stride` each row of the image ends in a token."""
+    """Greedy ids [B, length], one prompt after another and without a cache: `model.model`, all of its `lm_head`, the
+    two batches of guidance, then everything but codes masked; with `stride` each row of the image ends in a token."""
     known = model.model.vocabulary_mapping.vocab_map
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     allowed[[n for name, n in known.items() if name.startswith("IMGIMG")]] = True

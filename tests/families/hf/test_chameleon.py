@@ -22,11 +22,13 @@ from torch import Tensor
 import visar
 from tests.families.hf.grids import NAMES, check_joint, expected_images
 from tests.helpers.tiny_chameleon import (
+    WIDTHS,
     chameleon,
     chameleon_tokenizer,
     code_name,
     greedy,
     prompts_of,
+    save,
     tiny_chameleon,
     vocabulary,
 )
@@ -39,7 +41,6 @@ from visar.families.hf.vqgan import VQGAN, _published
 from visar.generation.model import ImageModel
 from visar.generation.pool import Pool, Request
 
-WIDTHS = (32, 32, 32, 32, 64)  # of an image decoder of cells of 16 pixels
 SIZE = 32, 64  # height and width of the images of Lumina here
 
 
@@ -130,7 +131,9 @@ def test_the_published_sizes_have_the_published_keys() -> None:
     }
     found = {_published(name, 5): value.shape for name, value in made.state_dict().items()}
     codes = {"quantize.embedding.weight": (8192, 256), "post_quant_conv.weight": (256, 256, 1, 1)}
-    assert found == {f"decoder.{key}": shape for key, shape in wanted.items()} | codes | {"post_quant_conv.bias": (256,)}
+    assert found == {f"decoder.{key}": shape for key, shape in wanted.items()} | codes | {
+        "post_quant_conv.bias": (256,)
+    }
 
 
 def test_images_are_those_of_the_cells(model: ImageModel) -> None:
@@ -214,12 +217,10 @@ def test_the_name_of_a_published_model_says_its_size(name: str, side: int | None
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models: Lumina with Meta's file, Anole whose weights hold the decoder."""
     path = tmp_path_factory.mktemp("families")
-    for name, lumina in (("anole", False), ("Lumina-mGPT-7B-512", True)):
-        tiny_chameleon(lumina=lumina, max_position_embeddings=4096).save_pretrained(path / name)
-        chameleon_tokenizer().save_pretrained(path / name)
-    (path / "Lumina-mGPT-7B-512" / "tokenizer").mkdir()
+    save(path / "anole", lumina=False)
+    save(path / "Lumina-mGPT-7B-512", lumina=True)
+    shutil.rmtree(path / "anole" / "tokenizer")
     state = tiny_vqgan(16, WIDTHS, attention=False)
-    torch.save({"state_dict": state}, path / "Lumina-mGPT-7B-512" / "tokenizer" / "vqgan.ckpt")
     weights = load_file(path / "anole" / "model.safetensors")
     carried = {f"model.vqmodel.{key}": value for key, value in state.items() if key.startswith(("decoder.", "post_"))}
     weights["model.vqmodel.quantize.embedding.weight"] = state["quantize.embedding.weight"]
@@ -347,7 +348,7 @@ def test_what_is_refused(model: ImageModel) -> None:
     with pytest.raises(VisarError, match=rf"The prompt has \d+ tokens; this model takes at most {room} next to the"):
         model.generate(" ".join(["wide"] * 300))
     for token in (code_name(3), "<racm3:break>", "<reserved08706>"):
-        with pytest.raises(VisarError, match="holds, as text, a token of the model's that stands for an image"):
+        with pytest.raises(VisarError, match="holds, as text, a token of the model's that stands for images"):
             model.generate(f"a red {token} heart")
     with pytest.raises(VisarError, match="Give the processor of this ChameleonForConditionalGeneration"):
         visar.accelerate(chameleon()[0])

@@ -38,7 +38,13 @@ PART = "vqgan"  # the component that makes pixels
 FILES = ("vqgan.ckpt", "tokenizer/vqgan.ckpt", "vqgan.safetensors")  # in the model's folder
 WITHIN = "model.vqmodel."  # of the keys of a decoder that a converted folder has among the model's weights
 CARRIED = tuple(WITHIN + name for name in ("decoder.", "post_quant_conv.", "quantize.embedding."))
-FIRST, IMAGE_START, IMAGE_END, TURN_END, LINE_END = "<s>", "<racm3:break>", "<eoss>", "<reserved08706>", "<reserved08799>"
+FIRST, IMAGE_START, IMAGE_END, TURN_END, LINE_END = (
+    "<s>",
+    "<racm3:break>",
+    "<eoss>",
+    "<reserved08706>",
+    "<reserved08799>",
+)
 ASK = "Generate an image of {}x{} according to the following prompt:\n{}"  # width, height, prompt
 GRID = 32  # Lumina-mGPT gives the image's size in these pixels
 SIDE = 768  # of its images, where neither the caller nor the model's name says another
@@ -149,7 +155,9 @@ class _Chameleon(TransformersFamily):
         """Raises `VisarError` for a text with tokens that are none of words."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not self._reserved.isdisjoint(ids):
-            raise VisarError("The prompt holds, as text, a token of the model's that stands for an image; leave it out.")
+            raise VisarError(
+                "The prompt holds, as text, a token of the model's that stands for an image; leave it out."
+            )
         return ids
 
     def made(self) -> None:
@@ -244,7 +252,9 @@ class LuminaFamily(_Chameleon, GridFamily):
         super().made()
         self.size = height, width = self.size or (SIDE, SIDE)
         if height % GRID or width % GRID or min(height, width) < GRID:
-            raise VisarError(f"Height and width of a Lumina-mGPT are multiples of {GRID} pixels, not {height}, {width}.")
+            raise VisarError(
+                f"Height and width of a Lumina-mGPT are multiples of {GRID} pixels, not {height}, {width}."
+            )
         self._sizes = [self.id_of(f"<reserved{8800 + side // GRID:05d}>") for side in (height, width)]
         line_end = self.id_of(LINE_END)
         decoder = LuminaDecoder(self.model, self.codes, line_end)
@@ -286,7 +296,7 @@ def image_decoder(folder: Path) -> VQGAN | None:
     for file in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as weights:
-                found = [key for key in weights.keys() if key.startswith(CARRIED)]
+                found = [key for key in weights.keys() if key.startswith(CARRIED)]  # noqa: SIM118 (it is no dict)
                 state |= {key.removeprefix(WITHIN): weights.get_tensor(key).float() for key in found}
         except Exception as error:  # of a file that is cut, which the model's loader then names
             raise unreadable("the weights", file, error) from error

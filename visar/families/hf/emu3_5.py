@@ -16,9 +16,9 @@ from typing_extensions import Self
 from visar.errors import VisarError
 from visar.families.hf.emu3 import CODE, EMU3_VOCABULARY, IMAGE, IMAGE_END, IMAGE_START, LINE_END
 from visar.families.hf.grid import GridDecoder, GridFamily
-from visar.families.hf.vqgan import VQGAN
 from visar.families.hf.loading import load_model, load_processor
 from visar.families.hf.versions import check_version
+from visar.families.hf.vqgan import VQGAN
 from visar.families.registry import register_family
 from visar.families.source import Source
 from visar.params import SamplingParams
