@@ -68,7 +68,7 @@ SOONER = {
 # What begins so is only parsed, by the real parser where it is a command of visar.
 PARSED = {
     "torchrun ": "several processes and GPUs; tests/bulk/test_kill.py runs two",
-    "visar sample --prompts prompts.txt --model ./Lumina-mGPT": "settings of papers; tests/families/hf/test_chameleon.py",
+    "visar sample --prompts prompts.txt --model ./Lumina-mGPT": "settings of papers, of hours",
     "visar sample --prompts prompts.txt --model ./Anole": "as above",
     "visar demo": "a server that ends when it is stopped",
     "visar serve": "as above",

@@ -76,7 +76,8 @@ def ids_of(model: ImageModel, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("sampler", ["ar", "scd"])
 def test_greedy_ids_are_those_of_a_plain_loop(model: ImageModel, sampler: str) -> None:
-    wanted, greedily = stock(model.family.name), dict(sampler=sampler, output_type="tokens")
+    wanted = stock(model.family.name)
+    greedily: dict[str, Any] = dict(sampler=sampler, output_type="tokens")
     assert len(wanted.unique(dim=0)) == len(PROMPTS) and len(wanted.unique()) > 4
     found = model.generate(list(PROMPTS), model.params_of(top_k=1, top_p=1.0), **greedily)
     assert torch.equal(ids_of(model, found.tokens), wanted)
@@ -348,7 +349,7 @@ def test_what_is_refused(model: ImageModel) -> None:
     with pytest.raises(VisarError, match=rf"The prompt has \d+ tokens; this model takes at most {room} next to the"):
         model.generate(" ".join(["wide"] * 300))
     for token in (code_name(3), "<racm3:break>", "<reserved08706>"):
-        with pytest.raises(VisarError, match="holds, as text, a token of the model's that stands for images"):
+        with pytest.raises(VisarError, match="holds, as text, a token of the model's that stands for an image"):
             model.generate(f"a red {token} heart")
     with pytest.raises(VisarError, match="Give the processor of this ChameleonForConditionalGeneration"):
         visar.accelerate(chameleon()[0])

@@ -38,13 +38,8 @@ PART = "vqgan"  # the component that makes pixels
 FILES = ("vqgan.ckpt", "tokenizer/vqgan.ckpt", "vqgan.safetensors")  # in the model's folder
 WITHIN = "model.vqmodel."  # of the keys of a decoder that a converted folder has among the model's weights
 CARRIED = tuple(WITHIN + name for name in ("decoder.", "post_quant_conv.", "quantize.embedding."))
-FIRST, IMAGE_START, IMAGE_END, TURN_END, LINE_END = (
-    "<s>",
-    "<racm3:break>",
-    "<eoss>",
-    "<reserved08706>",
-    "<reserved08799>",
-)
+FIRST, TURN_END, LINE_END = "<s>", "<reserved08706>", "<reserved08799>"
+IMAGE_START, IMAGE_END = "<racm3:break>", "<eoss>"
 ASK = "Generate an image of {}x{} according to the following prompt:\n{}"  # width, height, prompt
 GRID = 32  # Lumina-mGPT gives the image's size in these pixels
 SIDE = 768  # of its images, where neither the caller nor the model's name says another
