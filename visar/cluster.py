@@ -36,13 +36,11 @@ def connected(address: str | None = None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING"}
     own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    options: dict[str, Any] = {"address": address or "local", **({} if address else own)}
     for attempt in range(1, STARTS + 1):
         try:
-            ray.init(
-                address=address or "local", log_to_driver=False, logging_level="WARNING", **({} if address else own)
-            )
+            ray.init(log_to_driver=False, logging_level="WARNING", **options)
             break
         except Exception as error:
             ray.shutdown()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 CHUNK = "visar"  # the text chunk of a PNG file, in JSON; "Description" has the prompt, for other programs
-Value = str | int | float | bool
+Value = str | int | float | bool | tuple[int, int]  # the last is a height and a width
 
 
 class Recipe(BaseModel):
@@ -50,7 +50,7 @@ class Recipe(BaseModel):
         words += ["--model", self.model]
         for name, value in self.load:
             flag = f"--no-{name}" if value is False else f"--{name}"
-            words += [flag] if isinstance(value, bool) else [flag, str(value)]
+            words += [flag] if isinstance(value, bool) else [flag, _plain(value)]
         words += ["--sampler", self.sampler]
         for name, value in self.parameters.items():
             words += ["--set", f"{name}={_plain(value)}"]
@@ -131,6 +131,8 @@ class Recipe(BaseModel):
 
 
 def _plain(value: Value) -> str:
+    if isinstance(value, tuple):
+        return f"{value[1]}x{value[0]}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -266,7 +266,7 @@ def test_a_prompt_without_quotes(text_folder: Path, tmp_path: Path, capfd: Captu
 def test_an_interrupted_image_leaves_nothing(
     text_folder: Path, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def half(image: Image.Image, path: Path) -> None:
+    def half(image: Image.Image, path: Path, **_: object) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 

@@ -89,7 +89,7 @@ def test_images_are_written_together_or_not(
 
     save, left = Image.Image.save, [1]
 
-    def full(image: Image.Image, path: Path) -> None:
+    def full(image: Image.Image, path: Path, **_: object) -> None:
         if not left:
             raise OSError(28, "No space left on device")
         left.pop()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval.exactness.test_own_model import MODEL, PAGE, SEEN
+from tests.eval.exactness.test_own_model import DOCS, MODEL, SEEN
 from visar.cli import main
 from visar.eval.exactness.joint import Row
 from visar.eval.exactness.own_model import Check
@@ -160,13 +160,13 @@ def test_the_page_shows_what_the_command_prints(
 ) -> None:
     (tmp_path / "my_model.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
-    (command,) = re.findall(r"^visar (verify .*)$", PAGE, flags=re.M)
+    (command,) = re.findall(r"^visar (verify .*)$", (DOCS / "own-model.md").read_text(), flags=re.M)
     assert main(command.split()) == 0
 
     def shape(line: str) -> str:
         return re.sub(r"-?\d+\.\d+", "#", " ".join(line.split()))
 
     found = [shape(line) for line in capsys.readouterr().out.splitlines()]
-    (shown,) = re.findall(r"^```text\n(.*?)^```", PAGE, flags=re.S | re.M)
+    (shown,) = re.findall(r"^```text\n(.*?)^```", (DOCS / "own-model.md").read_text(), flags=re.S | re.M)
     assert [shape(line) for line in shown.splitlines()] == found
     assert found[-1].endswith("All rows pass.") and "good" in found[1] and "exact" in found[-2]

@@ -17,6 +17,7 @@ from tests.helpers.api import JSON, Api, serving
 from visar.cli import main
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.serving.app import ROUTE
+from visar.serving.replica import encoded
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,11 @@ def api(text_folder: Path, class_folder: Path) -> Iterator[Api]:
 
 
 def generated(folder: Path, where: Path, *options: object) -> list[bytes]:
-    """The files of `visar generate`."""
+    """The files of `visar generate`, without their texts about how they were made."""
     words = ["generate", "--model", folder, "--dtype", "float32", "--seed", 5, "-o", f"{where}/", *options]
     assert main([str(word) for word in words]) == 0
-    return [file.read_bytes() for file in sorted(where.glob("*.png"), key=lambda file: (len(file.name), file.name))]
+    files = sorted(where.glob("*.png"), key=lambda file: (len(file.name), file.name))
+    return [encoded(lambda file=file: Image.open(file), "png") for file in files]  # type: ignore[misc]
 
 
 def pixels(file: bytes) -> bytes:

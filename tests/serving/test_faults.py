@@ -276,6 +276,8 @@ def test_one_row_of_nan(
     until(lambda: api.engine.running == 3)
 
     def spoilt(slots: Slots) -> Any:
+        if slots.session.batch == 1:  # that of the first, which has no row next to it
+            return step(slots)
         monkeypatch.setattr(Slots, "step", step)
         with torch.inference_mode():
             slots.session.condition[1] = torch.nan  # type: ignore[attr-defined]

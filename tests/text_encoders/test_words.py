@@ -98,7 +98,9 @@ def test_half_precision_keeps_the_features(words: WordEncoder, tmp_path: Path) -
     torch.testing.assert_close(features, words.encode(["red cat"])[0], rtol=1e-3, atol=0)
 
 
-def test_the_vocabulary_has_no_years_but_those_of_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "vocab.txt").write_text("[PAD]\na\nx\n7\n24\n1749\ncat\n##s\n")
+def test_years_and_rare_forms_are_left_out_of_the_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\na\nx\n7\n24\n1749\ncat\ndogs\ncats\ndog\nmusics\n##s\n")
+    monkeypatch.setattr(training, "RARE", 3)
     monkeypatch.setattr(training, "_minilm_folder", lambda: tmp_path)
-    assert training.vocabulary(["a cat of 1998", "a kite"]) == ["7", "24", "cat", "1998", "kite"]
+    assert training.vocabulary(["a cat of 1998", "a kite"]) == ["7", "24", "cat", "dog", "musics", "1998", "kite"]
+    assert "cats" in training.vocabulary(["two cats"])

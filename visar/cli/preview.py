@@ -104,7 +104,7 @@ def sixel(image: Image.Image) -> str:
     palette = small.getpalette() or []
     colours = sorted({index for _, index in small.getcolors(64) or []})  # type: ignore[misc]
     found = "".join(
-        f"#{c};2;{';'.join(str(round(v * 100 / 255)) for v in palette[3 * c : 3 * c + 3])}"  # type: ignore[operator]
+        f"#{c};2;{';'.join(str(round(v * 100 / 255)) for v in palette[3 * c : 3 * c + 3])}"  # type: ignore[operator, index]
         for c in colours
     )
     pixels = small.load()

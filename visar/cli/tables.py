@@ -98,8 +98,9 @@ def info(options: argparse.Namespace) -> int:
     recipe = Recipe.read(options.file)
     more = f"\nIt is the last of the {recipe.image + 1} images of this command." if recipe.image else ""
     settings = [(name.replace("_", " "), str(value)) for name, value in recipe.settings.items()]
+    kind = "prompt" if recipe.prompt is not None else "class"
     rows = [
-        ("prompt" if recipe.prompt is not None else "class", recipe.title.removeprefix("class ")), ("model", recipe.model),
+        (kind, recipe.title.removeprefix("class ")), ("model", recipe.model),
         ("sampler", f"{recipe.sampler} ({recipe.exactness})"), *settings,
         *((name, str(value)) for name, value in recipe.parameters.items()), ("dtype", recipe.dtype),
     ]  # fmt: skip

@@ -34,6 +34,12 @@ INTRO = (
 SHOW = "(...args) => { if (innerWidth < 800) document.getElementById('%s').scrollIntoView(); return args; }"
 EMPTY = f"{view.DETAILS}After the first image.</details>"
 
+# The page is shown when its parts have found their places, or after 4 seconds.
+HEAD = """<style>
+body:not(.visar-ready) .gradio-container { visibility: hidden; animation: visar-show 0s 4s forwards; }
+@keyframes visar-show { to { visibility: visible; } }
+</style>"""
+
 # Boxes give their functions what a browser sends: `checked` says what is wrong with it, where Gradio's own checks would
 # end in an HTTP 500.
 RAW: dict[str, Any] = dict(preprocess=False, api_visibility="private")

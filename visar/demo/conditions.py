@@ -72,7 +72,7 @@ class Conditions:
 
     def of_request(self, request: Request) -> list[Any]:
         """Updates of `components` for a request of a link."""
-        given = {"value": request.condition}
+        given: dict[str, Any] = {"value": request.condition}
         settings = page_settings(request.model.tokens)
         return [
             request.model.name,

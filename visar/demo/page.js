@@ -55,5 +55,12 @@
     if (details && innerWidth >= 800 && !details.dataset.met) details.open = true;
     if (details) details.dataset.met = "yes";
   };
-  new MutationObserver(() => requestAnimationFrame(keep)).observe(document.body, { childList: true, subtree: true });
+  let quiet;
+  const changed = () => {
+    requestAnimationFrame(keep);
+    clearTimeout(quiet);
+    quiet = setTimeout(() => document.body.classList.add("visar-ready"), 300);
+  };
+  changed();
+  new MutationObserver(changed).observe(document.body, { childList: true, subtree: true });
 }

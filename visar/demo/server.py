@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from gradio import Blocks
 from starlette.middleware import Middleware
 
-from visar.demo.app import theme, written
+from visar.demo.app import HEAD, theme, written
 from visar.demo.guard import Access, Guard
 from visar.demo.requests import Limits
 from visar.demo.visitors import Visitors
@@ -27,7 +27,7 @@ def launch(page: Blocks, access: Access, limits: Limits, host: str, port: int, s
     with _trusting(access.proxies):
         _, url, shared = page.launch(
             server_name=host, server_port=port, share=share, quiet=True, prevent_thread_lock=True,
-            theme=theme(), css=written("page.css"), js=written("page.js"), footer_links=[],
+            theme=theme(), css=written("page.css"), js=written("page.js"), head=HEAD, footer_links=[],
             max_threads=limits.waiting + limits.rows, ssr_mode=False, mcp_server=False,
             max_file_size=0, enable_monitoring=False,  # no uploads, no list of what others do
             state_session_capacity=limits.sessions, app_kwargs={"middleware": [guard], "openapi_url": None},

@@ -202,11 +202,11 @@ def examples() -> str:
     file = resources.files("visar.demo").joinpath("examples.webp").read_bytes()
     strip = f"data:image/webp;base64,{base64.b64encode(file).decode()}"
     chips = "".join(
-        f'<button type="button" data-prompt="{html.escape(text)}"><i style="--at:{number}"></i>'
+        f'<button type="button" data-prompt="{html.escape(text)}"><img src="{strip}" alt="" style="--at:{number}">'
         f"<span>{html.escape(text.partition(',')[0])}</span></button>"
         for number, text in enumerate(EXAMPLES)
     )
-    return f'<div class="visar-examples" style="--strip:url({strip});--of:{len(EXAMPLES)}">{chips}</div>'
+    return f'<div class="visar-examples">{chips}</div>'
 
 
 GALLERY = (

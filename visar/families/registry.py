@@ -42,7 +42,10 @@ def families() -> Mapping[str, type[Family]]:
 
 
 def family_of(source: sources.Source) -> type[Family]:
-    """The family of a model, by names and configurations only. Raises `VisarError` if none recognises it."""
+    """The family of a model, by names and configurations only.
+
+    Raises `VisarError` if none recognises it, and for an image size where a folder has its own.
+    """
     found = [family for family in families().values() if family.recognises(source)]
     if not found:
         raise VisarError(sources.unrecognised(source, families()))

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.text_encoders.words import WordEncoder, words_of
+from visar.text_encoders.words import WordEncoder, stems, words_of
+
+RARE = 15_000  # MiniLM's vocabulary has the frequent words first
 
 
 def _minilm_folder() -> Path:
@@ -23,11 +25,16 @@ def _minilm_folder() -> Path:
 def vocabulary(captions: Iterable[str]) -> list[str]:
     """The whole English words of MiniLM's vocabulary, then those of the captions that it lacks.
 
-    Numbers of three digits and more, which are mostly years, are left out unless a caption has them.
+    Left out unless a caption has them: numbers of three digits and more, which are mostly years, and rare words that
+    have a simpler form here, which is then looked up.
     """
     lines = (_minilm_folder() / "vocab.txt").read_text(encoding="utf8").split("\n")
     common = [w for w in lines if w.isascii() and ((w.isalpha() and len(w) > 1) or (w.isdigit() and len(w) < 3))]
     words = dict.fromkeys(w for w in common if words_of(w) == [w])
+    forms = {w: [s for s in stems(w) if s != w and s in words] for w in words}
+    for w in list(words)[RARE:]:
+        if any(not forms[s] for s in forms[w]):  # one that stays itself
+            del words[w]
     words.update(dict.fromkeys(w for caption in captions for w in words_of(caption)))
     return list(words)
 

@@ -192,7 +192,7 @@ def test_another_size_shares_the_weights(model: ImageModel) -> None:
     assert prompt[-2:] == [vocabulary(16)[f"<reserved{n}>"] for n in ("08802", "08801")]  # height, then width
     assert other.generate("cat", output_type="pt").images.shape == (1, 3, 64, 32)
     for size, message in (
-        ((48, 64), "multiples of 32 pixels, not 48, 64"),
+        ((48, 64), "multiples of 32 pixels, not 48 and 64"),
         ((0, 64), "multiples of 32 pixels"),
         ((32, 288), "has no token <reserved08809>"),
         ((256, 256), r"16 x 16 cells is 272 tokens, and this model has 256 positions"),

@@ -11,17 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import visar
-from tests.families.hf.grids import NAMES, check_joint, expected_images
+from tests.families.hf.grids import NAMES, check_joint, expected_images, session
+from tests.helpers.recording import Recorder
 from tests.helpers.tiny_emu3 import emu3, emu3_processor, stock_emu3, tiny_emu3
 from tests.helpers.tiny_hf import PROMPTS
+from visar import cli
+from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
+from visar.engine.loop import decode
+from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.families.hf.emu3 import NEGATIVE, Emu3Family
 from visar.generation.model import ImageModel
 from visar.generation.pool import Pool, Request
+from visar.samplers import Target, get_sampler
 
 ROWS, COLUMNS = 4, 3
 
@@ -34,7 +41,9 @@ def pipe() -> Any:
 
 
 def ids_of(pipe: Any, tokens: Tensor) -> Tensor:
-    return ImageModel.of(pipe).family.ids(tokens)
+    family: Any = ImageModel.of(pipe).family
+    found: Tensor = family.ids(tokens)
+    return found
 
 
 @pytest.mark.parametrize("sampler", ["ar", "scd"])
@@ -46,6 +55,11 @@ def test_greedy_ids_are_those_of_generate(pipe: Any, sampler: str) -> None:
     for i, text in enumerate(PROMPTS):
         found = pipe(text, sampler=sampler, top_k=1, output_type="tokens").tokens
         assert torch.equal(ids_of(pipe, found), stock[i : i + 1])
+    if sampler == "scd":
+        square = emu3_processor(ratio="1:1", area=256)
+        out = pipe(PROMPTS[0], height=16, width=16, sampler=sampler, top_k=1, output_type="tokens")
+        family: Any = ImageModel.of(pipe).family.sized(16, 16)
+        assert torch.equal(family.ids(out.tokens), stock_emu3(emu3()[0], square, PROMPTS[:1]))
     weak = stock_emu3(*emu3(), PROMPTS, 1.5)
     out = pipe(list(PROMPTS), sampler=sampler, top_k=1, guidance_scale=1.5, output_type="tokens")
     assert torch.equal(ids_of(pipe, out.tokens), weak) and not torch.equal(weak, stock)
@@ -66,7 +80,8 @@ def test_the_stock_guidance_rounds_in_bfloat16() -> None:
         return rule(torch.zeros(1, 1, dtype=torch.long), c.to(dtype).float()).softmax(-1)
 
     for dtype, low, high in ((torch.float32, 0, 1e-6), (torch.bfloat16, 2e-3, 0.1)):
-        ours = Guidance(3.0).combine(*(x.to(dtype).float()[:, None] for x in (c, u)), torch.zeros(1, 1)).softmax(-1)
+        cond, uncond = (x.to(dtype).float()[:, None] for x in (c, u))
+        ours = Guidance(3.0).combine(cond, uncond, torch.zeros(1, 1)).softmax(-1)
         assert low <= (ours[:, 0] - stock(dtype)).abs().sum() / 2 < high
 
 
@@ -121,6 +136,16 @@ def test_joint_distribution_with_forced_tokens(name: str, small: Emu3Family, exp
     check_joint(small, expected, name)
 
 
+def test_a_captured_step_feeds_forced_tokens(small: Emu3Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, images = Recorder(monkeypatch), torch.arange(3)
+    target, sampler = Target(0.9, forced=small.forced, allowed=small.allowed), get_sampler("ar")
+    with torch.inference_mode():
+        plain = decode(session(small, 3, 2, Guidance(3.0)), sampler, target, Noise(3, images), every=1)
+        kept = session(small, 3, 2, Guidance(3.0))
+        found = decode(kept, sampler, target, Noise(3, images), every=1, graph=Graph(record))
+    assert torch.equal(found.tokens, plain.tokens) and record.captures == 1 and found.passes == 4 > found.replays > 0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("families") / "emu3"
@@ -165,6 +190,24 @@ def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_command_line_works_by_registration(folder: Path, tmp_path: Path) -> None:
+    model = ["--model", str(folder), "--image-size", "32"]
+    assert cli.main(["generate", "a red heart", *model, "-o", str(tmp_path / "a.png"), "--top-k", "1"]) == 0
+    assert Image.open(tmp_path / "a.png").size == (32, 32)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *model, "-n", "4", "--out", str(tmp_path / "many")]
+    assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 4
+    assert cli.main(["bench", *model, "--samplers", "ar,sjd:window=4", "--repeats", "1", "-n", "1"]) == 0
+
+
+@pytest.mark.slow
+def test_verify_on_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--samplers", "ar,sjd,scd", "--sequences", "16384", "--json"]
+    assert cli.main(["verify", "--model", str(folder), "--image-size", "32", *given]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 3 and all(row["passed"] for row in rows)
+
+
 def test_a_folder_loads_and_has_the_published_size(folder: Path) -> None:
     family: Any = ImageModel.load(folder).family
     assert family.name == "emu3" and family.pixels == (720, 720) and family.layout.length == 90 * 91
@@ -173,15 +216,17 @@ def test_a_folder_loads_and_has_the_published_size(folder: Path) -> None:
     )["input_ids"][0]  # fmt: skip
 
 
-def test_what_is_refused() -> None:
+def test_what_is_refused(folder: Path) -> None:
     model = emu3()[0]
     for settings, message in (
         (dict(ratio="wide"), r"ratio must be like '4:3'"),
         (dict(area="big"), r"image_area a number of pixels"),
-        (dict(area=4), "has no cell of 8"),
+        (dict(area=4), "are multiples of 8 pixels, not 0 and 0"),
         (dict(area=10**6), r"cells is \d+ tokens, and this model has 256 positions"),
     ):
         with pytest.raises(VisarError, match=message):
             visar.accelerate(model, emu3_processor(**settings))
+    with pytest.raises(VisarError, match="are multiples of 8 pixels, not 100 and 100"):
+        ImageModel.load(folder, image_size=100)
     with pytest.raises(VisarError, match="the Emu3Processor of its prompts is missing"):
         visar.accelerate(model, emu3_processor().tokenizer)

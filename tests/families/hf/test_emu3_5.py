@@ -44,8 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path) -> ImageModel:
-    family: Any = ImageModel.load(folder).family
-    return ImageModel(Emu35Family(family.model, family.processor, family.vision_tokenizer, SIDE))
+    return ImageModel.load(folder, image_size=4 * SIDE)
 
 
 def stock(model: ImageModel, prompts: tuple[str, ...]) -> Tensor:
@@ -115,7 +114,7 @@ def test_pixels_are_those_of_another_decoder(model: ImageModel) -> None:
 
 
 def test_a_folder_in_the_published_form_loads(folder: Path) -> None:
-    family: Any = ImageModel.load(folder).family
+    family: Any = ImageModel.load(folder, image_size=256).family
     assert isinstance(family, Emu35Family) and family.layout.rows == 64 and family.layout.length == 64 * 65
     assert family.model.config.rope_parameters["rope_theta"] == 1e6
     other = tiny_qwen3().state_dict()
@@ -197,8 +196,10 @@ def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
 
 def test_what_is_refused(folder: Path, model: ImageModel) -> None:
     family: Any = model.family
+    with pytest.raises(VisarError, match=r"are multiples of 4 pixels, not 30 and 30"):
+        ImageModel.load(folder, image_size=30)
     with pytest.raises(VisarError, match=r"An image of 200 x 200 cells is 40200 tokens, and this model has 8192"):
-        Emu35Family(family.model, family.processor, family.vision_tokenizer, 200)
+        Emu35Family(family.model, family.processor, family.vision_tokenizer, (800, 800))
     with pytest.raises(VisarError, match="knows no images of a Qwen3ForCausalLM"):
         visar.accelerate(family.model, family.processor)
     with pytest.raises(VisarError, match=r"The prompt has \d+ tokens; this model takes at most"):

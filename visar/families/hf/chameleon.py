@@ -26,7 +26,7 @@ from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
 from visar.families.hf.base import TransformersFamily
 from visar.families.hf.decoder import VocabularyDecoder
-from visar.families.hf.grid import GridDecoder, GridFamily
+from visar.families.hf.grid import GridDecoder, GridFamily, cells_of
 from visar.families.hf.loading import load_model, load_processor, unreadable
 from visar.families.hf.versions import check_version
 from visar.families.hf.vqgan import VQGAN
@@ -241,30 +241,23 @@ class LuminaFamily(_Chameleon, GridFamily):
 
     name = "lumina-mgpt"
     lumina = True
-    sizes = True
 
     def made(self) -> None:
         super().made()
         self.size = height, width = self.size or (SIDE, SIDE)
-        if height % GRID or width % GRID or min(height, width) < GRID:
-            raise VisarError(
-                f"Height and width of a Lumina-mGPT are multiples of {GRID} pixels, not {height}, {width}."
-            )
+        cells_of(self.size, GRID)
         self._sizes = [self.id_of(f"<reserved{8800 + side // GRID:05d}>") for side in (height, width)]
         line_end = self.id_of(LINE_END)
         decoder = LuminaDecoder(self.model, self.codes, line_end)
-        rows, columns = height // self.cell, width // self.cell
-        self.set_grid(decoder, rows, columns, [line_end, self._end, self._turn])
+        self.set_grid(decoder, *cells_of(self.size, self.cell), [line_end, self._end, self._turn])
         self._reserved |= {line_end, *self._sizes}
         self.defaults = SamplingParams(
             guidance_scale=3.0, guidance_interval=-1, guidance_schedule="constant", temperature=1.0, top_k=2000,
             top_p=1.0,
         )  # fmt: skip
 
-    def sized(self, height: int | None = None, width: int | None = None) -> Self:
-        assert self.size is not None
-        size = (self.size[0] if height is None else height, self.size[1] if width is None else width)
-        return self if size == self.size else type(self)(self.model, self.processor, self.components.get(PART), size)
+    def of_size(self, size: tuple[int, int]) -> Self:
+        return type(self)(self.model, self.processor, self.components.get(PART), size)
 
     def prompt_ids(self, text: str) -> tuple[list[int], list[int]]:
         assert self.size is not None

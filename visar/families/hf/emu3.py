@@ -13,7 +13,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from visar.errors import VisarError
-from visar.families.hf.grid import GridDecoder, GridFamily
+from visar.families.hf.grid import GridDecoder, GridFamily, cells_of
+from visar.families.hf.loading import load_model, load_processor
+from visar.families.hf.versions import check_version
 from visar.families.registry import register_family
 from visar.families.source import Source
 from visar.params import SamplingParams
@@ -31,12 +33,17 @@ EMU3_VOCABULARY = 184622
 class Emu3Family(GridFamily):
     """Emu3-Gen in transformers' layout (Emu3-community/Emu3-Gen-hf).
 
-    The image's size is that of the processor: its `image_area` (720 x 720 pixels) and `ratio` (width:height).
+    Images are of one `size`, height and width in pixels: by default that of the processor, which has `image_area`
+    (720 x 720) and `ratio` (width:height).
     """
 
     name = "emu3"
     model_type = "emu3"
     architecture = "Emu3ForConditionalGeneration"
+
+    def __init__(self, model: Any, processor: Any, size: tuple[int, int] | None = None):
+        self._size = size
+        super().__init__(model, processor)
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
@@ -51,7 +58,17 @@ class Emu3Family(GridFamily):
             )
         if not isinstance(source.config.get("vocabulary_map"), dict):
             raise VisarError(f"{source.name}/config.json has no vocabulary_map, so no token of it is a code of images.")
-        return super().load(source)
+        assert source.folder is not None
+        check_version()
+        return cls(load_model(cls.architecture, source.folder), load_processor(source.folder), source.size)
+
+    def replace(self, name: str, component: Any) -> None:
+        made = type(self)(component, self.processor, self._size)
+        vars(self).clear()
+        vars(self).update(vars(made))
+
+    def of_size(self, size: tuple[int, int]) -> Self:
+        return type(self)(self.model, self.processor, size)
 
     def made(self) -> None:
         mapping, vq = self.model.vocabulary_mapping, self.model.model.vqmodel
@@ -67,7 +84,7 @@ class Emu3Family(GridFamily):
         tail = [self._id(name) for name in (LINE_END, FRAME_END, IMAGE_END)]
         self.set_grid(
             GridDecoder(self.model, [codes[n] for n in range(len(codes))], tail[0]),
-            *self._size(),
+            *self._cells(),
             [*tail, self.processor.tokenizer.eos_token_id],
         )
         self._negative = self._prompt(NEGATIVE)
@@ -82,25 +99,29 @@ class Emu3Family(GridFamily):
             raise VisarError(f"The tokenizer of this Emu3 has no token {name}.")
         return int(found)
 
-    def _size(self) -> tuple[int, int]:
-        """Rows and columns of the image that the processor's prompts ask for."""
+    def _cells(self) -> tuple[int, int]:
+        """Rows and columns of an image, by default those that the processor's prompts ask for."""
+        if self._size is not None:
+            return cells_of(self._size, self.cell)
         p = self.processor
         try:
-            rows, columns = p.calculate_generate_size(p.ratio, p.image_area, p.downsample_ratio)
+            rows, columns = p.calculate_generate_size(p.ratio, p.image_area, self.cell)
         except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
             raise VisarError(
                 f"The processor's ratio must be like '4:3' and its image_area a number of pixels, not {p.ratio!r} and "
                 f"{p.image_area!r}."
             ) from error
-        if rows < 1 or columns < 1:
-            raise VisarError(f"An image of {p.image_area} pixels with the ratio {p.ratio} has no cell of {self.cell}.")
-        return rows, columns
+        return cells_of((rows * self.cell, columns * self.cell), self.cell)
 
     def prompt_ids(self, text: str) -> tuple[list[int], list[int]]:
         return self._prompt(text), self._negative
 
     def _prompt(self, text: str) -> list[int]:
-        found: list[int] = self.processor(text=[text], return_for_image_generation=True)["input_ids"][0]
+        height, width = self.pixels
+        made = self.processor(
+            text=[text], return_for_image_generation=True, ratio=f"{width}:{height}", image_area=height * width
+        )
+        found: list[int] = made["input_ids"][0]
         return found
 
     @torch.no_grad()

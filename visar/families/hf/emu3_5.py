@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from visar.errors import VisarError
 from visar.families.hf.emu3 import CODE, EMU3_VOCABULARY, IMAGE, IMAGE_END, IMAGE_START, LINE_END
-from visar.families.hf.grid import GridDecoder, GridFamily
+from visar.families.hf.grid import GridDecoder, GridFamily, cells_of
 from visar.families.hf.loading import load_model, load_processor
 from visar.families.hf.versions import check_version
 from visar.families.hf.vqgan import VQGAN
@@ -24,7 +24,7 @@ from visar.families.source import Source
 from visar.params import SamplingParams
 
 PART = "vision_tokenizer"  # the folder of the image tokenizer within that of the model
-VOCABULARY = 282926
+SIZE = 1024, 1024  # by default
 BEGIN, ANSWER = "<|extra_203|>", "<|extra_100|>"
 FIRST_CODE = f"{CODE} 000000|>"
 # The published ids, for tokenizers that know words alone, as Qwen3's own does.
@@ -46,15 +46,15 @@ SIZES = (
 class Emu35Family(GridFamily):
     """Emu3.5-Image: the `model`, a Qwen3ForCausalLM, the tokenizer of its words, and its `vision_tokenizer`.
 
-    Images have `side` x `side` codes of 16 pixels.
+    Images are of one `size`, height and width in pixels.
     """
 
     name = "emu3.5"
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
 
-    def __init__(self, model: Any, processor: Any, vision_tokenizer: VQGAN, side: int = 64):
-        self.vision_tokenizer, self.side = vision_tokenizer, side
+    def __init__(self, model: Any, processor: Any, vision_tokenizer: VQGAN, size: tuple[int, int] = SIZE):
+        self.vision_tokenizer, self._size = vision_tokenizer, size
         super().__init__(model, processor)
         self.components[PART] = vision_tokenizer
 
@@ -74,7 +74,8 @@ class Emu35Family(GridFamily):
                 f"{PART!r}."
             )
         vision, processor = VQGAN.load(source.folder / PART), load_processor(source.folder)
-        return cls(load_model(cls.architecture, source.folder, _config(source), strict=True), processor, vision)
+        model = load_model(cls.architecture, source.folder, _config(source), strict=True)
+        return cls(model, processor, vision, source.size or SIZE)
 
     @classmethod
     def wraps(cls, model: Any) -> bool:
@@ -82,9 +83,12 @@ class Emu35Family(GridFamily):
 
     def replace(self, name: str, component: Any) -> None:
         parts = self.components | {name: component}
-        made = type(self)(parts["model"], self.processor, parts[PART], self.side)
+        made = type(self)(parts["model"], self.processor, parts[PART], self._size)
         vars(self).clear()
         vars(self).update(vars(made))
+
+    def of_size(self, size: tuple[int, int]) -> Self:
+        return type(self)(self.model, self.processor, self.vision_tokenizer, size)
 
     def made(self) -> None:
         count, size = self.vision_tokenizer.embedding.num_embeddings, int(self.model.config.vocab_size)
@@ -95,7 +99,7 @@ class Emu35Family(GridFamily):
                 f"{size} ids: it is no Emu3.5."
             )
         decoder = GridDecoder(self.model, range(first, first + count), self._id(LINE_END))
-        self.set_grid(decoder, self.side, self.side, [self._id(IMAGE_END)])
+        self.set_grid(decoder, *cells_of(self._size, self.cell), [self._id(IMAGE_END)])
         self._nothing = self._prompt(NOTHING)
         self.defaults = SamplingParams(
             guidance_scale=5.0, guidance_interval=-1, guidance_schedule="constant", temperature=1.0, top_k=5120,
@@ -115,9 +119,8 @@ class Emu35Family(GridFamily):
 
     def _prompt(self, text: str) -> list[int]:
         """The ids of a request, and of the beginning of an image of this size."""
-        words, size = (
-            self.processor(part, add_special_tokens=False)["input_ids"] for part in (text, f"{self.side}*{self.side}")
-        )
+        parts = text, f"{self.layout.rows}*{self.layout.columns}"
+        words, size = (self.processor(part, add_special_tokens=False)["input_ids"] for part in parts)
         start, answer, image, codes = (self._id(name) for name in (BEGIN, ANSWER, IMAGE_START, IMAGE))
         return [start, *words, answer, image, *size, codes]
 

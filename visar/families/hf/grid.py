@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from visar.engine.layout import Layout
 from visar.errors import VisarError
@@ -34,9 +36,19 @@ class GridDecoder(VocabularyDecoder):
         return F.pad(super().head(hidden), (0, 1))
 
 
+def cells_of(size: tuple[int, int], cell: int) -> tuple[int, int]:
+    """Rows and columns of an image of a `size`, height and width. Raises `VisarError` for one off the grid."""
+    height, width = size
+    if min(size) < cell or height % cell or width % cell:
+        raise VisarError(f"Height and width of this model are multiples of {cell} pixels, not {height} and {width}.")
+    return height // cell, width // cell
+
+
 class GridFamily(TransformersFamily):
     """Images of `rows` x `columns` codes, whose tokens are the decoder's. What follows the last row is the same in
     every image, so it is not decoded: `tail` are its ids, the first of which stands for the last token."""
+
+    sizes = True
 
     decoder: GridDecoder
     tail: tuple[int, ...]
@@ -72,6 +84,14 @@ class GridFamily(TransformersFamily):
     def cell(self) -> int:
         """Pixels of a cell along one side."""
         raise NotImplementedError
+
+    @abstractmethod
+    def of_size(self, size: tuple[int, int]) -> Self:
+        """The same model for images of another size."""
+
+    def sized(self, height: int | None = None, width: int | None = None) -> Self:
+        size = (self.pixels[0] if height is None else height, self.pixels[1] if width is None else width)
+        return self if size == self.pixels else self.of_size(size)
 
     @property
     def pixels(self) -> tuple[int, int]:

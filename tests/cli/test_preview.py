@@ -1,0 +1,102 @@
+"""What `visar generate` shows while it works, and what its files say of themselves."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from visar.cli import main
+from visar.cli.preview import Preview, bar, protocol
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "form"),
+    [
+        ({"TERM": "xterm-kitty"}, "kitty"), ({"TERM": "xterm", "TERM_PROGRAM": "iTerm.app"}, "iterm"),
+        ({"TERM": "foot"}, "sixel"), ({"TERM": "xterm-256color"}, "blocks"), ({"TERM": "dumb"}, "none"), ({}, "none"),
+        ({"TERM": "tmux-256color", "KITTY_WINDOW_ID": "1"}, "blocks"),
+    ],
+)  # fmt: skip
+def test_what_a_terminal_can_show(environment: dict[str, str], form: str) -> None:
+    assert protocol(Terminal(), environment) == form and protocol(io.StringIO(), environment) == "none"
+
+
+@pytest.mark.parametrize(
+    ("form", "start"),
+    [
+        ("kitty", "\x1b_Ga=T,f=100"),
+        ("iterm", "\x1b]1337;File=inline=1"),
+        ("sixel", '\x1bPq"1;1;'),
+        ("blocks", "\x1b[38;2;"),
+    ],
+)
+def test_an_image_is_shown_in_one_place(form: str, start: str) -> None:
+    stream = Terminal()
+    preview, image = Preview(stream, form), Image.new("RGB", (4, 4), (200, 10, 10))
+    preview.show(image, "first")
+    once = stream.getvalue()
+    assert start in once and once.endswith("first\n") and not once.startswith("\x1b[3A")
+    preview.show(image, "second")
+    lines = 3 if form == "blocks" else 9
+    assert stream.getvalue()[len(once) :].startswith(f"\x1b[{lines}A")
+
+
+def test_progress_without_a_terminal_is_lines() -> None:
+    from tqdm import tqdm
+
+    stream = io.StringIO()
+    with tqdm(total=9, **(bar(stream) | {"delay": 0, "mininterval": 0})) as shown:  # type: ignore[call-overload]
+        shown.update(3)
+        shown.update(3)
+    lines = stream.getvalue().splitlines()
+    assert any(line.startswith("visar: 3 of 9 tokens, ") for line in lines) and "\r" not in stream.getvalue()
+
+
+def test_files_say_how_they_were_made(text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.png"
+    options = ["--model", str(text_folder), "--seed", "5", "--sampler", "scd", "--set", "window=4", "--top-k", "7"]
+    assert main(["generate", "red heart", "-o", str(out), *options]) == 0
+    capsys.readouterr()
+    assert main(["info", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "scd (exact)" in said and "red heart" in said
+    command = shlex.split(said.splitlines()[-1])
+    assert main([*command[1:], "-o", str(tmp_path / "b.png")]) == 0
+    assert Image.open(out).tobytes() == Image.open(tmp_path / "b.png").tobytes()
+    capsys.readouterr()
+    assert main(["info", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] == {"seed": 5, "top_k": 7}
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"model": 1}'])
+def test_files_that_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if text is not None:
+        info.add_text("visar", text)
+    Image.new("RGB", (2, 2)).save(tmp_path / "x.png", pnginfo=info)
+    for file in ("x.png", "none.png"):
+        assert main(["info", str(tmp_path / file)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_scale_and_grid(text_folder: Path, tmp_path: Path) -> None:
+    common = ["generate", "red heart", "-n", "3", "--model", str(text_folder)]
+    assert main([*common, "-o", str(tmp_path / "one.png"), "--grid", "--scale", "3"]) == 0
+    assert main([*common, "-o", f"{tmp_path}/all/"]) == 0
+    side = Image.open(tmp_path / "all" / "red-heart.png").width
+    grid = Image.open(tmp_path / "one.png")
+    assert grid.size == (6 * side, 6 * side)
+    first = grid.resize((2 * side, 2 * side), Image.Resampling.NEAREST).crop((0, 0, side, side))
+    assert first.tobytes() == Image.open(tmp_path / "all" / "red-heart.png").tobytes()
