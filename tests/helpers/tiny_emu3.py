@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tests.helpers.tiny_hf import WORDS, spread
@@ -104,54 +103,6 @@ def stock_emu3(model: Any, processor: Any, prompts: Sequence[str], scale: float 
         negative_prompt_ids=negative["input_ids"], negative_prompt_attention_mask=negative["attention_mask"],
     )  # fmt: skip
     return ids[:, inputs["input_ids"].shape[1] :]
-
-
-def tiny_ibq(codes: int = 16) -> dict[str, Tensor]:
-    """The weights of an IBQ tokenizer of three levels, by the published names, of which those of an encoder are few."""
-    seed, state = torch.Generator().manual_seed(11), dict[str, Tensor]()
-
-    def put(name: str, *shape: int) -> None:
-        state[f"{name}.weight"] = torch.randn(shape, generator=seed) * torch.Size(shape[1:]).numel() ** -0.5
-        state[f"{name}.bias"] = torch.randn(shape[0], generator=seed) / 8
-
-    def norm(name: str, width: int) -> None:
-        state[f"{name}.weight"] = 1 + torch.randn(width, generator=seed) / 4
-        state[f"{name}.bias"] = torch.randn(width, generator=seed) / 8
-
-    def block(name: str, before: int, width: int) -> None:
-        norm(f"{name}.norm1", before)
-        put(f"{name}.conv1", width, before, 3, 3)
-        norm(f"{name}.norm2", width)
-        put(f"{name}.conv2", width, width, 3, 3)
-        if before != width:
-            put(f"{name}.nin_shortcut", width, before, 1, 1)
-
-    def attention(name: str, width: int) -> None:
-        norm(f"{name}.norm", width)
-        for part in ("q", "k", "v", "proj_out"):
-            put(f"{name}.{part}", width, width, 1, 1)
-
-    put("quant_conv", 8, 32, 1, 1)
-    put("post_quant_conv", 32, 8, 1, 1)
-    put("encoder.conv_in", 32, 3, 3, 3)
-    state["quantize.embedding.weight"] = torch.randn(codes, 8, generator=seed)
-    widths = [32, 32, 64]
-    put("decoder.conv_in", 64, 32, 3, 3)
-    block("decoder.mid.block_1", 64, 64)
-    attention("decoder.mid.attn_1", 64)
-    block("decoder.mid.block_2", 64, 64)
-    before = 64
-    for level in (2, 1, 0):
-        for i in range(3):
-            block(f"decoder.up.{level}.block.{i}", before, widths[level])
-            before = widths[level]
-            if level == 2:
-                attention(f"decoder.up.2.attn.{i}", before)
-        if level:
-            put(f"decoder.up.{level}.upsample.conv", before, before, 3, 3)
-    norm("decoder.norm_out", 32)
-    put("decoder.conv_out", 3, 32, 3, 3)
-    return state
 
 
 def tiny_qwen3(codes: int = 16) -> Any:

@@ -50,6 +50,7 @@ SHORTER = {
     r"\bheight=544, width=960\b": "height=16, width=32",
     r"window=(32|64)\b": "window=8",
     r"\bzai-org/GLM-Image\b": "./GLM-Image",
+    r"--model \./Lumina-mGPT-7B-768\b": "--model ./Lumina-mGPT-7B-768 --image-size 64x64",
     r"--image-size 1024x768\b": "--image-size 96x64",
     r"\bheight=768, width=1024\b": "height=64, width=96",
 }
@@ -71,6 +72,8 @@ SOONER = {
 # What begins so is only parsed, by the real parser where it is a command of visar.
 PARSED = {
     "torchrun ": "several processes and GPUs; tests/bulk/test_kill.py runs two",
+    "visar sample --prompts prompts.txt --model ./Lumina-mGPT": "settings of papers, of hours",
+    "visar sample --prompts prompts.txt --model ./Anole": "as above",
     "visar demo": "a server that ends when it is stopped",
     "visar serve": "as above",
     "visar bench --serve": "a load test of minutes; tests/serving/test_load.py runs a small one",

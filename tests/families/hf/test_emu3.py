@@ -15,19 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 import visar
+from tests.families.hf.grids import NAMES, check_joint, expected_images, session
 from tests.helpers.recording import Recorder
 from tests.helpers.tiny_emu3 import emu3, emu3_processor, stock_emu3, tiny_emu3
 from tests.helpers.tiny_hf import PROMPTS
 from visar import cli
-from visar.engine.drafter import SessionDrafter
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.loop import decode
 from visar.engine.rng import Noise
 from visar.errors import VisarError
-from visar.eval.exactness.joint import chi_square_z, values
-from visar.eval.exactness.late_rows import decoded_late
-from visar.eval.exactness.own_model import Flattened
 from visar.families.hf.emu3 import NEGATIVE, Emu3Family
 from visar.generation.model import ImageModel
 from visar.generation.pool import Pool, Request
@@ -130,58 +127,13 @@ def small() -> Emu3Family:
 
 
 @pytest.fixture(scope="module")
-@torch.inference_mode()
 def expected(small: Emu3Family) -> np.ndarray:
-    """The probability of each of the 81 images, by stock passes over whole sequences and the whole vocabulary."""
-    codes = torch.cartesian_prod(*[torch.arange(3)] * 4)
-    tokens = torch.stack([*codes[:, :2].T, torch.full((81,), 3), *codes[:, 2:].T, torch.full((81,), 3)], 1)
-    logits = []
-    for prompt in small.prompt_ids("a red heart"):
-        ids = torch.cat([torch.tensor(prompt).expand(81, -1), small.ids(tokens)], 1)
-        logits.append(small.model(ids).logits[:, len(prompt) - 1 :].double().log_softmax(-1))
-    guided = logits[1] + 3.0 * (logits[0] - logits[1])
-    first = small.decoder.codes
-    p = (guided[:, [0, 1, 3, 4]][..., first] / 0.9).softmax(-1).gather(-1, codes[..., None])[..., 0]
-    out: np.ndarray = p.prod(1).numpy()
-    assert abs(out.sum() - 1) < 1e-5 and out.max() < 0.5 and (out > 1e-3).sum() > 20
-    return out
+    return expected_images(small, lambda ids: small.model(ids).logits)
 
 
-@torch.inference_mode()
-def session(small: Emu3Family, batch: int, window: int, guidance: Guidance) -> Any:
-    ids, lengths, others, their_lengths = small.encode(["a red heart"] * batch)
-    shorter = ids[:, : lengths[0]], lengths, others[:, : their_lengths[0]], their_lengths
-    made = small.session(shorter, window=window, guidance=guidance)
-    made.layout = small.layout
-    return made
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["ar", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sjd", "scd", "scd-gumbel", "speculative-tree"))],
-)
-@torch.inference_mode()
+@pytest.mark.parametrize("name", NAMES)
 def test_joint_distribution_with_forced_tokens(name: str, small: Emu3Family, expected: np.ndarray) -> None:
-    sampler = get_sampler(name) if name in ("ar", "speculative-tree") else get_sampler(name, window=3)
-    target = Target(0.9, forced=small.forced, allowed=small.allowed)
-    window = max(sampler.window, 2)
-    guidance, parts = Guidance(3.0), list[Tensor]()
-    for images in torch.arange(2048 if name == "ar" else 8192).split(1024):
-        made = session(small, len(images), window, guidance)
-        if hasattr(sampler, "drafter"):
-            made.drafter = SessionDrafter(Flattened(session(small, len(images), window + 1, guidance)))
-        out = decode(made, sampler, target, Noise(7, images))
-        assert name != "ar" or out.passes == 4
-        parts.append(out.tokens)
-    tokens = torch.cat(parts)
-    assert (tokens[:, [2, 5]] == 3).all() and (tokens[:, [0, 1, 3, 4]] < 3).all()
-    counts = np.bincount(values(tokens[:, [0, 1, 3, 4]], 3), minlength=81)
-    assert abs(chi_square_z(counts, expected)) < 4
-    if not hasattr(sampler, "drafter"):  # and the same images in slots
-        late = decoded_late(
-            lambda batch, own: session(small, batch, window, own), sampler, target, guidance, torch.arange(6), 7
-        )
-        assert torch.equal(late, tokens[:6])
+    check_joint(small, expected, name)
 
 
 def test_a_captured_step_feeds_forced_tokens(small: Emu3Family, monkeypatch: pytest.MonkeyPatch) -> None:

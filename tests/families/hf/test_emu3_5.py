@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import visar
-from tests.helpers.tiny_emu3 import emu3_tokenizer, tiny_ibq, tiny_qwen3
+from tests.helpers.tiny_emu3 import emu3_tokenizer, tiny_qwen3
 from tests.helpers.tiny_hf import PROMPTS
+from tests.helpers.tiny_vqgan import tiny_vqgan
 from visar.errors import VisarError
 from visar.families.hf.emu3_5 import NOTHING, USER, Emu35Family
 from visar.generation.model import ImageModel
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made |= {"model_type": "Emu3", "architectures": ["Emu3ForCausalLM"], "rope_theta": 1e6}
     (path / "config.json").write_text(json.dumps(made | {"auto_map": {"AutoConfig": "configuration_emu3.Emu3Config"}}))
     (path / "vision_tokenizer").mkdir()
-    torch.save(tiny_ibq(), path / "vision_tokenizer" / "model.ckpt")
+    torch.save(tiny_vqgan(), path / "vision_tokenizer" / "model.ckpt")
     return path
 
 
@@ -93,7 +94,7 @@ def test_pixels_are_those_of_another_decoder(model: ImageModel) -> None:
     config = JanusVQVAEConfig(
         latent_channels=32, base_channels=32, channel_multiplier=[1, 1, 2], num_res_blocks=2, out_channels=3
     )
-    other, state = JanusVQVAEDecoder(config), tiny_ibq()
+    other, state = JanusVQVAEDecoder(config), tiny_vqgan()
     renamed = {
         key.removeprefix("decoder.").replace(f"up.{key[11:12]}.", f"up.{2 - int(key[11])}.")
         if key.startswith("decoder.up.")
@@ -135,7 +136,7 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 def edit_vision(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def edited(path: Path) -> None:
-        state = tiny_ibq()
+        state = tiny_vqgan()
         change(state)
         torch.save(state, path / "vision_tokenizer" / "model.ckpt")
 
@@ -170,7 +171,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a decoder's tensor missing": (
         edit_vision(lambda s: s.pop("decoder.mid.attn_1.q.weight")),
-        r"no tensor .*mid\.1\.q\.weight",
+        r"'decoder\.mid\.attn_1\.q\.weight' of the image decoder is missing",
     ),
     "a decoder's tensor unknown": (
         edit_vision(lambda s: s.update({"decoder.up.0.attn.0.q.weight": torch.ones(32, 32, 1, 1)})),

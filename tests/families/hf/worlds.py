@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.helpers.tiny_chameleon import tiny_chameleon
 from tests.helpers.tiny_emu3 import tiny_emu3, vocabulary
 from tests.helpers.tiny_glm import tiny_glm
 from tests.helpers.tiny_hf import spread, tiny_janus
 from visar.engine.guidance import Guidance
 from visar.families.hf.base import padded
+from visar.families.hf.chameleon import ChameleonDecoder
 from visar.families.hf.decoder import ImageDecoder, VocabularyDecoder
 from visar.families.hf.glm_image import GlmDecoder
 from visar.families.hf.grid import GridDecoder
@@ -112,9 +114,25 @@ def emu3() -> World:
     return Emu3World(model, GridDecoder(model, model.vocabulary_mapping.image_tokens, vocabulary(3)["<|extra_200|>"]))
 
 
+class ChameleonWorld(World):
+    """A Chameleon by its decoder and the whole output head: its own `forward` forbids codes of images."""
+
+    def stock(self, ids: tuple[int, ...], tokens: Tensor) -> Tensor:
+        d: Any = self.decoder
+        hidden = self.model.model(torch.cat([torch.tensor([ids]).expand(len(tokens), -1), d.codes[tokens]], dim=1))[0]
+        logits: Tensor = self.model.lm_head(hidden)[:, len(ids) - 1 :, d.codes]
+        return logits
+
+
+def chameleon() -> World:
+    model = tiny_chameleon(codes=4)
+    return ChameleonWorld(model, ChameleonDecoder(model, model.model.vocabulary_mapping.image_tokens))
+
+
 WORLDS: dict[str, Callable[[], World]] = {
     "glm-image": functools.cache(glm_image),
     "janus": functools.cache(janus),
     "qwen3": functools.cache(lambda: causal("Qwen3", head_dim=12)),
     "emu3": functools.cache(emu3),
+    "chameleon": functools.cache(chameleon),
 }

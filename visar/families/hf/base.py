@@ -72,9 +72,14 @@ class TransformersFamily(DiscreteFamily):
 
     @classmethod
     def around(cls, model: Any, processor: Any) -> Self:
+        cls.check_processor(model, processor)
+        return cls(model, processor)
+
+    @staticmethod
+    def check_processor(model: Any, processor: Any) -> None:
+        """Raise `VisarError` if none was given."""
         if processor is None:
             raise VisarError(f"Give the processor of this {type(model).__name__} too, as accelerate(model, processor).")
-        return cls(model, processor)
 
     def replace(self, name: str, component: Any) -> None:
         made = type(self)(component, self.processor)

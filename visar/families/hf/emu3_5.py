@@ -16,9 +16,9 @@ from typing_extensions import Self
 from visar.errors import VisarError
 from visar.families.hf.emu3 import CODE, EMU3_VOCABULARY, IMAGE, IMAGE_END, IMAGE_START, LINE_END
 from visar.families.hf.grid import GridDecoder, GridFamily, cells_of
-from visar.families.hf.ibq import IBQ
 from visar.families.hf.loading import load_model, load_processor
 from visar.families.hf.versions import check_version
+from visar.families.hf.vqgan import VQGAN
 from visar.families.registry import register_family
 from visar.families.source import Source
 from visar.params import SamplingParams
@@ -53,7 +53,7 @@ class Emu35Family(GridFamily):
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
 
-    def __init__(self, model: Any, processor: Any, vision_tokenizer: IBQ, size: tuple[int, int] = SIZE):
+    def __init__(self, model: Any, processor: Any, vision_tokenizer: VQGAN, size: tuple[int, int] = SIZE):
         self.vision_tokenizer, self._size = vision_tokenizer, size
         super().__init__(model, processor)
         self.components[PART] = vision_tokenizer
@@ -73,7 +73,7 @@ class Emu35Family(GridFamily):
                 f"{source.name} has no image tokenizer: put the files of BAAI/Emu3.5-VisionTokenizer into its folder "
                 f"{PART!r}."
             )
-        vision, processor = IBQ.load(source.folder / PART), load_processor(source.folder)
+        vision, processor = VQGAN.load(source.folder / PART), load_processor(source.folder)
         model = load_model(cls.architecture, source.folder, _config(source), strict=True)
         return cls(model, processor, vision, source.size or SIZE)
 

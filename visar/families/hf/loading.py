@@ -27,6 +27,8 @@ def load_model(architecture: str, folder: Path, config: Any = None, strict: bool
     needed, free = sum(file.stat().st_size for file in files), available_memory()
     if needed > free:
         raise VisarError(f"{folder} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")
+    told_before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its table of keys: those that matter are named below
     try:
         model, told = kind.from_pretrained(
             folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True,
@@ -34,6 +36,8 @@ def load_model(architecture: str, folder: Path, config: Any = None, strict: bool
         )  # fmt: skip
     except Exception as error:  # of several libraries, on files that are missing, cut or changed
         raise unreadable(f"the {architecture}", folder, error) from error
+    finally:
+        transformers.logging.set_verbosity(told_before)
     absent = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
     if absent:
         others = f", and {len(absent) - 1} others are" if len(absent) > 1 else ""

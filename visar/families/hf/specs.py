@@ -10,6 +10,11 @@ def _listing(name: str, title: str, hub: str, pixels: int, needs: str = "") -> L
     return Listing(name, title, "prompt", (pixels,), weights=hub, needs=needs)
 
 
+def _with_decoder(name: str, title: str, hub: str, pixels: int) -> Listing:
+    """Of a Chameleon, whose repositories have no decoder of pixels."""
+    return _listing(name, title, hub, pixels, f"a folder with the files of {hub} and Meta's tokenizer/vqgan.ckpt")
+
+
 def listings() -> list[Listing]:
     """The entries of these models in `visar models`."""
     return [
@@ -25,4 +30,8 @@ def listings() -> list[Listing]:
             "a folder with the files of BAAI/Emu3.5-Image, the tokenizer files of a Qwen3, and in its folder "
             "'vision_tokenizer' those of BAAI/Emu3.5-VisionTokenizer",
         ),
+        _with_decoder("anole", "Anole 7B, text", "leloy/Anole-7b-v0.1-hf", 512),
+        _with_decoder("lumina-mgpt-512", "Lumina-mGPT 7B, text", "Alpha-VLLM/Lumina-mGPT-7B-512", 512),
+        _with_decoder("lumina-mgpt-768", "Lumina-mGPT 7B, text", "Alpha-VLLM/Lumina-mGPT-7B-768", 768),
+        _with_decoder("lumina-mgpt-1024", "Lumina-mGPT 7B, text", "Alpha-VLLM/Lumina-mGPT-7B-1024", 1024),
     ]

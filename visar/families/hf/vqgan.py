@@ -1,4 +1,5 @@
-"""The decoder of an IBQ image tokenizer (Shi et al. 2024, arXiv:2412.02692), as Emu3.5 has, with its published keys.
+"""The decoder of a VQGAN (Esser et al. 2021, arXiv:2012.09841), as Chameleon has it, and, with another training of its
+codes, Emu3.5 (IBQ, Shi et al. 2024, arXiv:2412.02692), with the published keys of both.
 
 Codes are vectors of any length, which are not normalised; the decoder is that of latent diffusion. All sizes are read
 from the shapes of the weights. The encoder of a file is left out: images are made, and not read.
@@ -7,6 +8,7 @@ from the shapes of the weights. The encoder of a file is left out: images are ma
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from einops import rearrange
@@ -17,10 +19,10 @@ from visar.families.blocks import Decoder
 from visar.families.weights import count, load_state, shape_of
 
 UNUSED = ("encoder.", "quant_conv.", "loss.", "discriminator.", "quantize.codebook_used")
-MIDDLE = {"block_1": "0", "attn_1": "1", "block_2": "2"}
+MIDDLE = ("block_1", "attn_1", "block_2")
 
 
-class IBQ(nn.Module):
+class VQGAN(nn.Module):
     """Codes to pixels. `widths` are those of the levels, the largest map first; blocks are those of the encoder."""
 
     def __init__(self, codes: int, dim: int, widths: list[int], blocks: int, inputs: int, attention: bool):
@@ -35,41 +37,42 @@ class IBQ(nn.Module):
         return self.decoder(self.post_quant_conv(rearrange(self.embedding(codes), "b h w c -> b c h w")))
 
     @classmethod
-    def load(cls, path: Path) -> IBQ:
+    def load(cls, path: Path) -> VQGAN:
         """The decoder in a folder or a file of weights, fp32, on the CPU, in evaluation mode.
 
         Raises `VisarError` for a file that cannot be read, and for tensors that are missing, misshapen or unknown.
         """
-        state = load_state(path)
+        return cls.of(load_state(path), path)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor], path: Path) -> VQGAN:
+        """The decoder of weights by their published keys, as `load` says; `path` is for messages."""
         codes, dim = shape_of(state, "quantize.embedding.weight", path)
         inputs = shape_of(state, "post_quant_conv.weight", path, 4)[0]
         levels, blocks = count(state, "decoder.up."), count(state, "decoder.up.0.block.") - 1
         widths = [shape_of(state, f"decoder.up.{i}.block.0.conv1.weight", path, 4)[0] for i in range(levels)]
         if not widths or blocks < 0 or any(width % 32 for width in widths):
-            raise VisarError(f"{path} holds no decoder of an IBQ tokenizer: its levels are {widths}.")
+            raise VisarError(f"{path} holds no decoder of a VQGAN: its levels are {widths}.")
         attention = f"decoder.up.{levels - 1}.attn.0.q.weight" in state
         made = cls(codes, dim, widths, blocks, inputs, attention)
-        wanted, found = made.state_dict(), dict[str, Tensor]()
-        for key, value in state.items():
-            if key.startswith(UNUSED):
-                continue
-            if (name := _own_name(key, levels)) not in wanted:
-                raise VisarError(f"Tensor {key!r} of {path} is unknown; a decoder of an IBQ tokenizer has none such.")
-            if value.shape != wanted[name].shape:
+        wanted = {_published(name, levels): value for name, value in made.state_dict().items()}
+        own = {key: value for key, value in state.items() if not key.startswith(UNUSED)}
+        if unknown := sorted(own.keys() - wanted.keys()):
+            raise VisarError(f"Tensor {unknown[0]!r} of {path} is unknown; a decoder of a VQGAN has none such.")
+        if absent := sorted(wanted.keys() - own.keys()):
+            more = f", and {len(absent) - 1} others are" if len(absent) > 1 else ""
+            raise VisarError(f"Tensor {absent[0]!r} of the image decoder is missing from {path}{more}.")
+        for key, value in own.items():
+            if value.shape != wanted[key].shape:
                 raise VisarError(
-                    f"Tensor {key!r} of {path} has shape {list(value.shape)}, expected {list(wanted[name].shape)}."
+                    f"Tensor {key!r} of {path} has shape {list(value.shape)}, expected {list(wanted[key].shape)}."
                 )
-            found[name] = value
-        if absent := sorted(wanted.keys() - found.keys()):
-            raise VisarError(
-                f"{path} has no tensor for {absent[0]!r} of the decoder, nor for {len(absent) - 1} others."
-            )
-        made.load_state_dict(found)
+        made.load_state_dict({name: own[_published(name, levels)] for name in made.state_dict()})
         return made.eval().requires_grad_(False)
 
 
-def _own_name(key: str, levels: int) -> str:
-    """The name in `IBQ` of a published key: its levels are numbered from the largest map, ours from the smallest."""
-    key = re.sub(r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.conv_blocks.{levels - 1 - int(m[1])}.", key)
-    key = re.sub(r"^decoder\.mid\.(\w+)\.", lambda m: f"decoder.mid.{MIDDLE.get(m[1], m[1])}.", key)
-    return key.replace(".block.", ".res.").removeprefix("quantize.")
+def _published(name: str, levels: int) -> str:
+    """The key in files of a name in `VQGAN`: levels are numbered there from the largest map, here from the smallest."""
+    name = re.sub(r"^decoder\.conv_blocks\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name)
+    name = re.sub(r"^decoder\.mid\.(\d)\.", lambda m: f"decoder.mid.{MIDDLE[int(m[1])]}.", name)
+    return re.sub(r"^embedding\.", "quantize.embedding.", name).replace(".res.", ".block.")
