@@ -259,7 +259,7 @@ def test_the_command_line_works_by_registration(
     assert cli.main(["bench", *anole, "--samplers", "ar", "--repeats", "1", "-n", "1"]) == 0
     capsys.readouterr()
     for more in (anole, [*lumina, "--image-size", "96x64"]):
-        names = ["--samplers", "ar,sjd,scd", "--sequences", "8192", "--json"]
+        names = ["--samplers", "ar,sjd,scd", "--sequences", "16384", "--json"]
         assert cli.main(["verify", *more, *names]) == 0
         rows = json.loads(capsys.readouterr().out)
         assert len(rows) == 3 and all(row["passed"] for row in rows)
