@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 CHUNK = "visar"  # the text chunk of a PNG file, in JSON; "Description" has the prompt, for other programs
-Value = str | int | float | bool | tuple[int, int]  # the last is a height and a width
+Value = str | int | float | bool
 
 
 class Recipe(BaseModel):
@@ -131,8 +131,6 @@ class Recipe(BaseModel):
 
 
 def _plain(value: Value) -> str:
-    if isinstance(value, tuple):
-        return f"{value[1]}x{value[0]}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.helpers.stepped import served
 from visar import cli
-from visar.demo.desk import _decoding
 from visar.demo.models import named
 from visar.demo.requests import Limits, checked
 from visar.errors import VisarError
@@ -22,6 +22,7 @@ from visar.eval.exactness.joint import EXACT_LIMIT
 from visar.families import registry
 from visar.generation.model import ImageModel
 from visar.pipelines import load
+from visar.serving.engine import Engine
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own-family.md").read_text()
 CODE = re.findall(r"```python\n(.*?)```", PAGE, re.S)[0]
@@ -110,9 +111,9 @@ def test_the_demo_decodes_it(folder: Path) -> None:
     assert "scd" in model.samplers and "eagle" not in model.samplers
     settings = dict(seed=5, guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0)
     request = checked(model, "wide", None, [("scd", {"window": 4})], 1, settings, Limits())
-    frames: list[Any] = []
-    out = _decoding(request, request.samplers[0])(frames.append)
-    assert out.images[0].size == (20, 12) and frames
+    engine = Engine(rows=1)
+    (run,) = served(engine, request)
+    assert engine.close(timeout=60) and run.done and run.frame is not None and run.frame.image.size == (20, 12)
 
 
 def test_what_it_does_not_have_is_said(folder: Path) -> None:

@@ -25,7 +25,7 @@ PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every complete PNG file
 # The fields that images depend on; the others in run.json may change when a run continues.
 IDENTITY = (
     "format", "weights", "drafters", "sampler", "parameters", "settings", "seed", "conditions", "batch", "dtype",
-    "tokens",
+    "tokens", "image_size",
 )  # fmt: skip
 Line = dict[str, Any]
 Images = Annotated[int, Interval(ge=1, le=10**9)]

@@ -78,6 +78,7 @@ def sample_images(
     Raises `VisarError` for bad input, for a folder with another run, and if another run is working in it.
     """
     model = ImageModel.of(model)
+    model.family.check_decoding()
     order, count = _checked(model, conditions, count, batch, tokens)
     method = sampler_of(model, sampler)
     settings = settings_of(model, settings)
@@ -94,6 +95,7 @@ def sample_images(
         "count": count,
         "batch": batch,
         "tokens": tokens,
+        **({"image_size": "{1}x{0}".format(*model.family.pixels)} if model.family.sizes else {}),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     with ExitStack() as stack:

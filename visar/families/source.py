@@ -120,7 +120,7 @@ def open_source(
     vq: str | Path | None = None,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | str | None = None,
     num_heads: int | None = None,
     ema: bool | None = None,
     subfolder: str | None = None,
@@ -138,11 +138,11 @@ def open_source(
             raise VisarError(f"{what} must be a name or a path, not a {type(path).__name__}.")
     if not str(name):
         raise VisarError("The name of the model is empty.")
-    image_size = checked_size(image_size)
+    size = checked_size(image_size)
     if is_weights(name) or vq or vae:
-        if isinstance(image_size, tuple):
-            raise VisarError(f"A published file makes square images: give one image_size, not {image_size}.")
-        return _files(name, vq, vae, text_encoder, image_size, num_heads, ema, condition)
+        if isinstance(size, tuple):
+            raise VisarError(f"A published file makes square images: give one number, not {image_size!r}.")
+        return _files(name, vq, vae, text_encoder, size, num_heads, ema, condition)
     if any(value is not None for value in (text_encoder, num_heads, ema)):
         raise VisarError(FOR_FILES)
     folder = resolve(name)
@@ -154,16 +154,16 @@ def open_source(
         folder = folder / subfolder
         if not folder.is_dir():
             raise VisarError(f"{name} has no folder {subfolder!r}.")
-    return Source(str(name), folder, variant=variant, image_size=image_size, given=given or {}, condition=condition)
+    return Source(str(name), folder, variant=variant, image_size=size, given=given or {}, condition=condition)
 
 
 def checked_size(value: Any) -> int | tuple[int, int] | None:
-    """The number of pixels of a square, or height and width. Raises `VisarError` for anything else."""
+    """The pixels of a square, or height and width of "WIDTHxHEIGHT". Raises `VisarError` for anything else."""
     if value is None or isinstance(value, int):
         return value
-    if not isinstance(value, tuple | list) or len(value) != 2 or not all(isinstance(side, int) for side in value):
-        raise VisarError(f"image_size is a number of pixels, or height and width, not {value!r}.")
-    height, width = value
+    if not isinstance(value, str) or not (found := re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value)):
+        raise VisarError(f'image_size is a number of pixels, or width x height as "1024x768", not {value!r}.')
+    width, height = int(found[1]), int(found[2])
     return height if height == width else (height, width)
 
 

@@ -178,7 +178,7 @@ def test_rows_that_are_taken_in_turns(pipe: Any) -> None:
 
 
 def test_the_command_line_gives_codes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    loaded = visar.load(folder, image_size=(64, 128))
+    loaded = visar.load(folder, image_size="128x64")
     stock = stock_glm(*glm(), PROMPTS[2:], **SIZE)
     assert torch.equal(loaded("cat", top_k=1, sampler="ar", output_type="tokens").tokens, stock)
     model = ["--model", str(folder), "--image-size", "128x64"]
@@ -186,6 +186,10 @@ def test_the_command_line_gives_codes(folder: Path, tmp_path: Path, capsys: pyte
     assert cli.main(["generate", "cat", *model, "-o", str(tmp_path / "a.png")]) == 2
     assert "has no transformer to make pixels with: ask for its tokens" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
+    (tmp_path / "prompts.txt").write_text("cat")
+    many = ["--prompts", str(tmp_path / "prompts.txt"), "-n", "1", "--out", str(tmp_path / "many")]
+    assert cli.main(["sample", *model, *many]) == 2
+    assert "has no transformer" in capsys.readouterr().err and not (tmp_path / "many").exists()
 
 
 @pytest.mark.slow
@@ -223,8 +227,8 @@ def test_what_is_refused(pipe: Any, folder: Path, tmp_path: Path, monkeypatch: p
         pipe("cat", **SIZE)
     with pytest.raises(VisarError, match="Give the processor of this GlmImageForConditionalGeneration"):
         visar.accelerate(glm()[0])
-    with pytest.raises(VisarError, match="image_size is a number of pixels, or height and width"):
-        visar.load(folder, image_size="big")
+    with pytest.raises(VisarError, match="image_size is a number of pixels, or width x height"):
+        visar.load(folder, image_size=(64, 64))
     with pytest.raises(VisarError, match="multiples of 32 pixels, not 100 and 100"):
         visar.load(folder, image_size=100)
     with pytest.raises(VisarError, match="a folder has its own"):

@@ -21,6 +21,7 @@ from tests.helpers.tiny_hf import PROMPTS
 from visar import cli
 from visar.errors import VisarError
 from visar.generation.model import ImageModel
+from visar.recipe import Recipe
 
 SIZE: dict[str, Any] = {"height": 64, "width": 96}  # 2 x 3 codes
 STEPS: dict[str, Any] = {"num_inference_steps": 1, "output_type": "pt"}
@@ -150,9 +151,11 @@ def test_the_command_line_makes_images_of_a_folder(tmp_path: Path, monkeypatch: 
     model = ["--model", str(folder), "--image-size", "96x64"]
     assert cli.main(["generate", "cat", *model, "-o", str(tmp_path / "a.png")]) == 0
     assert Image.open(tmp_path / "a.png").size == (96, 64)
+    assert "--image-size 96x64" in Recipe.read(tmp_path / "a.png").command()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *model, "-n", "3", "--out", str(tmp_path / "many")]
     assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 3
+    assert cli.main([*run, "--image-size", "64"]) == 2  # a run of another size
     (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(VisarError, match="Could not load the parts that make pixels"):
         visar.load(folder)("cat", **SIZE)

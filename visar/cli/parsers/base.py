@@ -167,10 +167,10 @@ def whole(low: int | None = None, high: int = MOST) -> Callable[[str], int]:
     return value
 
 
-def size(text: str) -> int | tuple[int, int]:
-    """The type of an image's size: the pixels of a square, or WIDTHxHEIGHT, which becomes height and width."""
+def size(text: str) -> int | str:
+    """The type of an image's size: the pixels of a square, or WIDTHxHEIGHT."""
     width, across, height = text.partition("x")
-    return (whole(1)(height), whole(1)(width)) if across else whole(1)(width)
+    return f"{whole(1)(width)}x{whole(1)(height)}" if across else whole(1)(width)
 
 
 def seed(text: str) -> int:

@@ -7,6 +7,7 @@ with its codes from visar.
 from __future__ import annotations
 
 import inspect
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,18 +66,22 @@ class GlmPixels:
         if self.folder is None:
             return self.pipeline
         if self.pipeline is None:
-            from diffusers import GlmImagePipeline
-
             try:
-                self.pipeline = GlmImagePipeline.from_pretrained(
-                    self.folder, vision_language_encoder=family.model, processor=family.processor,
-                    torch_dtype=family.dtype, local_files_only=True, use_safetensors=True,
-                )  # fmt: skip
+                from diffusers import GlmImagePipeline
+
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # of the argument's name, which older versions need
+                    self.pipeline = GlmImagePipeline.from_pretrained(
+                        self.folder, vision_language_encoder=None, processor=None,  # which made the codes
+                        torch_dtype=family.dtype, local_files_only=True, use_safetensors=True,
+                    )  # fmt: skip
             except Exception as error:  # of several libraries, on files that are missing, cut or changed
                 raise unreadable("the parts that make pixels", self.folder, error) from error
             self.pipeline.set_progress_bar_config(disable=True)
         for name in ("transformer", "vae", "text_encoder"):
-            getattr(self.pipeline, name).to(family.device, family.dtype)
+            part = getattr(self.pipeline, name)
+            if (part.device, part.dtype) != (family.device, family.dtype):
+                part.to(family.device, family.dtype)
         return self.pipeline
 
 
