@@ -233,7 +233,7 @@ def test_folders_load_by_registration(folders: Path) -> None:
     anole: Any = ImageModel.load(folders / "anole").family
     assert (anole.name, anole.pixels, anole.layout.length) == ("chameleon", (48, 48), 9)
     assert (anole.defaults.guidance_scale, anole.defaults.temperature, anole.defaults.top_p) == (3.0, 0.7, 0.9)
-    lumina: Any = ImageModel.load(folders / "Lumina-mGPT-7B-512", image_size=(64, 96)).family
+    lumina: Any = ImageModel.load(folders / "Lumina-mGPT-7B-512", image_size="96x64").family
     assert (lumina.name, lumina.pixels, lumina.layout.length) == ("lumina-mgpt", (64, 96), 4 * 7)
     assert (lumina.defaults.guidance_scale, lumina.defaults.temperature, lumina.defaults.top_k) == (3.0, 1.0, 2000)
     codes = torch.arange(16).view(1, 4, 4)
@@ -259,7 +259,7 @@ def test_the_command_line_works_by_registration(
     assert cli.main(["bench", *anole, "--samplers", "ar", "--repeats", "1", "-n", "1"]) == 0
     capsys.readouterr()
     for more in (anole, [*lumina, "--image-size", "96x64"]):
-        names = ["--samplers", "ar,sjd,scd", "--sequences", "8192", "--json"]
+        names = ["--samplers", "ar,sjd,scd", "--sequences", "16384", "--json"]
         assert cli.main(["verify", *more, *names]) == 0
         rows = json.loads(capsys.readouterr().out)
         assert len(rows) == 3 and all(row["passed"] for row in rows)
@@ -332,7 +332,7 @@ def test_damaged_folders(damage: str, folders: Path, tmp_path: Path, monkeypatch
     spoil, message = DAMAGE[damage]
     spoil(path := Path(shutil.copytree(folders / "Lumina-mGPT-7B-512", tmp_path / "model")))
     with pytest.raises(VisarError, match=message) as caught:
-        ImageModel.load(path, image_size=None if damage == "Meta's layout" else (64, 96))
+        ImageModel.load(path, image_size=None if damage == "Meta's layout" else "96x64")
     assert "\n" not in str(caught.value) and not (tmp_path / "planted").exists()
 
 
