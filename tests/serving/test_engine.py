@@ -163,6 +163,25 @@ def test_rows_that_cannot_be_replaced_go_in_waves(
         same(client, client.all())
 
 
+def test_pools_on_a_cpu_are_as_wide_as_their_jobs(text_pipe: Any) -> None:
+    """A row that waits costs as much there as one at work; those who come later get another pool, up to the rows."""
+    model, hold, engine = ImageModel.of(text_pipe), threading.Event(), Engine(rows=4, waiting=9)
+
+    def held(now: Any) -> bool:
+        hold.wait(60)
+        return False
+
+    first = Client(model, "ar", Request("cat"), watch=held)
+    engine.submit(first.job)
+    assert isinstance(first.events.get(timeout=60), Started)
+    others = [Client(model, "ar", Request("cat", SamplingParams(seed=seed))) for seed in range(5)]
+    engine.submit_all([client.job for client in others])
+    hold.set()
+    for client in (first, *others):
+        same(client, client.all())
+    assert [pool.size for pool in engine._pools.values()] in ([1, 3], [3, 1]) and engine.close(timeout=60)
+
+
 @pytest.mark.parametrize("sampler", ["scd", "zipar"])
 def test_deadlines_full_lines_and_the_end(text_pipe: Any, sampler: str) -> None:
     model, hold = ImageModel.of(text_pipe), threading.Event()
