@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,10 @@ def test_outputs_are_checked_before_the_work(
         raise AssertionError("this is the work")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("visar.cli.common.load_model", work)
-    for command in ("bench", "generate", "sample"):
-        monkeypatch.setattr(f"visar.cli.{command}.load_model", work)
+    # Every module is imported before any is patched, or it would keep the patch.
+    modules = ("common", "bench", "cluster", "generate", "sample")
+    for module in [import_module(f"visar.cli.{name}") for name in modules]:
+        monkeypatch.setattr(module, "load_model", work)
     monkeypatch.setattr("visar.eval.exactness.joint.verify", work)
     Path("p.txt").write_text("cat\n")
     suffix = {"--force": ".png", "--npz": ".npz", "stats": ".npz"}

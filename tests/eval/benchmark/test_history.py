@@ -112,8 +112,8 @@ def test_the_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None
     assert json.loads(out)["rows"] and "None of 2 earlier runs is comparable" in err and len(history.load(file)) == 2
     (tmp_path / "other.txt").write_text("a letter\n")
     for more, message in (
-        (("--profile", "--history", str(file)), "go with neither --shapes nor --profile"),
-        (("--shapes", "B-256", "--against", str(file)), "go with neither --shapes nor --profile"),
+        (("--profile", "--history", str(file)), "not of --shapes, --profile or --serve"),
+        (("--shapes", "B-256", "--against", str(file)), "not of --shapes, --profile or --serve"),
         (("--against", str(tmp_path / "none.jsonl")), "There is no"),
         (("--history", str(tmp_path / "other.txt")), "Line 1 of"),
     ):
