@@ -102,10 +102,10 @@ def checked(
     `samplers`: names with the values of their parameters. Parameters that a sampler does not have, and `settings` that
     the model does not have, are ignored. A model of classes uses `label`, others use `prompt`.
     """
-    condition = whole("The class", label, 0, model.classes - 1) if model.classes else _text(prompt, limits)
     chosen = tuple(_sampler(model, name, values) for name, values in samplers)
     count = whole("The number of images", images, 1, limits.images)
     given = {name: _setting(name, about, settings.get(name)) for name, about in page_settings(model.tokens).items()}
+    condition = whole("The class", label, 0, model.classes - 1) if model.classes else _text(prompt, limits)
     return Request(model, condition, chosen, count, SamplingParams(**given))
 
 
