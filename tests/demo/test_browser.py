@@ -429,9 +429,7 @@ def test_a_model_of_continuous_tokens(visitor: Visitor) -> None:
     assert visitor.page.inner_text('[data-metric="NFE"]') == "64"
 
 
-@pytest.mark.parametrize(
-    ("width", "dark", "name"), [(390, False, "phone"), (1280, True, "dark")]
-)
+@pytest.mark.parametrize(("width", "dark", "name"), [(390, False, "phone"), (1280, True, "dark")])
 def test_other_windows(browser: Any, address: str, width: int, dark: bool, name: str) -> None:
     """Nothing is wider than the window, pale or nameless; the buttons and the result are in sight together."""
     visitor = Visitor(browser, address, width, dark)
