@@ -413,7 +413,7 @@ def test_who_leaves_does_not_hold_up_the_next(browser: Any, address: str, hold: 
     away = Visitor(browser, address)
     away.choose("Sampler", "ar ")
     away.page.click("#generate")
-    away.wait("passes, ")
+    away.wait("tokens, [0-9]+ passes")
     away.close()
     visitor = Visitor(browser, address)
     hold.unlink()
