@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.families.hf.worlds import CODES, WORLDS, World, causal
+from tests.helpers.tiny_chameleon import tiny_chameleon
 from visar.engine.guidance import Guidance
 from visar.engine.loop import decode
 from visar.engine.rng import Noise
@@ -124,6 +125,17 @@ def test_the_attention_is_visars_during_a_pass_only() -> None:
             world.model(input_ids=torch.tensor([[1, 2]]))
     assert names == [c._attn_implementation for c in configs] and "visar" not in names
     assert world.model(input_ids=torch.tensor([[1, 2]])).logits.isfinite().all()
+
+
+def test_configurations_within_others_get_their_own_name_back() -> None:
+    """A name that is given to one of a Chameleon's is given to that of its image tokenizer too."""
+    model = tiny_chameleon()
+    outer, inner = model.config, model.config.vq_config
+    outer._attn_implementation, inner._attn_implementation = "sdpa", "eager"
+    with pytest.raises(RuntimeError, match="stop"), at_work(configurations(model.get_decoder())):
+        assert outer._attn_implementation == "visar"
+        raise RuntimeError("stop")
+    assert (outer._attn_implementation, inner._attn_implementation) == ("sdpa", "eager")
 
 
 def test_guidance_needs_unconditional_prompts() -> None:

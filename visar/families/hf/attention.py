@@ -109,8 +109,17 @@ def _past_the_cache(module: nn.Module) -> VisarError:
 
 
 def configurations(decoder: nn.Module) -> list[Any]:
-    """The configurations in which the modules of a decoder look up the name of their attention function."""
-    found = {id(c): c for m in decoder.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    """The configurations in which the modules of a decoder look up the name of their attention function.
+
+    Those within another come after it: a name that is given to that one is theirs too.
+    """
+    found: dict[int, Any] = {}
+    left = [c for m in decoder.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")]
+    for c in left:  # which grows
+        found.pop(id(c), None)
+        found[id(c)] = c
+        inner = [getattr(c, name, None) for name in getattr(c, "sub_configs", ())]
+        left += [one for one in inner if hasattr(one, "_attn_implementation")]
     return list(found.values())
 
 
@@ -123,9 +132,9 @@ def at_work(configs: Sequence[Any]) -> Iterator[None]:
     """Within it the configurations name visar's attention; the last pass of any thread restores what they named."""
     register()
     with _lock:
+        for c in configs:  # all are read before one is set
+            _held.setdefault(id(c), [0, c._attn_implementation])[0] += 1
         for c in configs:
-            held = _held.setdefault(id(c), [0, c._attn_implementation])
-            held[0] += 1
             c._attn_implementation = NAME
     try:
         yield
