@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+import visar
+from tests.helpers import tiny_glm, tiny_hf
 from tests.helpers.api import JSON, Api, serving
 from visar.cli import main
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
@@ -175,6 +177,20 @@ def test_bad_bodies(api: Api, case: tuple[Any, ...]) -> None:
         assert answer.status == 400 and said in answer.error["message"], answer.body
         assert answer.error["param"] == (param[0] if param else None) and len(answer.body) < 2000
     assert api.engine.counts.failed == 0
+
+
+def test_prompts_and_guidance_that_a_model_of_transformers_does_not_take() -> None:
+    """Its own prompt and setting are wrong, so it is 400, and nobody who is decoded with it is lost."""
+    janus, glm = visar.accelerate(*tiny_hf.janus()), visar.accelerate(*tiny_glm.glm())
+    long = " ".join(["cat"] * 600)
+    with serving(("janus", janus, ("scd", "zipar")), ("glm", glm, ("scd",))) as api:
+        for sampler in ("scd", "zipar"):
+            answer = api.images(prompt=long, sampler=sampler)
+            assert (answer.status, answer.error["param"]) == (400, "prompt") and "at most 496" in answer.error["message"]
+        answer = api.images(model="glm", prompt="a <|image|> cat")
+        assert (answer.status, answer.error["param"]) == (400, "prompt") and "leave it out" in answer.error["message"]
+        answer = api.images(model="glm", prompt="cat", guidance_scale=3.0)
+        assert (answer.status, answer.error["param"]) == (400, "guidance_scale") and api.engine.counts.failed == 0
 
 
 @pytest.mark.parametrize(

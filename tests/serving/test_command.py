@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import tiny_chameleon
 from visar.cli import main
 from visar.serving.server import Server
 
@@ -98,6 +99,16 @@ def test_bad_keys(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_bad_settings(refusal: Refusal, text_folder: Path, options: tuple[object, ...], said: str) -> None:
     model = () if "--model" in options else ("--model", text_folder)
     assert said in refusal("--port", 0, *model, *options)
+
+
+def test_a_model_that_makes_no_pixels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Server, "run", lambda *_: None)
+    tiny_chameleon.save(tmp_path / "anole", lumina=False)
+    (tmp_path / "anole" / "tokenizer" / "vqgan.ckpt").unlink()
+    assert main(["serve", "--port", "0", "--model", str(tmp_path / "anole")]) == 2
+    assert "has no decoder of pixels" in capsys.readouterr().err
 
 
 def test_what_is_served(text_folder: Path, class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

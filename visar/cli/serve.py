@@ -86,6 +86,8 @@ def models_of(options: argparse.Namespace) -> list[Served]:
     from visar.serving.replica import Served, named
 
     loaded = named((own.model, load_model(own)) for own in each_model(options, ["icons"]))
+    for model in loaded.values():
+        model.family.check_decoding()
     chosen = _samplers(options, loaded)
     return [Served(name, model, chosen[name], options.invariant) for name, model in loaded.items()]
 

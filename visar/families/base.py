@@ -46,6 +46,7 @@ class Family(ABC):
     name: ClassVar[str]  # in the registry
     tokens: ClassVar[str] = DISCRETE  # or CONTINUOUS
     sizes: ClassVar[bool] = False  # whether a model makes images of any size
+    guided: ClassVar[bool] = True  # whether it has an unconditional batch
     required: ClassVar[frozenset[str]] = frozenset()  # names of components
     optional: ClassVar[frozenset[str]] = frozenset()  # components that a model may have
     token_shape: tuple[int, ...] = ()  # of one token: that of a number, or of continuous tokens [d]
@@ -116,6 +117,10 @@ class Family(ABC):
                 raise VisarError(f"This model takes class ids, 0 to {self.classes - 1}, not the prompt {label!r}.")
             if not 0 <= label < self.classes:
                 raise VisarError(f"Class {label} does not exist; this model knows 0 to {self.classes - 1}.")
+
+    def check_in_rows(self, conditions: Sequence[Any]) -> None:
+        """`check_conditions`, for rows that are taken in turns."""
+        self.check_conditions(conditions)
 
     def notes(self, conditions: Sequence[Any]) -> list[str]:
         """Sentences about what of the conditions was not in training; none where that is not known."""

@@ -99,6 +99,8 @@ class ImagesBody(BaseModel):
 
     def _params(self, card: ModelCard) -> SamplingParams:
         found: dict[str, Any] = {"seed": secrets.randbits(32)}
+        if self.guidance_scale not in (None, 1.0) and not card.guided:
+            raise Refusal("guidance_scale", f"{card.name} has no guidance; leave guidance_scale out, or give 1.")
         for name in SETTINGS:
             if (value := getattr(self, name)) is None:
                 continue

@@ -24,7 +24,7 @@ from PIL import Image
 from visar.errors import VisarError
 from visar.eval.prompts import conditions
 from visar.generation.model import ImageModel
-from visar.generation.pool import Finished, Glance, Request
+from visar.generation.pool import Finished, Glance, Request, fits_pool
 from visar.generation.progress import Progress, to_pil
 from visar.generation.stats import exactness_of
 from visar.params import SamplingParams
@@ -59,7 +59,7 @@ class Served:
         }
         return ModelCard(
             self.name, family.condition, family.classes, width, height, family.tokens, family.layout.length,
-            str(family.dtype).removeprefix("torch."), cards,
+            str(family.dtype).removeprefix("torch."), cards, family.guided,
         )  # fmt: skip
 
 
@@ -92,7 +92,9 @@ class Replica:
         """As `Studio.images`."""
         served = self.models[wanted.model]
         family = served.model.family
-        family.check_conditions([wanted.condition])
+        # All that may be wrong with a prompt is said now: to the engine it would be a fault of the model.
+        in_rows = fits_pool(served.model, served.samplers[wanted.sampler])
+        (family.check_in_rows if in_rows else family.check_conditions)([wanted.condition])
         notes = [*family.left_out([wanted.condition]), *family.notes([wanted.condition])]
         mail = Mail()
         params = served.model.params_of(replace(wanted.params, invariant=served.invariant))

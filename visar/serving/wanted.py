@@ -31,8 +31,8 @@ class SamplerCard:
 class ModelCard:
     """What clients may know of a model, and all that is needed to check a request.
 
-    `condition` is "prompt" or "class", `tokens` the kind of its tokens, `length` their number in an image. The first of
-    `samplers` is the default.
+    `condition` is "prompt" or "class", `guided` whether there is guidance, `tokens` the kind of its tokens, `length`
+    their number in an image. The first of `samplers` is the default.
     """
 
     name: str
@@ -44,6 +44,7 @@ class ModelCard:
     length: int
     dtype: str
     samplers: Mapping[str, SamplerCard]
+    guided: bool = True
 
     @property
     def size(self) -> str:

@@ -102,7 +102,7 @@ class TransformersFamily(DiscreteFamily):
 
     def encode(self, conditions: Sequence[Any]) -> Encoded:
         """Ids [B, T], padded on the right, and their lengths [B]; with guidance the unconditional ones too."""
-        self.check_conditions(conditions)
+        super().check_conditions(conditions)
         pairs = [self.prompt_ids(text) for text in conditions]
         kinds = [ids for ids in zip(*pairs, strict=True) if all(ids)]
         longest = max(len(ids) for kind in kinds for ids in kind)
@@ -113,6 +113,12 @@ class TransformersFamily(DiscreteFamily):
             )
         width = min(-(-longest // STEP) * STEP, self.room)
         return tuple(part for kind in kinds for part in padded(kind, width))
+
+    def check_conditions(self, conditions: Sequence[Any]) -> None:
+        self.encode(conditions)
+
+    def check_in_rows(self, conditions: Sequence[Any]) -> None:
+        self.widened(self.encode(conditions))
 
     def widened(self, encoded: Encoded) -> Encoded:
         """Padded to one width, which is that of all prompts up to it. Raises `VisarError` for a longer one."""

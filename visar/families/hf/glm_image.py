@@ -84,6 +84,7 @@ class GlmImageFamily(TransformersFamily):
     model_type = "glm_image"
     architecture = "GlmImageForConditionalGeneration"
     sizes = True
+    guided = False
 
     def __init__(self, model: Any, processor: Any, draw: GlmPixels | None = None, size: tuple[int, int] = SIZE):
         self.draw, self._size = GlmPixels() if draw is None else draw, size
