@@ -39,12 +39,22 @@ def names(folder: Path) -> list[str]:
 def test_models(capsys: Capture) -> None:
     assert run("models") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["NAME", "CONDITION", "PIXELS", "WEIGHTS"]
-    assert [line.split()[0] for line in lines[1:]] == list(catalogue())
+    assert lines[0].split() == ["NAME", "CONDITION", "PIXELS", "PARAMETERS", "FLOOR", "MS", "LICENCE", "WEIGHTS"]
+    assert [line.split()[0] for line in lines[1:-1]] == list(catalogue()) and "H100" in lines[-1]
+    assert next(line for line in lines if line.startswith("emu3.5-image")).split()[1:5] == [
+        "prompt",
+        "1024",
+        "34.1B",
+        "19.36",
+    ]
     assert run("models", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["icons"]["weights"] == "embedded" and rows["icons"]["condition"] == "prompt"
     assert rows["llamagen-b"]["pixels"] == [256, 384] and "c2i_B_384.pt" in rows["llamagen-b"]["weights"]
+    assert rows["llamagen-b"]["parameters"] == 110_888_448 and rows["mar-b"]["floor_ms"] is None
+    assert rows["glm-image"]["licence"] == "not checked" and rows["glm-image"]["floor_ms"] == pytest.approx(
+        4.92, abs=0.005
+    )
     assert run("models", "icons") == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["name", "icons"] and ["pixels", "64"] in lines and ["weights", "embedded"] in lines

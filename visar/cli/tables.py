@@ -9,6 +9,11 @@ from typing import Any
 from visar.cli.output import show
 from visar.tables import table
 
+FLOOR = (
+    "FLOOR MS is the time in which an H100 reads what a token of one image in bfloat16 takes: weights, and the cache "
+    "halfway through the image."
+)
+
 
 def models(options: argparse.Namespace) -> int:
     if options.concepts:
@@ -16,13 +21,26 @@ def models(options: argparse.Namespace) -> int:
     rows = model_rows()
     if options.name is not None:
         row = _named("model", options.name, rows) | _inside(options.name)
-        told = [(name.replace("_", " "), _told(value)) for name, value in row.items() if value]
+        told = [(name.replace("_", " "), _told(value)) for name, value in _readable(row).items() if value]
         show(options, table(told[0], told[1:]), row)
         return 0
-    columns = ("name", "condition", "pixels", "weights")
-    lines = [[_told(row[column]) for column in columns] for row in rows]
-    show(options, table([column.upper() for column in columns], lines), rows)
+    columns = ("name", "condition", "pixels", "parameters", "floor_ms", "licence", "weights")
+    lines = [[_told(value) for name, value in _readable(row).items() if name in columns] for row in rows]
+    text = table([column.upper().replace("_", " ") for column in columns], lines)
+    show(options, f"{text}\n{FLOOR}", rows)
     return 0
+
+
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """A listing with numbers that are easy to read, in the order of the table's columns."""
+    count, floor = row["parameters"], row["floor_ms"]
+    numbers = {
+        "parameters": f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.0f}M",
+        "floor_ms": "-" if floor is None else f"{floor:.2f}",
+        "licence": row["licence"],
+        "weights": row["weights"],
+    }
+    return {name: value for name, value in row.items() if name not in numbers} | numbers
 
 
 def _concepts(options: argparse.Namespace) -> int:

@@ -13,12 +13,22 @@ from pathlib import Path
 
 from visar.errors import VisarError
 
+OWN, NOT_CHECKED = "Apache-2.0", "not checked"
+H100 = 3.35e12  # bytes a second that an H100 SXM reads, by its data sheet
+
+
+def floor_ms(numbers: int) -> float:
+    """Milliseconds in which an H100 reads so many `numbers` in bfloat16."""
+    return 1e3 * 2 * numbers / H100
+
 
 @dataclass(frozen=True)
 class Listing:
     """A model by name. `condition` is "class" or "prompt"; `pixels` are the side lengths of its images.
 
-    `weights` says where the weights are; `needs`, of a published model, which files to give to load it.
+    `weights` says where the weights are, `licence` is theirs; `needs`, of a published model, which files to give to
+    load it. `parameters` are those that decode tokens, with embeddings. `floor_ms` is the least time of a token without
+    speculation, by `floor_ms`; None where it does not follow from bytes alone.
     """
 
     name: str
@@ -27,11 +37,14 @@ class Listing:
     pixels: tuple[int, ...]
     weights: str = "embedded"
     needs: str = ""
+    parameters: int = 0
+    licence: str = NOT_CHECKED
+    floor_ms: float | None = None
 
 
 EMBEDDED = (
-    Listing("icons", "icons and emoji from a short text", "prompt", (64,)),
-    Listing("icons-mar", "the same from continuous tokens (MAR)", "prompt", (64,)),
+    Listing("icons", "icons and emoji from a short text", "prompt", (64,), parameters=6_262_016, licence=OWN),
+    Listing("icons-mar", "the same from continuous tokens (MAR)", "prompt", (64,), parameters=3_268_576, licence=OWN),
 )
 
 

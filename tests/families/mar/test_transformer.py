@@ -20,14 +20,11 @@ from visar.families.mar.specs import MAR_MODELS
 from visar.families.mar.transformer import MAR, Block
 
 
-@pytest.mark.parametrize(
-    ("name", "elements", "keys"),
-    [("mar-b", 207_924_768, 364), ("mar-l", 478_326_304, 476), ("mar-h", 942_403_104, 604)],
-)
-def test_published_sizes(name: str, elements: int, keys: int) -> None:
+@pytest.mark.parametrize(("name", "keys"), [("mar-b", 364), ("mar-l", 476), ("mar-h", 604)])
+def test_published_sizes(name: str, keys: int) -> None:
     with torch.device("meta"):
         state = MAR(**mar_arguments(MAR_MODELS[name])).state_dict()
-    assert (sum(t.numel() for t in state.values()), len(state)) == (elements, keys)
+    assert (sum(t.numel() for t in state.values()), len(state)) == (MAR_MODELS[name].parameters, keys)
 
 
 def test_a_block_is_that_of_timm() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from visar.families.catalogue import Listing
+from visar.families.catalogue import NOT_CHECKED, Listing, floor_ms
+from visar.families.hf.sizes import SIZES
 
 
-def _listing(name: str, title: str, hub: str, pixels: int, needs: str = "") -> Listing:
+def _listing(name: str, title: str, hub: str, pixels: int, needs: str = "", licence: str = NOT_CHECKED) -> Listing:
     needs = needs or f"the hub id {hub}, or a folder with the files of that repository"
-    return Listing(name, title, "prompt", (pixels,), weights=hub, needs=needs)
+    size = SIZES[name]
+    return Listing(
+        name, title, "prompt", (pixels,), weights=hub, needs=needs, parameters=size.parameters, licence=licence,
+        floor_ms=floor_ms(size.streamed(1)),
+    )  # fmt: skip
 
 
-def _with_decoder(name: str, title: str, hub: str, pixels: int) -> Listing:
+def _with_decoder(name: str, title: str, hub: str, pixels: int, licence: str = NOT_CHECKED) -> Listing:
     """Of a Chameleon, whose repositories have no decoder of pixels."""
-    return _listing(name, title, hub, pixels, f"a folder with the files of {hub} and Meta's tokenizer/vqgan.ckpt")
+    needs = f"a folder with the files of {hub} and Meta's tokenizer/vqgan.ckpt"
+    return _listing(name, title, hub, pixels, needs, licence)
 
 
 def listings() -> list[Listing]:
@@ -29,8 +35,9 @@ def listings() -> list[Listing]:
             1024,
             "a folder with the files of BAAI/Emu3.5-Image, the tokenizer files of a Qwen3, and in its folder "
             "'vision_tokenizer' those of BAAI/Emu3.5-VisionTokenizer",
+            "Apache-2.0",
         ),
-        _with_decoder("anole", "Anole 7B, text", "leloy/Anole-7b-v0.1-hf", 512),
+        _with_decoder("anole", "Anole 7B, text", "leloy/Anole-7b-v0.1-hf", 512, "Chameleon, research"),
         _with_decoder("lumina-mgpt-512", "Lumina-mGPT 7B, text", "Alpha-VLLM/Lumina-mGPT-7B-512", 512),
         _with_decoder("lumina-mgpt-768", "Lumina-mGPT 7B, text", "Alpha-VLLM/Lumina-mGPT-7B-768", 768),
         _with_decoder("lumina-mgpt-1024", "Lumina-mGPT 7B, text", "Alpha-VLLM/Lumina-mGPT-7B-1024", 1024),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from visar.families.catalogue import Listing
+from visar.families.catalogue import Listing, floor_ms
 
 HUB_C2I = "FoundationVision/LlamaGen"
 HUB_T2I = "peizesun/llamagen_t2i"
@@ -36,6 +36,30 @@ class GPTShape:
     vocab: int = 16384
     classes: int = 1000
     caption_features: int = 2048
+
+    @property
+    def weights(self) -> int:
+        """Weights that every pass reads: layers, last norm and output head."""
+        layer = 4 * self.dim**2 + 3 * self.dim * self.ffn + 2 * self.dim
+        return self.layers * layer + self.dim + self.vocab * self.dim
+
+    def parameters(self, condition: str) -> int:
+        """All numbers of the model, those of its embeddings and buffers too."""
+        taken = (self.classes + 1) * self.dim
+        if condition == "text":
+            taken = (self.caption_features + self.dim) * self.dim + self.condition_length * self.caption_features
+        return self.weights + self.vocab * self.dim + taken
+
+    def cache(self, rows: int, slots: int) -> int:
+        """Numbers of keys and values."""
+        return 2 * self.layers * self.dim * rows * slots
+
+    def streamed(self, batch: int, length: int) -> int:
+        """Numbers that a pass must read halfway through images of `length` tokens, for both batches of guidance.
+
+        A caption's slots have keys that are all zero, and so count as one, which is exact.
+        """
+        return self.weights + self.cache(2 * batch, 1 + length // 2)
 
 
 @dataclass(frozen=True)
@@ -143,6 +167,8 @@ def listings() -> list[Listing]:
             weights=f"{spec.files[0].hub}: {', '.join(f.name for f in spec.files)}",
             needs=f"the published files {' or '.join(f.name for f in spec.files)} and "
             f"{TOKENIZERS[spec.tokenizer].files[0].name} of the hub repository {spec.files[0].hub}",
+            parameters=spec.shape.parameters(spec.condition),
+            floor_ms=floor_ms(spec.shape.streamed(1, spec.grid**2)),
         )
         for spec in MODELS.values()
     ]

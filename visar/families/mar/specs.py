@@ -23,11 +23,15 @@ class MARShape:
 
 @dataclass(frozen=True)
 class MARSpec:
-    """One MAR. `guidance` and `guidance_schedule` are the authors' recommendations; its tokens are KL-16 latents."""
+    """One MAR of so many `parameters`, whose tokens are KL-16 latents.
+
+    `guidance` and `guidance_schedule` are the authors' recommendations.
+    """
 
     name: str
     title: str
     shape: MARShape
+    parameters: int
     guidance: float
     guidance_schedule: str = "linear"
     file: str = "checkpoint-last.pth"
@@ -43,9 +47,9 @@ class MARSpec:
 MAR_MODELS: dict[str, MARSpec] = {
     spec.name: spec
     for spec in (
-        MARSpec("mar-b", "MAR-B, ImageNet classes", MARShape(12, 768, 12, 6, 1024), 2.9),
-        MARSpec("mar-l", "MAR-L, ImageNet classes", MARShape(16, 1024, 16, 8, 1280), 3.0),
-        MARSpec("mar-h", "MAR-H, ImageNet classes", MARShape(20, 1280, 16, 12, 1536), 3.2),
+        MARSpec("mar-b", "MAR-B, ImageNet classes", MARShape(12, 768, 12, 6, 1024), 207_924_768, 2.9),
+        MARSpec("mar-l", "MAR-L, ImageNet classes", MARShape(16, 1024, 16, 8, 1280), 478_326_304, 3.0),
+        MARSpec("mar-h", "MAR-H, ImageNet classes", MARShape(20, 1280, 16, 12, 1536), 942_403_104, 3.2),
     )
 }
 
@@ -72,6 +76,7 @@ def listings() -> list[Listing]:
             (spec.pixels,),
             weights=f"published: {spec.file}, kl16.ckpt",
             needs=f"the published {spec.file} with its autoencoder kl16.ckpt",
+            parameters=spec.parameters,
         )
         for spec in MAR_MODELS.values()
     ]
