@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from tests.eval.exactness.test_ranks import tiny
 from tests.helpers.recording import Recorder
 from tests.helpers.worlds import LARGE, conditions_of, made, session_of, world
-from visar.engine.graphs import WARM, Graph, RowGraphs, Rows, SessionCache, refill
+from visar.engine.graphs import WARM, Graph, RowGraphs, Rows, SessionCache, cuda_graph, refill
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
@@ -30,6 +32,20 @@ def same(a: Decoded, b: Decoded) -> None:
 
 def session(kind: str, name: str, images: torch.Tensor, **settings: Any) -> Any:
     return session_of(world(kind, **LARGE), made(name), images, **settings)
+
+
+def test_a_capture_minds_its_own_thread_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that make pixels allocate memory meanwhile, which would end it."""
+    given: list[Any] = []
+
+    def graph(_: Any, **more: Any) -> Any:
+        given.append(more)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    cuda_graph(lambda: None)
+    assert given == [{"capture_error_mode": "thread_local"}]
 
 
 @pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in CAPTURED])

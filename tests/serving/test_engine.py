@@ -164,8 +164,9 @@ def test_rows_that_cannot_be_replaced_go_in_waves(
 
 
 def test_pools_on_a_cpu_are_as_wide_as_their_jobs(text_pipe: Any) -> None:
-    """A row that waits costs as much there as one at work; those who come later get another pool, up to the rows."""
-    model, hold, engine = ImageModel.of(text_pipe), threading.Event(), Engine(rows=4, waiting=9)
+    """A row that waits costs as much there as one at work; those who come later get another pool, up to the rows. All
+    of them are one sampler's, so they count once."""
+    model, hold, engine = ImageModel.of(text_pipe), threading.Event(), Engine(rows=4, waiting=9, pools=1)
 
     def held(now: Any) -> bool:
         hold.wait(60)
@@ -180,6 +181,20 @@ def test_pools_on_a_cpu_are_as_wide_as_their_jobs(text_pipe: Any) -> None:
     for client in (first, *others):
         same(client, client.all())
     assert [pool.size for pool in engine._pools.values()] in ([1, 3], [3, 1]) and engine.close(timeout=60)
+
+
+def test_one_who_leaves_a_wave_is_not_counted_twice(engine: Engine, text_pipe: Any) -> None:
+    model = ImageModel.of(text_pipe)
+
+    def leave(now: Any) -> bool:
+        leaver.job.cancel()
+        return False
+
+    leaver = Client(model, "zipar", Request("cat"), watch=leave)
+    stays = Client(model, "zipar", Request("cat", SamplingParams(seed=1)))
+    engine.submit_all([leaver.job, stays.job])
+    same(stays, stays.all())
+    assert (engine.counts.finished, engine.counts.cancelled) == (1, 1)
 
 
 @pytest.mark.parametrize("sampler", ["scd", "zipar"])

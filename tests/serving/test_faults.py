@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -334,6 +335,28 @@ def test_the_first_images_make_it_ready(start: Start, monkeypatch: pytest.Monkey
     api.replica.warm = False
     asyncio.run(api.replica.warm_up())
     assert api.ask("/ready").status == 200 and api.engine.counts.finished == 2  # one by each sampler
+
+
+def test_the_first_images_wait_for_room(start: Start, held: Held) -> None:
+    """Clients that came before them do not leave a server that is never ready."""
+    api = start(rows=1, waiting=0)
+    api.replica.warm = False
+    asked = api.later(prompt="cat")
+    until(lambda: held.steps)
+    first = threading.Thread(target=lambda: asyncio.run(api.replica.warm_up()))
+    first.start()
+    until(lambda: api.engine.counts.refused)
+    held.go()
+    first.join(LONG)
+    assert asked.answer.status == 200 and api.ask("/ready").status == 200
+
+
+def test_a_front_that_knows_no_models_yet(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = start()
+    monkeypatch.setattr(api.replica, "cards", {})
+    for more in ({}, {"model": "text"}):
+        answer = api.images(prompt="cat", **more)
+        assert answer.status == 503 and answer.error["code"] == "not_ready" and answer.headers["retry-after"]
 
 
 def test_a_first_image_that_fails(start: Start, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -21,8 +21,9 @@ from visar.generation.model import ImageModel
 from visar.params import SamplingParams
 from visar.serving.engine import Engine
 from visar.serving.fleet import Fleet, Settings, application
+from visar.serving.jobs import Closed
 from visar.serving.replica import Replica, Served
-from visar.serving.wanted import Made, Told, Wanted
+from visar.serving.wanted import Accepted, Made, Preview, Told, Wanted
 
 PORT = 8765
 SETTINGS = Settings(rows=2, waiting=4, replicas=(2, 2), drain=5)
@@ -57,6 +58,65 @@ def expected(text_folder: Path) -> dict[int, bytes]:
     found = asyncio.run(make())
     assert replica.close(60)
     return found
+
+
+class Dying:
+    """A handle of engines, of which the first dies at work on all images."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet(self, SETTINGS)
+        self.asked: list[int] = []
+        self.ill: list[str] = []
+        self.images = self
+
+    def options(self, stream: bool) -> Dying:
+        return self
+
+    def remote(self, wanted: Wanted) -> Any:
+        (image,) = wanted.images
+        self.asked.append(image)
+        return _Stream(self._told(image, self.asked.count(image)))
+
+    async def _told(self, image: int, time: int) -> AsyncGenerator[Told, None]:
+        self.ill.append(self.fleet.problem)
+        yield Accepted(SamplingParams(seed=1), ())
+        for n in range(time):
+            yield Preview(image, bytes([time, n]))
+        if time == 1:
+            raise Closed("killed")
+        yield Made(image, b"", 1, 1, 0.0, 1.0)
+
+
+class _Stream:
+    def __init__(self, told: AsyncGenerator[Told, None]):
+        self.told = told
+
+    def __aiter__(self) -> Any:
+        return self.told
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_one_dead_engine_is_no_illness_and_no_preview_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many images it had."""
+    monkeypatch.setattr("visar.serving.fleet.PAUSE", 0.0)
+    engines = Dying()
+
+    async def go() -> list[Told]:
+        wanted = Wanted("text", "scd", "cat", SamplingParams(seed=1), tuple(range(8)), previews=2)
+        return [one async for one in engines.fleet.images(wanted)]
+
+    told = asyncio.run(go())
+    assert sum(isinstance(one, Made) for one in told) == engines.fleet.asked_again == 8
+    assert set(engines.ill) == {""} and not engines.fleet.problem
+    for image in range(8):
+        previews = [one.file for one in told if isinstance(one, Preview) and one.image == image]
+        assert previews == [bytes([1, 0]), bytes([2, 1])]
+
+
+def test_keys_are_not_shown() -> None:
+    assert "a-key-of-a-client" not in repr(Settings(keys=("a-key-of-a-client",)))
 
 
 @pytest.mark.ray

@@ -22,9 +22,9 @@ WARM = 2  # steps before a capture: Triton compiles kernels, cuBLAS allocates wo
 
 
 def cuda_graph(step: Step) -> Step:
-    """Capture a step of the current device."""
+    """Capture a step of the current device. Other threads, which make pixels, may allocate memory meanwhile."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 

@@ -59,6 +59,9 @@ def build(
 
     @app.post(ROUTE)
     async def generate(body: ImagesBody, request: Request) -> Response:
+        if not studio.cards:
+            problem = Problem(503, "The server is starting; ask again in a while.", SERVER, code="not_ready")
+            return problem.response({"Retry-After": str(studio.retry_after)})
         wanted = body.wanted(studio.cards, most_images=most_images, seconds=deadline)
         told = _counted(studio.images(wanted), wanted, metrics)
         try:

@@ -44,9 +44,9 @@ class _Abandoned(Exception):
 class Engine:
     """At most `rows` images of a sampler at once, and `waiting` jobs in line before more are refused.
 
-    `pools` bounds how many pools keep their rows in memory. On a CPU, where a row that waits costs as much as one at
-    work, a pool is no wider than its jobs, and more pools follow when more come. It starts a thread at once, which ends
-    with `close`. No weight of a model may change while it has jobs.
+    `pools` bounds of how many samplers and models rows are kept in memory. On a CPU, where a row that waits costs as
+    much as one at work, a pool is no wider than its jobs, and more pools of the kind follow when more come. It starts a
+    thread at once, which ends with `close`. No weight of a model may change while it has jobs.
     """
 
     def __init__(self, *, rows: int = 8, waiting: int = 64, pools: int = 4):
@@ -223,10 +223,12 @@ class Engine:
         rows = sum(self._pools[key].size for key in alike)
         key = next((k for k in alike if self._pools[k].free), alike[-1] if rows >= self.rows else (kind, object()))
         if (found := self._pools.pop(key, None)) is None:
-            if len(self._pools) >= self.pools:
-                if (idle := next((k for k, pool in self._pools.items() if not pool.rows), None)) is None:
+            kinds = dict.fromkeys(k for k, _ in self._pools)
+            if not alike and len(kinds) >= self.pools:
+                at_work = {k for (k, _), pool in self._pools.items() if pool.rows}
+                if (idle := next((k for k in kinds if k not in at_work), None)) is None:
                     return None
-                del self._pools[idle]
+                self._pools = {k: pool for k, pool in self._pools.items() if k[0] != idle}
             size = self.rows
             if job.model.device.type == "cpu":
                 size = min(self.rows - rows, max(rows, sum(_kind(other) == kind for other in self._waiting())))
@@ -259,6 +261,7 @@ class Engine:
                 output_type="tokens",
                 callback=self._between(wave),
             )
+            left = self._wave  # without those that ended before
         except _Abandoned:
             return
         except Exception as error:
@@ -271,6 +274,8 @@ class Engine:
         self.counts.row_passes += sum(stats.passes_per_image)
         drafting = None if stats.draft_seconds is None else stats.draft_seconds / batch
         for row, job in enumerate(wave):
+            if job not in left:
+                continue
             self._finish(
                 job,
                 Finished(

@@ -21,7 +21,7 @@ from visar.errors import VisarError
 from visar.serving.engine import Engine
 from visar.serving.jobs import Busy, Closed, Late
 from visar.serving.replica import LONGEST_WAIT, Replica, Served
-from visar.serving.wanted import Accepted, Broken, Made, ModelCard, Told, Wanted
+from visar.serving.wanted import Accepted, Broken, Made, ModelCard, Preview, Told, Wanted
 
 DEATHS = 5  # of engines, that an image outlives
 PAUSE = 0.5  # seconds before another engine is asked
@@ -38,7 +38,7 @@ class Settings:
     most_images: int = 10
     deadline: float = 600
     drain: float = 30
-    keys: Sequence[str] = ()
+    keys: Sequence[str] = field(default=(), repr=False)
     bound: str = "127.0.0.1"
     allowed_hosts: Sequence[str] = ()
 
@@ -83,7 +83,7 @@ class Fleet:
     cards: Mapping[str, ModelCard] = field(default_factory=dict)
     asked_again: int = 0  # times that an image went to another engine
     _at_work: int = 0
-    _deaths: int = 0  # one after another
+    _deaths: int = 0  # of engines, one after another, at one image
     _usual: float = 1.0  # seconds of an image
 
     async def look(self) -> None:
@@ -147,11 +147,17 @@ class Fleet:
             await told.put(error)
 
     async def _image(self, told: asyncio.Queue[Told | BaseException], wanted: Wanted) -> None:
-        began = time.monotonic()
-        for _ in range(DEATHS + 1):
+        began, previews = time.monotonic(), 0
+        for attempt in range(1, DEATHS + 2):
+            again = 0  # previews that an engine before it gave, too
             stream = self.engines.options(stream=True).images.remote(wanted)
             try:
                 async for one in stream:
+                    if isinstance(one, Preview):
+                        again += 1
+                        if again <= previews:
+                            continue
+                        previews = again
                     if isinstance(one, Made):
                         self._deaths, seconds = 0, time.monotonic() - began
                         self._usual += 0.2 * (one.seconds - one.waited - self._usual)
@@ -161,12 +167,12 @@ class Fleet:
             except Exception as error:
                 if isinstance(cause := getattr(error, "cause", error), VisarError) and not isinstance(cause, Closed):
                     raise cause from None
-                if not (_is_death(error) or isinstance(cause, Closed)):
+                if not (isinstance(cause, Closed) or _is_death(error)):
                     raise
             finally:
                 with suppress(Exception):
                     stream.cancel()
-            self._deaths += 1
+            self._deaths = max(self._deaths, attempt)
             self.asked_again += 1
             await asyncio.sleep(PAUSE)
         raise Broken(f"{DEATHS + 1} engines died while they made this image.")

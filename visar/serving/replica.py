@@ -30,12 +30,13 @@ from visar.generation.stats import exactness_of
 from visar.params import SamplingParams
 from visar.samplers import values_of
 from visar.serving.engine import Engine
-from visar.serving.jobs import Closed, Event, Failed, Job, Late, Partial, Started
+from visar.serving.jobs import Busy, Closed, Event, Failed, Job, Late, Partial, Started
 from visar.serving.wanted import Accepted, Broken, Made, ModelCard, Preview, SamplerCard, Told, Wanted
 
 FORMS: Mapping[str, dict[str, Any]] = {"png": {}, "webp": {"lossless": True}, "jpeg": {"quality": 95}}
 STALLED = 120.0  # seconds of a pass until the engine counts as ill; a first pass may compile
 GRACE = 5.0  # seconds after a deadline, until which an engine is to tell that it has passed
+ROOM = 0.2  # seconds between two looks whether there is any
 LONGEST_WAIT = 60  # seconds, in Retry-After
 THREADS = 2  # that make pixels and files
 
@@ -140,13 +141,22 @@ class Replica:
             for name, served in self.models.items():
                 (condition,) = conditions(served.model, 1)
                 for sampler in served.samplers:
-                    async for _ in self.images(Wanted(name, sampler, condition, SamplingParams(), seconds=math.inf)):
-                        pass
+                    await self._first(Wanted(name, sampler, condition, SamplingParams(), seconds=math.inf))
             self.warm = True
         except Closed:
             pass
         except Exception:
             logging.getLogger("visar").exception("The first image failed; the server will not be ready")
+
+    async def _first(self, wanted: Wanted) -> None:
+        """Make what is wanted, as soon as there is room: clients may come before it."""
+        while True:
+            try:
+                async for _ in self.images(wanted):
+                    pass
+                return
+            except Busy:
+                await asyncio.sleep(ROOM)
 
     @property
     def retry_after(self) -> int:

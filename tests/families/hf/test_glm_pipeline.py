@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import functools
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from tests.helpers.tiny_glm import CODES, glm, small_drafts, stock_glm, tiny_glm
 from tests.helpers.tiny_hf import PROMPTS
 from visar import cli
 from visar.errors import VisarError
+from visar.families.hf.glm_pipeline import GlmPixels
 from visar.generation.model import ImageModel
 from visar.recipe import Recipe
 
@@ -64,6 +68,23 @@ def codes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def test_threads_take_turns() -> None:
+    """Two of a server would share the steps that the scheduler counts."""
+    inside, most = [0], [0]
+
+    def pipeline(**_: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.05)
+        inside[0] -= 1
+        return SimpleNamespace(images=torch.zeros(1, 3, 4, 4))
+
+    family = SimpleNamespace(pixels=(4, 4), device="cpu", prior_token_ids=lambda tokens: tokens)
+    draw, tokens = GlmPixels(pipeline), torch.zeros(1, 4, dtype=torch.long)
+    with ThreadPoolExecutor(3) as pool:
+        assert len(list(pool.map(lambda _: draw(family, ["cat"], tokens), range(3)))) == 3 and most == [1]
 
 
 def test_it_is_the_pipeline_with_codes_of_visar(fast: Any) -> None:

@@ -7,6 +7,7 @@ with its codes from visar.
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -29,11 +30,13 @@ class GlmPixels:
 
     Text in quotation marks in a prompt is given to the pipeline's glyph encoder. The noise of an image follows from its
     codes, so an image is a function of prompt and codes, in any batch. `arguments` are those of the pipeline's call.
+    Threads take turns, as a pipeline's scheduler counts the steps of one call.
     """
 
     def __init__(self, pipeline: Any = None, folder: Path | None = None):
         self.pipeline, self.folder = pipeline, folder
         self.arguments = dict(ARGUMENTS)
+        self._turn = threading.Lock()
 
     def check(self) -> None:
         """Raise `VisarError` where there is nothing to make pixels with."""
@@ -50,6 +53,10 @@ class GlmPixels:
     def __call__(self, family: Any, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], fp32, of the family's tokens [B, N]."""
         self.check()
+        with self._turn:
+            return self._made(family, prompts, tokens)
+
+    def _made(self, family: Any, prompts: Sequence[str], tokens: Tensor) -> Tensor:
         pipeline, (height, width) = self._loaded(family), family.pixels
         images = []
         for text, row, ids in zip(prompts, tokens.cpu(), family.prior_token_ids(tokens), strict=True):
