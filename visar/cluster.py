@@ -55,6 +55,18 @@ def connected(address: str | None = None) -> Iterator[Any]:
         ray.shutdown()
 
 
+def workers_of(ray: Any, count: int | None, device: str) -> int:
+    """How many workers with a model on `device` there are: `count`, or one for each GPU, or one.
+
+    Raises `VisarError` where the cluster has no room for them: they would be waited for without end.
+    """
+    own = ray.cluster_resources()
+    found = count or max(1, int(own.get("GPU", 0)))
+    if found > (room := int(own.get("GPU" if devices(ray, device)["num_gpus"] else "CPU", 0))):
+        raise VisarError(f"The Ray cluster has room for {room} workers, not {found}.")
+    return found
+
+
 def devices(ray: Any, device: str) -> dict[str, int]:
     """What an actor with a model on `device` takes of the cluster: a GPU if there are any and they may be used."""
     gpus = int(ray.cluster_resources().get("GPU", 0))

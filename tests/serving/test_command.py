@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +111,31 @@ def test_a_model_that_makes_no_pixels(
     (tmp_path / "anole" / "tokenizer" / "vqgan.ckpt").unlink()
     assert main(["serve", "--port", "0", "--model", str(tmp_path / "anole")]) == 2
     assert "has no decoder of pixels" in capsys.readouterr().err
+
+
+def test_a_cluster_on_which_it_does_not_start(
+    text_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left there. Paths are given in full, and who may use it is said before."""
+    told: list[str] = []
+    loads: list[Any] = []
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no room")
+
+    serve = SimpleNamespace(
+        status=lambda: SimpleNamespace(proxies={}), start=lambda **_: told.append("start"), run=fails,
+        shutdown=lambda: told.append("shutdown"),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=serve))
+    monkeypatch.setattr("visar.cluster.connected", lambda _: nullcontext())
+    monkeypatch.setattr("visar.serving.fleet.application", lambda load, _: loads.append(load))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.chdir(text_folder.parent)
+    assert main(["serve", "--ray", "--host", "0.0.0.0", "--port", "0", "--model", text_folder.name]) == 2
+    said = capsys.readouterr().err
+    assert "could not be started: no room" in said and "everybody who reaches this address" in said
+    assert told == ["start", "shutdown"] and loads[0].args[0].models == [str(text_folder)]
 
 
 def test_what_is_served(text_folder: Path, class_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from visar.bulk.about import weights_mark
 from visar.bulk.work import Made, Work, made, units
-from visar.cluster import connected, devices
+from visar.cluster import connected, devices, workers_of
 from visar.errors import NotInTraining, VisarError
 from visar.generation.model import ImageModel
 
@@ -33,11 +33,8 @@ class Crew:
     def __call__(self, work: Work) -> Made:
         """Images as they are done, in any order. Raises `VisarError` as a worker does, and if workers keep dying."""
         with connected(self.address) as ray:
-            taken = devices(ray, self.device)
-            count = self.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))
-            if count > (room := int(ray.cluster_resources()["GPU" if taken["num_gpus"] else "CPU"])):
-                raise VisarError(f"The Ray cluster has room for {room} workers, not {count}.")
-            yield from _Run(ray, self, work, taken).images(count)
+            count = workers_of(ray, self.workers, self.device)
+            yield from _Run(ray, self, work, devices(ray, self.device)).images(count)
 
 
 class Ids:

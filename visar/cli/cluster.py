@@ -44,14 +44,24 @@ def crew_of(options: argparse.Namespace, condition: str, stack: ExitStack) -> tu
     here.device = "cpu"
     if devices(ray, options.device)["num_gpus"] and options.dtype is None:
         here.dtype = "bfloat16"
-    there = copy.copy(here)
+    there = elsewhere(here)
     there.device = options.device
-    for name in ("model", "vq", "vae", "text_encoder"):  # paths of here, for processes that begin elsewhere
-        if (value := getattr(there, name)) and os.path.exists(value):
-            setattr(there, name, str(Path(value).absolute()))
-    there.drafter = [str(Path(path).absolute()) for path in there.drafter]
     load: Callable[[], Any] = partial(load_model, there, condition)
     return Crew(load, options.workers, options.ray_address, options.device), here
+
+
+def elsewhere(options: argparse.Namespace) -> argparse.Namespace:
+    """The same options for processes that begin in another folder."""
+    there = copy.copy(options)
+    for name in ("model", "models", "vq", "vae", "text_encoder", "drafter"):
+        value = getattr(there, name, None)
+        setattr(there, name, [_path(one) for one in value] if isinstance(value, list) else value and _path(value))
+    return there
+
+
+def _path(name: str) -> str:
+    """A name of a model as it is, a path in full."""
+    return str(Path(name).absolute()) if os.path.exists(name) else name
 
 
 def spread(options: argparse.Namespace, stack: ExitStack) -> Extractor | None:
@@ -59,13 +69,13 @@ def spread(options: argparse.Namespace, stack: ExitStack) -> Extractor | None:
     check_cluster(options)
     if options.launcher is None:
         return None
-    from visar.cluster import connected
+    from visar.cluster import connected, workers_of
     from visar.eval.quality.extractors.spread import Spread
     from visar.eval.quality.protocols import get_protocol
 
     name, weights = get_protocol(options.protocol).extractor, options.weights and str(Path(options.weights).absolute())
     ray = stack.enter_context(connected(options.ray_address))
-    workers = options.workers or max(1, int(ray.cluster_resources().get("GPU", 0)))
+    workers = workers_of(ray, options.workers, options.device)
     found = Spread(partial(_extractor, name, weights, options.device), workers, options.device)
     stack.callback(found.close)
     return found

@@ -28,6 +28,8 @@ def serve(options: argparse.Namespace) -> int:
         if value is not None and not options.ray:
             raise VisarError(f"{name} is of --ray, which is not given.")
     keys = keys_of(options.api_key_file)
+    if not keys and options.host not in LOOPBACK:
+        _say("note: without --api-key-file everybody who reaches this address may use it")
     with bound(options.host, options.port) as listener:  # before models are loaded
         if not options.ray:
             return _serve(options, keys, listener)
@@ -69,8 +71,6 @@ def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
         deadline=options.deadline, start=replica.warm_up,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
-    if not keys and options.host not in LOOPBACK:
-        _say("note: without --api-key-file everybody who reaches this address may use it")
     names, where = ", ".join(served.name for served in models), f"[{host}]" if ":" in host else host
     told = f"visar serve: {names} on http://{where}:{port}/v1"
     with warnings.catch_warnings():

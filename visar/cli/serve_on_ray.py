@@ -11,9 +11,11 @@ import copy
 import signal
 import sys
 import threading
+import warnings
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from visar.cli.cluster import elsewhere
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
@@ -37,18 +39,19 @@ def run(options: argparse.Namespace, keys: list[str], port: int) -> int:
                 "`serve run visar.cli.serve_on_ray:app`."
             )
         serve.start(http_options={"host": options.host, "port": port}, logging_config={"log_level": "WARNING"})
-        settings = settings_of(options, keys)
-        try:
-            serve.run(application(partial(served, options), settings), name="visar")
-        except RuntimeError as error:
-            raise VisarError(f"The engines could not be started: {error}") from error
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: ended.set())
-        print(f"visar serve: on http://{options.host}:{port}/v1, with Ray", flush=True)
-        ended.wait()
-        print("visar serve: finishing what was begun", file=sys.stderr, flush=True)
-        serve.delete("visar")
-        serve.shutdown()
+        try:  # from here on something of it may be left on a cluster that is not ours
+            try:
+                serve.run(application(partial(served, elsewhere(options)), settings_of(options, keys)), name="visar")
+            except RuntimeError as error:
+                raise VisarError(f"The engines could not be started: {error}") from error
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: ended.set())
+            print(f"visar serve: on http://{options.host}:{port}/v1, with Ray", flush=True)
+            ended.wait()
+            print("visar serve: finishing what was begun", file=sys.stderr, flush=True)
+            serve.delete("visar")
+        finally:
+            serve.shutdown()
     return 0
 
 
@@ -74,7 +77,8 @@ def settings_of(options: argparse.Namespace, keys: list[str]) -> Settings:
 
 
 def served(options: argparse.Namespace) -> list[Served]:
-    """The models of one process."""
+    """The models of one process, which is an engine's alone."""
     from visar.cli.serve import models_of
 
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"visar\.")  # as in `visar serve` without Ray
     return models_of(copy.copy(options))
