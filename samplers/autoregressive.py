@@ -33,7 +33,8 @@ def forced_next(session: Session, state: SequentialState) -> bool:
 @register_sampler("ar", paper="sequential sampling, the baseline")
 @dataclass(frozen=True)
 class Autoregressive(Registered):
-    """One token per pass, and no pass of its own for a forced one, which is fed together with the token before it.
+    """One token per pass, and no pass of its own for a forced one, which is fed together with the token before it; of
+    several in a row a pass commits two.
 
     The noise of a position does not depend on how many passes came before.
     """

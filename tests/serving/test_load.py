@@ -26,7 +26,7 @@ def test_all_systems_under_all_loads(text_pipe: Any) -> None:
         assert row.first_partial is None or row.first_partial <= row.p99
         assert 0 <= row.idle < 1
     one = [row.idle for row in report.table if row.load == "1 client"]
-    assert one[0] == pytest.approx(0.5) and one[1] == one[2] == 0  # of two rows, one client uses one
+    assert one == [0, 0, 0]  # on a CPU one client gets a pool of one row, of the two that there may be
     assert report.capacity == report.table[3].images_per_second
     assert report.soak is not None and report.soak.images >= 2 and report.soak.after > 100
 

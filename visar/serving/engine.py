@@ -25,7 +25,7 @@ from visar.serving.jobs import Busy, Closed, Event, Failed, Job, Late, Partial, 
 
 @dataclass
 class Counts:
-    """What an engine has done so far; `row_passes` are those of rows at work, of `passes` times the pool's rows."""
+    """What an engine has done so far; `row_passes` are those of rows at work, of `places`, those of all rows."""
 
     finished: int = 0
     failed: int = 0
@@ -34,6 +34,7 @@ class Counts:
     refused: int = 0
     passes: int = 0
     row_passes: int = 0
+    places: int = 0
     tokens: int = 0
 
 
@@ -152,6 +153,7 @@ class Engine:
             self.stepped = time.monotonic()
             self.counts.passes += pool.passes - before[0]
             self.counts.row_passes += pool.row_passes - before[1]
+            self.counts.places += (pool.passes - before[0]) * pool.size
             for finished in done:
                 self._finish(finished.request.tag, finished)
             self._lose([request.tag for request in failed], not_finite(pool.family))
@@ -272,6 +274,7 @@ class Engine:
         stats, batch = out.stats, len(wave)
         self.counts.passes += max(stats.passes_per_image)
         self.counts.row_passes += sum(stats.passes_per_image)
+        self.counts.places += max(stats.passes_per_image) * batch
         drafting = None if stats.draft_seconds is None else stats.draft_seconds / batch
         for row, job in enumerate(wave):
             if job not in left:

@@ -116,8 +116,7 @@ class OverHttp:
         return Times(time.perf_counter() - start, first)
 
     def passes(self) -> tuple[int, int]:
-        counts = self.engine.counts
-        return counts.row_passes, counts.passes * self.engine.rows
+        return self.engine.counts.row_passes, self.engine.counts.places
 
 
 class Batches:

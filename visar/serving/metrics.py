@@ -52,7 +52,8 @@ class EngineCollector(Collector):
         yield images
         for name, text, total in (
             ("visar_passes", "Passes of all pools", counts.passes),
-            ("visar_row_passes", "Passes of rows at work; at most rows x passes", counts.row_passes),
+            ("visar_row_passes", "Passes of rows at work", counts.row_passes),
+            ("visar_row_places", "Passes of all rows, at work or not", counts.places),
             ("visar_tokens", "Tokens of finished images", counts.tokens),
         ):
             yield CounterMetricFamily(name, text, total)
