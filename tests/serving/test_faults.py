@@ -387,6 +387,26 @@ def test_the_end_finishes_what_was_begun(start: Start, held: Held) -> None:
     until(lambda: api.server.should_exit)
 
 
+def test_the_end_waits_for_pixels(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some decoders take longer for them than answers have that are on their way."""
+    go, file = threading.Event(), replica.encoded
+
+    def slow(make: Any, form: str) -> bytes:
+        assert go.wait(LONG)
+        return file(make, form)
+
+    monkeypatch.setattr(replica, "encoded", slow)
+    monkeypatch.setattr("visar.serving.server.LAST_WORDS", 0.1)
+    api = start()
+    asked = api.later(prompt="cat")
+    until(lambda: api.engine.counts.finished)
+    api.server.handle_exit(signal.SIGTERM, None)
+    time.sleep(0.5)
+    go.set()
+    assert asked.answer.status == 200
+    until(lambda: api.server.should_exit)
+
+
 def test_an_end_that_takes_too_long(start: Start, held: Held) -> None:
     api = start(rows=1, drain=0.1)
     begun = [api.later(prompt="cat", seed=seed) for seed in range(2)]

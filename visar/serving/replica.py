@@ -88,6 +88,7 @@ class Replica:
         self.warm = self.draining = False
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="visar files")
         self._usual = 1.0  # seconds of an image, from row to file
+        self._open = 0  # calls of `images` that have not ended
 
     async def images(self, wanted: Wanted) -> AsyncGenerator[Told, None]:
         """As `Studio.images`."""
@@ -109,6 +110,7 @@ class Replica:
             for image in wanted.images
         }  # fmt: skip
         self.engine.submit_all(list(jobs.values()))
+        self._open += 1
         waited: dict[int, float] = {}
         left = set(jobs)
         try:
@@ -129,6 +131,7 @@ class Replica:
                     case Failed():
                         raise blamed(event.error)
         finally:
+            self._open -= 1
             for image in left:
                 jobs[image].cancel()
 
@@ -176,10 +179,13 @@ class Replica:
 
     def close(self, seconds: float) -> bool:
         """Finish what was asked for within `seconds`, and take no more; whether all of it was done. Blocks."""
-        self.draining = True
-        if not (drained := self.engine.close(timeout=seconds)):
+        self.draining, until = True, time.monotonic() + seconds
+        if not self.engine.close(timeout=seconds):
             self.engine.close(drain=False, timeout=60)
-        return drained
+            return False
+        while self._open and time.monotonic() < until:  # for pixels and files
+            time.sleep(0.02)
+        return not self._open
 
 
 class Steps:
