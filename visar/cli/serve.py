@@ -28,9 +28,9 @@ def serve(options: argparse.Namespace) -> int:
         if value is not None and not options.ray:
             raise VisarError(f"{name} is of --ray, which is not given.")
     keys = keys_of(options.api_key_file)
-    if not keys and options.host not in LOOPBACK:
-        _say("note: without --api-key-file everybody who reaches this address may use it")
     with bound(options.host, options.port) as listener:  # before models are loaded
+        if not keys and options.host not in LOOPBACK:
+            _say("note: without --api-key-file everybody who reaches this address may use it")
         if not options.ray:
             return _serve(options, keys, listener)
         port = listener.getsockname()[1]
