@@ -68,9 +68,9 @@ class DecoderShape(Shape):
     def make(self, dtype: torch.dtype, device: torch.device) -> ImageDecoder:
         return random_decoder(self.kind, self.size, dtype, device)
 
-    def session(self, model: ImageDecoder, batch: int, window: int) -> TransformersSession:
-        ids = prompt_of(batch, PROMPT, model.device)
-        lengths = torch.full((batch,), PROMPT)
+    def session(self, model: ImageDecoder, batch: int, window: int, prompt: int | None = None) -> TransformersSession:
+        ids = prompt_of(batch, prompt or PROMPT, model.device)
+        lengths = torch.full((batch,), ids.shape[1])
         condition = (ids, lengths, unconditional(ids), lengths) if self.size.guided else (ids, lengths)
         return TransformersSession(
             model, *condition, length=self.tokens, window=window, guidance=Guidance(self.guidance)
@@ -97,7 +97,7 @@ SMALL_JANUS = DecoderSize(
     20, 768, 12, 12, 2048, vocab=1024, codes=16384, tokens=576, context=2048, head_dim=64, own_codes=True
 )  # fmt: skip
 
-DECODERS: dict[str, Shape] = {
+DECODERS = {
     shape.name: shape
     for shape in (
         DecoderShape("Janus-0.15B", "janus", SMALL_JANUS, 5.0, 0),

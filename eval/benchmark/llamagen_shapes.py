@@ -96,9 +96,9 @@ class LlamaGenShape(Shape):
         return 1e3 * (time.perf_counter() - start) / tokens
 
 
-def published() -> dict[str, Shape]:
+def published() -> dict[str, LlamaGenShape]:
     """By names such as XL-384. XL-256 and XL-512 are the text model, all others take classes."""
-    shapes: dict[str, Shape] = {}
+    shapes = {}
     for spec in MODELS.values():
         size = spec.name.rsplit("-", 1)[1].upper()
         for pixels in spec.pixels:

@@ -34,7 +34,7 @@ MOST_WINDOW = 128
 WINDOWS = (1, 16, 32, 64)
 
 
-SHAPES: dict[str, Shape] = published() | DECODERS
+SHAPES: dict[str, Shape] = {**published(), **DECODERS}
 DEFAULTS = {
     "cuda": (
         "L-384", "XL-384", "XL-512", "3B-384", "Janus-Pro-1B", "Janus-Pro-7B", "GLM-Image-1024", "Emu3-720",

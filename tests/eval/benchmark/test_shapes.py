@@ -14,7 +14,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.memory import free_memory
 from visar.errors import VisarError
 from visar.eval.benchmark import shapes
-from visar.eval.benchmark.llamagen_shapes import LlamaGenShape, condition_of
+from visar.eval.benchmark.llamagen_shapes import LlamaGenShape, condition_of, published
 from visar.eval.benchmark.shapes import SHAPES, measure, shape_named
 from visar.families.llamagen.session import LlamaGenSession
 from visar.families.llamagen.specs import GPTShape
@@ -22,6 +22,7 @@ from visar.families.llamagen.specs import GPTShape
 CPU = torch.device("cpu")
 CLASS = LlamaGenShape("tiny", GPTShape(2, 64, 2, 96, vocab=128, classes=5), "class", 6, 4.0, 10)
 TEXT = LlamaGenShape("tiny-text", GPTShape(2, 64, 2, 96, 6, 128, 5, 8), "text", 4, 4.0, 10)
+GPTS = published()
 Capture = pytest.CaptureFixture[str]
 
 
@@ -37,7 +38,7 @@ def test_shapes_have_the_published_sizes() -> None:
     assert {n: SHAPES[n].parameters for n in published} == published
     assert SHAPES["XL-512"].parameters == 777_678_080 + 120 * 2048  # and the buffer of the empty caption
     assert SHAPES["XL-384"].cache(1, 1) * 2 == 184_320 and SHAPES["3B-384"].cache(1, 1) * 2 == 307_200
-    assert (SHAPES["XL-512"].grid, SHAPES["XL-512"].condition, SHAPES["XL-384"].condition) == (32, "text", "class")
+    assert (GPTS["XL-512"].grid, GPTS["XL-512"].condition, GPTS["XL-384"].condition) == (32, "text", "class")
     # XL-384: 0.752 B streamed weights, and 0.11 GB of cache for both halves.
     assert SHAPES["XL-384"].streamed(1, torch.bfloat16) / 1e9 == pytest.approx(1.50 + 0.11, abs=0.015)
 
@@ -130,7 +131,7 @@ def test_free_memory_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_command(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = replace(SHAPES["3B-384"], name="big")
+    short = replace(GPTS["3B-384"], name="big")
     monkeypatch.setattr(shapes, "SHAPES", {"tiny": CLASS, "big": short})
     monkeypatch.setattr(shapes, "DEFAULTS", {"cpu": ("tiny", "big")})
     monkeypatch.setattr(shapes, "free_memory", lambda device: 2**28)
