@@ -2,9 +2,9 @@
 
     python -m visar.eval.benchmark.stock --dtype bfloat16
 
-The model has the architecture of Janus-Pro at 0.15 billion parameters, so a CPU can run it. One image is decoded greedily
-with guidance at batch 1, in turns, in one process. Random weights make no difference to the time of a pass, but their
-draft tokens are seldom accepted. It imports transformers.
+The model has the architecture of Janus-Pro at 0.15 billion parameters, so a CPU can run it. One image is decoded
+greedily with guidance at batch 1, by all in turns in one process. Random weights make no difference to the time of a
+pass, but their draft tokens are seldom accepted. It imports transformers.
 """
 
 from __future__ import annotations
