@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,15 @@ from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.eval.benchmark import kernel_checks, shapes
+from visar.eval.benchmark.decoder_shapes import DecoderShape
+from visar.eval.benchmark.llamagen_shapes import LlamaGenShape
 from visar.eval.benchmark.profiling import PassProfile, profile_model, profile_text
-from visar.eval.benchmark.shapes import SHAPES, Shape, ShapeReport, ShapeRow, shapes_text
+from visar.eval.benchmark.shape import Shape
+from visar.eval.benchmark.shapes import SHAPES, ShapeReport, ShapeRow, shapes_text
 from visar.eval.benchmark.speed import bandwidth, compare, device_title
 from visar.eval.exactness.dtype import forced_logits
 from visar.eval.prompts import PROMPTS
+from visar.families.hf.sizes import DecoderSize
 from visar.families.llamagen.specs import GPTShape
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
@@ -45,10 +49,17 @@ from visar.tables import table
 
 MEASURED = ("ar", "sjd", "scd", "speculative", "eagle", "lantern++", "zipar")
 SECONDS = 430  # what has not begun by then is left out
-TINY = (
-    Shape("tiny", GPTShape(2, 64, 2, 96, vocab=128, classes=5), "class", 6, 4.0, 10),
-    Shape("tiny-text", GPTShape(2, 64, 2, 96, 6, 128, 5, 8), "text", 4, 4.0, 10),
-)
+# Published shapes and batches, the most valuable first; the others come after all other sections.
+FIRST_SHAPES = (("XL-384", 1), ("GLM-Image-1024", 1), ("Janus-Pro-7B", 1), ("Emu3-720", 1))
+OTHER_SHAPES = (
+    ("Lumina-7B-768", 1), ("Janus-Pro-1B", 1), ("3B-384", 1), ("Emu3.5-1024", 1), ("XL-384", 8), ("XL-512", 1),
+    ("3B-384", 8), ("L-384", 1), ("L-384", 8), ("XL-512", 8), ("Janus-Pro-7B", 8), ("GLM-Image-1024", 8),
+)  # fmt: skip
+_CLASSES = LlamaGenShape("tiny", GPTShape(2, 64, 2, 96, vocab=128, classes=5), "class", 6, 4.0, 10)
+_TEXTS = LlamaGenShape("tiny-text", GPTShape(2, 64, 2, 96, 6, 128, 5, 8), "text", 4, 4.0, 10)
+_JANUS = DecoderSize(2, 32, 4, 4, 48, vocab=90, codes=16, tokens=16, context=256, head_dim=8, own_codes=True)
+TINY_FIRST = ((_CLASSES, 1), (DecoderShape("tiny-janus", "janus", _JANUS, 5.0, 0), 1))
+TINY_OTHER = ((_CLASSES, 2), (_TEXTS, 1), (_TEXTS, 2))
 
 
 @dataclass
@@ -144,26 +155,31 @@ def same_bits(run: Run) -> Iterator[Check]:
             yield Check(f"invariant logits, W {window} and batch {batch} == W 1 and batch 1", "bits", same)
 
 
-def shape_rows(run: Run) -> Iterator[Check]:
+def first_shapes(run: Run) -> Iterator[Check]:
     """The time of a pass of published shapes; random weights."""
-    chosen = TINY if run.dry else tuple(SHAPES[n] for n in shapes.DEFAULTS["cuda"])
+    return shape_rows(run, TINY_FIRST if run.dry else [(SHAPES[name], batch) for name, batch in FIRST_SHAPES])
+
+
+def other_shapes(run: Run) -> Iterator[Check]:
+    return shape_rows(run, TINY_OTHER if run.dry else [(SHAPES[name], batch) for name, batch in OTHER_SHAPES])
+
+
+def shape_rows(run: Run, chosen: Sequence[tuple[Shape, int]]) -> Iterator[Check]:
     options: dict[str, Any] = {} if not run.dry else dict(windows=(1, 4), repeats=1, passes=2)
-    for shape in chosen:
-        for batch in (1, 2) if run.dry else shapes.BATCHES["cuda"]:
-            name = f"{shape.name}, random weights, batch {batch}"
-            try:
-                report = shapes.measure(
-                    [shape], batches=(batch,), dtypes=(torch.bfloat16,), device=run.device, **options
-                )
-            except VisarError as error:  # too little memory
-                yield Check(name, str(error))
-                continue
-            row, run.bandwidth = report.rows[0], report.bandwidth
-            run.shapes.append(row)
-            ms = " / ".join(f"{t:.2f}" for t in row.ms_per_pass.values())
-            windows = ", ".join(str(w) for w in row.ms_per_pass)
-            result = f"{ms} ms/pass at W = {windows}, {row.of_bandwidth[1]:.0%} of bandwidth"
-            yield Check(name, f"{result}, AR {row.seconds_per_image:.2f} s/image, eager {row.eager_ratio:.1f} x AR")
+    for shape, batch in chosen:
+        name = f"{shape.name}, random weights, batch {batch}"
+        try:
+            report = shapes.measure([shape], batches=(batch,), dtypes=(torch.bfloat16,), device=run.device, **options)
+        except VisarError as error:  # too little memory
+            yield Check(name, str(error))
+            continue
+        row, run.bandwidth = report.rows[0], report.bandwidth
+        run.shapes.append(row)
+        ms = " / ".join(f"{t:.2f}" for t in row.ms_per_pass.values())
+        windows = ", ".join(str(w) for w in row.ms_per_pass)
+        result = f"{ms} ms/pass at W = {windows}, {row.of_bandwidth[1]:.0%} of bandwidth"
+        times = f"AR {row.seconds_per_image:.2f} s/image, stock loop {row.stock_ratio:.1f} x AR"
+        yield Check(name, f"{result}, {times}")
 
 
 def profiles(run: Run) -> Iterator[Check]:
@@ -239,9 +255,9 @@ def continuous_speed(run: Run) -> Iterator[Check]:
 
 # In this order, so that what is left out where time is short is what matters least.
 SECTIONS: dict[str, Callable[[Run], Iterator[Check]]] = {
-    "noise": same_noise, "kernels": kernels, "invariant": same_bits, "shapes": shape_rows, "profiles": profiles,
+    "noise": same_noise, "kernels": kernels, "invariant": same_bits, "shapes": first_shapes, "profiles": profiles,
     "speed of icons": icons_speed, "images of icons": same_images, "speed of icons-mar": continuous_speed,
-    "images of icons-mar": same_continuous_images,
+    "images of icons-mar": same_continuous_images, "more shapes": other_shapes,
 }  # fmt: skip
 
 

@@ -21,9 +21,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from visar.engine.drafter import Timed
 from visar.engine.graphs import Graph
+from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.eval.benchmark.steady import steady
-from visar.families.llamagen.session import LlamaGenSession
 from visar.host import synchronize
 from visar.samplers import Target
 from visar.tables import table
@@ -76,7 +76,7 @@ class PassProfile:
 
 
 def profile_passes(
-    session: LlamaGenSession,
+    session: Session,
     sampler: Any,
     target: Target,
     noise: Any,
@@ -99,7 +99,7 @@ def profile_passes(
                 yield
             synchronize(session.device)
 
-    with ranges(sampler):
+    with ranges(session, sampler):
         timed = steady(session, sampler, target, noise, passes=passes, warm=warm, traced=traced, graph=graph)
     events = list(tracer.events() or [])
     window = next((e for e in events if e.name == WINDOW and e.device_type == DeviceType.CPU), None)
@@ -164,14 +164,14 @@ def profile_text(rows: Sequence[tuple[Any, ...]], header: tuple[str, ...]) -> st
 
 
 @contextmanager
-def ranges(sampler: Any) -> Iterator[None]:
+def ranges(session: Session, sampler: Any) -> Iterator[None]:
     """Name what runs: passes of models and drafters, guidance, the target distribution, and the sampler's own step."""
     named = (
         (type(sampler), "step", VERIFY),
-        (LlamaGenSession, "guided", TARGET_PROBS),
+        (type(session), "guided", TARGET_PROBS),
         (Target, "probs", TARGET_PROBS),
-        (LlamaGenSession, "forward", MODEL_RANGE),
-        (LlamaGenSession, "forward_at", MODEL_RANGE),
+        (type(session), "forward", MODEL_RANGE),
+        (type(session), "forward_at", MODEL_RANGE),
         (Timed, "root", MODEL_RANGE),
         (Timed, "extend", MODEL_RANGE),
     )

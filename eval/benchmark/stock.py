@@ -1,9 +1,10 @@
-"""`ar` against the `generate` of transformers, on a Janus of random weights: time per token, and whether ids are equal.
+"""visar against the `generate` of transformers, on a Janus of random weights: time per token, and equality of ids.
 
     python -m visar.eval.benchmark.stock --dtype bfloat16
 
-The model has the architecture of Janus-Pro at 0.15 billion parameters, so a CPU can run it. Both decode greedily with
-guidance, in turns, in one process; random weights make no difference to the time of a pass. It imports transformers.
+The model has the architecture of Janus-Pro at 0.15 billion parameters, so a CPU can run it. One image is decoded
+greedily with guidance at batch 1, by all in turns in one process. Random weights make no difference to the time of a
+pass, but their draft tokens are seldom accepted. It imports transformers.
 """
 
 from __future__ import annotations
@@ -12,131 +13,105 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from visar.engine.guidance import Guidance
 from visar.engine.loop import decode
 from visar.engine.rng import Noise
-from visar.families.hf.janus import JanusDecoder
-from visar.families.hf.session import TransformersSession
+from visar.eval.benchmark.decoder_shapes import DECODERS, DecoderShape
+from visar.eval.benchmark.random_decoders import generate, prompt_of
+from visar.families.hf.decoder import ImageDecoder
+from visar.files import replacing
 from visar.host import synchronize
-from visar.samplers import Autoregressive, Target
+from visar.samplers import Target, get_sampler
 from visar.tables import table
 
-START, PAD, END = 2, 0, 3  # ids of the tiny vocabulary of prompts
-PROMPT = 24  # ids of a prompt
-SCALE = 5.0
-SIZES = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=12)
+PROMPT = 24  # ids
+SHAPE = DECODERS["Janus-0.15B"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians over the repeats: milliseconds per token, and the time of `generate` over this one's, by pairs.
+
+    `passes` are those of an image, and `equal` is the share of its ids that are those of `generate`.
+    """
+
+    name: str
+    ms_per_token: float
+    passes: int
+    ratio: float
+    equal: float
 
 
 @dataclass(frozen=True)
 class AgainstStock:
-    """Milliseconds per token of both, medians over the repeats, their ratio, and the share of equal ids."""
-
+    model: str
     dtype: str
     device: str
     threads: int
     parameters: int
     tokens: int
-    stock_ms: float
-    ms: float
-    ratio: float
-    equal: float
+    rows: list[Row]
     weights: str = "random"
 
     def __str__(self) -> str:
-        head = ("DTYPE", "TOKENS", "GENERATE ms", "AR ms", "RATIO", "EQUAL IDS")
-        row = (
-            self.dtype, str(self.tokens), f"{self.stock_ms:.1f}", f"{self.ms:.1f}", f"{self.ratio:.2f}",
-            f"{100 * self.equal:.0f}%",
-        )  # fmt: skip
-        return table(head, [row])
+        head = ("DECODED BY", "MS/TOKEN", "PASSES", "MS/PASS", "GENERATE'S TIME", "EQUAL IDS")
+        lines = [
+            (r.name, f"{r.ms_per_token:.1f}", r.passes, f"{r.ms_per_token * self.tokens / r.passes:.1f}",
+             f"{r.ratio:.2f} x", f"{100 * r.equal:.0f}%")
+            for r in self.rows
+        ]  # fmt: skip
+        return (
+            f"{table(head, lines)}\n{self.model}, random weights, {self.dtype}, {self.device}, {self.threads} threads, "
+            f"batch 1 with guidance, {self.tokens} tokens, prefill included; medians of repeats in turns."
+        )
 
 
-def random_janus(side: int, device: torch.device, dtype: torch.dtype, **sizes: int) -> Any:
-    """A Janus of `side` x `side` tokens among 16,384."""
-    from transformers import (
-        JanusConfig,
-        JanusForConditionalGeneration,
-        JanusVisionConfig,
-        JanusVQVAEConfig,
-        LlamaConfig,
-    )
-
-    text = SIZES | sizes
-    config = JanusConfig(
-        text_config=LlamaConfig(
-            vocab_size=64, num_key_value_heads=text["num_attention_heads"], max_position_embeddings=2048, **text
-        ),
-        vision_config=JanusVisionConfig(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16 * side, patch_size=16,
-            mlp_ratio=2, projection_dim=text["hidden_size"], num_image_tokens=side**2,
-        ),
-        vq_config=JanusVQVAEConfig(
-            embed_dim=8, num_embeddings=16384, latent_channels=32, base_channels=32, channel_multiplier=[1] * 5,
-            num_res_blocks=1, projection_dim=text["hidden_size"], image_token_embed_dim=text["hidden_size"],
-        ),
-        image_token_id=63,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model: Any = JanusForConditionalGeneration(config).eval()
-    for p in model.parameters():
-        if p.ndim > 1:  # wide enough for greedy ids to differ clearly
-            nn.init.normal_(p, std=1.5 * p[0].numel() ** -0.5)
-    own = model.generation_config
-    own.bos_token_id, own.pad_token_id, own.eos_token_id = 1, PAD, END
-    own.generation_kwargs = {"boi_token_id": START}
-    return model.to(device, dtype)
-
-
-def stock(model: Any, ids: Tensor, length: int) -> Tensor:
-    """Greedy ids [1, N] by `generate`, with a cache of no more slots than it needs."""
-    found: Tensor = model.generate(
-        inputs=ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False,
-        guidance_scale=SCALE, max_length=ids.shape[1] + length,
-    )  # fmt: skip
-    return found
-
-
-def ours(model: Any, ids: Tensor, length: int) -> Tensor:
-    """Greedy ids [1, N] by `ar`."""
-    length_of = torch.tensor([ids.shape[1]])
-    unconditional = torch.where((ids == 1) | (ids == START), ids, PAD)
-    session = TransformersSession(
-        JanusDecoder(model), ids, length_of, unconditional, length_of, length=length, window=1, guidance=Guidance(SCALE)
-    )
-    noise = Noise(0, torch.zeros(1, dtype=torch.long, device=ids.device))
-    return decode(session, Autoregressive(), Target(top_k=1), noise).tokens
-
-
-def measure(dtype: str, device: str = "cpu", side: int = 8, repeats: int = 5, **sizes: int) -> AgainstStock:
-    """Both in turns, after a run of each that is not counted. Prefill is in the time of both."""
+def measure(
+    dtype: torch.dtype, device: str = "cpu", side: int = 8, repeats: int = 5, window: int = 16,
+    shape: DecoderShape = SHAPE,
+) -> AgainstStock:  # fmt: skip
+    """An image of `side` x `side` tokens by all, in turns, after a run of each that is not counted."""
     where = torch.device(device)
-    model = random_janus(side, where, getattr(torch, dtype), **sizes)
-    ids = torch.randint(4, 60, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    ids[0, 0], ids[0, -1] = 1, START
-    ids, length = ids.to(where), side**2
-    seconds: dict[str, list[float]] = {"stock": [], "ours": []}
-    with torch.inference_mode():
-        expected, found = stock(model, ids, length), ours(model, ids, length)
-        for _ in range(repeats):
-            for name, run in (("stock", lambda: stock(model, ids, length)), ("ours", lambda: ours(model, ids, length))):
-                synchronize(where)
-                start = time.perf_counter()
-                run()
-                synchronize(where)
-                seconds[name].append(time.perf_counter() - start)
-    ms = {name: 1e3 * statistics.median(values) / length for name, values in seconds.items()}
-    return AgainstStock(
-        dtype, device, torch.get_num_threads(), sum(p.numel() for p in model.model.language_model.parameters()),
-        length, ms["stock"], ms["ours"],
-        statistics.median(a / b for a, b in zip(seconds["stock"], seconds["ours"], strict=True)),
-        float((expected == found).float().mean()),
-    )  # fmt: skip
+    shape = replace(shape, size=replace(shape.size, tokens=side**2))
+    decoder, ids = shape.make(dtype, where), prompt_of(1, PROMPT, where)
+    runs: dict[str, Callable[[], tuple[Tensor, int]]] = {
+        "generate": lambda: (generate(shape.kind, decoder, shape.size, ids, side**2, shape.guidance), side**2)
+    }
+    for name in ("ar", "scd"):
+        runs[name] = partial(ours, shape, decoder, name, window)
+    first = {name: run() for name, run in runs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            synchronize(where)
+            start = time.perf_counter()
+            run()
+            synchronize(where)
+            seconds[name].append(time.perf_counter() - start)
+    rows = [
+        Row(
+            name, 1e3 * statistics.median(taken) / side**2, first[name][1],
+            statistics.median(a / b for a, b in zip(seconds["generate"], taken, strict=True)),
+            float((first[name][0] == first["generate"][0]).float().mean()),
+        )
+        for name, taken in seconds.items()
+    ]  # fmt: skip
+    kind = str(dtype).removeprefix("torch.")
+    return AgainstStock(shape.name, kind, device, torch.get_num_threads(), shape.parameters, side**2, rows)
+
+
+def ours(shape: DecoderShape, decoder: ImageDecoder, name: str, window: int) -> tuple[Tensor, int]:
+    """Greedy ids [1, N] by a sampler, and the passes that it took."""
+    sampler = get_sampler(name, window=None if name == "ar" else window)
+    noise = Noise(0, torch.zeros(1, dtype=torch.long, device=decoder.device))
+    out = decode(shape.session(decoder, 1, sampler.window, PROMPT), sampler, Target(top_k=1), noise)
+    return out.tokens, out.passes
 
 
 def main() -> None:
@@ -147,13 +122,11 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument("--json", metavar="FILE", help="also write the result to FILE")
     given = options.parse_args()
-    found = measure(given.dtype, given.device, given.side, given.repeats)
-    print(f"Janus of {found.parameters / 1e9:.2f} billion parameters, random weights, {found.device}, "
-          f"{found.threads} threads, batch 1 with guidance, one run")  # fmt: skip
+    found = measure(getattr(torch, given.dtype), given.device, given.side, given.repeats)
     print(found)
     if given.json:
-        with open(given.json, "w", encoding="utf-8") as file:
-            json.dump(asdict(found), file, indent=2)
+        with replacing(given.json) as temporary:
+            temporary.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from visar.engine.guidance import Guidance
 from visar.engine.quantization import quantize
 from visar.engine.tree import Tree
 from visar.errors import VisarError
-from visar.eval.benchmark.shapes import SHAPES, random_model
+from visar.eval.benchmark.shapes import SHAPES
 from visar.eval.exactness.dtype import Pass, difference, forced_logits
 from visar.families.base import Encoded
 from visar.families.llamagen.gpt import LlamaGen
@@ -69,7 +69,7 @@ def test_icons(weights: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["native", "int8"])
 def test_the_shape_of_llamagen_b(weights: str) -> None:
-    gpt = random_model(SHAPES["B-256"], torch.bfloat16, torch.device("cpu"))
+    gpt = SHAPES["B-256"].make(torch.bfloat16, torch.device("cpu"))
     if weights != "native":
         quantize(gpt, weights)
     same_bits(gpt, (torch.arange(len(PROMPTS)) * 37,), 24)

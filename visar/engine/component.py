@@ -125,9 +125,9 @@ class Component(nn.Module):
 
 
 @contextmanager
-def unfilled() -> Iterator[None]:
-    """Modules made in this context have tensors on the meta device, which `fill` replaces."""
-    with torch.device("meta"), _Initialisation():
+def unfilled(device: torch.device | str = "meta") -> Iterator[None]:
+    """Modules made in this context have parameters that nothing fills, by default on the meta device for `fill`."""
+    with torch.device(device), _Initialisation():
         yield
 
 

@@ -41,8 +41,14 @@ def test_dry_run(without: str, tmp_path: Path, capsys: Capture, monkeypatch: pyt
     assert not [c for checks in found["checks"].values() for c in checks if c["good"] is False]
     assert {p.partition(",")[0] for p in found["profiles"]} == {"ar", "scd"}
     assert [(r["name"], r["batch"]) for r in found["shapes"]["rows"]] == [
-        (n, b) for n in ("tiny", "tiny-text") for b in (1, 2)
-    ]
+        ("tiny", 1), ("tiny-janus", 1), ("tiny", 2), ("tiny-text", 1), ("tiny-text", 2),
+    ]  # fmt: skip
+
+
+def test_every_default_shape_is_among_the_rows() -> None:
+    rows = [*gpu_check.FIRST_SHAPES, *gpu_check.OTHER_SHAPES]
+    assert len(set(rows)) == len(rows) and {(name, 1) for name in shapes.DEFAULTS["cuda"]} <= set(rows)
+    assert {name for name, _ in rows} <= set(shapes.SHAPES)
 
 
 @needs_triton

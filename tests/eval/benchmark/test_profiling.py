@@ -165,7 +165,8 @@ def test_continuous_models_are_not_profiled() -> None:
 
 def test_ranges_leave_nothing_behind() -> None:
     before = [LlamaGenSession.forward, Target.probs, Autoregressive.step]
-    with pytest.raises(KeyError), ranges(Autoregressive()):
+    session = LlamaGenSession.__new__(LlamaGenSession)
+    with pytest.raises(KeyError), ranges(session, Autoregressive()):
         assert LlamaGenSession.forward is not before[0] and Autoregressive.step is not before[2]
         raise KeyError
     assert [LlamaGenSession.forward, Target.probs, Autoregressive.step] == before

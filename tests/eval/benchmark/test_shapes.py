@@ -14,13 +14,15 @@ from visar.engine.guidance import Guidance
 from visar.engine.memory import free_memory
 from visar.errors import VisarError
 from visar.eval.benchmark import shapes
-from visar.eval.benchmark.shapes import SHAPES, Shape, condition_of, measure, random_model, shape_named
+from visar.eval.benchmark.llamagen_shapes import LlamaGenShape, condition_of, published
+from visar.eval.benchmark.shapes import SHAPES, measure, shape_named
 from visar.families.llamagen.session import LlamaGenSession
 from visar.families.llamagen.specs import GPTShape
 
 CPU = torch.device("cpu")
-CLASS = Shape("tiny", GPTShape(2, 64, 2, 96, vocab=128, classes=5), "class", 6, 4.0, 10)
-TEXT = Shape("tiny-text", GPTShape(2, 64, 2, 96, 6, 128, 5, 8), "text", 4, 4.0, 10)
+CLASS = LlamaGenShape("tiny", GPTShape(2, 64, 2, 96, vocab=128, classes=5), "class", 6, 4.0, 10)
+TEXT = LlamaGenShape("tiny-text", GPTShape(2, 64, 2, 96, 6, 128, 5, 8), "text", 4, 4.0, 10)
+GPTS = published()
 Capture = pytest.CaptureFixture[str]
 
 
@@ -36,15 +38,15 @@ def test_shapes_have_the_published_sizes() -> None:
     assert {n: SHAPES[n].parameters for n in published} == published
     assert SHAPES["XL-512"].parameters == 777_678_080 + 120 * 2048  # and the buffer of the empty caption
     assert SHAPES["XL-384"].cache(1, 1) * 2 == 184_320 and SHAPES["3B-384"].cache(1, 1) * 2 == 307_200
-    assert (SHAPES["XL-512"].grid, SHAPES["XL-512"].condition, SHAPES["XL-384"].condition) == (32, "text", "class")
+    assert (GPTS["XL-512"].grid, GPTS["XL-512"].condition, GPTS["XL-384"].condition) == (32, "text", "class")
     # XL-384: 0.752 B streamed weights, and 0.11 GB of cache for both halves.
     assert SHAPES["XL-384"].streamed(1, torch.bfloat16) / 1e9 == pytest.approx(1.50 + 0.11, abs=0.015)
 
 
 @pytest.mark.parametrize("shape", [CLASS, TEXT], ids=lambda s: s.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_counts_are_those_of_the_model(shape: Shape, dtype: torch.dtype) -> None:
-    model = random_model(shape, dtype, CPU)
+def test_counts_are_those_of_the_model(shape: LlamaGenShape, dtype: torch.dtype) -> None:
+    model = shape.make(dtype, CPU)
     state = dict(model.state_dict())
     assert sum(t.numel() for t in state.values()) == shape.parameters
     assert {t.dtype for t in state.values()} == {dtype} and torch.get_default_dtype() == torch.float32
@@ -60,7 +62,7 @@ def test_counts_are_those_of_the_model(shape: Shape, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("shape", [CLASS, TEXT], ids=lambda s: s.name)
-def test_rows(shape: Shape) -> None:
+def test_rows(shape: LlamaGenShape) -> None:
     report = measure([shape], windows=(4,), batches=(1, 2), repeats=3, passes=2, dtypes=(torch.float32,))
     assert [(r.name, r.batch, r.dtype, r.tokens) for r in report.rows] == [
         (shape.name, b, "float32", shape.grid**2) for b in (1, 2)
@@ -71,7 +73,8 @@ def test_rows(shape: Shape) -> None:
         assert r.streamed_gb == shape.streamed(r.batch, torch.float32) / 1e9
         assert r.of_bandwidth[4] == pytest.approx(r.streamed_gb / (r.ms_per_pass[4] / 1e3) / 20)
         assert r.seconds_per_image == pytest.approx(r.ms_per_pass[1] / 1e3 * r.tokens / r.batch)
-        assert r.eager_ms and r.eager_ratio == pytest.approx(r.eager_ms / r.ms_per_pass[1])
+        assert r.stock_ms and r.stock_ratio == pytest.approx(r.stock_ms / r.ms_per_pass[1])
+        assert r.stock_tokens_per_second == pytest.approx(1e3 * r.batch / r.stock_ms)
         assert (r.peak_gib, r.capture_seconds) == (None, {})  # a GPU's
         assert {w: p.sampler for w, p in r.profiles.items()} == {1: "ar", 4: "scd"}
 
@@ -128,7 +131,7 @@ def test_free_memory_is_that_of_this_machine(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_command(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = replace(SHAPES["3B-384"], name="big")
+    short = replace(GPTS["3B-384"], name="big")
     monkeypatch.setattr(shapes, "SHAPES", {"tiny": CLASS, "big": short})
     monkeypatch.setattr(shapes, "DEFAULTS", {"cpu": ("tiny", "big")})
     monkeypatch.setattr(shapes, "free_memory", lambda device: 2**28)

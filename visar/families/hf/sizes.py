@@ -53,11 +53,10 @@ class DecoderSize:
 
     @property
     def parameters(self) -> int:
-        """All weights of the decoder with its embeddings and the whole head, without those that read images."""
-        embedding = (self.vocab + (self.head or self.vocab)) * self.dim
-        if self.own_codes:
-            return self.weights + embedding + CODE_DIM * self.codes
-        return self.layer_weights + embedding
+        """All weights of the decoder, its embeddings and its head, without those that read images."""
+        if self.own_codes:  # a head for words does nothing for images
+            return self.weights + self.vocab * self.dim + CODE_DIM * self.codes
+        return self.layer_weights + (self.vocab + (self.head or self.vocab)) * self.dim
 
     def cache(self, rows: int, slots: int) -> int:
         """Numbers of keys and values."""
