@@ -262,9 +262,9 @@ def test_labels_tell_samplers_apart(models: Any) -> None:
 
 def test_models_by_name(text_pipe: Any, class_pipe: Any) -> None:
     found = named([("icons", text_pipe), ("/models/of/mine", class_pipe), ("elsewhere/mine", text_pipe)])
-    assert list(found) == ["icons", "mine", "mine (2)"] and found["mine"].model is class_pipe.image_model
+    assert list(found) == ["icons", "mine", "mine-2"] and found["mine"].model is class_pipe.image_model
     assert found["icons"].default_sampler == "scd" and found["icons"].baseline == "ar"
-    assert found["icons"].default("guidance_scale") == 2.0 and found["mine (2)"].default("temperature") == 1.0
+    assert found["icons"].default("guidance_scale") == 2.0 and found["mine-2"].default("temperature") == 1.0
 
 
 def test_the_masked_models_defaults(models: Any) -> None:

@@ -28,6 +28,8 @@ from visar.serving.server import Server
 LONG = 120  # seconds until a test gives up, on however busy a machine; nothing is measured by it
 JSON = {"Content-Type": "application/json"}
 
+KEY = "a-key-of-a-client"
+
 
 @dataclass
 class Answer:
@@ -187,3 +189,7 @@ class Held:
 
     def go(self, passes: int = 10**6) -> None:
         self._go.release(passes)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {**JSON, "Authorization": f"Bearer {key}"}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from visar.generation.model import ImageModel
 from visar.params import SamplingParams
 from visar.samplers import DEFAULTS, spec_of
+from visar.serving import replica
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,6 @@ class DemoModel:
 
 
 def named(models: Iterable[tuple[str, Any]]) -> Mapping[str, DemoModel]:
-    """The models by name: that of their folder or file, with a number for equal names."""
-    found: dict[str, DemoModel] = {}
-    for given, model in models:
-        name = own = Path(given).name or given
-        number = 1
-        while name in found:
-            number += 1
-            name = f"{own} ({number})"
-        own_model = ImageModel.of(model)
-        own_model.bar = {"disable": True}
-        found[name] = DemoModel(name, own_model)
-    return found
+    """The models by their names (`visar.serving.replica.named`)."""
+    found = replica.named((given, ImageModel.of(model)) for given, model in models)
+    return {name: DemoModel(name, model) for name, model in found.items()}

@@ -223,8 +223,11 @@ class Family(ABC):
 
     @classmethod
     def around(cls, model: Any, processor: Any) -> Self:
-        """The model of another library's loaded `model`, which stays as it is, and the processor of its prompts."""
-        raise NotImplementedError
+        """The model of another library's loaded `model`, which stays as it is, and the processor of its prompts.
+
+        Called for what `wraps` takes. Raises `VisarError` if the family takes none.
+        """
+        raise VisarError(f"The family {cls.name!r} is loaded by name, and not around a {type(model).__name__}.")
 
     def in_place_of(self, model: Any, pipeline: Any) -> Any:
         """What `visar.accelerate` gives for the loaded `model`: visar's `pipeline`, or what takes the model's place."""

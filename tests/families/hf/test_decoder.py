@@ -86,7 +86,7 @@ def test_codes_that_a_vocabulary_does_not_have() -> None:
         with pytest.raises(VisarError, match=message):
             VocabularyDecoder(model, codes)
     with pytest.raises(VisarError, match="Linear is no causal decoder of transformers"):
-        ImageDecoder(nn.Linear(2, 2), 4)
+        type("Bare", (ImageDecoder,), {"embed": None, "head": None})(nn.Linear(2, 2), 4)
 
 
 class OwnCache(nn.Module):

@@ -58,10 +58,23 @@ class TransformersFamily(DiscreteFamily):
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
-        return source.folder is not None and source.config.get("model_type") == cls.model_type
+        own = source.folder is not None and source.config.get("model_type") == cls.model_type
+        return own or bool(cls.foreign(source))
+
+    @classmethod
+    def foreign(cls, source: Source) -> str:
+        """What to say of weights in a layout of this family that is not read, after their name; "" for all others."""
+        return ""
+
+    @classmethod
+    def check_layout(cls, source: Source) -> None:
+        """Raise `VisarError` for a layout that is not read."""
+        if said := cls.foreign(source):
+            raise VisarError(f"{source.name} {said}")
 
     @classmethod
     def load(cls, source: Source) -> Self:
+        cls.check_layout(source)
         assert source.folder is not None
         check_version()
         return cls(load_model(cls.architecture, source.folder), load_processor(source.folder))

@@ -193,17 +193,14 @@ class ChameleonFamily(_Chameleon):
     name = "chameleon"
 
     @classmethod
-    def recognises(cls, source: Source) -> bool:
-        return super().recognises(source) or _original(source)
-
-    @classmethod
-    def load(cls, source: Source) -> Self:
-        if _original(source):
-            raise VisarError(
-                f"{source.name} is in the layout of Meta's own code, which visar does not read; give the same weights "
-                "in transformers' layout, such as leloy/Anole-7b-v0.1-hf, with the tokenizer/vqgan.ckpt of this one."
-            )
-        return super().load(source)
+    def foreign(cls, source: Source) -> str:
+        folder = source.folder
+        if folder is None or source.config or not (folder / "tokenizer" / "vqgan.ckpt").is_file():
+            return ""
+        return (
+            "is in the layout of Meta's own code, which visar does not read; give the same weights in transformers' "
+            "layout, such as leloy/Anole-7b-v0.1-hf, with the tokenizer/vqgan.ckpt of this one."
+        )
 
     def made(self) -> None:
         super().made()
@@ -289,8 +286,3 @@ def image_decoder(folder: Path) -> VQGAN | None:
         except Exception as error:  # of a file that is cut, which the model's loader then names
             raise unreadable("the weights", file, error) from error
     return VQGAN.of(state, folder) if any(key.startswith("decoder.") for key in state) else None
-
-
-def _original(source: Source) -> bool:
-    folder = source.folder
-    return folder is not None and not source.config and (folder / "tokenizer" / "vqgan.ckpt").is_file()

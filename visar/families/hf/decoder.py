@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ CACHES = ("cache", "past_key_values")  # what `forward` calls its cache, by vers
 AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-class ImageDecoder:
+class ImageDecoder(ABC):
     """A `backbone` of transformers that gives hidden states, and the embedding and head of `vocab` image tokens.
 
     A subclass says how tokens are embedded and what the logits are; `ids` of prompts are those of the backbone's own
@@ -72,7 +73,7 @@ class ImageDecoder:
 
     # What a family says
 
-    def start(self) -> None:
+    def start(self) -> None:  # noqa: B027 (most keep nothing)
         """Called when a session starts new images: what is kept of weights is read again, into the same memory."""
 
     def embed_prompt(self, ids: Tensor) -> Tensor:
@@ -80,13 +81,13 @@ class ImageDecoder:
         found: Tensor = self.backbone.get_input_embeddings()(ids)
         return found
 
+    @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [..., dim] of image tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., dim]."""
-        raise NotImplementedError
 
     def position_ids(self, at: Tensor, prefix: Tensor) -> Tensor:
         """What `forward` calls so, for inputs at the positions `at` [rows, W], after prompts of `prefix` [rows]."""

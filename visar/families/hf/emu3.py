@@ -46,16 +46,18 @@ class Emu3Family(GridFamily):
         super().__init__(model, processor)
 
     @classmethod
-    def recognises(cls, source: Source) -> bool:
-        return super().recognises(source) or _original(source)
+    def foreign(cls, source: Source) -> str:
+        config: Any = source.config  # Emu3.5, whose vocabulary is larger, is a family of its own
+        if config.get("model_type") != "Emu3" or config.get("vocab_size", EMU3_VOCABULARY) > EMU3_VOCABULARY:
+            return ""
+        return (
+            "is in the layout of BAAI's own code, which visar does not run; give the same weights in transformers' "
+            "layout, such as Emu3-community/Emu3-Gen-hf."
+        )
 
     @classmethod
     def load(cls, source: Source) -> Self:
-        if _original(source):
-            raise VisarError(
-                f"{source.name} is in the layout of BAAI's own code, which visar does not run; give the same weights "
-                "in transformers' layout, such as Emu3-community/Emu3-Gen-hf."
-            )
+        cls.check_layout(source)
         if not isinstance(source.config.get("vocabulary_map"), dict):
             raise VisarError(f"{source.name}/config.json has no vocabulary_map, so no token of it is a code of images.")
         assert source.folder is not None
@@ -145,9 +147,3 @@ class Emu3Family(GridFamily):
     def codes_of_images(self) -> Tensor:
         found: Tensor = self.model.model.vqmodel.quantize.embedding.weight
         return found
-
-
-def _original(source: Source) -> bool:
-    """Whether a folder holds Emu3 with BAAI's own code. Emu3.5, whose vocabulary is larger, is a family of its own."""
-    config: Any = source.config
-    return config.get("model_type") == "Emu3" and config.get("vocab_size", EMU3_VOCABULARY) <= EMU3_VOCABULARY

@@ -76,14 +76,14 @@ class GridFamily(TransformersFamily):
         return F.pad(self.codes_of_images, (0, 0, 0, 1))
 
     @property
+    @abstractmethod
     def codes_of_images(self) -> Tensor:
         """The vectors of the codes, [codes, D]."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def cell(self) -> int:
         """Pixels of a cell along one side."""
-        raise NotImplementedError
 
     @abstractmethod
     def of_size(self, size: tuple[int, int]) -> Self:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from visar.engine.layout import Layout
 from visar.engine.memory import streamed_bytes
@@ -56,17 +55,13 @@ class JanusFamily(TransformersFamily):
     architecture = "JanusForConditionalGeneration"
 
     @classmethod
-    def recognises(cls, source: Source) -> bool:
-        return super().recognises(source) or source.config.get("model_type") == ORIGINAL
-
-    @classmethod
-    def load(cls, source: Source) -> Self:
-        if source.config.get("model_type") == ORIGINAL:
-            raise VisarError(
-                f"{source.name} is in DeepSeek's own layout, which takes its own code to run; give the same weights in "
-                "transformers' layout, such as deepseek-community/Janus-Pro-1B."
-            )
-        return super().load(source)
+    def foreign(cls, source: Source) -> str:
+        if source.config.get("model_type") != ORIGINAL:
+            return ""
+        return (
+            "is in DeepSeek's own layout, which takes its own code to run; give the same weights in transformers' "
+            "layout, such as deepseek-community/Janus-Pro-1B."
+        )
 
     def made(self) -> None:
         model, tokenizer = self.model, getattr(self.processor, "tokenizer", self.processor)

@@ -1,0 +1,174 @@
+"""A window of a real browser on the demo, and what is asked of every page: nothing jumps, is pale or nameless."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from tests.helpers.stepped import LONG
+
+PATIENCE = 1000 * LONG  # milliseconds
+
+# The cumulative layout shift as browsers define it: the largest window of shifts within 1 s of one another, 5 s in all,
+# without those that follow an input within 500 ms.
+SHIFTS = """
+window.shifted = 0;
+let sum = 0, from = 0, last = 0;
+new PerformanceObserver(list => {
+  for (const entry of list.getEntries()) {
+    if (entry.hadRecentInput) continue;
+    if (entry.startTime - last > 1000 || entry.startTime - from > 5000) { sum = 0; from = entry.startTime; }
+    last = entry.startTime;
+    sum += entry.value;
+    window.shifted = Math.max(window.shifted, sum);
+  }
+}).observe({ type: "layout-shift", buffered: true });
+"""
+
+# Texts in sight whose contrast with what is behind them is below WCAG's AA: 4.5, or 3 for large ones.
+PALE = """() => {
+  const parse = text => { const n = (text.match(/[\\d.]+/g) || []).map(Number); return n.length < 4 ? [...n, 1] : n; };
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const behind = node => {
+    for (let at = node; at; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour[3] > .95) return colour;
+    }
+    return [255, 255, 255, 1];
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some(c => c.nodeType === 3 && c.textContent.trim());
+    if (!own && !(node.matches("input:not([type=checkbox]):not([type=range]), textarea") && node.value)) continue;
+    if (!node.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true })) continue;
+    if (node.closest("svg, button:disabled")) continue;
+    const style = getComputedStyle(node), a = light(parse(style.color)), b = light(behind(node));
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05), large = parseFloat(style.fontSize) >= 24;
+    if (ratio < (large ? 3 : 4.5)) found.push(
+      `${node.tagName} ${node.className} ${(node.textContent || node.value).trim().slice(0, 30)}: ${ratio.toFixed(2)}`
+    );
+  }
+  return found;
+}"""
+
+# Boxes and buttons in sight without a name for a screen reader.
+NAMELESS = """() => [...document.querySelectorAll("input, textarea, button, select, a[href]")].filter(node =>
+  node.checkVisibility() && !node.ariaLabel && !node.textContent.trim() && !node.title && !node.alt
+  && !(node.labels && [...node.labels].some(l => l.textContent.trim())) && !node.querySelector("img[alt]")
+  && !node.getAttribute("aria-labelledby")).map(node => node.outerHTML.slice(0, 160))"""
+
+
+class Visitor:
+    """One browser window on the page."""
+
+    def __init__(self, browser: Any, address: str, width: int = 1280, dark: bool = False, query: str = ""):
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900 if width > 800 else 800},
+            device_scale_factor=1 if width > 800 else 2,
+            color_scheme="dark" if dark else "light", permissions=["clipboard-read", "clipboard-write"],
+            accept_downloads=True,
+        )  # fmt: skip
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.page.add_init_script(SHIFTS)
+        self.elsewhere: list[str] = []
+        self.troubles: list[str] = []
+        self.page.on("request", lambda r: self._seen(r.url, urlsplit(address).netloc))
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        self.page.goto(address + query)
+        self.page.wait_for_selector("#generate")
+        self.page.wait_for_selector("#status .visar-status")
+        self.page.wait_for_timeout(1000)  # until the page's own program listens
+
+    def _seen(self, url: str, own: str) -> None:
+        if url.startswith("http") and urlsplit(url).netloc != own:
+            self.elsewhere.append(url)
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name).click()
+
+    def open(self, name: str) -> None:
+        """Open an accordion."""
+        self.page.locator(f'button:has-text("{name}") >> visible=true').first.click()
+        self.page.wait_for_timeout(500)  # its boxes are mounted a moment later
+
+    def prompt(self, text: str) -> None:
+        self.page.locator("#prompt input, #prompt textarea").first.fill(text)
+
+    def seed(self, value: int) -> None:
+        self.open("Settings")
+        self.page.get_by_label("Random seed").uncheck()
+        self.page.locator("#seed input").fill(str(value))
+        self.page.keyboard.press("Tab")
+
+    def choose(self, label: str, value: str) -> None:
+        self.page.locator(f'input[aria-label="{label}"] >> visible=true').click()
+        self.page.locator(f'[role="option"][aria-label^="{value}"] >> visible=true').first.click()
+        self.page.wait_for_timeout(500)
+
+    def wait(self, text: str, where: str = "#status") -> str:
+        """The status, once it matches."""
+        self.page.wait_for_function(
+            "([where, text]) => new RegExp(text).test(document.querySelector(where).innerText)", arg=[where, text]
+        )
+        return str(self.page.inner_text(where)).strip()
+
+    def generate(self) -> str:
+        self.page.click("#generate")
+        self.wait("Starting|Waiting|passes, |tokens|Done")
+        said = self.wait("Done: ")
+        self.page.wait_for_selector("#result .visar-what")
+        return said
+
+    def images(self, where: str = "#images") -> list[Image.Image]:
+        sources = self.page.eval_on_selector_all(f"{where} img", "found => found.map(image => image.src)")
+        return [Image.open(io.BytesIO(base64.b64decode(s.partition(",")[2]))).convert("RGB") for s in sources]
+
+    def copied(self, what: str, where: str = "#result") -> str:
+        self.page.click(f'{where} button:has-text("Copy {what}")')
+        self.page.wait_for_selector(f'{where} button:has-text("Copied")')
+        return str(self.page.evaluate("navigator.clipboard.readText()"))
+
+    def keep(self, name: str, full: bool = False) -> None:
+        """Take a screenshot for the documentation, if one is wanted."""
+        if folder := os.environ.get("VISAR_SCREENSHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            shot = self.page.screenshot(full_page=full)
+            image = Image.open(io.BytesIO(shot)).convert("RGB")
+            image.thumbnail((1000, 1400))
+            image.save(Path(folder) / f"demo-{name}.webp", quality=60, method=6)
+
+    def film(self, place: str, until: str, where: str) -> None:
+        """An animation of a part of the page until a text is there, for the README, if one is wanted."""
+        if not (folder := os.environ.get("VISAR_SCREENSHOTS")):
+            return
+        frames: list[Image.Image] = []
+        while not frames or not re.search(until, self.page.inner_text(where)):
+            frames.append(Image.open(io.BytesIO(self.page.locator(place).screenshot())).convert("RGB"))
+            self.page.wait_for_timeout(100)
+        self.page.wait_for_timeout(500)
+        frames = frames[:: max(1, len(frames) // 40)]
+        frames.append(Image.open(io.BytesIO(self.page.locator(place).screenshot())).convert("RGB"))
+        for frame in frames:
+            frame.thumbnail((480, 480))
+        times = [150] * (len(frames) - 1) + [3000]
+        frames[0].save(
+            Path(folder) / "race.webp", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=30,
+            method=4, minimize_size=True,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Nothing came from elsewhere, nothing failed, and nothing jumped."""
+        shifted = self.page.evaluate("window.shifted")
+        self.context.close()
+        assert self.elsewhere == [] and self.troubles == []
+        assert shifted < 0.1
