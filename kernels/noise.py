@@ -151,9 +151,11 @@ class ExponentialNoise:
 
     def arguments(self) -> tuple[Any, ...]:
         """What a kernel is given to make them: the arguments of `noise_counter`."""
+        rows = len(self.positions)  # a kernel reads as many of each
+        images, keys, key = self.images.expand(rows), self.keys.expand(rows), self.key.expand(rows, 2)
         return (
-            self.key, self.images, self.keys, self.positions, self.passes, self.images.stride(0), self.keys.stride(0),
-            self.key.stride(0), *self.positions.stride(),
+            key, images, keys, self.positions, self.passes, images.stride(0), keys.stride(0), key.stride(0),
+            *self.positions.stride(),
             self.passes.stride(0) if isinstance(self.passes, Tensor) else 0,
         )  # fmt: skip
 

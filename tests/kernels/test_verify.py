@@ -31,7 +31,7 @@ def noise(batch: int, window: int, vocab: int, g: torch.Generator, device: str) 
     u = torch.rand(2, batch, 2 * window, generator=g, dtype=torch.float64).to(device)
     images = torch.arange(batch, device=device)
     at = (torch.arange(window) + torch.randint(0, 200, (batch, 1), generator=g)).to(device)
-    exponential = ExponentialNoise(torch.tensor([8, 9], device=device), images, 3 * images, at, 0, 3, vocab)
+    exponential = ExponentialNoise(torch.tensor([[8, 9]], device=device), images, 3 * images, at, 0, 3, vocab)
     return StepNoise(u[0, :, :window], u[1, :, :window], exponential)
 
 

@@ -39,6 +39,7 @@ class TransformersFamily(DiscreteFamily):
     architecture: ClassVar[str]
 
     decoder: ImageDecoder
+    has_vocabulary_map = False  # whether its configuration says which tokens are codes of images
 
     def __init__(self, model: Any, processor: Any):
         check_version()
@@ -71,6 +72,8 @@ class TransformersFamily(DiscreteFamily):
         """Raise `VisarError` for a layout that is not read."""
         if said := cls.foreign(source):
             raise VisarError(f"{source.name} {said}")
+        if cls.has_vocabulary_map and not isinstance(source.config.get("vocabulary_map"), dict):
+            raise VisarError(f"{source.name}/config.json has no vocabulary_map, so no token of it is a code of images.")
 
     @classmethod
     def load(cls, source: Source) -> Self:

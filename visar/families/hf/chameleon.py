@@ -68,6 +68,7 @@ class _Chameleon(TransformersFamily):
 
     model_type = "chameleon"
     architecture = "ChameleonForConditionalGeneration"
+    has_vocabulary_map = True
     lumina = False
 
     def __init__(self, model: Any, processor: Any, vqgan: VQGAN | None = None, size: tuple[int, int] | None = None):
@@ -90,9 +91,8 @@ class _Chameleon(TransformersFamily):
 
     @classmethod
     def load(cls, source: Source) -> Self:
+        cls.check_layout(source)
         assert source.folder is not None
-        if not isinstance(source.config.get("vocabulary_map"), dict):
-            raise VisarError(f"{source.name}/config.json has no vocabulary_map, so no token of it is a code of images.")
         check_version()
         vqgan, processor = image_decoder(source.folder), load_processor(source.folder)
         model = load_model(cls.architecture, source.folder)

@@ -40,6 +40,7 @@ class Emu3Family(GridFamily):
     name = "emu3"
     model_type = "emu3"
     architecture = "Emu3ForConditionalGeneration"
+    has_vocabulary_map = True
 
     def __init__(self, model: Any, processor: Any, size: tuple[int, int] | None = None):
         self._size = size
@@ -58,8 +59,6 @@ class Emu3Family(GridFamily):
     @classmethod
     def load(cls, source: Source) -> Self:
         cls.check_layout(source)
-        if not isinstance(source.config.get("vocabulary_map"), dict):
-            raise VisarError(f"{source.name}/config.json has no vocabulary_map, so no token of it is a code of images.")
         assert source.folder is not None
         check_version()
         return cls(load_model(cls.architecture, source.folder), load_processor(source.folder), source.size)
