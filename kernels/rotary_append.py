@@ -1,7 +1,8 @@
 """Rotary positions and the KV cache's new slots in one launch: the step between a layer's QKV product and attention.
 
-Adjacent pairs turn (RoFormer, Su et al. 2021, arXiv:2104.09864, as LlamaGen has it), in fp32, as
-`visar.families.llamagen.rotary.rotate` does.
+Pairs of numbers turn (RoFormer, Su et al. 2021, arXiv:2104.09864), in fp32. They are adjacent, as LlamaGen has it, or a
+pair is number i of each half of the first 2 * `halves` numbers, and those behind are adjacent pairs, which turn by
+nothing in models that rotate a part of a head.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 from visar.kernels.backend import jit, tl, use_triton
 
 
-def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor, halves: int = 0) -> Tensor:
     """Turn queries and keys, write keys and values into a layer's cache, and give the turned queries [R, W, H, D].
 
     `qkv` [R, W, H + 2K, D] has the heads of queries, of keys, then of values; `table` [R, W, D / 2, 2], fp32, is
@@ -20,28 +21,42 @@ def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slot
     a row. The queries have the cache's dtype.
     """
     form = rotary_append_triton if use_triton(qkv) else rotary_append_torch
-    return form(qkv, table, keys, values, slots)
+    return form(qkv, table, keys, values, slots, halves)
 
 
-def rotary_append_torch(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+def rotary_append_torch(
+    qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor, halves: int = 0
+) -> Tensor:
     """`rotary_append` in plain torch, which is also what runs on a CPU."""
     shared = keys.shape[2]
     heads = qkv.shape[2] - 2 * shared
+    if halves:
+        a, b, rest = qkv[:, :, : heads + shared].float().split([halves, halves, qkv.shape[-1] - 2 * halves], dim=-1)
+        cos, sin = table[:, :, None, :halves].unbind(-1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+        return _written(qkv, turned, keys, values, slots)
     # A pair is a complex number, which is several times as fast on a CPU as turning the two parts, and gives the same
     # bits.
     pairs = torch.view_as_complex(qkv[:, :, : heads + shared].float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.view_as_complex(table).unsqueeze(2)).flatten(-2).to(keys.dtype)
-    q, k = turned.split([heads, shared], dim=2)
+    turned = torch.view_as_real(pairs * torch.view_as_complex(table).unsqueeze(2)).flatten(-2)
+    return _written(qkv, turned, keys, values, slots)
+
+
+def _written(qkv: Tensor, turned: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+    """The turned queries of `turned` [R, W, H + K, D]; its keys, and the values of `qkv`, are written."""
+    shared = keys.shape[2]
+    q, k = turned.to(keys.dtype).split([turned.shape[2] - shared, shared], dim=2)
     rows = torch.arange(len(slots), device=slots.device)[:, None]
     keys[rows, slots] = k
-    values[rows, slots] = qkv[:, :, heads + shared :].to(values.dtype)
+    values[rows, slots] = qkv[:, :, turned.shape[2] :].to(values.dtype)
     return q
 
 
 @jit
 def _turn_and_write(  # type: ignore[no-untyped-def]
     out, qkv, table, keys, values, slots, queries, in_row, in_query, in_head, k_row, k_slot, k_head, v_row, v_slot,
-    v_head, heads: tl.constexpr, shared: tl.constexpr, dim: tl.constexpr, block_h: tl.constexpr, block_p: tl.constexpr,
+    v_head, heads: tl.constexpr, shared: tl.constexpr, dim: tl.constexpr, halves: tl.constexpr, block_h: tl.constexpr,
+    block_p: tl.constexpr,
 ):  # fmt: skip
     """One input of one row: a block of heads of its queries (`part` 0), keys (1) or values (2)."""
     line = tl.program_id(0).to(tl.int64)
@@ -52,24 +67,28 @@ def _turn_and_write(  # type: ignore[no-untyped-def]
     h = tl.program_id(2) * block_h + tl.arange(0, block_h)
     p = tl.arange(0, block_p)
     here = (h < own)[:, None] & (p < dim // 2)[None, :]
-    at = row * in_row + w * in_query + (before + h)[:, None].to(tl.int64) * in_head + 2 * p[None, :]
-    a, b = tl.load(qkv + at, here, 0.0).to(tl.float32), tl.load(qkv + at + 1, here, 0.0).to(tl.float32)
+    one = tl.where(p < halves, p, 2 * p)[None, :]  # where the two numbers of a pair are
+    two = tl.where(p < halves, p + halves, 2 * p + 1)[None, :]
+    at = qkv + row * in_row + w * in_query + (before + h)[:, None].to(tl.int64) * in_head
+    a, b = tl.load(at + one, here, 0.0).to(tl.float32), tl.load(at + two, here, 0.0).to(tl.float32)
     if part < 2:
         angle = table + line * dim + 2 * p
         cos, sin = tl.load(angle, p < dim // 2, 0.0)[None, :], tl.load(angle + 1, p < dim // 2, 0.0)[None, :]
         a, b = a * cos - b * sin, b * cos + a * sin
     slot = tl.load(slots + line)
     if part == 0:
-        to = out + (line * heads + h)[:, None] * dim + 2 * p[None, :]
+        to = out + (line * heads + h)[:, None] * dim
     elif part == 1:
-        to = keys + row * k_row + slot * k_slot + h[:, None].to(tl.int64) * k_head + 2 * p[None, :]
+        to = keys + row * k_row + slot * k_slot + h[:, None].to(tl.int64) * k_head
     else:
-        to = values + row * v_row + slot * v_slot + h[:, None].to(tl.int64) * v_head + 2 * p[None, :]
-    tl.store(to, a.to(out.dtype.element_ty), here)
-    tl.store(to + 1, b.to(out.dtype.element_ty), here)
+        to = values + row * v_row + slot * v_slot + h[:, None].to(tl.int64) * v_head
+    tl.store(to + one, a.to(out.dtype.element_ty), here)
+    tl.store(to + two, b.to(out.dtype.element_ty), here)
 
 
-def rotary_append_triton(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+def rotary_append_triton(
+    qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slots: Tensor, halves: int = 0
+) -> Tensor:
     """`rotary_append` as one Triton launch; the cache may have any strides as long as D is contiguous."""
     rows, queries, every, dim = qkv.shape
     shared = keys.shape[2]
@@ -80,6 +99,6 @@ def rotary_append_triton(qkv: Tensor, table: Tensor, keys: Tensor, values: Tenso
     block_h, block_p = min(8, 1 << (heads - 1).bit_length()), 1 << (dim // 2 - 1).bit_length()
     _turn_and_write[(rows * queries, 3, -(-heads // block_h))](
         out, qkv, table.contiguous(), keys, values, slots.contiguous(), queries, *qkv.stride()[:3], *keys.stride()[:3],
-        *values.stride()[:3], heads=heads, shared=shared, dim=dim, block_h=block_h, block_p=block_p,
+        *values.stride()[:3], heads=heads, shared=shared, dim=dim, halves=halves, block_h=block_h, block_p=block_p,
     )  # fmt: skip
     return out

@@ -58,14 +58,14 @@ def test_product_against_fp64(
         # The instruction itself is tested; the plain form, which is what runs without it, is the other parameter.
         pytest.skip("the product of bytes needs AVX512-VNNI; elsewhere the plain form is all there is")
     monkeypatch.setattr(quantization, "multiplies_bytes", lambda: integers)
-    layer = QuantizedLinear(Linear(width, out, bias=False), "int8").to(dtype)
+    layer = QuantizedLinear(Linear(width, out, bias=rows == 3), "int8").to(dtype)
     x, more = torch.randn(2, rows, width, dtype=dtype), torch.randn(2, rows, out, dtype=dtype)
     with torch.inference_mode():
         y, behind = layer(x), layer(x, silu=True, times=more, plus=more)
     assert y.dtype == dtype and layer.scale.dtype == torch.float32
     w = layer.weight.double() * layer.scale.double()[:, None]
-    true = x.double() @ w.t()
-    most = x.double().abs().amax(-1, keepdim=True) * w.abs().sum(1)  # no sum is larger
+    true = x.double() @ w.t() + (0 if layer.bias is None else layer.bias.double())
+    most = x.double().abs().amax(-1, keepdim=True) * w.abs().sum(1) + 1  # no sum is larger
     loss = (1 / 32512 if integers else 1e-6) if dtype == torch.float32 else 2**-8
     assert ((y.double() - true).abs() <= loss * most).all()
     want = torch.nn.functional.silu(y) * more + more
@@ -141,8 +141,11 @@ def test_refusals(text_pipe: TextToImagePipeline, tmp_path: Path, monkeypatch: p
         check("fp8", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     check("fp8", torch.device("cuda"))
-    with pytest.raises(VisarError, match="with a bias"):
-        QuantizedLinear(nn.Linear(3, 4), "int8")
+    hook = text_pipe.gpt.layers[0].attention.wo.register_forward_hook(lambda *_: None)
+    with pytest.raises(VisarError, match=r"The layer wo \(Linear\) has been changed"):
+        text_pipe.quantize("int8")
+    hook.remove()
+    assert weights_of(text_pipe.gpt) == "native"
     text_pipe.quantize("int8")
     text_pipe.quantize("int8")
     with pytest.raises(VisarError, match="are int8 already"):

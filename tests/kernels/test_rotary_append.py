@@ -16,10 +16,12 @@ from visar.kernels.rotary_append import _turn_and_write, rotary_append, rotary_a
 needs_triton = pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
 FORMS = (rotary_append_torch,) if triton is None else (rotary_append_torch, rotary_append_triton)
 
-# rows, W, heads of queries and of keys, head_dim, whether the cache is [R, S, H, D] in memory or [R, H, S, D]
-SHAPES = (
-    (1, 1, 1, 1, 4, True), (2, 1, 12, 12, 64, False), (3, 5, 9, 9, 100, True), (2, 17, 4, 4, 16, False),
-    (1, 33, 3, 3, 20, True), (2, 3, 32, 2, 16, False), (3, 1, 20, 10, 20, True), (1, 5, 9, 1, 8, False),
+# rows, W, heads of queries and of keys, head_dim, pairs of halves, whether the cache is [R, S, H, D] in memory or
+# [R, H, S, D]
+Shape = tuple[int, int, int, int, int, int, bool]
+SHAPES: tuple[Shape, ...] = (
+    (1, 1, 1, 1, 4, 0, True), (2, 1, 12, 12, 64, 16, False), (3, 5, 9, 9, 100, 0, True), (2, 17, 4, 4, 16, 8, False),
+    (1, 33, 3, 3, 20, 5, True), (2, 3, 32, 2, 16, 0, False), (3, 1, 20, 10, 20, 10, True), (1, 5, 9, 1, 8, 0, False),
 )  # fmt: skip
 
 
@@ -30,11 +32,20 @@ def turned(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([pairs.real, pairs.imag], dim=-1).flatten(-2)
 
 
-def check(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype, device: str) -> None:
-    rows, queries, heads, shared, dim, rows_first = shape
+def paired(dim: int, halves: int) -> Tensor:
+    """Where the numbers of a head are, of which adjacent ones are a pair then."""
+    return torch.cat([torch.arange(2 * halves).view(2, halves).t().flatten(), torch.arange(2 * halves, dim)])
+
+
+def check(shape: Shape, dtype: torch.dtype, device: str) -> None:
+    rows, queries, heads, shared, dim, halves, rows_first = shape
     seed = torch.Generator().manual_seed(rows + queries + dim)
     slots = torch.stack([torch.randperm(queries + 7, generator=seed)[:queries] for _ in range(rows)])
     table = rotary_table(2, 8, dim)[slots]  # of which the first two slots turn everything to 0
+    if halves:
+        table[:, :, halves:] = torch.tensor([1.0, 0.0])
+    pairs = paired(dim, halves)
+    back = pairs.argsort()
     qkv = torch.randn(rows, queries, heads + 2 * shared, dim, generator=seed).to(dtype)
     before = torch.randn(2, rows, queries + 7, shared, dim, generator=seed).to(dtype)
     q, k, v = qkv.split([heads, shared, shared], dim=2)
@@ -42,15 +53,15 @@ def check(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype, devic
     for form in FORMS:
         cache = before.to(device) if rows_first else before.to(device).transpose(2, 3).contiguous().transpose(2, 3)
         cache = cache.clone()  # which keeps the strides
-        out = form(qkv.to(device), table.to(device), *cache, slots.to(device)).cpu()
+        out = form(qkv.to(device), table.to(device), *cache, slots.to(device), halves).cpu()
         after = cache.cpu()
         at = torch.arange(rows)[:, None], slots
         assert out.dtype == dtype and out.shape == q.shape
         for got, x in ((out, q), (after[0][at], k)):
             # A product that is fused with its sum is rounded once less, here in fp32 and then to the dtype.
             close = dict(rtol=2**-7, atol=2e-6) if dtype == torch.bfloat16 else dict(rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(got, rotate(x, table), **close)
-            torch.testing.assert_close(got.double(), turned(x, table), **close)
+            torch.testing.assert_close(got, rotate(x[..., pairs], table)[..., back], **close)
+            torch.testing.assert_close(got.double(), turned(x[..., pairs], table)[..., back], **close)
         assert torch.equal(after[1][at], v)
         untouched = torch.ones(rows, queries + 7, dtype=torch.bool)
         untouched[at] = False
@@ -59,7 +70,7 @@ def check(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype, devic
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_forms(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype) -> None:
+def test_both_forms(shape: Shape, dtype: torch.dtype) -> None:
     check(shape, dtype, "cpu")
 
 
@@ -78,7 +89,7 @@ def test_cache_of_more_precision_than_the_model(form: Callable[..., Tensor]) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_forms_on_a_gpu(shape: tuple[int, int, int, int, int, bool], dtype: torch.dtype) -> None:
+def test_both_forms_on_a_gpu(shape: Shape, dtype: torch.dtype) -> None:
     check(shape, dtype, "cuda")
 
 

@@ -32,15 +32,16 @@ class KVCache:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(2))
         self.rows = torch.arange(rows, device=device)[:, None]
 
-    def attend(self, slots: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Attend:
+    def attend(self, slots: Tensor, mask: AttentionMetadata | Tensor, visible: int, halves: int = 0) -> Attend:
         """Attention of a pass written at `slots` [rows, W], which reads the first `visible` slots.
 
-        `mask` is an `AttentionMetadata`, or a tensor [rows, W, visible], bool or added to the logits.
+        `mask` is an `AttentionMetadata`, or a tensor [rows, W, visible], bool or added to the logits; `halves` says
+        which pairs turn, as in `rotary_append`.
         """
 
         def attend(layer: int, qkv: Tensor, table: Tensor) -> Tensor:
             k, v = self.keys[layer], self.values[layer]
-            q = rotary_append(qkv, table, k, v, slots)
+            q = rotary_append(qkv, table, k, v, slots, halves)
             if isinstance(mask, AttentionMetadata):
                 return decode_attention(q, k, v, mask, visible).to(qkv.dtype)
             bias = mask if mask.dtype == torch.bool else mask.to(q.dtype)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visar.engine.decoder import Decoder
 from visar.engine.finite import require_finite
+from visar.engine.layers import Linear, is_plain
 from visar.errors import VisarError, unknown
 from visar.kernels.backend import say_once
 from visar.kernels.derived import Derived
@@ -69,7 +69,7 @@ def integer_product(x: Tensor, packed: Tensor, zeros: Tensor, scale: Tensor) -> 
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias whose weight [out, in] is int8 or float8; scales [out] stay fp32 in every dtype."""
+    """A linear layer whose weight [out, in] is int8 or float8; scales [out] stay fp32 in every dtype, a bias native."""
 
     weight: nn.Parameter
     scale: Tensor
@@ -78,11 +78,10 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, weights: str):
         super().__init__()
-        if linear.bias is not None:
-            raise VisarError("Layers with a bias are not quantised.")
         stored, scale = rounded(linear.weight, weights)
         self.weight = nn.Parameter(stored, requires_grad=False)
         self.register_buffer("scale", scale)
+        self.bias = linear.bias
         self.weights = weights
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -99,7 +98,7 @@ class QuantizedLinear(nn.Module):
         if x.requires_grad:
             raise VisarError("A model with 8-bit weights cannot be trained; run it under torch.inference_mode().")
         y = self._product(x.flatten(0, -2)).unflatten(0, x.shape[:-1]).to(x.dtype)
-        return epilogue(y, silu, times, plus)
+        return epilogue(y if self.bias is None else y + self.bias, silu, times, plus)
 
     def _product(self, x: Tensor) -> Tensor:
         plain = self.weights == "fp8" or x.device.type != "cpu" or torch.compiler.is_compiling()
@@ -139,19 +138,31 @@ def check(weights: str, device: torch.device) -> None:
         raise VisarError(f"fp8 weights need compute capability 8.9 or more; this GPU has {major}.{minor}. Use int8.")
 
 
-def quantize(gpt: Decoder, weights: str, head: bool = False) -> None:
-    """Round the linear layers of the blocks in place, and with `head` the output head. This cannot be undone.
+def quantize_once(gpt: Any, weights: str) -> None:
+    """`quantize`, or nothing for "native". Raises `VisarError` as `check` does, and for weights of another kind."""
+    check(weights, gpt.device)
+    if (now := weights_of(gpt)) not in ("native", weights):
+        raise VisarError(f"The weights are {now} already; load the model again for {weights}.")
+    if now != weights:
+        quantize(gpt, weights)
 
-    With `head` drafters no longer recognise the model, because they compare the signs of its head.
+
+def quantize(gpt: Any, weights: str, head: bool = False) -> None:
+    """Round the linear layers of a decoder's `layers` in place, and with `head` the output head. This cannot be undone.
+
+    Raises `VisarError` for linear layers with hooks, and of classes that visar does not know. With `head` drafters no
+    longer recognise the model, because they compare the signs of its head.
     """
     modules: list[nn.Module] = list(gpt.layers.modules())
     if head:
-        modules.append(gpt)  # type: ignore[arg-type]
-    for module in modules:
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, QuantizedLinear(child, weights))
-    gpt.save_pretrained = _not_saved  # type: ignore[attr-defined]
+        modules.append(gpt)
+    found = [(m, name, child) for m in modules for name, child in m.named_children() if isinstance(child, nn.Linear)]
+    for _, name, child in found:
+        if type(child) not in (nn.Linear, Linear) or not is_plain(child):
+            raise VisarError(f"The layer {name} ({type(child).__name__}) has been changed, so it cannot be rounded.")
+    for module, name, child in found:
+        setattr(module, name, QuantizedLinear(child, weights))
+    gpt.save_pretrained = _not_saved
     if gpt.device.type != "cpu":
         say_once(f"{weights} weights save memory here and take more time: each pass converts them.")
     elif not multiplies_bytes():

@@ -29,8 +29,8 @@ def accelerate(model: Any, processor: Any = None) -> Any:
 
     For a `GlmImagePipeline` of diffusers it is that pipeline with codes from visar, called as before.
 
-    The model stays yours: visar calls its layers with an attention of its own and leaves everything as it was, so what
-    you do to its weights, and adapters in its layers, are in the images. Greedy tokens (`top_k=1`) are those of the
+    The model stays yours: visar runs its layers with kernels of its own and leaves everything as it was, so what you do
+    to its weights, and adapters and hooks in its layers, are in the images. Greedy tokens (`top_k=1`) are those of the
     model's own `generate`. Raises `VisarError` for a model of no known family.
     """
     return wrapped(model, processor, PIPELINES)

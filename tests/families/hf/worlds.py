@@ -133,6 +133,7 @@ WORLDS: dict[str, Callable[[], World]] = {
     "glm-image": functools.cache(glm_image),
     "janus": functools.cache(janus),
     "qwen3": functools.cache(lambda: causal("Qwen3", head_dim=12)),
+    "mistral": functools.cache(lambda: causal("Mistral")),  # by its own forward: visar does not know its layers
     "emu3": functools.cache(emu3),
     "chameleon": functools.cache(chameleon),
 }

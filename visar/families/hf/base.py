@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from visar.engine.guidance import Guidance
 from visar.engine.memory import COPIES
+from visar.engine.quantization import quantize_once, weights_of
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
 from visar.families.hf.decoder import ImageDecoder
@@ -152,6 +153,17 @@ class TransformersFamily(DiscreteFamily):
         self, encoded: Encoded, *, window: int, guidance: Guidance, aux_layers: Collection[int] | None = None
     ) -> TransformersSession:
         return TransformersSession(self.decoder, *encoded, length=self.layout.length, window=window, guidance=guidance)
+
+    @property
+    def weights(self) -> str:
+        return weights_of(self.decoder.backbone)
+
+    def quantize(self, weights: str) -> None:
+        """The layers of the caller's model are rounded, which from then on is not saved."""
+        backbone = self.decoder.backbone
+        quantize_once(backbone, weights)
+        if weights != "native":
+            self.model.save_pretrained = backbone.save_pretrained
 
     @property
     def bytes_per_pass(self) -> int:

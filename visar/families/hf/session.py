@@ -15,6 +15,7 @@ from visar.engine.prompt_session import PromptSession
 from visar.errors import VisarError
 from visar.families.hf.attention import Pass, Products, configurations, run
 from visar.families.hf.decoder import ImageDecoder
+from visar.families.hf.stack import Stack
 from visar.families.hf.versions import check_version
 from visar.kernels.attention import AttentionMetadata
 from visar.kernels.invariant import is_invariant
@@ -25,7 +26,8 @@ class TransformersSession(PromptSession):
 
     The condition is the ids [B, T] of prompts, padded on the right, and their lengths [B]; for guidance, then those of
     the unconditional batch [B, U] and [B]. The modules of the decoder are used as they are, with whatever adapters and
-    hooks its layers have. Raises `VisarError` for a version of transformers that visar does not know, a model in
+    hooks its layers have. Layers that visar knows run by its own kernels (`Stack`), unless `own_forward` asks for the
+    decoder's `forward`. Raises `VisarError` for a version of transformers that visar does not know, a model in
     training mode, and one that does not decode with the cache that it is given.
     """
 
@@ -36,9 +38,11 @@ class TransformersSession(PromptSession):
         length: int,
         window: int,
         guidance: Guidance = Guidance(),
+        own_forward: bool = False,
     ):
         check_version()
         self.decoder, self._configs = decoder, configurations(decoder.backbone)
+        self._stack = None if own_forward else Stack.of(decoder.backbone)
         ids = condition[0]
         if guidance.active and len(condition) < 4:
             raise VisarError("This model has no unconditional prompts; give guidance_scale 1.")
@@ -74,9 +78,13 @@ class TransformersSession(PromptSession):
             return self.decoder.embed(tokens)
 
     def run(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
-        d, now = self.decoder, Pass(self.cache, slots, mask, visible)
+        d = self.decoder
+        position_ids = d.position_ids(at, self.prefix)
+        if self._stack is not None:
+            table, halves = self._stack.rotary(position_ids)
+            return self._stack.run(x, table, self.cache.attend(slots, mask, visible, halves))
         with self._products():
-            return run(d.backbone, self._configs, d.cache_name, x, d.position_ids(at, self.prefix), now)
+            return run(d.backbone, self._configs, d.cache_name, x, position_ids, Pass(self.cache, slots, mask, visible))
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self._products():

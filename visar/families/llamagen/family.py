@@ -13,8 +13,7 @@ from typing_extensions import Self
 from visar.engine.guidance import Guidance
 from visar.engine.layout import Layout
 from visar.engine.memory import decoding_bytes, streamed_bytes
-from visar.engine.quantization import NOT_SAVED, quantize, weights_of
-from visar.engine.quantization import check as check_weights
+from visar.engine.quantization import NOT_SAVED, quantize_once, weights_of
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
 from visar.families.llamagen.drafting import LlamaGenTarget
@@ -183,12 +182,7 @@ class LlamaGenFamily(DiscreteFamily):
         return weights_of(self.gpt)
 
     def quantize(self, weights: str) -> None:
-        check_weights(weights, self.device)
-        now = self.weights
-        if now not in ("native", weights):
-            raise VisarError(f"The weights are {now} already; load the model again for {weights}.")
-        if now != weights:
-            quantize(self.gpt, weights)
+        quantize_once(self.gpt, weights)
 
     def check_saving(self) -> None:
         if self.weights != "native":

@@ -1,0 +1,150 @@
+"""Layers of transformers that visar runs itself: against the own `forward`, with what people add to layers, in 8 bits.
+
+All worlds of `test_sessions.py` but one are decoded by them.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import visar
+from tests.families.hf.test_sessions import farthest
+from tests.families.hf.worlds import WORLDS, World, causal
+from tests.helpers.tiny_hf import janus
+from visar.engine.quantization import QuantizedLinear, quantize, rounded
+from visar.errors import VisarError
+from visar.families.hf.session import TransformersSession
+from visar.families.hf.stack import Stack
+
+TOKENS = torch.tensor([[0, 3, 1, 2]])
+KNOWN = [kind for kind in WORLDS if kind != "mistral"]
+
+
+def logits(world: World, own_forward: bool = False) -> Tensor:
+    def made(*condition: Any, **more: Any) -> TransformersSession:
+        return TransformersSession(*condition, own_forward=own_forward, **more)
+
+    with torch.inference_mode():
+        return world.session([0, 1], 4, made=made).forward(TOKENS.expand(2, -1) % world.decoder.vocab)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_layers_have_the_logits_of_the_own_forward(kind: str) -> None:
+    world = WORLDS[kind]()
+    assert Stack.of(world.decoder.backbone) is not None
+    torch.testing.assert_close(logits(world), logits(world, own_forward=True), atol=2e-5, rtol=1e-5)
+    world.model.to(torch.bfloat16)
+    try:
+        ours, theirs, exact = logits(world), logits(world, own_forward=True), world.model.float() and logits(world)
+    finally:
+        world.model.float()
+    scale = exact.abs().max()
+    assert (ours - exact).abs().max() < 0.05 * scale and (theirs - exact).abs().max() < 0.05 * scale
+
+
+class AdjacentPairs(Stack):
+    """Known bad: rotates as LlamaGen does."""
+
+    def rotary(self, position_ids: Tensor) -> tuple[Tensor, int]:
+        return super().rotary(position_ids)[0], 0
+
+
+class NoNorm(Stack):
+    """Known bad: attention of what is not normed."""
+
+    def _layer(self, layer: Any, x: Tensor, attend: Any, table: Tensor) -> Tensor:
+        return super()._layer(layer, x * (1 + 0.1 * torch.arange(x.shape[1])[:, None]), attend, table)
+
+
+@pytest.mark.parametrize("bad", [AdjacentPairs, NoNorm])
+def test_known_bad_layers_are_caught(bad: type[Stack], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("visar.families.hf.session.Stack", bad)
+    assert farthest(WORLDS["qwen3"]()) > 0.05
+
+
+@pytest.mark.parametrize("place", ["", "layers.1", "layers.0.self_attn", "layers.1.mlp"])
+def test_a_hook_on_what_is_not_called_brings_back_the_own_forward(place: str) -> None:
+    world = causal("Qwen3", head_dim=12)
+    part, calls = world.decoder.backbone.get_submodule(place), []
+    plain = logits(world)
+    handle = part.register_forward_hook(lambda *_: calls.append(place))
+    torch.testing.assert_close(logits(world), plain, atol=2e-5, rtol=1e-5)
+    assert calls
+    handle.remove()
+    assert Stack.of(world.decoder.backbone) is not None
+
+
+class Adapter(nn.Module):
+    """As those of PEFT: a layer around a linear one."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base_layer, self.more = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.more(x)
+
+
+@torch.inference_mode()
+def test_adapters_and_hooks_of_linear_layers_and_norms_run() -> None:
+    world = causal("Qwen3", head_dim=12)
+    plain, layer = logits(world), world.decoder.backbone.layers[1]
+    layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
+    layer.mlp.up_proj.register_forward_hook(lambda _, __, y: 1.5 * y)
+    layer.input_layernorm.register_forward_hook(lambda _, __, y: 0.5 * y)
+    assert Stack.of(world.decoder.backbone) is not None
+    changed = logits(world)
+    assert (changed - plain).abs().max() > 0.1
+    torch.testing.assert_close(changed, logits(world, own_forward=True), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["activation", "scaling", "class"])
+def test_what_is_not_known_runs_by_the_own_forward(change: str) -> None:
+    world = causal("Llama", **({"hidden_act": "gelu"} if change == "activation" else {}))
+    layer: Any = world.decoder.backbone.layers[1]
+    if change == "scaling":
+        layer.self_attn.scaling = 0.1
+    if change == "class":
+        layer.mlp.__class__ = type("LlamaMLP", (type(layer.mlp),), {"forward": lambda _, x: 0 * x})
+    assert Stack.of(world.decoder.backbone) is None
+    torch.testing.assert_close(logits(world), logits(world, own_forward=True))
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
+@torch.inference_mode()
+def test_rounded_layers(kind: str) -> None:
+    """Qwen2 has biases. The written-out model is the reference."""
+    world, written = causal(kind), causal(kind)
+    for layer in written.decoder.backbone.layers.modules():
+        if isinstance(layer, nn.Linear):
+            stored, scale = rounded(layer.weight, "int8")
+            layer.weight.copy_(stored.float() * scale[:, None])
+    native = logits(world)
+    quantize(world.decoder.backbone, "int8")
+    wanted, found = logits(written), logits(world)
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=1e-3)
+    assert (found - wanted).abs().max() < (native - wanted).abs().max() / 3
+    torch.testing.assert_close(logits(world, own_forward=True), found, atol=2e-3, rtol=1e-3)
+
+
+def test_a_rounded_model_of_a_family(tmp_path: Path) -> None:
+    model, processor = janus()
+    model = copy.deepcopy(model)
+    pipe: Any = visar.accelerate(model, processor)
+    family = pipe.image_model.family
+    before = family.bytes_per_pass
+    pipe.quantize("int8")
+    assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == 7 * len(family.decoder.backbone.layers)
+    assert family.bytes_per_pass < before / 2
+    out = pipe("cat", output_type="tokens")
+    assert out.stats.settings["weights"] == "int8"
+    for action in (lambda: model.save_pretrained(tmp_path / "x"), lambda: pipe.quantize("native")):
+        with pytest.raises(VisarError, match=r"is not saved|are int8 already"):
+            action()
+    assert not (tmp_path / "x").exists()
