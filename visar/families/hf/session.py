@@ -1,4 +1,4 @@
-"""The session over any causal decoder of transformers, by its own `forward`."""
+"""The session over any causal decoder of transformers, by visar's kernels or its own `forward`."""
 
 from __future__ import annotations
 
