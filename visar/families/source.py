@@ -239,9 +239,8 @@ def download(hub_id: str, hub: HubOptions, subfolder: str | None = None) -> Path
     from huggingface_hub import snapshot_download
 
     within = f"{subfolder}/" if subfolder else ""
-    wanted = [within + pattern for pattern in ("*.json", "*.txt", "*.model", "*.safetensors", "*/*.json", "*/*.txt",
-                                               "*/*.model", "*/*.safetensors", "*.jinja")]  # fmt: skip
-    try:
+
+    def fetched(*patterns: str) -> Path:
         return Path(
             snapshot_download(
                 hub_id,
@@ -249,9 +248,13 @@ def download(hub_id: str, hub: HubOptions, subfolder: str | None = None) -> Path
                 cache_dir=hub.cache_dir,
                 token=hub.token,
                 local_files_only=hub.local_files_only,
-                allow_patterns=wanted,
+                allow_patterns=[within + place + pattern for place in ("", "*/") for pattern in patterns],
             )
         )
+
+    try:
+        folder = fetched("*.json", "*.txt", "*.model", "*.safetensors", "*.jinja")
+        return folder if any(folder.rglob("*.safetensors")) else fetched("*.bin")  # older repositories have those alone
     except Exception as error:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
 

@@ -10,19 +10,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from visar.engine.layout import Layout
 from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
+from visar.families.hf import deepseek
 from visar.families.hf.base import TransformersFamily
 from visar.families.hf.decoder import ImageDecoder
+from visar.families.hf.versions import check_version
 from visar.families.registry import register_family
 from visar.families.source import Source
 from visar.params import SamplingParams
 
 CHAT = "<|User|>: {}\n\n<|Assistant|>:"  # of tokenizers that come without a template
 START = "<begin_of_image>"
-ORIGINAL = "multi_modality"  # the model_type of DeepSeek's own repositories
 
 
 class JanusDecoder(ImageDecoder):
@@ -48,20 +50,22 @@ class JanusDecoder(ImageDecoder):
 
 @register_family
 class JanusFamily(TransformersFamily):
-    """Janus and Janus-Pro in transformers' layout (deepseek-community/Janus-Pro-1B and -7B)."""
+    """Janus and Janus-Pro, in transformers' layout (deepseek-community/...) or DeepSeek's own (deepseek-ai/...)."""
 
     name = "janus"
     model_type = "janus"
     architecture = "JanusForConditionalGeneration"
 
     @classmethod
-    def foreign(cls, source: Source) -> str:
-        if source.config.get("model_type") != ORIGINAL:
-            return ""
-        return (
-            "is in DeepSeek's own layout, which takes its own code to run; give the same weights in transformers' "
-            "layout, such as deepseek-community/Janus-Pro-1B."
-        )
+    def recognises(cls, source: Source) -> bool:
+        return super().recognises(source) or source.config.get("model_type") == deepseek.MODEL_TYPE
+
+    @classmethod
+    def load(cls, source: Source) -> Self:
+        if source.config.get("model_type") != deepseek.MODEL_TYPE:
+            return super().load(source)
+        check_version()
+        return cls(*deepseek.load_deepseek(source))
 
     def made(self) -> None:
         model, tokenizer = self.model, getattr(self.processor, "tokenizer", self.processor)

@@ -51,10 +51,20 @@ def load_processor(folder: Path) -> Any:
     """The processor in the folder, or its tokenizer if there is no more. Raises `VisarError` if neither can be read."""
     from transformers import AutoProcessor, AutoTokenizer
 
+    whole = any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json"))
+    return _of_prompts(AutoProcessor if whole else AutoTokenizer, folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in the folder, whatever processor it names. Raises `VisarError` if it cannot be read."""
+    from transformers import AutoTokenizer
+
+    return _of_prompts(AutoTokenizer, folder)
+
+
+def _of_prompts(kind: Any, folder: Path) -> Any:
     if code := own_code(folder):
         raise VisarError(f"{folder} has a tokenizer of its own code ({code}), which visar does not run.")
-    whole = any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json"))
-    kind = AutoProcessor if whole else AutoTokenizer
     try:
         return kind.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
