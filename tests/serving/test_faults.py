@@ -23,7 +23,7 @@ from visar.generation.pool import Glance, Pool
 from visar.pipelines import TextToImagePipeline
 from visar.serving import replica
 from visar.serving.jobs import Late, Partial
-from visar.serving.replica import Mail, Steps
+from visar.serving.replica import FAILURES, Mail, Steps
 
 Start = Callable[..., Api]
 
@@ -230,6 +230,19 @@ def test_health_tells_the_truth(start: Start, held: Held, monkeypatch: pytest.Mo
     assert api.ask("/health").status == 200
     api.engine.close(timeout=LONG)
     assert api.ask("/health").status == 500
+
+
+@pytest.mark.parametrize("place", ["visar.generation.pool.Pool.step", "visar.serving.replica.drawn"])
+def test_health_when_every_image_fails(start: Start, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its passes or at its pixels. A deadline is no failure of the model."""
+    api = start()
+    monkeypatch.setattr(place, lambda *_: 1 / 0)
+    for _ in range(FAILURES):
+        assert api.ask("/health").status == 200
+        assert api.images(prompt="cat").status == 500
+    assert api.ask("/health").status == 500 and "last 5 images failed" in api.ask("/health").error["message"]
+    monkeypatch.undo()
+    assert api.images(prompt="cat").status == 200 and api.ask("/health").status == 200
 
 
 def test_the_first_images_make_it_ready(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ GRACE = 5.0  # seconds after a deadline, until which an engine is to tell that i
 ROOM = 0.2  # seconds between two looks whether there is any
 LONGEST_WAIT = 60  # seconds, in Retry-After
 THREADS = 2  # that make pixels and files
+FAILURES = 5  # images in a row that the model could not make, from which on the engine counts as ill
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Replica:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="visar files")
         self._usual = 1.0  # seconds of an image, from row to file
         self._open = 0  # calls of `images` that have not ended
+        self._failed = 0  # images, since the last that was made
 
     async def images(self, wanted: Wanted) -> AsyncGenerator[Told, None]:
         """As `Studio.images`."""
@@ -123,12 +125,18 @@ class Replica:
                     case Partial():
                         yield Preview(image, await self._file(wanted.form, partial(greyed, served.model, event)))
                     case Finished():
-                        file = await self._file(wanted.form, partial(drawn, served.model, event))
+                        try:
+                            file = await self._file(wanted.form, partial(drawn, served.model, event))
+                        except Exception:
+                            self._failed += 1
+                            raise
                         seconds = time.monotonic() - jobs[image].began
                         self._usual += 0.2 * (seconds - waited[image] - self._usual)
                         left.remove(image)
+                        self._failed = 0
                         yield Made(image, file, event.passes, event.nfe, waited[image], seconds)
                     case Failed():
+                        self._failed += not isinstance(event.error, Closed | Late)
                         raise blamed(event.error)
         finally:
             self._open -= 1
@@ -169,9 +177,11 @@ class Replica:
 
     @property
     def problem(self) -> str:
-        if self.draining or not self.engine.stalled(STALLED):
+        if self.draining:
             return ""
-        return f"The engine has ended, or spent over {STALLED:.0f} seconds in one pass."
+        if self.engine.stalled(STALLED):
+            return f"The engine has ended, or spent over {STALLED:.0f} seconds in one pass."
+        return f"The last {self._failed} images failed." if self._failed >= FAILURES else ""
 
     @property
     def ready(self) -> bool:
@@ -180,12 +190,14 @@ class Replica:
     def close(self, seconds: float) -> bool:
         """Finish what was asked for within `seconds`, and take no more; whether all of it was done. Blocks."""
         self.draining, until = True, time.monotonic() + seconds
-        if not self.engine.close(timeout=seconds):
+        drained = self.engine.close(timeout=seconds)
+        if not drained:
             self.engine.close(drain=False, timeout=60)
-            return False
-        while self._open and time.monotonic() < until:  # for pixels and files
+        while drained and self._open and time.monotonic() < until:  # for pixels and files
             time.sleep(0.02)
-        return not self._open
+        if done := drained and not self._open:
+            self._threads.shutdown()
+        return done
 
 
 class Steps:
