@@ -68,6 +68,16 @@ class TestOnRay:
             sample_images(_load(text_folder), PROMPTS, tmp_path / "two", crew=crew, **RUN)
         assert images(tmp_path / "two") == images(one) and told(tmp_path / "two") == told(one)
 
+    def test_a_wait_is_told_and_few_images_wait_for_the_writer(
+        self, cluster: Any, one: Path, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("visar.bulk.crew.QUIET", 0.01)
+        monkeypatch.setattr("visar.bulk.crew.AHEAD", 1)
+        crew = Crew(partial(_load, text_folder), workers=1)
+        with pytest.warns(UserWarning, match="or wait for room beside other applications") as told_once:
+            sample_images(_load(text_folder), PROMPTS, tmp_path / "two", crew=crew, **RUN)
+        assert len(told_once) == 1 and images(tmp_path / "two") == images(one)
+
     def test_workers_that_keep_dying(self, cluster: Any, text_folder: Path, tmp_path: Path) -> None:
         with warnings.catch_warnings(), pytest.raises(VisarError, match=f"{DEATHS + 1} workers died one after another"):
             warnings.simplefilter("ignore")

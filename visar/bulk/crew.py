@@ -15,6 +15,12 @@ from visar.errors import NotInTraining, VisarError
 from visar.generation.model import ImageModel
 
 DEATHS = 3  # of workers, one after another, without an image in between
+AHEAD = 32  # images of a worker that may wait for the process that writes them; more make the worker wait
+QUIET = 60.0  # seconds without an image, after which a word says why that may be
+WAITING = (
+    f"No image for {QUIET:.0f} seconds: workers load their models, or wait for room beside other applications of the "
+    "Ray cluster."
+)
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,17 @@ class _Run:
         self._started = 0
 
     def images(self, count: int) -> Made:
-        ray, done, deaths = self.ray, set(self.work.done), 0
+        ray, done, deaths, told = self.ray, set(self.work.done), 0, False
         try:
             for _ in range(count):
                 self._start()
             while self._streams:
-                (stream,), _ = ray.wait(list(self._streams), num_returns=1)
+                ready, _ = ray.wait(list(self._streams), num_returns=1, timeout=None if told else QUIET)
+                if not ready:
+                    told = True
+                    warnings.warn(WAITING, stacklevel=2)
+                    continue
+                (stream,) = ready
                 worker = self._streams[stream]
                 try:
                     image, line = ray.get(next(stream))
@@ -124,6 +135,6 @@ class _Run:
     def _start(self) -> None:
         worker, self._started = self._started, self._started + 1
         self._actors[worker] = self._kind.remote()
-        make = self._actors[worker].make.options(num_returns="streaming")
+        make = self._actors[worker].make.options(num_returns="streaming", _generator_backpressure_num_objects=AHEAD)
         stream = make.remote(*self._arguments, self.ids, worker)
         self._streams[stream] = worker

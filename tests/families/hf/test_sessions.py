@@ -19,6 +19,7 @@ from visar.engine.tree import Tree
 from visar.eval.exactness.late_rows import decoded_late
 from visar.eval.exactness.own_model import verify_session
 from visar.families.hf.session import TransformersSession
+from visar.kernels.backend import backend, triton
 from visar.kernels.invariant import invariant
 from visar.samplers import Target, get_sampler
 
@@ -182,6 +183,18 @@ def test_passes_in_any_order(world: World) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_invariant_passes_have_equal_bits(world: World, dtype: torch.dtype) -> None:
+    invariant_passes_have_equal_bits(world, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
+@pytest.mark.parametrize("kind", ["janus", "qwen3", "chameleon"])
+def test_invariant_passes_have_equal_bits_by_triton(kind: str) -> None:
+    with backend("triton"):
+        invariant_passes_have_equal_bits(WORLDS[kind](), torch.bfloat16)
+
+
+def invariant_passes_have_equal_bits(world: World, dtype: torch.dtype) -> None:
     tokens = torch.randint(world.decoder.vocab, (3, 5), generator=torch.Generator().manual_seed(2))
     world.model.to(dtype)
     try:

@@ -48,10 +48,8 @@ class TransformersSession(PromptSession):
             raise VisarError("This model has no unconditional prompts; give guidance_scale 1.")
         if decoder.backbone.training:
             raise VisarError("The model is in training mode, in which it drops features at random; call its eval().")
-        if is_invariant() and decoder.device.type == "cuda":
-            raise VisarError(
-                "The invariant mode on a GPU is for visar's own layers, and this model has those of others."
-            )
+        if is_invariant() and decoder.device.type == "cuda" and self._stack is None:
+            raise VisarError("The invariant mode on a GPU is for layers that visar knows, and this model has others.")
         super().__init__(
             len(ids), length, decoder.vocab, decoder.device, width=max(part.shape[1] for part in condition[::2]),
             dim=decoder.dim, window=window, dtype=decoder.dtype, guidance=guidance,
@@ -92,8 +90,8 @@ class TransformersSession(PromptSession):
 
     @contextmanager
     def _products(self) -> Iterator[None]:
-        """On a CPU linear layers run in visar's forms, which are faster, and invariant where that is asked for."""
-        if self.device.type != "cpu":
+        """Linear layers run in visar's forms where these are faster, on a CPU, or asked to be invariant."""
+        if self.device.type != "cpu" and not is_invariant():
             yield
             return
         with Products():
