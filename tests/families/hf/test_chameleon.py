@@ -4,7 +4,6 @@ image decoder against a plain one, on tiny ones of random weights."""
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 import shutil
@@ -15,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import visar
 from tests.families.hf.grids import NAMES, check_joint, expected_images
+from tests.helpers.hf_folders import Damage, check_commands, check_damaged, check_verified, edited
 from tests.helpers.tiny_chameleon import (
     WIDTHS,
     chameleon,
@@ -34,7 +33,6 @@ from tests.helpers.tiny_chameleon import (
 )
 from tests.helpers.tiny_hf import PROMPTS
 from tests.helpers.tiny_vqgan import plain_pixels, tiny_vqgan
-from visar import cli
 from visar.errors import VisarError
 from visar.families.hf.chameleon import ChameleonFamily, LuminaFamily, side_of
 from visar.families.hf.vqgan import VQGAN, _published
@@ -248,29 +246,12 @@ def test_folders_load_by_registration(folders: Path) -> None:
 def test_the_command_line_works_by_registration(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lumina, anole = ["--model", str(folders / "Lumina-mGPT-7B-512")], ["--model", str(folders / "anole")]
-    for more, size in ((anole, (48, 48)), ([*lumina, "--image-size", "96x64"], (96, 64))):
-        file = tmp_path / f"{size[0]}.png"
-        assert cli.main(["generate", "a red heart", *more, "-o", str(file)]) == 0
-        assert Image.open(file).size == size
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *anole, "-n", "4", "--out", str(tmp_path / "many")]
-    assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 4
-    assert cli.main(["bench", *anole, "--samplers", "ar", "--repeats", "1", "-n", "1"]) == 0
-    capsys.readouterr()
-    for more in (anole, [*lumina, "--image-size", "96x64"]):
-        names = ["--samplers", "ar,sjd,scd", "--sequences", "16384", "--json"]
-        assert cli.main(["verify", *more, *names]) == 0
-        rows = json.loads(capsys.readouterr().out)
-        assert len(rows) == 3 and all(row["passed"] for row in rows)
-
-
-def edited(file: str, **changes: Any) -> Callable[[Path], Any]:
-    def edit(path: Path) -> None:
-        found = json.loads((path / file).read_text())
-        (path / file).write_text(json.dumps(found | changes))
-
-    return edit
+    check_commands(folders / "anole", tmp_path, (48, 48))
+    size = "--image-size", "96x64"
+    (tmp_path / "lumina").mkdir()
+    check_commands(folders / "Lumina-mGPT-7B-512", tmp_path / "lumina", (96, 64), *size)
+    check_verified(folders / "anole", capsys, "ar,sjd,scd")
+    check_verified(folders / "Lumina-mGPT-7B-512", capsys, "ar,sjd,scd", *size)
 
 
 def replaced(file: str, old: str, new: str) -> Callable[[Path], Any]:
@@ -310,7 +291,7 @@ def cut(path: Path) -> None:
 
 
 KEY = "decoder.up.4.block.0.conv1.weight"
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGE: Damage = {
     "Meta's layout": (other_layout, r"in the layout of Meta's own code.*such as leloy/Anole-7b-v0\.1-hf"),
     "no map": (edited("config.json", vocabulary_map=None), "has no vocabulary_map"),
     "a code missing": (replaced("config.json", code_name(15), "word"), r"has 15 tokens IMGIMG\.\.\., and .* 16 codes"),
@@ -329,11 +310,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders(damage: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    spoil, message = DAMAGE[damage]
-    spoil(path := Path(shutil.copytree(folders / "Lumina-mGPT-7B-512", tmp_path / "model")))
-    with pytest.raises(VisarError, match=message) as caught:
-        ImageModel.load(path, image_size=None if damage == "Meta's layout" else "96x64")
-    assert "\n" not in str(caught.value) and not (tmp_path / "planted").exists()
+    size = None if damage == "Meta's layout" else "96x64"
+    check_damaged(folders / "Lumina-mGPT-7B-512", tmp_path, *DAMAGE[damage], image_size=size)
+    assert not (tmp_path / "planted").exists()
 
 
 def test_without_an_image_decoder_there_are_tokens() -> None:

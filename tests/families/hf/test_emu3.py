@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 import visar
 from tests.families.hf.grids import NAMES, check_joint, expected_images, session
+from tests.helpers.hf_folders import Damage, check_commands, check_damaged, check_verified, edited
 from tests.helpers.recording import Recorder
 from tests.helpers.tiny_emu3 import emu3, emu3_processor, stock_emu3, tiny_emu3
 from tests.helpers.tiny_hf import PROMPTS
-from visar import cli
 from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.loop import decode
@@ -154,14 +151,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def edited(file: str, **changes: Any) -> Callable[[Path], Any]:
-    def edit(path: Path) -> None:
-        found = json.loads((path / file).read_text())
-        (path / file).write_text(json.dumps(found | changes))
-
-    return edit
-
-
 def fewer_codes(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     del config["vocabulary_map"]["<|visual token 000003|>"]
@@ -173,7 +162,7 @@ def no_line_end(path: Path) -> None:
     (path / "tokenizer.json").write_text(text.replace("<|extra_200|>", "<|extra_199|>"))
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGE: Damage = {
     "the original layout": (edited("config.json", model_type="Emu3"), "in the layout of BAAI's own code, which visar"),
     "no map of codes": (edited("config.json", vocabulary_map=None), "has no vocabulary_map"),
     "a code missing": (fewer_codes, r"has 15 tokens <\|visual token \.\.\.\|>, and its image tokenizer 16 codes"),
@@ -183,29 +172,16 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
-    spoil, message = DAMAGE[damage]
-    spoil(path := Path(shutil.copytree(folder, tmp_path / "model")))
-    with pytest.raises(VisarError, match=message) as caught:
-        ImageModel.load(path)
-    assert "\n" not in str(caught.value)
+    check_damaged(folder, tmp_path, *DAMAGE[damage])
 
 
 def test_the_command_line_works_by_registration(folder: Path, tmp_path: Path) -> None:
-    model = ["--model", str(folder), "--image-size", "32"]
-    assert cli.main(["generate", "a red heart", *model, "-o", str(tmp_path / "a.png"), "--top-k", "1"]) == 0
-    assert Image.open(tmp_path / "a.png").size == (32, 32)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *model, "-n", "4", "--out", str(tmp_path / "many")]
-    assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 4
-    assert cli.main(["bench", *model, "--samplers", "ar,sjd:window=4", "--repeats", "1", "-n", "1"]) == 0
+    check_commands(folder, tmp_path, (32, 32), "--image-size", "32", samplers="ar,sjd:window=4")
 
 
 @pytest.mark.slow
 def test_verify_on_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--samplers", "ar,sjd,scd", "--sequences", "16384", "--json"]
-    assert cli.main(["verify", "--model", str(folder), "--image-size", "32", *given]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 3 and all(row["passed"] for row in rows)
+    check_verified(folder, capsys, "ar,sjd,scd", "--image-size", "32")
 
 
 def test_a_folder_loads_and_has_the_published_size(folder: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import visar
+from tests.helpers.hf_folders import Damage, check_damaged
 from tests.helpers.tiny_emu3 import emu3_tokenizer, tiny_qwen3
 from tests.helpers.tiny_hf import PROMPTS
 from tests.helpers.tiny_vqgan import tiny_vqgan
@@ -156,7 +157,7 @@ def without_vision(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config | {"vocab_size": 282926}))
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGE: Damage = {
     "no image tokenizer": (without_vision, r"has no image tokenizer: put the files of BAAI/Emu3\.5-VisionTokenizer"),
     "a tensor missing": (edit(lambda s: s.pop("model.norm.weight")), r"Tensor 'model\.norm\.weight' of .* is missing"),
     "a tensor unknown": (
@@ -187,11 +188,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
-    spoil, message = DAMAGE[damage]
-    spoil(path := Path(shutil.copytree(folder, tmp_path / "model")))
-    with pytest.raises(VisarError, match=message) as caught:
-        ImageModel.load(path)
-    assert "\n" not in str(caught.value)
+    check_damaged(folder, tmp_path, *DAMAGE[damage])
 
 
 def test_what_is_refused(folder: Path, model: ImageModel) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import visar
+from tests.helpers.hf_folders import Damage, check_commands, check_damaged, check_verified, edited
 from tests.helpers.tiny_hf import PROMPTS, janus, janus_processor, stock_janus, tiny_janus
-from visar import cli
 from visar.errors import VisarError
 from visar.generation.model import ImageModel
 from visar.generation.pool import Pool, Request
@@ -130,33 +126,16 @@ def test_the_same_image_in_every_batch(pipe: Any, invariant: bool) -> None:
 
 
 def test_the_command_line_works_by_registration(folder: Path, tmp_path: Path) -> None:
-    model = ["--model", str(folder)]
-    assert cli.main(["generate", "a red heart", *model, "-o", str(tmp_path / "a.png"), "--top-k", "1"]) == 0
-    assert Image.open(tmp_path / "a.png").size == (64, 64)
-    loaded = visar.load(folder)
+    check_commands(folder, tmp_path, (64, 64))
     assert torch.equal(
-        loaded("cat", top_k=1, sampler="ar", output_type="tokens").tokens, stock_janus(*janus(), PROMPTS[2:])
+        visar.load(folder)("cat", top_k=1, sampler="ar", output_type="tokens").tokens,
+        stock_janus(*janus(), PROMPTS[2:]),
     )
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    run = ["sample", "--prompts", str(tmp_path / "prompts.txt"), *model, "-n", "4", "--out", str(tmp_path / "many")]
-    assert cli.main(run) == 0 and len(list((tmp_path / "many").glob("*.png"))) == 4
-    assert cli.main(["bench", *model, "--samplers", "ar", "--repeats", "1", "-n", "1"]) == 0
 
 
 @pytest.mark.slow
 def test_verify_on_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ["--samplers", "ar,sjd,scd,scd-gumbel"]
-    assert cli.main(["verify", "--model", str(folder), *names, "--sequences", "16384", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert len(rows) == 4 and all(row["passed"] for row in rows)
-
-
-def edited(file: str, **changes: Any) -> Callable[[Path], Any]:
-    def edit(path: Path) -> None:
-        found = json.loads((path / file).read_text())
-        (path / file).write_text(json.dumps(found | changes))
-
-    return edit
+    check_verified(folder, capsys, "ar,sjd,scd,scd-gumbel")
 
 
 def without(path: Path, part: str) -> None:
@@ -174,7 +153,7 @@ def code(path: Path) -> None:
     edited("tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Own"]})(path)
 
 
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGE: Damage = {
     "no image tokenizer": (lambda f: without(f, "vqmodel"), r"Tensor 'model\.vqmodel\..* is missing or misshapen, and"),
     "a file that is cut": (cut, "Could not load the JanusForConditionalGeneration from"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
@@ -187,11 +166,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
-    spoil, message = DAMAGE[damage]
-    spoil(path := Path(shutil.copytree(folder, tmp_path / "model")))
-    with pytest.raises(VisarError, match=message) as caught:
-        ImageModel.load(path)
-    assert "\n" not in str(caught.value)
+    check_damaged(folder, tmp_path, *DAMAGE[damage])
 
 
 def test_what_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
