@@ -60,6 +60,11 @@ class Case:
     columns: int = 1
 
     @property
+    def order(self) -> str:
+        """Of the samplers that it is for."""
+        return "diagonal" if self.model == "diagonals" else "raster"
+
+    @property
     def layout(self) -> Layout:
         return Layout(-(-self.length // self.columns), self.columns)
 
@@ -99,7 +104,7 @@ CASES = (
 )  # fmt: skip
 
 GRID = Case("diagonals", model="diagonals", vocab=3, length=6, columns=3)
-DIAGONAL_CASES = (  # for samplers that go by diagonals
+DIAGONAL_CASES = (
     GRID,
     replace(GRID, name="diagonals, 2 x 2, V 5", vocab=5, length=4, columns=2),
     replace(GRID, name="diagonals, 3 x 2", columns=2),
@@ -109,6 +114,7 @@ DIAGONAL_CASES = (  # for samplers that go by diagonals
     replace(GRID, name="diagonals, interval 1", settings=Settings(scale=2.5, interval=1)),
     replace(GRID, name="diagonals, forced", settings=Settings(forced=(-1, -1, 2, -1, 1, -1), allowed=(0, 2))),
 )
+ALL = (*CASES, *DIAGONAL_CASES)
 
 
 @dataclass(frozen=True)
@@ -303,7 +309,9 @@ def check_exact(names: Iterable[str]) -> None:
 
 
 def rows_of(sampler: Sampler, sequences: int, seed: int, cases: Iterable[Case]) -> Iterator[Row]:
-    for case in cases if order_of(sampler) == "raster" else DIAGONAL_CASES:
+    for case in cases:
+        if case.order != order_of(sampler):
+            continue
         if case.init != "uniform" and not hasattr(sampler, "init"):
             continue  # it has no window to fill
         if isinstance(sampler, Jacobi):
@@ -315,7 +323,7 @@ def rows_of(sampler: Sampler, sequences: int, seed: int, cases: Iterable[Case]) 
 
 
 def verify_sampler(
-    sampler: Sampler, sequences: int = 131072, seed: int = 0, cases: tuple[Case, ...] = CASES
+    sampler: Sampler, sequences: int = 131072, seed: int = 0, cases: tuple[Case, ...] = ALL
 ) -> list[Row]:
     """Test a sampler of discrete tokens, of one's own too, on every case as one that is exact."""
     return list(rows_of(check_sampler(sampler, "discrete"), sequences, seed, cases))
@@ -326,7 +334,7 @@ def verify(
     sequences: int = 131072,
     seed: int = 0,
     mutants: bool = True,
-    cases: tuple[Case, ...] = CASES,
+    cases: tuple[Case, ...] = ALL,
     report: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Test samplers on every case, then known-bad samplers, which must fail; `report` gets each row as it comes."""
@@ -337,7 +345,7 @@ def verify(
             yield from rows_of(get_sampler(name), sequences, seed, cases)
         if mutants:
             for mutant in MUTANTS:
-                case = next(c for c in (*CASES, *DIAGONAL_CASES) if c.name == mutant.case)
+                case = next(c for c in ALL if c.name == mutant.case)
                 enough = max(sequences, MUTANT_SEQUENCES)
                 z, speed, _ = measure(configured(mutant.sampler, case), case, enough, seed)
                 yield Row(mutant.name, case.name, "mutant", enough, z, speed, True)
