@@ -218,11 +218,10 @@ def _speed_text(report: SpeedReport, model: str) -> str:
     passes = ("NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE")
     rows_text = table(("SAMPLER", "EXACT", *shape, *passes, *more, f"NFE/{first}", f"TIME/{first}"), rows)
     mode = ", invariant" if report.invariant else ""
-    notes = "".join(
-        f"{r.sampler}: {r.exactness}.\n" for r in report.rows if r.exactness not in ("exact", "relaxed", "")
-    )
+    notes = [f"{r.sampler}: {r.exactness}.\n" for r in report.rows if r.exactness not in ("exact", "relaxed", "")]
     return (
-        f"{rows_text}\n{notes}{model}, {report.device}, {report.dtype}{mode}, batch {report.batch}, {report.images} images, "
+        f"{rows_text}\n{''.join(notes)}{model}, {report.device}, {report.dtype}{mode}, batch {report.batch}, "
+        f"{report.images} images, "
         f"medians of {report.repeats} repeats after a warm-up; bandwidth measured in this run: "
         f"{report.bandwidth:.1f} GB/s."
     )
