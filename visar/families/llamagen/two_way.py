@@ -94,10 +94,9 @@ class TwoWayLlamaGen(LlamaGen):
 
     def mixed(self, right: Tensor, below: Tensor, at: Neighbours) -> Tensor:
         """The logits of cells from those of either head, [B, W, V]; one at the edge has one neighbour's alone."""
-        share = torch.where(at.has_left & at.has_above, self.share(right, below), at.has_left.to(right.dtype))[
-            ..., None
-        ]
-        return share * right + (1 - share) * below
+        both = at.has_left & at.has_above
+        share = torch.where(both, self.share(right, below), at.has_left.to(right.dtype))
+        return torch.lerp(below, right, share[..., None])
 
     def share(self, right: Tensor, below: Tensor) -> Tensor:
         """The weight [B, W], in (0, 1), of the head to the right, for the logits of both, [B, W, V]."""
