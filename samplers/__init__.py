@@ -10,8 +10,10 @@ from visar.samplers.registry import (
     SAMPLERS,
     SamplerSpec,
     check_sampler,
+    default_sampler,
     get_sampler,
     load_sampler,
+    order_of,
     register_sampler,
     samplers_for,
     spec_of,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from visar.samplers.base import Sampler, State
     from visar.samplers.beam_tree import BeamTree
     from visar.samplers.continuous_speculative import ContinuousSpeculative
+    from visar.samplers.diagonal import Diagonal
     from visar.samplers.distribution import RowTargets, Target
     from visar.samplers.dynamic import DynamicSpeculative
     from visar.samplers.head_speculation import HeadSpeculation
@@ -37,6 +40,7 @@ _HOMES = {
     "base": ("Sampler", "State"),
     "beam_tree": ("BeamTree",),
     "continuous_speculative": ("ContinuousSpeculative",),
+    "diagonal": ("Diagonal",),
     "distribution": ("RowTargets", "Target"),
     "dynamic": ("DynamicSpeculative",),
     "head_speculation": ("HeadSpeculation",),
@@ -64,6 +68,7 @@ __all__ = [
     "ContinuousSpeculative",
     "ContinuousTarget",
     "CoolSD",
+    "Diagonal",
     "DynamicSpeculative",
     "GroupedJacobi",
     "HeadSpeculation",
@@ -82,8 +87,10 @@ __all__ = [
     "TreeSpeculative",
     "ZipAR",
     "check_sampler",
+    "default_sampler",
     "get_sampler",
     "load_sampler",
+    "order_of",
     "register_sampler",
     "samplers_for",
     "spec_of",

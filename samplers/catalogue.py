@@ -37,7 +37,10 @@ def catalogue() -> dict[str, SamplerSpec]:
     specs = []
     for node, module in classes.values():
         found = attributes(node.name)
-        tokens = ast.literal_eval(found["tokens"].value) if "tokens" in found else "discrete"  # type: ignore[arg-type]
+        tokens, order = (
+            ast.literal_eval(found[n].value) if n in found else usual  # type: ignore[arg-type]
+            for n, usual in (("tokens", "discrete"), ("order", "raster"))
+        )
         for call in reversed(node.decorator_list):  # as they are applied
             if not isinstance(call, ast.Call) or ast.unparse(call.func) != "register_sampler":
                 continue
@@ -51,5 +54,5 @@ def catalogue() -> dict[str, SamplerSpec]:
                     said: dict[str, Any] = dict(zip(("help", "low", "high"), about, strict=False))
                     of = choices.get(ast.unparse(assigned.annotation), ())
                     options[field] = Parameter(field, type(default), default, choices=of, **said)
-            specs.append(SamplerSpec(name, paper, tokens, exact, note, drafter, options, module))
+            specs.append(SamplerSpec(name, paper, tokens, exact, note, drafter, options, module, order))
     return {spec.name: spec for spec in ordered(specs)}

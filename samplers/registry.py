@@ -29,7 +29,8 @@ class SamplerSpec:
     """A registered sampler.
 
     `exact`: whether images have the distribution of sequential sampling; `note`: in what sense they have it, where a
-    yes or no does not say it. `tokens`: "discrete" or "continuous". `drafter`: the kind of drafter that it needs, one
+    yes or no does not say it. `tokens`: "discrete" or "continuous"; `order`: "raster", or "diagonal" for models with
+    two-way heads. `drafter`: the kind of drafter that it needs, one
     of `visar.drafters.KINDS`, "draft" for a smaller MAR, or None. `options`: what a user may set.
     """
 
@@ -41,11 +42,12 @@ class SamplerSpec:
     drafter: str | None
     options: Mapping[str, Parameter]
     module: str = field(repr=False)
+    order: str = "raster"
 
     @property
     def exactness(self) -> str:
         """ "exact", "relaxed", or the note."""
-        return "exact" if self.exact else self.note or "relaxed"
+        return self.note or ("exact" if self.exact else "relaxed")
 
     def parameters(self) -> dict[str, Any]:
         """The values of its options by default."""
@@ -109,7 +111,9 @@ def register_sampler(
         if made.exact != exact:
             raise VisarError(f"Sampler {name!r} is registered with exact={exact}, and its class says {made.exact}.")
         tokens = getattr(cls, "tokens", "discrete")
-        _SPECS[name] = SamplerSpec(name, paper, tokens, exact, note, drafter, parameters_of(made), cls.__module__)
+        _SPECS[name] = SamplerSpec(
+            name, paper, tokens, exact, note, drafter, parameters_of(made), cls.__module__, order_of(cls)
+        )
         _MAKERS[name] = maker
         return cls
 
@@ -117,8 +121,12 @@ def register_sampler(
 
 
 def ordered(specs: Iterable[SamplerSpec]) -> list[SamplerSpec]:
-    """By kind of tokens; those that need no drafter first, exact ones before relaxed, then by file."""
-    return sorted(specs, key=lambda s: (s.tokens != "discrete", bool(s.drafter), s.exactness == "relaxed", s.module))
+    """By kind of tokens and order; those that need no drafter first, exact ones before relaxed, then by file."""
+    return sorted(specs, key=_rank)
+
+
+def _rank(s: SamplerSpec) -> tuple[bool, bool, bool, bool, str]:
+    return s.tokens != "discrete", s.order != "raster", bool(s.drafter), s.exactness == "relaxed", s.module
 
 
 @cache
@@ -127,9 +135,20 @@ def _load() -> None:
         importlib.import_module(f"visar.samplers.{module.name}")
 
 
-def samplers_for(tokens: str) -> dict[str, SamplerSpec]:
-    """The samplers of "discrete" or of "continuous" tokens, by name."""
-    return {name: spec for name, spec in SAMPLERS.items() if spec.tokens == tokens}
+def samplers_for(tokens: str, order: str = "raster") -> dict[str, SamplerSpec]:
+    """The samplers of "discrete" or of "continuous" tokens, by name; of discrete ones those of an order."""
+    return {name: spec for name, spec in SAMPLERS.items() if (spec.tokens, spec.order) == (tokens, order)}
+
+
+def default_sampler(tokens: str, order: str = "raster") -> str:
+    """The name of the sampler that a model of this kind of tokens and order takes where none is given."""
+    usual = DEFAULTS[tokens]
+    return usual if usual in (own := samplers_for(tokens, order)) else next(iter(own))
+
+
+def order_of(sampler: Any) -> str:
+    """The order in which a sampler samples tokens."""
+    return getattr(sampler, "order", "raster")
 
 
 def spec_of(name: str) -> SamplerSpec:
@@ -182,8 +201,8 @@ def name_of(sampler: Any) -> str:
     return max(names, key=likeness) if names else type(sampler).__name__  # of equal ones the first registered
 
 
-def check_sampler(sampler: Any, tokens: str | None = None) -> Any:
-    """The object, if it is a sampler of this kind of tokens; else a `VisarError` that says what it lacks.
+def check_sampler(sampler: Any, tokens: str | None = None, order: str | None = None) -> Any:
+    """The object, if it is a sampler of this kind of tokens and order; else a `VisarError` that says what it lacks.
 
     A sampler has `name`, `exact`, `window`, `begin(session, target, noise)` and `step(session, state)`, as in
     `visar.samplers.base.Sampler`, and is hashable. `tokens` is "discrete" where it says nothing else.
@@ -213,6 +232,13 @@ def check_sampler(sampler: Any, tokens: str | None = None) -> Any:
     if tokens is not None and own != tokens:
         known = ", ".join(samplers_for(tokens))
         raise VisarError(f"Sampler {sampler.name!r} is for {own} tokens. For {tokens} ones there are: {known}.")
+    if order not in (None, (found := order_of(sampler))):
+        known = ", ".join(samplers_for(own, order))
+        kinds = {"raster": "samples in raster order", "diagonal": "samples by diagonals, with two-way heads"}
+        raise VisarError(
+            f"Sampler {sampler.name!r} {kinds.get(found, found)}, and this model {kinds[order]}. For it there "
+            f"{'is' if ',' not in known else 'are'}: {known}."
+        )
     return sampler
 
 

@@ -172,6 +172,7 @@ def ranges(session: Session, sampler: Any) -> Iterator[None]:
         (Target, "probs", TARGET_PROBS),
         (type(session), "forward", MODEL_RANGE),
         (type(session), "forward_at", MODEL_RANGE),
+        (type(session), "forward_diagonal", MODEL_RANGE),
         (Timed, "root", MODEL_RANGE),
         (Timed, "extend", MODEL_RANGE),
     )

@@ -15,7 +15,7 @@ import torch
 from visar.errors import VisarError
 from visar.eval.prompts import conditions
 from visar.generation.model import ImageModel
-from visar.generation.stats import MaskedStats, tokens_per_pass
+from visar.generation.stats import MaskedStats, exactness_of, tokens_per_pass
 from visar.host import synchronize
 
 
@@ -51,6 +51,7 @@ class SpeedRow:
     nfe_ratio: float
     time_ratio: float
     head: HeadStats | None = None
+    exactness: str = ""  # "exact", "relaxed", or a phrase if it is neither
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def compare(
             nfe_ratio=medians[name]["nfe"] / base["nfe"],
             time_ratio=medians[name]["seconds_per_image"] / base["seconds_per_image"],
             head=heads.get(name),
+            exactness=exactness_of(sampler),
         )
         for name, sampler in samplers.items()
     ]

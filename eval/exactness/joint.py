@@ -21,10 +21,22 @@ from visar.engine.layout import Layout
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
 from visar.errors import VisarError
+from visar.eval.exactness.diagonal import DiagonalModel, DiagonalSession
 from visar.eval.exactness.late_rows import decoded_late
 from visar.eval.exactness.mutants import MUTANTS
 from visar.eval.exactness.tabular import Settings, TabularModel, TabularSession, joint
-from visar.samplers import BeamTree, Jacobi, Sampler, Target, check_sampler, get_sampler, samplers_for, values_of
+from visar.samplers import (
+    BeamTree,
+    Diagonal,
+    Jacobi,
+    Sampler,
+    Target,
+    check_sampler,
+    get_sampler,
+    order_of,
+    samplers_for,
+    values_of,
+)
 
 EXACT_LIMIT, MUTANT_LIMIT = 4.0, 10.0
 MUTANT_SEQUENCES = 131072  # with fewer, a small bias is not yet beyond doubt
@@ -47,7 +59,18 @@ class Case:
     init: str = "uniform"
     columns: int = 1
 
-    def build(self) -> TabularModel:
+    @property
+    def order(self) -> str:
+        """Of the samplers that it is for."""
+        return "diagonal" if self.model == "diagonals" else "raster"
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(-(-self.length // self.columns), self.columns)
+
+    def build(self) -> TabularModel | DiagonalModel:
+        if self.model == "diagonals":
+            return DiagonalModel.of(self.layout, self.vocab)
         make = TabularModel.markov if self.model == "markov" else TabularModel.full_prefix
         return make(self.vocab, self.length, seed=7)
 
@@ -79,6 +102,19 @@ CASES = (
         model="full", vocab=4, length=7, window=5, init="left-probs",
     ),
 )  # fmt: skip
+
+GRID = Case("diagonals", model="diagonals", vocab=3, length=6, columns=3)
+DIAGONAL_CASES = (
+    GRID,
+    replace(GRID, name="diagonals, 2 x 2, V 5", vocab=5, length=4, columns=2),
+    replace(GRID, name="diagonals, 3 x 2", columns=2),
+    replace(GRID, name="diagonals, T 0.6, top-k 2", settings=Settings(temperature=0.6, top_k=2)),
+    replace(GRID, name="diagonals, top-p 0.7", settings=Settings(top_p=0.7)),
+    replace(GRID, name="diagonals, guided", settings=Settings(scale=2.5)),
+    replace(GRID, name="diagonals, interval 1", settings=Settings(scale=2.5, interval=1)),
+    replace(GRID, name="diagonals, forced", settings=Settings(forced=(-1, -1, 2, -1, 1, -1), allowed=(0, 2))),
+)
+ALL = (*CASES, *DIAGONAL_CASES)
 
 
 @dataclass(frozen=True)
@@ -115,20 +151,26 @@ def configured(sampler: Sampler, case: Case) -> Sampler:
     has = values_of(sampler)
     if isinstance(sampler, BeamTree):  # small enough that drafts are left out
         wanted |= {"beam": min(sampler.beam, 3), "depth": min(sampler.depth, 3), "nodes": min(sampler.nodes, 12)}
+    if isinstance(sampler, Diagonal):
+        return replace(sampler, layout=case.layout)
     return replace(sampler, **{k: v for k, v in wanted.items() if k in has})  # type: ignore[type-var]
 
 
-def run(model: TabularModel, case: Case, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
+def run(model: TabularModel | DiagonalModel, case: Case, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
     """Decode the given image indices as one batch."""
     session = session_of(model, case, sampler, len(images), guidance_of(case))
     return decode(session, sampler, target_of(model, case), Noise(seed, images))
 
 
-def session_of(model: TabularModel, case: Case, sampler: Sampler, batch: int, guidance: Guidance) -> TabularSession:
+def session_of(
+    model: TabularModel | DiagonalModel, case: Case, sampler: Sampler, batch: int, guidance: Guidance
+) -> TabularSession | DiagonalSession:
     """A session with the drafter that the sampler needs, which knows the model somewhat."""
+    if isinstance(model, DiagonalModel):
+        return DiagonalSession(model, batch, guidance)
     session = TabularSession(model, batch, sampler.window, guidance)
     session.codebook = CODEBOOK[: model.vocab]
-    session.layout = Layout(-(-model.length // case.columns), case.columns)
+    session.layout = case.layout
     if hasattr(sampler, "drafter"):
         # The root of the drafter's own session is one node before that of the tree.
         draft = model.disturbed(seed=99)
@@ -140,7 +182,7 @@ def guidance_of(case: Case) -> Guidance:
     return Guidance(case.settings.scale, case.settings.interval)
 
 
-def target_of(model: TabularModel, case: Case) -> Target:
+def target_of(model: TabularModel | DiagonalModel, case: Case) -> Target:
     settings = case.settings
     forced = torch.tensor(settings.forced) if settings.forced else None
     allowed = torch.isin(torch.arange(model.vocab), torch.tensor(settings.allowed)) if settings.allowed else None
@@ -204,7 +246,13 @@ def measure(sampler: Sampler, case: Case, sequences: int, seed: int, batch: int 
     """The chi-square z of the joint distribution, the mean tokens per pass of a row, and the tokens [sequences, N]."""
     model = case.build()
     tokens, speed = sampled(lambda images: run(model, case, sampler, images, seed), sequences, batch)
-    return joint_z(tokens, case.vocab, joint(model, case.settings)), speed, tokens
+    return joint_z(tokens, case.vocab, expected(case)), speed, tokens
+
+
+def expected(case: Case) -> np.ndarray:
+    """The probability of every sequence, [V**N]."""
+    model = case.build()
+    return model.joint(case.settings) if isinstance(model, DiagonalModel) else joint(model, case.settings)
 
 
 def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
@@ -215,7 +263,7 @@ def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
     if getattr(sampler, "lockstep", False):
         return True
 
-    def make(batch: int, guidance: Guidance) -> TabularSession:
+    def make(batch: int, guidance: Guidance) -> TabularSession | DiagonalSession:
         return session_of(model, case, sampler, batch, guidance)
 
     images = torch.arange(32)
@@ -226,6 +274,7 @@ def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
 def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
     """A greedy sampler is exact when every sequence is the argmax sequence, found by brute force."""
     model = case.build()
+    assert isinstance(model, TabularModel)
     sampler = configured(sampler, case)
     out = run(model, case, sampler, torch.arange(64), seed)
     best = int(joint(model, replace(case.settings, top_k=1, top_p=1.0)).argmax())
@@ -235,7 +284,8 @@ def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
 
 
 def distinct() -> list[str]:
-    """The samplers that are not relaxed; here all draft alike, so of those with the same rules only the first."""
+    """The samplers in raster order that are not relaxed; all draft alike here, so of those with the same rules only the
+    first."""
     out: dict[Sampler, str] = {}
     for name in exact_samplers():
         sampler = configured(get_sampler(name), PLAIN_CASE)
@@ -243,9 +293,9 @@ def distinct() -> list[str]:
     return list(out.values())
 
 
-def exact_samplers() -> list[str]:
+def exact_samplers(order: str = "raster") -> list[str]:
     """The names of those that are not relaxed."""
-    return [name for name, spec in samplers_for("discrete").items() if spec.exactness != "relaxed"]
+    return [name for name, spec in samplers_for("discrete", order).items() if spec.exactness != "relaxed"]
 
 
 def check_exact(names: Iterable[str]) -> None:
@@ -260,6 +310,8 @@ def check_exact(names: Iterable[str]) -> None:
 
 def rows_of(sampler: Sampler, sequences: int, seed: int, cases: Iterable[Case]) -> Iterator[Row]:
     for case in cases:
+        if case.order != order_of(sampler):
+            continue
         if case.init != "uniform" and not hasattr(sampler, "init"):
             continue  # it has no window to fill
         if isinstance(sampler, Jacobi):
@@ -271,7 +323,7 @@ def rows_of(sampler: Sampler, sequences: int, seed: int, cases: Iterable[Case]) 
 
 
 def verify_sampler(
-    sampler: Sampler, sequences: int = 131072, seed: int = 0, cases: tuple[Case, ...] = CASES
+    sampler: Sampler, sequences: int = 131072, seed: int = 0, cases: tuple[Case, ...] = ALL
 ) -> list[Row]:
     """Test a sampler of discrete tokens, of one's own too, on every case as one that is exact."""
     return list(rows_of(check_sampler(sampler, "discrete"), sequences, seed, cases))
@@ -282,18 +334,18 @@ def verify(
     sequences: int = 131072,
     seed: int = 0,
     mutants: bool = True,
-    cases: tuple[Case, ...] = CASES,
+    cases: tuple[Case, ...] = ALL,
     report: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Test samplers on every case, then known-bad samplers, which must fail; `report` gets each row as it comes."""
     check_exact(names or ())
 
     def rows() -> Iterator[Row]:
-        for name in names or distinct():
+        for name in names or [*distinct(), *exact_samplers("diagonal")]:
             yield from rows_of(get_sampler(name), sequences, seed, cases)
         if mutants:
             for mutant in MUTANTS:
-                case = next(c for c in CASES if c.name == mutant.case)
+                case = next(c for c in ALL if c.name == mutant.case)
                 enough = max(sequences, MUTANT_SEQUENCES)
                 z, speed, _ = measure(configured(mutant.sampler, case), case, enough, seed)
                 yield Row(mutant.name, case.name, "mutant", enough, z, speed, True)

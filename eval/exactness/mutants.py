@@ -14,6 +14,7 @@ from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.samplers.base import Sampler, State
 from visar.samplers.beam_tree import BeamState, BeamTree, Drafted
+from visar.samplers.diagonal import Diagonal, DiagonalState
 from visar.samplers.dynamic import DynamicSpeculative, DynamicState
 from visar.samplers.jacobi import SpeculativeJacobi
 from visar.samplers.speculative import Children, Speculative, TreeSpeculative, TreeState
@@ -206,6 +207,23 @@ class DraftsOutOfBounds(Speculative):
 
 
 @dataclass(frozen=True)
+class OneUniform(Diagonal):
+    """All cells of a diagonal are sampled with the uniform of its first."""
+
+    def sampled(self, p: Tensor, at: Tensor, state: DiagonalState) -> Tensor:
+        return super().sampled(p, at[:, :1].expand_as(at), state)
+
+
+@dataclass(frozen=True)
+class BottomUp(Diagonal):
+    """The cells of a diagonal are stored from the bottom to the top."""
+
+    def sampled(self, p: Tensor, at: Tensor, state: DiagonalState) -> Tensor:
+        tokens, count = super().sampled(p, at, state), (at < state.target.length).sum(1, keepdim=True)
+        return tokens.gather(1, (count - 1 - torch.arange(at.shape[1])).clamp_min(0))
+
+
+@dataclass(frozen=True)
 class Mutant:
     """A wrong sampler and the case of `visar.eval.exactness.joint` in which it shows."""
 
@@ -230,5 +248,7 @@ MUTANTS = (
     Mutant("k-SEQ undivided", UndividedShare(tree="3x2", drafter="model"), "plain"),
     Mutant("small drafts dropped", DroppedDraft(), "plain"),
     Mutant("drafts that are not allowed", DraftsOutOfBounds(), "allowed tokens"),
+    Mutant("one uniform for a diagonal", OneUniform(), "diagonals"),
+    Mutant("diagonals upside down", BottomUp(), "diagonals"),
     Mutant("bonus from raw logits", RawBonus(gamma=1), "temperature 0.6"),
 )

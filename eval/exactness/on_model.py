@@ -1,18 +1,21 @@
 """`visar verify --model`: whether exact samplers are exact on a loaded model, whose distributions nobody can enumerate.
 
-The test is that of Rosenblatt (1952): u = F(x - 1) + v p(x), with p the distribution of a token
-given those before it, F its cumulative sum and v uniform, is uniform and independent of the other tokens' u if and only
-if the images have the joint distribution. p comes from passes of one token over the sampled images.
+The test is that of Rosenblatt (1952): u = F(x - 1) + v p(x), with p the distribution of a token given those before it
+(in a model with two-way heads the diagonals before), F its cumulative sum and v uniform, is uniform and independent of
+the other tokens' u if and only if the images have the joint distribution. p comes from passes over the sampled images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from visar.engine.diagonals import Diagonals
+from visar.engine.session import Session
 from visar.errors import VisarError
 from visar.eval.exactness.joint import Row, alike, check_exact, exact_samplers, sampled
 from visar.eval.exactness.ranks import rank_z
@@ -22,7 +25,7 @@ from visar.generation.model import ImageModel
 from visar.generation.output import ImageOutput
 from visar.generation.sessions import Call
 from visar.params import DISCRETE
-from visar.samplers import Autoregressive
+from visar.samplers import Autoregressive, Target
 
 CELLS = 10  # of the uniform interval
 LEAST_IMAGES = 128  # about a dozen in a cell
@@ -49,7 +52,8 @@ def verify_model(
             "continuous ones."
         )
     if names is None:
-        names = [name for name in exact_samplers() if name in model.usable_samplers() and name != "jacobi"]
+        exact = exact_samplers(model.family.order)
+        names = [name for name in exact if name in model.usable_samplers() and name != "jacobi"]
     check_exact(names)
     rows = []
     for name in names:
@@ -85,12 +89,30 @@ def rosenblatt(model: ImageModel, condition: Any, tokens: Tensor, noise: torch.G
     session = Call(family, None, encoded, Autoregressive(), target, guidance).session()
     target = target.on(session.device, session.length, session.vocab)
     tokens = tokens.to(session.device)
-    out = []
-    for n in range(session.length):
-        p = target.probs(session.forward(tokens[:, max(n - 1, 0)][:, None]), session.positions(1))[:, 0].double()
-        own = tokens[:, n, None]
-        below = p.cumsum(-1).gather(1, own)[:, 0] - p.gather(1, own)[:, 0]
-        out.append(below.cpu() + torch.rand(len(tokens), generator=noise).double() * p.gather(1, own)[:, 0].cpu())
-        session.commit(torch.ones_like(session.lengths))
+    out = torch.empty(tokens.shape, dtype=torch.double)
+    for at, p in (by_diagonals if family.order == "diagonal" else one_by_one)(session, target, tokens):
+        own = tokens[:, at, None]
+        below, each = p.cumsum(-1).gather(-1, own)[..., 0], p.gather(-1, own)[..., 0]
+        v = torch.rand(own.shape[:2], generator=noise).double()
+        out[:, at.cpu()] = (below - each).cpu() + v * each.cpu()
     free = slice(None) if target.forced is None else target.forced[: session.length].cpu() < 0
-    return torch.stack(out, 1)[:, free].clamp(0, 1 - 1e-12)
+    return out[:, free].clamp(0, 1 - 1e-12)
+
+
+def one_by_one(session: Session, target: Target, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions [1] and their distributions [B, 1, V], float64, given the tokens before, by passes of one token."""
+    for n in range(session.length):
+        at = session.positions(1)
+        yield at[0], target.probs(session.forward(tokens[:, max(n - 1, 0)][:, None]), at).double()
+        session.commit(torch.ones_like(session.lengths))
+
+
+def by_diagonals(session: Session, target: Target, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions [W] of each diagonal and their distributions [B, W, V], float64, given the diagonals before."""
+    assert session.layout is not None
+    table, padded = Diagonals.of(session.layout, session.device), F.pad(tokens, (0, 1))
+    for d, count in enumerate(table.count[:-1].tolist()):
+        logits = session.forward_diagonal(padded[:, table.cells[max(d - 1, 0)]])
+        at = table.cells[d]
+        yield at[:count], target.probs(logits, at.expand(len(tokens), -1))[:, :count].double()
+        session.commit(torch.full_like(session.lengths, count))

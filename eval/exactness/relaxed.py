@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from visar.errors import VisarError
-from visar.eval.exactness.joint import Case, configured, measure, values
-from visar.eval.exactness.tabular import joint
+from visar.eval.exactness.joint import Case, configured, expected, measure, values
 from visar.eval.report.plots import Point, check, draw
 from visar.samplers import (
     BeamTree,
@@ -68,7 +67,7 @@ class Moved:
 def distance(sampler: Sampler, case: Case, sequences: int, seed: int = 0) -> Moved:
     """Total variation between what a sampler gives and the target distribution, over all V**N sequences."""
     _, speed, tokens = measure(sampler, case, sequences, seed)
-    wanted = joint(case.build(), case.settings)
+    wanted = expected(case)
     found = np.bincount(values(tokens, case.vocab), minlength=len(wanted)) / sequences
     exact = np.random.default_rng(seed).multinomial(sequences, wanted) / sequences
     return Moved(float(abs(found - wanted).sum() / 2), float(abs(exact - wanted).sum() / 2), speed)

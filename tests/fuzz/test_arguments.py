@@ -64,6 +64,8 @@ BASE = {  # what a command needs, so that one bad argument reaches the command
     "train tokenizer": ["--data", "images", "-o", "out"],
     "train autoencoder": ["--data", "images", "-o", "out"],
     "train ar": ["--data", "images", "--tokenizer", "MODEL/vq", "--words", "MODEL/text_encoder", "-o", "out"],
+    "train two-way": ["--init", "MODEL/gpt", "--data", "images", "--tokenizer", "MODEL/vq", "--words",
+                      "MODEL/text_encoder", "-o", "out"],
     "train mar": ["--data", "images", "--autoencoder", "MODEL/vq", "--words", "MODEL/text_encoder", "-o", "out"],
     "train clip": ["--data", "images", "--words", "MODEL/text_encoder", "-o", "out"],
     "train drafter": ["--model", "MODEL", "--captions", "prompts.txt", "-o", "out"],
@@ -178,6 +180,7 @@ def place(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "training.words": ["build_word_encoder"],
         "training.self_generated": ["generate_tokens"], "training.tokenizer": ["train_tokenizer"],
         "training.autoencoder": ["train_autoencoder"], "training.ar": ["train_ar"], "training.mar": ["train_mar"],
+        "training.two_way": ["train_two_way"],
         "training.clip": ["train_clip"],
     }.items():  # fmt: skip
         for name in names:

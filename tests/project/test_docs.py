@@ -62,6 +62,7 @@ SOONER = {
     "visar train tokenizer": "--minutes 0.005 --batch 2 --no-compile",
     "visar train autoencoder": "--minutes 0.005 --batch 2 --no-compile",
     "visar train ar": "--minutes 0.005 --batch 2 --no-compile",
+    "visar train two-way": "--minutes 0.005 --batch 2 --no-compile",
     "visar train mar": "--minutes 0.005 --batch 2 --no-compile",
     "visar train clip": "--minutes 0.005 --batch 2",
     "visar train drafter": "-n 4 --batch 2 --steps 2 --no-compile",
@@ -84,6 +85,8 @@ PARSED = {
     "tests/training/test_patch_tokenizer.py and test_variant_training.py run small ones",
     "visar train ar --data images --out run/ar --size 128": "see above",
     "visar train assemble --gpt run/ar/gpt --tokenizer run/vq/vq --words run/ar/text_encoder": "see above",
+    "visar train two-way --init assets/icons/gpt": "from weights of a checkout; "
+    "tests/training/test_two_way_training.py runs small ones",
     "visar eval stats": "downloads the weights of Inception",
     "visar eval fid": "needs 2,048 images, and weights as above",
     "visar eval clip images": "downloads the weights of a CLIP",
@@ -92,6 +95,9 @@ PARSED = {
 FOREIGN = {
     "python -m visar.eval.report.prompt_sheet --model my-model --out sheet.png": (
         "100 images of the model above; tests/eval/report/test_prompt_sheet.py makes few"
+    ),
+    "python -m visar.eval.quality.two_way --model my-two-way --trunk my-model --data images": (
+        "models that took hours; tests/eval/quality/test_two_way.py measures small ones"
     ),
     'pip install "PATH_OF_THE_CLONE[demo]" --constraint PATH_OF_THE_CLONE/constraints.txt': (
         "installs; tests/project/test_wheel.py does so with the same constraints"

@@ -21,6 +21,7 @@ from visar.samplers import (
     SpeculativeJacobi,
     TreeSpeculative,
     check_sampler,
+    default_sampler,
     get_sampler,
     load_sampler,
     register_sampler,
@@ -53,7 +54,7 @@ def test_the_name_is_that_of_the_table(name: str) -> None:
     assert made.name == name and made.exact == spec.exact
     built = type(made)(**{f.name: getattr(made, f.name) for f in fields(made)})
     assert built == made and built.name == name
-    assert (spec.exactness == "exact") == spec.exact and spec.tokens in DEFAULTS
+    assert (spec.exactness == "exact") == (spec.exact and not spec.note) and spec.tokens in DEFAULTS
 
 
 def test_a_name_is_kept_with_other_parameters() -> None:
@@ -88,7 +89,11 @@ def test_a_class_that_is_not_registered_has_its_own_name() -> None:
 
 def test_kinds_of_tokens() -> None:
     discrete, continuous = samplers_for("discrete"), samplers_for("continuous")
-    assert list(SAMPLERS) == [*discrete, *continuous] and "scd" in discrete and "mar" in continuous
+    diagonal = samplers_for("discrete", "diagonal")
+    assert list(SAMPLERS) == [*discrete, *diagonal, *continuous] and "scd" in discrete and "mar" in continuous
+    assert list(diagonal) == ["diagonal"] and SAMPLERS["diagonal"].exactness == SAMPLERS["diagonal"].note
+    assert [default_sampler(kind) for kind in DEFAULTS] == list(DEFAULTS.values())
+    assert default_sampler("discrete", "diagonal") == "diagonal"
     assert {kind: SAMPLERS[name].tokens for kind, name in DEFAULTS.items()} == {k: k for k in DEFAULTS}
 
 

@@ -22,6 +22,7 @@ from visar.engine.rng import IMAGES
 from visar.errors import NotInTraining, VisarError
 from visar.files import output_folder
 from visar.generation.model import ImageModel
+from visar.generation.stats import exactness_of
 from visar.params import DISCRETE
 
 
@@ -41,10 +42,9 @@ class Sampled:
     seconds: float
 
     def __str__(self) -> str:
-        kind = "exact" if self.exact else "relaxed"
         return (
-            f"{self.sampler} ({kind}): {self.images} images in {self.folder}, {self.sampled} of them sampled now, "
-            f"{self.passes:.1f} passes and {self.seconds:.2f} s per image"
+            f"{self.sampler} ({exactness_of(self)}): {self.images} images in {self.folder}, {self.sampled} of them "
+            f"sampled now, {self.passes:.1f} passes and {self.seconds:.2f} s per image"
         )
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import load_model, samplers_of, tokens_of
+from visar.cli.common import default_of, load_model, samplers_of
 from visar.cli.output import show
 from visar.cli.parsers.base import STDOUT
 from visar.cli.parsers.options import params_of, settings_of
@@ -96,11 +96,10 @@ def _serve(options: argparse.Namespace) -> int:
     from visar.cli.serve import require_server
 
     require_server()
-    from visar.samplers import DEFAULTS
     from visar.serving.load import measure_load
 
     if options.samplers is None:
-        options.samplers = [DEFAULTS[tokens_of(options)]]
+        options.samplers = [default_of(options)]
     if len(samplers := samplers_of(options)) != 1:
         raise VisarError("--serve measures one sampler; give one with --samplers.")
     settings = settings_of(params_of(options))
@@ -219,8 +218,10 @@ def _speed_text(report: SpeedReport, model: str) -> str:
     passes = ("NFE", "TOKENS/PASS", "MS/PASS", "DRAFTING", "S/IMAGE")
     rows_text = table(("SAMPLER", "EXACT", *shape, *passes, *more, f"NFE/{first}", f"TIME/{first}"), rows)
     mode = ", invariant" if report.invariant else ""
+    notes = [f"{r.sampler}: {r.exactness}.\n" for r in report.rows if r.exactness not in ("exact", "relaxed", "")]
     return (
-        f"{rows_text}\n{model}, {report.device}, {report.dtype}{mode}, batch {report.batch}, {report.images} images, "
+        f"{rows_text}\n{''.join(notes)}{model}, {report.device}, {report.dtype}{mode}, batch {report.batch}, "
+        f"{report.images} images, "
         f"medians of {report.repeats} repeats after a warm-up; bandwidth measured in this run: "
         f"{report.bandwidth:.1f} GB/s."
     )

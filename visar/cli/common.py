@@ -52,7 +52,8 @@ def samplers_of(options: argparse.Namespace) -> dict[str, AnySampler]:
 
     wanted = options.samplers
     if wanted is None:
-        wanted = ["mar", "mar-headspec"] if tokens_of(options) == "continuous" else ["ar", "sjd", "scd"]
+        usual = default_of(options)
+        wanted = {"mar-headspec": ["mar", usual], "scd": ["ar", "sjd", usual]}.get(usual, [usual])
     # A name, or FILE.py:NAME, and its parameters.
     parts = {label: re.split(r"(?<!\.py):", label) for label in wanted}
     has = {label: set(parameters_of(get_sampler(name))) for label, (name, *_) in parts.items()}
@@ -91,6 +92,15 @@ def tokens_of(options: argparse.Namespace) -> str:
     from visar.families.registry import family_of
 
     return family_of(source_of(options)).tokens
+
+
+def default_of(options: argparse.Namespace) -> str:
+    """The name of a model's sampler by default, before its weights are read."""
+    from visar.families.registry import family_of
+    from visar.samplers import default_sampler
+
+    family = family_of(source := source_of(options))
+    return default_sampler(family.tokens, family.order_at(source))
 
 
 def is_file(options: argparse.Namespace) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visar.cli.cluster import crew_of
-from visar.cli.common import load_model, tokens_of
+from visar.cli.common import default_of, load_model, tokens_of
 from visar.cli.generate import chosen_sampler
 from visar.cli.output import show
 from visar.cli.parsers.options import params_of, settings_of
@@ -78,7 +78,6 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
     from visar.bulk import RunFolder, read_classes, read_prompts
     from visar.bulk.about import FORMAT, method_of
     from visar.bulk.conditions import Interleaved
-    from visar.samplers import DEFAULTS
 
     if bool(options.prompts) == bool(options.classes):
         raise VisarError("Give either --prompts FILE or --classes LIST.")
@@ -95,7 +94,7 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
     settings = settings_of(params)
     about: dict[str, Any] = {
         "format": FORMAT,
-        "sampler": DEFAULTS[kind] if sampler is None else method_of(sampler)["sampler"],
+        "sampler": default_of(options) if sampler is None else method_of(sampler)["sampler"],
         "seed": settings.pop("seed"),
         "settings": settings,
         "conditions": {"kind": order.kind, "sha256": order.mark()},

@@ -120,11 +120,11 @@ def keys_of(file: str | None) -> list[str]:
 
 def _samplers(options: argparse.Namespace, models: Mapping[str, ImageModel]) -> dict[str, dict[str, Any]]:
     """The samplers of each model by their labels: those that were asked for and fit its tokens, or its default."""
-    from visar.samplers import DEFAULTS, check_sampler
+    from visar.samplers import check_sampler, default_sampler
 
     def fits(sampler: Any, model: ImageModel) -> bool:
         try:
-            check_sampler(sampler, model.family.tokens)
+            check_sampler(sampler, model.family.tokens, model.family.order)
         except VisarError:
             return False
         return True
@@ -132,12 +132,13 @@ def _samplers(options: argparse.Namespace, models: Mapping[str, ImageModel]) -> 
     asked: dict[str, Any] = dict(samplers_of(options)) if options.samplers else {}
     for sampler in asked.values():
         if not any(fits(sampler, model) for model in models.values()):
-            check_sampler(sampler, next(iter(models.values())).family.tokens)  # which says why
+            first = next(iter(models.values())).family
+            check_sampler(sampler, first.tokens, first.order)  # which says why
     found: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         own = {label: sampler for label, sampler in asked.items() if fits(sampler, model)}
         if not own:
-            default = DEFAULTS[model.family.tokens]
+            default = default_sampler(model.family.tokens, model.family.order)
             plain = options.window is None and not options.parameters
             own = {default: None if plain else configured(default, options.parameters, options.window)}
         found[name] = {label: model.sampler_of(sampler) for label, sampler in own.items()}

@@ -1,4 +1,4 @@
-"""`visar train images | words | tokenizer | autoencoder | ar | mar | clip | drafter | assemble`."""
+"""`visar train images | words | tokenizer | autoencoder | ar | two-way | mar | clip | drafter | assemble`."""
 
 from __future__ import annotations
 
@@ -121,11 +121,25 @@ def ar(options: argparse.Namespace) -> int:
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
     vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
-    start = _component("families.llamagen.gpt.LlamaGen", options.init) if options.init else None
+    start = _component("families.llamagen.loading.LlamaGen", options.init) if options.init else None
     train_ar(
         data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn,
         variants=options.variants, weights=options.weigh, start=start,
     )  # fmt: skip
+    return 0
+
+
+def two_way(options: argparse.Namespace) -> int:
+    from visar.families.llamagen.vq import VQModel
+    from visar.text_encoders.words import WordEncoder
+    from visar.training.two_way import check_stage, train_two_way
+
+    start = _component("families.llamagen.loading.LlamaGen", options.init)
+    check_stage(start, options.stage)  # before the images are read
+    data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
+    vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
+    encoder = WordEncoder.from_pretrained(_folder(options.words))
+    train_two_way(data, options.size, config, vq, encoder, start, stage=options.stage, layers=options.layers)
     return 0
 
 
@@ -186,6 +200,8 @@ def drafter(options: argparse.Namespace) -> int:
     model = load_model(options)
     model.bar = {"disable": True}
     family = model.family
+    if family.drafting is None:
+        raise VisarError(f"{options.model} takes no drafter.")
     kind.checked_layers(options.layers, family.model.config.num_layers)
     conditions = _conditions(options, family.classes)
     params = params.resolved(family.defaults)
@@ -234,7 +250,7 @@ def assemble(options: argparse.Namespace) -> int:
     parts: dict[str, Any] = {}
     settings: dict[str, Any] = {"guidance_scale": options.guidance_scale}
     if options.gpt:
-        parts["gpt"] = _component("families.llamagen.gpt.LlamaGen", options.gpt)
+        parts["gpt"] = _component("families.llamagen.loading.LlamaGen", options.gpt)
         parts["vq"] = _component("families.llamagen.vq.VQModel", options.tokenizer)
         settings["top_k"] = options.top_k
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from visar.generation.model import ImageModel
 from visar.params import SamplingParams
-from visar.samplers import DEFAULTS, spec_of
+from visar.samplers import default_sampler, spec_of
 from visar.serving import replica
 
 
@@ -30,12 +30,12 @@ class DemoModel:
 
     @property
     def default_sampler(self) -> str:
-        return DEFAULTS[self.tokens]
+        return default_sampler(self.tokens, self.model.family.order)
 
     @property
     def baseline(self) -> str:
         """Plain decoding, the reference of comparisons."""
-        return next(name for name in ("ar", "mar") if name in self.samplers)
+        return next((name for name in ("ar", "mar") if name in self.samplers), self.default_sampler)
 
     @property
     def tokens(self) -> str:

@@ -30,6 +30,7 @@ LINES: Mapping[str, str] = MappingProxyType({
     "kangaroo": "The model's first layers guess, all of its layers test.",
     "swift": "The model guesses with some of its layers left out.",
     "gsd": "Accepts a guess if a similar token would do.",
+    "diagonal": "Decodes a diagonal of the image in each pass, by a model that was trained for it.",
     "zipar": "Decodes several rows of the image at once.",
     "lantern": "Accepts a guess if codes that look alike are likely enough together.",
     "lantern++": "As lantern, within a bound for each guess.",
@@ -58,7 +59,8 @@ def line_of(sampler: str) -> str:
 def short_kind(sampler: str) -> str:
     """Whether it is exact, in a few words."""
     spec = spec_of(sampler)
-    return "Relaxed." if spec.exactness == "relaxed" else "Exact." if spec.exact else "Not exact."
+    known = {"relaxed": "Relaxed.", "exact": "Exact."}
+    return known.get(spec.exactness, "Of another model." if spec.exact else "Not exact.")
 
 
 class Speeds:

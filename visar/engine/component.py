@@ -99,10 +99,13 @@ class Component(nn.Module):
         """Load a folder that `save_pretrained` or diffusers wrote: in evaluation mode, on the CPU, in fp32.
 
         The weights are in memory once. Raises `VisarError` for a missing or damaged file, for a tensor that is missing,
-        unexpected, of another shape or not finite, and for the folder of another class.
+        unexpected, of another shape or not finite, and for the folder of another class; that of a subclass gives one of
+        the subclass.
         """
         named, config = read_config(folder)
         if named != cls.__name__:
+            if (own := next((c for c in cls.__subclasses__() if c.__name__ == named), None)) is not None:
+                return own.from_pretrained(folder)
             raise VisarError(f"{folder} holds a {named}, not a {cls.__name__}.")
         where = Path(folder) / "config.json"
         config = checked_arguments(cls.__init__, config, f"Cannot read {where}")

@@ -48,7 +48,7 @@ class DecoderSession(CachedSession):
         )  # fmt: skip
         self.model, self.table, self.prefix, self.window = model, table, prefix, window
         rows, c, device = batch * self.batches, model.config, self.device
-        self.cache = KVCache(c.num_layers, rows, slots - folded, kv_heads(c), model.head_dim, model.dtype, device)
+        self.cache = KVCache(len(model.layers), rows, slots - folded, kv_heads(c), model.head_dim, model.dtype, device)
         self.aux_layers = aux_layers or ()
         shape = (rows, 1 + slots, c.dim * (1 + len(self.aux_layers)))
         self.features = None if aux_layers is None else torch.zeros(shape, dtype=model.dtype, device=device)

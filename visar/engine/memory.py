@@ -47,7 +47,7 @@ def decoding_bytes(model: Decoder, batches: int, slots: int, window: int) -> int
     """
     c = model.config
     number = (8 if is_invariant() else 4) if model.device.type == "cpu" else model.dtype.itemsize
-    cached = 2 * c.num_layers * kv_heads(c) * model.head_dim * slots * number
+    cached = 2 * len(model.layers) * kv_heads(c) * model.head_dim * slots * number
     return batches * cached + COPIES * window * c.vocab_size * 4
 
 

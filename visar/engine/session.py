@@ -70,6 +70,17 @@ class Session(ABC):
         """
         raise VisarError(f"{type(self).__name__} decodes in raster order only.")
 
+    def forward_diagonal(self, tokens: Tensor) -> Tensor:
+        """A pass over a diagonal: guided logits [B, W, V], fp32, of the cells of each row's next one, top to bottom.
+
+        `tokens` [B, W] are those of the diagonal before (`visar.engine.diagonals`); the corner's is the condition. What
+        a diagonal with fewer cells has after its last one means nothing. Raises `VisarError` if the model samples in
+        raster order.
+        """
+        raise VisarError(
+            f"{type(self).__name__} has no two-way heads: sampler 'diagonal' is for models that were trained for it."
+        )
+
     def keep(self, path: Tensor) -> None:
         """Before a commit: the nodes `path` [B, D] of a tree, -1 after its end, become the first D after the root."""
         raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts sequences.")

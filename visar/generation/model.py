@@ -38,7 +38,7 @@ from visar.kernels.backend import triton
 from visar.kernels.derived import steady_weights
 from visar.kernels.invariant import invariant
 from visar.params import DISCRETE, SamplingParams, plain, whole
-from visar.samplers import DEFAULTS, SamplerSpec, check_sampler, get_sampler, samplers_for
+from visar.samplers import SamplerSpec, check_sampler, default_sampler, get_sampler, samplers_for
 
 COPIES = 4  # of the pixels in fp32, while the images of a call are put together
 RUN = {"discrete": discrete.run, "continuous": continuous.run}
@@ -94,8 +94,8 @@ class ImageModel:
 
     @property
     def samplers(self) -> Mapping[str, SamplerSpec]:
-        """The samplers for its kind of tokens."""
-        return samplers_for(self.family.tokens)
+        """The samplers for its kind of tokens and their order."""
+        return samplers_for(self.family.tokens, self.family.order)
 
     def usable_samplers(self) -> list[str]:
         """Names of the samplers that need no drafter, or one that the model has."""
@@ -137,8 +137,9 @@ class ImageModel:
 
         `sampler` is a name, FILE.py:NAME, an object, or None for the default; `window` replaces its own.
         """
-        method = get_sampler(DEFAULTS[self.family.tokens] if sampler is None else sampler, window=window)
-        check_sampler(method, self.family.tokens)
+        tokens, order = self.family.tokens, self.family.order
+        method = get_sampler(default_sampler(tokens, order) if sampler is None else sampler, window=window)
+        check_sampler(method, tokens, order)
         return self.fitted(method, default=sampler is None)
 
     def fitted(self, sampler: Any, default: bool = False, free: int | None = None) -> Any:

@@ -220,6 +220,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def exactness_of(method: Any) -> str:
-    """ "exact", "relaxed", or the exactness that it was registered with."""
-    spec = SAMPLERS.get(method.name)
+    """ "exact", "relaxed", or the exactness that a sampler was registered with; of whatever has its `exact` and its
+    name, as `name` or as `sampler`."""
+    spec = SAMPLERS.get(getattr(method, "name", None) or method.sampler)
     return spec.exactness if spec is not None and spec.exact == method.exact else "exact" if method.exact else "relaxed"

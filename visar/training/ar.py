@@ -121,6 +121,81 @@ def spread(rows: list[int], most: int = 48) -> list[int]:
     return rows[:: -(-len(rows) // most)] if rows else rows
 
 
+class TokenBatches:
+    """What a GPT learns of an image set: captions with tokens by step, and its cross-entropy on images of each split.
+
+    With `variants`, as many of each image are learnt (`visar.training.variants`) and prompts are as people type them.
+    `light` corruption is of few inputs; without it, heavy corruption and the model's own mistakes keep an image with
+    one token string from being learnt by heart. `weights` says how often images of a style or group are taken, 1 being
+    normal. `taught` is the text encoder with the list of what is known. Raises `VisarError` for a size or weights that
+    cannot be.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        size: int,
+        config: TrainConfig,
+        vq: VQModel,
+        encoder: WordEncoder,
+        *,
+        dropped: float = 0.1,
+        variants: int = 0,
+        weights: Mapping[str, float] | None = None,
+        light: bool = False,
+    ):
+        if size % vq.sizes.downsample:
+            raise VisarError(f"The size must be a multiple of {vq.sizes.downsample} pixels, not {size}.")
+        shares = _shares(data, weights or {})
+        self.data, self.config, self.encoder, self.light = data, config, encoder, light
+        self.dropped, self.variants = dropped, variants
+        file = config.out / f"variants-{distributed()[0]}.safetensors" if variants else None
+        config.out.mkdir(parents=True, exist_ok=True)
+        self.tokens = VariantTokens(vq, data, size, max(variants, 1), file, config.seed)
+        split = {name: data.indices(name) for name in SPLITS}
+        self.train = split["train"]
+        self.reach = list(accumulate(shares[i] for i in self.train))
+        some = spread(self.train, 512)  # of these are the tokens that corrupt, and those of the bigram
+        self.plain = self.tokens(some, [0] * len(some))
+        self.taught = WordEncoder(encoder.words, encoder.table, encoder.scale, encoder.length, _known(data, self.train))
+        self.watched = {name: spread(rows) for name, rows in split.items() if rows}
+        self.held = {name: self.tokens(rows, [0] * len(rows)) for name, rows in self.watched.items()}
+        self.bigram = {
+            f"bigram-{name}": round(bigram_cross_entropy(self.plain, ids, vq.sizes.codebook_size), 3)
+            for name, ids in self.held.items()
+            if name != "train"
+        }
+
+    def __call__(self, step: int, rank: int) -> tuple[Tensor, ...]:
+        """The arguments of `ARLoss` for a step of a process."""
+        config, variants = self.config, self.variants
+        rng = random.Random(step_seed(config.seed, step, rank))
+        chosen = rng.choices(self.train, cum_weights=self.reach, k=config.batch)
+        records = [self.data.records[i] for i in chosen]
+        features, mask = encode_captions(self.encoder, records, rng, typed if variants else Record.prompt)
+        drop = torch.tensor([rng.random() < self.dropped for _ in chosen])
+        wanted = self.tokens(chosen, [rng.randrange(max(variants, 1)) for _ in chosen])
+        g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
+        if self.light:
+            return features, mask, drop, corrupt(wanted, self.plain, g, most=0.3, clean=0.4), wanted
+        own = own_mistakes(config.batch // 2, wanted.shape[1], g)
+        return features, mask, drop, corrupt(wanted, self.plain, g), wanted, own
+
+    def cross_entropy(self, gpt: LlamaGen) -> dict[str, float]:
+        """Nats per token on images of each split."""
+        return {
+            name: round(cross_entropy(gpt, self.encoder, [self.data.records[i] for i in rows], self.held[name]), 4)
+            for name, rows in self.watched.items()
+        }
+
+    def save(self, gpt: LlamaGen) -> None:
+        """Save the GPT, and the text encoder next to it; complete at every moment."""
+        if distributed()[0] == 0:
+            gpt.save_pretrained(self.config.out / "gpt")
+            self.taught.save_pretrained(self.config.out / "text_encoder")
+        self.tokens.save()
+
+
 def train_ar(
     data: ImageSet,
     size: int,
@@ -138,21 +213,13 @@ def train_ar(
 ) -> LlamaGen:
     """Train on the `train` split; saves `gpt/` in diffusers layout in `config.out`; returns the EMA.
 
-    With `variants`, as many of each image are learnt (`visar.training.variants`), prompts are as people
-    type them, and few inputs are corrupted; without, each image has one token string, and heavy corruption and the
-    model's own mistakes keep it from being learnt by heart. `weights` says how often images of a style or group are
-    taken, 1 being normal. `start` is a GPT of these sizes, or with fewer layers, to go on from. The text encoder with
-    the list of what is known is saved next to the GPT.
+    `dropped`, `variants` and `weights` are those of `TokenBatches`. `start` is a GPT of these sizes, or with fewer
+    layers, to go on from.
     """
-    if size % vq.sizes.downsample:
-        raise VisarError(f"The size must be a multiple of {vq.sizes.downsample} pixels, not {size}.")
-    shares = _shares(data, weights or {})
+    batches = TokenBatches(
+        data, size, config, vq, encoder, dropped=dropped, variants=variants, weights=weights, light=variants > 0
+    )
     torch.manual_seed(config.seed)
-    file = config.out / f"variants-{distributed()[0]}.safetensors" if variants else None
-    config.out.mkdir(parents=True, exist_ok=True)
-    tokens = VariantTokens(vq, data, size, max(variants, 1), file, config.seed)
-    split = {name: data.indices(name) for name in SPLITS}
-    train = split["train"]
     made = partial(
         LlamaGen, vocab_size=vq.sizes.codebook_size, dim=dim, num_layers=layers, num_heads=heads, ffn=ffn,
         condition="text", condition_length=encoder.length, caption_features=encoder.table.shape[1],
@@ -160,46 +227,12 @@ def train_ar(
     )  # fmt: skip
     fresh = check_training(made, config.device)
     model = ARLoss(initialise(fresh) if start is None else _continued(start, fresh))
-    reach = list(accumulate(shares[i] for i in train))
-    some = spread(train, 512)  # of these are the tokens that corrupt, and those of the bigram
-    plain = tokens(some, [0] * len(some))
-    known = _known(data, train)
-    taught = WordEncoder(encoder.words, encoder.table, encoder.scale, encoder.length, known)
-
-    def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
-        rng = random.Random(step_seed(config.seed, step, rank))
-        chosen = rng.choices(train, cum_weights=reach, k=config.batch)
-        records = [data.records[i] for i in chosen]
-        features, mask = encode_captions(encoder, records, rng, typed if variants else Record.prompt)
-        drop = torch.tensor([rng.random() < dropped for _ in chosen])
-        wanted = tokens(chosen, [rng.randrange(max(variants, 1)) for _ in chosen])
-        g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
-        if variants:
-            return features, mask, drop, corrupt(wanted, plain, g, most=0.3, clean=0.4), wanted
-        own = own_mistakes(config.batch // 2, wanted.shape[1], g)
-        return features, mask, drop, corrupt(wanted, plain, g), wanted, own
-
-    watched = {name: spread(rows) for name, rows in split.items() if rows}
-    held = {name: tokens(rows, [0] * len(rows)) for name, rows in watched.items()}
-    vocab = vq.sizes.codebook_size
-    bigram = {
-        f"bigram-{name}": round(bigram_cross_entropy(plain, ids, vocab), 3)
-        for name, ids in held.items()
-        if name != "train"
-    }
 
     def evaluate(ema: ARLoss) -> dict[str, float]:
-        if distributed()[0] == 0:
-            ema.gpt.save_pretrained(config.out / "gpt")  # complete at every moment
-            taught.save_pretrained(config.out / "text_encoder")
-        tokens.save()
-        found = {
-            name: round(cross_entropy(ema.gpt, encoder, [data.records[i] for i in rows], held[name]), 4)
-            for name, rows in watched.items()
-        }
-        return found | bigram
+        batches.save(ema.gpt)
+        return batches.cross_entropy(ema.gpt) | batches.bigram
 
-    return fit(model, batch_at, config, evaluate).gpt
+    return fit(model, batches, config, evaluate).gpt
 
 
 def _shares(data: ImageSet, weights: Mapping[str, float]) -> list[float]:
@@ -220,6 +253,8 @@ def _continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:
     """`fresh` with the weights of `start`; layers that `start` lacks come last, and at first add nothing."""
     ours, theirs = fresh.config, start.config
     differing = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k] and k != "num_layers"]
+    if type(start) is not type(fresh):
+        raise VisarError("The model to go on from has two-way heads; `visar train two-way` trains them.")
     if differing or theirs.num_layers > ours.num_layers:
         wrong = differing or [f"{theirs.num_layers} layers, more than {ours.num_layers}"]
         raise VisarError(f"The model to go on from has other sizes: {', '.join(wrong)}.")

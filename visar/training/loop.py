@@ -58,17 +58,30 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63  # what a generator takes
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over everything, or Muon (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) over the blocks' matrices."""
+Rate = Callable[[str], float]  # of the learning rate, by a parameter's name
+
+
+def make_optimizers(
+    model: nn.Module, config: TrainConfig, rate: Rate = lambda name: 1.0
+) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) over the blocks' matrices.
+
+    Each group has the share of the learning rate that `rate` gives its parameters as `rate`.
+    """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    inside = [p for n, p in named if p.ndim == 2 and any(part in n for part in (".layers.", ".block.", "_blocks."))]
-    hidden = inside if config.optimizer == "muon" else []
-    taken = {id(p) for p in hidden}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.ndim > 1]},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    inside = [n for n, p in named if p.ndim == 2 and any(part in n for part in (".layers.", ".block.", "_blocks."))]
+    muon = set(inside if config.optimizer == "muon" else [])
+    groups: list[dict[str, Any]] = []
+    hidden: list[dict[str, Any]] = []
+    for share in sorted({rate(n) for n, _ in named}, reverse=True):
+        own = [(n, p) for n, p in named if rate(n) == share]
+        rest = [p for n, p in own if n not in muon]
+        groups += [
+            {"params": [p for p in rest if p.ndim > 1], "rate": share},
+            {"params": [p for p in rest if p.ndim <= 1], "rate": share, "weight_decay": 0.0},
+        ]
+        if matrices := [p for n, p in own if n in muon]:
+            hidden.append({"params": matrices, "rate": share})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             groups,
@@ -101,16 +114,18 @@ def fit(
     config: TrainConfig,
     evaluate: Callable[[M], dict[str, float]],
     after_step: Callable[[M, int], None] | None = None,
+    rate: Rate = lambda name: 1.0,
 ) -> M:
     """Train `model`, whose `forward(*batch)` returns a scalar loss, and return its EMA.
 
     `batch_at(step, rank)` gives the tensors of a step. `evaluate(ema)` is called at each save; its figures go to
-    `log.jsonl` beside `state.pt` in `config.out`. A run started again in the same folder goes on where it was.
+    `log.jsonl` beside `state.pt` in `config.out`. A run started again in the same folder goes on where it was. `rate`
+    gives a parameter's share of the learning rate; those without gradients stay as they are.
     """
     rank, world, device = distributed(config.device)
     model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = make_optimizers(model, config)
+    optimizers = make_optimizers(model, config, rate)
     writable_folder(config.out)
     state_file = config.out / "state.pt"
     step, spent = 0, 0.0
@@ -156,11 +171,11 @@ def fit(
                 },
                 temporary,
             )
-        rate = (step - first) * config.batch * world / max(time.monotonic() - started, 1e-9)
+        speed = (step - first) * config.batch * world / max(time.monotonic() - started, 1e-9)
         row = {
             "step": step,
             "minutes": round(minutes, 2),
-            "samples_per_second": round(rate, 1),
+            "samples_per_second": round(speed, 1),
             "loss": round(summed / since, 4) if since else None,
             **evaluate(ema),
         }
@@ -170,9 +185,9 @@ def fit(
 
     while step < config.steps and (minutes := elapsed()) < config.minutes:
         progress = min(1.0, max(minutes / config.minutes, step / config.steps))
-        rate = config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+        lr = config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = rate * min(1.0, (step + 1) / config.warmup)
+            group["lr"] = lr * min(1.0, (step + 1) / config.warmup) * group.get("rate", 1.0)
         batch = [t.to(device) for t in batch_at(step, rank)]
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = run(*batch)

@@ -262,7 +262,7 @@ def without(key: str) -> dict[str, Tensor]:
         (without(NORM), rf"'{NORM}' is missing from .*gpt\.pt"),
         (without("tok_embeddings.weight"), r"'tok_embeddings\.weight' is missing"),
         (without("cls_embedding.embedding_table.weight"), r"'cls_embedding\.embedding_table\.weight' is missing"),
-        (gpt_state() | {"medusa_output.weight": torch.zeros(2)}, r"a tensor 'medusa_output\.weight' that this model"),
+        (gpt_state() | {"lm_head.weight": torch.zeros(2)}, r"a tensor 'lm_head\.weight' that this model"),
         (gpt_state() | {NORM: torch.ones(31)}, rf"'{NORM}' .*has shape \[31\], expected \[32\]"),
         (gpt_state() | {"tok_embeddings.weight": torch.ones(31)}, r"'tok_embeddings\.weight' .*\[31\]"),
         (gpt_state() | {NORM: torch.full((32,), torch.nan)}, rf"'{NORM}' .*gpt\.pt.* NaN"),

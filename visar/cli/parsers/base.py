@@ -133,7 +133,10 @@ def add_commands(parser: argparse.ArgumentParser, *commands: Callable[[CommandPa
             line.strip() for line in (command.__doc__ or command.__name__).splitlines() if line.strip()
         ]
         own = found.add_parser(
-            command.__name__.rstrip("_"), help=sentence, description=sentence, examples=tuple(examples)
+            command.__name__.rstrip("_").replace("_", "-"),
+            help=sentence,
+            description=sentence,
+            examples=tuple(examples),
         )
         own.set_defaults(run=f"{command.__module__.rpartition('.')[2]}:{command.__name__}", parser=own)
         command(own)

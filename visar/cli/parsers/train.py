@@ -16,7 +16,7 @@ def train(p: CommandParser) -> None:
     visar train tokenizer --data images -o run/vq
     visar train drafter --captions captions.txt -o run/drafter
     """
-    add_commands(p, images, words, tokenizer, autoencoder, ar, mar, clip, drafter, assemble)
+    add_commands(p, images, words, tokenizer, autoencoder, ar, two_way, mar, clip, drafter, assemble)
 
 
 def images(p: CommandParser) -> None:
@@ -100,6 +100,23 @@ def ar(p: CommandParser) -> None:
     model.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the folder `vq` of a tokenizer run")
     model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
     _sizes(model, dim=(256, "width"), layers=(6, "layers"), heads=(4, "attention heads"), ffn=(768, "inner width"))
+
+
+def two_way(p: CommandParser) -> None:
+    """Give a GPT two-way heads, with which it samples a diagonal in a pass; it becomes another model.
+
+    visar train two-way --init run/ar/gpt --data images --tokenizer run/vq/vq --words words -o run/heads
+    visar train two-way --stage 2 --init run/heads/gpt --data images --tokenizer run/vq/vq --words words -o run/all
+    """
+    _training_options(p, minutes=30, batch=32, lr=2.5e-3)
+    model = p.add_argument_group("Model")
+    model.add_argument("--init", required=True, metavar="FOLDER", help="the GPT, in stage 2 that of stage 1")
+    model.add_argument(
+        "--stage", type=int, choices=(1, 2), default=1, help="train the heads on a frozen GPT (1), or all of it (2)"
+    )
+    model.add_argument("--layers", type=whole(1, 1024), default=1, metavar="N", help="layers of the heads, in stage 1")
+    model.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the tokenizer of the GPT")
+    model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
 
 
 def mar(p: CommandParser) -> None:

@@ -18,10 +18,12 @@ from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
 from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.loading import load_gpt, load_vq
+from visar.families.llamagen.loading import has_heads, load_gpt, load_vq
 from visar.families.llamagen.preview import CodePreview
 from visar.families.llamagen.session import LlamaGenSession
 from visar.families.llamagen.specs import MODELS
+from visar.families.llamagen.two_way import TwoWayLlamaGen
+from visar.families.llamagen.two_way_session import TwoWaySession
 from visar.families.llamagen.vq import VQModel
 from visar.families.registry import register_family
 from visar.families.source import Source, check_condition
@@ -35,7 +37,7 @@ from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
 
 @register_family
 class LlamaGenFamily(DiscreteFamily):
-    """`gpt` and `vq`, and with a text-conditional GPT a `text_encoder`.
+    """`gpt` and `vq`, and with a text-conditional GPT a `text_encoder`. A `gpt` may have two-way heads.
 
     `grid` is the number of tokens along one side of the square images, by default the GPT's own; `guidance_scale` and
     `top_k` are the defaults of sampling.
@@ -83,6 +85,7 @@ class LlamaGenFamily(DiscreteFamily):
         )
         self.settings = {"grid": grid, "guidance_scale": d.guidance_scale, "top_k": d.top_k}
         self.condition = "prompt" if text else "class"
+        self.order = "diagonal" if isinstance(gpt, TwoWayLlamaGen) else "raster"
         self.classes = 0 if text else gpt.config.classes
         side = grid or gpt.config.grid
         self._colours: Derived[CodePreview] = Derived()
@@ -93,6 +96,12 @@ class LlamaGenFamily(DiscreteFamily):
         if source.files:
             return "vq" in source.files
         return "gpt" in source.index and "vq" in source.index
+
+    @classmethod
+    def order_at(cls, source: Source) -> str:
+        if source.files:
+            return "diagonal" if has_heads(source.files["model"]) else "raster"
+        return "diagonal" if source.index.get("gpt", [])[-1:] == [TwoWayLlamaGen.__name__] else "raster"
 
     @classmethod
     def load(cls, source: Source) -> Self:
@@ -141,14 +150,15 @@ class LlamaGenFamily(DiscreteFamily):
     def session(
         self, encoded: Encoded, *, window: int, guidance: Guidance, aux_layers: Collection[int] | None = None
     ) -> LlamaGenSession:
-        return LlamaGenSession(
+        kind: type[LlamaGenSession] = TwoWaySession if self.order == "diagonal" else LlamaGenSession
+        return kind(
             self.gpt, *encoded, length=self.layout.length, window=window, grid=self.layout.rows, guidance=guidance,
             aux_layers=aux_layers,
         )  # fmt: skip
 
     @property
-    def drafting(self) -> LlamaGenTarget:
-        return LlamaGenTarget(self.gpt, self.layout.rows)
+    def drafting(self) -> LlamaGenTarget | None:
+        return LlamaGenTarget(self.gpt, self.layout.rows) if self.order == "raster" else None
 
     @property
     def codebook(self) -> Tensor:
@@ -171,7 +181,8 @@ class LlamaGenFamily(DiscreteFamily):
 
     @property
     def bytes_per_pass(self) -> int:
-        return streamed_bytes(self.gpt.layers, self.gpt.norm, self.gpt.output)  # the condition is embedded only once
+        # The condition is embedded only once.
+        return streamed_bytes(*(part for name, part in self.gpt.named_children() if name != "cls_embedding"))
 
     def bytes_per_image(self, window: int, guided: bool) -> int:
         slots = min(self.gpt.config.condition_length, 2) + self.layout.length + window

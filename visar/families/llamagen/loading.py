@@ -1,11 +1,13 @@
 """Load the published LlamaGen files (Sun et al. 2024, arXiv:2406.06525), GPT and VQ tokenizer, unchanged.
 
-Every size is read from the shapes of the tensors, so files of other sizes with the same keys load as well. Modules are
-built on the meta device and take over the tensors that were read, so the weights are in memory once.
+GPTs with two-way heads, of NAR and FlashAR, have LlamaGen's keys and some more (`two_way_config`). Every size is read
+from the shapes of the tensors, so files of other sizes with the same keys load as well. Modules are built on the meta
+device and take over the tensors that were read, so the weights are in memory once.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +17,16 @@ import torch
 from torch import Tensor
 
 from visar.engine.component import fill, missing, unfilled
+from visar.engine.weight_files import read_content
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.specs import match_heads, published_grid
+from visar.families.llamagen.two_way import TwoWayLlamaGen
 from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.families.weights import count, expect, load_state, shape_of
 
 DEFAULT_GRID = 16
+HEAD = "medusa_output.weight"  # which only GPTs with two-way heads have
 
 
 def load_gpt(
@@ -40,16 +45,30 @@ def load_gpt(
     Raises `VisarError` as `load_state` does, and for a tensor that is missing, unexpected or of another shape.
     """
     path = Path(path)
-    return gpt_of(load_state(path, ema=ema, dtype=dtype), path, grid or published_grid(path.name), num_heads)
+    state = load_state(path, ema=ema, dtype=dtype)
+    told = training_arguments(path) if HEAD in state else {}
+    return gpt_of(state, path, grid or published_grid(path.name), num_heads, told)
 
 
 def gpt_of(
-    state: Mapping[str, Tensor], path: str | Path, grid: int | None = None, num_heads: int | None = None
+    state: Mapping[str, Tensor],
+    path: str | Path,
+    grid: int | None = None,
+    num_heads: int | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> LlamaGen:
-    """The GPT of a published file's tensors, without a copy; otherwise as `load_gpt`."""
-    arguments = gpt_config(state, path, num_heads=num_heads)
+    """The GPT of a published file's tensors, without a copy; `told` are its `training_arguments`; as `load_gpt`."""
+    grid = grid or DEFAULT_GRID
+    if HEAD not in state:
+        arguments = gpt_config(state, path, num_heads=num_heads)
+        with unfilled():
+            gpt = LlamaGen(**arguments, grid=grid)
+        return fill(gpt, state, path)
+    arguments = two_way_config(state, path, told or {}, num_heads=num_heads)
+    if arguments["mixing"] == "gate":
+        state = {key: value for key, value in state.items() if key != "hv_mix_logit"}  # which the gate replaces
     with unfilled():
-        gpt = LlamaGen(**arguments, grid=grid or DEFAULT_GRID)
+        gpt = TwoWayLlamaGen(**arguments, grid=grid)
     return fill(gpt, state, path)
 
 
@@ -71,15 +90,63 @@ def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.f
     return fill(vq, state, path)
 
 
-def gpt_config(state: Mapping[str, Tensor], path: str | Path, *, num_heads: int | None = None) -> dict[str, Any]:
+def has_heads(path: str | Path) -> bool:
+    """Whether a published file is of a GPT with two-way heads, by the names of its tensors."""
+
+    def names(content: Any) -> bool:
+        own = content.items() if isinstance(content, Mapping) else ()
+        return any(str(key).endswith(HEAD) or names(value) for key, value in own)
+
+    return names(read_content(path))
+
+
+def training_arguments(path: str | Path) -> dict[str, Any]:
+    """The arguments of training that a published file holds next to its weights; none where it holds none."""
+    content = read_content(path)
+    found = content.get("args") if isinstance(content, Mapping) else None
+    return dict(vars(found) if isinstance(found, argparse.Namespace) else found if isinstance(found, Mapping) else {})
+
+
+def two_way_config(
+    state: Mapping[str, Tensor], path: str | Path, told: Mapping[str, Any], *, num_heads: int | None = None
+) -> dict[str, Any]:
+    """The `TwoWayLlamaGen(...)` arguments except the grid, as `gpt_config`; `told` are the arguments of training.
+
+    No tensor says how many of the layers are the branch's, nor where it starts. NAR's is one layer after the trunk's
+    last; for FlashAR's the arguments must say it. Raises `VisarError` where they do not.
+    """
+    mixing = "gate" if "hv_gate_mlp.0.weight" in state else "scalar" if "hv_mix_logit" in state else "mean"
+    if mixing != "mean" and "vertical_start_layer" not in told:
+        raise VisarError(
+            f"{path} does not say where its branch starts, which no tensor does: save the file with the arguments of "
+            "training, such as {'model': ..., 'args': {'vertical_start_layer': 11, 'medusa_attention_num': 1}}."
+        )
+    depth, start = told.get("medusa_attention_num", 1), told.get("vertical_start_layer", -1)
+    if not all(isinstance(number, int) for number in (depth, start)) or not 0 <= depth < count(state, "layers."):
+        raise VisarError(f"{path} has {count(state, 'layers.')} layers, and its arguments say a branch of {depth}.")
+    arguments = gpt_config(state, path, num_heads=num_heads, branch=depth)
+    layers = arguments["num_layers"]
+    if told.get("vertical_start_last_minus_depth"):
+        start = layers - depth
+    width = shape_of(state, "hv_gate_mlp.0.weight", path)[0] if mixing == "gate" else 32
+    return arguments | {
+        "vertical_layers": depth, "vertical_start": layers if start < 0 else min(start, layers), "mixing": mixing,
+        "gate_width": width,
+    }  # fmt: skip
+
+
+def gpt_config(
+    state: Mapping[str, Tensor], path: str | Path, *, num_heads: int | None = None, branch: int = 0
+) -> dict[str, Any]:
     """The `LlamaGen(...)` arguments except the grid, from the shapes of a state dict; `path` is for messages.
 
-    No shape has the number of heads: by default it is that of the published model of the same size.
+    No shape has the number of heads: by default it is that of the published model of the same size. The last layers may
+    be those of a `branch`.
     """
     expect(state, "a GPT of LlamaGen", path)
     vocab, dim = shape_of(state, "tok_embeddings.weight", path)
     ffn, _ = shape_of(state, "layers.0.feed_forward.w1.weight", path)
-    layers = count(state, "layers.")
+    layers = count(state, "layers.") - branch
     heads = num_heads or match_heads(layers, dim, ffn)
     if heads is None:
         raise VisarError(

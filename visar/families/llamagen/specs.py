@@ -150,9 +150,12 @@ def published_grid(file_name: str) -> int | None:
     return next((f.grid for spec in MODELS.values() for f in spec.files if f.name == file_name), None)
 
 
+NAR_M = GPTShape(18, 1024, 16, 2816)  # the trunk of NAR's M; its other trunks have LlamaGen's sizes
+
+
 def match_heads(layers: int, dim: int, ffn: int) -> int | None:
     """The number of heads of the published GPT with these sizes, if there is one."""
-    shapes = (spec.shape for spec in MODELS.values())
+    shapes = (*(spec.shape for spec in MODELS.values()), NAR_M)
     return next((s.heads for s in shapes if (s.layers, s.dim, s.ffn) == (layers, dim, ffn)), None)
 
 
