@@ -39,6 +39,7 @@ LINES: Mapping[str, str] = MappingProxyType({
     "mar-32-50": "Half the passes, and half the denoising steps.",
     "mar-headspec": "As mar, with guesses within the diffusion head.",
     "mar-disa": "Fewer and fewer denoising steps.",
+    "mar-gtr": "A checkerboard first, and the rest of the image in one pass.",
     "cspd": "A smaller model guesses, as published.",
     "cspd-exact": "A smaller model guesses, made exact.",
 })  # fmt: skip
