@@ -15,7 +15,7 @@ from visar.engine.tree import Tree
 from visar.samplers.base import Sampler, State
 from visar.samplers.beam_tree import BeamState, BeamTree, Drafted
 from visar.samplers.dynamic import DynamicSpeculative, DynamicState
-from visar.samplers.jacobi import SpeculativeJacobi
+from visar.samplers.jacobi import JacobiState, SpeculativeJacobi
 from visar.samplers.speculative import Children, Speculative, TreeSpeculative, TreeState
 from visar.samplers.tree_verification import ChildRule, Independent, Sampled
 from visar.samplers.verification import StepNoise, Verified, accepts, gumbel_max, leading, residual, sample
@@ -70,6 +70,18 @@ class ReusedGumbel(SpeculativeJacobi):
         tokens = verified.tokens.clone()
         tokens[:, :-1] = torch.where(rejected, again, tokens[:, :-1])
         return Verified(tokens, verified.accepted)
+
+
+@dataclass(frozen=True)
+class MeanTestedAsLeft(SpeculativeJacobi):
+    """A draft that enters the window was sampled from the mean of two distributions, and is tested as from one."""
+
+    def fresh_drafts(
+        self, session: Session, state: JacobiState, positions: Tensor, known: Tensor, u: Tensor,
+        last_probs: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        drafts, probs = super().fresh_drafts(session, state, positions, known, u, last_probs)
+        return drafts, probs if last_probs is None else last_probs.expand_as(probs)
 
 
 @dataclass(frozen=True)
@@ -220,6 +232,7 @@ MUTANTS = (
     Mutant("residual re-warped (top-p)", RewarpedResidual(), "top-p 0.7"),
     Mutant("residual replaced by p", NoResidual(), "plain"),
     Mutant("Gumbel noise reused", ReusedGumbel(coupling="gumbel"), "top-p 0.7"),
+    Mutant("mean tested as left", MeanTestedAsLeft(), "init above-probs, columns 2"),
     Mutant("longest path", LongestPath(), "plain"),
     Mutant("children out of order", OutOfOrder(tree="2x2", drafter="model"), "full prefix"),
     Mutant("children pruned by q", Pruned(tree="2x2", drafter="model"), "plain"),
