@@ -15,6 +15,7 @@ from visar.engine.tree import Tree
 from visar.samplers.base import Sampler, State
 from visar.samplers.beam_tree import BeamState, BeamTree, Drafted
 from visar.samplers.dynamic import DynamicSpeculative, DynamicState
+from visar.samplers.dynamic_trees import CalibratedTree, CountedState
 from visar.samplers.jacobi import JacobiState, SpeculativeJacobi
 from visar.samplers.speculative import Children, Speculative, TreeSpeculative, TreeState
 from visar.samplers.tree_verification import ChildRule, Independent, Sampled
@@ -138,6 +139,31 @@ class PrunedBeam(BeamTree):
 
 
 @dataclass(frozen=True)
+class LevelsDropped(BeamTree):
+    """The last level of a sampled tree is dropped where its drafts are improbable together, although it was sampled."""
+
+    children: Children = "sampled"
+    nodes: int = 0
+
+    def draft(self, drafter: Drafter, session: Session, state: BeamState) -> Drafted:
+        drafted = super().draft(drafter, session, state)
+        parents = drafted.tree.parents[:, 1:]
+        own = drafted.q[torch.arange(len(parents))[:, None], parents, drafted.tokens.clamp_min(0)]
+        deepest = (drafted.tree.depths[:, 1:] == self.depth) & (drafted.tokens >= 0)
+        mass = torch.where(deepest, own, 0).sum(1, keepdim=True)
+        return drafted._replace(tokens=torch.where(deepest & (mass < 1), -1, drafted.tokens))
+
+
+@dataclass(frozen=True)
+class WorthByToken(CalibratedTree):
+    """A draft that its own distribution gives less than the mean is not worth a test, although it was sampled."""
+
+    def draft(self, drafter: Drafter, session: Session, state: CountedState) -> Drafted:
+        drafted = super().draft(drafter, session, state)
+        return drafted._replace(tokens=without_small(drafted.tokens, drafted.q, drafted.tree))
+
+
+@dataclass(frozen=True)
 class ChosenBeamAsSampled(BeamTree):
     """EAGLE-2's tree, tested as if its drafts had been sampled."""
 
@@ -200,9 +226,10 @@ class DroppedDraft(DynamicSpeculative):
 class RawBonus(Speculative):
     """The bonus token is sampled from the distribution before temperature, which is 0.6 in its case."""
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
         raw = p[:, -1:] ** 0.6
-        return super().verify(torch.cat([p[:, :-1], raw / raw.sum(-1, keepdim=True)], dim=1), q, drafts, noise)
+        p = torch.cat([p[:, :-1], raw / raw.sum(-1, keepdim=True)], dim=1)
+        return super().verify(p, q, drafts, noise, state)
 
 
 @dataclass(frozen=True)
@@ -237,6 +264,8 @@ MUTANTS = (
     Mutant("children out of order", OutOfOrder(tree="2x2", drafter="model"), "full prefix"),
     Mutant("children pruned by q", Pruned(tree="2x2", drafter="model"), "plain"),
     Mutant("beam pruned by q", PrunedBeam(beam=2, depth=2, drafter="model"), "plain"),
+    Mutant("level dropped by q", LevelsDropped(beam=2, depth=2, drafter="model"), "plain"),
+    Mutant("worth by the token", WorthByToken(beam=3, depth=3, drafter="model"), "plain"),
     Mutant("chosen beam as sampled", ChosenBeamAsSampled(beam=2, depth=2, nodes=4, drafter="model"), "plain"),
     Mutant("padding with token 0", PaddedWithZero(tree="3x2", drafter="model"), "top-p 0.7"),
     Mutant("chosen tested as sampled", ChosenAsSampled(tree="2x2", drafter="model"), "plain"),
