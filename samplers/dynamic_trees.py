@@ -27,8 +27,8 @@ from visar.samplers.tree_verification import VerifiedTree
 class DynamicDepth(BeamTree):
     """EAGLE-2's tree, which ends where the nodes of the beam have a probability below `mass` together.
 
-    Dynamic depth decoding (DDD, Brown et al. 2024, arXiv:2409.00142) looks at some depths, this at every one. Exact: the
-    tree is a function of the prefix. The host waits for the device after every level.
+    Dynamic depth decoding (DDD, Brown et al. 2024, arXiv:2409.00142) looks at some depths, this at every one. Exact:
+    the tree is a function of the prefix. The host waits for the device after every level.
     """
 
     mass: float = option(0.5, "the tree ends where the beam is less probable than this", 0.001, 0.999)

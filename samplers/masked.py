@@ -6,6 +6,7 @@ independently of one another. Their number follows a cosine: single ones first, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, get_args
@@ -110,7 +111,7 @@ def two_stages(length: int, passes: int) -> list[tuple[int, int]]:
     if not 2 <= passes <= half + 1:
         raise VisarError(f"With order gtr {length} tokens are sampled in 2 to {half + 1} passes, not {passes}.")
     ends = [half * i // (passes - 1) for i in range(passes)]
-    return [(b - a, b) for a, b in zip(ends, ends[1:], strict=False)] + [(length - half, length - 1)]
+    return [(b - a, b) for a, b in itertools.pairwise(ends)] + [(length - half, length - 1)]
 
 
 def checked_latest(latest: int) -> None:

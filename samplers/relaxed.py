@@ -122,7 +122,13 @@ class LanternPlusPlus(TreeSpeculative):
 
 
 @register_sampler(
-    "bild", paper="after BiLD, Kim et al. 2023, arXiv:2302.07863", exact=False, drafter="model", gamma=4, omega=2.0, nu=0.0
+    "bild",
+    paper="after BiLD, Kim et al. 2023, arXiv:2302.07863",
+    exact=False,
+    drafter="model",
+    gamma=4,
+    omega=2.0,
+    nu=0.0,
 )
 @register_sampler("cool-sd", paper="COOL-SD, arXiv:2601.09212", exact=False, drafter="eagle")
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def initial_drafts(
     `stride` is the number of tokens from a cell to the one below it, for "above". `state.tokens` is written up to
     position `known` [B] (exclusive). `u` [B, W-1] is fresh uniform noise. `last_probs` [B, 1, V] is the distribution of
     the token just before `known`, None at the start, where every init is uniform. `seen` [B, R, V] are those of the
-    latest positions before it, each at its number modulo R, for "above-probs" and "mean-probs". `shared` is the exponential noise of
-    the positions under Gumbel coupling, else None: a draft that is sampled takes part in it.
+    latest positions before it, each at its number modulo R, for "above-probs" and "mean-probs". `shared` is the
+    exponential noise of the positions under Gumbel coupling, else None: a draft that is sampled takes part in it.
     """
     shape = (*positions.shape, vocab)
     if last_probs is None or init == "uniform":

@@ -35,8 +35,7 @@ def session_of(rows: int, columns: int, given: int = 0, batch: int = 3) -> Any:
 
 def spacing(cells: Tensor, rows: int, columns: int) -> int:
     """The least distance of two cells, by the larger of rows and columns, round the edges."""
-    down, right = (torch.stack(torch.meshgrid(c, c, indexing="ij")).diff(dim=0)[0] for c in (cells // columns,
-                                                                                            cells % columns))  # fmt: skip
+    down, right = (c[:, None] - c for c in (cells // columns, cells % columns))
     apart = torch.maximum(*(torch.minimum(d % n, -d % n) for d, n in ((down, rows), (right, columns))))
     return int((apart + rows * torch.eye(len(cells), dtype=torch.long)).min())
 
@@ -56,8 +55,9 @@ def test_an_order_is_a_permutation_that_begins_where_the_random_one_does(
 
 def test_cells_of_a_pass_are_far_apart() -> None:
     gtr, halton, dilated, random = (
-        arrange(session_of(8, 8), name) for name in ("gtr", "halton", "dilated", "random")  # type: ignore[arg-type]
-    )  # fmt: skip
+        arrange(session_of(8, 8), name)  # type: ignore[arg-type]
+        for name in ("gtr", "halton", "dilated", "random")
+    )
     for row in gtr:
         odd = (row // 8 + row % 8) % 2
         assert len(odd[:32].unique()) == 1 and len(odd[32:].unique()) == 1  # a checkerboard, then the other

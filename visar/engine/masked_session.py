@@ -20,9 +20,9 @@ class MaskedSession(ABC):
     """A batch of B images of `length` tokens of `dim` numbers; row b has sampled the first `lengths[b]` of its order.
 
     `order` [B, N] lists each row's positions in the order of sampling; the tokens `given` [B, m, d] of the first m are
-    known from the start. `start` [B, N, d] holds them, and 0 elsewhere. `layout`, where there is one, is that of the positions. A
-    subclass gives the head's `context` and the head. `denoisers` are those made so far, with their counts; `passes`, and `tested` and `accepted` drafts, are
-    counted too.
+    known from the start. `start` [B, N, d] holds them, and 0 elsewhere. `layout`, where there is one, is that of the
+    positions. A subclass gives the head's `context` and the head. `denoisers` are those made so far, with their counts;
+    `passes`, and `tested` and `accepted` drafts, are counted too.
     """
 
     drafter: None = None  # the loop asks every session
