@@ -17,7 +17,7 @@ from visar.samplers.beam_tree import BeamState, BeamTree, Drafted
 from visar.samplers.dynamic import DynamicSpeculative, DynamicState
 from visar.samplers.dynamic_trees import CalibratedTree, CountedState
 from visar.samplers.jacobi import JacobiState, SpeculativeJacobi
-from visar.samplers.speculative import Children, Speculative, TreeSpeculative, TreeState
+from visar.samplers.speculative import Children, Speculative, TreeSpeculative, TreeState, Verification
 from visar.samplers.tree_verification import ChildRule, Independent, Sampled
 from visar.samplers.verification import StepNoise, Verified, accepts, gumbel_max, leading, residual, sample
 
@@ -233,6 +233,26 @@ class RawBonus(Speculative):
 
 
 @dataclass(frozen=True)
+class UncappedBlock(Speculative):
+    """The whole chain is accepted with the product of its ratios, which block verification caps at every draft.
+
+    Released code of hierarchical speculative decoding (arXiv:2601.05724) does so; capped, it is block verification.
+    """
+
+    verification: Verification = "block"
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
+        verified = super().verify(p, q, drafts, noise, state)
+        at = drafts[..., None]
+        ratio = (p[:, :-1].gather(-1, at).double() / q.gather(-1, at).double()).prod(1)
+        whole = noise.accept[:, -2, None] < ratio
+        bonus = torch.cat([drafts, sample(p[:, -1], noise.sample[:, -1])[:, None]], dim=1)
+        return Verified(
+            torch.where(whole, bonus, verified.tokens), torch.where(whole[:, 0], drafts.shape[1], verified.accepted)
+        )
+
+
+@dataclass(frozen=True)
 class DraftsOutOfBounds(Speculative):
     """Drafts are sampled from all tokens, and tested as if from those that are allowed."""
 
@@ -272,5 +292,6 @@ MUTANTS = (
     Mutant("k-SEQ undivided", UndividedShare(tree="3x2", drafter="model"), "plain"),
     Mutant("small drafts dropped", DroppedDraft(), "plain"),
     Mutant("drafts that are not allowed", DraftsOutOfBounds(), "allowed tokens"),
+    Mutant("block with an uncapped end", UncappedBlock(), "plain"),
     Mutant("bonus from raw logits", RawBonus(gamma=1), "temperature 0.6"),
 )
