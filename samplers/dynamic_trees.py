@@ -72,7 +72,7 @@ class CalibratedTree(BeamTree):
     A draft is worth the chance that verification comes to it and accepts it. Drafts worth less than `least` are not
     sampled, and of others the `beam` best of a level. DySpec takes the draft probability of a token for that
     chance, which on a distribution over thousands of codes is far too low. Here each image counts how often the child
-    of a rank is accepted, by the entropy of its distribution. Exact: what is a draft worth is known before it is
+    of a rank is accepted, by the entropy of its distribution. Exact: what a draft is worth is known before it is
     sampled, and every draft that was sampled is tested. The host waits for the device after every level.
     """
 
