@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from visar.samplers.diagonal import Diagonal
     from visar.samplers.distribution import RowTargets, Target
     from visar.samplers.dynamic import DynamicSpeculative
+    from visar.samplers.dynamic_trees import CalibratedTree, DynamicDepth
     from visar.samplers.head_speculation import HeadSpeculation
     from visar.samplers.jacobi import Jacobi, SpeculativeJacobi
     from visar.samplers.masked import AnySampler, ContinuousTarget, MaskedAutoregressive, MaskedSampler
     from visar.samplers.relaxed import CoolSD, GroupedJacobi, Lantern, LanternPlusPlus
     from visar.samplers.speculative import Speculative, TreeSpeculative
+    from visar.samplers.thresholds import Blockwise, Typical
     from visar.samplers.wavefront import ZipAR
 
 _HOMES = {
@@ -43,11 +45,13 @@ _HOMES = {
     "diagonal": ("Diagonal",),
     "distribution": ("RowTargets", "Target"),
     "dynamic": ("DynamicSpeculative",),
+    "dynamic_trees": ("CalibratedTree", "DynamicDepth"),
     "head_speculation": ("HeadSpeculation",),
     "jacobi": ("Jacobi", "SpeculativeJacobi"),
     "masked": ("AnySampler", "ContinuousTarget", "MaskedAutoregressive", "MaskedSampler"),
     "relaxed": ("CoolSD", "GroupedJacobi", "Lantern", "LanternPlusPlus"),
     "speculative": ("Speculative", "TreeSpeculative"),
+    "thresholds": ("Blockwise", "Typical"),
     "wavefront": ("ZipAR",),
 }
 
@@ -65,10 +69,13 @@ __all__ = [
     "AnySampler",
     "Autoregressive",
     "BeamTree",
+    "Blockwise",
+    "CalibratedTree",
     "ContinuousSpeculative",
     "ContinuousTarget",
     "CoolSD",
     "Diagonal",
+    "DynamicDepth",
     "DynamicSpeculative",
     "GroupedJacobi",
     "HeadSpeculation",
@@ -85,6 +92,7 @@ __all__ = [
     "State",
     "Target",
     "TreeSpeculative",
+    "Typical",
     "ZipAR",
     "check_sampler",
     "default_sampler",

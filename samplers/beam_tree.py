@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
 from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.speculative import Children, drafter_of
-from visar.samplers.tree_verification import ChildRule, Chosen, Sampled, verify_tree
+from visar.samplers.tree_verification import ChildRule, Chosen, Sampled, VerifiedTree, verify_tree
 from visar.samplers.verification import StepNoise
 
 LATER = 1e-9  # taken off per level, so that a child never ranks before its parent
@@ -101,13 +101,22 @@ class BeamTree(Registered):
         noise = StepNoise(
             *state.noise.uniforms(Purpose.STEP, session.positions(max(count, self.depth + 1)), state.passes)
         )
-        verified = verify_tree(p, drafted.q, tokens, siblings(tree, self.beam), self.depth, noise, state.rule)
+        children = siblings(tree, self.beam)
+        verified = verify_tree(p, drafted.q, tokens, children, self.depth, noise, state.rule)
+        self.learn(state, drafted, children, verified)
         session.keep(verified.path)
         known = drafted.fed.gather(1, verified.path.clamp_min(0))
         drafter.keep(torch.where(verified.path < 0, -1, known))
         state.commit(session, verified.tokens, verified.accepted)
 
-    def draft(self, drafter: Drafter, session: Session, state: BeamState) -> Drafted:
+    def learn(self, state: Any, drafted: Drafted, children: Tensor, verified: VerifiedTree) -> None:
+        """What a pass teaches about the drafter: nothing here."""
+
+    def goes_on(self, score: Tensor) -> bool:
+        """Whether beams with these scores [B, M] of their nodes are extended."""
+        return True
+
+    def draft(self, drafter: Drafter, session: Session, state: Any) -> Drafted:
         """Grow the beam, and choose what is tested."""
         batch, device = session.batch, session.device
         each = min(self.beam, session.vocab)  # children that a node may have
@@ -127,7 +136,7 @@ class BeamTree(Registered):
             joint = log_probs[..., None] + q.double().log()
             ranked = self._ranked(joint, score, session, state, first)
             best = ranked.topk(each)  # [B, count, each]
-            value = best.values.flatten(1)
+            value = self._values(best.values, q, score, state).flatten(1)
             tokens.append(torch.where(value > -torch.inf, best.indices.flatten(1), -1))
             values.append(value - LATER * level)
             above.append(torch.arange(first, first + count, device=device).repeat_interleave(each).expand(batch, -1))
@@ -135,6 +144,8 @@ class BeamTree(Registered):
             beams.append(extended)
             if level + 1 < self.depth:
                 score, fed = value.gather(1, extended), tokens[-1].gather(1, extended)
+                if not self.goes_on(score):
+                    break
                 log_probs = joint.gather(-1, best.indices).flatten(1).gather(1, extended)
                 first = known.parents.shape[1]
                 known = Tree.of(torch.cat([known.parents, above[-1].gather(1, extended)], dim=1), level + 1)
@@ -158,6 +169,14 @@ class BeamTree(Registered):
         out = parent - v.clamp_min(0) - torch.log1p(torch.exp(-v.abs()))
         return torch.where(torch.isneginf(gumbel) | torch.isneginf(parent), -torch.inf, out)
 
+    def _values(self, ranks: Tensor, q: Tensor, score: Tensor, state: Any) -> Tensor:
+        """What children [B, M, C] are worth, by their ranks, where M nodes have the scores [B, M]; -inf for none."""
+        return ranks
+
+    def _tested(self, value: Tensor) -> Tensor:
+        """The numbers of the children that are tested, of those with the values [B, P] in the pool."""
+        return value.topk(min(self.nodes, value.shape[1])).indices.sort().values
+
     def _chosen(self, tokens: list[Tensor], values: list[Tensor], above: list[Tensor], beams: list[Tensor]) -> Drafted:
         """The tree of what is tested: the `nodes` most likely drafts, or all of the beams."""
         batch, device = len(tokens[0]), tokens[0].device
@@ -168,7 +187,7 @@ class BeamTree(Registered):
         in_beams = [at + start for at, start in zip(beams, starts, strict=False)]  # by level, as numbers in the pool
         drafts = torch.cat(in_beams, dim=1)
         if self.children == "chosen":
-            drafts = value.topk(min(self.nodes, value.shape[1])).indices.sort().values
+            drafts = self._tested(value)
         # A node has a number in the pool, one in the tree that is tested, and one that the drafter knows it by.
         root = torch.zeros(batch, 1, dtype=torch.long, device=device)
         tested = torch.zeros_like(pool).scatter_(1, drafts, numbers(drafts, 1))

@@ -79,7 +79,7 @@ class DynamicSpeculative(Speculative):
             logits = drafter.extend(drafts[-1].clamp_min(0), None, i + 1)
         return torch.cat(drafts, dim=1), torch.cat(draft_probs, dim=1)
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
         there = drafts.clamp_min(0)
         is_accepted = accepts(p[:, :-1], q, there, noise.accept[:, :-1]) & (drafts >= 0)
         return replaced(p, q, there, is_accepted, noise)  # after the end of a chain q is 0, and the residual p

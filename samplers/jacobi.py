@@ -32,9 +32,18 @@ RULES = {"independent": verify_independent, "maximal": verify_maximal, "gumbel":
 
 @dataclass
 class JacobiState(State):
-    """`draft_probs` [B, W-1, V]: what the drafts of the window were sampled from."""
+    """`draft_probs` [B, W-1, V]: what the drafts of the window were sampled from.
+
+    `seen` [B, R, V]: the distributions of the latest R positions, each at its number modulo R; R is 0 where the
+    `init` reads none.
+    """
 
     draft_probs: Tensor
+    seen: Tensor
+
+
+def _stride(session: Session) -> int:
+    return 0 if session.layout is None else session.layout.stride
 
 
 def check_window(window: int) -> None:
@@ -51,8 +60,8 @@ class SpeculativeJacobi(Registered):
 
     `window` is W, the inputs of a pass, of which W - 1 are drafts. `coupling` says how a draft after a rejection
     follows its predecessor: "independent" samples it again (SJD), "maximal" and "gumbel" make the two coincide as often
-    as they can. `init` is the distribution of a position that enters the window (see `visar.samplers.windows`); "above"
-    needs a session that has a `layout`. All of them are exact.
+    as they can. `init` is the distribution of a position that enters the window (see `visar.samplers.windows`); those
+    that look at the cell above need a session that has a `layout`. All of them are exact.
     """
 
     window: int = option(16, "inputs of a pass, of which all but one are drafts", 2, 64)
@@ -68,23 +77,17 @@ class SpeculativeJacobi(Registered):
             raise VisarError(f"Unknown init {self.init!r}; known: {', '.join(get_args(Init))}.")
 
     def begin(self, session: Session, target: Target, noise: Noise) -> JacobiState:
-        if self.init == "above" and session.layout is None:
-            raise VisarError('init="above" needs a session with a layout, the rows and columns of the image.')
-        shape = (session.batch, self.window - 1, session.vocab)
-        probs = torch.empty(shape, device=session.device)
-        state = JacobiState.empty(session, target, noise, self.window, draft_probs=probs)
+        if self.init in ("above", "above-probs", "mean-probs") and session.layout is None:
+            raise VisarError(f'init="{self.init}" needs a session with a layout, the rows and columns of the image.')
+        reach = self.window + _stride(session) if self.init in ("above-probs", "mean-probs") else 0
+        state = JacobiState.empty(
+            session, target, noise, self.window,
+            draft_probs=torch.empty(session.batch, self.window - 1, session.vocab, device=session.device),
+            seen=torch.empty(session.batch, reach, session.vocab, device=session.device),
+        )  # fmt: skip
         at = session.positions(self.window - 1)
-        drafts, probs = initial_drafts(
-            self.init,
-            0 if session.layout is None else session.layout.stride,
-            state,
-            at,
-            session.vocab,
-            known=session.lengths,
-            u=state.noise.uniforms(Purpose.INIT, at, 0)[0],
-            last_probs=None,
-            shared=self._exponential_noise(session, state, at),
-        )
+        u = state.noise.uniforms(Purpose.INIT, at, 0)[0]
+        drafts, probs = self.fresh_drafts(session, state, at, session.lengths, u, None)
         state.draft_probs.copy_(probs)
         state.tokens.scatter_(1, at, drafts)
         return state
@@ -101,16 +104,10 @@ class SpeculativeJacobi(Registered):
         end = at[:, -1] + 1  # the first position that this pass says nothing about
         count = state.commit(session, verified.tokens, verified.accepted)
         new = session.positions(window - 1)
-        drafts, draft_probs = initial_drafts(
-            self.init,
-            0 if session.layout is None else session.layout.stride,
-            state,
-            new,
-            session.vocab,
-            known=end,
-            u=accept.gather(1, new - at[:, :1]),
-            last_probs=p[:, -1:],
-            shared=self._exponential_noise(session, state, new),
+        if state.seen.shape[1]:
+            state.seen.scatter_(1, (at % state.seen.shape[1])[..., None].expand_as(p), p)
+        drafts, draft_probs = self.fresh_drafts(
+            session, state, new, end, accept.gather(1, new - at[:, :1]), last_probs=p[:, -1:]
         )
         fresh = new >= end[:, None]
         shifted = shift(self.next_draft_probs(p, state.draft_probs, verified, inputs), count)
@@ -120,6 +117,16 @@ class SpeculativeJacobi(Registered):
     def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
         """The rule of this coupling; a method that the known-bad samplers of `visar verify` override."""
         return RULES[self.coupling](p, q, drafts, noise)
+
+    def fresh_drafts(
+        self, session: Session, state: JacobiState, positions: Tensor, known: Tensor, u: Tensor,
+        last_probs: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`initial_drafts` of this init; a method for the same reason."""
+        return initial_drafts(
+            self.init, _stride(session), state, positions, session.vocab, known=known, u=u, last_probs=last_probs,
+            seen=state.seen, shared=self._exponential_noise(session, state, positions),
+        )  # fmt: skip
 
     def next_draft_probs(self, p: Tensor, q: Tensor, verified: Verified, inputs: Tensor) -> Tensor:
         """What the window's tokens were sampled from, [B, W, V], after a pass: p for all, accepted or not."""

@@ -6,9 +6,10 @@ independently of one another. Their number follows a cosine: single ones first, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from visar.errors import VisarError
 from visar.params import LARGEST
 from visar.samplers.base import Sampler
 from visar.samplers.gaussian import Trials
+from visar.samplers.orders import Order, arrange
 from visar.samplers.parameters import option
 from visar.samplers.registry import Registered, register_sampler
 
@@ -103,6 +105,15 @@ def plan(length: int, passes: int) -> list[tuple[int, int]]:
     return out
 
 
+def two_stages(length: int, passes: int) -> list[tuple[int, int]]:
+    """As `plan`, for GtR: half of the tokens in equal parts, and the other half in the last pass."""
+    half = -(-length // 2)
+    if not 2 <= passes <= half + 1:
+        raise VisarError(f"With order gtr {length} tokens are sampled in 2 to {half + 1} passes, not {passes}.")
+    ends = [half * i // (passes - 1) for i in range(passes)]
+    return [(b - a, b) for a, b in itertools.pairwise(ends)] + [(length - half, length - 1)]
+
+
 def checked_latest(latest: int) -> None:
     """A `VisarError` for a noisiest step that there is not."""
     if latest != 0 and not 1 <= latest <= 999:
@@ -154,6 +165,15 @@ def residual_trials(noise: Noise, positions: Tensor, turns: Tensor, dim: int, co
 
 
 @register_sampler(
+    "mar-gtr",
+    paper="GtR, Yan et al. 2025, arXiv:2510.17171",
+    exact=False,
+    order="gtr",
+    steps=32,
+    head_steps=50,
+    last_head_steps=20,
+)
+@register_sampler(
     "mar-disa",
     paper="DiSA, Zhao et al. 2025, arXiv:2505.20297",
     exact=False,
@@ -171,7 +191,8 @@ class MaskedAutoregressive(Registered):
     `latest` is the noisiest of the 1000 training steps that is used, 0 being what the model wants; the published
     sampler begins at 999, where the error of the network is multiplied by 20,000. With `last_head_steps` T falls
     linearly to it over the passes; that and `latest` 950 is DiSA (Zhao et al. 2025, arXiv:2505.20297), another
-    distribution. `last_noise` adds noise in the last head step.
+    distribution. `last_noise` adds noise in the last head step. An `order` of positions other than random (see
+    `visar.samplers.orders`) is another distribution too; "gtr" samples half of the tokens in the last pass.
     """
 
     steps: int = option(64, "passes of the model, at most one per token", 1, 256)
@@ -179,6 +200,7 @@ class MaskedAutoregressive(Registered):
     last_head_steps: int = option(0, "steps that the head falls to over the passes; 0 for as many in all", 0, 1000)
     latest: int = option(0, "the noisiest training step that is used; 0 for the model's own", 0, 999)
     last_noise: bool = option(False, "add noise in the last head step")
+    order: Order = option("random", "the order of positions; only random is the model's own")
     tokens: ClassVar[str] = "continuous"
     window: ClassVar[int] = 2**16  # no bound on the tokens of a pass
 
@@ -191,13 +213,20 @@ class MaskedAutoregressive(Registered):
         if self.last_head_steps > self.head_steps:
             raise VisarError(f"last_head_steps must be at most head_steps, {self.head_steps}.")
         checked_latest(self.latest)
+        if self.order not in get_args(Order):
+            raise VisarError(f"Unknown order {self.order!r}; known: {', '.join(get_args(Order))}.")
 
     @property
     def exact(self) -> bool:
-        return not self.last_head_steps
+        return not self.last_head_steps and self.order == "random"
+
+    def plan(self, length: int) -> list[tuple[int, int]]:
+        """`plan` of its passes, or `two_stages`."""
+        return (two_stages if self.order == "gtr" else plan)(length, self.steps)
 
     def begin(self, session: MaskedSession, target: ContinuousTarget, noise: Noise) -> MaskedState:
-        plan(session.length - session.given, self.steps)  # before anything is computed
+        self.plan(session.length - session.given)  # before anything is computed
+        session.order = arrange(session, self.order)
         return MaskedState(
             target,
             noise,
@@ -207,7 +236,7 @@ class MaskedAutoregressive(Registered):
         )
 
     def step(self, session: MaskedSession, state: MaskedState) -> None:
-        todo = plan(session.length - session.given, self.steps)
+        todo = self.plan(session.length - session.given)
         if state.passes >= len(todo):
             return
         count, known = todo[state.passes]

@@ -121,12 +121,24 @@ class LanternPlusPlus(TreeSpeculative):
         return Pooled(nearest_codes(session, self.k), super().rule(session), share=self.lam - 1)
 
 
+@register_sampler(
+    "bild",
+    paper="after BiLD, Kim et al. 2023, arXiv:2302.07863",
+    exact=False,
+    drafter="model",
+    gamma=4,
+    omega=2.0,
+    nu=0.0,
+)
 @register_sampler("cool-sd", paper="COOL-SD, arXiv:2601.09212", exact=False, drafter="eagle")
 @dataclass(frozen=True)
 class CoolSD(Speculative):
     """Annealed relaxation (COOL-SD, 2026, arXiv:2601.09212): draft i is accepted with min(1, w_i p/q).
 
-    w_i = max(1, `omega` exp(-`nu` i)), so that early drafts are relaxed most. The residual stays (p - q)+.
+    w_i = max(1, `omega` exp(-`nu` i)), so that early drafts are relaxed most. The residual stays (p - q)+. With a small
+    model as drafter and one weight for all drafts it is BiLD's rule (Kim et al. 2023, arXiv:2302.07863) without its
+    scale: BiLD's small model goes on while its largest probability is above a threshold, which a distribution over
+    thousands of codes never has.
     """
 
     gamma: int = option(5, "drafts in a chain", 1, 16)
@@ -144,7 +156,7 @@ class CoolSD(Speculative):
         if not 0 <= self.nu < math.inf:
             raise VisarError(f"nu must be 0 or more, not {self.nu}.")
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
         w = (self.omega * torch.exp(-self.nu * torch.arange(self.gamma, device=p.device))).clamp_min(1).double()
         index = drafts.unsqueeze(-1)
         own, proposed = (probs.gather(-1, index).squeeze(-1).double() for probs in (p[:, :-1], q))

@@ -86,7 +86,7 @@ class Speculative(Registered):
         inputs = torch.cat([state.inputs(session, 1), drafts.clamp_min(0)], dim=1)
         p = state.target.probs(session.forward(inputs), at)
         noise = StepNoise(*state.noise.uniforms(Purpose.STEP, at, state.passes))
-        verified = self.verify(p, q, drafts, noise)
+        verified = self.verify(p, q, drafts, noise, state)
         self.learn(state, q, drafts, verified)
         state.commit(session, *verified)
 
@@ -99,12 +99,16 @@ class Speculative(Registered):
         logits = drafter.root(state.tokens, session.lengths)
         for i in range(self.gamma):
             draft_probs.append(state.target.probs(logits, at[:, i : i + 1], drafted=True))
-            drafts.append(sample(draft_probs[-1], u[:, i : i + 1]))
+            drafts.append(self.choose(draft_probs[-1], u[:, i : i + 1]))
             if i + 1 < self.gamma:
                 logits = drafter.extend(drafts[-1], None, i + 1)
         return torch.cat(drafts, dim=1), torch.cat(draft_probs, dim=1)
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
+    def choose(self, q: Tensor, u: Tensor) -> Tensor:
+        """A draft [B, 1] of the distribution [B, 1, V]."""
+        return sample(q, u)
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: Any) -> Verified:
         """The rule; a method that the known-bad samplers of `visar verify` override."""
         return (verify_block if self.verification == "block" else verify_independent)(p, q, drafts, noise)
 

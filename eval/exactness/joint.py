@@ -95,6 +95,11 @@ CASES = (
     Case("init left", init="left", length=7, window=3),
     Case("init above, columns 2", init="above", columns=2, length=8),
     Case("init left-probs", init="left-probs", length=7, window=3),
+    Case("init above-probs, columns 2", init="above-probs", columns=2, length=8, window=3),
+    Case(
+        "init mean-probs, columns 3", Settings(temperature=1.3, top_p=0.9, scale=1.8, forced=(-1, -1, 2, *[-1] * 4)),
+        init="mean-probs", columns=3, length=7, window=3,
+    ),
     Case("V 8, N 5, top-k 3", Settings(top_k=3), vocab=8, model="full"),
     Case(
         "all at once",

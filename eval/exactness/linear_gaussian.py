@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from visar.engine.denoising import Denoiser, FlowDenoiser
+from visar.engine.layout import Layout
 from visar.families.mar.session import MARSession
 
 WIDE, NARROW = 1.0, 0.0064  # units of tokens: as wide as noise, or as the last head step's own noise
@@ -168,7 +169,9 @@ class World:
     def session(self, setting: Setting, condition: Tensor, order: Tensor, given: Tensor | None = None) -> MARSession:
         """The engine's session of this model, for conditions [B] and orders [B, N]."""
         kind = FlowSession if setting.head == "flow" else MARSession
-        return kind(LinearMAR(self), condition, order, setting.scale, setting.guidance, given)  # type: ignore[arg-type]
+        made = kind(LinearMAR(self), condition, order, setting.scale, setting.guidance, given)  # type: ignore[arg-type]
+        made.layout = Layout(2, made.length // 2)
+        return made
 
 
 def alphas_bar() -> Array:

@@ -16,8 +16,9 @@ from visar.samplers.base import Sampler, State
 from visar.samplers.beam_tree import BeamState, BeamTree, Drafted
 from visar.samplers.diagonal import Diagonal, DiagonalState
 from visar.samplers.dynamic import DynamicSpeculative, DynamicState
-from visar.samplers.jacobi import SpeculativeJacobi
-from visar.samplers.speculative import Children, Speculative, TreeSpeculative, TreeState
+from visar.samplers.dynamic_trees import CalibratedTree, CountedState
+from visar.samplers.jacobi import JacobiState, SpeculativeJacobi
+from visar.samplers.speculative import Children, Speculative, TreeSpeculative, TreeState, Verification
 from visar.samplers.tree_verification import ChildRule, Independent, Sampled
 from visar.samplers.verification import StepNoise, Verified, accepts, gumbel_max, leading, residual, sample
 
@@ -74,6 +75,18 @@ class ReusedGumbel(SpeculativeJacobi):
 
 
 @dataclass(frozen=True)
+class MeanTestedAsLeft(SpeculativeJacobi):
+    """A draft that enters the window was sampled from the mean of two distributions, and is tested as from one."""
+
+    def fresh_drafts(
+        self, session: Session, state: JacobiState, positions: Tensor, known: Tensor, u: Tensor,
+        last_probs: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        drafts, probs = super().fresh_drafts(session, state, positions, known, u, last_probs)
+        return drafts, probs if last_probs is None else last_probs.expand_as(probs)
+
+
+@dataclass(frozen=True)
 class LongestPath(SpeculativeJacobi):
     """The chain is tested twice with independent uniforms, and the longer result is taken."""
 
@@ -122,6 +135,31 @@ class PrunedBeam(BeamTree):
     nodes: int = 0
 
     def draft(self, drafter: Drafter, session: Session, state: BeamState) -> Drafted:
+        drafted = super().draft(drafter, session, state)
+        return drafted._replace(tokens=without_small(drafted.tokens, drafted.q, drafted.tree))
+
+
+@dataclass(frozen=True)
+class LevelsDropped(BeamTree):
+    """The last level of a sampled tree is dropped where its drafts are improbable together, although it was sampled."""
+
+    children: Children = "sampled"
+    nodes: int = 0
+
+    def draft(self, drafter: Drafter, session: Session, state: BeamState) -> Drafted:
+        drafted = super().draft(drafter, session, state)
+        parents = drafted.tree.parents[:, 1:]
+        own = drafted.q[torch.arange(len(parents))[:, None], parents, drafted.tokens.clamp_min(0)]
+        deepest = (drafted.tree.depths[:, 1:] == self.depth) & (drafted.tokens >= 0)
+        mass = torch.where(deepest, own, 0).sum(1, keepdim=True)
+        return drafted._replace(tokens=torch.where(deepest & (mass < 1), -1, drafted.tokens))
+
+
+@dataclass(frozen=True)
+class WorthByToken(CalibratedTree):
+    """A draft that its own distribution gives less than the mean is not worth a test, although it was sampled."""
+
+    def draft(self, drafter: Drafter, session: Session, state: CountedState) -> Drafted:
         drafted = super().draft(drafter, session, state)
         return drafted._replace(tokens=without_small(drafted.tokens, drafted.q, drafted.tree))
 
@@ -189,9 +227,30 @@ class DroppedDraft(DynamicSpeculative):
 class RawBonus(Speculative):
     """The bonus token is sampled from the distribution before temperature, which is 0.6 in its case."""
 
-    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise) -> Verified:
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
         raw = p[:, -1:] ** 0.6
-        return super().verify(torch.cat([p[:, :-1], raw / raw.sum(-1, keepdim=True)], dim=1), q, drafts, noise)
+        p = torch.cat([p[:, :-1], raw / raw.sum(-1, keepdim=True)], dim=1)
+        return super().verify(p, q, drafts, noise, state)
+
+
+@dataclass(frozen=True)
+class UncappedBlock(Speculative):
+    """The whole chain is accepted with the product of its ratios, which block verification caps at every draft.
+
+    Released code of hierarchical speculative decoding (arXiv:2601.05724) does so; capped, it is block verification.
+    """
+
+    verification: Verification = "block"
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
+        verified = super().verify(p, q, drafts, noise, state)
+        at = drafts[..., None]
+        ratio = (p[:, :-1].gather(-1, at).double() / q.gather(-1, at).double()).prod(1)
+        whole = noise.accept[:, -2, None] < ratio
+        bonus = torch.cat([drafts, sample(p[:, -1], noise.sample[:, -1])[:, None]], dim=1)
+        return Verified(
+            torch.where(whole, bonus, verified.tokens), torch.where(whole[:, 0], drafts.shape[1], verified.accepted)
+        )
 
 
 @dataclass(frozen=True)
@@ -238,10 +297,13 @@ MUTANTS = (
     Mutant("residual re-warped (top-p)", RewarpedResidual(), "top-p 0.7"),
     Mutant("residual replaced by p", NoResidual(), "plain"),
     Mutant("Gumbel noise reused", ReusedGumbel(coupling="gumbel"), "top-p 0.7"),
+    Mutant("mean tested as left", MeanTestedAsLeft(), "init above-probs, columns 2"),
     Mutant("longest path", LongestPath(), "plain"),
     Mutant("children out of order", OutOfOrder(tree="2x2", drafter="model"), "full prefix"),
     Mutant("children pruned by q", Pruned(tree="2x2", drafter="model"), "plain"),
     Mutant("beam pruned by q", PrunedBeam(beam=2, depth=2, drafter="model"), "plain"),
+    Mutant("level dropped by q", LevelsDropped(beam=2, depth=2, drafter="model"), "plain"),
+    Mutant("worth by the token", WorthByToken(beam=3, depth=3, drafter="model"), "plain"),
     Mutant("chosen beam as sampled", ChosenBeamAsSampled(beam=2, depth=2, nodes=4, drafter="model"), "plain"),
     Mutant("padding with token 0", PaddedWithZero(tree="3x2", drafter="model"), "top-p 0.7"),
     Mutant("chosen tested as sampled", ChosenAsSampled(tree="2x2", drafter="model"), "plain"),
@@ -250,5 +312,6 @@ MUTANTS = (
     Mutant("drafts that are not allowed", DraftsOutOfBounds(), "allowed tokens"),
     Mutant("one uniform for a diagonal", OneUniform(), "diagonals"),
     Mutant("diagonals upside down", BottomUp(), "diagonals"),
+    Mutant("block with an uncapped end", UncappedBlock(), "plain"),
     Mutant("bonus from raw logits", RawBonus(gamma=1), "temperature 0.6"),
 )

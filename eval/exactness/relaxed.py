@@ -26,6 +26,7 @@ from visar.samplers import (
     Sampler,
     Speculative,
     TreeSpeculative,
+    Typical,
 )
 from visar.samplers.speculative import Children
 from visar.tables import table
@@ -49,8 +50,14 @@ SWEEP: tuple[tuple[str, str, Sampler], ...] = (
         ("lantern++, tree, sampled, k 3", f"lambda {lam}", LanternPlusPlus(tree=TREE, drafter="model", k=3, lam=lam))
         for lam in (1, 2, 5, 10)
     ),
+    ("tree, most likely", "", TreeSpeculative(tree=TREE, children="chosen", drafter="model")),
+    *(
+        ("typical, tree, most likely", f"epsilon {e}", Typical(tree=TREE, drafter="model", epsilon=e, delta=3 * e))
+        for e in (0.6, 0.3, 0.09)
+    ),
     ("chain of 3", "", Speculative(gamma=3)),
     *(("cool-sd, chain of 3", f"omega {w}", CoolSD(gamma=3, drafter="model", omega=w)) for w in (1.1, 1.5, 2.0, 4.0)),
+    *(("bild, chain of 3", f"omega {w}", CoolSD(gamma=3, drafter="model", omega=w, nu=0)) for w in (1.1, 2.0)),
     *(("gsd", f"group {g}", GroupedJacobi(group=g, gap=1.0)) for g in (1, 2, 3, 5)),
 )  # fmt: skip
 

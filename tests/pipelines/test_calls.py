@@ -194,7 +194,7 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
         (
             "cat",
             {"sampler": "sdj"},
-            r"Unknown sampler 'sdj'\. Did you mean 'sjd'\? Known: ar, cool-sd, cspd, cspd-exact, eagle,",
+            r"Unknown sampler 'sdj'\. Did you mean 'sjd'\? Known: ar, bild, blockwise, cool-sd, cspd, ",
         ),
         ("cat", {"window": 1}, "window must be 2 or more tokens, not 1"),
         ("cat", {"sampler": "ar", "window": 8}, "'ar' has no parameter 'window'"),

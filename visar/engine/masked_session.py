@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from visar.engine.denoising import Denoiser
+from visar.engine.layout import Layout
 from visar.engine.rng import check_length
 from visar.host import synchronize
 
@@ -19,13 +20,14 @@ class MaskedSession(ABC):
     """A batch of B images of `length` tokens of `dim` numbers; row b has sampled the first `lengths[b]` of its order.
 
     `order` [B, N] lists each row's positions in the order of sampling; the tokens `given` [B, m, d] of the first m are
-    known from the start. `start` [B, N, d] holds them, and 0 elsewhere. A subclass gives the head's `context` and the
-    head. `denoisers` are those made so far, with their counts; `passes`, and `tested` and `accepted` drafts, are
-    counted too.
+    known from the start. `start` [B, N, d] holds them, and 0 elsewhere. `layout`, where there is one, is that of the
+    positions. A subclass gives the head's `context` and the head. `denoisers` are those made so far, with their counts;
+    `passes`, and `tested` and `accepted` drafts, are counted too.
     """
 
     drafter: None = None  # the loop asks every session
     watched = False
+    layout: Layout | None = None
 
     def __init__(self, order: Tensor, dim: int, given: Tensor | None = None):
         self.order = order

@@ -78,12 +78,14 @@ def test_every_exact_sampler_is_proven_and_relaxed_ones_are_measured() -> None:
         "cspd-exact",
         "mar",
         "mar-disa",
+        "mar-gtr",
         "mar-headspec",
     ]  # mar-256 and mar-32-50 are mar
-    rows = verify_continuous(["cspd", "mar-disa"], 2048, mutants=False)
+    rows = verify_continuous(["cspd", "mar-disa", "mar-gtr"], 2048, mutants=False)
     assert {r.kind for r in rows} == {"relaxed"} and all(r.passed for r in rows)
-    cspd, disa = ([r.distance for r in rows if r.sampler == name] for name in ("cspd", "mar-disa"))
-    assert min(cspd) > 2 and 0.01 < max(disa) < 0.1  # type: ignore[type-var]
+    names = ("cspd", "mar-disa", "mar-gtr")
+    cspd, disa, gtr = ([r.distance for r in rows if r.sampler == name] for name in names)
+    assert min(cspd) > 2 and 0.01 < max(disa) < 0.1 < min(gtr)  # type: ignore[type-var]
 
 
 @pytest.mark.slow

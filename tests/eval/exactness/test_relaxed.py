@@ -35,7 +35,7 @@ class NeutralLantern(Lantern):
 PAIRS: dict[str, tuple[Sampler, Sampler]] = {
     "lantern": (NeutralLantern(drafter="model"), BeamTree(drafter="model")),
     "lantern++": (LanternPlusPlus(tree=TREE, lam=1.0, drafter="model"), get_sampler("eagle", tree=TREE)),
-    "cool-sd": (CoolSD(omega=1.0, drafter="model"), get_sampler("speculative")),
+    "bild": (CoolSD(omega=1.0, drafter="model"), get_sampler("speculative")),
     "gsd": (GroupedJacobi(group=1), get_sampler("sjd")),
 }
 

@@ -130,6 +130,7 @@ class MARFamily(ContinuousFamily):
         draft: MAR | None = None,
     ) -> MARSession:
         made = MARSession(self.mar, encoded[0], order, scale, schedule, given, graphs)
+        made.layout = self.layout
         if draft is not None:
             made.draft = MARSession(draft, encoded[0], order, scale, schedule, given, graphs)
         return made
