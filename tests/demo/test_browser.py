@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.browser import NAMELESS, PALE, Visitor
+from tests.helpers.browser import Visitor
 from tests.helpers.stepped import LONG, hears_interrupts
 from visar import TextToImagePipeline
 from visar.recipe import Recipe
@@ -135,7 +135,7 @@ def test_enter_makes_an_image_that_can_be_kept_and_made_again(
     page.locator("#prompt input, #prompt textarea").first.press("Enter")
     visitor.wait("tokens|Done")
     visitor.wait("Done: ")
-    page.wait_for_selector("#result .visar-what")
+    page.wait_for_selector("#result [data-seed]")
     seed = int(page.inner_text("[data-seed]"))
     images = expected(pipe, "a cat face, noto", sampler="scd", seed=seed)
     assert [p.tobytes() for p in visitor.images()] == images
@@ -150,12 +150,11 @@ def test_enter_makes_an_image_that_can_be_kept_and_made_again(
     link = visitor.copied("link")
     page.click("#generate")  # another one
     page.wait_for_function("s => document.querySelector('[data-seed]')?.innerText !== s", arg=str(seed))
-    page.wait_for_selector("#result .visar-what")
+    page.wait_for_selector("#result [data-seed]")
     assert page.locator("#visar-gallery a").count() == 2
     page.locator("#visar-gallery a").last.click()
     page.keyboard.press("Escape")
     assert page.locator("dialog").count() == 0
-    visitor.keep("generate")
     other = Visitor(browser, address, query=link.removeprefix(address))
     assert other.page.locator("#prompt input, #prompt textarea").first.input_value() == "a cat face, noto"
     other.generate()
@@ -198,7 +197,6 @@ def test_images_come_while_they_are_decoded_and_stop_when_asked(visitor: Visitor
     for image in visitor.images():
         last = image.crop((0, 60, 64, 64)).getcolors()
         assert image.size == (64, 64) and last and all(abs(c - 128) < 4 for _, colour in last for c in colour)  # type: ignore[union-attr]
-    visitor.keep("decoding")
     visitor.page.click("#stop")
     visitor.wait("Stopped after 4")
     hold.unlink()
@@ -231,7 +229,6 @@ def test_a_race(visitor: Visitor, pipe: TextToImagePipeline) -> None:
     )
     visitor.page.wait_for_selector("#compare-details svg")
     assert "first=ar&second=scd" in visitor.copied("link", "#compare-details")
-    visitor.keep("compare")
 
 
 def test_visitors_are_not_mixed(browser: Any, address: str, pipe: TextToImagePipeline) -> None:
@@ -268,25 +265,33 @@ def test_a_model_of_continuous_tokens(visitor: Visitor) -> None:
     assert visitor.page.inner_text('[data-metric="NFE"]') == "64"
 
 
-@pytest.mark.parametrize(("width", "dark", "name"), [(390, False, "phone"), (1280, True, "dark")])
-def test_other_windows(browser: Any, address: str, width: int, dark: bool, name: str) -> None:
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_windows(browser: Any, address: str, width: int, dark: bool) -> None:
     """Nothing is wider than the window, pale or nameless; the buttons and the result are in sight together."""
+    name = f"{'phone' if width == 360 else 'desktop'}-{'dark' if dark else 'light'}"
     visitor = Visitor(browser, address, width, dark)
     page = visitor.page
-    assert page.evaluate(PALE) == [] and page.evaluate(NAMELESS) == []
+    visitor.look()
     visitor.generate()
     box = page.locator("#images").bounding_box()
-    assert (
-        page.locator("#stop").bounding_box()["y"] >= 0 and box["y"] + box["height"] / 2 < page.viewport_size["height"]
-    )
-    visitor.keep(name)
-    for tab in ("Generate", "Compare", "Samplers"):
-        visitor.tab(tab)
-        page.wait_for_timeout(300)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate(PALE) == [] and page.evaluate(NAMELESS) == []
+    assert page.locator("#stop").bounding_box()["y"] >= 0
+    assert box["y"] + box["height"] / 2 < page.viewport_size["height"]
+    visitor.keep(f"generate-{name}")
+    page.evaluate("for (const closed of document.querySelectorAll('details')) closed.open = true")
+    visitor.look()
+    tabs = [page.get_by_role("tab", name=tab).bounding_box() for tab in ("Generate", "Compare", "Samplers")]
+    assert len({tab["y"] for tab in tabs}) == 1 and tabs[2]["x"] + tabs[2]["width"] <= width
+    visitor.tab("Samplers")
+    page.wait_for_function("document.querySelector('#samplers').innerText.includes(' passes, ')")  # what scd took
+    visitor.look()
+    visitor.tab("Compare")
+    page.click("#compare")
+    visitor.wait("was first: ", "#compare-status")
+    page.wait_for_selector("#compare-details svg")
+    visitor.keep(f"compare-{name}")
+    visitor.look()
     visitor.open("Settings")
     visitor.open("Advanced")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate(PALE) == [] and page.evaluate(NAMELESS) == []
+    visitor.look()
     visitor.close()

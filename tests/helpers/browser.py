@@ -60,6 +60,14 @@ PALE = """() => {
   return found;
 }"""
 
+# Parts that reach beyond the window, also those that are cut off there, unless they are in something that scrolls.
+WIDE = """() => [...document.querySelectorAll("body *")].filter(node => {
+  const box = node.getBoundingClientRect();
+  if (!node.checkVisibility() || !box.width || box.left >= -1 && box.right <= innerWidth + 1) return false;
+  const scroller = node.parentElement.closest(".visar-curves");
+  return !scroller || scroller.getBoundingClientRect().right > innerWidth + 1;
+}).map(node => `${node.tagName} ${node.id} ${node.className}`.slice(0, 80))"""
+
 # Boxes and buttons in sight without a name for a screen reader.
 NAMELESS = """() => [...document.querySelectorAll("input, textarea, button, select, a[href]")].filter(node =>
   node.checkVisibility() && !node.ariaLabel && !node.textContent.trim() && !node.title && !node.alt
@@ -71,6 +79,7 @@ class Visitor:
     """One browser window on the page."""
 
     def __init__(self, browser: Any, address: str, width: int = 1280, dark: bool = False, query: str = ""):
+        self.width = width
         self.context = browser.new_context(
             viewport={"width": width, "height": 900 if width > 800 else 800},
             device_scale_factor=1 if width > 800 else 2,
@@ -88,6 +97,12 @@ class Visitor:
         self.page.wait_for_selector("#generate")
         self.page.wait_for_selector("#status .visar-status")
         self.page.wait_for_timeout(1000)  # until the page's own program listens
+
+    def look(self) -> None:
+        """All that is in sight now can be read and is within the window."""
+        assert self.page.evaluate(PALE) == [] and self.page.evaluate(NAMELESS) == []
+        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.width
+        assert self.page.evaluate(WIDE) == []
 
     def _seen(self, url: str, own: str) -> None:
         if url.startswith("http") and urlsplit(url).netloc != own:
@@ -126,7 +141,7 @@ class Visitor:
         self.page.click("#generate")
         self.wait("Starting|Waiting|passes, |tokens|Done")
         said = self.wait("Done: ")
-        self.page.wait_for_selector("#result .visar-what")
+        self.page.wait_for_selector("#result [data-seed]")
         return said
 
     def images(self, where: str = "#images") -> list[Image.Image]:

@@ -46,7 +46,7 @@ class Body(BaseModel):
     fn_index: int
     session_hash: Annotated[str, StringConstraints(pattern=f"^{SESSION}$")]
     trigger_id: int | None = None
-    event_data: None = None
+    event_data: dict[str, str | int | None] | None = None  # of a tab that is chosen; dropped
 
 
 class Guard:

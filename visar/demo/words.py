@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from visar.samplers import spec_of
@@ -12,7 +12,7 @@ GROUPS = ("Exact, needs nothing", "Exact, with a drafter", "Relaxed: other image
 LINES: Mapping[str, str] = MappingProxyType({
     "ar": "Plain decoding: one token in each pass. The baseline.",
     "sjd": "Guesses a window of tokens and tests all of them in each pass.",
-    "scd": "As sjd, with guesses that stay the same between passes as often as possible.",
+    "scd": "Guesses a window of tokens, as alike as can be from pass to pass, and tests all.",
     "scd-gumbel": "As scd, with shared Gumbel noise for the guesses.",
     "jacobi": "Takes the most likely token everywhere, so every seed gives one image.",
     "speculative": "A smaller model guesses a few tokens ahead.",
@@ -48,6 +48,12 @@ def group_of(sampler: str) -> int:
     """The number of its group."""
     spec = spec_of(sampler)
     return 2 if not spec.exact else 1 if spec.drafter else 0
+
+
+def ordered(samplers: Iterable[str]) -> list[str]:
+    """Samplers group by group; in a group as in `LINES`, then those of the user's own."""
+    names = list(LINES)
+    return sorted(samplers, key=lambda name: (group_of(name), names.index(name) if name in LINES else len(names)))
 
 
 def line_of(sampler: str) -> str:
