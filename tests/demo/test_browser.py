@@ -13,13 +13,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 
-from tests.helpers.browser import Visitor
+import visar
+from tests.helpers.browser import Film, Visitor, wanted
 from tests.helpers.stepped import LONG, hears_interrupts
 from visar import TextToImagePipeline
 from visar.recipe import Recipe
@@ -28,6 +31,7 @@ from visar.samplers import get_sampler
 pytestmark = pytest.mark.slow
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+REPOSITORY = Path(visar.__file__).parent.parent
 QUIET = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -87,13 +91,13 @@ def hold(folder: Path) -> Iterator[Path]:
     file.unlink(missing_ok=True)
 
 
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    command = [sys.executable, "-c", HELD, "demo", "--port", "0", "--dtype", "float32"]
-    command += ["--max-images", "4", "--max-per-address", "3"]
+@contextmanager
+def served(folder: Path, *command: str, **environment: str) -> Iterator[str]:
+    """The address of a server that is started in a folder and ends without a fault."""
     server = subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hears_interrupts
-    )
+        [sys.executable, *command], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, **environment}, preexec_fn=hears_interrupts,
+    )  # fmt: skip
     try:
         assert server.stdout is not None
         said = server.stdout.readline()
@@ -105,6 +109,13 @@ def address(folder: Path) -> Iterator[str]:
     finally:
         server.kill()
     assert server.returncode in (0, 130) and "Traceback" not in rest, rest
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    options = ["--dtype", "float32", "--max-images", "4", "--max-per-address", "3"]
+    with served(folder, "-c", HELD, "demo", "--port", "0", *options) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +228,6 @@ def test_a_race(visitor: Visitor, pipe: TextToImagePipeline) -> None:
     visitor.seed(7)
     visitor.tab("Compare")
     visitor.page.click("#compare")
-    visitor.film(".visar-race", "was first: ", "#compare-status")
     said = visitor.wait("was first: ", "#compare-status")
     for number, sampler in enumerate(("ar", "scd")):
         images = expected(pipe, "a red heart, 3d", sampler=sampler, seed=7)
@@ -294,4 +304,38 @@ def test_windows(browser: Any, address: str, width: int, dark: bool) -> None:
     visitor.open("Settings")
     visitor.open("Advanced")
     visitor.look()
+    visitor.close()
+
+
+def test_the_space(browser: Any, tmp_path: Path) -> None:
+    """As Hugging Face starts it, behind a name."""
+    folder = shutil.copytree(REPOSITORY / "examples" / "space", tmp_path / "space")
+    with served(folder, "app.py", GRADIO_SERVER_PORT="0", SPACE_HOST="localhost") as found:
+        visitor = Visitor(browser, f"http://localhost:{urlsplit(found).port}")
+        visitor.generate()
+        assert len(visitor.images()) == 1
+        visitor.close()
+
+
+@pytest.mark.skipif(wanted() is None, reason="makes the animation of the README")
+def test_film(browser: Any, address: str) -> None:
+    visitor = Visitor(browser, address, 480)
+    film, page = Film(visitor, (480, 600)), visitor.page
+    box = page.locator("#prompt input, #prompt textarea").first
+    box.fill("")
+    for part in ("a ", "straw", "berry", ", 3d"):
+        film.shoot()
+        box.press_sequentially(part)
+    film.shoot(700)
+    box.press("Enter")
+    film.until("Done: ")
+    visitor.tab("Compare")
+    page.locator("#visar-compare").scroll_into_view_if_needed()
+    film.shoot(1200)
+    page.click("#compare")
+    film.until("was first: ", "#compare-status")
+    film.shoot(2500)
+    folder = wanted()
+    assert folder is not None
+    film.save(folder / "demo.webp")
     visitor.close()

@@ -247,7 +247,7 @@ def _figure(run: Run) -> str:
 
 def _map(frame: Frame) -> str:
     try:
-        plot = to_svg(heat_map(frame.commit_pass))
+        plot = to_svg(heat_map(frame.event.commit_pass))
     except ValueError:  # of images that are not square
         return ""
     return f'<figure class="visar-map">{plot}<figcaption>bright cells came many in a pass</figcaption></figure>'

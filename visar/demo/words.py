@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -72,12 +71,10 @@ class Speeds:
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], tuple[int, float, float]] = {}
-        self._lock = threading.Lock()
 
     def add(self, model: str, sampler: str, nfe: int, seconds: float) -> None:
-        with self._lock:
-            images, passes, time = self._found.get((model, sampler), (0, 0.0, 0.0))
-            self._found[model, sampler] = images + 1, passes + nfe, time + seconds
+        images, passes, time = self._found.get((model, sampler), (0, 0.0, 0.0))
+        self._found[model, sampler] = images + 1, passes + nfe, time + seconds
 
     def told(self, model: str, sampler: str) -> str:
         """Passes and seconds of an image in words; "" where none was made."""
