@@ -170,7 +170,7 @@ class Visitor:
         """Take a screenshot for the documentation, if one is wanted."""
         if folder := wanted():
             image = self.shot()
-            image.thumbnail((800, 800))
+            image.thumbnail((640, 800))
             image.save(folder / f"demo-{name}.webp", quality=QUALITY, method=6)
 
     def shot(self) -> Image.Image:

@@ -106,7 +106,7 @@ def build(models: Mapping[str, DemoModel], limits: Limits, engine: Engine) -> gr
                         conditions.add_advanced()
                         one.add_parameters()
                 gr.HTML(view.GALLERY, elem_id="visar-visit")
-            with gr.Column(scale=3, min_width=300, elem_id="visar-right"), gr.Tabs(overflow_behavior="wrap"):
+            with gr.Column(scale=3, min_width=300, elem_id="visar-right"), gr.Tabs():
                 page = Page(runs, Visitors(blocks, limits), limits, conditions, Speeds())
                 with gr.Tab("Generate"):
                     status = _generate(page, one)
