@@ -13,13 +13,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
 
-from tests.helpers.browser import NAMELESS, PALE, Visitor
+import visar
+from tests.helpers.browser import Film, Visitor, wanted
 from tests.helpers.stepped import LONG, hears_interrupts
 from visar import TextToImagePipeline
 from visar.recipe import Recipe
@@ -28,6 +31,7 @@ from visar.samplers import get_sampler
 pytestmark = pytest.mark.slow
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+REPOSITORY = Path(visar.__file__).parent.parent
 QUIET = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -87,13 +91,13 @@ def hold(folder: Path) -> Iterator[Path]:
     file.unlink(missing_ok=True)
 
 
-@pytest.fixture(scope="module")
-def address(folder: Path) -> Iterator[str]:
-    command = [sys.executable, "-c", HELD, "demo", "--port", "0", "--dtype", "float32"]
-    command += ["--max-images", "4", "--max-per-address", "3"]
+@contextmanager
+def served(folder: Path, *command: str, **environment: str) -> Iterator[str]:
+    """The address of a server that is started in a folder and ends without a fault."""
     server = subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hears_interrupts
-    )
+        [sys.executable, *command], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, **environment}, preexec_fn=hears_interrupts,
+    )  # fmt: skip
     try:
         assert server.stdout is not None
         said = server.stdout.readline()
@@ -105,6 +109,13 @@ def address(folder: Path) -> Iterator[str]:
     finally:
         server.kill()
     assert server.returncode in (0, 130) and "Traceback" not in rest, rest
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    options = ["--dtype", "float32", "--max-images", "4", "--max-per-address", "3"]
+    with served(folder, "-c", HELD, "demo", "--port", "0", *options) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +146,7 @@ def test_enter_makes_an_image_that_can_be_kept_and_made_again(
     page.locator("#prompt input, #prompt textarea").first.press("Enter")
     visitor.wait("tokens|Done")
     visitor.wait("Done: ")
-    page.wait_for_selector("#result .visar-what")
+    page.wait_for_selector("#result [data-seed]")
     seed = int(page.inner_text("[data-seed]"))
     images = expected(pipe, "a cat face, noto", sampler="scd", seed=seed)
     assert [p.tobytes() for p in visitor.images()] == images
@@ -150,12 +161,11 @@ def test_enter_makes_an_image_that_can_be_kept_and_made_again(
     link = visitor.copied("link")
     page.click("#generate")  # another one
     page.wait_for_function("s => document.querySelector('[data-seed]')?.innerText !== s", arg=str(seed))
-    page.wait_for_selector("#result .visar-what")
+    page.wait_for_selector("#result [data-seed]")
     assert page.locator("#visar-gallery a").count() == 2
     page.locator("#visar-gallery a").last.click()
     page.keyboard.press("Escape")
     assert page.locator("dialog").count() == 0
-    visitor.keep("generate")
     other = Visitor(browser, address, query=link.removeprefix(address))
     assert other.page.locator("#prompt input, #prompt textarea").first.input_value() == "a cat face, noto"
     other.generate()
@@ -198,7 +208,6 @@ def test_images_come_while_they_are_decoded_and_stop_when_asked(visitor: Visitor
     for image in visitor.images():
         last = image.crop((0, 60, 64, 64)).getcolors()
         assert image.size == (64, 64) and last and all(abs(c - 128) < 4 for _, colour in last for c in colour)  # type: ignore[union-attr]
-    visitor.keep("decoding")
     visitor.page.click("#stop")
     visitor.wait("Stopped after 4")
     hold.unlink()
@@ -219,7 +228,6 @@ def test_a_race(visitor: Visitor, pipe: TextToImagePipeline) -> None:
     visitor.seed(7)
     visitor.tab("Compare")
     visitor.page.click("#compare")
-    visitor.film(".visar-race", "was first: ", "#compare-status")
     said = visitor.wait("was first: ", "#compare-status")
     for number, sampler in enumerate(("ar", "scd")):
         images = expected(pipe, "a red heart, 3d", sampler=sampler, seed=7)
@@ -231,7 +239,6 @@ def test_a_race(visitor: Visitor, pipe: TextToImagePipeline) -> None:
     )
     visitor.page.wait_for_selector("#compare-details svg")
     assert "first=ar&second=scd" in visitor.copied("link", "#compare-details")
-    visitor.keep("compare")
 
 
 def test_visitors_are_not_mixed(browser: Any, address: str, pipe: TextToImagePipeline) -> None:
@@ -268,25 +275,67 @@ def test_a_model_of_continuous_tokens(visitor: Visitor) -> None:
     assert visitor.page.inner_text('[data-metric="NFE"]') == "64"
 
 
-@pytest.mark.parametrize(("width", "dark", "name"), [(390, False, "phone"), (1280, True, "dark")])
-def test_other_windows(browser: Any, address: str, width: int, dark: bool, name: str) -> None:
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_windows(browser: Any, address: str, width: int, dark: bool) -> None:
     """Nothing is wider than the window, pale or nameless; the buttons and the result are in sight together."""
+    name = f"{'phone' if width == 360 else 'desktop'}-{'dark' if dark else 'light'}"
     visitor = Visitor(browser, address, width, dark)
     page = visitor.page
-    assert page.evaluate(PALE) == [] and page.evaluate(NAMELESS) == []
+    visitor.look()
     visitor.generate()
     box = page.locator("#images").bounding_box()
-    assert (
-        page.locator("#stop").bounding_box()["y"] >= 0 and box["y"] + box["height"] / 2 < page.viewport_size["height"]
-    )
-    visitor.keep(name)
-    for tab in ("Generate", "Compare", "Samplers"):
-        visitor.tab(tab)
-        page.wait_for_timeout(300)
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate(PALE) == [] and page.evaluate(NAMELESS) == []
+    assert page.locator("#stop").bounding_box()["y"] >= 0
+    assert box["y"] + box["height"] / 2 < page.viewport_size["height"]
+    visitor.keep(f"generate-{name}")
+    page.evaluate("for (const closed of document.querySelectorAll('details')) closed.open = true")
+    visitor.look()
+    tabs = [page.get_by_role("tab", name=tab).bounding_box() for tab in ("Generate", "Compare", "Samplers")]
+    assert len({tab["y"] for tab in tabs}) == 1 and tabs[2]["x"] + tabs[2]["width"] <= width
+    visitor.tab("Samplers")
+    page.wait_for_function("document.querySelector('#samplers').innerText.includes(' passes, ')")  # what scd took
+    visitor.look()
+    visitor.tab("Compare")
+    page.click("#compare")
+    visitor.wait("was first: ", "#compare-status")
+    page.wait_for_selector("#compare-details svg")
+    visitor.keep(f"compare-{name}")
+    visitor.look()
     visitor.open("Settings")
     visitor.open("Advanced")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate(PALE) == [] and page.evaluate(NAMELESS) == []
+    visitor.look()
+    visitor.close()
+
+
+def test_the_space(browser: Any, tmp_path: Path) -> None:
+    """As Hugging Face starts it, behind a name."""
+    folder = shutil.copytree(REPOSITORY / "examples" / "space", tmp_path / "space")
+    with served(folder, "app.py", GRADIO_SERVER_PORT="0", SPACE_HOST="localhost") as found:
+        visitor = Visitor(browser, f"http://localhost:{urlsplit(found).port}")
+        visitor.generate()
+        assert len(visitor.images()) == 1
+        visitor.close()
+
+
+@pytest.mark.skipif(wanted() is None, reason="makes the animation of the README")
+def test_film(browser: Any, address: str) -> None:
+    visitor = Visitor(browser, address, 480)
+    film, page = Film(visitor, (480, 600)), visitor.page
+    box = page.locator("#prompt input, #prompt textarea").first
+    box.fill("")
+    for part in ("a ", "straw", "berry", ", 3d"):
+        film.shoot()
+        box.press_sequentially(part)
+    film.shoot(700)
+    box.press("Enter")
+    film.until("Done: ")
+    visitor.tab("Compare")
+    page.locator("#visar-compare").scroll_into_view_if_needed()
+    film.shoot(1200)
+    page.click("#compare")
+    film.until("was first: ", "#compare-status")
+    film.shoot(2500)
+    folder = wanted()
+    assert folder is not None
+    film.save(folder / "demo.webp")
     visitor.close()

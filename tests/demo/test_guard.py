@@ -74,6 +74,20 @@ def test_no_address_is_asked(visitor: Visitor, served: str, wrapped: str, tmp_pa
         assert asked == []
 
 
+def test_a_tab_may_say_that_it_is_chosen(served: str, visitor: Visitor) -> None:
+    (event,) = (d for d in visitor.config["dependencies"] if any(kind == "select" for _, kind in d["targets"]))
+    body = {"data": visitor.values(event), "fn_index": event["id"], "session_hash": "me"}
+    body["event_data"] = {"value": "Samplers", "index": 2, "id": "tab", "component_id": 3}
+    status, said = get(f"{served}/gradio_api/run/predict", body=json.dumps(body).encode(), headers=JSON)
+    assert status == 200 and b"scd" in said
+
+
+def test_what_only_the_page_does_cannot_be_asked(served: str, visitor: Visitor) -> None:
+    (event,) = (d for d in visitor.config["dependencies"] if not d["backend_fn"])
+    status, said = visitor.sends("run/predict", event, visitor.values(event))
+    assert status == 400 and b"no button" in said
+
+
 @pytest.mark.parametrize(
     "path",
     [

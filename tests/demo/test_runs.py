@@ -73,9 +73,9 @@ def test_what_is_shown_while_it_is_decoded(engine: Engine, model: DemoModel, mon
     out = alone(request)
     assert seen
     for frame in seen:
-        known = frame.commit_pass >= 0
+        known = frame.event.commit_pass >= 0
         assert int(known.sum()) == frame.at.committed == frame.at.passes
-        assert torch.equal(frame.commit_pass[known], out.commit_pass[0][known])
+        assert torch.equal(frame.event.commit_pass[known], out.commit_pass[0][known])
         assert frame.image.getpixel((frame.image.width - 1, frame.image.height - 1)) == (128, 128, 128)
 
 

@@ -6,6 +6,8 @@ import base64
 import io
 import os
 import re
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,6 +62,14 @@ PALE = """() => {
   return found;
 }"""
 
+# Parts that reach beyond the window, also those that are cut off there, unless they are in something that scrolls.
+WIDE = """() => [...document.querySelectorAll("body *")].filter(node => {
+  const box = node.getBoundingClientRect();
+  if (!node.checkVisibility() || !box.width || box.left >= -1 && box.right <= innerWidth + 1) return false;
+  const scroller = node.parentElement.closest(".visar-curves");
+  return !scroller || scroller.getBoundingClientRect().right > innerWidth + 1;
+}).map(node => `${node.tagName} ${node.id} ${node.className}`.slice(0, 80))"""
+
 # Boxes and buttons in sight without a name for a screen reader.
 NAMELESS = """() => [...document.querySelectorAll("input, textarea, button, select, a[href]")].filter(node =>
   node.checkVisibility() && !node.ariaLabel && !node.textContent.trim() && !node.title && !node.alt
@@ -67,10 +77,22 @@ NAMELESS = """() => [...document.querySelectorAll("input, textarea, button, sele
   && !node.getAttribute("aria-labelledby")).map(node => node.outerHTML.slice(0, 160))"""
 
 
+QUALITY = 50  # of the images for the documentation
+
+
+def wanted() -> Path | None:
+    """The folder for the images of the documentation, if they are wanted."""
+    if not (folder := os.environ.get("VISAR_SCREENSHOTS")):
+        return None
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
 class Visitor:
     """One browser window on the page."""
 
     def __init__(self, browser: Any, address: str, width: int = 1280, dark: bool = False, query: str = ""):
+        self.width = width
         self.context = browser.new_context(
             viewport={"width": width, "height": 900 if width > 800 else 800},
             device_scale_factor=1 if width > 800 else 2,
@@ -88,6 +110,12 @@ class Visitor:
         self.page.wait_for_selector("#generate")
         self.page.wait_for_selector("#status .visar-status")
         self.page.wait_for_timeout(1000)  # until the page's own program listens
+
+    def look(self) -> None:
+        """All that is in sight now can be read and is within the window."""
+        assert self.page.evaluate(PALE) == [] and self.page.evaluate(NAMELESS) == []
+        assert self.page.evaluate("document.documentElement.scrollWidth") <= self.width
+        assert self.page.evaluate(WIDE) == []
 
     def _seen(self, url: str, own: str) -> None:
         if url.startswith("http") and urlsplit(url).netloc != own:
@@ -126,7 +154,7 @@ class Visitor:
         self.page.click("#generate")
         self.wait("Starting|Waiting|passes, |tokens|Done")
         said = self.wait("Done: ")
-        self.page.wait_for_selector("#result .visar-what")
+        self.page.wait_for_selector("#result [data-seed]")
         return said
 
     def images(self, where: str = "#images") -> list[Image.Image]:
@@ -138,33 +166,15 @@ class Visitor:
         self.page.wait_for_selector(f'{where} button:has-text("Copied")')
         return str(self.page.evaluate("navigator.clipboard.readText()"))
 
-    def keep(self, name: str, full: bool = False) -> None:
+    def keep(self, name: str) -> None:
         """Take a screenshot for the documentation, if one is wanted."""
-        if folder := os.environ.get("VISAR_SCREENSHOTS"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            shot = self.page.screenshot(full_page=full)
-            image = Image.open(io.BytesIO(shot)).convert("RGB")
-            image.thumbnail((1000, 1400))
-            image.save(Path(folder) / f"demo-{name}.webp", quality=60, method=6)
+        if folder := wanted():
+            image = self.shot()
+            image.thumbnail((640, 800))
+            image.save(folder / f"demo-{name}.webp", quality=QUALITY, method=6)
 
-    def film(self, place: str, until: str, where: str) -> None:
-        """An animation of a part of the page until a text is there, for the README, if one is wanted."""
-        if not (folder := os.environ.get("VISAR_SCREENSHOTS")):
-            return
-        frames: list[Image.Image] = []
-        while not frames or not re.search(until, self.page.inner_text(where)):
-            frames.append(Image.open(io.BytesIO(self.page.locator(place).screenshot())).convert("RGB"))
-            self.page.wait_for_timeout(100)
-        self.page.wait_for_timeout(500)
-        frames = frames[:: max(1, len(frames) // 40)]
-        frames.append(Image.open(io.BytesIO(self.page.locator(place).screenshot())).convert("RGB"))
-        for frame in frames:
-            frame.thumbnail((480, 480))
-        times = [150] * (len(frames) - 1) + [3000]
-        frames[0].save(
-            Path(folder) / "race.webp", save_all=True, append_images=frames[1:], duration=times, loop=0, quality=30,
-            method=4, minimize_size=True,
-        )  # fmt: skip
+    def shot(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.page.screenshot())).convert("RGB")
 
     def close(self) -> None:
         """Nothing came from elsewhere, nothing failed, and nothing jumped."""
@@ -172,3 +182,34 @@ class Visitor:
         self.context.close()
         assert self.elsewhere == [] and self.troubles == []
         assert shifted < 0.1
+
+
+class Film:
+    """An animation of a window in its own time, three frames a second or fewer. Equal frames become one that lasts."""
+
+    def __init__(self, visitor: Visitor, size: tuple[int, int]):
+        self.visitor, self.size = visitor, size
+        visitor.page.set_viewport_size(dict(zip(("width", "height"), size, strict=True)))
+        self.frames: list[tuple[float, Image.Image]] = []  # each with its time in milliseconds
+
+    def shoot(self, wait: int = 300) -> None:
+        """A frame of what is in sight, which stands for at least `wait` milliseconds."""
+        shot = self.visitor.shot().resize(self.size, Image.Resampling.LANCZOS)
+        if not self.frames or shot.tobytes() != self.frames[-1][1].tobytes():
+            self.frames.append((1000 * time.monotonic(), shot))
+        self.visitor.page.wait_for_timeout(wait)
+
+    def until(self, text: str, where: str = "#status") -> None:
+        while not re.search(text, self.visitor.page.inner_text(where)):
+            self.shoot()
+        self.visitor.page.wait_for_timeout(700)  # and what comes with the end
+        self.shoot(2500)
+
+    def save(self, file: Path) -> None:
+        starts = [start for start, _ in self.frames] + [1000 * time.monotonic()]
+        times = [round(end - start) for start, end in pairwise(starts)]
+        first, *rest = [frame for _, frame in self.frames]
+        first.save(
+            file, save_all=True, append_images=rest, duration=times, loop=0, quality=QUALITY, method=6,
+            minimize_size=True,
+        )  # fmt: skip

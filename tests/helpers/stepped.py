@@ -71,7 +71,7 @@ def assert_same(runs: list[Run], out: Any) -> None:
         frame = run.frame
         assert frame is not None and frame.finished is not None
         assert frame.image.tobytes() == out.images[i].tobytes() and frame.finished.tokens.equal(out.tokens[i])
-        assert frame.commit_pass.equal(out.commit_pass[i])
+        assert frame.event.commit_pass.equal(out.commit_pass[i])
 
 
 def until(condition: Callable[[], Any]) -> None:

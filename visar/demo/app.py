@@ -26,9 +26,9 @@ from visar.samplers import values_of
 from visar.serving.engine import Engine
 
 INTRO = (
-    "<h1>visar</h1><p>Write what to draw, and watch the model decode it; grey cells are not there yet. Most samplers "
-    "guess several tokens and test them in one pass of the model. <b>Exact</b> ones leave the images as plain decoding "
-    "makes them, <b>relaxed</b> ones change them.</p>"
+    "<h1>visar</h1><p>Write what to draw, and watch a model make the image piece by piece (each is a token). A sampler "
+    "guesses several tokens ahead, and so needs fewer passes of the model. <b>Exact</b> samplers leave every image as "
+    "likely as it was, <b>relaxed</b> ones give that up for speed.</p>"
 )
 # In a narrow window the results are below; the buttons stay in sight.
 SHOW = "(...args) => { if (innerWidth < 800) document.getElementById('%s').scrollIntoView(); return args; }"
@@ -63,6 +63,9 @@ def theme() -> gr.themes.Base:
         button_cancel_text_color_dark="#fee2e2", block_label_background_fill="transparent",
         block_title_background_fill="transparent", block_title_background_fill_dark="transparent",
         block_label_background_fill_dark="transparent", link_text_color=link, link_text_color_dark="#93c5fd",
+        block_padding="0", block_title_padding="0", block_background_fill="transparent",
+        block_background_fill_dark="transparent", input_border_width="1px", input_border_width_dark="1px",
+        input_border_color="*neutral_400", input_border_color_dark="*neutral_500", input_shadow="none",
     )  # fmt: skip
 
 
@@ -108,10 +111,13 @@ def build(models: Mapping[str, DemoModel], limits: Limits, engine: Engine) -> gr
                 with gr.Tab("Generate"):
                     status = _generate(page, one)
                 with gr.Tab("Compare", elem_id="visar-compare"):
-                    pair = [
-                        SamplerControls(models, "First sampler", first.baseline),
-                        SamplerControls(models, "Second sampler", first.default_sampler),
-                    ]
+                    pair = []
+                    with gr.Row():
+                        for label, chosen in ("First", first.baseline), ("Second", first.default_sampler):
+                            with gr.Column(min_width=200):
+                                pair.append(SamplerControls(models, f"{label} sampler", chosen))
+                                with gr.Accordion("Advanced", open=False):
+                                    pair[-1].add_parameters()
                     _compare(page, pair)
                 with gr.Tab("Samplers") as tab:
                     table = gr.HTML(view.samplers(first, page.speeds), elem_id="samplers")
@@ -131,18 +137,18 @@ def build(models: Mapping[str, DemoModel], limits: Limits, engine: Engine) -> gr
 
 def _generate(page: Page, one: SamplerControls) -> gr.HTML:
     with gr.Row(elem_id="visar-go"):
-        go = gr.Button("Generate", variant="primary", elem_id="generate")
+        go = gr.Button("Generate", variant="primary", scale=3, elem_id="generate")
         stop = gr.Button("Stop", variant="stop", elem_id="stop")
     status = gr.HTML(view.status("Press Enter in the prompt, or Generate."), elem_id="status")
     images = gr.HTML(view.images(), elem_id="images")
     gr.HTML(view.SMOOTH)
-    result = gr.HTML(elem_id="result")
+    result = gr.HTML(view.RESULT, elem_id="result")
     details = gr.HTML(EMPTY, elem_id="details")
 
     def render(request: Request, runs: list[Run] | None) -> list[Any]:
         if runs is None:
             start = view.status("Starting.", "busy", 0, 1)
-            return [start, view.images(size=request.images), "", EMPTY, request.seed]
+            return [start, view.images(size=request.images), view.RESULT, EMPTY, request.seed]
         shown = [view.progress(request, runs, page.runs.engine.queued), view.images(runs)]
         if not all(run.done for run in runs):
             return [*shown, gr.skip(), gr.skip(), gr.skip()]
@@ -154,20 +160,17 @@ def _generate(page: Page, one: SamplerControls) -> gr.HTML:
 
 def _compare(page: Page, pair: list[SamplerControls]) -> None:
     with gr.Row(elem_id="visar-race-go"):
-        go = gr.Button("Start the race", variant="primary", elem_id="compare")
+        go = gr.Button("Start the race", variant="primary", scale=3, elem_id="compare")
         stop = gr.Button("Stop", variant="stop", elem_id="compare-stop")
     status = gr.HTML(view.status("Two samplers, one prompt and one seed: who is done first?"), elem_id="compare-status")
     with gr.Row(elem_classes="visar-race"):
         columns = [gr.HTML(view.start(control.chosen), elem_id=f"racer-{n}") for n, control in enumerate(pair)]
-    details = gr.HTML(elem_id="compare-details")
-    with gr.Accordion("Advanced: parameters of both samplers", open=False):
-        for control in pair:
-            control.add_parameters()
+    details = gr.HTML(view.LATER, elem_id="compare-details")
 
     def render(request: Request, runs: list[Run] | None) -> list[Any]:
         if runs is None:
             start = view.status("Starting.", "busy", 0, 1)
-            return [start, *(view.racer(request, None, n) for n in (0, 1)), "", request.seed]
+            return [start, *(view.racer(request, None, n) for n in (0, 1)), view.LATER, request.seed]
         first, done = view.first_of(runs), all(run.done for run in runs)
         racers = [view.racer(request, run, run.number, first) for run in runs]
         rest = [view.race_details(request, runs), request.seed] if done else [gr.skip(), gr.skip()]

@@ -36,6 +36,7 @@ class Conditions:
         with gr.Row():
             self.random = gr.Checkbox(True, label="Random seed", min_width=120)
             seed = gr.Number(0, label=label_of("seed"), elem_id="seed", min_width=120)
+        seed.input(None, None, self.random, js="() => false", queue=False)  # who writes a seed wants it
         self.settings: dict[str, Any] = {"seed": seed}
 
     def add_advanced(self) -> None:

@@ -65,7 +65,7 @@ class SamplerControls:
         for model in self.models.values():
             for name in model.samplers:
                 every |= {k: p for k, p in shown_parameters(model, name).items() if k not in every}
-        with gr.Row():
+        with gr.Row(elem_classes="visar-parameters"):
             self.boxes |= {name: _box_of(own.get(name, p), name in own) for name, p in every.items()}
 
     @property
@@ -99,5 +99,4 @@ class SamplerControls:
 def choices_of(model: DemoModel) -> list[tuple[str, str]]:
     """The samplers of a model in their groups, each with what kind it is."""
     kinds = ("exact", "exact, with a drafter", "relaxed")
-    found = sorted(model.samplers, key=words.group_of)
-    return [(f"{n} · {kinds[words.group_of(n)]}", n) for n in found]
+    return [(f"{n} · {kinds[words.group_of(n)]}", n) for n in words.ordered(model.samplers)]

@@ -46,7 +46,7 @@ class Body(BaseModel):
     fn_index: int
     session_hash: Annotated[str, StringConstraints(pattern=f"^{SESSION}$")]
     trigger_id: int | None = None
-    event_data: None = None
+    event_data: dict[str, str | int | None] | None = None  # of a tab that is chosen; dropped
 
 
 class Guard:
@@ -111,7 +111,7 @@ class Guard:
             raise Refused(400, BODY) from None
         event = self.page.fns.get(press.fn_index)
         queued = scope["path"] == QUEUED
-        if event is None or bool(event.queue) is not queued:
+        if event is None or event.fn is None or bool(event.queue) is not queued:
             raise Refused(400, f"There is no button {press.fn_index} here.")
         if len(press.data) != len(event.inputs):
             raise Refused(400, f"This button takes {len(event.inputs)} values, not {len(press.data)}.")

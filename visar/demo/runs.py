@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from visar.demo.models import DemoModel
 from visar.demo.requests import Limits, Request
@@ -34,12 +33,19 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Frame:
-    """A run as it is shown: pixels, `commit_pass` [N], and how far it is; `finished` when it is done."""
+    """A run as it is shown: what the engine told last, and its pixels."""
 
     image: Image.Image
-    commit_pass: Tensor
-    at: Glance
-    finished: Finished | None = None
+    event: Partial | Finished
+
+    @property
+    def at(self) -> Glance:
+        done = self.event
+        return done.at if isinstance(done, Partial) else Glance(len(done.commit_pass), done.passes, done.seconds)
+
+    @property
+    def finished(self) -> Finished | None:
+        return self.event if isinstance(self.event, Finished) else None
 
 
 @dataclass(eq=False)
@@ -71,13 +77,11 @@ class Run:
         """Decode the pixels of an event, which becomes the frame."""
         model, tokens, commit_pass = self.request.model.model, event.tokens[None], event.commit_pass[None]
         if isinstance(event, Finished):
-            at = Glance(len(event.commit_pass), event.passes, event.seconds)
-            self.frame = Frame(to_pil(model.decode_tokens(tokens))[0], event.commit_pass.cpu(), at, event)
+            self.frame = Frame(to_pil(model.decode_tokens(tokens))[0], event)
             return
-        lengths = torch.tensor([event.at.committed])
-        known = commit_pass >= 0
-        seen = Progress(event.at.passes, event.at.seconds, tokens, commit_pass, lengths, known, model.family)
-        self.frame = Frame(seen.images()[0], event.commit_pass.cpu(), event.at)
+        at, lengths, known = event.at, torch.tensor([event.at.committed]), commit_pass >= 0
+        seen = Progress(at.passes, at.seconds, tokens, commit_pass, lengths, known, model.family)
+        self.frame = Frame(seen.images()[0], event)
 
 
 class Runs:

@@ -84,7 +84,7 @@ def details(request: Request, runs: Sequence[Run]) -> str:
     done = [finished(run) for run in runs]
     passes, seconds = sum(f.passes for f in done) / len(done), sum(f.seconds for f in done)
     tiles = [
-        ("NFE", f"{sum(f.nfe for f in done) / len(done):,.0f}", "passes of the model for an image"),
+        ("NFE", f"{sum(f.nfe for f in done) / len(done):,.0f}", "passes for an image"),
         ("tokens per pass", f"{request.tokens / passes:.2f}", f"of {request.tokens:,} tokens"),
         ("ms per pass", f"{1000 * seconds / len(done) / passes:.2f}", "shared with others at work"),
         ("seconds", f"{seconds:.2f}", "in passes for you"),
@@ -155,7 +155,7 @@ def first_of(runs: Sequence[Run]) -> int | None:
 
 def race_details(request: Request, runs: Sequence[Run]) -> str:
     """After a race: whether each is exact, the curves, and a link."""
-    kinds = "".join(exactness(sampler.name) for sampler in request.samplers)
+    kinds = exactness(*dict.fromkeys(sampler.name for sampler in request.samplers))
     return (
         f'<div class="visar-actions">{_copy("link", link_of(request))}</div>{kinds}'
         '<p class="visar-note">The clock counts a sampler\'s own passes. Equal seeds need not give equal images: exact '
@@ -163,34 +163,40 @@ def race_details(request: Request, runs: Sequence[Run]) -> str:
     )
 
 
-def exactness(sampler: str) -> str:
-    """A sampler, and whether it is exact, in one sentence."""
-    kind = spec_of(sampler).exactness
-    said = IN_WORDS.get(kind, f"{kind[:1].upper()}{kind[1:]}.")
-    mark = "relaxed" if kind == "relaxed" else "exact"
-    name = f"<b>{html.escape(sampler)}</b>"
-    return f'<p class="visar-exactness">{name} <span class="visar-{mark}">{html.escape(said)}</span></p>'
+def exactness(*samplers: str) -> str:
+    """Whether samplers are exact: a sentence for each kind."""
+    kinds: dict[str, list[str]] = {}
+    for sampler in samplers:
+        kinds.setdefault(spec_of(sampler).exactness, []).append(f"<b>{html.escape(sampler)}</b>")
+    return "".join(
+        f'<p class="visar-exactness">{" and ".join(names)} · <span class="visar-{_mark(kind)}">'
+        f"{html.escape(IN_WORDS.get(kind, f'{kind.capitalize()}.'))}</span></p>"
+        for kind, names in kinds.items()
+    )
+
+
+def _mark(kind: str) -> str:
+    return "relaxed" if kind == "relaxed" else "exact"
 
 
 def explained(sampler: str) -> str:
     """A chosen sampler in a line of its own."""
-    kind = "relaxed" if spec_of(sampler).exactness == "relaxed" else "exact"
-    line = html.escape(words.line_of(sampler))
-    return f'<p class="visar-line"><span class="visar-{kind}">{words.short_kind(sampler)}</span> {line}</p>'
+    line, mark = html.escape(words.line_of(sampler)), _mark(spec_of(sampler).exactness)
+    return f'<p class="visar-line"><span class="visar-{mark}">{words.short_kind(sampler)}</span> {line}</p>'
 
 
 def samplers(model: DemoModel, speeds: words.Speeds) -> str:
     """All samplers of a model in their groups, with what an image took here."""
-    parts = []
+    parts = ['<p class="visar-note">Passes and seconds are those of images made here since the server started.</p>']
     for number, group in enumerate(words.GROUPS):
         rows = "".join(
             f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(words.line_of(name))}</td>"
-            f"<td>{speeds.told(model.name, name) or '<small>not run yet</small>'}</td></tr>"
-            for name in model.samplers
+            f"<td>{speeds.told(model.name, name)}</td></tr>"
+            for name in words.ordered(model.samplers)
             if words.group_of(name) == number
         )
         if rows:
-            names = "".join(f"<th scope=col>{name}</th>" for name in ("sampler", "what it does", "an image here"))
+            names = "".join(f"<th scope=col>{name}</th>" for name in ("sampler", "what it does", "per image"))
             head = f"<thead><tr>{names}</tr></thead>"
             parts.append(f'<h3>{group}</h3><table class="visar-table">{head}<tbody>{rows}</tbody></table>')
     return "".join(parts)
@@ -200,19 +206,28 @@ def samplers(model: DemoModel, speeds: words.Speeds) -> str:
 def examples() -> str:
     """Prompts to try, each with a thumbnail."""
     file = resources.files("visar.demo").joinpath("examples.webp").read_bytes()
-    strip = f"data:image/webp;base64,{base64.b64encode(file).decode()}"
+    strip = f"url(data:image/webp;base64,{base64.b64encode(file).decode()})"
     chips = "".join(
-        f'<button type="button" data-prompt="{html.escape(text)}"><img src="{strip}" alt="" style="--at:{number}">'
-        f"<span>{html.escape(text.partition(',')[0])}</span></button>"
+        f'<button type="button" data-prompt="{html.escape(text)}"><i style="--at:{number}"></i>'
+        f"<span>{html.escape(text.partition(',')[0].removeprefix('a '))}</span></button>"
         for number, text in enumerate(EXAMPLES)
     )
-    return f'<div class="visar-examples">{chips}</div>'
+    return f'<div class="visar-examples" style="--strip:{strip}">{chips}</div>'
 
 
 GALLERY = (
     '<h3>This visit</h3><div id="visar-gallery" class="visar-gallery" aria-label="Images of this visit">'
     "<p>Your images stay here until you leave the page.</p></div>"
 )
+RESULT = (  # before the first image
+    '<p class="visar-what">Keep it, share it, or make it again:</p><div class="visar-actions">'
+    + "".join(
+        f'<button type="button" class="visar-button" disabled>{what}</button>'
+        for what in ("Download", "Copy link", "Copy Python", "Copy command")
+    )
+    + "</div>"
+)
+LATER = '<div class="visar-empty">Afterwards: how many tokens each had at what time</div>'  # before a race
 DETAILS = '<details class="visar-details"><summary>How it was decoded</summary>'
 SMOOTH = '<label class="visar-smooth"><input type="checkbox" id="visar-smooth"> Smooth pixels</label>'
 
@@ -232,7 +247,7 @@ def _figure(run: Run) -> str:
 
 def _map(frame: Frame) -> str:
     try:
-        plot = to_svg(heat_map(frame.commit_pass))
+        plot = to_svg(heat_map(frame.event.commit_pass))
     except ValueError:  # of images that are not square
         return ""
     return f'<figure class="visar-map">{plot}<figcaption>bright cells came many in a pass</figcaption></figure>'

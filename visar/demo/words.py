@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from visar.samplers import spec_of
@@ -12,7 +11,7 @@ GROUPS = ("Exact, needs nothing", "Exact, with a drafter", "Relaxed: other image
 LINES: Mapping[str, str] = MappingProxyType({
     "ar": "Plain decoding: one token in each pass. The baseline.",
     "sjd": "Guesses a window of tokens and tests all of them in each pass.",
-    "scd": "As sjd, with guesses that stay the same between passes as often as possible.",
+    "scd": "Guesses a window of tokens, as alike as can be from pass to pass, and tests all.",
     "scd-gumbel": "As scd, with shared Gumbel noise for the guesses.",
     "jacobi": "Takes the most likely token everywhere, so every seed gives one image.",
     "speculative": "A smaller model guesses a few tokens ahead.",
@@ -57,6 +56,12 @@ def group_of(sampler: str) -> int:
     return 2 if not spec.exact else 1 if spec.drafter else 0
 
 
+def ordered(samplers: Iterable[str]) -> list[str]:
+    """Samplers group by group; in a group as in `LINES`, then those of the user's own."""
+    names = list(LINES)
+    return sorted(samplers, key=lambda name: (group_of(name), names.index(name) if name in LINES else len(names)))
+
+
 def line_of(sampler: str) -> str:
     """Its line; for one of the user's own what it was registered with."""
     return LINES.get(sampler) or spec_of(sampler).paper
@@ -74,12 +79,10 @@ class Speeds:
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, str], tuple[int, float, float]] = {}
-        self._lock = threading.Lock()
 
     def add(self, model: str, sampler: str, nfe: int, seconds: float) -> None:
-        with self._lock:
-            images, passes, time = self._found.get((model, sampler), (0, 0.0, 0.0))
-            self._found[model, sampler] = images + 1, passes + nfe, time + seconds
+        images, passes, time = self._found.get((model, sampler), (0, 0.0, 0.0))
+        self._found[model, sampler] = images + 1, passes + nfe, time + seconds
 
     def told(self, model: str, sampler: str) -> str:
         """Passes and seconds of an image in words; "" where none was made."""
