@@ -39,7 +39,7 @@ def catalogue() -> dict[str, SamplerSpec]:
         found = attributes(node.name)
         tokens, order = (
             ast.literal_eval(found[n].value) if n in found else usual  # type: ignore[arg-type]
-            for n, usual in (("tokens", "discrete"), ("order", "raster"))
+            for n, usual in (("tokens", "discrete"), ("scan", "raster"))
         )
         for call in reversed(node.decorator_list):  # as they are applied
             if not isinstance(call, ast.Call) or ast.unparse(call.func) != "register_sampler":

@@ -42,7 +42,7 @@ class Diagonal(Registered):
 
     layout: Layout | None = field(default=None, compare=False)  # filled in by the model
     exact: ClassVar[bool] = True
-    order: ClassVar[str] = "diagonal"
+    scan: ClassVar[str] = "diagonal"
 
     @property
     def window(self) -> int:

@@ -29,7 +29,7 @@ class SamplerSpec:
     """A registered sampler.
 
     `exact`: whether images have the distribution of sequential sampling; `note`: in what sense they have it, where a
-    yes or no does not say it. `tokens`: "discrete" or "continuous"; `order`: "raster", or "diagonal" for models with
+    yes or no does not say it. `tokens`: "discrete" or "continuous"; `scan`: "raster", or "diagonal" for models with
     two-way heads. `drafter`: the kind of drafter that it needs, one
     of `visar.drafters.KINDS`, "draft" for a smaller MAR, or None. `options`: what a user may set.
     """
@@ -42,7 +42,7 @@ class SamplerSpec:
     drafter: str | None
     options: Mapping[str, Parameter]
     module: str = field(repr=False)
-    order: str = "raster"
+    scan: str = "raster"
 
     @property
     def exactness(self) -> str:
@@ -112,7 +112,7 @@ def register_sampler(
             raise VisarError(f"Sampler {name!r} is registered with exact={exact}, and its class says {made.exact}.")
         tokens = getattr(cls, "tokens", "discrete")
         _SPECS[name] = SamplerSpec(
-            name, paper, tokens, exact, note, drafter, parameters_of(made), cls.__module__, order_of(cls)
+            name, paper, tokens, exact, note, drafter, parameters_of(made), cls.__module__, scan_of(cls)
         )
         _MAKERS[name] = maker
         return cls
@@ -126,7 +126,7 @@ def ordered(specs: Iterable[SamplerSpec]) -> list[SamplerSpec]:
 
 
 def _rank(s: SamplerSpec) -> tuple[bool, bool, bool, bool, str]:
-    return s.tokens != "discrete", s.order != "raster", bool(s.drafter), s.exactness == "relaxed", s.module
+    return s.tokens != "discrete", s.scan != "raster", bool(s.drafter), s.exactness == "relaxed", s.module
 
 
 @cache
@@ -137,7 +137,7 @@ def _load() -> None:
 
 def samplers_for(tokens: str, order: str = "raster") -> dict[str, SamplerSpec]:
     """The samplers of "discrete" or of "continuous" tokens, by name; of discrete ones those of an order."""
-    return {name: spec for name, spec in SAMPLERS.items() if (spec.tokens, spec.order) == (tokens, order)}
+    return {name: spec for name, spec in SAMPLERS.items() if (spec.tokens, spec.scan) == (tokens, order)}
 
 
 def default_sampler(tokens: str, order: str = "raster") -> str:
@@ -146,9 +146,9 @@ def default_sampler(tokens: str, order: str = "raster") -> str:
     return usual if usual in (own := samplers_for(tokens, order)) else next(iter(own))
 
 
-def order_of(sampler: Any) -> str:
+def scan_of(sampler: Any) -> str:
     """The order in which a sampler samples tokens."""
-    return getattr(sampler, "order", "raster")
+    return getattr(sampler, "scan", "raster")
 
 
 def spec_of(name: str) -> SamplerSpec:
@@ -232,7 +232,7 @@ def check_sampler(sampler: Any, tokens: str | None = None, order: str | None = N
     if tokens is not None and own != tokens:
         known = ", ".join(samplers_for(tokens))
         raise VisarError(f"Sampler {sampler.name!r} is for {own} tokens. For {tokens} ones there are: {known}.")
-    if order not in (None, (found := order_of(sampler))):
+    if order not in (None, (found := scan_of(sampler))):
         known = ", ".join(samplers_for(own, order))
         kinds = {"raster": "samples in raster order", "diagonal": "samples by diagonals, with two-way heads"}
         raise VisarError(

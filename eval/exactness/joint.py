@@ -33,7 +33,7 @@ from visar.samplers import (
     Target,
     check_sampler,
     get_sampler,
-    order_of,
+    scan_of,
     samplers_for,
     values_of,
 )
@@ -60,7 +60,7 @@ class Case:
     columns: int = 1
 
     @property
-    def order(self) -> str:
+    def scan(self) -> str:
         """Of the samplers that it is for."""
         return "diagonal" if self.model == "diagonals" else "raster"
 
@@ -315,7 +315,7 @@ def check_exact(names: Iterable[str]) -> None:
 
 def rows_of(sampler: Sampler, sequences: int, seed: int, cases: Iterable[Case]) -> Iterator[Row]:
     for case in cases:
-        if case.order != order_of(sampler):
+        if case.scan != scan_of(sampler):
             continue
         if case.init != "uniform" and not hasattr(sampler, "init"):
             continue  # it has no window to fill

@@ -52,7 +52,7 @@ def verify_model(
             "continuous ones."
         )
     if names is None:
-        exact = exact_samplers(model.family.order)
+        exact = exact_samplers(model.family.scan)
         names = [name for name in exact if name in model.usable_samplers() and name != "jacobi"]
     check_exact(names)
     rows = []
@@ -90,7 +90,7 @@ def rosenblatt(model: ImageModel, condition: Any, tokens: Tensor, noise: torch.G
     target = target.on(session.device, session.length, session.vocab)
     tokens = tokens.to(session.device)
     out = torch.empty(tokens.shape, dtype=torch.double)
-    for at, p in (by_diagonals if family.order == "diagonal" else one_by_one)(session, target, tokens):
+    for at, p in (by_diagonals if family.scan == "diagonal" else one_by_one)(session, target, tokens):
         own = tokens[:, at, None]
         below, each = p.cumsum(-1).gather(-1, own)[..., 0], p.gather(-1, own)[..., 0]
         v = torch.rand(own.shape[:2], generator=noise).double()

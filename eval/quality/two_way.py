@@ -74,7 +74,7 @@ def distance(two_way: ImageModel, trunk: ImageModel, sample: Sample, batch: int 
 def check(two_way: ImageModel, trunk: ImageModel) -> None:
     """Raise `VisarError` unless one has two-way heads and the other none, and both have the same tokens."""
     for model, kind in ((two_way, "diagonal"), (trunk, "raster")):
-        if not isinstance(model.family.model, LlamaGen) or model.family.order != kind:
+        if not isinstance(model.family.model, LlamaGen) or model.family.scan != kind:
             heads = "two-way heads" if kind == "diagonal" else "none, as --trunk"
             raise VisarError(f"This compares a LlamaGen with {heads}, and another model was given.")
     one, other = (m.family.model.config for m in (two_way, trunk))

@@ -100,7 +100,7 @@ def default_of(options: argparse.Namespace) -> str:
     from visar.samplers import default_sampler
 
     family = family_of(source := source_of(options))
-    return default_sampler(family.tokens, family.order_at(source))
+    return default_sampler(family.tokens, family.scan_at(source))
 
 
 def is_file(options: argparse.Namespace) -> bool:

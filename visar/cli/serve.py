@@ -124,7 +124,7 @@ def _samplers(options: argparse.Namespace, models: Mapping[str, ImageModel]) -> 
 
     def fits(sampler: Any, model: ImageModel) -> bool:
         try:
-            check_sampler(sampler, model.family.tokens, model.family.order)
+            check_sampler(sampler, model.family.tokens, model.family.scan)
         except VisarError:
             return False
         return True
@@ -133,12 +133,12 @@ def _samplers(options: argparse.Namespace, models: Mapping[str, ImageModel]) -> 
     for sampler in asked.values():
         if not any(fits(sampler, model) for model in models.values()):
             first = next(iter(models.values())).family
-            check_sampler(sampler, first.tokens, first.order)  # which says why
+            check_sampler(sampler, first.tokens, first.scan)  # which says why
     found: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         own = {label: sampler for label, sampler in asked.items() if fits(sampler, model)}
         if not own:
-            default = default_sampler(model.family.tokens, model.family.order)
+            default = default_sampler(model.family.tokens, model.family.scan)
             plain = options.window is None and not options.parameters
             own = {default: None if plain else configured(default, options.parameters, options.window)}
         found[name] = {label: model.sampler_of(sampler) for label, sampler in own.items()}

@@ -30,7 +30,7 @@ class DemoModel:
 
     @property
     def default_sampler(self) -> str:
-        return default_sampler(self.tokens, self.model.family.order)
+        return default_sampler(self.tokens, self.model.family.scan)
 
     @property
     def baseline(self) -> str:

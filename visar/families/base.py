@@ -45,7 +45,7 @@ class Family(ABC):
 
     name: ClassVar[str]  # in the registry
     tokens: ClassVar[str] = DISCRETE  # or CONTINUOUS
-    order: str = "raster"  # in which tokens are sampled; a sampler is for one order ("diagonal": two-way heads)
+    scan: str = "raster"  # in which tokens are sampled; a sampler is for one order ("diagonal": two-way heads)
     sizes: ClassVar[bool] = False  # whether a model makes images of any size
     guided: ClassVar[bool] = True  # whether it has an unconditional batch
     required: ClassVar[frozenset[str]] = frozenset()  # names of components
@@ -70,9 +70,9 @@ class Family(ABC):
         """Whether the model at `source` is of this family; reads names and configurations, never weights."""
 
     @classmethod
-    def order_at(cls, source: Source) -> str:
-        """The `order` of the model at a `source` that was recognised, without reading its weights."""
-        return cls.order
+    def scan_at(cls, source: Source) -> str:
+        """The `scan` of the model at a `source` that was recognised, without reading its weights."""
+        return cls.scan
 
     @classmethod
     @abstractmethod

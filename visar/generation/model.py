@@ -95,7 +95,7 @@ class ImageModel:
     @property
     def samplers(self) -> Mapping[str, SamplerSpec]:
         """The samplers for its kind of tokens and their order."""
-        return samplers_for(self.family.tokens, self.family.order)
+        return samplers_for(self.family.tokens, self.family.scan)
 
     def usable_samplers(self) -> list[str]:
         """Names of the samplers that need no drafter, or one that the model has."""
@@ -137,7 +137,7 @@ class ImageModel:
 
         `sampler` is a name, FILE.py:NAME, an object, or None for the default; `window` replaces its own.
         """
-        tokens, order = self.family.tokens, self.family.order
+        tokens, order = self.family.tokens, self.family.scan
         method = get_sampler(default_sampler(tokens, order) if sampler is None else sampler, window=window)
         check_sampler(method, tokens, order)
         return self.fitted(method, default=sampler is None)

@@ -85,7 +85,7 @@ class LlamaGenFamily(DiscreteFamily):
         )
         self.settings = {"grid": grid, "guidance_scale": d.guidance_scale, "top_k": d.top_k}
         self.condition = "prompt" if text else "class"
-        self.order = "diagonal" if isinstance(gpt, TwoWayLlamaGen) else "raster"
+        self.scan = "diagonal" if isinstance(gpt, TwoWayLlamaGen) else "raster"
         self.classes = 0 if text else gpt.config.classes
         side = grid or gpt.config.grid
         self._colours: Derived[CodePreview] = Derived()
@@ -98,7 +98,7 @@ class LlamaGenFamily(DiscreteFamily):
         return "gpt" in source.index and "vq" in source.index
 
     @classmethod
-    def order_at(cls, source: Source) -> str:
+    def scan_at(cls, source: Source) -> str:
         if source.files:
             return "diagonal" if has_heads(source.files["model"]) else "raster"
         return "diagonal" if source.index.get("gpt", [])[-1:] == [TwoWayLlamaGen.__name__] else "raster"
@@ -150,7 +150,7 @@ class LlamaGenFamily(DiscreteFamily):
     def session(
         self, encoded: Encoded, *, window: int, guidance: Guidance, aux_layers: Collection[int] | None = None
     ) -> LlamaGenSession:
-        kind: type[LlamaGenSession] = TwoWaySession if self.order == "diagonal" else LlamaGenSession
+        kind: type[LlamaGenSession] = TwoWaySession if self.scan == "diagonal" else LlamaGenSession
         return kind(
             self.gpt, *encoded, length=self.layout.length, window=window, grid=self.layout.rows, guidance=guidance,
             aux_layers=aux_layers,
@@ -158,7 +158,7 @@ class LlamaGenFamily(DiscreteFamily):
 
     @property
     def drafting(self) -> LlamaGenTarget | None:
-        return LlamaGenTarget(self.gpt, self.layout.rows) if self.order == "raster" else None
+        return LlamaGenTarget(self.gpt, self.layout.rows) if self.scan == "raster" else None
 
     @property
     def codebook(self) -> Tensor:
