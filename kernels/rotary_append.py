@@ -18,7 +18,8 @@ def rotary_append(qkv: Tensor, table: Tensor, keys: Tensor, values: Tensor, slot
 
     `qkv` [R, W, H + 2K, D] has the heads of queries, of keys, then of values; `table` [R, W, D / 2, 2], fp32, is
     (cos, sin) for each pair; `keys` and `values` [R, S, K, D] are written at `slots` [R, W], int64, which differ within
-    a row. The queries have the cache's dtype.
+    a row. The queries have the cache's dtype. `halves` of the pairs are number i of one and of the other half of the
+    first 2 * `halves` numbers; with them the table turns the pairs behind by nothing. 0: all are adjacent.
     """
     form = rotary_append_triton if use_triton(qkv) else rotary_append_torch
     return form(qkv, table, keys, values, slots, halves)

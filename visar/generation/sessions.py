@@ -35,10 +35,13 @@ class Call(NamedTuple):
         # A graph reads weights where they were; what is written there since, it reads too.
         tensors = (t for part in parts for t in (*part.parameters(), *part.buffers()))
         weights = tuple((t.data_ptr(), t.dtype, t.stride()) for t in tensors)
+        # Of a hook it has what that did at the capture.
+        modules = (m for part in parts for m in part.modules())
+        hooks = tuple(id(h) for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
         given = self.target.forced is not None, self.target.allowed is not None
         shapes = tuple((e.shape, e.dtype) for e in self.encoded)
         target = replace(self.target, forced=None, allowed=None)
-        return weights, shapes, self.method, target, given, self.guidance, self.family.layout, is_invariant()
+        return weights, hooks, shapes, self.method, target, given, self.guidance, self.family.layout, is_invariant()
 
     @property
     def window(self) -> int:

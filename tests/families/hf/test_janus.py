@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import visar
 from tests.helpers.hf_folders import Damage, check_commands, check_damaged, check_verified, edited
+from tests.helpers.recording import Recorder
 from tests.helpers.tiny_hf import PROMPTS, janus, janus_processor, stock_janus, tiny_janus
 from visar.errors import VisarError
 from visar.generation.model import ImageModel
@@ -47,6 +48,16 @@ def test_greedy_tokens_are_those_of_generate(pipe: Any, sampler: str) -> None:
     assert not torch.equal(weak, stock)
     out = pipe(list(PROMPTS), sampler=sampler, top_k=1, guidance_scale=1.5, output_type="tokens")
     assert torch.equal(out.tokens, weak)
+
+
+def test_a_hook_that_comes_after_a_capture_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = pipe.image_model.sessions.capture = Recorder(monkeypatch)
+    settings: dict[str, Any] = dict(sampler="scd", top_k=1, output_type="tokens")
+    plain = pipe("cat", **settings).tokens
+    handle = pipe.image_model.family.decoder.backbone.layers[0].mlp.register_forward_hook(lambda _, __, y: -3 * y)
+    assert not torch.equal(pipe("cat", **settings).tokens, plain) and record.captures == 2
+    handle.remove()
+    assert torch.equal(pipe("cat", **settings).tokens, plain) and record.captures == 2
 
 
 def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:

@@ -80,6 +80,20 @@ def test_a_hook_on_what_is_not_called_brings_back_the_own_forward(place: str) ->
     assert Stack.of(world.decoder.backbone) is not None
 
 
+@torch.inference_mode()
+def test_a_hook_that_comes_between_two_images_runs() -> None:
+    """In a session that is kept."""
+    world = causal("Qwen3", head_dim=12)
+    session = world.session([0], 4)
+    plain = session.forward(TOKENS)
+    handle = world.decoder.backbone.layers[0].register_forward_hook(lambda _, __, y: 2 * y)
+    session.start(*world.condition([0]))
+    assert (session.forward(TOKENS) - plain).abs().max() > 0.1
+    handle.remove()
+    session.start(*world.condition([0]))
+    assert torch.equal(session.forward(TOKENS), plain)
+
+
 class Adapter(nn.Module):
     """As those of PEFT: a layer around a linear one."""
 

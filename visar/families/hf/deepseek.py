@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visar.engine.component import unfilled
 from visar.errors import VisarError
-from visar.families.hf.loading import load_tokenizer, unreadable
+from visar.families.hf.loading import check_room, load_tokenizer, unreadable
 from visar.families.source import Source
 from visar.families.weights import count, load_state, shape_of
 
@@ -47,6 +47,7 @@ def load_deepseek(source: Source) -> tuple[Any, Any]:
     from transformers import JanusForConditionalGeneration
 
     assert source.folder is not None
+    check_room(source.folder, (file for end in ("*.bin", "*.safetensors") for file in source.folder.glob(end)))
     given = load_state(source.folder, dtype=None)
     state = {key: value for key, value in given.items() if not key.startswith(UNUSED)}
     tokenizer = load_tokenizer(source.folder)

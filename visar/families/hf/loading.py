@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,7 @@ def load_model(architecture: str, folder: Path, config: Any = None, strict: bool
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise VisarError(f"{folder} has no weights: a file model.safetensors, or shards of it.")
-    needed, free = sum(file.stat().st_size for file in files), available_memory()
-    if needed > free:
-        raise VisarError(f"{folder} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")
+    check_room(folder, files)
     told_before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its table of keys: those that matter are named below
     try:
@@ -45,6 +44,13 @@ def load_model(architecture: str, folder: Path, config: Any = None, strict: bool
     if strict and (unknown := sorted(told["unexpected_keys"])):
         raise VisarError(f"Tensor {unknown[0]!r} of {folder} is unknown; a {architecture} has none such.")
     return model.eval().requires_grad_(False)
+
+
+def check_room(folder: Path, files: Iterable[Path]) -> None:
+    """Raise `VisarError` for files of weights that memory has no room for."""
+    needed, free = sum(file.stat().st_size for file in files), available_memory()
+    if needed > free:
+        raise VisarError(f"{folder} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")
 
 
 def load_processor(folder: Path) -> Any:

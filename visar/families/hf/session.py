@@ -42,7 +42,8 @@ class TransformersSession(PromptSession):
     ):
         check_version()
         self.decoder, self._configs = decoder, configurations(decoder.backbone)
-        self._stack = None if own_forward else Stack.of(decoder.backbone)
+        self._own_forward = own_forward
+        self._stack = self._found_stack()
         ids = condition[0]
         if guidance.active and len(condition) < 4:
             raise VisarError("This model has no unconditional prompts; give guidance_scale 1.")
@@ -62,7 +63,11 @@ class TransformersSession(PromptSession):
 
     def start(self, *condition: Tensor) -> None:
         self.decoder.start()
+        self._stack = self._found_stack()  # hooks may have come or gone since the last images
         super().start(*condition)
+
+    def _found_stack(self) -> Stack | None:
+        return None if self._own_forward else Stack.of(self.decoder.backbone)
 
     def prompts(self, *condition: Tensor) -> tuple[Tensor, Tensor]:
         parts = condition[: 2 * self.batches]

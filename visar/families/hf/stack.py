@@ -64,8 +64,9 @@ class Stack:
         """The table [R, W, D / 2, 2] for `KVCache.attend`, and how many pairs of halves turn."""
         cos, sin = self.backbone.rotary_emb(position_ids.new_empty(0, dtype=torch.float32), position_ids)
         halves = cos.shape[-1] // 2
-        still = (0, self.head_dim // 2 - halves)
-        cos, sin = F.pad(cos[..., :halves], still, value=1.0), F.pad(sin[..., :halves], still)
+        cos, sin = cos[..., :halves], sin[..., :halves]
+        if still := self.head_dim // 2 - halves:  # pairs that do not turn
+            cos, sin = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
         return torch.stack([cos, sin], dim=-1), halves
 
     def run(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
