@@ -13,9 +13,9 @@ from visar.samplers.registry import (
     default_sampler,
     get_sampler,
     load_sampler,
-    scan_of,
     register_sampler,
     samplers_for,
+    scan_of,
     spec_of,
     values_of,
 )
@@ -98,9 +98,9 @@ __all__ = [
     "default_sampler",
     "get_sampler",
     "load_sampler",
-    "scan_of",
     "register_sampler",
     "samplers_for",
+    "scan_of",
     "spec_of",
     "values_of",
 ]

@@ -33,8 +33,8 @@ from visar.samplers import (
     Target,
     check_sampler,
     get_sampler,
-    scan_of,
     samplers_for,
+    scan_of,
     values_of,
 )
 
