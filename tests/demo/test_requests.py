@@ -229,7 +229,7 @@ def test_what_passes_the_check_is_drawn_or_refused_in_a_sentence(models: Any, na
     """The low end of everything, the high end of everything, and the defaults, as the engine serves them."""
     model = model_of(models, name)
     free = [p for p in EVERY[name].values() if p.low is not None]
-    slow = {"head_steps": 12, "last_head_steps": 5, "latest": 400, "steps": 9}  # at their ends
+    slow = {"head_steps": 12, "last_head_steps": 5, "latest": 400, "steps": 5}  # at their ends
     low, high = ({p.name: slow.get(p.name, getattr(p, end)) for p in free} for end in ("low", "high"))
     drawn = 0
     for of, guidance, temperature in ((low, 0, 0.05), (high, 20, 5), (slow, 2.0, 1.0)):

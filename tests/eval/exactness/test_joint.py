@@ -14,6 +14,7 @@ from tests.engine.test_slots import PassesOfTheBatch, SeedOfThePool
 from visar.engine.slots import Slots
 from visar.errors import VisarError
 from visar.eval.exactness.joint import (
+    ALL,
     CASES,
     EXACT_LIMIT,
     MUTANT_LIMIT,
@@ -21,6 +22,7 @@ from visar.eval.exactness.joint import (
     chi_square_z,
     configured,
     distinct,
+    exact_samplers,
     measure,
     same_alone,
     values,
@@ -37,7 +39,7 @@ PLAIN = CASES[0]
 
 
 def case_of(name: str) -> Case:
-    return next(c for c in CASES if c.name == name)
+    return next(c for c in ALL if c.name == name)
 
 
 EXACT = distinct()
@@ -76,7 +78,7 @@ def test_known_bad_samplers_fail(mutant) -> None:
 def test_full_proof() -> None:
     """What `visar verify` runs by default."""
     rows = verify()
-    assert {r.sampler for r in rows} == {*EXACT, *(m.name for m in MUTANTS)}
+    assert {r.sampler for r in rows} == {*EXACT, *exact_samplers("diagonal"), *(m.name for m in MUTANTS)}
     assert all(r.sequences == 131_072 for r in rows if r.sampler != "jacobi")
     assert not [r for r in rows if not r.passed]
 
@@ -84,7 +86,7 @@ def test_full_proof() -> None:
 def test_every_mutant_has_a_case_and_is_no_registered_sampler() -> None:
     registered = {type(spec.make()) for spec in SAMPLERS.values()}
     for mutant in MUTANTS:
-        assert mutant.case in {c.name for c in CASES} and type(mutant.sampler) not in registered
+        assert mutant.case in {c.name for c in ALL} and type(mutant.sampler) not in registered
 
 
 def test_unknown_samplers_are_errors_of_the_user() -> None:
