@@ -164,8 +164,9 @@ def test_enter_makes_an_image_that_can_be_kept_and_made_again(
     page.wait_for_selector("#result [data-seed]")
     assert page.locator("#visar-gallery a").count() == 2
     page.locator("#visar-gallery a").last.click()
+    page.wait_for_selector("dialog")
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.wait_for_selector("dialog", state="detached")
     other = Visitor(browser, address, query=link.removeprefix(address))
     assert other.page.locator("#prompt input, #prompt textarea").first.input_value() == "a cat face, noto"
     other.generate()
