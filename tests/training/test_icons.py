@@ -51,6 +51,7 @@ def test_speculation_saves_passes_at_batch_one(pipe: TextToImagePipeline) -> Non
     assert sum(passes) / len(passes) <= SHARE * sequential, passes
 
 
+@pytest.mark.slow
 def test_eagle_saves_passes(pipe: TextToImagePipeline) -> None:
     stats = pipe(list(PROMPTS[:3]), sampler="eagle", output_type="tokens").stats
     passes = [n + 1 for n in stats.passes_per_image]  # and the caption's

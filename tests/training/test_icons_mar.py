@@ -32,6 +32,7 @@ def embedded() -> Any:
     return pipe
 
 
+@pytest.mark.slow
 def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "heart.png"
     assert main(["generate", "a red heart", "--model", "icons-mar", "--json", "-o", str(out)]) == 0
@@ -61,7 +62,7 @@ def mostly_given() -> torch.Tensor:
     return forced.flatten(0, 1)
 
 
-@pytest.mark.parametrize("name", ["cspd", "cspd-exact"])
+@pytest.mark.parametrize("name", [pytest.param("cspd", marks=pytest.mark.slow), "cspd-exact"])
 def test_its_draft_model_drafts(name: str) -> None:
     exact = name == "cspd-exact"
     sampler = ContinuousSpeculative(gamma=4, head_steps=12, factor=not exact, nested=exact, prefill=0.0)

@@ -43,7 +43,15 @@ def case_of(name: str) -> Case:
 
 
 EXACT = distinct()
-SLOW = ("eagle-top", "speculative-tree", "spectr", "rsd-s", "ddd", "dyspec")  # as trees with the rules of others are
+SLOW = (
+    "eagle-top",
+    "speculative-tree",
+    "spectr",
+    "rsd-s",
+    "ddd",
+    "dyspec",
+    "eagle2",
+)  # as trees with the rules of others are
 SHORT = ("full prefix", "top-p 0.7", "guidance interval", "allowed tokens", "N 5, W 8 > N", "init left",
          "init above, columns 2", "init left-probs", "init mean-probs, columns 3", "V 8, N 5, top-k 3",
          "all at once")  # fmt: skip
