@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from visar.errors import VisarError
 
@@ -57,14 +57,14 @@ def quiet(axes: Axes) -> None:
 
 
 @contextmanager
-def saving(fonttype: Literal["path", "none"] = "path") -> Iterator[None]:
-    """In this block equal figures give equal files, and text of an SVG becomes paths or stays text ("none").
+def saving() -> Iterator[None]:
+    """In this block equal figures give equal files, and text of an SVG stays text.
 
     One thread at a time, because matplotlib's settings are global.
     """
     import matplotlib
 
-    with _saving, matplotlib.rc_context({"svg.hashsalt": "visar", "svg.fonttype": fonttype}):
+    with _saving, matplotlib.rc_context({"svg.hashsalt": "visar", "svg.fonttype": "none"}):
         yield
 
 
@@ -75,7 +75,7 @@ def to_svg(figure: Figure) -> str:
     """
     buffer = io.StringIO()
     nameless = {"Date": None, "Creator": None, "Format": None, "Type": None}
-    with saving("none"):
+    with saving():
         figure.savefig(buffer, format="svg", transparent=True, metadata=nameless)
     body = buffer.getvalue().partition("<svg")[2]
     head, _, body = re.sub(r"<!--.*?-->\s*", "", body, flags=re.S).partition(">")
