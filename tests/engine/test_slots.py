@@ -196,10 +196,12 @@ def test_a_taken_slot_is_refused() -> None:
         pool.admit(0, requests(1)[0])
 
 
-@pytest.mark.slow
-def test_no_noise_comes_again_in_70_000_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows count their own passes, so a pool may run for ever; a counter of the pool would come round."""
-    pool, drawn, uniforms = Pool(made("ar")), [], Noise.uniforms
+@pytest.mark.parametrize(("engine", "again"), [(Slots, False), (PassesOfTheBatch, True)])
+def test_no_noise_comes_again_after_65_536_passes(
+    engine: type[Slots], again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows count their own passes, so a pool may run for ever; a counter of the pool would run into another key."""
+    pool, drawn, uniforms = Pool(made("sjd"), engine), [], Noise.uniforms
 
     def spied(noise: Noise, *args: Any, **kwargs: Any) -> Any:
         found = uniforms(noise, *args, **kwargs)
@@ -209,11 +211,16 @@ def test_no_noise_comes_again_in_70_000_passes(monkeypatch: pytest.MonkeyPatch) 
         return found
 
     monkeypatch.setattr(Noise, "uniforms", spied)
-    image = 0
-    while pool.slots.passes < 70_000:
-        while pool.slots.free:
-            pool.admit(min(pool.slots.free), Request(torch.tensor([image]), Target(), Guidance(2.0), 5))
-            image += 1
-        for row in pool.slots.step()[0]:
-            pool.slots.release(row)
-    assert len(drawn) >= ROWS * 70_000 and len(set(drawn)) == len(drawn)
+    image = torch.tensor([0])
+    for first in (1, 0):
+        pool.slots.state.passes.fill_((1 - first) << 16)
+        for key in range(first, 120, 2):
+            while not pool.slots.free:
+                for row in pool.slots.step()[0]:
+                    pool.slots.release(row)
+            session = fresh(pool.sampler, Request(image, Target(), Guidance(2.0), 5), True)
+            pool.slots.admit(min(pool.slots.free), session, Target(), Noise(5, image, torch.tensor([key << 16])))
+        while len(pool.slots.free) < ROWS:
+            for row in pool.slots.step()[0]:
+                pool.slots.release(row)
+    assert (len(set(drawn)) < len(drawn)) is again
