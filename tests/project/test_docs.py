@@ -41,6 +41,7 @@ SHORTER = {
     r"-n 50000\b": "-n 2",
     r"count=2048\b": "count=4",
     r"--repeats \d+": "--repeats 1",
+    r",specdec\+\+,spectr,[\w+,-]+,zipar": ",eagle,zipar",
     r'\.to\("cuda"': '.to("cpu"',
     r"\bsteps=64, head_steps=100\b": "steps=8, head_steps=10",
     r"\bgoogle/flan-t5-xl\b": "flan-t5-xl",
