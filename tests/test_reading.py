@@ -75,7 +75,7 @@ def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for name, message in ((".", "it is a folder"), ("none", "There is no"), ("pipe", "it is not a file")):
         with pytest.raises(VisarError, match=message):
             read_json(tmp_path / name, Shape)
-    monkeypatch.setattr("visar.reading.LARGEST", 2)
+    monkeypatch.setattr("visar.texts.LARGEST", 2)
     with pytest.raises(VisarError, match="it has more than 0 MiB"):
         read_json(tmp_path / "long", Shape)
 

@@ -45,9 +45,9 @@ def connected(address: str | None = None) -> Iterator[Any]:
         except Exception as error:
             ray.shutdown()
             if address:
-                raise VisarError(f"There is no Ray cluster at {address!r}: {error}") from error
+                raise VisarError(f"There is no Ray cluster at {address!r}: {str(error).rstrip('.')}.") from error
             if attempt == STARTS:
-                raise VisarError(f"Ray could not be started on this machine: {error}") from error
+                raise VisarError(f"Ray could not be started on this machine: {str(error).rstrip('.')}.") from error
             time.sleep(5)
     try:
         yield ray

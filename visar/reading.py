@@ -15,9 +15,7 @@ from typing import Annotated, Any, TypeVar, cast, get_type_hints
 from annotated_types import Gt, Interval, Len
 
 from visar.errors import VisarError, unknown
-from visar.texts import decoded, lines_of
-
-LARGEST = 2**28  # bytes of a file that is read whole
+from visar.texts import decoded, lines_of, read_bytes
 
 # Numbers in files, bounded before anything is made of their size.
 Count = Annotated[int, Interval(ge=0, le=2**12)]  # of layers, blocks and the like
@@ -42,23 +40,6 @@ def read_lines(path: str | Path, kind: type[T]) -> Iterator[tuple[int, T]]:
     for number, line in enumerate(lines_of(decoded(read_bytes(path), path)), 1):
         if line.strip():
             yield number, parse_json(line, kind, f"Line {number} of {path}")
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """The bytes of a file of at most `LARGEST`. Raises `VisarError` for anything else."""
-    path = Path(path)
-    try:
-        if not path.exists():
-            raise VisarError(f"There is no {path}.")
-        if not path.is_file():
-            raise VisarError(f"Cannot read {path}: it is {'a folder' if path.is_dir() else 'not a file'}.")
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-    except OSError as error:
-        raise VisarError(f"Cannot read {path}: {error.strerror or error}.") from error
-    if len(content) > LARGEST:
-        raise VisarError(f"Cannot read {path}: it has more than {LARGEST >> 20} MiB, far too many for what it is.")
-    return content
 
 
 def parse_json(text: str | bytes, kind: type[T], where: str) -> T:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from visar.errors import VisarError
 
+LARGEST = 2**28  # bytes of a file that is read whole
 MARKS: Mapping[bytes, str] = {  # that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -16,13 +17,30 @@ MARKS: Mapping[bytes, str] = {  # that of UTF-32 begins with that of UTF-16
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file. Raises `VisarError` if it cannot be read, or is no text."""
+    """The text of a file or a pipe. Raises `VisarError` if it cannot be read, or is no text."""
+    return decoded(read_bytes(path, pipes=True), path)
+
+
+def read_bytes(path: str | Path, pipes: bool = False) -> bytes:
+    """The bytes of a file, or with `pipes` of a pipe, of at most `LARGEST`. Raises `VisarError` for anything else.
+
+    A device may give bytes for ever.
+    """
+    path = Path(path)
     try:
-        return decoded(Path(path).read_bytes(), path)
+        if not path.exists():
+            raise VisarError(f"There is no {path}.")
+        if not (path.is_file() or (pipes and path.is_fifo())):
+            raise VisarError(f"Cannot read {path}: it is {'a folder' if path.is_dir() else 'not a file'}.")
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, VisarError):
             raise
         raise VisarError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+    if len(content) > LARGEST:
+        raise VisarError(f"Cannot read {path}: it has more than {LARGEST >> 20} MiB, far too many for what it is.")
+    return content
 
 
 def decoded(content: bytes, path: str | Path) -> str:

@@ -51,7 +51,7 @@ BASE = {  # what a command needs, so that one bad argument reaches the command
     "export": ["run", "--layout", "npz", "-o", "out.npz"],
     "demo": ["--model", "MODEL", "--port", "0"],
     "serve": ["--model", "MODEL", "--port", "0"],
-    "models": [], "samplers": [], "verify": ["--sequences", "16384"], "completion": ["bash"],
+    "info": ["images/0.png"], "models": [], "samplers": [], "verify": ["--sequences", "16384"], "completion": ["bash"],
     "bench": ["--model", "MODEL", "-n", "1", "--repeats", "1"],
     "eval fid": ["images", "--protocol", "icons-efflite0", "--reference", "images"],
     "eval clip": ["images", "--protocol", "icons-clip"],
@@ -152,6 +152,10 @@ def aside(*_: Any, **__: Any) -> Any:
     raise VisarError("This takes minutes.")
 
 
+def nowhere(**_: Any) -> Any:
+    raise ConnectionError("Timed out")
+
+
 @pytest.fixture
 def place(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The sandbox as the current folder, and stand-ins for what takes minutes, a network or a network's weights."""
@@ -186,8 +190,11 @@ def place(text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for name in names:
             monkeypatch.setattr(f"visar.{module}.{name}", aside)
     page = types.ModuleType("visar.demo.app")  # without Gradio, which takes seconds
-    vars(page).update(build=aside, css=aside, theme=aside)
+    vars(page).update(build=aside, HEAD="", theme=aside, written=aside)
     monkeypatch.setitem(sys.modules, "visar.demo.app", page)
+    unreachable = types.SimpleNamespace(is_initialized=bool, shutdown=bool, init=nowhere)
+    monkeypatch.setattr("visar.cluster.ray_module", lambda: unreachable)
+    monkeypatch.setattr("visar.cluster.STARTS", 1)
     monkeypatch.setattr("visar.cli.demo.load_model", lambda options: None)
     monkeypatch.setattr("visar.serving.server.Server.run", lambda server, sockets: None)
     monkeypatch.setattr("visar.serving.load.measure_load", aside)

@@ -118,7 +118,9 @@ class _Run:
                     raise error.cause if isinstance(error.cause, VisarError) else error from None
                 except ray.exceptions.RayError as error:  # the actor, its machine, or the image on its way
                     if (deaths := deaths + 1) > DEATHS:
-                        raise VisarError(f"{deaths} workers died one after another: {error}") from error
+                        raise VisarError(
+                            f"{deaths} workers died one after another: {str(error).rstrip('.')}."
+                        ) from error
                     warnings.warn("A worker died; another one takes over its images.", stacklevel=2)
                     del self._streams[stream]
                     ray.kill(self._actors.pop(worker))

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, keys: list[str], port: int) -> int:
             try:
                 serve.run(application(partial(served, elsewhere(options)), settings_of(options, keys)), name="visar")
             except RuntimeError as error:
-                raise VisarError(f"The engines could not be started: {error}") from error
+                raise VisarError(f"The engines could not be started: {str(error).rstrip('.')}.") from error
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: ended.set())
             print(f"visar serve: on http://{options.host}:{port}/v1, with Ray", flush=True)

@@ -23,8 +23,8 @@ from visar.errors import VisarError
 from visar.files import inside
 from visar.host import available_memory
 from visar.image_files import converted, frames_of, open_image, suffixes
-from visar.reading import LARGEST, parse_json
-from visar.texts import decoded
+from visar.reading import parse_json
+from visar.texts import LARGEST, decoded
 
 # These styles show one and the same drawing, so a hold-out must take or leave them together.
 DRAWING = {"flat": "fluent", "glossy": "fluent", "3d": "fluent"}

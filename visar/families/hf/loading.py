@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from visar.errors import VisarError
 from visar.host import available_memory
+from visar.reading import read_json
 
 
 def load_model(architecture: str, folder: Path, config: Any = None, strict: bool = False) -> Any:
@@ -81,8 +81,8 @@ def own_code(folder: Path) -> str | None:
     """The code that a folder's processor or tokenizer asks for, by name."""
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         try:
-            found = json.loads((folder / name).read_text()).get("auto_map")
-        except (OSError, ValueError, AttributeError):
+            found = read_json(folder / name, dict[str, Any]).get("auto_map")
+        except VisarError:
             continue
         if isinstance(found, dict) and found:
             return str(next(iter(found.values())))
