@@ -17,6 +17,7 @@ import pytest
 
 import visar.cli
 from tests.helpers.devices import device
+from tests.helpers.stepped import hears_interrupts
 from visar.cli import main
 from visar.cli.generate import as_typed, output_paths
 from visar.errors import VisarError
@@ -149,7 +150,9 @@ def test_text_of_other_encodings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seconds", [2.0, 4.0, 8.0])
 def test_an_interrupt_at_any_time(seconds: float, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "visar", "generate", "cat", "-n", "500", "-o", str(tmp_path / "new")]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts
+    )
     time.sleep(seconds)
     err = ""
     for _ in range(9):  # a library that is being imported may swallow one
@@ -157,5 +160,6 @@ def test_an_interrupt_at_any_time(seconds: float, tmp_path: Path) -> None:
         with suppress(subprocess.TimeoutExpired):
             _, err = child.communicate(timeout=20)
             break
+    child.kill()
     assert child.returncode == 130 and err.endswith("visar: interrupted\n") and "Traceback" not in err
     assert names(tmp_path) == []

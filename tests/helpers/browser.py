@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.helpers.stepped import LONG
 
-PATIENCE = 1000 * LONG  # milliseconds
+PATIENCE = 200 * LONG  # milliseconds: a page that says nothing for two minutes will say nothing
 
 # The cumulative layout shift as browsers define it: the largest window of shifts within 1 s of one another, 5 s in all,
 # without those that follow an input within 500 ms.
