@@ -81,7 +81,7 @@ def test_the_tiny_models_are_worth_testing(kind: str) -> None:
 # Captions go through more code than classes, and some trees and drafters are like others: the rest are slow tests.
 ON_CLASSES = {"ar", "sjd", "scd", "scd-gumbel", "speculative"}
 LIKE_OTHERS = {"spectr", "eagle-top", "eagle-chain", "rsd-s", "speculative-block", "speculative-tree", "medusa",
-               "ddd", "dyspec"}  # fmt: skip
+               "ddd", "dyspec", "eagle2", "hydra"}  # fmt: skip
 
 
 def unless(quick: bool, kind: str, pair: tuple[str, int | None]) -> Any:

@@ -43,7 +43,9 @@ def case_of(name: str) -> Case:
 
 
 EXACT = distinct()
-SLOW = ("eagle-top", "speculative-tree", "spectr", "rsd-s", "ddd", "dyspec", "eagle2")  # trees with the rules of others
+SLOW = (  # with the rules of others
+    "eagle", "eagle-top", "speculative-tree", "spectr", "rsd-s", "ddd", "dyspec", "eagle2", "specdec++", "scd-gumbel",
+)  # fmt: skip
 SHORT = ("full prefix", "top-p 0.7", "guidance interval", "allowed tokens", "N 5, W 8 > N", "init left",
          "init above, columns 2", "init left-probs", "init mean-probs, columns 3", "V 8, N 5, top-k 3",
          "all at once")  # fmt: skip
