@@ -80,7 +80,7 @@ def test_bad_addresses(refusal: Refusal) -> None:
 
 def test_bad_keys(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys.txt"
-    assert "Cannot read" in refusal("--api-key-file", file)
+    assert "There is no" in refusal("--api-key-file", file)
     for text, said in (("\n \n", "has no API key"), ("short\n", "8 or more"), ("long enough key\n", "no space")):
         file.write_text(text)
         assert said in (told := refusal("--api-key-file", file)) and "enough" not in told  # no key is shown
