@@ -311,15 +311,14 @@ class LongestOrder:
         return State.empty(session, target, noise, self.window)
 
     def step(self, session: Session, state: State) -> None:
-        one, *others = (self.tested(session, state, trial) for trial in range(self.orders))
-        for other in others:
-            longer = (other[2] > one[2])[:, None]
-            one = (
-                *(torch.where(longer, a, b) for a, b in zip(other[:2], one[:2], strict=True)),
-                torch.maximum(other[2], one[2]),
-            )
-        session.cells = one[0]
-        state.commit(session, *one[1:])
+        cells, tokens, accepted = self.tested(session, state, 0)
+        for trial in range(1, self.orders):
+            others, drafts, count = self.tested(session, state, trial)
+            longer = (count > accepted)[:, None]
+            cells, tokens = torch.where(longer, others, cells), torch.where(longer, drafts, tokens)
+            accepted = torch.maximum(count, accepted)
+        session.cells = cells
+        state.commit(session, tokens, accepted)
 
     def tested(self, session: Session, state: State, trial: int) -> tuple[Tensor, Tensor, Tensor]:
         """An order of the cells [B, N], the window's tokens [B, W] in it, and how many drafts it accepts [B]."""

@@ -93,8 +93,8 @@ def rosenblatt(
     """
     family, params = cast(DiscreteFamily, model.family), model.params_of()
     target, guidance, every = target_of(family, params), guidance_of(params), [condition] * len(tokens)
-    own = noise_of(every, list(range(first, first + len(tokens))), seed, family.device)
-    encoded = arranged(family.encode(every), family, params, own)
+    images = noise_of(every, list(range(first, first + len(tokens))), seed, family.device)
+    encoded = arranged(family.encode(every), family, params, images)
     session = Call(family, None, encoded, Autoregressive(), target, guidance).session()
     target = target.on(session.device, session.length, session.vocab, session.cells)
     tokens = tokens.to(session.device)

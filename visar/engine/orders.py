@@ -113,11 +113,14 @@ def checkerboard(rows: int, columns: int) -> list[int]:
 
 @cache
 def farthest_point(rows: int, columns: int) -> list[int]:
-    """The turn of each cell: from the first corner on, the one that is farthest from all before it (Gonzalez 1985)."""
-    apart = _distances(rows, columns)[0]
+    """The turn of each cell: from the first corner on, the one that is farthest from all before it (Gonzalez 1985).
+
+    Of equal ones it is the first in the order of Halton, so that those of one distance are not next to each other.
+    """
+    apart, spread = _distances(rows, columns)[0], np.array(halton(rows, columns))
     turn, least = [0] * len(apart), np.full(len(apart), np.inf)
     for n in range(len(apart)):
-        cell = int(least.argmax())  # of equal ones the first
+        cell = int(np.where(least == least.max(), -spread, -len(apart)).argmax())
         turn[cell] = n
         least = np.minimum(least, apart[cell])
         least[cell] = -1

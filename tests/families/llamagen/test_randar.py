@@ -271,7 +271,7 @@ class NotSorted(RandARSession):
 
 @pytest.mark.parametrize("mistake", [OwnRow, RasterQueries, NoQuery, NotSorted])
 def test_mistakes_are_caught(mistake: type[RandARSession]) -> None:
-    assert max(joint_z(get_sampler("scd", window=3), mistake, count=1024)) > MUTANT_LIMIT
+    assert max(joint_z(get_sampler("scd", window=3), mistake, count=2048)) > MUTANT_LIMIT
 
 
 # The engine
