@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LEAST_TEMPERATURE = 1e-5  # of discrete tokens
 LARGEST = 1e38  # of guidance scales and temperatures, which are float32 in a pass
 DISCRETE, CONTINUOUS = "discrete", "continuous"
+ANY_ORDER = "any-order"  # no kind of tokens: models by their `scan` (`TAKES`)
 SCHEDULES = ("constant", "linear")
 ORDERS = ("raster", "random", "halton", "farthest-point", "locality")  # `visar.engine.orders`
 TAKES = {"any": ("order", "guidance_schedule")}  # settings of discrete tokens that only models of a `scan` have
@@ -90,7 +91,11 @@ class SamplingParams:
         None, "passes of any width and batch give the same bits, which takes more time", only=DISCRETE, box=False
     )
     order: str | None = setting(
-        None, "order of the tokens; each has a distribution of its own", choices=ORDERS, only="any-order", box=False
+        None,
+        "order of the tokens, for models that take any; each has a distribution of its own",
+        choices=ORDERS,
+        only=ANY_ORDER,
+        box=False,
     )
     forced_tokens: Tensor | None = setting(None, "tokens that are given", flag=False)
 
