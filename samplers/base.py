@@ -35,7 +35,7 @@ class State:
         check_length(session.length, window)
         shape = (session.batch, session.length + window)
         return cls(
-            target.on(session.device, session.length, session.vocab),
+            target.on(session.device, session.length, session.vocab, session.cells),
             noise,
             tokens=torch.zeros(shape, dtype=torch.long, device=session.device),
             commit_pass=torch.full(shape, -1, dtype=torch.long, device=session.device),

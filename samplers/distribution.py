@@ -37,6 +37,7 @@ class Target:
     allowed: Tensor | None = None
     faults: Tensor | None = field(default=None, compare=False, repr=False)
     length: int = field(default=0, compare=False, repr=False)  # positions from here on are never committed
+    cells: Tensor | None = field(default=None, compare=False, repr=False)  # [B, N], as in a `Session`
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "top_k", whole("top_k", self.top_k))
@@ -50,7 +51,7 @@ class Target:
         if isinstance(self.top_p, bool) or not 0 < self.top_p <= 1:
             raise VisarError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
 
-    def on(self, device: torch.device, length: int, vocab: int) -> Target:
+    def on(self, device: torch.device, length: int, vocab: int, cells: Tensor | None = None) -> Target:
         """This target on a device; a `VisarError` if `forced` or `allowed` do not fit the sequence or vocabulary."""
         forced = None if self.forced is None else self.forced.long()
         if forced is not None and not (
@@ -70,6 +71,7 @@ class Target:
             allowed=None if self.allowed is None else self.allowed.to(device),
             faults=torch.zeros(2, device=device),
             length=length,
+            cells=cells,
         )
 
     def probs(self, logits: Tensor, positions: Tensor, drafted: bool = False) -> Tensor:
@@ -105,13 +107,18 @@ class Target:
         """The forced tokens [B, W] at positions [B, W], -1 where the position is free."""
         if self.forced is None:
             return torch.full_like(positions, -1)
-        return self.forced[positions.clamp_max(len(self.forced) - 1)]
+        return self.forced[cells_at(self.cells, positions.clamp_max(len(self.forced) - 1))]
 
 
 def note_faults(worst: Tensor, p: Tensor, positions: Tensor, length: int) -> None:
     """Note in `worst`, one number or [B], how far from 1 the sum of a distribution p [B, W, V] is."""
     off = (p.detach().sum(-1) - 1).abs().masked_fill(positions >= length, 0)
     torch.maximum(worst, off.amax(1) if worst.ndim else off.amax(), out=worst)
+
+
+def cells_at(cells: Tensor | None, positions: Tensor) -> Tensor:
+    """The cells [B, W] of positions [B, W] that there are, by the `cells` [B, N] of a session."""
+    return positions if cells is None else cells.gather(1, positions)
 
 
 def is_whole(tokens: Tensor) -> bool:
@@ -132,9 +139,11 @@ class RowTargets:
         self.allowed = None if allowed is None else allowed.to(device)
         self.faults = torch.zeros(2, batch, device=device)
         self._limited = self._nucleus = False
+        self.cells: Tensor | None = None
 
-    def on(self, device: torch.device, length: int, vocab: int) -> RowTargets:
+    def on(self, device: torch.device, length: int, vocab: int, cells: Tensor | None = None) -> RowTargets:
         """The targets themselves, which were made for this session."""
+        self.cells = cells
         return self
 
     def place(self, row: int, target: Target) -> bool:
@@ -162,4 +171,4 @@ class RowTargets:
 
     def forced_at(self, positions: Tensor) -> Tensor:
         """As `Target.forced_at`."""
-        return self.forced.gather(1, positions.clamp_max(self.forced.shape[1] - 1))
+        return self.forced.gather(1, cells_at(self.cells, positions.clamp_max(self.forced.shape[1] - 1)))

@@ -35,7 +35,7 @@ class JacobiState(State):
     """`draft_probs` [B, W-1, V]: what the drafts of the window were sampled from.
 
     `seen` [B, R, V]: the distributions of the latest R positions, each at its number modulo R; R is 0 where the
-    `init` reads none.
+    `init` reads none, and all positions in another order than the raster's.
     """
 
     draft_probs: Tensor
@@ -44,6 +44,18 @@ class JacobiState(State):
 
 def _stride(session: Session) -> int:
     return 0 if session.layout is None else session.layout.stride
+
+
+def _nearest(session: Session, positions: Tensor, known: Tensor) -> Tensor | None:
+    """Of the first `known` [B] positions, the one whose cell is nearest to that of each of `positions` [B, W - 1], the
+    earliest of equal ones; None in raster order, where that is for `init` to say."""
+    if session.cells is None or session.layout is None:
+        return None
+    row, column = session.cells // session.layout.columns, session.cells % session.layout.columns
+    own = positions.clamp_max(session.length - 1)
+    down, across = (x.gather(1, own)[..., None] - x[:, None] for x in (row, column))
+    unknown = torch.arange(session.length, device=known.device) >= known[:, None, None]
+    return (down**2 + across**2).masked_fill(unknown, 2 * session.length**2).min(-1).indices
 
 
 def check_window(window: int) -> None:
@@ -61,7 +73,7 @@ class SpeculativeJacobi(Registered):
     `window` is W, the inputs of a pass, of which W - 1 are drafts. `coupling` says how a draft after a rejection
     follows its predecessor: "independent" samples it again (SJD), "maximal" and "gumbel" make the two coincide as often
     as they can. `init` is the distribution of a position that enters the window (see `visar.samplers.windows`); those
-    that look at the cell above need a session that has a `layout`. All of them are exact.
+    that look at the cell above need a session that has a `layout`, in raster order. All of them are exact.
     """
 
     window: int = option(16, "inputs of a pass, of which all but one are drafts", 2, 64)
@@ -77,9 +89,19 @@ class SpeculativeJacobi(Registered):
             raise VisarError(f"Unknown init {self.init!r}; known: {', '.join(get_args(Init))}.")
 
     def begin(self, session: Session, target: Target, noise: Noise) -> JacobiState:
-        if self.init in ("above", "above-probs", "mean-probs") and session.layout is None:
-            raise VisarError(f'init="{self.init}" needs a session with a layout, the rows and columns of the image.')
+        if self.init in ("above", "above-probs", "mean-probs"):
+            if session.layout is None:
+                raise VisarError(
+                    f'init="{self.init}" needs a session with a layout, the rows and columns of the image.'
+                )
+            if session.cells is not None:
+                raise VisarError(
+                    f'init="{self.init}" needs raster order, in which the cell above is known; "left" and "left-probs" '
+                    "look at the nearest known cell in any order."
+                )
         reach = self.window + _stride(session) if self.init in ("above-probs", "mean-probs") else 0
+        if self.init == "left-probs" and session.cells is not None:
+            reach = session.length + self.window  # past the end, too, so that nothing is written over
         state = JacobiState.empty(
             session, target, noise, self.window,
             draft_probs=torch.empty(session.batch, self.window - 1, session.vocab, device=session.device),
@@ -123,9 +145,11 @@ class SpeculativeJacobi(Registered):
         last_probs: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`initial_drafts` of this init; a method for the same reason."""
+        nearest = None if self.init == "uniform" else _nearest(session, positions, known)
         return initial_drafts(
             self.init, _stride(session), state, positions, session.vocab, known=known, u=u, last_probs=last_probs,
-            seen=state.seen, shared=self._exponential_noise(session, state, positions),
+            seen=state.seen, nearest=nearest,
+            shared=self._exponential_noise(session, state, positions),
         )  # fmt: skip
 
     def next_draft_probs(self, p: Tensor, q: Tensor, verified: Verified, inputs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ from torch import Tensor
 from visar.engine.denoising import Denoiser
 from visar.engine.finite import is_finite
 from visar.engine.masked_session import MaskedSession
+from visar.engine.orders import arrange
 from visar.engine.rng import Noise, Purpose
 from visar.errors import VisarError
 from visar.params import LARGEST
 from visar.samplers.base import Sampler
 from visar.samplers.gaussian import Trials
-from visar.samplers.orders import Order, arrange
 from visar.samplers.parameters import option
 from visar.samplers.registry import Registered, register_sampler
+
+Order = Literal["random", "halton", "dilated", "gtr"]  # `visar.engine.orders`; random is MAR's
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ class MaskedAutoregressive(Registered):
     sampler begins at 999, where the error of the network is multiplied by 20,000. With `last_head_steps` T falls
     linearly to it over the passes; that and `latest` 950 is DiSA (Zhao et al. 2025, arXiv:2505.20297), another
     distribution. `last_noise` adds noise in the last head step. An `order` of positions other than random (see
-    `visar.samplers.orders`) is another distribution too; "gtr" samples half of the tokens in the last pass.
+    `visar.engine.orders`) is another distribution too; "gtr" samples half of the tokens in the last pass.
     """
 
     steps: int = option(64, "passes of the model, at most one per token", 1, 256)

@@ -18,6 +18,8 @@ from visar.params import number, plain, whole
 from visar.samplers.parameters import Parameter, parameters_of
 
 DEFAULTS = {"discrete": "scd", "continuous": "mar-headspec"}  # by the kind of tokens
+# Of the samplers for a model, by its own: "any" is one that samples cells in any order that is fixed beforehand.
+SCANS = {"raster": ("raster", "rows"), "any": ("raster",), "diagonal": ("diagonal",)}
 FOLDER = Path(__file__).parent
 _SPECS: dict[str, SamplerSpec] = {}
 _MAKERS: dict[str, partial[Any]] = {}
@@ -29,9 +31,10 @@ class SamplerSpec:
     """A registered sampler.
 
     `exact`: whether images have the distribution of sequential sampling; `note`: in what sense they have it, where a
-    yes or no does not say it. `tokens`: "discrete" or "continuous"; `scan`: "raster", or "diagonal" for models with
-    two-way heads. `drafter`: the kind of drafter that it needs, one
-    of `visar.drafters.KINDS`, "draft" for a smaller MAR, or None. `options`: what a user may set.
+    yes or no does not say it. `tokens`: "discrete" or "continuous"; `scan`: "raster" for one token after the other, in
+    the order of the model, "rows" for rows of the image side by side, or "diagonal" for models with two-way heads.
+    `drafter`: the kind of drafter that it needs, one of `visar.drafters.KINDS`, "draft" for a smaller MAR, or None.
+    `options`: what a user may set.
     """
 
     name: str
@@ -126,7 +129,7 @@ def ordered(specs: Iterable[SamplerSpec]) -> list[SamplerSpec]:
 
 
 def _rank(s: SamplerSpec) -> tuple[bool, bool, bool, bool, str]:
-    return s.tokens != "discrete", s.scan != "raster", bool(s.drafter), s.exactness == "relaxed", s.module
+    return s.tokens != "discrete", s.scan == "diagonal", bool(s.drafter), s.exactness == "relaxed", s.module
 
 
 @cache
@@ -137,7 +140,12 @@ def _load() -> None:
 
 def samplers_for(tokens: str, order: str = "raster") -> dict[str, SamplerSpec]:
     """The samplers of "discrete" or of "continuous" tokens, by name; of discrete ones those of an order."""
-    return {name: spec for name, spec in SAMPLERS.items() if (spec.tokens, spec.scan) == (tokens, order)}
+    return {name: spec for name, spec in SAMPLERS.items() if spec.tokens == tokens and _fits(spec, order)}
+
+
+def _fits(sampler: Any, order: str) -> bool:
+    """Whether a sampler or its spec is for models of an order; there are no drafters for those of any order."""
+    return scan_of(sampler) in SCANS[order] and not (order == "any" and getattr(sampler, "drafter", None))
 
 
 def default_sampler(tokens: str, order: str = "raster") -> str:
@@ -232,11 +240,16 @@ def check_sampler(sampler: Any, tokens: str | None = None, order: str | None = N
     if tokens is not None and own != tokens:
         known = ", ".join(samplers_for(tokens))
         raise VisarError(f"Sampler {sampler.name!r} is for {own} tokens. For {tokens} ones there are: {known}.")
-    if order not in (None, (found := scan_of(sampler))):
+    if order is not None and not _fits(sampler, order):
         known = ", ".join(samplers_for(own, order))
-        kinds = {"raster": "samples in raster order", "diagonal": "samples by diagonals, with two-way heads"}
+        kinds = {
+            "raster": "samples in raster order", "diagonal": "samples by diagonals, with two-way heads",
+            "rows": "samples rows side by side", "any": "samples in any order",
+        }  # fmt: skip
+        found = scan_of(sampler)
+        what = "needs a drafter" if found in SCANS[order] else kinds.get(found, found)
         raise VisarError(
-            f"Sampler {sampler.name!r} {kinds.get(found, found)}, and this model {kinds[order]}. For it there "
+            f"Sampler {sampler.name!r} {what}, and this model {kinds[order]}. For it there "
             f"{'is' if ',' not in known else 'are'}: {known}."
         )
     return sampler

@@ -49,6 +49,7 @@ class ZipAR(Registered):
     exact: ClassVar[bool] = False
     capturable: ClassVar[bool] = False  # the schedule runs on the host
     lockstep: ClassVar[bool] = True  # and is one for all rows
+    scan: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
         if self.ahead < 1:

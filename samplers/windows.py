@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # uniform: a uniform token, with the uniform distribution. left / above: a copy of the neighbour's token.
 # left-probs: a fresh sample from the target distribution of the last position known, the paper's "sample" made honest.
-# above-probs: the same of the cell above; mean-probs: of the mean of the two.
+# above-probs: the same of the cell above; mean-probs: of the mean of the two. In an order of its own "left" is the
+# nearest cell that is known.
 Init = Literal["uniform", "left", "above", "left-probs", "above-probs", "mean-probs"]
 PROBS = ("left-probs", "above-probs", "mean-probs")
 
@@ -36,6 +37,7 @@ def initial_drafts(
     u: Tensor,
     last_probs: Tensor | None,
     seen: Tensor,
+    nearest: Tensor | None = None,
     shared: ExponentialNoise | None,
 ) -> tuple[Tensor, Tensor]:
     """Drafts [B, W-1] for `positions` [B, W-1], and the distributions [B, W-1, V] that they are sampled from.
@@ -43,8 +45,10 @@ def initial_drafts(
     `stride` is the number of tokens from a cell to the one below it, for "above". `state.tokens` is written up to
     position `known` [B] (exclusive). `u` [B, W-1] is fresh uniform noise. `last_probs` [B, 1, V] is the distribution of
     the token just before `known`, None at the start, where every init is uniform. `seen` [B, R, V] are those of the
-    latest positions before it, each at its number modulo R, for "above-probs" and "mean-probs". `shared` is the
-    exponential noise of the positions under Gumbel coupling, else None: a draft that is sampled takes part in it.
+    latest positions before it, each at its number modulo R, for "above-probs" and "mean-probs". `nearest` [B, W-1], in
+    another order than the raster's, are the known positions of the cells that take the place of those to the left.
+    `shared` is the exponential noise of the positions under Gumbel coupling, else None: a draft that is sampled takes
+    part in it.
     """
     shape = (*positions.shape, vocab)
     if last_probs is None or init == "uniform":
@@ -55,17 +59,18 @@ def initial_drafts(
             draft_probs = (allowed / allowed.sum()).expand(shape)
             drafts = sample(draft_probs, u) if shared is None else gumbel_max(draft_probs, shared)
     elif init in PROBS:
-        draft_probs = last_probs.expand(shape)
-        if init != "left-probs":
+        draft_probs, rows = last_probs.expand(shape), torch.arange(len(seen), device=seen.device)[:, None]
+        if nearest is not None:
+            draft_probs = seen[rows, nearest]
+        elif init != "left-probs":
             above = positions - stride
             is_known = ((above >= 0) & (above < known[:, None]))[..., None]
-            rows = torch.arange(len(seen), device=seen.device)[:, None]
             draft_probs = torch.where(is_known, seen[rows, above % seen.shape[1]], draft_probs)
             if init == "mean-probs":
                 draft_probs = (draft_probs + last_probs) / 2
         drafts = sample(draft_probs, u) if shared is None else gumbel_max(draft_probs, shared)
     else:
-        source = (known - 1)[:, None].expand_as(positions)
+        source = (known - 1)[:, None].expand_as(positions) if nearest is None else nearest
         if init == "above":
             above = positions - stride
             source = torch.where((above >= 0) & (above < known[:, None]), above, source)

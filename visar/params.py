@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 LEAST_TEMPERATURE = 1e-5  # of discrete tokens
 LARGEST = 1e38  # of guidance scales and temperatures, which are float32 in a pass
 DISCRETE, CONTINUOUS = "discrete", "continuous"
+ANY_ORDER = "any-order"  # no kind of tokens: models by their `scan` (`TAKES`)
 SCHEDULES = ("constant", "linear")
+ORDERS = ("raster", "random", "halton", "farthest-point", "locality")  # `visar.engine.orders`
+TAKES = {"any": ("order", "guidance_schedule")}  # settings of discrete tokens that only models of a `scan` have
 
 
 def setting(
@@ -87,6 +90,13 @@ class SamplingParams:
     invariant: bool | None = setting(
         None, "passes of any width and batch give the same bits, which takes more time", only=DISCRETE, box=False
     )
+    order: str | None = setting(
+        None,
+        "order of the tokens, for models that take any; each has a distribution of its own",
+        choices=ORDERS,
+        only=ANY_ORDER,
+        box=False,
+    )
     forced_tokens: Tensor | None = setting(None, "tokens that are given", flag=False)
 
     def __post_init__(self) -> None:
@@ -140,8 +150,11 @@ class SamplingParams:
         own["seed"] = secrets.randbits(32) if self.seed is None else self.seed
         return replace(self, **own)
 
-    def check(self, tokens: str) -> None:
-        """Raise `VisarError` for a setting that models of such `tokens`, "discrete" or "continuous", do not have."""
+    def check(self, tokens: str, scan: str = "raster") -> None:
+        """Raise `VisarError` for a setting that models of such `tokens`, "discrete" or "continuous", do not have.
+
+        `scan` is the model's (`visar.families.base.Family`).
+        """
         if tokens == DISCRETE and self.temperature is not None and self.temperature < LEAST_TEMPERATURE:
             raise VisarError(
                 f"temperature must be above 0 ({LEAST_TEMPERATURE:g} at least; for greedy decoding use top_k 1), "
@@ -152,6 +165,10 @@ class SamplingParams:
             only, value = f.metadata["only"], getattr(self, f.name)
             if not only or only == tokens or value is None or value == neutral.get(f.name, object()):
                 continue
+            if f.name in TAKES.get(scan, ()):
+                continue
+            if f.name == "order":
+                raise VisarError("order is for models that were trained to sample in any order; this one has its own.")
             if f.name == "guidance_schedule" and value == "constant":
                 continue  # what a model of discrete tokens does
             raise VisarError(f"{f.name} is for models of {only} tokens; those of this model are {tokens}.")

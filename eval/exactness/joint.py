@@ -20,7 +20,9 @@ from visar.engine.guidance import Guidance
 from visar.engine.layout import Layout
 from visar.engine.loop import Decoded, decode
 from visar.engine.rng import Noise
+from visar.engine.session import Session
 from visar.errors import VisarError
+from visar.eval.exactness.any_order import AnyOrderModel, AnyOrderSession
 from visar.eval.exactness.diagonal import DiagonalModel, DiagonalSession
 from visar.eval.exactness.late_rows import decoded_late
 from visar.eval.exactness.mutants import MUTANTS
@@ -41,7 +43,7 @@ from visar.samplers import (
 EXACT_LIMIT, MUTANT_LIMIT = 4.0, 10.0
 MUTANT_SEQUENCES = 131072  # with fewer, a small bias is not yet beyond doubt
 
-
+Model = TabularModel | DiagonalModel | AnyOrderModel
 PLAIN = Settings()
 CODEBOOK = torch.randn(8, 3, generator=torch.Generator().manual_seed(5))  # for rules that ask which tokens look alike
 
@@ -58,17 +60,20 @@ class Case:
     window: int = 4
     init: str = "uniform"
     columns: int = 1
+    order: tuple[int, ...] = ()  # of the cells, where it is not the raster's
 
     @property
     def scan(self) -> str:
         """Of the samplers that it is for."""
-        return "diagonal" if self.model == "diagonals" else "raster"
+        return {"diagonals": "diagonal", "any order": "any"}.get(self.model, "raster")
 
     @property
     def layout(self) -> Layout:
         return Layout(-(-self.length // self.columns), self.columns)
 
-    def build(self) -> TabularModel | DiagonalModel:
+    def build(self) -> Model:
+        if self.model == "any order":
+            return AnyOrderModel.of(self.layout, self.vocab)
         if self.model == "diagonals":
             return DiagonalModel.of(self.layout, self.vocab)
         make = TabularModel.markov if self.model == "markov" else TabularModel.full_prefix
@@ -106,6 +111,12 @@ CASES = (
         Settings(temperature=1.4, top_k=3, top_p=0.8, scale=1.8, interval=2, forced=(-1, 0, -1, -1, 3, -1, -1)),
         model="full", vocab=4, length=7, window=5, init="left-probs",
     ),
+    Case(
+        "an order", Settings(temperature=1.3, top_p=0.9, scale=1.8, forced=(-1, -1, 2, -1, -1, 0)),
+        model="full", vocab=4, length=6, columns=3, order=(4, 0, 2, 5, 1, 3),
+    ),
+    Case("an order, init left", length=7, window=3, columns=3, init="left", order=(4, 0, 6, 2, 5, 1, 3)),
+    Case("an order, init left-probs", length=7, window=3, columns=3, init="left-probs", order=(4, 0, 6, 2, 5, 1, 3)),
 )  # fmt: skip
 
 GRID = Case("diagonals", model="diagonals", vocab=3, length=6, columns=3)
@@ -119,7 +130,9 @@ DIAGONAL_CASES = (
     replace(GRID, name="diagonals, interval 1", settings=Settings(scale=2.5, interval=1)),
     replace(GRID, name="diagonals, forced", settings=Settings(forced=(-1, -1, 2, -1, 1, -1), allowed=(0, 2))),
 )
-ALL = (*CASES, *DIAGONAL_CASES)
+# Of known-bad samplers alone; good ones have an order that does not change.
+ANY_ORDER = Case("any order", model="any order", vocab=3, length=4, columns=2)
+ALL = (*CASES, *DIAGONAL_CASES, ANY_ORDER)
 
 
 @dataclass(frozen=True)
@@ -161,21 +174,23 @@ def configured(sampler: Sampler, case: Case) -> Sampler:
     return replace(sampler, **{k: v for k, v in wanted.items() if k in has})  # type: ignore[type-var]
 
 
-def run(model: TabularModel | DiagonalModel, case: Case, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
+def run(model: Model, case: Case, sampler: Sampler, images: Tensor, seed: int) -> Decoded:
     """Decode the given image indices as one batch."""
     session = session_of(model, case, sampler, len(images), guidance_of(case))
     return decode(session, sampler, target_of(model, case), Noise(seed, images))
 
 
-def session_of(
-    model: TabularModel | DiagonalModel, case: Case, sampler: Sampler, batch: int, guidance: Guidance
-) -> TabularSession | DiagonalSession:
+def session_of(model: Model, case: Case, sampler: Sampler, batch: int, guidance: Guidance) -> Session:
     """A session with the drafter that the sampler needs, which knows the model somewhat."""
     if isinstance(model, DiagonalModel):
         return DiagonalSession(model, batch, guidance)
+    if isinstance(model, AnyOrderModel):
+        return AnyOrderSession(model, batch, sampler.window)
     session = TabularSession(model, batch, sampler.window, guidance)
     session.codebook = CODEBOOK[: model.vocab]
     session.layout = case.layout
+    if case.order:
+        session.cells = torch.tensor(case.order).repeat(batch, 1)
     if hasattr(sampler, "drafter"):
         # The root of the drafter's own session is one node before that of the tree.
         draft = model.disturbed(seed=99)
@@ -187,7 +202,7 @@ def guidance_of(case: Case) -> Guidance:
     return Guidance(case.settings.scale, case.settings.interval)
 
 
-def target_of(model: TabularModel | DiagonalModel, case: Case) -> Target:
+def target_of(model: Model, case: Case) -> Target:
     settings = case.settings
     forced = torch.tensor(settings.forced) if settings.forced else None
     allowed = torch.isin(torch.arange(model.vocab), torch.tensor(settings.allowed)) if settings.allowed else None
@@ -256,8 +271,14 @@ def measure(sampler: Sampler, case: Case, sequences: int, seed: int, batch: int 
 
 def expected(case: Case) -> np.ndarray:
     """The probability of every sequence, [V**N]."""
-    model = case.build()
-    return model.joint(case.settings) if isinstance(model, DiagonalModel) else joint(model, case.settings)
+    model, settings = case.build(), case.settings
+    if not isinstance(model, TabularModel):
+        return model.joint(settings)
+    if not case.order:
+        return joint(model, settings)
+    forced = tuple(settings.forced[cell] for cell in case.order) if settings.forced else ()
+    by_turn = joint(model, replace(settings, forced=forced)).reshape([case.vocab] * case.length)
+    return by_turn.transpose(np.argsort(case.order)).reshape(-1)
 
 
 def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
@@ -268,7 +289,7 @@ def same_alone(sampler: Sampler, case: Case, tokens: Tensor, seed: int) -> bool:
     if getattr(sampler, "lockstep", False):
         return True
 
-    def make(batch: int, guidance: Guidance) -> TabularSession | DiagonalSession:
+    def make(batch: int, guidance: Guidance) -> Session:
         return session_of(model, case, sampler, batch, guidance)
 
     images = torch.arange(32)
@@ -282,7 +303,7 @@ def greedy_row(sampler: Sampler, case: Case, seed: int) -> Row:
     assert isinstance(model, TabularModel)
     sampler = configured(sampler, case)
     out = run(model, case, sampler, torch.arange(64), seed)
-    best = int(joint(model, replace(case.settings, top_k=1, top_p=1.0)).argmax())
+    best = int(expected(replace(case, settings=replace(case.settings, top_k=1, top_p=1.0))).argmax())
     right = bool((values(out.tokens, case.vocab) == best).all())
     alone = same_alone(sampler, case, out.tokens, seed)
     return Row(sampler.name, case.name, "exact", 64, 0.0 if right else float("inf"), case.length / out.passes, alone)

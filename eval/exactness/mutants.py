@@ -4,23 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from visar.engine.drafter import Drafter
+from visar.engine.rng import Noise, Purpose
 from visar.engine.session import Session
 from visar.engine.tree import Tree
 from visar.samplers.base import Sampler, State
 from visar.samplers.beam_tree import BeamState, BeamTree, Drafted
 from visar.samplers.diagonal import Diagonal, DiagonalState
+from visar.samplers.distribution import Target
 from visar.samplers.dynamic import DynamicSpeculative, DynamicState
 from visar.samplers.dynamic_trees import CalibratedTree, CountedState
 from visar.samplers.jacobi import JacobiState, SpeculativeJacobi
 from visar.samplers.speculative import Children, Speculative, TreeSpeculative, TreeState, Verification
 from visar.samplers.tree_verification import ChildRule, Independent, Sampled
-from visar.samplers.verification import StepNoise, Verified, accepts, gumbel_max, leading, residual, sample
+from visar.samplers.verification import (
+    StepNoise,
+    Verified,
+    accepts,
+    gumbel_max,
+    leading,
+    residual,
+    sample,
+    verify_independent,
+)
 
 
 @dataclass(frozen=True)
@@ -283,6 +295,49 @@ class BottomUp(Diagonal):
 
 
 @dataclass(frozen=True)
+class LongestOrder:
+    """Drafts are tested in several random orders of the cells, and the one with the most accepted is kept.
+
+    The rule of sigma-GPT (Pannatier et al. 2024, arXiv:2404.09562). With one of `orders`, drawn before anything is
+    tested, the sampler is exact.
+    """
+
+    orders: int = 2
+    name: ClassVar[str] = "longest of several orders"
+    exact: ClassVar[bool] = False
+    window: ClassVar[int] = 4
+
+    def begin(self, session: Session, target: Target, noise: Noise) -> State:
+        return State.empty(session, target, noise, self.window)
+
+    def step(self, session: Session, state: State) -> None:
+        cells, tokens, accepted = self.tested(session, state, 0)
+        for trial in range(1, self.orders):
+            others, drafts, count = self.tested(session, state, trial)
+            longer = (count > accepted)[:, None]
+            cells, tokens = torch.where(longer, others, cells), torch.where(longer, drafts, tokens)
+            accepted = torch.maximum(count, accepted)
+        session.cells = cells
+        state.commit(session, tokens, accepted)
+
+    def tested(self, session: Session, state: State, trial: int) -> tuple[Tensor, Tensor, Tensor]:
+        """An order of the cells [B, N], the window's tokens [B, W] in it, and how many drafts it accepts [B]."""
+        assert session.cells is not None
+        every, known = torch.arange(session.length).expand(session.batch, -1), session.lengths[:, None]
+        turn = state.noise.uniforms(Purpose.ORDER, every, state.passes, trial)[0]
+        turn = torch.where(every < known, every - session.length, turn)
+        session.cells = session.cells.gather(1, turn.argsort(1))
+        drafts = (state.noise.uniforms(Purpose.DRAFT, session.cells, state.passes)[0] * session.vocab).long()
+        at = session.positions(self.window)
+        own = drafts.gather(1, at.clamp_max(session.length - 1))[:, :-1]
+        p = state.target.probs(session.forward(torch.cat([state.inputs(session, 1), own], dim=1)), at)
+        q = torch.full_like(p[:, :-1], 1 / session.vocab)
+        noise = StepNoise(*state.noise.uniforms(Purpose.STEP, at, state.passes, trial))
+        tokens, accepted = verify_independent(p, q, own, noise)
+        return session.cells, tokens, torch.minimum(accepted, session.length - 1 - session.lengths)
+
+
+@dataclass(frozen=True)
 class Mutant:
     """A wrong sampler and the case of `visar.eval.exactness.joint` in which it shows."""
 
@@ -312,6 +367,7 @@ MUTANTS = (
     Mutant("drafts that are not allowed", DraftsOutOfBounds(), "allowed tokens"),
     Mutant("one uniform for a diagonal", OneUniform(), "diagonals"),
     Mutant("diagonals upside down", BottomUp(), "diagonals"),
+    Mutant("longest of several orders", LongestOrder(), "any order"),
     Mutant("block with an uncapped end", UncappedBlock(), "plain"),
     Mutant("bonus from raw logits", RawBonus(gamma=1), "temperature 0.6"),
 )

@@ -20,9 +20,10 @@ from visar.errors import VisarError
 from visar.eval.exactness.joint import Row, alike, check_exact, exact_samplers, sampled
 from visar.eval.exactness.ranks import rank_z
 from visar.families.base import DiscreteFamily
-from visar.generation.discrete import guidance_of, target_of
+from visar.generation.discrete import arranged, guidance_of, target_of
 from visar.generation.model import ImageModel
 from visar.generation.output import ImageOutput
+from visar.generation.rows import noise_of
 from visar.generation.sessions import Call
 from visar.params import DISCRETE
 from visar.samplers import Autoregressive, Target
@@ -75,28 +76,38 @@ def _row(model: ImageModel, condition: Any, name: str, sampler: Any, count: int,
 
     tokens, speed = sampled(decoding, images, BATCH)  # type: ignore[arg-type]
     noise = torch.Generator().manual_seed(seed)  # one for all parts: where tokens are certain, u is the noise itself
-    uniforms = torch.cat([rosenblatt(model, condition, part, noise) for part in tokens.split(BATCH)])
+    starts = range(0, images, BATCH)
+    parts = zip(tokens.split(BATCH), starts, strict=True)
+    uniforms = torch.cat([rosenblatt(model, condition, part, noise, seed, first) for part, first in parts])
     alone = alike(decoding, tokens, ALONE)  # type: ignore[arg-type]
     return Row(name, f"{images} images", "exact", images, rank_z((uniforms * CELLS).long(), CELLS), speed, alone)
 
 
 @torch.inference_mode()
-def rosenblatt(model: ImageModel, condition: Any, tokens: Tensor, noise: torch.Generator) -> Tensor:
-    """u [B, F] in [0, 1), float64, of images' tokens [B, N], without those that are forced."""
+def rosenblatt(
+    model: ImageModel, condition: Any, tokens: Tensor, noise: torch.Generator, seed: int = 0, first: int = 0
+) -> Tensor:
+    """u [B, F] in [0, 1), float64, of images' tokens [B, N], without those that are forced.
+
+    They are the images `first`.. of the `seed`, which say in which order a model of any order sampled them.
+    """
     family, params = cast(DiscreteFamily, model.family), model.params_of()
-    target, guidance = target_of(family, params), guidance_of(params)
-    encoded = family.encode([condition] * len(tokens))
+    target, guidance, every = target_of(family, params), guidance_of(params), [condition] * len(tokens)
+    images = noise_of(every, list(range(first, first + len(tokens))), seed, family.device)
+    encoded = arranged(family.encode(every), family, params, images)
     session = Call(family, None, encoded, Autoregressive(), target, guidance).session()
-    target = target.on(session.device, session.length, session.vocab)
+    target = target.on(session.device, session.length, session.vocab, session.cells)
     tokens = tokens.to(session.device)
+    if session.cells is not None:
+        tokens = tokens.gather(1, session.cells)
     out = torch.empty(tokens.shape, dtype=torch.double)
     for at, p in (by_diagonals if family.scan == "diagonal" else one_by_one)(session, target, tokens):
         own = tokens[:, at, None]
         below, each = p.cumsum(-1).gather(-1, own)[..., 0], p.gather(-1, own)[..., 0]
         v = torch.rand(own.shape[:2], generator=noise).double()
         out[:, at.cpu()] = (below - each).cpu() + v * each.cpu()
-    free = slice(None) if target.forced is None else target.forced[: session.length].cpu() < 0
-    return out[:, free].clamp(0, 1 - 1e-12)
+    free = target.forced_at(torch.arange(session.length, device=session.device).expand(len(tokens), -1)) < 0
+    return out[free.cpu()].view(len(tokens), -1).clamp(0, 1 - 1e-12)
 
 
 def one_by_one(session: Session, target: Target, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

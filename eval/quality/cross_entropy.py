@@ -99,7 +99,7 @@ def change(before: Tensor, after: Tensor) -> Change:
 
 def plain(model: ImageModel) -> str:
     """The name of plain decoding."""
-    return "ar" if model.family.scan == "raster" else default_sampler(model.family.tokens, model.family.scan)
+    return "ar" if model.family.scan != "diagonal" else default_sampler(model.family.tokens, model.family.scan)
 
 
 def agreement(model: ImageModel, gpt: LlamaGen, conditions: Sequence[Any], seed: int) -> dict[str, float]:

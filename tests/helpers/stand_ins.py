@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -15,6 +16,7 @@ from tests.families.mar.test_loading import CHANNELS, checkpoint, kl_shapes, ran
 from tests.helpers import tiny_chameleon, tiny_emu3, tiny_glm, tiny_hf
 from tests.helpers.tiny import GPT, VQ, WORDS, image_folder
 from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.vq import VQModel
 from visar.families.mar.transformer import MAR
 from visar.text_encoders.words import WordEncoder
@@ -60,7 +62,12 @@ def lay_down(folder: Path) -> None:
 
 
 def lay_down_family(folder: Path, name: str) -> None:
-    """The model that the page of a family names; one that transformers has."""
+    """The model that the page of a family names."""
+    if name == "randar":
+        save_file(
+            RandAR(**GPT, condition="class", classes=1000).state_dict(),
+            folder / "randar_0.3b_llamagen_360k_bs_1024_lr_0.0004.safetensors",
+        )
     if name == "janus":
         for part in tiny_hf.janus():
             part.save_pretrained(folder / "Janus-Pro-1B")

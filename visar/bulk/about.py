@@ -15,12 +15,13 @@ import torch
 from visar import __version__
 from visar.errors import VisarError
 from visar.generation.model import ImageModel
-from visar.params import SamplingParams
+from visar.params import TAKES, SamplingParams
 from visar.samplers import values_of
 
 FORMAT = 1  # of the folder
 # Values in run.json of settings that this kind of model does not have, so that earlier versions' runs can continue.
 UNUSED = {"guidance_interval": -1, "guidance_schedule": None, "top_k": 0, "top_p": 1.0}
+LATER = ("invariant", "order")  # left out where not used, so that runs from before there was one can continue
 SAMPLE = 4096  # numbers of each tensor in the hash of the weights
 
 
@@ -33,12 +34,12 @@ def settings_of(model: ImageModel, given: Mapping[str, Any]) -> dict[str, Any]:
     """`given`, with the model's default for None. Raises `VisarError` for a setting that the model does not have."""
     if given.get("forced_tokens") is not None:
         raise VisarError("Bulk runs take no forced tokens; call the model for those.")
-    params, kind = model.params_of(**given), model.family.tokens
+    params, kind, takes = model.params_of(**given), model.family.tokens, TAKES.get(model.family.scan, ())
     named = {f.name: f.metadata["only"] for f in fields(SamplingParams) if f.name in params.to_dict()}
     return {
-        name: UNUSED.get(name) if only not in ("", kind) else getattr(params, name)
+        name: getattr(params, name) if only in ("", kind) or name in takes else UNUSED.get(name)
         for name, only in named.items()
-        if name != "seed" and (name != "invariant" or params.invariant)  # runs before there was one can continue
+        if name != "seed" and (name not in LATER or getattr(params, name))
     }
 
 

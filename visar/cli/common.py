@@ -94,13 +94,19 @@ def tokens_of(options: argparse.Namespace) -> str:
     return family_of(source_of(options)).tokens
 
 
-def default_of(options: argparse.Namespace) -> str:
-    """The name of a model's sampler by default, before its weights are read."""
+def kind_of(options: argparse.Namespace) -> tuple[str, str]:
+    """A model's kind of tokens and its `scan`, before its weights are read."""
     from visar.families.registry import family_of
-    from visar.samplers import default_sampler
 
     family = family_of(source := source_of(options))
-    return default_sampler(family.tokens, family.scan_at(source))
+    return family.tokens, family.scan_at(source)
+
+
+def default_of(options: argparse.Namespace) -> str:
+    """The name of a model's sampler by default, before its weights are read."""
+    from visar.samplers import default_sampler
+
+    return default_sampler(*kind_of(options))
 
 
 def is_file(options: argparse.Namespace) -> bool:

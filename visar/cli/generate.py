@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from visar.cli.common import configured, default_of, load_model, tokens_of
+from visar.cli.common import configured, default_of, kind_of, load_model
 from visar.cli.output import show
 from visar.cli.parsers.generate import MOST
 from visar.cli.parsers.options import params_of, settings_of
@@ -101,7 +101,7 @@ def as_typed(prompt: str) -> str:
 
 def chosen_sampler(options: argparse.Namespace, params: SamplingParams) -> AnySampler | None:
     """The sampler, or None if the options say nothing of it. Raises `VisarError` for settings the model has not."""
-    params.check(tokens_of(options))
+    params.check(*kind_of(options))
     if not options.sampler and not options.parameters and options.window is None:
         return None
     return configured(options.sampler or default_of(options), options.parameters, options.window)

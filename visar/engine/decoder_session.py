@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ class DecoderSession(CachedSession):
     slot late. The first `folded` slots are not in the cache, for families that do not need them.
     """
 
-    row_tensors = ("condition", "valid", "bias", "features")
+    row_tensors: ClassVar[tuple[str, ...]] = ("condition", "valid", "bias", "features")
+    per_token: ClassVar[int] = 1  # cache slots of a token
     bias: Tensor | None = None  # [rows], for families whose first cache slot represents several keys
 
     def __init__(
@@ -41,7 +43,7 @@ class DecoderSession(CachedSession):
         aux_layers: Collection[int] | None = None,
         folded: int = 0,
     ):
-        slots = prefix + length + window - 1
+        slots = prefix + self.per_token * (length + window) - 1
         super().__init__(
             batch, length, model.config.vocab_size, model.device, slots=slots, dtype=model.dtype, guidance=guidance,
             folded=folded,

@@ -21,6 +21,7 @@ class Guidance:
 
     scale: float = 1.0
     interval: int = -1
+    grows: bool | Tensor = False  # whether the scale grows from 1 on, in sessions that do so; or of each row, [B]
 
     def __post_init__(self) -> None:
         if not abs(self.scale) <= LARGEST:
@@ -54,13 +55,15 @@ class RowGuidance(Guidance):
         super().__init__()
         object.__setattr__(self, "scales", torch.ones(batch, device=device))
         object.__setattr__(self, "intervals", torch.full((batch,), -1, device=device))
+        object.__setattr__(self, "grows", torch.zeros(batch, dtype=torch.bool, device=device))
 
     scales: Tensor
     intervals: Tensor
+    grows: Tensor
 
     def place(self, row: int, guidance: Guidance) -> None:
         """Give a row this guidance."""
-        self.scales[row], self.intervals[row] = guidance.scale, guidance.interval
+        self.scales[row], self.intervals[row], self.grows[row] = guidance.scale, guidance.interval, guidance.grows
 
     def over(self, position: int) -> bool:
         return False

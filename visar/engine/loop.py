@@ -91,6 +91,7 @@ def decode(
     state: Decoding = sampler.begin(session, target, noise)
     if graph is not None:
         state = graph.begin(state)
+    in_raster = session.in_raster if isinstance(session, Session) else lambda values: values
     fewest = -(-session.length // max(sampler.window, getattr(state, "width", 1)))
 
     def step() -> None:
@@ -111,8 +112,8 @@ def decode(
             if waits:
                 synchronize(session.device)
             now, length = time.perf_counter(), session.length
-            commits = state.commit_pass[:, :length]
-            callback(Snapshot(passes, now - start - in_callbacks, state.tokens[:, :length], commits, session.lengths))
+            tokens, commits = in_raster(state.tokens[:, :length]), in_raster(state.commit_pass[:, :length])
+            callback(Snapshot(passes, now - start - in_callbacks, tokens, commits, session.lengths))
             if waits:
                 synchronize(session.device)
             in_callbacks += time.perf_counter() - now
@@ -129,7 +130,7 @@ def decode(
         session.drafter.check()
     state.check()
     length = session.length
-    tokens, commit_pass = state.tokens[:, :length].clone(), state.commit_pass[:, :length].clone()
+    tokens, commit_pass = (in_raster(found[:, :length]).clone() for found in (state.tokens, state.commit_pass))
     captured, replays, uncounted = (0.0, 0, 0) if graph is None else (graph.seconds, graph.replays, graph.uncounted)
     return Decoded(tokens, commit_pass, passes, seconds, captured, _bytes_read(session) + uncounted, replays)
 

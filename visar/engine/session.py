@@ -24,8 +24,11 @@ class Session(ABC):
     """A batch of B sequences of `length` tokens, of which row b has committed `lengths[b]`.
 
     A subclass gives `forward`. Rows progress independently, a rejected draft is undone by not moving the row's length,
-    and every shape is fixed by B and W.
+    and every shape is fixed by B and W. Position n of row b is the cell `cells[b, n]` of the image, in the order of
+    the layout; without `cells` it is cell n. Tokens, noise and guidance go by positions, what is forced by cells.
     """
+
+    cells: Tensor | None = None  # [B, N]
 
     def __init__(self, batch: int, length: int, vocab: int, device: torch.device | str = "cpu"):
         self.batch, self.length, self.vocab = batch, length, vocab
@@ -44,6 +47,10 @@ class Session(ABC):
         Near the end some are past `length`; these are never committed.
         """
         return self.lengths[:, None] + torch.arange(window, device=self.device)
+
+    def in_raster(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Values [B, N] of the positions of some rows in the order of the layout; in raster order the very tensor."""
+        return values if self.cells is None else torch.empty_like(values).scatter_(1, self.cells[rows], values)
 
     def follows(self, count: int, tree: Tree | None = None, first: int = 0) -> Tensor:
         """The positions [B, count] that a pass over the nodes `first`.. of a tree predicts, each after its node."""

@@ -92,8 +92,9 @@ class Slots:
 
     def read(self, row: int) -> Row:
         """The tokens of a slot, of which those not committed yet are drafts."""
-        n = self.session.length
-        return Row(self.state.tokens[row, :n].clone(), self.state.commit_pass[row, :n].clone())
+        n, rows = self.session.length, slice(row, row + 1)
+        own = (found[rows, :n] for found in (self.state.tokens, self.state.commit_pass))
+        return Row(*(self.session.in_raster(values, rows)[0].clone() for values in own))
 
     @torch.inference_mode()
     def release(self, row: int) -> None:

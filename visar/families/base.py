@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from visar.engine.session import Session
     from visar.families.source import Source
 
-Encoded = tuple[Tensor, ...]  # tensors with one row for each condition, as `session` takes them
+# Tensors with one row for each condition, as `session` takes them; in any order (`scan`) the last is the cells [B, N].
+Encoded = tuple[Tensor, ...]
 
 
 class Family(ABC):
@@ -45,7 +46,7 @@ class Family(ABC):
 
     name: ClassVar[str]  # in the registry
     tokens: ClassVar[str] = DISCRETE  # or CONTINUOUS
-    scan: str = "raster"  # in which tokens are sampled; a sampler is for one order ("diagonal": two-way heads)
+    scan: str = "raster"  # in which tokens are sampled; a sampler is for one order (`visar.samplers.registry.SCANS`)
     sizes: ClassVar[bool] = False  # whether a model makes images of any size
     guided: ClassVar[bool] = True  # whether it has an unconditional batch
     required: ClassVar[frozenset[str]] = frozenset()  # names of components

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 
 from visar.engine.loop import Decoded
 from visar.engine.memory import check_memory
-from visar.engine.rng import Noise, Purpose
+from visar.engine.orders import random_orders
+from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.families.base import ContinuousFamily, Encoded
 from visar.generation.progress import StepCallback
@@ -19,13 +19,6 @@ from visar.samplers import ContinuousTarget
 
 if TYPE_CHECKING:
     from visar.generation.model import ImageModel
-
-
-def sampling_orders(noise: Noise, length: int, given: Tensor | None) -> Tensor:
-    """The order [B, N] in which each image's positions are sampled: random, those marked in `given` [N] first."""
-    positions = torch.arange(length, device=noise.images.device)
-    chances = noise.uniforms(Purpose.ORDER, positions.expand(len(noise.images), -1), 0)[0]
-    return (chances if given is None else chances - given.double()).argsort(1)
 
 
 def run(
@@ -45,7 +38,7 @@ def run(
     given = None if forced is None else forced.isfinite().all(-1)
     free = length if given is None else int((~given).sum())
     method = model.fitted(model.sampler_of(sampler, window), default=sampler is None, free=free)
-    order = sampling_orders(noise, length, given)
+    order = random_orders(noise, length, given)
     fixed = None if forced is None else forced[order[:, : length - free]]
     draft = model.drafters.of(method)
     check_memory(family.bytes_per_image(1, params.guidance_scale != 1), len(order), family.device)

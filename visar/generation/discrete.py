@@ -8,6 +8,7 @@ import torch
 
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded
+from visar.engine.orders import orders_of
 from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
@@ -35,6 +36,7 @@ def run(
     family = cast(DiscreteFamily, model.family)
     method = model.sampler_of(sampler, window)
     target = target_of(family, params)
+    encoded = arranged(encoded, family, params, noise)
     call = Call(family, model.drafters.of(method), encoded, method, target, guidance_of(params))
     # A progress bar alone does not need every pass of a GPU.
     every = None if callback is None else 1
@@ -56,7 +58,14 @@ def run(
 def guidance_of(params: SamplingParams) -> Guidance:
     """The guidance of resolved settings."""
     interval = -1 if params.guidance_interval is None else params.guidance_interval
-    return Guidance(cast(float, params.guidance_scale), interval)
+    return Guidance(cast(float, params.guidance_scale), interval, params.guidance_schedule == "linear")
+
+
+def arranged(encoded: Encoded, family: DiscreteFamily, params: SamplingParams, noise: Noise) -> Encoded:
+    """Encoded conditions with the order in which each image's tokens are sampled, of a model that takes one."""
+    if params.order is None:
+        return encoded
+    return *encoded[:-1], orders_of(params.order, family.layout, noise).to(family.device)
 
 
 def target_of(family: DiscreteFamily, params: SamplingParams) -> Target:

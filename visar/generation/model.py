@@ -155,7 +155,7 @@ class ImageModel:
     def params_of(self, params: SamplingParams | None = None, **settings: Any) -> SamplingParams:
         """The settings of a call, with this model's defaults. Raises `VisarError` for one that it does not have."""
         asked = SamplingParams.of(params, **settings)
-        asked.check(self.family.tokens)
+        asked.check(self.family.tokens, self.family.scan)
         return asked.resolved(self.family.defaults)
 
     def generate(

@@ -17,7 +17,7 @@ from visar.engine.session import Session
 from visar.engine.slots import Slots
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
-from visar.generation.discrete import guidance_of, target_of
+from visar.generation.discrete import arranged, guidance_of, target_of
 from visar.generation.model import ImageModel, undisturbed
 from visar.generation.rows import noise_of
 from visar.generation.sessions import Call
@@ -130,9 +130,10 @@ class Pool:
             self.model.check_modules()
             self._steady = Steady()
         with self._at_work(), torch.inference_mode():
-            encoded = self.family.widened(self.family.encode([request.condition]))
-            fresh = self._fresh(encoded)
             noise = noise_of([request.condition], request.image, params.seed or 0, device)
+            encoded = self.family.widened(self.family.encode([request.condition]))
+            encoded = arranged(encoded, self.family, params, noise)
+            fresh = self._fresh(encoded)
             if self._slots is None:
                 self._slots = self._made(encoded)
             row = min(self._slots.free)

@@ -254,7 +254,8 @@ def _continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:
     ours, theirs = fresh.config, start.config
     differing = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k] and k != "num_layers"]
     if type(start) is not type(fresh):
-        raise VisarError("The model to go on from has two-way heads; `visar train two-way` trains them.")
+        what = "has two-way heads; `visar train two-way` trains them" if start.scan == "diagonal" else "is a RandAR"
+        raise VisarError(f"The model to go on from {what}.")
     if differing or theirs.num_layers > ours.num_layers:
         wrong = differing or [f"{theirs.num_layers} layers, more than {ours.num_layers}"]
         raise VisarError(f"The model to go on from has other sizes: {', '.join(wrong)}.")

@@ -25,6 +25,8 @@ def check_stage(start: LlamaGen, stage: int) -> None:
         raise VisarError("Stage 2 goes on from stage 1, and this GPT has no two-way heads: give --stage 1 first.")
     if stage == 1 and isinstance(start, TwoWayLlamaGen):
         raise VisarError("This GPT has two-way heads already: give --stage 2 to train all of it.")
+    if start.scan == "any":
+        raise VisarError("This GPT samples in any order; two-way heads are for one that samples in raster order.")
 
 
 def train_two_way(

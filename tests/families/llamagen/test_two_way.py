@@ -20,7 +20,7 @@ from visar.engine.layout import Layout
 from visar.engine.weight_files import read_content
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.loading import gpt_config, has_heads, load_gpt, two_way_config
+from visar.families.llamagen.loading import class_of, gpt_config, load_gpt, two_way_config
 from visar.families.llamagen.rotary import rotate
 from visar.families.llamagen.specs import MODELS
 from visar.families.llamagen.two_way import TwoWayLlamaGen, is_branch, two_way
@@ -64,7 +64,7 @@ def test_nar_loads_unchanged(nested: bool, tmp_path: Path) -> None:
     content = {"model": state, "args": argparse.Namespace(medusa_attention_num=1), "steps": 1} if nested else state
     path = saved(tmp_path / "c2i_L_256.pt", content)
     loaded = load_gpt(path, num_heads=2, grid=GRID)
-    assert isinstance(loaded, TwoWayLlamaGen) and has_heads(path)
+    assert isinstance(loaded, TwoWayLlamaGen) and class_of(path) is TwoWayLlamaGen
     c = loaded.config
     assert (c.num_layers, c.vertical_layers, c.vertical_start, c.mixing) == (3, 1, 3, "mean")
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in state.items())
@@ -101,7 +101,7 @@ def test_a_branch_that_nobody_describes(tmp_path: Path) -> None:
     del (short := nar())["medusa_norm.weight"]
     with pytest.raises(VisarError, match=r"'medusa_norm\.weight' is missing"):
         load_gpt(saved(tmp_path / "gpt.pt", short), num_heads=2)
-    assert not has_heads(saved(tmp_path / "plain.pt", {"model": text_gpt().state_dict()}))
+    assert class_of(saved(tmp_path / "plain.pt", {"model": text_gpt().state_dict()})) is LlamaGen
 
 
 PARAMETERS = {"b": 130.6, "m": 295.5, "l": 372.5, "xl": 816.0, "xxl": 1464.0}  # millions, of NAR's table

@@ -10,7 +10,7 @@ from typing import Any
 
 from visar.cli.parsers.base import STDOUT, CommandParser, Group, json_target, names, size, whole
 from visar.errors import VisarError
-from visar.params import SamplingParams
+from visar.params import ANY_ORDER, SamplingParams
 
 RANDOM = "random"  # as a seed
 KINDS: dict[str, tuple[Callable[[str], Any], str, str]] = {
@@ -27,7 +27,7 @@ def sampling_options(parser: CommandParser) -> None:
     for f in _settings():
         choices = f.metadata["choices"] or None
         notes = [f.metadata["help"]]
-        notes += [f"only for {f.metadata['only']} tokens"] if f.metadata["only"] else []
+        notes += [f"only for {only} tokens"] if (only := f.metadata["only"]) not in ("", ANY_ORDER) else []
         if str(f.type).startswith("bool"):
             group.add_argument(f"--{f.name}", action="store_true", default=None, help="; ".join(notes))
             continue

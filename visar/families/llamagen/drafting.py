@@ -16,7 +16,6 @@ from visar.errors import VisarError
 from visar.families.llamagen.gpt import CaptionEmbedding, LlamaGen, initialise
 from visar.families.llamagen.loading import gpt_of
 from visar.families.llamagen.session import LlamaGenSession
-from visar.families.llamagen.two_way import TwoWayLlamaGen
 from visar.families.weights import load_state
 
 
@@ -39,8 +38,9 @@ class LlamaGenTarget:
         return gpt_of(state, path, self.grid)
 
     def check(self, model: LlamaGen, path: str | Path) -> None:
-        if isinstance(model, TwoWayLlamaGen):
-            raise VisarError(f"The drafter {path} has two-way heads, which draft for no other model.")
+        if model.scan != "raster":
+            what = "has two-way heads, which draft" if model.scan == "diagonal" else "samples in any order, and drafts"
+            raise VisarError(f"The drafter {path} {what} for no other model.")
         own, its = model.config, self.model.config
         if own.vocab_size != its.vocab_size:
             raise VisarError(f"The drafter {path} has {own.vocab_size} codes, the target {its.vocab_size}.")

@@ -18,10 +18,12 @@ from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
 from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
-from visar.families.llamagen.loading import has_heads, load_gpt, load_vq
+from visar.families.llamagen.loading import class_of, load_gpt, load_vq
 from visar.families.llamagen.preview import CodePreview
+from visar.families.llamagen.randar import RandAR
+from visar.families.llamagen.randar_session import RandARSession
 from visar.families.llamagen.session import LlamaGenSession
-from visar.families.llamagen.specs import MODELS
+from visar.families.llamagen.specs import MODELS, RANDARS
 from visar.families.llamagen.two_way import TwoWayLlamaGen
 from visar.families.llamagen.two_way_session import TwoWaySession
 from visar.families.llamagen.vq import VQModel
@@ -34,10 +36,17 @@ from visar.params import SamplingParams
 from visar.reading import Side
 from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
 
+SCANS = {kind.__name__: kind.scan for kind in (TwoWayLlamaGen, RandAR)}
+SESSIONS: dict[str, type[LlamaGenSession]] = {
+    "raster": LlamaGenSession,
+    "diagonal": TwoWaySession,
+    "any": RandARSession,
+}
+
 
 @register_family
 class LlamaGenFamily(DiscreteFamily):
-    """`gpt` and `vq`, and with a text-conditional GPT a `text_encoder`. A `gpt` may have two-way heads.
+    """`gpt` and `vq`, and with a text-conditional GPT a `text_encoder`. A `gpt` may have two-way heads, or be a RandAR.
 
     `grid` is the number of tokens along one side of the square images, by default the GPT's own; `guidance_scale` and
     `top_k` are the defaults of sampling.
@@ -72,20 +81,21 @@ class LlamaGenFamily(DiscreteFamily):
                     f"{own[0]} of {own[1]}."
                 )
         self.components = {"gpt": gpt, "vq": vq} | ({"text_encoder": text_encoder} if text else {})
-        usual = MODELS["llamagen-t2i-xl" if text else "llamagen-l"]
+        self.scan = gpt.scan
+        usual = RANDARS["randar-l"] if self.scan == "any" else MODELS["llamagen-t2i-xl" if text else "llamagen-l"]
         scale = usual.guidance if guidance_scale is None else guidance_scale
         top_k = usual.top_k if top_k is None else top_k
         self.defaults = d = SamplingParams(
             guidance_scale=scale,
             guidance_interval=-1,
-            guidance_schedule="constant",
+            guidance_schedule="linear" if self.scan == "any" else "constant",
             temperature=1.0,
             top_k=top_k,
             top_p=1.0,
+            order="random" if self.scan == "any" else None,
         )
         self.settings = {"grid": grid, "guidance_scale": d.guidance_scale, "top_k": d.top_k}
         self.condition = "prompt" if text else "class"
-        self.scan = "diagonal" if isinstance(gpt, TwoWayLlamaGen) else "raster"
         self.classes = 0 if text else gpt.config.classes
         side = grid or gpt.config.grid
         self._colours: Derived[CodePreview] = Derived()
@@ -100,8 +110,9 @@ class LlamaGenFamily(DiscreteFamily):
     @classmethod
     def scan_at(cls, source: Source) -> str:
         if source.files:
-            return "diagonal" if has_heads(source.files["model"]) else "raster"
-        return "diagonal" if source.index.get("gpt", [])[-1:] == [TwoWayLlamaGen.__name__] else "raster"
+            return class_of(source.files["model"]).scan
+        named = source.index.get("gpt")
+        return SCANS.get(named[-1], "raster") if isinstance(named, list) and named else "raster"
 
     @classmethod
     def load(cls, source: Source) -> Self:
@@ -139,7 +150,13 @@ class LlamaGenFamily(DiscreteFamily):
         return found
 
     def encode(self, conditions: Sequence[Any]) -> Encoded:
-        """Caption features [B, T, C] and their mask [B, T], or class ids [B]."""
+        """Caption features [B, T, C] and their mask [B, T], or class ids [B]; of a RandAR with the raster order."""
+        found = self._encoded(conditions)
+        if self.scan != "any":
+            return found
+        return *found, torch.arange(self.layout.length).expand(len(found[0]), -1)
+
+    def _encoded(self, conditions: Sequence[Any]) -> Encoded:
         if self.condition == "prompt":
             self.check_conditions(conditions)
             features, mask = self.components["text_encoder"].encode(list(conditions))
@@ -150,8 +167,7 @@ class LlamaGenFamily(DiscreteFamily):
     def session(
         self, encoded: Encoded, *, window: int, guidance: Guidance, aux_layers: Collection[int] | None = None
     ) -> LlamaGenSession:
-        kind: type[LlamaGenSession] = TwoWaySession if self.scan == "diagonal" else LlamaGenSession
-        return kind(
+        return SESSIONS[self.scan](
             self.gpt, *encoded, length=self.layout.length, window=window, grid=self.layout.rows, guidance=guidance,
             aux_layers=aux_layers,
         )  # fmt: skip
@@ -185,7 +201,8 @@ class LlamaGenFamily(DiscreteFamily):
         return streamed_bytes(*(part for name, part in self.gpt.named_children() if name != "cls_embedding"))
 
     def bytes_per_image(self, window: int, guided: bool) -> int:
-        slots = min(self.gpt.config.condition_length, 2) + self.layout.length + window
+        each = SESSIONS[self.scan].per_token
+        slots = min(self.gpt.config.condition_length, 2) + each * (self.layout.length + window)
         return decoding_bytes(self.gpt, 2 if guided else 1, slots, window)
 
     @property

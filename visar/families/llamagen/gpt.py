@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,8 @@ class LlamaGen(Component):
     for classes, 120 for the published text model); `grid` is the default number of cells along one side.
     """
 
+    scan: ClassVar[str] = "raster"  # as in `visar.families.base.Family`
+
     def __init__(
         self,
         vocab_size: Size = 16384,
@@ -183,6 +185,14 @@ class LlamaGen(Component):
         grid**2 - 1 for a next token to exist; `condition_mask`: valid caption slots [B, T], bool.
         """
         x = torch.cat([self.cls_embedding(condition), self.tok_embeddings(tokens)], dim=1)
+        table = self.rotary()[: x.shape[1]].expand(len(x), -1, -1, -1)
+        return self.logits(self.causal(x, table, condition_mask)[:, self.config.condition_length - 1 :])
+
+    def causal(self, x: Tensor, table: Tensor, condition_mask: Tensor | None = None) -> Tensor:
+        """`run` without a cache: each of the embeddings x [B, L, dim], the condition's first, attends to those before.
+
+        `table` [B, L, ...] are their rotary rows.
+        """
         length, prefix = x.shape[1], self.config.condition_length
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril().expand(len(x), 1, -1, -1)
         if condition_mask is not None:
@@ -195,8 +205,7 @@ class LlamaGen(Component):
             q, k, v = (t.transpose(1, 2) for t in turned(qkv, turns))
             return attended(q, k, v, bias.to(q.dtype)).transpose(1, 2)
 
-        table = self.rotary()[:length].expand(len(x), -1, -1, -1)
-        return self.logits(self.run(x, table, attend)[:, prefix - 1 :])
+        return self.run(x, table, attend)
 
 
 def initialise(gpt: LlamaGen) -> LlamaGen:

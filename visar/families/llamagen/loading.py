@@ -1,8 +1,8 @@
 """Load the published LlamaGen files (Sun et al. 2024, arXiv:2406.06525), GPT and VQ tokenizer, unchanged.
 
-GPTs with two-way heads, of NAR and FlashAR, have LlamaGen's keys and some more (`two_way_config`). Every size is read
-from the shapes of the tensors, so files of other sizes with the same keys load as well. Modules are built on the meta
-device and take over the tensors that were read, so the weights are in memory once.
+GPTs with two-way heads, of NAR and FlashAR, have LlamaGen's keys and some more (`two_way_config`), and RandAR's one.
+Every size is read from the shapes of the tensors, so files of other sizes with the same keys load as well. Modules are
+built on the meta device and take over the tensors that were read, so the weights are in memory once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from visar.engine.component import fill, missing, unfilled
 from visar.engine.weight_files import read_content
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.specs import match_heads, published_grid
 from visar.families.llamagen.two_way import TwoWayLlamaGen
 from visar.families.llamagen.vq import VQConfig, VQModel
@@ -27,6 +28,7 @@ from visar.families.weights import count, expect, load_state, shape_of
 
 DEFAULT_GRID = 16
 HEAD = "medusa_output.weight"  # which only GPTs with two-way heads have
+QUERY = "pos_instruct_embeddings"  # and this only a RandAR
 
 
 def load_gpt(
@@ -62,7 +64,7 @@ def gpt_of(
     if HEAD not in state:
         arguments = gpt_config(state, path, num_heads=num_heads)
         with unfilled():
-            gpt = LlamaGen(**arguments, grid=grid)
+            gpt = (RandAR if QUERY in state else LlamaGen)(**arguments, grid=grid)
         return fill(gpt, state, path)
     arguments = two_way_config(state, path, told or {}, num_heads=num_heads)
     if arguments["mixing"] == "gate":
@@ -90,14 +92,15 @@ def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.f
     return fill(vq, state, path)
 
 
-def has_heads(path: str | Path) -> bool:
-    """Whether a published file is of a GPT with two-way heads, by the names of its tensors."""
+def class_of(path: str | Path) -> type[LlamaGen]:
+    """The class of the GPT in a published file, by the names of its tensors."""
 
-    def names(content: Any) -> bool:
+    def has(name: str, content: Any) -> bool:
         own = content.items() if isinstance(content, Mapping) else ()
-        return any(str(key).endswith(HEAD) or names(value) for key, value in own)
+        return any(str(key).endswith(name) or has(name, value) for key, value in own)
 
-    return names(read_content(path))
+    content = read_content(path)
+    return TwoWayLlamaGen if has(HEAD, content) else RandAR if has(QUERY, content) else LlamaGen
 
 
 def training_arguments(path: str | Path) -> dict[str, Any]:

@@ -21,22 +21,20 @@ class LlamaGenSession(DecoderSession):
     def __init__(
         self,
         model: LlamaGen,
-        condition: Tensor,
-        condition_mask: Tensor | None = None,
-        *,
+        *condition: Tensor | None,  # and of a caption its mask
         length: int,
         window: int,
         grid: int | None = None,
         guidance: Guidance = Guidance(),
         aux_layers: Collection[int] | None = None,
     ):
-        prefix = model.config.condition_length
+        prefix, given = model.config.condition_length, [part for part in condition if part is not None]
         super().__init__(
-            model, len(condition), prefix, model.rotary(grid), length=length, window=window, guidance=guidance,
+            model, len(given[0]), prefix, model.rotary(grid), length=length, window=window, guidance=guidance,
             aux_layers=aux_layers, folded=max(prefix - 2, 0),
         )  # fmt: skip
         self.bias = torch.zeros(len(self.condition), device=self.device) if prefix > 1 else None
-        self.start(condition, *(() if condition_mask is None else (condition_mask,)))
+        self.start(*given)
 
     def embed(self, *condition: Tensor) -> Tensor:
         values, *masks = condition

@@ -1,18 +1,19 @@
 """LlamaGen's models by name: sizes, published files and recommended settings. A table of data that imports no torch.
 
-From Sun et al. 2024 (arXiv:2406.06525) and the README of its code. No weights of these are shipped. The loaders
-look up the number of heads here, which no shape of a tensor has.
+From Sun et al. 2024 (arXiv:2406.06525), Pang et al. 2024 (RandAR, arXiv:2412.01827), and the READMEs of their code. No
+weights of these are shipped. The loaders look up the number of heads here, which no shape of a tensor has.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from visar.families.catalogue import Listing, floor_ms
+from visar.families.catalogue import NOT_CHECKED, Listing, floor_ms
 
 HUB_C2I = "FoundationVision/LlamaGen"
 HUB_T2I = "peizesun/llamagen_t2i"
+HUB_RANDAR = "ziqipang/RandAR"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class GPTShape:
     vocab: int = 16384
     classes: int = 1000
     caption_features: int = 2048
+    queries: bool = False  # RandAR's: a learnt vector, and one more slot of the cache for each token
 
     @property
     def weights(self) -> int:
@@ -48,7 +50,7 @@ class GPTShape:
         taken = (self.classes + 1) * self.dim
         if condition == "text":
             taken = (self.caption_features + self.dim) * self.dim + self.condition_length * self.caption_features
-        return self.weights + self.vocab * self.dim + taken
+        return self.weights + self.vocab * self.dim + taken + self.dim * self.queries
 
     def cache(self, rows: int, slots: int) -> int:
         """Numbers of keys and values."""
@@ -59,7 +61,7 @@ class GPTShape:
 
         A caption's slots have keys that are all zero, and so count as one, which is exact.
         """
-        return self.weights + self.cache(2 * batch, 1 + length // 2)
+        return self.weights + self.cache(2 * batch, 1 + length // 2 * (1 + self.queries))
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class ModelSpec:
     shape: GPTShape
     files: tuple[PublishedFile, ...]
     tokenizer: str
+    licence: str = NOT_CHECKED
 
     @property
     def grid(self) -> int:
@@ -103,6 +106,15 @@ def _llamagen(size: str, layers: int, dim: int, heads: int, ffn: int, *pixels: i
     return ModelSpec(
         f"llamagen-{size.lower()}", f"LlamaGen GPT-{size}, ImageNet classes", "class", pixels, 16, 4.0, 2000,
         GPTShape(layers, dim, heads, ffn), files, "ds16",
+    )  # fmt: skip
+
+
+def _randar(size: str, guidance: float) -> ModelSpec:
+    like, parameters = MODELS[f"llamagen-{size.lower()}"], {"L": "0.3b", "XL": "0.7b"}[size]
+    file = PublishedFile(f"randar_{parameters}_llamagen_360k_bs_1024_lr_0.0004.safetensors", HUB_RANDAR, 16)
+    return replace(
+        like, name=f"randar-{size.lower()}", title=f"RandAR {size}, ImageNet classes", pixels=(256,), guidance=guidance,
+        top_k=0, shape=replace(like.shape, queries=True), files=(file,), licence="MIT (code)",
     )  # fmt: skip
 
 
@@ -125,6 +137,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
     )
 }  # fmt: skip
+RANDARS = {spec.name: spec for spec in (_randar("L", 3.4), _randar("XL", 4.0))}
 
 TOKENIZERS: dict[str, TokenizerSpec] = {
     spec.name: spec
@@ -147,7 +160,8 @@ TOKENIZERS: dict[str, TokenizerSpec] = {
 
 def published_grid(file_name: str) -> int | None:
     """The grid side in tokens that a published GPT file was trained at, by its file name."""
-    return next((f.grid for spec in MODELS.values() for f in spec.files if f.name == file_name), None)
+    specs = (*MODELS.values(), *RANDARS.values())
+    return next((f.grid for spec in specs for f in spec.files if f.name == file_name), None)
 
 
 NAR_M = GPTShape(18, 1024, 16, 2816)  # the trunk of NAR's M; its other trunks have LlamaGen's sizes
@@ -159,6 +173,12 @@ def match_heads(layers: int, dim: int, ffn: int) -> int | None:
     return next((s.heads for s in shapes if (s.layers, s.dim, s.ffn) == (layers, dim, ffn)), None)
 
 
+def _needs(spec: ModelSpec) -> str:
+    file, hub = TOKENIZERS[spec.tokenizer].files[0], spec.files[0].hub
+    files = f"the published files {' or '.join(f.name for f in spec.files)}"
+    return f"{files} {'' if hub == file.hub else f'of {hub} '}and {file.name} of the hub repository {file.hub}"
+
+
 def listings() -> list[Listing]:
     """The entries of these models in `visar models`."""
     return [
@@ -168,10 +188,10 @@ def listings() -> list[Listing]:
             spec.condition,
             spec.pixels,
             weights=f"{spec.files[0].hub}: {', '.join(f.name for f in spec.files)}",
-            needs=f"the published files {' or '.join(f.name for f in spec.files)} and "
-            f"{TOKENIZERS[spec.tokenizer].files[0].name} of the hub repository {spec.files[0].hub}",
+            needs=_needs(spec),
             parameters=spec.shape.parameters(spec.condition),
+            licence=spec.licence,
             floor_ms=floor_ms(spec.shape.streamed(1, spec.grid**2)),
         )
-        for spec in MODELS.values()
+        for spec in (*MODELS.values(), *RANDARS.values())
     ]

@@ -9,7 +9,7 @@ trunk, with a distribution of its own: an input attends to all cells up to its d
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ class TwoWayLlamaGen(LlamaGen):
     two predictions of a cell are weighed: "mean" (NAR), one learnt number ("scalar"), or a network of the two
     predictions ("gate", FlashAR), `gate_width` wide.
     """
+
+    scan: ClassVar[str] = "diagonal"
 
     def __init__(
         self,

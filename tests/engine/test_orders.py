@@ -1,8 +1,9 @@
-"""Orders of a masked model: permutations that keep what is given first, and cells of one pass that are far apart."""
+"""Orders of cells: permutations that keep what is given first, and cells of one pass or window that are far apart."""
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from tests.helpers.plain_mar import N, tiny
 from visar.engine.layout import Layout
 from visar.engine.loop import decode
+from visar.engine.orders import arrange, orders_of
 from visar.engine.rng import Noise
 from visar.errors import VisarError
 from visar.families.mar.session import MARSession
+from visar.params import ORDERS
 from visar.samplers import get_sampler
-from visar.samplers.masked import ContinuousTarget, MaskedAutoregressive, two_stages
-from visar.samplers.orders import TURNS, Order, arrange
+from visar.samplers.masked import ContinuousTarget, MaskedAutoregressive, Order, two_stages
 
 
 def session_of(rows: int, columns: int, given: int = 0, batch: int = 3) -> Any:
@@ -40,7 +42,7 @@ def spacing(cells: Tensor, rows: int, columns: int) -> int:
     return int((apart + rows * torch.eye(len(cells), dtype=torch.long)).min())
 
 
-@pytest.mark.parametrize("order", TURNS)
+@pytest.mark.parametrize("order", get_args(Order)[1:])
 @pytest.mark.parametrize(("rows", "columns", "given"), [(8, 8, 0), (8, 8, 5), (3, 7, 2), (1, 6, 0)])
 def test_an_order_is_a_permutation_that_begins_where_the_random_one_does(
     order: Order, rows: int, columns: int, given: int
@@ -109,3 +111,44 @@ def test_bad_orders() -> None:
     bare.layout = None
     with pytest.raises(VisarError, match="'halton' needs a session with a layout"):
         arrange(bare, "halton")
+
+
+def cells_of(name: str, rows: int, columns: int, seed: int = 0, batch: int = 2) -> Tensor:
+    return orders_of(name, Layout(rows, columns), Noise(seed, torch.arange(batch)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (3, 7), (1, 6), (1, 1), (16, 16)])
+@pytest.mark.parametrize("name", ORDERS)
+def test_named_orders_are_permutations(name: str, rows: int, columns: int) -> None:
+    found = cells_of(name, rows, columns)
+    assert torch.equal(found.sort(1).values, torch.arange(rows * columns).expand(2, -1))
+    if name == "random" and rows * columns > 1:  # of the seed and the image
+        assert torch.equal(found, cells_of(name, rows, columns)) and not torch.equal(found[0], found[1])
+        assert not torch.equal(found, cells_of(name, rows, columns, seed=1))
+    else:
+        assert torch.equal(found[0], found[1])
+
+
+def test_cells_of_a_window_are_far_apart() -> None:
+    """The mean distance of the cells that follow one another in a window of 16, on 16 x 16 cells."""
+
+    def apart(name: str) -> float:
+        order = cells_of(name, 16, 16)[0]
+        at = torch.stack([order // 16, order % 16], 1).double().unfold(0, 16, 1).transpose(1, 2)
+        return float((torch.cdist(at, at) + 99 * torch.eye(16)).amin(-1).mean())
+
+    raster, random, locality, halton, farthest = map(
+        apart, ("raster", "random", "locality", "halton", "farthest-point")
+    )
+
+    assert raster < 1.01 < random < min(locality, halton, farthest)
+    first = cells_of("farthest-point", 16, 16)[0]
+    assert first[:4].tolist() == [0, 255, 240, 15]
+
+
+def test_locality_is_near_to_what_is_known_and_far_within_a_group() -> None:
+    order = cells_of("locality", 16, 16)[0]
+    at, ends = torch.stack([order // 16, order % 16], 1).double(), [13, 19, 28, 38, 49, 61]  # LPD's groups
+    for begin, end in itertools.pairwise(ends):
+        within, known = (torch.cdist(at[begin:end], other, p=torch.inf) for other in (at[begin:end], at[:begin]))
+        assert (within.fill_diagonal_(9).amin(1) > 1).all() and (known.amin(1) < 2).float().mean() > 0.5

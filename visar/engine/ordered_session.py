@@ -1,0 +1,84 @@
+"""The Session over a decoder that samples the cells of an image in any order that is fixed before the first pass."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from visar.engine.decoder_session import DecoderSession
+from visar.engine.session import Session
+from visar.engine.tree import Tree
+from visar.errors import VisarError
+from visar.kernels.attention import AttentionMetadata
+
+
+class OrderedSession(DecoderSession):
+    """Decode the cells `cells` [B, N] of each image in turn; a subclass sets them when it embeds its conditions.
+
+    Each input of a pass is two of the model: the token before, at the rotary row of its own cell, and a query that says
+    which cell is next (`queries`), at the row of that one. The query gives the logits. Both stay in the cache, where
+    token n is at slot prefix + 2 n + 1, after its query. So windows, rejected drafts and rows at their own pace are as
+    in raster order, and a pass of W tokens computes 2 W.
+    """
+
+    row_tensors: ClassVar[tuple[str, ...]] = (*DecoderSession.row_tensors, "_cells")
+    per_token = 2
+    keep = Session.keep  # no trees
+
+    def __init__(self, model: Any, batch: int, *settings: Any, **named: Any):
+        super().__init__(model, batch, *settings, **named)
+        self._cells = torch.arange(self.length, device=self.device).repeat(len(self.condition), 1)
+
+    @property
+    def cells(self) -> Tensor:  # type: ignore[override]
+        return self._cells[: self.batch]
+
+    def arrange(self, cells: Tensor) -> None:
+        """Set the order of images that start: `cells` [B, N], of each a permutation of all."""
+        self._cells.copy_(cells.repeat(self.batches, 1))
+
+    @abstractmethod
+    def queries(self, rows: Tensor) -> Tensor:
+        """Embeddings [..., dim] of the queries for cells of the rotary rows `rows` [..., head_dim / 2, 2]."""
+
+    def root_slots(self) -> Tensor:
+        return self.per_token * self.lengths + self.prefix - 1
+
+    def rotary_rows(self, slots: Tensor) -> Tensor:
+        """The rows of the cells that the slots [rows, W] are of; past the end that of the last."""
+        at = ((slots - self.prefix) // self.per_token).clamp(0, self.length - 1)
+        return self.table[torch.where(slots < self.prefix, slots, self._cells.gather(1, at) + self.prefix)]
+
+    def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
+        if tree is not None:
+            raise VisarError("A model that samples in any order has no trees; use a sampler that drafts sequences.")
+        count = tokens.shape[1]
+        x = self.model.tok_embeddings(tokens).repeat(self.batches, 1, 1)
+        if first == 0:
+            fresh = (self.lengths == 0).repeat(self.batches)[:, None]
+            x[:, 0] = torch.where(fresh, self.condition[:, -1], x[:, 0])
+        fed, root = self.per_token * torch.arange(first, first + count, device=self.device), self.root_slots()
+        at = (root[:, None] + fed).repeat(self.batches, 1)  # of the tokens; each query is at the slot after
+        x = torch.stack([x, self.queries(self.rotary_rows(at + 1)).to(x.dtype)], dim=2).flatten(1, 2)
+        slots, visible = torch.stack([at, at + 1], dim=2).flatten(1, 2), self.visible(self.per_token * (first + count))
+        metadata = AttentionMetadata((root - self.folded).repeat(self.batches), self.per_token * first, None, self.bias)
+        self.counted(slots, visible, by_host=False)
+        attend = self.cache.attend(slots - self.folded, metadata, visible - self.folded)
+        self._logits = self.model.logits(self._run(x, slots, slots, attend)[:, 1::2])
+        return self.guided(self._logits, self.follows(count, None, first))
+
+    def forward_at(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:
+        raise VisarError("A model that samples in any order has no rows side by side; use a sampler of sequences.")
+
+    def guided(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """As in any session; where guidance grows, its scale at position n is 1 + (scale - 1) n / N, as in RandAR."""
+        if self.batches == 1 or self.guidance.grows is False:
+            return super().guided(logits, positions)
+        (cond, uncond), share = logits.chunk(2), positions / self.length
+        if isinstance(grows := self.guidance.grows, Tensor):
+            share = torch.where(grows[:, None], share, 1.0)
+        # u' with u' + s (c - u') = c + (s - 1) (n / N) (c - u)
+        return self.guidance.combine(cond, torch.lerp(cond, uncond, share[..., None]), positions)
