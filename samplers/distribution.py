@@ -156,6 +156,12 @@ class RowTargets:
         self._nucleus |= target.top_p < 1
         return before != (self._limited, self._nucleus)
 
+    def select(self, rows: Tensor) -> None:
+        """Row i has what the row `rows[i]` had."""
+        for name in ("temperature", "top_k", "top_p", "forced"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.faults = self.faults[:, rows]
+
     def probs(self, logits: Tensor, positions: Tensor, drafted: bool = False) -> Tensor:
         """As `Target.probs`."""
         if self.allowed is not None:

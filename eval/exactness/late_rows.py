@@ -28,8 +28,7 @@ def decoded_late(
 
     The first image comes alone, the second three passes later, so that no two begin together.
     """
-    shared = RowGuidance(ROWS, images.device) if guidance.active else guidance
-    session = make(ROWS, shared)
+    session = make(ROWS, RowGuidance(ROWS, images.device) if guidance.active else guidance)
     targets = RowTargets(ROWS, session.length, session.device, target.allowed)
     slots = Slots(session, sampler, targets, Noise(0, torch.zeros(ROWS)), every=1)
     waiting, at_work = images.tolist(), dict[int, int]()
@@ -38,10 +37,8 @@ def decoded_late(
         if waiting and slots.free and (slots.passes % 3 == 0 or not at_work):
             row, image = min(slots.free), waiting.pop(0)
             at_work[row] = image
-            if isinstance(shared, RowGuidance):
-                shared.place(row, guidance)
             one = RowGuidance(1, images.device) if guidance.active else guidance
-            slots.admit(row, make(1, one), target, Noise(seed, torch.tensor([image])))
+            slots.admit(row, make(1, one), target, guidance, Noise(seed, torch.tensor([image])))
         done, failed = slots.step()
         for row in [*done, *failed]:
             found[at_work.pop(row)] = slots.read(row).tokens

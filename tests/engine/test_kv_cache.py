@@ -37,4 +37,4 @@ def test_shared_heads_are_those_of_a_cache_that_repeats_them(name: str, is_invar
                 torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
             for cache in (own, whole):
                 cache.move(slots[:, [2, 0]], slots[:, [0, 1]])
-                cache.keep_rows(1)
+                cache.select(torch.arange(1))

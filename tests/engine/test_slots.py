@@ -13,7 +13,10 @@ from torch import Tensor
 
 from tests.helpers.recording import Recorder
 from tests.helpers.worlds import LARGE, made, session_of, world
+from visar.drafters.eagle import EagleDrafter
+from visar.engine.cached_session import CachedSession
 from visar.engine.guidance import Guidance, RowGuidance
+from visar.engine.kv_cache import KVCache
 from visar.engine.loop import decode
 from visar.engine.rng import Noise
 from visar.engine.session import Session
@@ -68,16 +71,15 @@ class Pool:
     """Slots with what admission needs."""
 
     def __init__(self, sampler: Any, made_of: type[Slots] = Slots, **options: Any):
-        self.sampler, self.guidance = sampler, RowGuidance(ROWS, torch.device("cpu"))
-        images = torch.zeros(ROWS, dtype=torch.long)
-        session = session_of(world("text", **LARGE), sampler, images, guidance=self.guidance)
+        self.sampler, images = sampler, torch.zeros(ROWS, dtype=torch.long)
+        guidance = RowGuidance(ROWS, torch.device("cpu"))
+        session = session_of(world("text", **LARGE), sampler, images, guidance=guidance)
         targets = RowTargets(ROWS, 16, torch.device("cpu"))
         self.slots = made_of(session, sampler, targets, Noise(0, images), **options)
 
     def admit(self, row: int, request: Request) -> None:
-        self.guidance.place(row, request.guidance)
         noise = Noise(request.seed, request.image)
-        self.slots.admit(row, fresh(self.sampler, request, True), request.target, noise)
+        self.slots.admit(row, fresh(self.sampler, request, True), request.target, request.guidance, noise)
 
     def run(self, waiting: list[Request], each: Callable[[dict[int, Request]], None] = lambda rows: None) -> list[Row]:
         """All requests, which come at random times; the rows by image."""
@@ -107,49 +109,72 @@ def test_a_request_is_what_it_would_be_alone(name: str, graphs: bool, monkeypatc
     sampler, asked = made(name), requests(7)
     expected = [alone(sampler, request) for request in asked]
     record = Recorder(monkeypatch) if graphs else None
-    pool = Pool(sampler, capture=record)
-    assert same(pool.run(asked), expected)
+    pool, widths = Pool(sampler, capture=record), set()
+    assert same(pool.run(asked, lambda _: widths.add(pool.slots.session.batch)), expected)
+    assert widths == ({ROWS} if graphs else {1, 2, 3})  # without a graph a pass has the rows of requests only
     assert record is None or record.captures <= 3  # once for each kind of limit
 
 
 class PassesOfTheBatch(Slots):
     """Known bad: one count of passes for all rows."""
 
-    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
-        before = self.state.passes.clone()
-        super().admit(row, fresh, target, noise)
-        self.state.passes.copy_(before)
+    def admit(self, slot: int, *args: Any) -> None:
+        most = self.state.passes.max()
+        super().admit(slot, *args)
+        self.state.passes = torch.full_like(self.state.passes, int(most))
 
 
 class SettingsOfThePool(Slots):
     """Known bad: the settings of whoever was there first."""
 
-    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
-        super().admit(row, fresh, replace(target, temperature=1.0, top_k=0, top_p=1.0), noise)
+    def admit(self, slot: int, fresh: Session, target: Any, *args: Any) -> None:
+        super().admit(slot, fresh, replace(target, temperature=1.0, top_k=0, top_p=1.0), *args)
 
 
 class SeedOfThePool(Slots):
     """Known bad: one seed for all rows."""
 
-    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
-        noise.key = torch.zeros_like(noise.key)
-        super().admit(row, fresh, target, noise)
+    def admit(self, slot: int, *args: Any) -> None:
+        args[-1].key.zero_()
+        super().admit(slot, *args)
 
 
-class OldCache(Slots):
-    """Known bad: the row still has the condition of the image before."""
+class StateOfTheRow(Slots):
+    """Known bad: a row that moves leaves the sampler's state where it was."""
 
-    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
-        old = self.session.cache.values.clone()  # type: ignore[attr-defined]
-        super().admit(row, fresh, target, noise)
-        self.session.cache.values.copy_(old)  # type: ignore[attr-defined]
+    def _select(self, rows: list[int]) -> None:
+        before = {name: getattr(self.state, name) for name in self._own}
+        super()._select(rows)
+        for name, tensor in before.items():
+            setattr(self.state, name, tensor[stays(torch.tensor(rows))])
 
 
-@pytest.mark.parametrize("bad", [PassesOfTheBatch, SettingsOfThePool, SeedOfThePool, OldCache])
+@pytest.mark.parametrize("bad", [PassesOfTheBatch, SettingsOfThePool, SeedOfThePool, StateOfTheRow])
 def test_known_bad_slots_are_caught(bad: type[Slots]) -> None:
     sampler, asked = made("scd"), requests(9)
     found = Pool(sampler, bad).run(asked)
     assert not same(found, [alone(sampler, request) for request in asked])
+
+
+def stays(rows: Tensor) -> Tensor:
+    """As many rows as are asked for, each where it was."""
+    return torch.arange(len(rows)).clamp_max(int(rows.max()))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Noise, "of"), (RowTargets, "select"), (RowGuidance, "select"), (CachedSession, "_keep"), (EagleDrafter, "select"),
+     (KVCache, "place")],
+)  # fmt: skip
+def test_what_does_not_move_with_its_row_is_caught(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known bad: noise, settings or caches of a row's number, and not of its image."""
+    sampler, asked = made("eagle" if owner is EagleDrafter else "scd"), requests(9)
+    expected, right = [alone(sampler, request) for request in asked], getattr(owner, name)
+    if name == "place":
+        monkeypatch.setattr(owner, name, lambda *_: None)
+    else:
+        monkeypatch.setattr(owner, name, lambda own, rows: right(own, stays(rows)))
+    assert not same(Pool(sampler).run(asked), expected)
 
 
 @pytest.mark.parametrize("name", ["ar", "scd", "eagle"])

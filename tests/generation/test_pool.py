@@ -51,6 +51,7 @@ def test_a_request_has_the_tokens_of_a_call(
         assert done.seconds > 0 and not done.tokens.is_inference()
     assert pool.free == 4 and pool.row_passes == sum(done.passes for done in found.values())
     assert pool.passes < 1.4 * pool.row_passes / 4
+    assert pool.places == (4 * pool.passes if graphs else pool.row_passes)
 
 
 def test_an_image_that_is_let_go_makes_room(text_pipe: Any) -> None:

@@ -153,8 +153,11 @@ class EagleDrafter(Drafter):
     def place(self, row: int, fresh: EagleDrafter) -> None:
         self.cache.place(self.session.rows_of(row), fresh.cache)
 
+    def select(self, rows: Tensor) -> None:
+        self.cache.select(self.session.rows_of(rows))
+
     def drop_unconditional(self) -> None:
-        self.cache.keep_rows(len(self.session.condition))
+        self.cache.select(torch.arange(len(self.session.condition), device=self.session.device))
 
     def check(self) -> None:
         require_finite(self.drafted, "The drafter's hidden states", self.model.dtype)

@@ -79,16 +79,13 @@ class CachedSession(Session):
         if self.batches == 1:
             return
         self.batches, self.watched = 1, False
-        self.cache.keep_rows(self.batch)
-        for name in self.row_tensors:
-            if (own := getattr(self, name)) is not None:
-                setattr(self, name, own[: self.batch])
+        self._keep(torch.arange(self.batch, device=self.device))
         if self.drafter is not None:
             self.drafter.drop_unconditional()
 
-    def rows_of(self, row: int) -> Tensor:
-        """The rows of one image in the batches of guidance."""
-        return torch.arange(self.batches, device=self.device) * self.batch + row
+    def rows_of(self, images: int | Tensor) -> Tensor:
+        """The rows of an image, or of several [R], in the batches of guidance."""
+        return (torch.arange(self.batches, device=self.device)[:, None] * self.batch + images).flatten()
 
     def place(self, row: int, fresh: Session) -> None:
         assert isinstance(fresh, CachedSession)
@@ -98,6 +95,18 @@ class CachedSession(Session):
         for name in self.row_tensors:
             if (own := getattr(self, name)) is not None:
                 own[rows] = getattr(fresh, name)
+
+    def select(self, rows: Tensor) -> None:
+        every = self.rows_of(rows)
+        self.batch, self.lengths = len(rows), self.lengths[rows]
+        self._keep(every)
+
+    def _keep(self, rows: Tensor) -> None:
+        """Only these of the rows in the batches of guidance, in this order."""
+        self.cache.select(rows)
+        for name in self.row_tensors:
+            if (own := getattr(self, name)) is not None:
+                setattr(self, name, own[rows])
 
     def finite_rows(self) -> Tensor:
         return self._logits.isfinite().flatten(1).all(1).view(self.batches, -1).all(0)

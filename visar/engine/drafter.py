@@ -40,6 +40,9 @@ class Drafter(ABC):
     def place(self, row: int, fresh: Any) -> None:  # noqa: B027 (as above)
         """The session has a new image in `row`; `fresh` is the drafter of the session that it was started in."""
 
+    def select(self, rows: Tensor) -> None:  # noqa: B027 (as above)
+        """The session is about to `select` rows."""
+
     def drop_unconditional(self) -> None:  # noqa: B027 (not all have rows to drop)
         """The session has dropped the unconditional rows of its batch."""
 
@@ -69,6 +72,9 @@ class Timed(Drafter):
 
     def place(self, row: int, fresh: Any) -> None:
         self.inner.place(row, fresh.inner)
+
+    def select(self, rows: Tensor) -> None:
+        self.inner.select(rows)
 
     def drop_unconditional(self) -> None:
         self.inner.drop_unconditional()
@@ -141,6 +147,9 @@ class SessionDrafter(Drafter):
 
     def place(self, row: int, fresh: Any) -> None:
         self.session.place(row, fresh.session)
+
+    def select(self, rows: Tensor) -> None:
+        self.session.select(rows)
 
     def drop_unconditional(self) -> None:
         self.session.drop_unconditional()

@@ -65,6 +65,11 @@ class RowGuidance(Guidance):
         """Give a row this guidance."""
         self.scales[row], self.intervals[row], self.grows[row] = guidance.scale, guidance.interval, guidance.grows
 
+    def select(self, rows: Tensor) -> None:
+        """Row i has what the row `rows[i]` had."""
+        for name in ("scales", "intervals", "grows"):
+            object.__setattr__(self, name, getattr(self, name)[rows])
+
     def over(self, position: int) -> bool:
         return False
 

@@ -29,7 +29,8 @@ class KVCache:
             summed = is_invariant() and not use_triton(torch.empty(0))  # by `masked_attention`, in float64
             dtype = torch.float64 if summed else torch.float32
         # Zeros, not empty: a masked slot has weight 0, and 0 times what was in memory could be NaN.
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(2))
+        self._room = tuple(torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(2))
+        self.keys, self.values = self._room
         self.rows = torch.arange(rows, device=device)[:, None]
 
     def attend(self, slots: Tensor, mask: AttentionMetadata | Tensor, visible: int, halves: int = 0) -> Attend:
@@ -63,9 +64,14 @@ class KVCache:
         """Replace the `rows` [R] by those of a cache of R rows, empty slots too."""
         self.keys[:, rows], self.values[:, rows] = fresh.keys, fresh.values
 
-    def keep_rows(self, count: int) -> None:
-        """Drop all rows but the first `count`."""
-        self.keys, self.values, self.rows = self.keys[:, :count], self.values[:, :count], self.rows[:count]
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what the row `rows[i]` was, in place; there is room for as many rows as at the beginning."""
+        to = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for cache in self._room:
+            for layer in cache:  # one after the other, as what moves is copied twice
+                layer[to] = layer[rows[to]]
+        self.keys, self.values = (cache[:, : len(rows)] for cache in self._room)
+        self.rows = torch.arange(len(rows), device=rows.device)[:, None]
 
     @property
     def bytes_per_slot(self) -> int:

@@ -103,6 +103,13 @@ class Session(ABC):
         """
         raise RowsAreFixed(f"Rows of a {type(self).__name__} cannot be replaced; decode in batches.")
 
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes what the row `rows[i]` was; there are `len(rows)` from then on, at most as many as at first.
+
+        The drafter does so before, as it asks the session where its rows are. Raises as `place`.
+        """
+        raise RowsAreFixed(f"Rows of a {type(self).__name__} cannot be replaced; decode in batches.")
+
     def finite_rows(self) -> Tensor:
         """Which rows [B] the last pass gave a distribution for."""
         return torch.ones(self.batch, dtype=torch.bool, device=self.device)

@@ -1,7 +1,9 @@
 """Slots: rows of one running decoding that requests take and leave, so that none waits for the slowest.
 
 A row depends on nothing but its own request: noise is keyed by the row's own passes, and its settings are tensors that
-the kernels read. All buffers stay where they are, so a captured graph stays valid.
+the kernels read. On a GPU, and where steps are captured, all rows are in every pass and all buffers stay where they
+are. On a CPU, where each row takes time, a pass has the rows of requests only: rows move together, with all that is
+theirs.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from visar.engine.graphs import Capture, Graph
+from visar.engine.guidance import Guidance, RowGuidance
 from visar.engine.rng import Noise
 from visar.engine.session import Session
 
@@ -25,9 +28,10 @@ class Row(NamedTuple):
 
 
 class Slots:
-    """The rows of `session` as slots, all free at first; `targets` holds a target of each row's own.
+    """As many slots as `session` has rows, all free at first; `targets` holds a target of each row's own.
 
     `every`: passes between two looks at the device, which notice what is done. With `capture`, steps are captured.
+    `rows` are the slots of the session's rows, None for one that is free.
     """
 
     def __init__(
@@ -40,38 +44,56 @@ class Slots:
         capture: Capture | None = None,
         every: int | None = None,
     ):
-        self.session, self.sampler = session, sampler
+        self.session, self.sampler, self.size = session, sampler, session.batch
         self.every = every or (1 if session.device.type == "cpu" else 4)
         self.state = sampler.begin(session, targets, noise)
         self.graph = None if capture is None else Graph(capture)
         if self.graph is not None:
             self.state = self.graph.begin(self.state)
-        self.free = set(range(session.batch))
-        self.passes = self.row_passes = 0  # of the pool, and of rows that were taken
-        self.seen: list[int] = [session.length] * session.batch  # tokens committed, when the host last looked
+        self.compact = self.graph is None and session.device.type == "cpu"
+        self.rows: list[int | None] = [None] * self.size
+        self.passes = 0
+        self.seen = [session.length] * self.size  # tokens of each slot committed, when the host last looked
+        self._own: list[str] = []  # what of the state is the rows' own
         session.lengths.fill_(session.length)
 
-    @torch.inference_mode()
-    def admit(self, row: int, fresh: Session, target: Any, noise: Noise) -> None:
-        """Give the free slot `row` to a request: `fresh` is a session of one row that has just started.
+    @property
+    def free(self) -> set[int]:
+        """The slots that a request may have."""
+        return set(range(self.size)).difference(slot for slot in self.rows if slot is not None)
 
-        `target` and `noise` are of one row. Raises `ValueError` for a slot that is taken.
+    @torch.inference_mode()
+    def admit(self, slot: int, fresh: Session, target: Any, guidance: Guidance, noise: Noise) -> None:
+        """Give a free slot to a request: `fresh` is a session of one row that has just started.
+
+        `target`, `guidance`, which counts where the session has it by row, and `noise` are of one row. Raises
+        `ValueError` for a slot that is taken.
         """
-        if row not in self.free:
-            raise ValueError(f"Slot {row} is taken.")
+        if slot not in self.free:
+            raise ValueError(f"Slot {slot} is taken.")
         begun = self.sampler.begin(fresh, target, noise)
+        if None not in self.rows:
+            self._select([*range(len(self.rows)), 0])
+            self.rows[-1] = None
+        row = self.rows.index(None)
         self.session.place(row, fresh)
         if self.session.drafter is not None:
             self.session.drafter.place(row, fresh.drafter)
+        if (guidances := self._guidances()) is not None:
+            guidances.place(row, guidance)
         if self.state.target.place(row, target) and self.graph is not None:
             self.graph.forget()  # its kernels read fewer settings than are needed now
         place(self.state.noise, row, noise)
-        place(self.state, row, begun)
-        self.free.discard(row)
+        own = place(self.state, row, begun)
+        self._own = self._own or own  # as of all rows: of one row alone nobody could tell
+        self.rows[row] = slot
 
     @torch.inference_mode()
     def step(self) -> tuple[list[int], list[int]]:
         """Run `every` passes; the slots that have finished since, and those that failed. Both are still taken."""
+        taken = [row for row, slot in enumerate(self.rows) if slot is not None]
+        if self.compact and 0 < len(taken) < len(self.rows):
+            self._select(taken)
 
         def step() -> None:
             self.sampler.step(self.session, self.state)
@@ -82,32 +104,59 @@ class Slots:
             else:
                 self.graph.step(step)
         self.passes += self.every
-        taken = [row for row in range(self.session.batch) if row not in self.free]
-        self.row_passes += self.every * len(taken)
         sound = self.session.finite_rows() & self.state.target.sound()
-        seen = torch.stack([self.session.lengths, sound.long()]).tolist()  # the host waits once
-        self.seen = seen[0]
-        failed = [row for row in taken if not seen[1][row]]
-        return [r for r in taken if self.seen[r] >= self.session.length and r not in failed], failed
+        seen, fine = torch.stack([self.session.lengths, sound.long()]).tolist()  # the host waits once
+        done, failed = [], []
+        for row, slot in enumerate(self.rows):
+            if slot is None:
+                continue
+            self.seen[slot] = seen[row]
+            if not fine[row]:
+                failed.append(slot)
+            elif seen[row] >= self.session.length:
+                done.append(slot)
+        return done, failed
 
-    def read(self, row: int) -> Row:
+    def read(self, slot: int) -> Row:
         """The tokens of a slot, of which those not committed yet are drafts."""
-        n, rows = self.session.length, slice(row, row + 1)
-        own = (found[rows, :n] for found in (self.state.tokens, self.state.commit_pass))
-        return Row(*(self.session.in_raster(values, rows)[0].clone() for values in own))
+        row, n = self.rows.index(slot), self.session.length
+        own = (found[row : row + 1, :n] for found in (self.state.tokens, self.state.commit_pass))
+        return Row(*(self.session.in_raster(values, slice(row, row + 1))[0].clone() for values in own))
 
     @torch.inference_mode()
-    def release(self, row: int) -> None:
+    def release(self, slot: int) -> None:
         """Free a slot, finished or not: it commits nothing more."""
+        row = self.rows.index(slot)
         self.session.lengths[row] = self.session.length
-        self.free.add(row)
+        self.rows[row] = None
+
+    def _select(self, rows: list[int]) -> None:
+        """Row i becomes what the row `rows[i]` was, with all that is its own."""
+        index = torch.tensor(rows, device=self.session.device)
+        if self.session.drafter is not None:
+            self.session.drafter.select(index)
+        self.session.select(index)
+        if (guidances := self._guidances()) is not None:
+            guidances.select(index)
+        self.state.target.select(index)
+        self.state.target.on(self.session.device, self.session.length, self.session.vocab, self.session.cells)
+        self.state.noise = self.state.noise.of(index)
+        for name in self._own:
+            setattr(self.state, name, getattr(self.state, name)[index])
+        self.rows = [self.rows[row] for row in rows]
+
+    def _guidances(self) -> RowGuidance | None:
+        """The session's, if each row has its own; a drafter's session has the same."""
+        own = getattr(self.session, "guidance", None)
+        return own if isinstance(own, RowGuidance) else None
 
 
-def place(old: Any, row: int, new: Any) -> None:
+def place(old: Any, row: int, new: Any) -> list[str]:
     """Copy row 0 of the tensors in `new` into the `row` of those in `old`; what has no rows is equal in both.
 
-    Raises `ValueError` for tensors that are neither.
+    Returns the names of those that have rows, if there are several. Raises `ValueError` for tensors that are neither.
     """
+    own = []
     names = [f.name for f in fields(old)] if hasattr(old, "__dataclass_fields__") else list(vars(old))
     for name in names:
         a, b = getattr(old, name), getattr(new, name)
@@ -115,5 +164,7 @@ def place(old: Any, row: int, new: Any) -> None:
             continue
         if b.shape == (1, *a.shape[1:]):
             a[row if len(a) > 1 else 0].copy_(b[0])  # a table for all rows is equal in both
+            own += [name] if len(a) > 1 else []
         elif a.shape != b.shape:
             raise ValueError(f"{name} has no rows: {list(a.shape)}, and {list(b.shape)} for one row.")
+    return own

@@ -75,10 +75,10 @@ class _Taken:
 class Pool:
     """`size` rows of a model of discrete tokens, all with one sampler; each request has settings of its own.
 
-    `rows` are the requests at work by row; `passes` counts those of the pool, `row_passes` those of rows at work. With
-    `guided`, both batches of guidance run for all rows, whatever their scale. Raises `VisarError` for a sampler whose
-    rows go in lockstep. No weight may change while rows are at work. `invariant` says for all of them whether kernels
-    are (`SamplingParams.invariant`).
+    `rows` are the requests at work by row; `passes` counts those of the pool, `row_passes` those of rows at work, and
+    `places` those of all rows that were computed. With `guided`, both batches of guidance run for all rows, whatever
+    their scale. Raises `VisarError` for a sampler whose rows go in lockstep. No weight may change while rows are at
+    work. `invariant` says for all of them whether kernels are (`SamplingParams.invariant`).
     """
 
     def __init__(
@@ -91,9 +91,8 @@ class Pool:
             raise VisarError(f"Sampler {self.sampler.name!r} decodes all rows in lockstep; give it batches.")
         self.family, self.size = cast(DiscreteFamily, model.family), size
         self.guided, self.params = guided, SamplingParams(invariant=invariant)
-        self.guidance = self._guidance(size)
         self.rows: dict[int, _Taken] = {}
-        self.passes = self.row_passes = 0
+        self.passes = self.row_passes = self.places = 0
         self._slots: Slots | None = None
         self._scratch: Session | None = None
         self._steady = Steady()
@@ -137,9 +136,7 @@ class Pool:
             if self._slots is None:
                 self._slots = self._made(encoded)
             row = min(self._slots.free)
-            if isinstance(self.guidance, RowGuidance):
-                self.guidance.place(row, guidance)
-            self._slots.admit(row, fresh, target, noise)
+            self._slots.admit(row, fresh, target, guidance, noise)
         self.rows[row] = _Taken(request, fresh.prefill_passes)
         return row
 
@@ -155,6 +152,7 @@ class Pool:
         seconds = time.perf_counter() - start
         self.passes += slots.every
         self.row_passes += slots.every * len(self.rows)
+        self.places += slots.every * slots.session.batch
         for taken in self.rows.values():
             taken.passes += slots.every
             taken.seconds += seconds / len(self.rows)
@@ -203,7 +201,7 @@ class Pool:
     def _fresh(self, encoded: Encoded) -> Session:
         """A session of one row that has just started."""
         if self._scratch is None:
-            self._scratch = self._session(encoded, self._guidance(1))
+            self._scratch = self._session(encoded)
         else:
             self._scratch.start(*encoded)
             if self._scratch.drafter is not None:
@@ -213,7 +211,7 @@ class Pool:
     def _made(self, encoded: Encoded) -> Slots:
         """All rows as free slots; until they are taken they hold this condition."""
         family, device = self.family, self.family.device
-        session = self._session(tuple(e.expand(self.size, *e.shape[1:]) for e in encoded), self.guidance)
+        session = self._session(tuple(e.expand(self.size, *e.shape[1:]) for e in encoded))
         targets = RowTargets(self.size, family.layout.length, device, family.allowed)
         noise = noise_of([0] * self.size, [0] * self.size, 0, device)
         capture = self.model.sessions.capture or (cuda_graph if device.type == "cuda" else None)
@@ -221,10 +219,8 @@ class Pool:
             capture = None
         return Slots(session, self.sampler, targets, noise, capture=capture)
 
-    def _guidance(self, rows: int) -> Guidance:
-        return RowGuidance(rows, self.family.device) if self.guided else Guidance()
-
-    def _session(self, encoded: Encoded, guidance: Guidance) -> Session:
+    def _session(self, encoded: Encoded) -> Session:
+        guidance = RowGuidance(len(encoded[0]), self.family.device) if self.guided else Guidance()
         drafter = self.model.drafters.of(self.sampler)
         return Call(self.family, drafter, encoded, self.sampler, Target(), guidance).session()
 

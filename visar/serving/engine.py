@@ -45,9 +45,8 @@ class _Abandoned(Exception):
 class Engine:
     """At most `rows` images of a sampler at once, and `waiting` jobs in line before more are refused.
 
-    `pools` bounds of how many samplers and models rows are kept in memory. On a CPU, where a row that waits costs as
-    much as one at work, a pool is no wider than its jobs, and more pools of the kind follow when more come. It starts a
-    thread at once, which ends with `close`. No weight of a model may change while it has jobs.
+    `pools` bounds of how many samplers and models rows are kept in memory. It starts a thread at once, which ends with
+    `close`. No weight of a model may change while it has jobs.
     """
 
     def __init__(self, *, rows: int = 8, waiting: int = 64, pools: int = 4):
@@ -60,7 +59,7 @@ class Engine:
         self.counts = Counts()
         self.stepped = time.monotonic()  # when the last pass ended, or nothing was at work
         self._line: deque[Job] = deque()
-        self._pools: dict[tuple[Any, object], Pool] = {}  # the last used is last
+        self._pools: dict[Hashable, Pool] = {}  # by kind of job; the last used is last
         self._fixed: set[Hashable] = set()  # samplers of models whose rows cannot be replaced
         self._wave: list[Job] = []
         self._change = threading.Condition()
@@ -143,7 +142,7 @@ class Engine:
         for key, pool in list(self._pools.items()):
             if not pool.rows:
                 continue
-            before = pool.passes, pool.row_passes
+            before = pool.passes, pool.row_passes, pool.places
             try:
                 done, failed = pool.step()
             except Exception as error:
@@ -153,7 +152,7 @@ class Engine:
             self.stepped = time.monotonic()
             self.counts.passes += pool.passes - before[0]
             self.counts.row_passes += pool.row_passes - before[1]
-            self.counts.places += (pool.passes - before[0]) * pool.size
+            self.counts.places += pool.places - before[2]
             for finished in done:
                 self._finish(finished.request.tag, finished)
             self._lose([request.tag for request in failed], not_finite(pool.family))
@@ -218,25 +217,16 @@ class Engine:
         return fits_pool(job.model, job.sampler) and (job.model, job.sampler) not in self._fixed
 
     def _pool_of(self, job: Job) -> Pool | None:
-        """A pool of a job's kind with a free row, a full one if there may be no more rows of it, or None if there is no
-        room for another pool yet."""
+        """The pool of a job's kind, or None if there is no room for another one yet."""
         kind = _kind(job)
-        alike = [key for key in self._pools if key[0] == kind]
-        rows = sum(self._pools[key].size for key in alike)
-        key = next((k for k in alike if self._pools[k].free), alike[-1] if rows >= self.rows else (kind, object()))
-        if (found := self._pools.pop(key, None)) is None:
-            kinds = dict.fromkeys(k for k, _ in self._pools)
-            if not alike and len(kinds) >= self.pools:
-                at_work = {k for (k, _), pool in self._pools.items() if pool.rows}
-                if (idle := next((k for k in kinds if k not in at_work), None)) is None:
+        if (found := self._pools.pop(kind, None)) is None:
+            if len(self._pools) >= self.pools:
+                if (idle := next((k for k, pool in self._pools.items() if not pool.rows), None)) is None:
                     return None
-                self._pools = {k: pool for k, pool in self._pools.items() if k[0] != idle}
-            size = self.rows
-            if job.model.device.type == "cpu":
-                size = min(self.rows - rows, max(rows, sum(_kind(other) == kind for other in self._waiting())))
+                del self._pools[idle]
             _, _, guided, invariant = kind
-            found = Pool(job.model, job.sampler, size=size, guided=guided, invariant=invariant)
-        self._pools[key] = found
+            found = Pool(job.model, job.sampler, size=self.rows, guided=guided, invariant=invariant)
+        self._pools[kind] = found
         return found
 
     # Waves
