@@ -106,3 +106,6 @@ class DiagonalSession(Session):
     def place(self, row: int, fresh: Session) -> None:
         self.lengths[row] = 0
         self.fed[row] = 0
+
+    def select(self, rows: Tensor) -> None:
+        self.batch, self.lengths, self.fed = len(rows), self.lengths[rows], self.fed[rows]

@@ -94,6 +94,9 @@ class TabularSession(Session):
         self.lengths[row] = 0
         self.history[row] = 0
 
+    def select(self, rows: Tensor) -> None:
+        self.batch, self.lengths, self.history = len(rows), self.lengths[rows], self.history[rows]
+
     def keep(self, path: Tensor) -> None:
         to = self.lengths[:, None] + torch.arange(1, path.shape[1] + 1)
         source = torch.where(path > 0, self.lengths[:, None] + path, to)

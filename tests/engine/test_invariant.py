@@ -89,6 +89,20 @@ def test_the_default_mode_is_what_the_tests_catch(icons: ImageModel) -> None:
     assert (alone != wide).any(-1).float().mean() > 0.5 and (alone - wide).abs().max() < 1
 
 
+def test_rows_that_come_and_go(icons: ImageModel) -> None:
+    """A row has the same bits in whatever place, and however many there are."""
+    gpt, tokens = icons.family.model, tokens_of(icons.family.model, 10)
+    with steady_weights(), invariant(), torch.inference_mode():
+        encoded = icons.family.encode(PROMPTS)
+        session = LlamaGenSession(gpt, *encoded, length=256, window=5, grid=16, guidance=Guidance(1.5))
+        forced_logits(session, tokens[:, :5], 5)
+        every, rows = session.forward(tokens[:, 4:9]), torch.arange(len(PROMPTS))
+        for chosen in ([6, 0, 3], [2, 1], [0, 1, 1, 0]):
+            session.select(torch.tensor(chosen))
+            rows = rows[chosen]
+            assert torch.equal(session.forward(tokens[rows, 4:9]), every[rows])
+
+
 def test_nodes_of_a_tree(icons: ImageModel) -> None:
     """A node's logits are those of a sequence with its ancestors, although these lie in other slots."""
     gpt, encoded = icons.family.model, icons.family.encode(PROMPTS[:1])
