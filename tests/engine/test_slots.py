@@ -230,21 +230,23 @@ def test_no_noise_comes_again_after_65_536_passes(
 
     def spied(noise: Noise, *args: Any, **kwargs: Any) -> Any:
         found = uniforms(noise, *args, **kwargs)
-        if len(noise.images) == ROWS:
-            taken = [row for row in range(ROWS) if row not in pool.slots.free]
+        if noise is pool.slots.state.noise:
+            taken = [row for row, slot in enumerate(pool.slots.rows) if slot is not None]
             drawn.extend(found[0][taken, 0].tolist())
         return found
 
     monkeypatch.setattr(Noise, "uniforms", spied)
     image = torch.tensor([0])
     for first in (1, 0):
-        pool.slots.state.passes.fill_((1 - first) << 16)
+        state = pool.slots.state
+        state.passes = torch.full_like(state.passes, (1 - first) << 16)
         for key in range(first, 120, 2):
             while not pool.slots.free:
                 for row in pool.slots.step()[0]:
                     pool.slots.release(row)
             session = fresh(pool.sampler, Request(image, Target(), Guidance(2.0), 5), True)
-            pool.slots.admit(min(pool.slots.free), session, Target(), Noise(5, image, torch.tensor([key << 16])))
+            noise = Noise(5, image, torch.tensor([key << 16]))
+            pool.slots.admit(min(pool.slots.free), session, Target(), Guidance(2.0), noise)
         while len(pool.slots.free) < ROWS:
             for row in pool.slots.step()[0]:
                 pool.slots.release(row)
