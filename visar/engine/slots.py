@@ -139,6 +139,7 @@ class Slots:
         if (guidances := self._guidances()) is not None:
             guidances.select(index)
         self.state.target.select(index)
+        # Its order of cells is the session's own tensor.
         self.state.target.on(self.session.device, self.session.length, self.session.vocab, self.session.cells)
         self.state.noise = self.state.noise.of(index)
         for name in self._own:
