@@ -108,7 +108,8 @@ def joined(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None
             plan = now.plans[key] = _planned(x, weights, bias, False, None, None, now)
         if plan.packed is not None:
             return _product(x, plan.packed, plan.bias, False, None, None, plan.padded)
-    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)], -1)
+    given: Sequence[Tensor | None] = biases or (None,) * len(weights)
+    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, given, strict=True)], -1)
 
 
 def repeats(x: Tensor, layers: nn.Module) -> int:

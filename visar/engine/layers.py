@@ -112,6 +112,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] over its root mean square, times `weight` [D]; in the invariant mode no sum depends on the rows."""
     if is_invariant() and use_triton(x):
         return rms_norm_triton(x, weight, eps)
-    if x.dtype == torch.bfloat16 and not x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    tracing = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not tracing:
         return rms_norm_torch(x, weight, eps)  # the library's is some ten operations there
     return F.rms_norm(x, weight.shape, weight, eps)
