@@ -71,14 +71,18 @@ def fingerprint(weight: Tensor) -> int:
     theirs are the coefficients of a polynomial at a random point.
     """
     data = weight.detach().contiguous().flatten().view(torch.uint8)
-    if rest := data.numel() % 4:
-        data = torch.cat([data, data.new_zeros(4 - rest)])
+    if data.numel() % 8 or data.storage_offset() % 8:
+        data = torch.cat([data, data.new_zeros(-data.numel() % 8)])
     total = 0
     with _lock, torch.inference_mode(False), torch.no_grad():
         key, multipliers, room = _keys()
-        for words in data.view(torch.int32).split(WORDS):
-            wide = room[: len(words)].copy_(words)
-            total = (total * key + int(torch.dot(wide, multipliers[: len(words)]))) % PRIME
+        for pairs in data.view(torch.int64).split(WORDS // 2):
+            # Two words of 32 bits at a time, which is twice as fast as to convert them.
+            low = torch.bitwise_and(pairs, 2**32 - 1, out=room[: len(pairs)])
+            part = int(torch.dot(low, multipliers[: len(pairs)]))
+            high = torch.bitwise_right_shift(pairs, 32, out=low)
+            part += int(torch.dot(high, multipliers[WORDS // 2 :][: len(pairs)]))
+            total = (total * key + part) % PRIME
     return total
 
 
@@ -101,6 +105,10 @@ class Derived(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __contains__(self, weights: Sequence[Tensor]) -> bool:
+        """Whether something is kept of `weights`, perhaps of what they were before."""
+        return tuple(map(id, weights)) in self._kept
 
     def of(self, weights: Sequence[Tensor], make: Callable[[], T]) -> T:
         """The value of `weights`, which `make` computes."""

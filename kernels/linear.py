@@ -9,16 +9,15 @@ The forms differ in rounding alone.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.errors import unknown
 from visar.host import available_memory, has_bfloat16
@@ -67,9 +66,10 @@ def _checked(form: str) -> Form:
 class _Plan(NamedTuple):
     """How the product of a weight is done in this call."""
 
-    weight: Tensor  # held, so that its id is not another's
-    packed: Tensor | None
-    padded: bool
+    weights: Sequence[Tensor]  # held, so that their ids are not others'
+    bias: Tensor | None
+    packed: Tensor | None = None
+    padded: bool = False
 
 
 def linear(
@@ -90,10 +90,60 @@ def linear(
         return epilogue(F.linear(x, weight, bias), silu, times, plus)
     key = id(weight), x.numel(), x.dtype, silu, times is None, plus is None, _pinned.get()
     if (plan := now.plans.get(key)) is None:
-        plan = now.plans[key] = _planned(x, weight, bias, silu, times, plus, now)
+        plan = now.plans[key] = _planned(x, (weight,), bias, silu, times, plus, now)
     if plan.packed is None:
         return epilogue(F.linear(x, weight, bias), silu, times, plus)
     return _product(x, plan.packed, bias, silu, times, plus, plan.padded)
+
+
+def joined(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None = None) -> Tensor:
+    """x [..., K] @ each of the `weights` [N, K], plus its bias, side by side: [..., sum of N].
+
+    It is one product where that is laid out: of one second copy, in place of those that `linear` makes of each.
+    """
+    if not torch.compiler.is_compiling() and (now := steady()) is not None and not torch.is_grad_enabled():
+        key = tuple(map(id, weights)), x.numel(), x.dtype, _pinned.get()
+        if (plan := now.plans.get(key)) is None:
+            bias = None if biases is None else torch.cat(list(biases))
+            plan = now.plans[key] = _planned(x, weights, bias, False, None, None, now)
+        if plan.packed is not None:
+            return _product(x, plan.packed, plan.bias, False, None, None, plan.padded)
+    given: Sequence[Tensor | None] = biases or (None,) * len(weights)
+    return torch.cat([F.linear(x, w, b) for w, b in zip(weights, given, strict=True)], -1)
+
+
+def repeats(x: Tensor, layers: nn.Module) -> int:
+    """How often to repeat the rows x [R, W, K] of a pass through `layers`, so that they are fewest and fastest.
+
+    oneDNN can be faster with `LEAST_ROWS` rows than with fewer. It is 1 outside of decoding and for a pinned form.
+    """
+    rows, now = x.numel() // x.shape[-1], steady()
+    if now is None or not 0 < rows < LEAST_ROWS or LEAST_ROWS % rows or x.device.type != "cpu":
+        return 1
+    key = "repeats", id(layers), rows, x.dtype
+    if pinned_form() != "auto":
+        return 1
+    if (found := now.plans.get(key)) is None:
+        weights = [p for p in layers.parameters() if p.ndim == 2 and p.dtype == x.dtype]
+        found = now.plans[key] = LEAST_ROWS // rows if weights and _gain(x, max(weights, key=len)) else 1
+    return int(found)
+
+
+def _gain(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of `LEAST_ROWS` rows is faster than one of those of x."""
+    if not packs(x.dtype) or not _room_for(weight):
+        return False
+
+    def forms() -> dict[str, Callable[[int], Tensor]]:
+        few, more = (
+            _forms(weight.new_ones(n, weight.shape[1]), weight, None, False, None, None)
+            for n in (x.numel() // x.shape[-1], LEAST_ROWS)
+        )
+        return {"plain": few["plain"], "packed": few["packed"], "repeated": more["packed"]}
+
+    rows = x.numel() // x.shape[-1]
+    what = "{} x {} x {} {} of a pass".format(rows, *reversed(weight.shape), str(x.dtype).removeprefix("torch."))
+    return fastest(what, ("plain", "packed", "repeated"), forms) == "repeated"
 
 
 def epilogue(y: Tensor, silu: bool = False, times: Tensor | None = None, plus: Tensor | None = None) -> Tensor:
@@ -123,29 +173,36 @@ def _product(
 
 
 def _planned(
-    x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, times: Tensor | None, plus: Tensor | None, now: Steady
-) -> _Plan:
-    """The plan for such rows; the weight is laid out if that is of use."""
-    plain, rows = _Plan(weight, None, False), x.numel() // x.shape[-1]
+    x: Tensor, weights: Sequence[Tensor], bias: Tensor | None, silu: bool, times: Tensor | None, plus: Tensor | None,
+    now: Steady,
+) -> _Plan:  # fmt: skip
+    """The plan for such rows; the weights are laid out, one under the other, if that is of use."""
+    weight, plain, rows = weights[0], _Plan(weights, bias), x.numel() // x.shape[-1]
     form = pinned_form()
     if form == "plain" or not rows or x.device.type != "cpu" or x.dtype != weight.dtype or not packs(x.dtype):
         return plain
-    if not _room_for(weight):
+    if weights not in _packed and not _room_for(*weights):
         return plain
     if form == "auto":
         rows = rows if rows < LEAST_ROWS else min(1 << (rows - 1).bit_length(), MOST_ROWS)
         dtypes = [None if t is None else str(t.dtype).removeprefix("torch.") for t in (weight, bias, times, plus)]
         what = "{} x {} x {} {} bias {} times {} plus {}{}".format(
-            rows, *reversed(weight.shape), *dtypes, " silu" if silu else ""
+            rows, weight.shape[1], sum(map(len, weights)), *dtypes, " silu" if silu else ""
         )
         if (found := now.plans.get(what)) is None:
-            forms = functools.partial(_forms, x.new_ones(rows, x.shape[-1]), weight, bias, silu, times, plus)
-            found = now.plans[what] = fastest(what, FORMS, forms)
+            ones = x.new_ones(rows, x.shape[-1])
+            found = now.plans[what] = fastest(
+                what, FORMS, lambda: _forms(ones, _whole(weights), bias, silu, times, plus)
+            )
         form = cast(Form, found)
     if form == "plain":
         return plain
-    packed = _packed.of([weight], lambda: _laid_out(weight))
-    return _Plan(weight, packed, form == "padded" and rows < LEAST_ROWS)
+    packed = _packed.of(weights, lambda: _laid_out(_whole(weights)))
+    return _Plan(weights, bias, packed, form == "padded" and rows < LEAST_ROWS)
+
+
+def _whole(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat([w.detach() for w in weights])
 
 
 def _forms(
@@ -182,8 +239,8 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and has_bfloat16())
 
 
-def _room_for(weight: Tensor) -> bool:
-    if available_memory() > 4 * weight.numel() * weight.element_size():
+def _room_for(*weights: Tensor) -> bool:
+    if available_memory() > 4 * sum(w.numel() * w.element_size() for w in weights):
         return True
     say_once("Too little memory to lay the weights out for this processor; decoding goes on, slower.")
     return False

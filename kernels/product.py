@@ -7,6 +7,8 @@ time is that of reading the weights.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +60,15 @@ def product_triton(x: Tensor, weight: Tensor) -> Tensor:
 
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) of the rows of x [..., K], summed in fp32."""
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    size = torch.hypot(size * x.shape[-1] ** -0.5, _number(eps**0.5, x.device))
+    return torch.mul(x / size, weight, out=torch.empty_like(x))
+
+
+@functools.cache
+def _number(value: float, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, device=device)
 
 
 @jit

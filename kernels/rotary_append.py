@@ -31,15 +31,19 @@ def rotary_append_torch(
     """`rotary_append` in plain torch, which is also what runs on a CPU."""
     shared = keys.shape[2]
     heads = qkv.shape[2] - 2 * shared
-    if halves:
-        a, b, rest = qkv[:, :, : heads + shared].float().split([halves, halves, qkv.shape[-1] - 2 * halves], dim=-1)
-        cos, sin = table[:, :, None, :halves].unbind(-1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-        return _written(qkv, turned, keys, values, slots)
+    part = qkv[:, :, : heads + shared]
     # A pair is a complex number, which is several times as fast on a CPU as turning the two parts, and gives the same
     # bits.
-    pairs = torch.view_as_complex(qkv[:, :, : heads + shared].float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.view_as_complex(table).unsqueeze(2)).flatten(-2)
+    if not halves:
+        pairs = torch.view_as_complex(part.float().unflatten(-1, (-1, 2)))
+        turned = torch.view_as_real(pairs * torch.view_as_complex(table).unsqueeze(2)).flatten(-2)
+        return _written(qkv, turned, keys, values, slots)
+    split = part[..., : 2 * halves].unflatten(-1, (2, halves)).transpose(-1, -2)
+    pairs = torch.view_as_complex(torch.empty(split.shape, dtype=torch.float32, device=qkv.device).copy_(split))
+    pairs = pairs * torch.view_as_complex(table[:, :, :halves]).unsqueeze(2)
+    turned = torch.view_as_real(pairs).transpose(-1, -2).flatten(-2)
+    if 2 * halves < qkv.shape[-1]:
+        turned = torch.cat([turned, part[..., 2 * halves :].float()], dim=-1)
     return _written(qkv, turned, keys, values, slots)
 
 

@@ -38,3 +38,13 @@ def test_shared_heads_are_those_of_a_cache_that_repeats_them(name: str, is_invar
             for cache in (own, whole):
                 cache.move(slots[:, [2, 0]], slots[:, [0, 1]])
                 cache.select(torch.arange(1))
+
+
+def test_rows_that_are_repeated_are_written_once_and_given_back_as_often() -> None:
+    qkv, slots = torch.randn(2, 1, 6, 8), torch.tensor([[3], [3]])
+    table, found = torch.randn(2, 1, 4, 2), []
+    for times in (1, 2):
+        cache = KVCache(1, 2, 5, 2, 8, torch.float32, torch.device("cpu"))
+        attend = cache.attend(slots, AttentionMetadata(slots[:, 0]), 4)
+        found.append((attend(0, qkv.repeat(times, 1, 1, 1), table), cache.keys))
+    assert torch.equal(found[1][0], found[0][0].repeat(2, 1, 1, 1)) and torch.equal(found[1][1], found[0][1])

@@ -19,7 +19,7 @@ from visar.host import has_bfloat16
 from visar.kernels import backend, choice
 from visar.kernels import linear as kernel
 from visar.kernels.derived import steady_weights
-from visar.kernels.linear import FORMS, epilogue, linear, linear_form, packs
+from visar.kernels.linear import FORMS, epilogue, joined, linear, linear_form, packs, repeats
 
 DTYPES = [torch.float32, *([torch.bfloat16] if has_bfloat16() else [])]
 needs_onednn = pytest.mark.skipif(not packs(torch.float32), reason="this torch was built without oneDNN")
@@ -120,6 +120,36 @@ def test_the_second_copy_goes_with_the_weight() -> None:
     del layer
     gc.collect()
     assert len(kernel._packed) == before
+
+
+@needs_onednn
+def test_products_of_one_input_share_a_copy_that_follows_the_weights() -> None:
+    gc.collect()
+    layers, x, before = [Linear(8, 4), Linear(8, 3)], torch.randn(2, 1, 8), len(kernel._packed)
+    for form in FORMS:
+        for scale in (1.0, 3.0):
+            layers[1].weight.detach().numpy()[:] *= scale
+            with torch.no_grad(), steady_weights(), linear_form(form):
+                got = joined(x, [one.weight for one in layers], [one.bias for one in layers])
+                wanted = torch.cat([F.linear(x, one.weight, one.bias) for one in layers], -1)
+            torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    assert len(kernel._packed) == before + 1
+
+
+@needs_onednn
+def test_rows_are_repeated_where_that_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VISAR_CACHE", str(tmp_path))
+    monkeypatch.setenv(kernel.VARIABLE, "auto")
+    layers, found = Linear(8, 4), "repeated"
+    monkeypatch.setattr(choice, "_measured", lambda forms: found)
+    with torch.no_grad():
+        assert repeats(torch.randn(2, 1, 8), layers) == 1  # not a decoding
+        with steady_weights():
+            assert [repeats(torch.randn(n, 1, 8), layers) for n in (1, 2, 3, 4, 9)] == [4, 2, 1, 1, 1]
+            with linear_form("packed"):
+                assert repeats(torch.randn(2, 1, 8), layers) == 1
 
 
 @needs_onednn

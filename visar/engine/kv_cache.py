@@ -37,16 +37,22 @@ class KVCache:
         """Attention of a pass written at `slots` [rows, W], which reads the first `visible` slots.
 
         `mask` is an `AttentionMetadata`, or a tensor [rows, W, visible], bool or added to the logits; `halves` says
-        which pairs turn, as in `rotary_append`.
+        which pairs turn, as in `rotary_append`. Rows of `qkv` may be repeated, as `visar.kernels.linear.repeats` says.
         """
+        rows = len(slots)
 
         def attend(layer: int, qkv: Tensor, table: Tensor) -> Tensor:
-            k, v = self.keys[layer], self.values[layer]
-            q = rotary_append(qkv, table, k, v, slots, halves)
+            k, v, own = self.keys[layer], self.values[layer], qkv if len(qkv) == rows else qkv[:rows]
+            q = rotary_append(own, table, k, v, slots, halves)
             if isinstance(mask, AttentionMetadata):
-                return decode_attention(q, k, v, mask, visible).to(qkv.dtype)
-            bias = mask if mask.dtype == torch.bool else mask.to(q.dtype)
-            return masked_attention(q, k[:, :visible], v[:, :visible], bias).to(qkv.dtype)
+                out = decode_attention(q, k, v, mask, visible)
+            else:
+                bias = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+                out = masked_attention(q, k[:, :visible], v[:, :visible], bias)
+            if own is qkv:
+                return out.to(qkv.dtype)
+            times = len(qkv) // rows
+            return qkv.new_empty(times, *out.shape).copy_(out).flatten(0, 1)
 
         return attend
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from visar.errors import VisarError
 from visar.kernels.backend import use_triton
 from visar.kernels.invariant import Product, by_rows, is_invariant, row_counts
-from visar.kernels.linear import epilogue, linear
-from visar.kernels.product import product_triton, rms_norm_triton
+from visar.kernels.linear import epilogue, joined, linear
+from visar.kernels.product import product_triton, rms_norm_torch, rms_norm_triton
 
 
 def check_heads(dim: int, heads: int, multiple: int = 1) -> None:
@@ -73,9 +74,21 @@ def run_linear(layer: nn.Module, x: Tensor, **after: Any) -> Tensor:
     """A layer with what follows it; one of another class, such as an adapter of your own, is called without it."""
     if getattr(layer, "fuses", False):
         return layer(x, **after)  # type: ignore[no-any-return]
-    if type(layer) is nn.Linear and is_plain(layer) and type(layer.weight) in (Tensor, nn.Parameter):
-        return run_product(x, layer.weight, layer.bias, **after)
+    if _is_torchs(layer):
+        return run_product(x, layer.weight, layer.bias, **after)  # type: ignore[arg-type]
     return epilogue(layer(x), **after)
+
+
+def run_joined(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The outputs of linear layers of one input, side by side; those of `torch` in one product."""
+    biases: list[Any] = [getattr(layer, "bias", None) for layer in layers]
+    if is_invariant() or not all(map(_is_torchs, layers)) or 0 < sum(b is None for b in biases) < len(biases):
+        return torch.cat([run_linear(layer, x) for layer in layers], dim=-1)
+    return joined(x, [layer.weight for layer in layers], None if biases[0] is None else biases)  # type: ignore[misc]
+
+
+def _is_torchs(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear and is_plain(layer) and type(layer.weight) in (Tensor, nn.Parameter)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -99,4 +112,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] over its root mean square, times `weight` [D]; in the invariant mode no sum depends on the rows."""
     if is_invariant() and use_triton(x):
         return rms_norm_triton(x, weight, eps)
+    tracing = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not tracing:
+        return rms_norm_torch(x, weight, eps)  # the library's is some ten operations there
     return F.rms_norm(x, weight.shape, weight, eps)

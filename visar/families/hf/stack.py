@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.engine.decoder import Attend
-from visar.engine.layers import is_plain, rms_norm, run_linear
+from visar.engine.layers import is_plain, rms_norm, run_joined, run_linear
+from visar.kernels.linear import repeats
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,12 @@ class Stack:
 
     def run(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
         """Normed hidden states [R, W, dim] of embeddings x [R, W, dim] at the rotary rows `table`."""
-        for n, layer in enumerate(self.backbone.layers):
+        rows, layers = len(x), self.backbone.layers
+        if (times := repeats(x, layers[0])) > 1:
+            x = x.repeat(times, 1, 1)
+        for n, layer in enumerate(layers):
             x = self._layer(layer, x, functools.partial(attend, n), table)
-        return _normed(self.backbone.norm, x)
+        return _normed(self.backbone.norm, x[:rows])
 
     def _layer(self, layer: Any, x: Tensor, attend: Any, table: Tensor) -> Tensor:
         names = self.norms
@@ -90,10 +94,12 @@ class Stack:
         return x + norm(names.after_mlp, y) if names.after_mlp else y
 
     def _attention(self, a: Any, x: Tensor, plus: Tensor | None, attend: Any, table: Tensor) -> Tensor:
-        q, k, v = (run_linear(p, x).unflatten(-1, (-1, self.head_dim)) for p in (a.q_proj, a.k_proj, a.v_proj))
+        qkv = run_joined((a.q_proj, a.k_proj, a.v_proj), x).unflatten(-1, (-1, self.head_dim))
         if hasattr(a, "q_norm"):
-            q, k = _normed(a.q_norm, q), _normed(a.k_norm, k)
-        return run_linear(a.o_proj, attend(torch.cat([q, k, v], dim=2), table).flatten(-2), plus=plus)
+            shared = a.config.num_key_value_heads
+            q, k, v = qkv.split([qkv.shape[2] - 2 * shared, shared, shared], dim=2)
+            qkv = torch.cat([_normed(a.q_norm, q), _normed(a.k_norm, k), v], dim=2)
+        return run_linear(a.o_proj, attend(qkv, table).flatten(-2), plus=plus)
 
 
 def _mlp(m: Any, x: Tensor, plus: Tensor | None) -> Tensor:
