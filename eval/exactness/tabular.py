@@ -96,6 +96,8 @@ class TabularSession(Session):
 
     def select(self, rows: Tensor) -> None:
         self.batch, self.lengths, self.history = len(rows), self.lengths[rows], self.history[rows]
+        if self.cells is not None:
+            self.cells = self.cells[rows]
 
     def keep(self, path: Tensor) -> None:
         to = self.lengths[:, None] + torch.arange(1, path.shape[1] + 1)
