@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.bulk.test_run import PROMPTS, images, told
 from visar.bulk import sample_images
@@ -40,6 +42,15 @@ def test_options_of_no_launcher(given: list[str], tmp_path: Path, capsys: pytest
     assert main(["sample", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out"), *given]) == 2
     assert f"{given[0]} is of --launcher ray, which is not given" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As Ray's workers have: another number rounds pixels otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.ray
@@ -92,6 +103,7 @@ class TestOnRay:
             crew = Crew(partial(_load, text_folder), workers=99)
             sample_images(_load(text_folder), PROMPTS, tmp_path / "two", crew=crew, **RUN)
 
+    @pytest.mark.usefixtures("one_thread")
     def test_commands(self, cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """`visar sample` and `visar eval stats` with two workers, against one process."""
         monkeypatch.setattr("visar.eval.quality.measure._enough", lambda *_: None)  # four images, where 256 are least
