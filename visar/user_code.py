@@ -65,4 +65,4 @@ def blamed() -> Iterator[None]:
             raise
         name, line = places[-1]
         said = [type(error).__name__, *str(error).strip().splitlines()[:1]]
-        raise VisarError(f"{Path(name).name}, line {line}: {': '.join(said)}") from error
+        raise VisarError(f"{Path(name).name}, line {line}: {': '.join(said).rstrip('.')}.") from error

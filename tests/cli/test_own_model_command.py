@@ -35,7 +35,7 @@ BAD_INPUT = {
     "--session bad.py:nan": "forward gave logits that are no distribution (NaN or infinite), first in row 0 at token 0",
     "--session bad.py:flat": "The distributions hardly depend on the tokens before",
     "--session bad.py:unborn": "gave a session whose __init__ did not call super().__init__(batch, length, vocab).",
-    "--session bad.py:asserts": "bad.py, line 47: AssertionError\n",
+    "--session bad.py:asserts": "bad.py, line 47: AssertionError.\n",
     "--session bad.py:raises": "bad.py, line 33: RuntimeError: the pass",
     "--session bad.py:counts": "commit adds the counts to `lengths`",
     f"{GOOD} --reference bad.py:narrow": "it must give [B, n + 1, V], here [256, 5, 4]",
