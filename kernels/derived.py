@@ -71,18 +71,14 @@ def fingerprint(weight: Tensor) -> int:
     theirs are the coefficients of a polynomial at a random point.
     """
     data = weight.detach().contiguous().flatten().view(torch.uint8)
-    if data.numel() % 8 or data.storage_offset() % 8:
-        data = torch.cat([data, data.new_zeros(-data.numel() % 8)])
+    if rest := data.numel() % 4:
+        data = torch.cat([data, data.new_zeros(4 - rest)])
     total = 0
     with _lock, torch.inference_mode(False), torch.no_grad():
         key, multipliers, room = _keys()
-        for pairs in data.view(torch.int64).split(WORDS // 2):
-            # Two words of 32 bits at a time, which is twice as fast as to convert them.
-            low = torch.bitwise_and(pairs, 2**32 - 1, out=room[: len(pairs)])
-            part = int(torch.dot(low, multipliers[: len(pairs)]))
-            high = torch.bitwise_right_shift(pairs, 32, out=low)
-            part += int(torch.dot(high, multipliers[WORDS // 2 :][: len(pairs)]))
-            total = (total * key + part) % PRIME
+        for words in data.view(torch.int32).split(WORDS):
+            wide = room[: len(words)].copy_(words)
+            total = (total * key + int(torch.dot(wide, multipliers[: len(words)]))) % PRIME
     return total
 
 

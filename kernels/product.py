@@ -61,6 +61,7 @@ def product_triton(x: Tensor, weight: Tensor) -> Tensor:
 def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm (Zhang & Sennrich 2019, arXiv:1910.07467) of the rows of x [..., K], summed in fp32."""
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    # sqrt(mean of squares + eps) is the length of the vector of the two roots: one operation.
     size = torch.hypot(size * x.shape[-1] ** -0.5, _number(eps**0.5, x.device))
     return torch.mul(x / size, weight, out=torch.empty_like(x))
 

@@ -138,20 +138,20 @@ def _load() -> None:
         importlib.import_module(f"visar.samplers.{module.name}")
 
 
-def samplers_for(tokens: str, order: str = "raster") -> dict[str, SamplerSpec]:
-    """The samplers of "discrete" or of "continuous" tokens, by name; of discrete ones those of an order."""
-    return {name: spec for name, spec in SAMPLERS.items() if spec.tokens == tokens and _fits(spec, order)}
+def samplers_for(tokens: str, scan: str = "raster") -> dict[str, SamplerSpec]:
+    """The samplers of "discrete" or of "continuous" tokens, by name; of discrete ones those for models of a `scan`."""
+    return {name: spec for name, spec in SAMPLERS.items() if spec.tokens == tokens and _fits(spec, scan)}
 
 
-def _fits(sampler: Any, order: str) -> bool:
-    """Whether a sampler or its spec is for models of an order; there are no drafters for those of any order."""
-    return scan_of(sampler) in SCANS[order] and not (order == "any" and getattr(sampler, "drafter", None))
+def _fits(sampler: Any, scan: str) -> bool:
+    """Whether a sampler or its spec is for models of a `scan`; there are no drafters for those of any order."""
+    return scan_of(sampler) in SCANS[scan] and not (scan == "any" and getattr(sampler, "drafter", None))
 
 
-def default_sampler(tokens: str, order: str = "raster") -> str:
-    """The name of the sampler that a model of this kind of tokens and order takes where none is given."""
+def default_sampler(tokens: str, scan: str = "raster") -> str:
+    """The name of the sampler that a model of this kind of tokens and `scan` takes where none is given."""
     usual = DEFAULTS[tokens]
-    return usual if usual in (own := samplers_for(tokens, order)) else next(iter(own))
+    return usual if usual in (own := samplers_for(tokens, scan)) else next(iter(own))
 
 
 def scan_of(sampler: Any) -> str:
@@ -209,8 +209,8 @@ def name_of(sampler: Any) -> str:
     return max(names, key=likeness) if names else type(sampler).__name__  # of equal ones the first registered
 
 
-def check_sampler(sampler: Any, tokens: str | None = None, order: str | None = None) -> Any:
-    """The object, if it is a sampler of this kind of tokens and order; else a `VisarError` that says what it lacks.
+def check_sampler(sampler: Any, tokens: str | None = None, scan: str | None = None) -> Any:
+    """The object, if it is a sampler of this kind of tokens and `scan`; else a `VisarError` that says what it lacks.
 
     A sampler has `name`, `exact`, `window`, `begin(session, target, noise)` and `step(session, state)`, as in
     `visar.samplers.base.Sampler`, and is hashable. `tokens` is "discrete" where it says nothing else.
@@ -240,16 +240,16 @@ def check_sampler(sampler: Any, tokens: str | None = None, order: str | None = N
     if tokens is not None and own != tokens:
         known = ", ".join(samplers_for(tokens))
         raise VisarError(f"Sampler {sampler.name!r} is for {own} tokens. For {tokens} ones there are: {known}.")
-    if order is not None and not _fits(sampler, order):
-        known = ", ".join(samplers_for(own, order))
+    if scan is not None and not _fits(sampler, scan):
+        known = ", ".join(samplers_for(own, scan))
         kinds = {
             "raster": "samples in raster order", "diagonal": "samples by diagonals, with two-way heads",
             "rows": "samples rows side by side", "any": "samples in any order",
         }  # fmt: skip
         found = scan_of(sampler)
-        what = "needs a drafter" if found in SCANS[order] else kinds.get(found, found)
+        what = "needs a drafter" if found in SCANS[scan] else kinds.get(found, found)
         raise VisarError(
-            f"Sampler {sampler.name!r} {what}, and this model {kinds[order]}. For it there "
+            f"Sampler {sampler.name!r} {what}, and this model {kinds[scan]}. For it there "
             f"{'is' if ',' not in known else 'are'}: {known}."
         )
     return sampler

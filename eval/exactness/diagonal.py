@@ -101,7 +101,7 @@ class DiagonalSession(Session):
         return self.guidance.combine(cond, uncond, at[:, None].expand(tokens.shape))
 
     def forward(self, tokens: Tensor, tree: object = None, first: int = 0) -> Tensor:
-        raise NotImplementedError("by diagonals only")
+        raise NotImplementedError("by diagonals only")  # such tables have no raster order
 
     def place(self, row: int, fresh: Session) -> None:
         self.lengths[row] = 0

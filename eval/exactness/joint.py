@@ -319,9 +319,9 @@ def distinct() -> list[str]:
     return list(out.values())
 
 
-def exact_samplers(order: str = "raster") -> list[str]:
+def exact_samplers(scan: str = "raster") -> list[str]:
     """The names of those that are not relaxed."""
-    return [name for name, spec in samplers_for("discrete", order).items() if spec.exactness != "relaxed"]
+    return [name for name, spec in samplers_for("discrete", scan).items() if spec.exactness != "relaxed"]
 
 
 def check_exact(names: Iterable[str]) -> None:

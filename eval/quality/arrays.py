@@ -16,6 +16,7 @@ from visar.errors import VisarError
 from visar.host import available_memory
 
 _MOST_PACKED = 1100  # bytes in one byte of a zip archive; deflate reaches 1032
+# What damaged archives raise; NotImplementedError is zipfile's, for a compression that it does not have.
 _FAILURES = (OSError, KeyError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError,
              SyntaxError, MemoryError, TypeError)  # fmt: skip
 

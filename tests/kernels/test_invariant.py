@@ -153,6 +153,16 @@ def attended(queries: int, at: int, slots: int, group: int = 1) -> Tensor:
         return decode_attention(q[:, at : at + queries], k[:, :slots], v[:, :slots], metadata, slots)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3])  # which is below the root of eps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_against_fp64(size: float, dtype: torch.dtype) -> None:
+    x, w = (size * torch.randn(3, 2, 48)).to(dtype), torch.randn(48).to(dtype)
+    expected = torch.nn.functional.rms_norm(x.double(), w.shape, w.double(), 1e-5)
+    found = rms_norm_torch(x, w, 1e-5)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, atol=1e-9, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
 @needs_triton
 @pytest.mark.parametrize("group", [1, 5])
 def test_triton_attention_has_one_order_of_sums(group: int) -> None:

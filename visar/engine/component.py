@@ -187,7 +187,7 @@ def own_tensors(
             own = value.to(dtype=dtype if value.is_floating_point() else None, copy=True)
             # 8-bit types have no isfinite.
             finite = not own.is_floating_point() or (own.float() if own.itemsize == 1 else own).isfinite().all()
-        except (RuntimeError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, NotImplementedError, TypeError) as error:  # torch's, for a dtype without this operation
             raise VisarError(f"Tensor {key!r} of {path} cannot be read as numbers: it is {value.dtype}.") from error
         if not finite:
             raise VisarError(f"Tensor {key!r} of {path} holds a NaN or an infinity.")

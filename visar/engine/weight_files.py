@@ -217,6 +217,7 @@ def _check_zip(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+    # NotImplementedError is zipfile's, for a compression or version that it does not have.
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         raise unreadable(path, "it is truncated: the end of the archive is missing; fetch it again") from error
     names = [member.filename for member in members]

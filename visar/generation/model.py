@@ -137,9 +137,9 @@ class ImageModel:
 
         `sampler` is a name, FILE.py:NAME, an object, or None for the default; `window` replaces its own.
         """
-        tokens, order = self.family.tokens, self.family.scan
-        method = get_sampler(default_sampler(tokens, order) if sampler is None else sampler, window=window)
-        check_sampler(method, tokens, order)
+        tokens, scan = self.family.tokens, self.family.scan
+        method = get_sampler(default_sampler(tokens, scan) if sampler is None else sampler, window=window)
+        check_sampler(method, tokens, scan)
         return self.fitted(method, default=sampler is None)
 
     def fitted(self, sampler: Any, default: bool = False, free: int | None = None) -> Any:

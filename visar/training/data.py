@@ -85,6 +85,7 @@ class ImageSet:
             records = self._listing()
         except VisarError:
             raise
+        # NotImplementedError is zipfile's, for a compression that it does not have.
         except (zipfile.BadZipFile, ValueError, KeyError, RuntimeError, NotImplementedError, OSError) as error:
             raise VisarError(f"{self.path} is no image set: {error}.") from error
         known = {r.style for r in records}
