@@ -80,4 +80,6 @@ def test_memory_that_ran_out_is_a_sentence() -> None:
     for error in (MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")):
         assert "Memory ran out" in (of_the_machine(error) or "")
     assert of_the_machine(OSError(28, "No space left on device", "a.png")) == "a.png: No space left on device."
-    assert of_the_machine(RuntimeError("a mistake")) is None
+    assert "package x is not" in (of_the_machine(ModuleNotFoundError(name="x.y")) or "")
+    for mistake in (RuntimeError("a mistake"), ModuleNotFoundError(name="visar.x")):
+        assert of_the_machine(mistake) is None

@@ -39,6 +39,8 @@ def of_the_machine(error: BaseException) -> str | None:
         return short(f"{name}: {why}." if name else f"{why}.")
     if isinstance(error, UnicodeEncodeError):
         return f"This text cannot be written in {error.encoding}, the encoding of your locale: set PYTHONUTF8=1."
+    if isinstance(error, ModuleNotFoundError) and (name := error.name or "") and not name.startswith("visar"):
+        return f"The package {name.partition('.')[0]} is not installed; it comes with one of visar's extras."
     return None
 
 

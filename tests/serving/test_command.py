@@ -46,7 +46,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    for option in (
+    for option in [
         "--model",
         "--sampler",
         "--window",
@@ -55,7 +55,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         "--api-key-file",
         "--deadline",
         "--drain",
-    ):
+    ]:
         assert option in done.stdout
 
 
@@ -66,6 +66,11 @@ def test_without_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(command) == 2 and "'visar[serve]'" in capsys.readouterr().err
+
+
+def test_without_ray(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert refusal("--port", 0, "--ray") == "This needs Ray: pip install 'visar[cluster]'."
 
 
 def test_bad_addresses(refusal: Refusal) -> None:

@@ -28,10 +28,10 @@ def run(options: argparse.Namespace, keys: list[str], port: int) -> int:
     from visar.cluster import connected
     from visar.serving.fleet import application
 
-    from ray import serve  # isort: skip  (its sentence where it is missing is `connected`'s)
-
     ended = threading.Event()
     with connected(options.ray_address):
+        from ray import serve  # `connected` says it where it is missing
+
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing was begun that is to be finished
         if serve.status().proxies:
             raise VisarError(
