@@ -16,9 +16,20 @@ from tests.helpers.tiny import image_folder, text_gpt
 from visar.cli import main
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.text_encoders.words import WordEncoder
-from visar.training.ar import ARLoss, bigram_cross_entropy, corrupt, cross_entropy, initialise, train_ar
+from visar.training.ar import (
+    AnyOrderLoss,
+    ARLoss,
+    TokenBatches,
+    bigram_cross_entropy,
+    corrupt,
+    cross_entropy,
+    initialise,
+    random_cells,
+    train_ar,
+)
 from visar.training.data import ImageSet, Record, to_unit
 from visar.training.loop import TrainConfig, fit, make_optimizers
 from visar.training.tokenizer import TokenizerLoss, psnr, train_tokenizer
@@ -232,14 +243,38 @@ def test_cross_entropy_does_not_depend_on_the_batch(words: WordEncoder) -> None:
     assert cross_entropy(gpt, words, records, ids.flip(0)) != pytest.approx(whole, rel=1e-5)
 
 
+def test_the_loss_of_any_order_by_hand(words: WordEncoder) -> None:
+    """Each token is predicted from those before it in the row's own order, which the batch holds."""
+    torch.manual_seed(0)
+    gpt = initialise(RandAR(**text_gpt().config))
+    (features, mask), ids = words.encode(["red", "cat"]), torch.randint(0, 24, (2, 25))
+    inputs, cells = torch.randint(0, 24, (2, 25)), random_cells(2, 25, torch.Generator().manual_seed(0))
+    loss = AnyOrderLoss(gpt)(features, mask, torch.tensor([False, False]), inputs, ids, cells).item()
+    nats = []
+    for b, order in enumerate(cells.tolist()):
+        row = torch.tensor([[inputs[b, c] for c in order[:-1]]])
+        log_p = gpt(features[b : b + 1], row, mask[b : b + 1], cells[b : b + 1]).log_softmax(-1)[0]
+        nats += [-log_p[n, ids[b, c]].item() for n, c in enumerate(order)]
+    assert cells[0].tolist() != cells[1].tolist() and loss == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Words not known")
-def test_train_ar_learns_two_images(words: WordEncoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("any_order", [False, True])
+def test_train_ar_learns_two_images(words: WordEncoder, tmp_path: Path, any_order: bool) -> None:
+    """A RandAR goes on from a plain GPT, and not the other way round; a resumed run has the same orders."""
     data = ImageSet(image_folder(tmp_path / "set", 2))
     torch.manual_seed(0)
     vq = VQModel(16, 4, 32, (1, 2), 1, 16).eval()
     run = config(tmp_path / "run", steps=60, batch=8, lr=1e-2, ema=0.9, optimizer="muon")
-    gpt = train_ar(data, 8, run, vq, words, dim=32, layers=1, heads=2, ffn=32)
-    loaded = LlamaGen.from_pretrained(tmp_path / "run" / "gpt")
+    sizes = {"dim": 32, "layers": 1, "heads": 2, "ffn": 32}
+    start = train_ar(data, 8, replace(run, out=tmp_path / "first", steps=1), vq, words, **sizes) if any_order else None
+    gpt = train_ar(data, 8, run, vq, words, **sizes, start=start, any_order=any_order)
+    if any_order:
+        batches = [TokenBatches(data, 8, run, vq, words, any_order=True)(3, 0) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+        with pytest.raises(VisarError, match="is a RandAR: give --any-order"):
+            train_ar(data, 8, run, vq, words, **sizes, start=gpt)
+    loaded = (RandAR if any_order else LlamaGen).from_pretrained(tmp_path / "run" / "gpt")
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in gpt.state_dict().items())
     assert (loaded.config.grid, loaded.config.vocab_size, loaded.config.condition_length) == (4, 16, 4)
     row = log_of(tmp_path / "run")[-1]

@@ -124,7 +124,7 @@ def ar(options: argparse.Namespace) -> int:
     start = _component("families.llamagen.loading.LlamaGen", options.init) if options.init else None
     train_ar(
         data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn,
-        variants=options.variants, weights=options.weigh, start=start,
+        variants=options.variants, weights=options.weigh, start=start, any_order=options.any_order,
     )  # fmt: skip
     return 0
 

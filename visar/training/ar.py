@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from visar.engine.memory import check_training
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import Block, LlamaGen, initialise
+from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.vq import VQModel
 from visar.text_encoders.concepts import Concepts, listed
 from visar.text_encoders.words import WordEncoder
@@ -41,13 +42,31 @@ class ARLoss(nn.Module):
         into the true tokens elsewhere: mistakes of the kind that decoding makes (scheduled sampling, Bengio et al.
         2015, arXiv:1506.03099, in two parallel passes). The values in (0, 1) are the coins of the draws.
         """
-        features = torch.where(drop[:, None, None], self.gpt.cls_embedding.null_like(features), features)
+        features = self.dropped(features, drop)
         if own is not None:
             b = len(own)
             drawn = draw(self.gpt(features[:b], inputs[:b, :-1], mask[:b]), own)
             inputs = torch.cat([torch.where(own > 0, drawn, tokens[:b]), inputs[b:]])
         logits = self.gpt(features, inputs[:, :-1], mask)
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+    def dropped(self, features: Tensor, drop: Tensor) -> Tensor:
+        return torch.where(drop[:, None, None], self.gpt.cls_embedding.null_like(features), features)
+
+
+class AnyOrderLoss(ARLoss):
+    """The same for a RandAR, each image in an order of its own: `cells` [B, n], of each row a permutation of all."""
+
+    def forward(  # type: ignore[override]
+        self, features: Tensor, mask: Tensor, drop: Tensor, inputs: Tensor, tokens: Tensor, cells: Tensor
+    ) -> Tensor:
+        logits = self.gpt(self.dropped(features, drop), inputs.gather(1, cells)[:, :-1], mask, cells)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, cells).flatten())
+
+
+def random_cells(rows: int, length: int, g: torch.Generator) -> Tensor:
+    """Orders [rows, length] for `AnyOrderLoss`."""
+    return torch.rand(rows, length, generator=g).argsort(1)
 
 
 def draw(logits: Tensor, coins: Tensor) -> Tensor:
@@ -96,15 +115,16 @@ def encode_captions(
 
 @torch.inference_mode()
 def cross_entropy(gpt: LlamaGen, encoder: WordEncoder, records: list[Record], tokens: Tensor, batch: int = 64) -> float:
-    """Mean next-token cross-entropy in nats under the plain prompts of the records."""
-    loss, total = ARLoss(gpt), 0.0
+    """Mean next-token cross-entropy in nats under the plain prompts of the records; of a RandAR in random orders."""
+    any_order, total, g = gpt.scan == "any", 0.0, torch.Generator().manual_seed(0)
+    loss = (AnyOrderLoss if any_order else ARLoss)(gpt)
     for start in range(0, len(records), batch):
         part = records[start : start + batch]
         features, mask = encode_captions(encoder, part, None)
         drop = torch.zeros(len(part), dtype=torch.bool)
         ids = tokens[start : start + batch]
-        rows = [t.to(gpt.device) for t in (features, mask, drop, ids, ids)]
-        total += loss(*rows).item() * len(part)
+        order = [random_cells(*ids.shape, g)] if any_order else []
+        total += loss(*(t.to(gpt.device) for t in (features, mask, drop, ids, ids, *order))).item() * len(part)
     return total / len(records)
 
 
@@ -127,7 +147,8 @@ class TokenBatches:
     With `variants`, as many of each image are learnt (`visar.training.variants`) and prompts are as people type them.
     `light` corruption is of few inputs; without it, heavy corruption and the model's own mistakes keep an image with
     one token string from being learnt by heart. `weights` says how often images of a style or group are taken, 1 being
-    normal. `taught` is the text encoder with the list of what is known. Raises `VisarError` for a size or weights that
+    normal. With `any_order` there are orders for `AnyOrderLoss` in place of the model's mistakes. `taught` is the text
+    encoder with the list of what is known. Raises `VisarError` for a size or weights that
     cannot be.
     """
 
@@ -143,12 +164,13 @@ class TokenBatches:
         variants: int = 0,
         weights: Mapping[str, float] | None = None,
         light: bool = False,
+        any_order: bool = False,
     ):
         if size % vq.sizes.downsample:
             raise VisarError(f"The size must be a multiple of {vq.sizes.downsample} pixels, not {size}.")
         shares = _shares(data, weights or {})
         self.data, self.config, self.encoder, self.light = data, config, encoder, light
-        self.dropped, self.variants = dropped, variants
+        self.dropped, self.variants, self.any_order = dropped, variants, any_order
         file = config.out / f"variants-{distributed()[0]}.safetensors" if variants else None
         config.out.mkdir(parents=True, exist_ok=True)
         self.tokens = VariantTokens(vq, data, size, max(variants, 1), file, config.seed)
@@ -167,7 +189,7 @@ class TokenBatches:
         }
 
     def __call__(self, step: int, rank: int) -> tuple[Tensor, ...]:
-        """The arguments of `ARLoss` for a step of a process."""
+        """The arguments of `ARLoss` or `AnyOrderLoss` for a step of a process."""
         config, variants = self.config, self.variants
         rng = random.Random(step_seed(config.seed, step, rank))
         chosen = rng.choices(self.train, cum_weights=self.reach, k=config.batch)
@@ -176,8 +198,10 @@ class TokenBatches:
         drop = torch.tensor([rng.random() < self.dropped for _ in chosen])
         wanted = self.tokens(chosen, [rng.randrange(max(variants, 1)) for _ in chosen])
         g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
-        if self.light:
-            return features, mask, drop, corrupt(wanted, self.plain, g, most=0.3, clean=0.4), wanted
+        if self.light or self.any_order:
+            inputs = corrupt(wanted, self.plain, g, most=0.3, clean=0.4)
+            order = [random_cells(*wanted.shape, g)] if self.any_order else []
+            return features, mask, drop, inputs, wanted, *order
         own = own_mistakes(config.batch // 2, wanted.shape[1], g)
         return features, mask, drop, corrupt(wanted, self.plain, g), wanted, own
 
@@ -210,23 +234,25 @@ def train_ar(
     variants: int = 0,
     weights: Mapping[str, float] | None = None,
     start: LlamaGen | None = None,
+    any_order: bool = False,
 ) -> LlamaGen:
     """Train on the `train` split; saves `gpt/` in diffusers layout in `config.out`; returns the EMA.
 
     `dropped`, `variants` and `weights` are those of `TokenBatches`. `start` is a GPT of these sizes, or with fewer
-    layers, to go on from.
+    layers, to go on from. With `any_order` it becomes a RandAR, for which `start` may be a plain GPT.
     """
     batches = TokenBatches(
-        data, size, config, vq, encoder, dropped=dropped, variants=variants, weights=weights, light=variants > 0
-    )
+        data, size, config, vq, encoder, dropped=dropped, variants=variants, weights=weights, light=variants > 0,
+        any_order=any_order,
+    )  # fmt: skip
     torch.manual_seed(config.seed)
     made = partial(
-        LlamaGen, vocab_size=vq.sizes.codebook_size, dim=dim, num_layers=layers, num_heads=heads, ffn=ffn,
-        condition="text", condition_length=encoder.length, caption_features=encoder.table.shape[1],
+        RandAR if any_order else LlamaGen, vocab_size=vq.sizes.codebook_size, dim=dim, num_layers=layers,
+        num_heads=heads, ffn=ffn, condition="text", condition_length=encoder.length, caption_features=encoder.table.shape[1],
         grid=size // vq.sizes.downsample,
     )  # fmt: skip
     fresh = check_training(made, config.device)
-    model = ARLoss(initialise(fresh) if start is None else _continued(start, fresh))
+    model = (AnyOrderLoss if any_order else ARLoss)(initialise(fresh) if start is None else _continued(start, fresh))
 
     def evaluate(ema: ARLoss) -> dict[str, float]:
         batches.save(ema.gpt)
@@ -253,8 +279,10 @@ def _continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:
     """`fresh` with the weights of `start`; layers that `start` lacks come last, and at first add nothing."""
     ours, theirs = fresh.config, start.config
     differing = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k] and k != "num_layers"]
-    if type(start) is not type(fresh):
-        what = "has two-way heads; `visar train two-way` trains them" if start.scan == "diagonal" else "is a RandAR"
+    if type(start) not in (type(fresh), LlamaGen):
+        what = "has two-way heads; `visar train two-way` trains them"
+        if start.scan == "any":
+            what = "is a RandAR: give --any-order"
         raise VisarError(f"The model to go on from {what}.")
     if differing or theirs.num_layers > ours.num_layers:
         wrong = differing or [f"{theirs.num_layers} layers, more than {ours.num_layers}"]

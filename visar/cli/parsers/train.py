@@ -97,6 +97,7 @@ def ar(p: CommandParser) -> None:
     )
     model = p.add_argument_group("Model")
     model.add_argument("--init", metavar="FOLDER", help="start from this GPT, which may have fewer --layers")
+    model.add_argument("--any-order", action="store_true", help="a RandAR, which samples the cells in any order")
     model.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the folder `vq` of a tokenizer run")
     model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
     _sizes(model, dim=(256, "width"), layers=(6, "layers"), heads=(4, "attention heads"), ffn=(768, "inner width"))
