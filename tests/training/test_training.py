@@ -248,7 +248,7 @@ def test_the_loss_of_any_order_by_hand(words: WordEncoder) -> None:
     torch.manual_seed(0)
     gpt = initialise(RandAR(**text_gpt().config))
     (features, mask), ids = words.encode(["red", "cat"]), torch.randint(0, 24, (2, 25))
-    inputs, cells = torch.randint(0, 24, (2, 25)), random_cells(2, 25, torch.Generator().manual_seed(0))
+    inputs, cells = torch.randint(0, 24, (2, 25)), random_cells(ids, torch.Generator().manual_seed(0))
     loss = AnyOrderLoss(gpt)(features, mask, torch.tensor([False, False]), inputs, ids, cells).item()
     nats = []
     for b, order in enumerate(cells.tolist()):

@@ -64,9 +64,9 @@ class AnyOrderLoss(ARLoss):
         return F.cross_entropy(logits.flatten(0, 1), tokens.gather(1, cells).flatten())
 
 
-def random_cells(rows: int, length: int, g: torch.Generator) -> Tensor:
-    """Orders [rows, length] for `AnyOrderLoss`."""
-    return torch.rand(rows, length, generator=g).argsort(1)
+def random_cells(tokens: Tensor, g: torch.Generator) -> Tensor:
+    """Orders of tokens [B, n] for `AnyOrderLoss`."""
+    return torch.rand(tokens.shape, generator=g).argsort(1)
 
 
 def draw(logits: Tensor, coins: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def cross_entropy(gpt: LlamaGen, encoder: WordEncoder, records: list[Record], to
         features, mask = encode_captions(encoder, part, None)
         drop = torch.zeros(len(part), dtype=torch.bool)
         ids = tokens[start : start + batch]
-        order = [random_cells(*ids.shape, g)] if any_order else []
+        order = [random_cells(ids, g)] if any_order else []
         total += loss(*(t.to(gpt.device) for t in (features, mask, drop, ids, ids, *order))).item() * len(part)
     return total / len(records)
 
@@ -148,8 +148,7 @@ class TokenBatches:
     `light` corruption is of few inputs; without it, heavy corruption and the model's own mistakes keep an image with
     one token string from being learnt by heart. `weights` says how often images of a style or group are taken, 1 being
     normal. With `any_order` there are orders for `AnyOrderLoss` in place of the model's mistakes. `taught` is the text
-    encoder with the list of what is known. Raises `VisarError` for a size or weights that
-    cannot be.
+    encoder with the list of what is known. Raises `VisarError` for a size or weights that cannot be.
     """
 
     def __init__(
@@ -200,7 +199,7 @@ class TokenBatches:
         g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
         if self.light or self.any_order:
             inputs = corrupt(wanted, self.plain, g, most=0.3, clean=0.4)
-            order = [random_cells(*wanted.shape, g)] if self.any_order else []
+            order = [random_cells(wanted, g)] if self.any_order else []
             return features, mask, drop, inputs, wanted, *order
         own = own_mistakes(config.batch // 2, wanted.shape[1], g)
         return features, mask, drop, corrupt(wanted, self.plain, g), wanted, own
@@ -248,8 +247,8 @@ def train_ar(
     torch.manual_seed(config.seed)
     made = partial(
         RandAR if any_order else LlamaGen, vocab_size=vq.sizes.codebook_size, dim=dim, num_layers=layers,
-        num_heads=heads, ffn=ffn, condition="text", condition_length=encoder.length, caption_features=encoder.table.shape[1],
-        grid=size // vq.sizes.downsample,
+        num_heads=heads, ffn=ffn, condition="text", condition_length=encoder.length,
+        caption_features=encoder.table.shape[1], grid=size // vq.sizes.downsample,
     )  # fmt: skip
     fresh = check_training(made, config.device)
     model = (AnyOrderLoss if any_order else ARLoss)(initialise(fresh) if start is None else _continued(start, fresh))
