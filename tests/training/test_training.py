@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -266,7 +267,7 @@ def test_train_ar_learns_two_images(words: WordEncoder, tmp_path: Path, any_orde
     torch.manual_seed(0)
     vq = VQModel(16, 4, 32, (1, 2), 1, 16).eval()
     run = config(tmp_path / "run", steps=60, batch=8, lr=1e-2, ema=0.9, optimizer="muon")
-    sizes = {"dim": 32, "layers": 1, "heads": 2, "ffn": 32}
+    sizes: dict[str, Any] = {"dim": 32, "layers": 1, "heads": 2, "ffn": 32}
     start = train_ar(data, 8, replace(run, out=tmp_path / "first", steps=1), vq, words, **sizes) if any_order else None
     gpt = train_ar(data, 8, run, vq, words, **sizes, start=start, any_order=any_order)
     if any_order:
