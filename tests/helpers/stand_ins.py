@@ -16,6 +16,7 @@ from tests.families.mar.test_loading import CHANNELS, checkpoint, kl_shapes, ran
 from tests.helpers import tiny_chameleon, tiny_emu3, tiny_glm, tiny_hf
 from tests.helpers.tiny import GPT, VQ, WORDS, image_folder
 from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.lpd import LPD, their_keys
 from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.vq import VQModel
 from visar.families.mar.transformer import MAR
@@ -68,6 +69,11 @@ def lay_down_family(folder: Path, name: str) -> None:
             RandAR(**GPT, condition="class", classes=1000).state_dict(),
             folder / "randar_0.3b_llamagen_360k_bs_1024_lr_0.0004.safetensors",
         )
+    if name == "lpd":
+        model = LPD(**GPT | {"grid": 4}, condition="class", classes=1000)
+        state = {their: model.state_dict()[own] for own, their in their_keys(model).items()}
+        state["class_emb.weight"], state["fake_latent"] = state["class_emb.weight"].split([1000, 1])
+        torch.save({"model": state}, folder / "lpd_l_256.pth")
     if name == "janus":
         for part in tiny_hf.janus():
             part.save_pretrained(folder / "Janus-Pro-1B")

@@ -273,7 +273,7 @@ def test_train_ar_learns_two_images(words: WordEncoder, tmp_path: Path, any_orde
     if any_order:
         batches = [TokenBatches(data, 8, run, vq, words, any_order=True)(3, 0) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
-        with pytest.raises(VisarError, match="is a RandAR: give --any-order"):
+        with pytest.raises(VisarError, match="samples in any order: --any-order goes on"):
             train_ar(data, 8, run, vq, words, **sizes, start=gpt)
     loaded = (RandAR if any_order else LlamaGen).from_pretrained(tmp_path / "run" / "gpt")
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in gpt.state_dict().items())

@@ -41,16 +41,28 @@ class OrderedSession(DecoderSession):
         self._cells.copy_(cells.repeat(self.batches, 1))
 
     @abstractmethod
-    def queries(self, rows: Tensor) -> Tensor:
-        """Embeddings [..., dim] of the queries for cells of the rotary rows `rows` [..., head_dim / 2, 2]."""
+    def queries(self, slots: Tensor) -> Tensor:
+        """Embeddings [..., dim] of the queries at `slots` [...]."""
+
+    def placed(self, x: Tensor, slots: Tensor) -> Tensor:
+        """Embeddings x [rows, W, dim] of the tokens at `slots` [rows, W], for models with positions learnt."""
+        return x
+
+    def mask(self, slots: Tensor, first: int, visible: int) -> AttentionMetadata | Tensor:
+        """What inputs at `slots` [rows, 2 W] attend to, as `KVCache.attend` takes it: all before, and themselves."""
+        root = (self.root_slots() - self.folded).repeat(self.batches)
+        return AttentionMetadata(root, self.per_token * first, None, self.bias)
 
     def root_slots(self) -> Tensor:
         return self.per_token * self.lengths + self.prefix - 1
 
-    def rotary_rows(self, slots: Tensor) -> Tensor:
-        """The rows of the cells that the slots [rows, W] are of; past the end that of the last."""
+    def positions_of(self, slots: Tensor) -> Tensor:
+        """The positions of inputs at `slots` [rows, W]: cell n has prefix + n; past the end they are the last's."""
         at = ((slots - self.prefix) // self.per_token).clamp(0, self.length - 1)
-        return self.table[torch.where(slots < self.prefix, slots, self._cells.gather(1, at) + self.prefix)]
+        return torch.where(slots < self.prefix, slots, self._cells.gather(1, at) + self.prefix)
+
+    def rotary_rows(self, slots: Tensor) -> Tensor:
+        return self.table[self.positions_of(slots)]
 
     def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
         if tree is not None:
@@ -62,11 +74,11 @@ class OrderedSession(DecoderSession):
             x[:, 0] = torch.where(fresh, self.condition[:, -1], x[:, 0])
         fed, root = self.per_token * torch.arange(first, first + count, device=self.device), self.root_slots()
         at = (root[:, None] + fed).repeat(self.batches, 1)  # of the tokens; each query is at the slot after
-        x = torch.stack([x, self.queries(self.rotary_rows(at + 1)).to(x.dtype)], dim=2).flatten(1, 2)
+        x = torch.stack([self.placed(x, at), self.queries(at + 1).to(x.dtype)], dim=2).flatten(1, 2)
         slots, visible = torch.stack([at, at + 1], dim=2).flatten(1, 2), self.visible(self.per_token * (first + count))
-        metadata = AttentionMetadata((root - self.folded).repeat(self.batches), self.per_token * first, None, self.bias)
-        self.counted(slots, visible, by_host=False)
-        attend = self.cache.attend(slots - self.folded, metadata, visible - self.folded)
+        mask = self.mask(slots, first, visible)
+        self.counted(slots, visible, by_host=isinstance(mask, Tensor))
+        attend = self.cache.attend(slots - self.folded, mask, visible - self.folded)
         self._logits = self.model.logits(self._run(x, slots, slots, attend)[:, 1::2])
         return self.guided(self._logits, self.follows(count, None, first))
 

@@ -23,6 +23,7 @@ WRAPPERS = re.compile(
 PREFIXES = ("model.", "base_model.", "ema_model.")  # of all names: Lightning's, PEFT's
 KINDS = {  # by a tensor that only this kind of file has
     "tok_embeddings.weight": "a GPT of LlamaGen",
+    "token_emb.weight": "an LPD",
     "quantize.embedding.weight": "a VQ tokenizer of LlamaGen",
     "encoder_pos_embed_learned": "a MAR",
     "encoder.down.0.block.0.conv1.weight": "a KL autoencoder",

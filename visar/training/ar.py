@@ -281,7 +281,7 @@ def _continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:
     if type(start) not in (type(fresh), LlamaGen):
         what = "has two-way heads; `visar train two-way` trains them"
         if start.scan == "any":
-            what = "is a RandAR: give --any-order"
+            what = "samples in any order: --any-order goes on from a RandAR or a plain GPT"
         raise VisarError(f"The model to go on from {what}.")
     if differing or theirs.num_layers > ours.num_layers:
         wrong = differing or [f"{theirs.num_layers} layers, more than {ours.num_layers}"]

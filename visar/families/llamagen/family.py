@@ -19,11 +19,13 @@ from visar.families.base import DiscreteFamily, Encoded
 from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.loading import class_of, load_gpt, load_vq
+from visar.families.llamagen.lpd import LPD
+from visar.families.llamagen.lpd_session import LPDSession
 from visar.families.llamagen.preview import CodePreview
 from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.randar_session import RandARSession
 from visar.families.llamagen.session import LlamaGenSession
-from visar.families.llamagen.specs import MODELS, RANDARS
+from visar.families.llamagen.specs import LPDS, MODELS, RANDARS
 from visar.families.llamagen.two_way import TwoWayLlamaGen
 from visar.families.llamagen.two_way_session import TwoWaySession
 from visar.families.llamagen.vq import VQModel
@@ -36,17 +38,15 @@ from visar.params import SamplingParams
 from visar.reading import Side
 from visar.text_encoders.t5 import FLAN_T5_XL, T5CaptionEncoder
 
-SCANS = {kind.__name__: kind.scan for kind in (TwoWayLlamaGen, RandAR)}
-SESSIONS: dict[str, type[LlamaGenSession]] = {
-    "raster": LlamaGenSession,
-    "diagonal": TwoWaySession,
-    "any": RandARSession,
-}
+SESSIONS: dict[type[LlamaGen], type[LlamaGenSession]] = {
+    TwoWayLlamaGen: TwoWaySession, RandAR: RandARSession, LPD: LPDSession, LlamaGen: LlamaGenSession,
+}  # fmt: skip
+SCANS = {kind.__name__: kind.scan for kind in SESSIONS}
 
 
 @register_family
 class LlamaGenFamily(DiscreteFamily):
-    """`gpt` and `vq`, and with a text-conditional GPT a `text_encoder`. A `gpt` may have two-way heads, or be a RandAR.
+    """`gpt` and `vq`, and with a text-conditional GPT a `text_encoder`. Its `gpt` may be any class of `SESSIONS`.
 
     `grid` is the number of tokens along one side of the square images, by default the GPT's own; `guidance_scale` and
     `top_k` are the defaults of sampling.
@@ -82,7 +82,9 @@ class LlamaGenFamily(DiscreteFamily):
                 )
         self.components = {"gpt": gpt, "vq": vq} | ({"text_encoder": text_encoder} if text else {})
         self.scan = gpt.scan
-        usual = RANDARS["randar-l"] if self.scan == "any" else MODELS["llamagen-t2i-xl" if text else "llamagen-l"]
+        lpd = isinstance(gpt, LPD)
+        any_order = LPDS["lpd-l"] if lpd else RANDARS["randar-l"]
+        usual = any_order if self.scan == "any" else MODELS["llamagen-t2i-xl" if text else "llamagen-l"]
         scale = usual.guidance if guidance_scale is None else guidance_scale
         top_k = usual.top_k if top_k is None else top_k
         self.defaults = d = SamplingParams(
@@ -92,7 +94,7 @@ class LlamaGenFamily(DiscreteFamily):
             temperature=1.0,
             top_k=top_k,
             top_p=1.0,
-            order="random" if self.scan == "any" else None,
+            order=("locality" if lpd else "random") if self.scan == "any" else None,
         )
         self.settings = {"grid": grid, "guidance_scale": d.guidance_scale, "top_k": d.top_k}
         self.condition = "prompt" if text else "class"
@@ -150,7 +152,7 @@ class LlamaGenFamily(DiscreteFamily):
         return found
 
     def encode(self, conditions: Sequence[Any]) -> Encoded:
-        """Caption features [B, T, C] and their mask [B, T], or class ids [B]; of a RandAR with the raster order."""
+        """Caption features [B, T, C] and their mask [B, T], or class ids [B]; in any order with the raster's."""
         found = self._encoded(conditions)
         if self.scan != "any":
             return found
@@ -167,10 +169,14 @@ class LlamaGenFamily(DiscreteFamily):
     def session(
         self, encoded: Encoded, *, window: int, guidance: Guidance, aux_layers: Collection[int] | None = None
     ) -> LlamaGenSession:
-        return SESSIONS[self.scan](
+        return self._session(
             self.gpt, *encoded, length=self.layout.length, window=window, grid=self.layout.rows, guidance=guidance,
             aux_layers=aux_layers,
         )  # fmt: skip
+
+    @property
+    def _session(self) -> type[LlamaGenSession]:
+        return next(made for kind, made in SESSIONS.items() if isinstance(self.gpt, kind))
 
     @property
     def drafting(self) -> LlamaGenTarget | None:
@@ -201,7 +207,7 @@ class LlamaGenFamily(DiscreteFamily):
         return streamed_bytes(*(part for name, part in self.gpt.named_children() if name != "cls_embedding"))
 
     def bytes_per_image(self, window: int, guided: bool) -> int:
-        each = SESSIONS[self.scan].per_token
+        each = self._session.per_token
         slots = min(self.gpt.config.condition_length, 2) + each * (self.layout.length + window)
         return decoding_bytes(self.gpt, 2 if guided else 1, slots, window)
 

@@ -1,6 +1,7 @@
 """Load the published LlamaGen files (Sun et al. 2024, arXiv:2406.06525), GPT and VQ tokenizer, unchanged.
 
 GPTs with two-way heads, of NAR and FlashAR, have LlamaGen's keys and some more (`two_way_config`), and RandAR's one.
+LPD's keys are others (`visar.families.llamagen.lpd`).
 Every size is read from the shapes of the tensors, so files of other sizes with the same keys load as well. Modules are
 built on the meta device and take over the tensors that were read, so the weights are in memory once.
 """
@@ -8,6 +9,7 @@ built on the meta device and take over the tensors that were read, so the weight
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +22,7 @@ from visar.engine.component import fill, missing, unfilled
 from visar.engine.weight_files import read_content
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
+from visar.families.llamagen.lpd import LPD, their_keys
 from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.specs import match_heads, published_grid
 from visar.families.llamagen.two_way import TwoWayLlamaGen
@@ -29,6 +32,7 @@ from visar.families.weights import count, expect, load_state, shape_of
 DEFAULT_GRID = 16
 HEAD = "medusa_output.weight"  # which only GPTs with two-way heads have
 QUERY = "pos_instruct_embeddings"  # and this only a RandAR
+TOKENS = "token_emb.weight"  # and this an LPD
 
 
 def load_gpt(
@@ -60,6 +64,8 @@ def gpt_of(
     told: Mapping[str, Any] | None = None,
 ) -> LlamaGen:
     """The GPT of a published file's tensors, without a copy; `told` are its `training_arguments`; as `load_gpt`."""
+    if TOKENS in state:
+        return _lpd_of(state, path, grid, num_heads)
     grid = grid or DEFAULT_GRID
     if HEAD not in state:
         arguments = gpt_config(state, path, num_heads=num_heads)
@@ -72,6 +78,33 @@ def gpt_of(
     with unfilled():
         gpt = TwoWayLlamaGen(**arguments, grid=grid)
     return fill(gpt, state, path)
+
+
+def _lpd_of(state: Mapping[str, Tensor], path: str | Path, grid: int | None, num_heads: int | None) -> LPD:
+    vocab, dim = shape_of(state, TOKENS, path)
+    classes, cells = shape_of(state, "class_emb.weight", path)[0], shape_of(state, "pos_embed", path, 3)[1] - 1
+    layers, ffn = count(state, "blocks."), shape_of(state, "blocks.0.mlp.fc1.weight", path)[0]
+    if shape_of(state, "fake_latent", path) != (1, dim):
+        raise VisarError(f"Tensor 'fake_latent' of {path} must be one vector of {dim} numbers.")
+    own = math.isqrt(cells)
+    if own**2 != cells or grid not in (None, own):
+        raise VisarError(f"{path} has learnt the positions of {cells} cells, and not of {grid or own} x {grid or own}.")
+    with unfilled():
+        lpd = LPD(vocab, dim, layers, _heads(layers, dim, ffn, path, num_heads), ffn, classes=classes, grid=own)
+    table = torch.cat([state["class_emb.weight"], state["fake_latent"]])
+    known = {key: tensor for key, tensor in state.items() if key != "fake_latent"}
+    return fill(lpd, known | {"class_emb.weight": table}, path, their_keys(lpd))
+
+
+def _heads(layers: int, dim: int, ffn: int, path: str | Path, given: int | None) -> int:
+    """The number of heads, which no shape has: by default that of the published model of the same size."""
+    heads = given or match_heads(layers, dim, ffn)
+    if heads is None:
+        raise VisarError(
+            f"{path} has {layers} layers of width {dim} and {ffn}, a size that was never published: "
+            "give its number of heads (num_heads)."
+        )
+    return heads
 
 
 def load_vq(path: str | Path, *, ema: bool = False, dtype: torch.dtype = torch.float32) -> VQModel:
@@ -100,7 +133,8 @@ def class_of(path: str | Path) -> type[LlamaGen]:
         return any(str(key).endswith(name) or has(name, value) for key, value in own)
 
     content = read_content(path)
-    return TwoWayLlamaGen if has(HEAD, content) else RandAR if has(QUERY, content) else LlamaGen
+    marks: dict[str, type[LlamaGen]] = {HEAD: TwoWayLlamaGen, QUERY: RandAR, TOKENS: LPD}
+    return next((kind for mark, kind in marks.items() if has(mark, content)), LlamaGen)
 
 
 def training_arguments(path: str | Path) -> dict[str, Any]:
@@ -150,12 +184,7 @@ def gpt_config(
     vocab, dim = shape_of(state, "tok_embeddings.weight", path)
     ffn, _ = shape_of(state, "layers.0.feed_forward.w1.weight", path)
     layers = count(state, "layers.") - branch
-    heads = num_heads or match_heads(layers, dim, ffn)
-    if heads is None:
-        raise VisarError(
-            f"{path} has {layers} layers of width {dim} and {ffn}, a size that was never published: "
-            "give its number of heads (num_heads)."
-        )
+    heads = _heads(layers, dim, ffn, path, num_heads)
     arguments = {"vocab_size": vocab, "dim": dim, "num_layers": layers, "num_heads": heads, "ffn": ffn}
     if any(k.startswith("cls_embedding.cap_proj.") for k in state):
         length, features = shape_of(state, "cls_embedding.uncond_embedding", path)

@@ -1,4 +1,4 @@
-"""The session of a RandAR, whose last condition is the order of each image's cells."""
+"""Sessions whose last condition is the order of each image's cells, and that of a RandAR."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.session import LlamaGenSession
 
 
-class RandARSession(LlamaGenSession, OrderedSession):
+class AnyOrderSession(LlamaGenSession, OrderedSession):
     """As `LlamaGenSession`, after whose conditions come the cells [B, N] in the order of sampling."""
-
-    model: RandAR  # type: ignore[assignment]
 
     def embed(self, *condition: Tensor) -> Tensor:
         *own, cells = condition
         self.arrange(cells)
         return super().embed(*own)
 
-    def queries(self, rows: Tensor) -> Tensor:
-        return self.model.queries(rows)
+
+class RandARSession(AnyOrderSession):
+    model: RandAR  # type: ignore[assignment]
+
+    def queries(self, slots: Tensor) -> Tensor:
+        return self.model.queries(self.rotary_rows(slots))

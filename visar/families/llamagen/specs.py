@@ -1,7 +1,8 @@
 """LlamaGen's models by name: sizes, published files and recommended settings. A table of data that imports no torch.
 
-From Sun et al. 2024 (arXiv:2406.06525), Pang et al. 2024 (RandAR, arXiv:2412.01827), and the READMEs of their code. No
-weights of these are shipped. The loaders look up the number of heads here, which no shape of a tensor has.
+From Sun et al. 2024 (arXiv:2406.06525), Pang et al. 2024 (RandAR, arXiv:2412.01827), Zhang et al. 2025 (LPD,
+arXiv:2507.01957), and the READMEs of their code. No weights of these are shipped. The loaders look up the number of
+heads here, which no shape of a tensor has.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class GPTShape:
             taken = (self.caption_features + self.dim) * self.dim + self.condition_length * self.caption_features
         return self.weights + self.vocab * self.dim + taken + self.dim * self.queries
 
+    @property
+    def cache_slots(self) -> int:
+        """Slots of a token."""
+        return 1 + self.queries
+
     def cache(self, rows: int, slots: int) -> int:
         """Numbers of keys and values."""
         return 2 * self.layers * self.dim * rows * slots
@@ -61,7 +67,24 @@ class GPTShape:
 
         A caption's slots have keys that are all zero, and so count as one, which is exact.
         """
-        return self.weights + self.cache(2 * batch, 1 + length // 2 * (1 + self.queries))
+        return self.weights + self.cache(2 * batch, 1 + length // 2 * self.cache_slots)
+
+
+@dataclass(frozen=True)
+class LPDShape(GPTShape):
+    """Sizes of an LPD: biases, layer norms, and `cells` learnt positions in place of rotary ones."""
+
+    cells: int = 256
+    queries: bool = True
+
+    @property
+    def weights(self) -> int:
+        layer = 4 * self.dim**2 + 2 * self.dim * self.ffn + 9 * self.dim + self.ffn
+        return self.layers * layer + 2 * self.dim + self.vocab * self.dim
+
+    def parameters(self, condition: str) -> int:
+        """As above, with the positions of the class and of the cells, the mask token, and the norm of the inputs."""
+        return self.weights + (self.vocab + self.classes + 1 + self.cells + 1 + 1 + 2) * self.dim
 
 
 @dataclass(frozen=True)
@@ -118,6 +141,15 @@ def _randar(size: str, guidance: float) -> ModelSpec:
     )  # fmt: skip
 
 
+def _lpd(size: str, layers: int, dim: int, guidance: float, *pixels: int) -> ModelSpec:
+    name = f"lpd_{size.lower()}"
+    files = tuple(PublishedFile(f"{name}_{p}.pth", f"mit-han-lab/{name}_{p}", p // 16) for p in pixels)
+    return ModelSpec(
+        f"lpd-{size.lower()}", f"LPD {size}, ImageNet classes", "class", pixels, 16, guidance, 0,
+        LPDShape(layers, dim, dim // 64, 4 * dim), files, "ds16", "MIT (code)",
+    )  # fmt: skip
+
+
 MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
@@ -138,6 +170,13 @@ MODELS: dict[str, ModelSpec] = {
     )
 }  # fmt: skip
 RANDARS = {spec.name: spec for spec in (_randar("L", 3.4), _randar("XL", 4.0))}
+LPDS = {  # the guidance of the authors' slowest sampling at 256 pixels, of 32 steps, and of 20 for XXL
+    spec.name: spec
+    for spec in (
+        _lpd("L", 24, 1024, 5.4, 256, 512), _lpd("XL", 36, 1280, 5.0, 256, 512), _lpd("XXL", 48, 1536, 5.9, 256),
+    )
+}  # fmt: skip
+ALL = (*MODELS.values(), *RANDARS.values(), *LPDS.values())
 
 TOKENIZERS: dict[str, TokenizerSpec] = {
     spec.name: spec
@@ -160,8 +199,7 @@ TOKENIZERS: dict[str, TokenizerSpec] = {
 
 def published_grid(file_name: str) -> int | None:
     """The grid side in tokens that a published GPT file was trained at, by its file name."""
-    specs = (*MODELS.values(), *RANDARS.values())
-    return next((f.grid for spec in specs for f in spec.files if f.name == file_name), None)
+    return next((f.grid for spec in ALL for f in spec.files if f.name == file_name), None)
 
 
 NAR_M = GPTShape(18, 1024, 16, 2816)  # the trunk of NAR's M; its other trunks have LlamaGen's sizes
@@ -169,7 +207,7 @@ NAR_M = GPTShape(18, 1024, 16, 2816)  # the trunk of NAR's M; its other trunks h
 
 def match_heads(layers: int, dim: int, ffn: int) -> int | None:
     """The number of heads of the published GPT with these sizes, if there is one."""
-    shapes = (*(spec.shape for spec in MODELS.values()), NAR_M)
+    shapes = (*(spec.shape for spec in ALL), NAR_M)
     return next((s.heads for s in shapes if (s.layers, s.dim, s.ffn) == (layers, dim, ffn)), None)
 
 
@@ -193,5 +231,5 @@ def listings() -> list[Listing]:
             licence=spec.licence,
             floor_ms=floor_ms(spec.shape.streamed(1, spec.grid**2)),
         )
-        for spec in (*MODELS.values(), *RANDARS.values())
+        for spec in ALL
     ]
