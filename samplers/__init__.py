@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from visar.samplers.head_speculation import HeadSpeculation
     from visar.samplers.jacobi import Jacobi, SpeculativeJacobi
     from visar.samplers.masked import AnySampler, ContinuousTarget, MaskedAutoregressive, MaskedSampler
+    from visar.samplers.parallel import Parallel
     from visar.samplers.relaxed import CoolSD, GroupedJacobi, Lantern, LanternPlusPlus
     from visar.samplers.speculative import Speculative, TreeSpeculative
     from visar.samplers.thresholds import Blockwise, Typical
@@ -49,6 +50,7 @@ _HOMES = {
     "head_speculation": ("HeadSpeculation",),
     "jacobi": ("Jacobi", "SpeculativeJacobi"),
     "masked": ("AnySampler", "ContinuousTarget", "MaskedAutoregressive", "MaskedSampler"),
+    "parallel": ("Parallel",),
     "relaxed": ("CoolSD", "GroupedJacobi", "Lantern", "LanternPlusPlus"),
     "speculative": ("Speculative", "TreeSpeculative"),
     "thresholds": ("Blockwise", "Typical"),
@@ -84,6 +86,7 @@ __all__ = [
     "LanternPlusPlus",
     "MaskedAutoregressive",
     "MaskedSampler",
+    "Parallel",
     "RowTargets",
     "Sampler",
     "SamplerSpec",

@@ -19,7 +19,7 @@ from visar.samplers.parameters import Parameter, parameters_of
 
 DEFAULTS = {"discrete": "scd", "continuous": "mar-headspec"}  # by the kind of tokens
 # Of the samplers for a model, by its own: "any" is one that samples cells in any order that is fixed beforehand.
-SCANS = {"raster": ("raster", "rows"), "any": ("raster",), "diagonal": ("diagonal",)}
+SCANS = {"raster": ("raster", "rows"), "any": ("raster", "groups"), "diagonal": ("diagonal",)}
 FOLDER = Path(__file__).parent
 _SPECS: dict[str, SamplerSpec] = {}
 _MAKERS: dict[str, partial[Any]] = {}
@@ -32,7 +32,8 @@ class SamplerSpec:
 
     `exact`: whether images have the distribution of sequential sampling; `note`: in what sense they have it, where a
     yes or no does not say it. `tokens`: "discrete" or "continuous"; `scan`: "raster" for one token after the other, in
-    the order of the model, "rows" for rows of the image side by side, or "diagonal" for models with two-way heads.
+    the order of the model, "rows" for rows of the image side by side, "diagonal" for models with two-way heads, or
+    "groups" of cells for those that sample in any order.
     `drafter`: the kind of drafter that it needs, one of `visar.drafters.KINDS`, "draft" for a smaller MAR, or None.
     `options`: what a user may set.
     """
@@ -129,7 +130,7 @@ def ordered(specs: Iterable[SamplerSpec]) -> list[SamplerSpec]:
 
 
 def _rank(s: SamplerSpec) -> tuple[bool, bool, bool, bool, str]:
-    return s.tokens != "discrete", s.scan == "diagonal", bool(s.drafter), s.exactness == "relaxed", s.module
+    return s.tokens != "discrete", s.scan in ("diagonal", "groups"), bool(s.drafter), s.exactness == "relaxed", s.module
 
 
 @cache
@@ -245,6 +246,7 @@ def check_sampler(sampler: Any, tokens: str | None = None, scan: str | None = No
         kinds = {
             "raster": "samples in raster order", "diagonal": "samples by diagonals, with two-way heads",
             "rows": "samples rows side by side", "any": "samples in any order",
+            "groups": "samples groups of cells, in any order",
         }  # fmt: skip
         found = scan_of(sampler)
         what = "needs a drafter" if found in SCANS[scan] else kinds.get(found, found)

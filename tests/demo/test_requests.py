@@ -22,7 +22,7 @@ from visar.samplers.parameters import Parameter
 from visar.serving.engine import Engine
 
 LIMITS = Limits()
-EVERY = {name: spec.options for name, spec in SAMPLERS.items() if spec.scan != "diagonal"}
+EVERY = {name: spec.options for name, spec in SAMPLERS.items() if spec.scan not in ("diagonal", "groups")}
 DISCRETE, CONTINUOUS = (samplers_for(kind) for kind in ("discrete", "continuous"))
 FREE = [(name, p) for name, found in EVERY.items() for p in found.values()]
 ENDS = [(name, p) for name, p in FREE if p.kind in (int, float)]

@@ -89,9 +89,18 @@ def test_a_class_that_is_not_registered_has_its_own_name() -> None:
 
 def test_kinds_of_tokens() -> None:
     discrete, continuous = samplers_for("discrete"), samplers_for("continuous")
-    diagonal = samplers_for("discrete", "diagonal")
-    assert list(SAMPLERS) == [*discrete, *diagonal, *continuous] and "scd" in discrete and "mar" in continuous
-    assert list(diagonal) == ["diagonal"] and SAMPLERS["diagonal"].exactness == SAMPLERS["diagonal"].note
+    diagonal, any_order = samplers_for("discrete", "diagonal"), samplers_for("discrete", "any")
+    groups = [name for name in any_order if name not in discrete]
+    assert (
+        list(SAMPLERS) == [*discrete, *sorted([*diagonal, *groups]), *continuous]
+        and "scd" in discrete
+        and "mar" in continuous
+    )
+    assert (
+        list(diagonal) == ["diagonal"]
+        and groups == ["parallel"]
+        and SAMPLERS["diagonal"].exactness == SAMPLERS["diagonal"].note
+    )
     assert [default_sampler(kind) for kind in DEFAULTS] == list(DEFAULTS.values())
     assert default_sampler("discrete", "diagonal") == "diagonal"
     assert {kind: SAMPLERS[name].tokens for kind, name in DEFAULTS.items()} == {k: k for k in DEFAULTS}

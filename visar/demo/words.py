@@ -32,6 +32,7 @@ LINES: Mapping[str, str] = MappingProxyType({
     "swift": "The model guesses with some of its layers left out.",
     "gsd": "Accepts a guess if a similar token would do.",
     "diagonal": "Decodes a diagonal of the image in each pass, by a model that was trained for it.",
+    "parallel": "Decodes a group of cells in each pass, by a model of any order.",
     "zipar": "Decodes several rows of the image at once.",
     "lantern": "Accepts a guess if codes that look alike are likely enough together.",
     "lantern++": "As lantern, within a bound for each guess.",

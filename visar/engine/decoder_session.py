@@ -140,11 +140,16 @@ class DecoderSession(CachedSession):
         there[self.prefix - 1 :] = False
         there[self.prefix - 1 : self.prefix - 1 + len(written)] = written
         visible = self.prefix - 1 + len(written)
-        mask = (self.attention_mask(slots, visible) & there[:visible])[..., self.folded :]
-        if self.bias is not None:
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-            mask[..., 0] = self.bias[:, None]
+        mask = self._biased((self.attention_mask(slots, visible) & there[:visible])[..., self.folded :])
         return self.guided(self._pass(x, slots, slots, mask, visible), positions.expand(self.batch, -1))
+
+    def _biased(self, mask: Tensor) -> Tensor:
+        """A mask [rows, W, slots], bool, as `KVCache.attend` takes it, where the first slot may be several keys."""
+        if self.bias is None:
+            return mask
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+        mask[..., 0] = self.bias[:, None]
+        return mask
 
     def keep(self, path: Tensor) -> None:
         root = self.root_slots()[:, None]

@@ -26,6 +26,7 @@ class OrderedSession(DecoderSession):
 
     row_tensors: ClassVar[tuple[str, ...]] = (*DecoderSession.row_tensors, "_cells")
     per_token = 2
+    asked_again: ClassVar[bool] = True  # the queries of a group that was sampled, now each after the token before it
     keep = Session.keep  # no trees
 
     def __init__(self, model: Any, batch: int, *settings: Any, **named: Any):
@@ -81,6 +82,39 @@ class OrderedSession(DecoderSession):
         attend = self.cache.attend(slots - self.folded, mask, visible - self.folded)
         self._logits = self.model.logits(self._run(x, slots, slots, attend)[:, 1::2])
         return self.guided(self._logits, self.follows(count, None, first))
+
+    def forward_group(self, tokens: Tensor, before: Tensor, count: Tensor) -> Tensor:
+        step, root = self.per_token * torch.arange(tokens.shape[1], device=self.device), self.root_slots()[:, None]
+        beyond = len(self._slot) - 1  # where nothing is that is read
+        fed = root + step - self.per_token * (before[:, None] - 1)
+        fed = torch.where(fed <= root, fed, beyond)
+        again = torch.where(fed < root, fed + 1, beyond)[:, : self.asked_again * tokens.shape[1]]
+        asked = torch.where(step < self.per_token * count[:, None], root + 1 + step, beyond)
+        fed, again, asked, root = (s.repeat(self.batches, 1) for s in (fed, again, asked, root))
+        x = self.model.tok_embeddings(tokens).repeat(self.batches, 1, 1)
+        x = torch.where((fed == self.prefix - 1)[..., None], self.condition[:, -1:], x)
+        queries = self.queries(torch.cat([again, asked], dim=1))
+        x = torch.cat([self.placed(x, fed), queries.to(x.dtype)], dim=1)
+        slots, visible = torch.cat([fed, again, asked], dim=1), self.visible(self.per_token * tokens.shape[1])
+        mask = self.group_mask(slots, root, count.repeat(self.batches)[:, None], visible)
+        self.counted(slots, visible, by_host=True)
+        attend = self.cache.attend(slots - self.folded, self._biased(mask[..., self.folded :]), visible - self.folded)
+        self._logits = self.model.logits(self._run(x, slots, slots, attend)[:, -tokens.shape[1] :])
+        return self.guided(self._logits, self.group_positions(tokens.shape[1]))
+
+    def group_mask(self, slots: Tensor, root: Tensor, count: Tensor, visible: int) -> Tensor:
+        """The mask [rows, inputs, visible], bool, of a pass over a group: tokens and queries at `slots` [rows, inputs].
+
+        `root` [rows, 1] are the slots of the last tokens, behind which come the queries of the next `count` [rows, 1].
+        As in RandAR, an input sees all before it, a query the group's queries before it too.
+        """
+        slot, root = self._slot[:visible], root[..., None]
+        there = (slot <= root) | ((slot - root) % self.per_token == 1)
+        return (slot <= slots[..., None]) & there & self.valid[:, None, :visible] | (slot == slots[..., None])
+
+    def group_positions(self, window: int) -> Tensor:
+        """The positions [B, window] by which a group is guided; in RandAR that of its first cell."""
+        return self.lengths[:, None].expand(-1, window)
 
     def forward_at(self, tokens: Tensor, positions: Tensor, written: Tensor) -> Tensor:
         raise VisarError("A model that samples in any order has no rows side by side; use a sampler of sequences.")

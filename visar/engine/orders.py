@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -127,21 +128,35 @@ def farthest_point(rows: int, columns: int) -> list[int]:
     return turn
 
 
+def group_sizes(number: int, groups: int) -> list[int]:
+    """The sizes of `groups` of `number` cells, fewer if there are fewer cells: growing by a cosine, as LPD has them.
+
+    Each is rounded, and at least 1; the last ones make up for it.
+    """
+    groups = min(groups, number)
+    ends = [number * (1 - math.cos(math.pi / 2 * n / groups)) for n in range(groups + 1)]
+    sizes = [max(1, round(after - before)) for before, after in pairwise(ends)]
+    while (over := sum(sizes) - number) != 0:
+        for n in range(1, 1 + min(abs(over), groups)):
+            sizes[-n] -= 1 if over > 0 and sizes[-n] > 1 else -1 if over < 0 else 0
+    return sorted(sizes)
+
+
 @cache
 def locality(rows: int, columns: int) -> list[int]:
     """The turn of each cell by the schedule of LPD (Zhang et al. 2025, arXiv:2507.01957), one group after the other.
 
-    Groups grow by a cosine. A group takes cells that are near to known ones (the sum of 1 / distance of the known among
-    their eight neighbours is `PROXIMITY` or more), the nearest first, and none within `REPULSION` of another of the
-    group; if they are too few, it is filled with the cells that are farthest from it. LPD shuffles before it sorts:
-    here equal cells come in the order of Halton, so that there is one schedule.
+    There are 1.25 sqrt(N) groups (`group_sizes`): the authors' 20 of a side of 16. A group takes cells that are near to
+    known ones (the sum of 1 / distance of the known among their eight neighbours is `PROXIMITY` or more), the nearest
+    first, and none within `REPULSION` of another of the group; if they are too few, it is filled with the cells that
+    are farthest from it. LPD shuffles before it sorts: here equal cells come in the order of Halton, so that there is
+    one schedule.
     """
     apart, steps = _distances(rows, columns)
-    number, groups = rows * columns, max(1, round(1.25 * math.sqrt(rows * columns)))
+    number = rows * columns
     weight = np.divide(1, apart, out=np.zeros_like(apart), where=(steps == 1))
-    spread, order, end = np.array(halton(rows, columns)), list[int](), 0
-    for group in range(groups):
-        end = max(end + 1, round(number * (1 - math.cos(math.pi / 2 * (group + 1) / groups))))
+    spread, order = np.array(halton(rows, columns)), list[int]()
+    for end in accumulate(group_sizes(number, max(1, round(1.25 * math.sqrt(number))))):
         near, own = weight[:, order].sum(1), list[int]()
         free = np.ones(number, dtype=bool)
         free[order] = False

@@ -88,6 +88,15 @@ class Session(ABC):
             f"{type(self).__name__} has no two-way heads: sampler 'diagonal' is for models that were trained for it."
         )
 
+    def forward_group(self, tokens: Tensor, before: Tensor, count: Tensor) -> Tensor:
+        """A pass over a group of cells: guided logits [B, W, V], fp32, of the next `count` [B] positions of each row.
+
+        `tokens` [B, W] begin with those of the last `before` [B] positions, the group before; before the first group
+        that is the condition, one input. What comes after a group's last cell means nothing. Raises `VisarError` if the
+        model was not trained for it.
+        """
+        raise VisarError(f"{type(self).__name__} has no groups: sampler 'parallel' is for RandAR and LPD.")
+
     def keep(self, path: Tensor) -> None:
         """Before a commit: the nodes `path` [B, D] of a tree, -1 after its end, become the first D after the root."""
         raise VisarError(f"{type(self).__name__} has no trees; use a sampler that drafts sequences.")

@@ -46,7 +46,7 @@ from visar.generation.model import ImageModel
 from visar.generation.pool import Pool, Request
 from visar.params import ORDERS, SamplingParams
 from visar.pipelines import ClassToImagePipeline
-from visar.samplers import SpeculativeJacobi, Target, get_sampler
+from visar.samplers import Parallel, SpeculativeJacobi, Target, get_sampler
 
 of_every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -134,12 +134,15 @@ def test_mistakes_are_caught(mistake: type[AnyOrderSession]) -> None:
 # The engine
 
 
+@pytest.mark.parametrize(
+    "sampler", [get_sampler("scd", init="left"), Parallel(5, Layout(GRID, GRID))], ids=["scd", "parallel"]
+)
 @of_every_kind
-def test_rows_do_not_depend_on_others(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_others(kind: type[Any], sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, in a batch, captured, and in slots that rows come to at different times, each in an order of its own."""
     forced = torch.full((LENGTH,), -1)
     forced[[1, 7]] = torch.tensor([5, 9])
-    target, sampler, guidance = Target(0.9, 10, 0.95, forced), get_sampler("scd", init="left"), Guidance(2.0, -1, True)
+    target, guidance = Target(0.9, 10, 0.95, forced), Guidance(2.0, -1, True)
     noise = Noise(1, torch.zeros(3))
     whole = decode(session(kind, 16, guidance), sampler, target, noise)
     graph = Graph(Recorder(monkeypatch))
@@ -176,7 +179,8 @@ def model(folder: Path) -> ImageModel:
 
 
 def test_a_model_takes_an_order(model: ImageModel) -> None:
-    assert model.usable_samplers() == list(model.samplers) == ["ar", "sjd", "scd", "scd-gumbel", "jacobi", "gsd"]
+    known = ["ar", "sjd", "scd", "scd-gumbel", "jacobi", "gsd", "parallel"]
+    assert model.usable_samplers() == list(model.samplers) == known
     tokens = {o: model.generate([1, 2], seed=3, order=o, output_type="tokens").tokens for o in ORDERS}
     assert len({tuple(found[0].tolist()) for found in tokens.values()}) == len(ORDERS)
     seen: list[Any] = []

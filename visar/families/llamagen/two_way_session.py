@@ -58,10 +58,7 @@ class TwoWaySession(LlamaGenSession):
         slots = table.cells[(d - 1).clamp_min(0)] + self.prefix
         slots = torch.where(d[:, None] == 0, self.first, slots).repeat(self.batches, 1)
         x = torch.where((slots == self.prefix - 1)[..., None], self.condition[:, -1:], x)
-        mask = self.mask(d - 1).expand(-1, tokens.shape[1], -1)
-        if self.bias is not None:
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
-            mask[..., 0] = self.bias[:, None]
+        mask = self._biased(self.mask(d - 1).expand(-1, tokens.shape[1], -1))
         visible = len(self.when)
         self.counted(slots, visible, by_host=True)
         attend = self.cache.attend(slots - self.folded, mask, visible - self.folded)
