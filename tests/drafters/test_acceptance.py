@@ -56,7 +56,7 @@ def test_its_chances_are_those_of_the_drafts() -> None:
     """Weighted in the loss, not in what it says: trained where nothing tells drafts apart, it says their mean."""
     torch.manual_seed(0)
     head = AcceptanceHead(8, 4, weight=6.0)
-    given = torch.randn(1, 1, 8), torch.tensor([[1]]), torch.full((1, 1, 4), 0.25)
+    given = torch.randn(1, 8), torch.randn(1, 3)
     optimizer = torch.optim.Adam(head.parameters(), 0.05)
     for _ in range(300):
         logit = head.logit(*given)
@@ -64,7 +64,7 @@ def test_its_chances_are_those_of_the_drafts() -> None:
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
-    assert head(*given).item() == pytest.approx(0.7, abs=0.01)
+    assert head.chance(*given).item() == pytest.approx(0.7, abs=0.01)
 
 
 def test_what_it_reads_of_the_draft_distribution() -> None:

@@ -24,7 +24,7 @@ STATISTICS = 3
 class AcceptanceHead(Component):
     """One hidden layer over a drafter's hidden state and, as in DISCO, numbers of the draft distribution.
 
-    `weight` is that of a rejection in its loss, which `forward` takes back: its chances are those of the drafts.
+    `weight` is that of a rejection in its loss, which `chance` takes back: its chances are those of the drafts.
     """
 
     def __init__(self, dim: Size = 1280, width: Size = 64, weight: Positive = 6.0):
@@ -33,10 +33,14 @@ class AcceptanceHead(Component):
         self.inner = Linear(dim + STATISTICS, width)
         self.outer = Linear(width, 1)
 
-    def logit(self, hidden: Tensor, drafts: Tensor, q: Tensor) -> Tensor:
-        """Logits [B, M] of the weighted chance; the arguments are those of `forward`."""
-        x = torch.cat([self.norm(hidden.float()), statistics(drafts, q)], dim=-1)
+    def logit(self, hidden: Tensor, numbers: Tensor) -> Tensor:
+        """Logits [...] of the weighted chance, of hidden states [..., dim] and `statistics` [..., 3]."""
+        x = torch.cat([self.norm(hidden.float()), numbers], dim=-1)
         return self.outer(self.inner(x, silu=True)).squeeze(-1).float()
+
+    def chance(self, hidden: Tensor, numbers: Tensor) -> Tensor:
+        """The chance [...] without the weight."""
+        return (self.logit(hidden, numbers) + math.log(self.config.weight)).sigmoid()
 
     def forward(self, hidden: Tensor, drafts: Tensor, q: Tensor) -> Tensor:
         """The chance [B, M] that drafts [B, M] are accepted.
@@ -44,7 +48,7 @@ class AcceptanceHead(Component):
         They were sampled from q [B, M, V], of which `hidden` [B, M, dim] are the hidden states, of the conditional
         batch, that the drafter's output head read.
         """
-        return (self.logit(hidden, drafts, q) + math.log(self.config.weight)).sigmoid()
+        return self.chance(hidden, statistics(drafts, q))
 
 
 def statistics(drafts: Tensor, q: Tensor) -> Tensor:
