@@ -16,7 +16,7 @@ from visar.drafters.acceptance import AcceptanceHead, head_of, statistics
 from visar.engine.component import Component
 from visar.errors import VisarError
 from visar.pipelines import ClassToImagePipeline
-from visar.samplers import DynamicSpeculative
+from visar.samplers import DynamicSpeculative, Speculative
 
 Capture = pytest.CaptureFixture[str]
 
@@ -46,6 +46,8 @@ def test_a_head_is_trained_saved_loaded_and_asked(
     out = class_pipe([1, 2], sampler=sampler, output_type="tokens", seed=3)
     assert out.stats.exact and asked and all(a.shape == (2, 1) and bool((a > 0).all() & (a < 1).all()) for a in asked)
     assert torch.equal(class_pipe([2], sampler=sampler, output_type="tokens", seed=3).tokens[0], out.tokens[1])
+    one = class_pipe([1], sampler=Speculative(gamma=2, drafter=kind), output_type="tokens").stats
+    assert one.draft_passes == 2 * one.passes_per_image[0] and one.joined([one]).draft_passes == 2 * one.draft_passes
     asked.clear()
     shutil.rmtree(head)  # as folders are that have none
     class_pipe.load_drafter(tmp_path / kind)

@@ -21,6 +21,7 @@ class Drafter(ABC):
 
     bytes_read: int = 0  # of weights and cache, by count
     seconds: float = 0.0  # of drafting, measured by `Timed`
+    passes: int = 0  # of drafting, counted by `Timed`
     head: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # that predicts a `chance` of hidden states
 
     @abstractmethod
@@ -47,7 +48,7 @@ class Drafter(ABC):
 
     def start(self, *condition: Tensor) -> None:
         """The session has started new images of this condition. Allocates nothing."""
-        self.bytes_read, self.seconds = 0, 0.0
+        self.bytes_read, self.seconds, self.passes = 0, 0.0, 0
 
     def place(self, row: int, fresh: Any) -> None:  # noqa: B027 (as above)
         """The session has a new image in `row`; `fresh` is the drafter of the session that it was started in."""
@@ -70,9 +71,11 @@ class Timed(Drafter):
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        self.passes += 1
         return self._timed(lambda: self.inner.root(tokens, lengths))
 
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
+        self.passes += 1
         return self._timed(lambda: self.inner.extend(tokens, tree, first))
 
     def chance(self, drafts: Tensor, q: Tensor) -> Tensor | None:
