@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,27 +29,37 @@ class DynamicState(State):
     counts: Tensor
 
 
+Rejection = Literal["chain", "draft"]
+
+
+@register_sampler(
+    "disco", paper="stop rule of DISCO, Mamou et al. 2024, arXiv:2405.04304", drafter="model", rejection="draft"
+)
 @register_sampler("specdec++", paper="stop rule of SpecDec++, Huang et al. 2024, arXiv:2405.19715", drafter="model")
 @dataclass(frozen=True)
 class DynamicSpeculative(Speculative):
-    """A chain of 1 to `gamma` drafts that ends as soon as a rejection in it is more likely than `stop`.
+    """A chain of 1 to `gamma` drafts that ends as soon as a `rejection` is more likely than `stop`: one anywhere in the
+    "chain", or that of the last "draft" alone.
 
-    The threshold on 1 - prod(a_i) is that of SpecDec++ (Huang et al. 2024, arXiv:2405.19715). Where the paper trains a
-    head to predict the acceptance a_i of a draft, here each image counts it as it goes, by the entropy of the draft
-    distribution, so any drafter will do; a level of entropy without
-    tests counts as always accepted. Exact: every draft that was sampled is tested, and whether one more is sampled
-    depends on the drafts before it. The host waits for the device after
-    every draft.
+    The chain's, 1 - prod(a_i), is the rule of SpecDec++ (Huang et al. 2024, arXiv:2405.19715), the draft's that of
+    DISCO (Mamou et al. 2024, arXiv:2405.04304). Both papers train a head that predicts the acceptance a_i of a draft;
+    it is asked where the drafter has one (`visar train drafter --acceptance`). Otherwise each image counts as it goes,
+    by the entropy of the draft distribution, so any drafter will do; a level of entropy without tests counts as always
+    accepted. Exact: every draft that was sampled is tested, and whether one more is sampled depends on the prefix and
+    the drafts before it. The host waits for the device after every draft.
     """
 
     gamma: int = option(8, "drafts in the longest chain", 1, 16)
     stop: float = option(0.5, "a chain ends where a rejection is more likely than this", 0.01, 0.99)
+    rejection: Rejection = "chain"
     capturable: ClassVar[bool] = False  # the host chooses the length of a chain
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.verification != "token":
             raise VisarError('specdec++ tests tokens one by one; its verification must be "token".')
+        if self.rejection not in get_args(Rejection):
+            raise VisarError(f"Unknown rejection {self.rejection!r}; known: {', '.join(get_args(Rejection))}.")
         if not 0 < self.stop < 1:
             raise VisarError(f"stop must lie between 0 and 1, not {self.stop}.")
 
@@ -70,9 +80,12 @@ class DynamicSpeculative(Speculative):
         logits = drafter.root(state.tokens, session.lengths)
         for i in range(self.gamma):
             probs = state.target.probs(logits, at[:, i : i + 1], drafted=True)
-            drafts.append(torch.where(goes_on[:, None], sample(probs, u[:, i : i + 1]), -1))
+            draft = sample(probs, u[:, i : i + 1])
+            drafts.append(torch.where(goes_on[:, None], draft, -1))
             draft_probs.append(torch.where(goes_on[:, None, None], probs, 0))
-            chance = chance * rates.gather(1, level(probs)).squeeze(1)
+            predicted = drafter.chance(draft, probs)
+            own = rates.gather(1, level(probs)) if predicted is None else predicted.double()
+            chance = own.squeeze(1) * (chance if self.rejection == "chain" else 1)
             goes_on = goes_on & (1 - chance <= self.stop)
             if i + 1 == self.gamma or not bool(goes_on.any()):
                 break

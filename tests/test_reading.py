@@ -72,7 +72,7 @@ def test_what_is_refused(kind: str, tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "long").write_text("[1]")
-    for name, message in ((".", "it is a folder"), ("none", "There is no"), ("pipe", "it is not a file")):
+    for name, message in ((".", "it is a folder"), ("none", "There is no file"), ("pipe", "it is not a regular file")):
         with pytest.raises(VisarError, match=message):
             read_json(tmp_path / name, Shape)
     monkeypatch.setattr("visar.texts.LARGEST", 2)

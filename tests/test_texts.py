@@ -36,7 +36,7 @@ def test_what_is_no_text(tmp_path: Path) -> None:
         with pytest.raises(VisarError, match=message):
             read_text(tmp_path / "a.txt")
     for gone, message in (("gone.txt", "There is no"), (".", "a folder"), ("x" * 300, "Cannot read"),
-                          ("/dev/zero", "not a file"), ("/dev/full", "not a file")):  # fmt: skip
+                          ("/dev/zero", "not a regular file"), ("/dev/full", "not a regular file")):  # fmt: skip
         with pytest.raises(VisarError, match=message):
             read_text(tmp_path / gone)
     check_prompt("💩")

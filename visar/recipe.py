@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from visar import __version__
 from visar.errors import VisarError
+from visar.texts import check_file
 
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
@@ -114,8 +115,7 @@ class Recipe(BaseModel):
         from visar.image_files import open_image
 
         path = Path(file)
-        if not path.is_file():
-            raise VisarError(f"There is no file {file}.")
+        check_file(path)
         with open_image(path, path) as image:
             try:
                 image.load()

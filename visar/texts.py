@@ -22,16 +22,10 @@ def read_text(path: str | Path) -> str:
 
 
 def read_bytes(path: str | Path, pipes: bool = False) -> bytes:
-    """The bytes of a file, or with `pipes` of a pipe, of at most `LARGEST`. Raises `VisarError` for anything else.
-
-    A device may give bytes for ever.
-    """
+    """The bytes of a file, or with `pipes` of a pipe, of at most `LARGEST`. Raises `VisarError` for anything else."""
     path = Path(path)
     try:
-        if not path.exists():
-            raise VisarError(f"There is no {path}.")
-        if not (path.is_file() or (pipes and path.is_fifo())):
-            raise VisarError(f"Cannot read {path}: it is {'a folder' if path.is_dir() else 'not a file'}.")
+        check_file(path, pipes)
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:
@@ -41,6 +35,14 @@ def read_bytes(path: str | Path, pipes: bool = False) -> bytes:
     if len(content) > LARGEST:
         raise VisarError(f"Cannot read {path}: it has more than {LARGEST >> 20} MiB, far too many for what it is.")
     return content
+
+
+def check_file(path: Path, pipes: bool = False) -> None:
+    """Raise `VisarError` unless `path` is a file, or with `pipes` a pipe: a device may give bytes for ever."""
+    if not path.exists():
+        raise VisarError(f"There is no file {path}.")
+    if not (path.is_file() or (pipes and path.is_fifo())):
+        raise VisarError(f"Cannot read {path}: it is {'a folder' if path.is_dir() else 'not a regular file'}.")
 
 
 def decoded(content: bytes, path: str | Path) -> str:

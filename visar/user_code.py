@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.errors import VisarError
+from visar.texts import check_file
 
 _files: set[Path] = set()  # that were run
 
@@ -27,9 +28,8 @@ def load(place: str, flag: str, kind: str = "function") -> Any:
         raise VisarError(
             f"{flag} takes a Python file and a {kind} in it, as in my_{flag.strip('-')}.py:make, not {place!r}."
         )
+    check_file(Path(name))
     path = Path(name).resolve()
-    if not path.is_file():
-        raise VisarError(f"There is no file {name}.")
     known = f"visar_user_code_{abs(hash(path))}"
     if known not in sys.modules:
         spec = importlib.util.spec_from_file_location(known, path)

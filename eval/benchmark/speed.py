@@ -52,6 +52,7 @@ class SpeedRow:
     time_ratio: float
     head: HeadStats | None = None
     exactness: str = ""  # "exact", "relaxed", or a phrase if it is neither
+    draft_passes: float | None = None  # per image, as `nfe`; of a chain at batch 1, its drafted tokens
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def compare(
             "tokens_per_pass": tokens_per_pass(stats),
             "ms_per_pass": statistics.median(s.ms_per_pass for s in stats),
             "draft_share": sum(math.nan if s.draft_seconds is None else s.draft_seconds for s in stats) / seconds,
+            "draft_passes": sum(math.nan if s.draft_passes is None else s.draft_passes for s in stats) / len(groups),
             "seconds_per_image": seconds / images,
             "images_per_second": images / seconds,
             "gb_per_second": sum(s.gigabytes for s in stats) / seconds,
@@ -136,8 +138,8 @@ def compare(
     base = medians[next(iter(samplers))]
 
     def medians_of(name: str) -> dict[str, Any]:
-        share = medians[name]["draft_share"]
-        return medians[name] | {"draft_share": None if math.isnan(share) else share}
+        found: dict[str, Any] = dict(medians[name])
+        return found | {k: None for k in ("draft_share", "draft_passes") if math.isnan(found[k])}
 
     rows = [
         SpeedRow(

@@ -30,6 +30,7 @@ from visar.eval.exactness.tabular import Settings, TabularModel, TabularSession,
 from visar.samplers import (
     BeamTree,
     Diagonal,
+    DynamicSpeculative,
     Jacobi,
     Sampler,
     Target,
@@ -61,6 +62,7 @@ class Case:
     init: str = "uniform"
     columns: int = 1
     order: tuple[int, ...] = ()  # of the cells, where it is not the raster's
+    head: bool = False  # whether the drafter predicts what is accepted, for samplers that ask it
 
     @property
     def scan(self) -> str:
@@ -115,6 +117,7 @@ CASES = (
         "an order", Settings(temperature=1.3, top_p=0.9, scale=1.8, forced=(-1, -1, 2, -1, -1, 0)),
         model="full", vocab=4, length=6, columns=3, order=(4, 0, 2, 5, 1, 3),
     ),
+    Case("an acceptance head", Settings(temperature=1.3, top_p=0.9, forced=(-1, -1, 2, -1, -1)), head=True),
     Case("an order, init left", length=7, window=3, columns=3, init="left", order=(4, 0, 6, 2, 5, 1, 3)),
     Case("an order, init left-probs", length=7, window=3, columns=3, init="left-probs", order=(4, 0, 6, 2, 5, 1, 3)),
 )  # fmt: skip
@@ -180,6 +183,13 @@ def run(model: Model, case: Case, sampler: Sampler, images: Tensor, seed: int) -
     return decode(session, sampler, target_of(model, case), Noise(seed, images))
 
 
+class Predicting(SessionDrafter):
+    """A drafter with a head that goes by the draft and by its distribution, and is often wrong."""
+
+    def chance(self, drafts: Tensor, q: Tensor) -> Tensor:
+        return torch.where(drafts == 0, 0.3, 0.3 + 0.5 * q.amax(-1))
+
+
 def session_of(model: Model, case: Case, sampler: Sampler, batch: int, guidance: Guidance) -> Session:
     """A session with the drafter that the sampler needs, which knows the model somewhat."""
     if isinstance(model, DiagonalModel):
@@ -193,8 +203,8 @@ def session_of(model: Model, case: Case, sampler: Sampler, batch: int, guidance:
         session.cells = torch.tensor(case.order).repeat(batch, 1)
     if hasattr(sampler, "drafter"):
         # The root of the drafter's own session is one node before that of the tree.
-        draft = model.disturbed(seed=99)
-        session.drafter = SessionDrafter(TabularSession(draft, batch, sampler.window + 1, guidance))
+        drafter = Predicting if case.head else SessionDrafter
+        session.drafter = drafter(TabularSession(model.disturbed(seed=99), batch, sampler.window + 1, guidance))
     return session
 
 
@@ -340,6 +350,8 @@ def rows_of(sampler: Sampler, sequences: int, seed: int, cases: Iterable[Case]) 
             continue
         if case.init != "uniform" and not hasattr(sampler, "init"):
             continue  # it has no window to fill
+        if case.head and not isinstance(sampler, DynamicSpeculative):
+            continue
         if isinstance(sampler, Jacobi):
             yield greedy_row(sampler, case, seed)
             continue

@@ -236,6 +236,29 @@ class DroppedDraft(DynamicSpeculative):
 
 
 @dataclass(frozen=True)
+class UnlikelyDraft(DynamicSpeculative):
+    """A chain ends before the draft that the head takes for a rejection, although it was sampled."""
+
+    def draft(
+        self, drafter: Drafter, session: Session, state: DynamicState, at: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        drafts, draft_probs = super().draft(drafter, session, state, at, u)
+        predicted = drafter.chance(drafts, draft_probs)
+        assert predicted is not None
+        gone = (predicted < 1 - self.stop).cummax(1).values
+        return torch.where(gone, -1, drafts), torch.where(gone[..., None], 0, draft_probs)
+
+
+@dataclass(frozen=True)
+class StopsAtRejection(DynamicSpeculative):
+    """A chain ends before the draft that the target is about to reject, as if it had never been sampled."""
+
+    def verify(self, p: Tensor, q: Tensor, drafts: Tensor, noise: StepNoise, state: State) -> Verified:
+        gone = ~accepts(p[:, :-1], q, drafts.clamp_min(0), noise.accept[:, :-1])
+        return super().verify(p, torch.where(gone[..., None], 0, q), torch.where(gone, -1, drafts), noise, state)
+
+
+@dataclass(frozen=True)
 class RawBonus(Speculative):
     """The bonus token is sampled from the distribution before temperature, which is 0.6 in its case."""
 
@@ -364,6 +387,8 @@ MUTANTS = (
     Mutant("chosen tested as sampled", ChosenAsSampled(tree="2x2", drafter="model"), "plain"),
     Mutant("k-SEQ undivided", UndividedShare(tree="3x2", drafter="model"), "plain"),
     Mutant("small drafts dropped", DroppedDraft(), "plain"),
+    Mutant("unlikely draft dropped", UnlikelyDraft(), "an acceptance head"),
+    Mutant("chain ends at a rejection", StopsAtRejection(), "an acceptance head"),
     Mutant("drafts that are not allowed", DraftsOutOfBounds(), "allowed tokens"),
     Mutant("one uniform for a diagonal", OneUniform(), "diagonals"),
     Mutant("diagonals upside down", BottomUp(), "diagonals"),

@@ -138,7 +138,7 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
     [
         ("", "Give either --prompts FILE or --classes LIST."),
         ("--prompts TMP/p.txt --classes 1", "Give either --prompts FILE or --classes LIST."),
-        ("--prompts TMP/none.txt", "There is no TMP/none.txt."),
+        ("--prompts TMP/none.txt", "There is no file TMP/none.txt."),
         ("--prompts TMP/model", "Prompts are read from a .txt or .jsonl file"),
         ("--prompts TMP/binary.txt", "it is no UTF-8 text."),
         ("--prompts TMP/nothing.txt", "nothing.txt is empty."),

@@ -207,7 +207,8 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
     save_file(state, tmp_path / "nan" / WEIGHTS)
     (tmp_path / "file").write_text("x")
     (tmp_path / "bad.pt").write_text("no weights")
-    (tmp_path / "out").mkdir()
+    for name in ("out", "a.py"):
+        (tmp_path / name).mkdir()
     return tmp_path
 
 
@@ -222,6 +223,9 @@ def broken(text_folder: Path, tmp_path: Path) -> Path:
         ("cat --model TMP/bad.pt", "bad.pt is a file of weights: give the file of its tokenizer too"),
         ("cat --model TMP/bad.pt --vq TMP/bad.pt", "bad.pt: it is text, not weights"),
         ("cat --model TMP/none.pt --vq TMP/none.pt", "There is no weights file"),
+        ("cat --model /dev/zero", "/dev/zero is neither a model folder nor a file of weights."),
+        ("cat --sampler TMP/out.py:x", "out.py."),
+        ("cat --sampler TMP/a.py:x", "a.py: it is a folder."),
         ("cat --class 1", "Give either prompts or --class IDs."),
         ("", "Give either prompts or --class IDs."),
         ("  EMPTY", "The prompt is empty"),

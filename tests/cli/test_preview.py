@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -86,9 +87,20 @@ def test_files_that_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     if text is not None:
         info.add_text("visar", text)
     Image.new("RGB", (2, 2)).save(tmp_path / "x.png", pnginfo=info)
-    for file in ("x.png", "none.png"):
-        assert main(["info", str(tmp_path / file)]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+    assert main(["info", str(tmp_path / "x.png")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, said in (
+        (tmp_path / "none.png", "There is no file {}."),
+        (tmp_path, "Cannot read {}: it is a folder."),
+        (tmp_path / "pipe", "Cannot read {}: it is not a regular file."),
+        (Path("/dev/zero"), "Cannot read {}: it is not a regular file."),
+    ):
+        assert main(["info", str(path)]) == 2
+        assert capsys.readouterr().err == f"visar: error: {said.format(path)}\n"
 
 
 def test_scale_and_grid(text_folder: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def stats_of(kind: type[DecodeStats] = DecodeStats, **changed: object) -> Decode
         sampler="sjd", parameters={"window": 16, "init": "uniform"}, window=16, exact=True, exactness="exact", seed=7,
         settings={"guidance_scale": 2.5, "top_k": 0, "guidance_schedule": None, "dtype": "float32", "device": "cpu"},
         images=2, tokens=256,
-        nfe=83, passes_per_image=[80, 82], tokens_per_pass=3.161, seconds=0.714, draft_seconds=None,
+        nfe=83, passes_per_image=[80, 82], tokens_per_pass=3.161, seconds=0.714, draft_seconds=None, draft_passes=None,
         ms_per_pass=8.604, gigabytes=1.25, graph_passes=0, capture_seconds=0.0,
         **(masked if kind is MaskedStats else {}),
     )  # fmt: skip

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.eval.exactness.tabular import TabularModel, TabularSession
 from visar.samplers import DynamicSpeculative, State, Target
-from visar.samplers.dynamic import LEVELS, level
+from visar.samplers.dynamic import LEVELS, Rejection, level
 
 MODEL = TabularModel.markov(4, 12, seed=3)
 
@@ -69,6 +72,33 @@ def test_only_what_was_tested_is_counted() -> None:
     assert torch.equal(tested.long(), session.lengths.clamp_max(4)) and bool((tested > accepted).any())
 
 
+class Told(SessionDrafter):
+    """Its head says 0.8 of token 0, and 0.65 of every other."""
+
+    def chance(self, drafts: Tensor, q: Tensor) -> Tensor:
+        return torch.where(drafts == 0, 0.8, 0.65)
+
+
+@pytest.mark.parametrize("rejection", get_args(Rejection))
+def test_a_head_says_where_a_chain_ends(rejection: Rejection) -> None:
+    """Of one rejection in the chain the chance passes 0.5 at the second or third draft; of the last draft alone at the
+    first that is not token 0. What the image counted does not matter."""
+    sampler = DynamicSpeculative(gamma=5, rejection=rejection, stop=0.5 if rejection == "chain" else 0.3)
+    session, state = begun(sampler, MODEL, batch=200)
+    session.drafter = drafter = Told(TabularSession(MODEL, 200, 7))
+    state.counts[:, 0].fill_(9.0)
+    u = torch.rand(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drafts, q = sampler.draft(drafter, session, state, session.positions(6), u)
+    ends = (drafts >= 0).sum(1)
+    assert len(ends.unique()) > 1 and bool((q.sum(-1) > 0).eq(drafts >= 0).all())
+    for row, end in zip(drafts.tolist(), ends.tolist(), strict=True):
+        chances = [0.8 if token == 0 else 0.65 for token in row]
+        if rejection == "chain":
+            assert math.prod(chances[:end]) < 0.5 <= math.prod(chances[: end - 1])
+        else:
+            assert all(token == 0 for token in row[: end - 1]) and (end == 5 or row[end - 1] != 0)
+
+
 def test_entropy_levels() -> None:
     draft_probs = torch.stack([torch.eye(16)[0], torch.full((16,), 1 / 16)])
     assert level(draft_probs).tolist() == [0, 5]  # 2.77 nats, half a nat each
@@ -82,6 +112,7 @@ def test_entropy_levels() -> None:
         ({"stop": 1.0}, "stop must lie between 0 and 1"),
         ({"gamma": 0}, "gamma must be 1 or more"),
         ({"verification": "block"}, 'must be "token"'),
+        ({"rejection": "token"}, "Unknown rejection 'token'; known: chain, draft"),
     ],
 )
 def test_bad_input(fields: dict[str, float], message: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.helpers.tiny import class_gpt, text_gpt
 from visar.drafters import DRAFTERS, SkippedLayers, drafter_kind, drafter_kinds
-from visar.engine.drafter import Drafter
+from visar.engine.drafter import Drafter, Timed
 from visar.engine.guidance import Guidance
 from visar.engine.tree import Tree
 from visar.errors import VisarError
@@ -181,15 +181,27 @@ def test_a_drafter_drafts_what_it_was_trained_to_draft(kind: str, name: str) -> 
     assert loss_of is not None
     loss = loss_of(model, target, GUIDANCE, Target(), depth=3)
     with torch.no_grad():
-        draft_probs = list(loss.log_draft_probs(loss.run_target(condition, mask, tokens)))
+        target_pass = loss.run_target(condition, mask, tokens)
+        draft_probs, hidden = list(loss.log_draft_probs(target_pass)), loss.steps(target_pass)
+    read: list[torch.Tensor] = []
+
+    def noted(logits: torch.Tensor) -> torch.Tensor:
+        assert isinstance(drafter, Timed)
+        last = drafter.inner.last_hidden()
+        assert last is not None
+        read.append(last)
+        return logits
+
     steps = [1, 3, 4, 2, 4, 1]  # what each round accepts
     for count in steps:
         n = int(s.lengths[0])
-        logits = [drafter.root(tokens, s.lengths)]
-        logits += [drafter.extend(tokens[:, n + k - 1 : n + k], None, k) for k in (1, 2)]
+        read.clear()
+        logits = [noted(drafter.root(tokens, s.lengths))]
+        logits += [noted(drafter.extend(tokens[:, n + k - 1 : n + k], None, k)) for k in (1, 2)]
         for k, found in enumerate(logits):
             probs = draft_probs[min(k, len(draft_probs) - 1)]
             assert torch.allclose(found[:, 0].log_softmax(-1), probs[:, n + k], atol=1e-4), (n, k)
+            assert torch.allclose(read[k][:, 0], hidden[min(k, len(hidden) - 1)][:3, n + k], atol=1e-4), (n, k)
         root = tokens[:, max(n - 1, 0) : max(n - 1, 0) + 1]
         s.forward(torch.cat([root, tokens[:, n : n + 4]], dim=1))
         s.commit(torch.full((3,), count))

@@ -16,7 +16,10 @@ from PIL import Image
 import visar
 from tests.helpers import tiny_glm, tiny_hf
 from tests.helpers.api import JSON, Api, serving
+from tests.helpers.tiny import VQ
 from visar.cli import main
+from visar.families.llamagen.randar import RandAR
+from visar.families.llamagen.vq import VQModel
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.serving.app import ROUTE
 from visar.serving.replica import encoded
@@ -75,6 +78,31 @@ def test_the_invariant_mode(text_folder: Path, tmp_path: Path) -> None:
     with serving(("text", pipe, ("scd",)), invariant=True) as api:
         answer = api.images(prompt="red heart", n=2, seed=5)
     assert answer.files == wanted and answer.json["visar"]["invariant"] and answer.json["visar"]["dtype"] == "bfloat16"
+
+
+def test_an_order(tmp_path: Path) -> None:
+    """Requests in one pool have orders and schedules of their own; each gets the files of `visar generate`."""
+    folder = tmp_path / "any"
+    torch.manual_seed(3)
+    gpt = RandAR(vocab_size=24, dim=32, num_layers=1, num_heads=2, ffn=48, classes=7, grid=5)
+    torch.nn.init.normal_(gpt.output.weight, std=0.3)
+    ClassToImagePipeline(gpt=gpt, vq=VQModel(**VQ)).save_pretrained(folder)
+    pipe = ClassToImagePipeline.from_pretrained(folder)
+    with serving(("any", pipe, ("scd",))) as api:
+        asked: list[dict[str, str]] = [{}, {"order": "halton"}, {"order": "raster", "guidance_schedule": "constant"}]
+        waiting = [api.later(class_label=3, seed=5, **more) for more in asked]
+        answers = [one.answer for one in waiting]
+        (model,) = api.ask("/v1/models").json["data"]
+        bad = api.images(class_label=3, order="spiral")
+    assert model["visar"]["orders"] == ["raster", "random", "halton", "farthest-point", "locality"]
+    assert (bad.status, bad.error["param"]) == (400, "order") and "order must be raster or random" in bad.error[
+        "message"
+    ]
+    assert [a.json["visar"]["order"] for a in answers] == ["random", "halton", "raster"]
+    for number, (answer, more) in enumerate(zip(answers, asked, strict=True)):
+        options = [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", value)]
+        assert answer.files == generated(folder, tmp_path / str(number), "--class", 3, *options)
+    assert len({answer.files[0] for answer in answers}) == 3
 
 
 def test_formats(api: Api) -> None:
@@ -154,6 +182,9 @@ BAD = [
     ({"prompt": "cat", "top_p": 0}, "top_p must be above 0", "top_p"),
     ({"prompt": "cat", "top_k": -1}, "top_k must be 0 or more", "top_k"),
     ({"prompt": "cat", "guidance_scale": 1e39}, "guidance_scale must be from", "guidance_scale"),
+    ({"prompt": "cat", "order": "halton"}, "order is for models that were trained to sample in any order", "order"),
+    ({"prompt": "cat", "order": ["halton"]}, "order must be", "order"),
+    ({"prompt": "cat", "guidance_schedule": "linear"}, "is for models of continuous tokens", "guidance_schedule"),
     ({"prompt": "cat", "sampler": "sjd"}, "Unknown sampler of text 'sjd'", "sampler"),
     ({"prompt": "cat", "sampler": "x.py:Mine"}, "Unknown sampler of text 'x.py:Mine'", "sampler"),
     ({"prompt": "cat", "class_label": 1}, "takes a prompt", "class_label"),

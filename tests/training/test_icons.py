@@ -71,7 +71,8 @@ def test_a_drafter_of_every_kind_comes_with_it(pipe: TextToImagePipeline, name: 
 def test_drafters_are_small() -> None:
     folder = resolve("icons")
     assert isinstance(folder, Path)
-    files = [f for kind in drafter_kinds() for f in (folder / kind).iterdir()]
-    assert (
-        sum(f.stat().st_size for f in files) < 4 * 2**20 and len(files) == 2 * len(drafter_kinds()) - 1
-    )  # skip has no weights
+    files = [f for kind in drafter_kinds() for f in (folder / kind).rglob("*") if f.is_file()]
+    heads = [f for f in files if f.parent.name == "acceptance"]
+    assert sum(f.stat().st_size for f in files) < 4 * 2**20 and sum(f.stat().st_size for f in heads) < 40 * 2**10
+    assert len(files) - len(heads) == 2 * len(drafter_kinds()) - 1  # skip has no weights
+    assert {f.parent.parent.name for f in heads} == {"model"} and len(heads) == 2

@@ -190,7 +190,7 @@ def _speed_text(report: SpeedReport, model: str) -> str:
     first = report.rows[0].sampler
     if report.rows[0].head is None:
         shape: tuple[str, ...] = ("W",)
-        more: tuple[str, ...] = ("IMAGES/S", "GB/S", "OF BANDWIDTH")
+        more: tuple[str, ...] = ("DRAFTER PASSES", "IMAGES/S", "GB/S", "OF BANDWIDTH")
     else:
         shape = ("K", "T")
         more = ("DENOISER CALLS/PASS", "DENOISER CALLS/TOKEN", "DENOISED ROWS/TOKEN", "ACCEPTANCE RATE")
@@ -198,7 +198,8 @@ def _speed_text(report: SpeedReport, model: str) -> str:
     def special(r: SpeedRow) -> tuple[tuple[object, ...], tuple[object, ...]]:
         if (h := r.head) is None:
             of = 100 * r.gb_per_second / report.bandwidth
-            return (r.window,), (f"{r.images_per_second:.2f}", f"{r.gb_per_second:.1f}", f"{of:.0f}%")
+            drafts = "-" if r.draft_passes is None else f"{r.draft_passes:.1f}"
+            return (r.window,), (drafts, f"{r.images_per_second:.2f}", f"{r.gb_per_second:.1f}", f"{of:.0f}%")
         return (h.steps or "", h.denoising_steps), (
             f"{h.calls_per_pass:.1f}",
             f"{h.calls_per_token:.1f}",

@@ -182,6 +182,7 @@ def drafter(options: argparse.Namespace) -> int:
     from visar.drafters import drafter_kind
     from visar.engine.guidance import Guidance
     from visar.samplers import Target
+    from visar.training.acceptance import train_acceptance
     from visar.training.drafter import train_drafter
     from visar.training.loop import TrainConfig, distributed
     from visar.training.self_generated import generate_tokens
@@ -192,6 +193,8 @@ def drafter(options: argparse.Namespace) -> int:
     params.check(DISCRETE)
     kind = drafter_kind(options.drafter_kind)
     kind.checked_layers(options.layers, 10**9)
+    if options.acceptance and options.layers is not None:
+        raise VisarError("--layers are those of a new drafter, and --acceptance is for one that there is.")
     out = writable_folder(options.out)  # before the work
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
@@ -203,6 +206,12 @@ def drafter(options: argparse.Namespace) -> int:
     if family.drafting is None:
         raise VisarError(f"{options.model} takes no drafter.")
     kind.checked_layers(options.layers, family.model.config.num_layers)
+    trained: Any = None
+    if options.acceptance:
+        if (out / kind.name / "config.json").exists():
+            model.load_drafter(out / kind.name)
+        if (trained := model.drafters.find(kind.name)) is None:
+            raise VisarError(f"Neither {out} nor {options.model} has a drafter {kind.name!r}; train one first.")
     conditions = _conditions(options, family.classes)
     params = params.resolved(family.defaults)
     target = Target(params.temperature, params.top_k, params.top_p)
@@ -222,10 +231,14 @@ def drafter(options: argparse.Namespace) -> int:
         batch=options.batch, lr=options.lr, seed=params.seed, warmup=50, ema=0.99, optimizer="muon",
         compile=not options.no_compile, device=str(model.device),
     )  # fmt: skip
-    train_drafter(
-        kind.name, family.drafting, of, tokens, config, Guidance(params.guidance_scale), target,
-        depth=options.depth, layers=options.layers, stored_as=getattr(torch, options.stored_as),
-    )  # fmt: skip
+    shared = of, tokens, config, Guidance(params.guidance_scale), target
+    stored_as = getattr(torch, options.stored_as)
+    if trained is not None:
+        train_acceptance(kind.name, trained, family.drafting, *shared, depth=options.depth, stored_as=stored_as)
+    else:
+        train_drafter(
+            kind.name, family.drafting, *shared, depth=options.depth, layers=options.layers, stored_as=stored_as
+        )
     print(out / kind.name)
     return 0
 

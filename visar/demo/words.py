@@ -17,6 +17,7 @@ LINES: Mapping[str, str] = MappingProxyType({
     "speculative": "A smaller model guesses a few tokens ahead.",
     "speculative-block": "A smaller model guesses; the guesses are tested as one block.",
     "specdec++": "A smaller model guesses until a mistake is likely.",
+    "disco": "As specdec++, until the last guess is likely to be one.",
     "speculative-tree": "A smaller model guesses several continuations at once.",
     "spectr": "A smaller model guesses several continuations, each for itself.",
     "eagle": "A small network on the model's features guesses a tree of tokens.",

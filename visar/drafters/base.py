@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from visar.drafters.acceptance import head_of
 from visar.engine.decoder import Decoder
 from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter, SessionDrafter, Timed
@@ -156,6 +157,8 @@ class DraftKind(ABC):
             # The root of the drafter's own session is one node before that of the tree.
             inner = target.session(decoder, encoded, window + 1, session.guidance)
             drafter = SessionDrafter(inner, streamed_bytes(decoder.layers, decoder.norm, decoder.output))
+        if (head := head_of(model)) is not None:
+            drafter.head = head.to(session.device)
         return Timed(drafter, session.device)
 
 

@@ -178,8 +178,12 @@ class EagleDrafter(Drafter):
         self.bytes_read += self._weights + len(x) * mask.shape[-1] * self.cache.bytes_per_slot
         return self.model(x, hidden, self.session.rotary_rows(at), self.cache.attend(slots, mask, mask.shape[-1]))
 
+    def last_hidden(self) -> Tensor:
+        return self._read[: self.session.batch]
+
     def _logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        return self.session.guided(self.session.model.logits(self.model.norm(hidden)), positions)
+        self._read = self.model.norm(hidden)
+        return self.session.guided(self.session.model.logits(self._read), positions)
 
 
 class EagleLoss(DraftLoss[EagleHead]):

@@ -93,6 +93,9 @@ class HeadsDrafter(Drafter):
     def check(self) -> None:
         require_finite(self._last, "The drafter's hidden states", self.model.dtype)
 
+    def last_hidden(self) -> Tensor:
+        return self._last[: self.session.batch]
+
     def _logits(self, positions: Tensor) -> Tensor:
         self.bytes_read += self._weights[len(self.path) - 1]
         self._last = self.model(self.hidden.expand(-1, self.path[0].shape[1], -1), self.path)

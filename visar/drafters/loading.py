@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from visar.drafters.acceptance import ACCEPTANCE, AcceptanceHead, give, width_of
 from visar.drafters.base import DRAFTERS, DrafterLoading, DraftKind, drafter_kinds
 from visar.engine.component import read_config
 from visar.errors import VisarError
@@ -44,7 +45,14 @@ def _from_folder(path: str | Path, target: DrafterLoading) -> Any:
     networks = {cls.__name__: cls for cls in (target.network, *own) if cls is not None}
     if name not in networks:
         raise VisarError(f"{path} holds a {name}, not a drafter; those are: {', '.join(networks)}.")
-    return load_part(networks[name], folder, "the drafter")
+    model = load_part(networks[name], folder, "the drafter")
+    if (place := folder / ACCEPTANCE).is_dir():
+        head = load_part(AcceptanceHead, place, "the drafter's acceptance head")
+        width = width_of(model, target)
+        if head.config.dim != width:
+            raise VisarError(f"The acceptance head {place} reads {head.config.dim} numbers, its drafter gives {width}.")
+        give(model, head)
+    return model
 
 
 def released_file(path: Path) -> Path | None:

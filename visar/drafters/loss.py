@@ -88,7 +88,7 @@ class DraftLoss(nn.Module, Generic[D]):
     def log_draft_probs(self, target_pass: TargetPass) -> Iterator[Tensor]:
         """Per step the draft distribution [B, N, V] of every token, in logs, before top-k and top-p."""
         for hidden in self.steps(target_pass):
-            logits = self._guided(self.logits(hidden), target_pass.positions)
+            logits = self.guided(self.logits(hidden), target_pass.positions)
             yield (logits / self.sampling.temperature).log_softmax(-1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class DraftLoss(nn.Module, Generic[D]):
         given, distance = (condition, mask, tokens), slot[:, None] - slot
         target_pass = TargetPass(given, x, none, table, valid, distance, positions, none)
         hidden = target.model.run(x, table, attention([target_pass.causal()], [], []), self.aux_layers)
-        logits = self._guided(target.model.logits(hidden[:, self.prefix - 1 :]), positions)
+        logits = self.guided(target.model.logits(hidden[:, self.prefix - 1 :]), positions)
         return target_pass._replace(hidden=hidden, target_probs=self.sampling.probs(logits, positions))
 
     @property
@@ -119,7 +119,7 @@ class DraftLoss(nn.Module, Generic[D]):
         """The rotary rows of inputs x [rows, S, dim] of a model."""
         return self._target().table(model)[: x.shape[1]].expand(len(x), -1, -1, -1)
 
-    def _guided(self, logits: Tensor, positions: Tensor) -> Tensor:
+    def guided(self, logits: Tensor, positions: Tensor) -> Tensor:
         if not self.guidance.active:
             return logits
         cond, uncond = logits.chunk(2)

@@ -116,7 +116,8 @@ class DecoderSession(CachedSession):
         """Logits of embeddings x [rows, W, dim], which attend by `mask` to the slots before `visible`."""
         self.counted(slots, visible, isinstance(mask, Tensor))
         attend = self.cache.attend(slots - self.folded, mask, visible - self.folded)
-        self._logits = self.model.logits(self._run(x, slots, at, attend))
+        self.hidden = self._run(x, slots, at, attend)
+        self._logits = self.model.logits(self.hidden)
         return self._logits
 
     def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:

@@ -21,6 +21,8 @@ class Drafter(ABC):
 
     bytes_read: int = 0  # of weights and cache, by count
     seconds: float = 0.0  # of drafting, measured by `Timed`
+    passes: int = 0  # of drafting, counted by `Timed`
+    head: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # that predicts a `chance` of hidden states
 
     @abstractmethod
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -30,12 +32,23 @@ class Drafter(ABC):
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
         """Guided logits [B, M, V] after the nodes `first`.. of a tree, or of a sequence, for their `tokens` [B, M]."""
 
+    def last_hidden(self) -> Tensor | None:
+        """What gave the last logits, [B, M, dim], of the conditional batch; None where it is not known."""
+        return None
+
+    def chance(self, drafts: Tensor, q: Tensor) -> Tensor | None:
+        """The chance [B, M] that the target accepts `drafts` [B, M], sampled from the distributions q [B, M, V] of the
+        last logits, as the drafter's head predicts it; None where it has no head."""
+        if self.head is None or (hidden := self.last_hidden()) is None:
+            return None
+        return self.head(hidden, drafts, q)
+
     def check(self) -> None:  # noqa: B027 (as in a Session)
         """Raise `VisarError` if the last logits are not finite; called once, when all rows are done."""
 
     def start(self, *condition: Tensor) -> None:
         """The session has started new images of this condition. Allocates nothing."""
-        self.bytes_read, self.seconds = 0, 0.0
+        self.bytes_read, self.seconds, self.passes = 0, 0.0, 0
 
     def place(self, row: int, fresh: Any) -> None:  # noqa: B027 (as above)
         """The session has a new image in `row`; `fresh` is the drafter of the session that it was started in."""
@@ -58,10 +71,15 @@ class Timed(Drafter):
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        self.passes += 1
         return self._timed(lambda: self.inner.root(tokens, lengths))
 
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
+        self.passes += 1
         return self._timed(lambda: self.inner.extend(tokens, tree, first))
+
+    def chance(self, drafts: Tensor, q: Tensor) -> Tensor | None:
+        return self._timed(lambda: self.inner.chance(drafts, q))
 
     def keep(self, path: Tensor) -> None:
         self._timed(lambda: self.inner.keep(path))
@@ -115,17 +133,25 @@ class SessionDrafter(Drafter):
         self.session = session
         self.weights = weights
         self._trees: dict[int, tuple[Tree, Tree]] = {}
+        self._column: Tensor | None = None  # of the last pass, where the drafts follow one of its inputs only
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         inner = self.session
         inner.lengths.copy_((lengths - 1).clamp_min(0))
         logits = self._forward(tokens.gather(1, (inner.positions(2) - 1).clamp_min(0)), None, 0)
-        own = (lengths - inner.lengths)[:, None, None].expand(-1, 1, logits.shape[-1])  # the root's column
+        self._column = (lengths - inner.lengths)[:, None, None]  # the root's
         # One before the root in all rows: drafts of a new row lie where its meaningless input was.
         inner.lengths.copy_(lengths - 1)
-        return logits.gather(1, own)
+        return logits.gather(1, self._column.expand(-1, 1, logits.shape[-1]))
+
+    def last_hidden(self) -> Tensor | None:
+        if (found := self.session.hidden) is None:
+            return None
+        found = found[: self.session.batch]
+        return found if self._column is None else found.gather(1, self._column.expand(-1, 1, found.shape[-1]))
 
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
+        self._column = None
         return self._forward(tokens, self._inner(tree), first + 1)
 
     def _forward(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:

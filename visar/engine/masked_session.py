@@ -42,7 +42,7 @@ class MaskedSession(ABC):
         self.draft: MaskedSession | None = None  # for samplers that draft with a smaller model
         self.denoisers: list[Denoiser] = []
         self.tested = self.accepted = 0
-        self.draft_seconds = 0.0
+        self.draft_seconds, self.draft_passes = 0.0, 0
         self.passes = 0
 
     @abstractmethod
@@ -78,12 +78,13 @@ class MaskedSession(ABC):
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """Adds the time of the block, in which a draft model works, to `draft_seconds`."""
+        """Counts the block, a pass of a draft model, in `draft_passes` and its time in `draft_seconds`."""
         synchronize(self.device)
         start = time.perf_counter()
         yield
         synchronize(self.device)
         self.draft_seconds += time.perf_counter() - start
+        self.draft_passes += 1
 
     def commit(self, count: Tensor | int) -> None:
         """Row b has sampled `count[b]` more tokens."""

@@ -29,6 +29,7 @@ class Session(ABC):
     """
 
     cells: Tensor | None = None  # [B, N]
+    hidden: Tensor | None = None  # [rows, W, dim], what gave the last logits, of sessions that know it
 
     def __init__(self, batch: int, length: int, vocab: int, device: torch.device | str = "cpu"):
         self.batch, self.length, self.vocab = batch, length, vocab

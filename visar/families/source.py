@@ -225,8 +225,10 @@ def resolve(name_or_path: str | Path) -> Path | str:
         raise VisarError(f"The weights of {name!r} are not shipped with visar: give {listing.needs}.")
     if path.is_dir():
         return path
-    if path.exists():
+    if path.is_file():
         raise VisarError(f"{name} is a file, not a model folder: give a GPT file together with its tokenizer file.")
+    if path.exists():
+        raise VisarError(f"{name} is neither a model folder nor a file of weights.")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return name
     if isinstance(name_or_path, Path) or re.search(r"[/\\]|^[.~]", name):

@@ -51,7 +51,8 @@ def run(
     calls, evaluations = (sum(getattr(d, n) for d in session.denoisers) for n in ("calls", "evaluations"))
     stats = MaskedStats.of(
         method, params, model.settings_of(params), session, result,
-        nfe=result.passes, draft_seconds=session.draft_seconds, gigabytes=family.bytes_read(session) / 1e9,
+        nfe=result.passes, draft_seconds=session.draft_seconds, draft_passes=session.draft_passes,
+        gigabytes=family.bytes_read(session) / 1e9,
         sampled=length - session.given,
         denoising_steps=session.denoisers[0].steps,
         denoiser_calls=calls,

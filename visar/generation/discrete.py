@@ -44,12 +44,14 @@ def run(
         call,
         lambda session, graph: model.run(session, method, target, noise, callback, every=every, graph=graph),
     )
-    draft_seconds: float | None = session.drafter.seconds if session.drafter is not None else 0.0
-    if session.drafter is not None and result.replays:
-        draft_seconds = None  # a graph cannot be timed inside
+    drafter, drafting = session.drafter, dict[str, Any](draft_seconds=0.0, draft_passes=0)
+    if drafter is not None:
+        drafting = {"draft_seconds": drafter.seconds, "draft_passes": drafter.passes}
+        if result.replays:
+            drafting = dict.fromkeys(drafting)  # a graph cannot be timed inside
     stats = DecodeStats.of(
         method, params, model.settings_of(params), session, result,
-        nfe=result.passes + session.prefill_passes, draft_seconds=draft_seconds,
+        nfe=result.passes + session.prefill_passes, **drafting,
         gigabytes=(family.bytes_per_pass * result.passes + result.bytes_read) / 1e9,
     )  # fmt: skip
     return result, stats

@@ -24,9 +24,9 @@ class DecodeStats:
     prefill of a caption included; `passes_per_image`: decoding passes until each image was complete; `tokens_per_pass`:
     tokens of an image over the passes of the batch, which ends with its slowest image; `seconds`: of decoding, without
     prefill, text encoder and image decoder, with the device synchronized; `draft_seconds`: the part of them in the
-    drafter's passes, None if CUDA graphs hide it; `ms_per_pass`: milliseconds, drafting included; `gigabytes`: weights
-    and cache read, counted and not measured; `graph_passes`: those run by a CUDA graph; `capture_seconds`: the part of
-    `seconds` that made the graph, once for all calls of a shape.
+    drafter's passes, and `draft_passes`: their number, None if CUDA graphs hide them; `ms_per_pass`: milliseconds,
+    drafting included; `gigabytes`: weights and cache read, counted and not measured; `graph_passes`: those run by a
+    CUDA graph; `capture_seconds`: the part of `seconds` that made the graph, once for all calls of a shape.
     """
 
     sampler: str
@@ -43,6 +43,7 @@ class DecodeStats:
     tokens_per_pass: float
     seconds: float
     draft_seconds: float | None
+    draft_passes: int | None
     ms_per_pass: float
     gigabytes: float
     graph_passes: int
@@ -59,6 +60,7 @@ class DecodeStats:
         *,
         nfe: int,
         draft_seconds: float | None,
+        draft_passes: int | None,
         gigabytes: float,
         sampled: int | None = None,
         **more: Any,
@@ -80,6 +82,7 @@ class DecodeStats:
             tokens_per_pass=tokens / result.passes,
             seconds=result.seconds,
             draft_seconds=draft_seconds,
+            draft_passes=draft_passes,
             ms_per_pass=1000 * result.seconds / result.passes,
             gigabytes=gigabytes,
             graph_passes=result.replays,
@@ -92,12 +95,13 @@ class DecodeStats:
         every: list[DecodeStats] = [self, *others]
         passes = sum(max(s.passes_per_image) for s in every)
         seconds = sum(s.seconds for s in every)
-        drafting = [s.draft_seconds for s in every]
+        drafting, drafts = [s.draft_seconds for s in every], [s.draft_passes for s in every]
         return replace(
             self, images=sum(s.images for s in every), nfe=sum(s.nfe for s in every),
             passes_per_image=[n for s in every for n in s.passes_per_image],
             tokens_per_pass=tokens_per_pass(every),
             seconds=seconds, draft_seconds=None if None in drafting else sum(filter(None, drafting)),
+            draft_passes=None if None in drafts else sum(filter(None, drafts)),
             ms_per_pass=1000 * seconds / passes, gigabytes=sum(s.gigabytes for s in every),
             graph_passes=sum(s.graph_passes for s in every), capture_seconds=sum(s.capture_seconds for s in every),
         )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 from sse_starlette import ServerSentEvent
 
+from visar.params import ORDERS, TAKES
 from visar.serving.body import SETTINGS
 from visar.serving.problems import Problem
 from visar.serving.wanted import Accepted, Made, ModelCard, Preview, Told, Wanted
@@ -28,6 +29,8 @@ def model_object(card: ModelCard, since: int) -> dict[str, Any]:
     }  # fmt: skip
     if card.condition == "class":
         about["classes"] = card.classes
+    if "order" in TAKES.get(card.scan, ()):
+        about["orders"] = list(ORDERS)
     return {"id": card.name, "object": "model", "created": since, "owned_by": "visar", "visar": about}
 
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from visar.errors import VisarError, unknown
-from visar.params import SamplingParams
+from visar.params import ORDERS, SCHEDULES, SamplingParams
 from visar.serving.wanted import ModelCard, Wanted
 
-SETTINGS = ("seed", "guidance_scale", "temperature", "top_k", "top_p")
+SETTINGS = ("seed", "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "order")
 MOST_PREVIEWS = 3
 
 
@@ -48,9 +48,13 @@ class ImagesBody(BaseModel):
     user: str | None = Field(None, description="not used")
     seed: int | None = Field(None, description="of all random numbers (default: drawn, and returned)")
     guidance_scale: float | None = None
+    guidance_schedule: str | None = Field(None, json_schema_extra={"enum": [*SCHEDULES, None]})
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    order: str | None = Field(
+        None, description="of the tokens, for models that take any", json_schema_extra={"enum": [*ORDERS, None]}
+    )
     sampler: str | None = Field(None, description="one of those that run for the model")
     class_label: int | None = Field(None, description="for models of classes")
 
@@ -105,7 +109,7 @@ class ImagesBody(BaseModel):
             if (value := getattr(self, name)) is None:
                 continue
             try:
-                SamplingParams(**{name: value}).check(card.tokens)
+                SamplingParams(**{name: value}).check(card.tokens, card.scan)
             except VisarError as error:
                 raise Refusal(name, error) from error
             found[name] = value

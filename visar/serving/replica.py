@@ -61,7 +61,7 @@ class Served:
         }
         return ModelCard(
             self.name, family.condition, family.classes, width, height, family.tokens, family.layout.length,
-            str(family.dtype).removeprefix("torch."), cards, family.guided,
+            str(family.dtype).removeprefix("torch."), cards, family.guided, family.scan,
         )  # fmt: skip
 
 

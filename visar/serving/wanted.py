@@ -32,7 +32,8 @@ class ModelCard:
     """What clients may know of a model, and all that is needed to check a request.
 
     `condition` is "prompt" or "class", `guided` whether there is guidance, `tokens` the kind of its tokens, `length`
-    their number in an image. The first of `samplers` is the default.
+    their number in an image, `scan` how it samples them (`visar.families.base.Family`). The first of `samplers` is the
+    default.
     """
 
     name: str
@@ -45,6 +46,7 @@ class ModelCard:
     dtype: str
     samplers: Mapping[str, SamplerCard]
     guided: bool = True
+    scan: str = "raster"
 
     @property
     def size(self) -> str:

@@ -27,6 +27,35 @@ from visar.training.loop import TrainConfig, distributed, fit, step_seed
 Conditions = Callable[[list[int]], tuple[Tensor, Tensor]]
 
 
+class Images:
+    """Images that the target generated, as tokens [n, N], of which the last share `held` is held out."""
+
+    def __init__(self, conditions: Conditions, tokens: Tensor, config: TrainConfig, held: float):
+        self.conditions, self.tokens, self.config = conditions, tokens, config
+        self.split = len(tokens) - max(1, int(held * len(tokens)))
+        if self.split < 1:
+            raise VisarError(f"A drafter needs 2 or more images to learn from, not {len(tokens)}.")
+
+    def of(self, rows: list[int]) -> tuple[Tensor, ...]:
+        """Condition, mask and tokens of these images."""
+        return *self.conditions(rows), self.tokens[rows]
+
+    def batch_at(self, step: int, rank: int) -> tuple[Tensor, ...]:
+        """Those of a training step."""
+        rng = random.Random(step_seed(self.config.seed, step, rank))
+        return self.of([rng.randrange(self.split) for _ in range(self.config.batch)])
+
+    def mean(self, found: Callable[..., list[float]], device: torch.device) -> list[float]:
+        """The means of numbers that are `found` of the condition, mask and tokens of up to 64 held-out images."""
+        rows = list(range(self.split, len(self.tokens)))[:64]
+        total: list[float] = []
+        for start in range(0, len(rows), self.config.batch):
+            part = rows[start : start + self.config.batch]
+            values = found(*(t.to(device) for t in self.of(part)))
+            total = [a * len(part) + b for a, b in zip(values, total or [0.0] * len(values), strict=True)]
+        return [a / len(rows) for a in total]
+
+
 def train_drafter(
     kind: str,
     target: DrafterTarget,
@@ -50,9 +79,7 @@ def train_drafter(
     """
     drafting = drafter_kind(kind)
     layers = drafting.checked_layers(layers, target.model.config.num_layers)
-    count = max(1, int(held * len(tokens)))
-    if len(tokens) <= count:
-        raise VisarError(f"A drafter needs 2 or more images to learn from, not {len(tokens)}.")
+    images = Images(conditions, tokens, config, held)
     torch.manual_seed(config.seed)
     rank, _, device = distributed(config.device)
     target.model.to(device)
@@ -62,27 +89,14 @@ def train_drafter(
         same_run(drafter, target.model, run.out)
     assert drafting.loss is not None
     loss: DraftLoss[Any] = drafting.loss(drafter, target, guidance, sampling, depth)
-    split = len(tokens) - count
-
-    def rows_of(rows: list[int]) -> tuple[Tensor, ...]:
-        return *conditions(rows), tokens[rows]
-
-    def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
-        rng = random.Random(step_seed(config.seed, step, rank))
-        return rows_of([rng.randrange(split) for _ in range(config.batch)])
 
     def evaluate(ema: DraftLoss[Any]) -> dict[str, float]:
-        rows = list(range(split, len(tokens)))[:64]
-        total: list[float] = []
-        for start in range(0, len(rows), config.batch):
-            part = rows[start : start + config.batch]
-            found = ema.acceptance(ema.run_target(*(t.to(device) for t in rows_of(part))))
-            total = [a * len(part) + b for a, b in zip(found, total or [0.0] * len(found), strict=True)]
-        return {f"acceptance_{i + 1}": round(a / len(rows), 4) for i, a in enumerate(total)}
+        found = images.mean(lambda *given: ema.acceptance(ema.run_target(*given)), device)
+        return {f"acceptance_{i + 1}": round(a, 4) for i, a in enumerate(found)}
 
-    found = drafting.search(loss, [t.to(device) for t in batch_at(0, 0)], layers)
+    found = drafting.search(loss, [t.to(device) for t in images.batch_at(0, 0)], layers)
     if found is None:
-        drafter = fit(loss, batch_at, run, evaluate).drafter
+        drafter = fit(loss, images.batch_at, run, evaluate).drafter
     else:
         loss.drafter = drafter = found
         row = json.dumps({"layers": drafter.config.layers, **evaluate(loss)})

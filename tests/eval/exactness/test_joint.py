@@ -45,7 +45,8 @@ def case_of(name: str) -> Case:
 
 EXACT = distinct()
 SLOW = (  # with the rules of others
-    "eagle", "eagle-top", "speculative-tree", "spectr", "rsd-s", "ddd", "dyspec", "eagle2", "specdec++", "scd-gumbel",
+    "eagle", "eagle-top", "speculative-tree", "spectr", "rsd-s", "ddd", "dyspec", "eagle2", "specdec++", "disco",
+    "scd-gumbel",
 )  # fmt: skip
 SHORT = ("full prefix", "top-p 0.7", "guidance interval", "allowed tokens", "N 5, W 8 > N", "init left",
          "init above, columns 2", "init left-probs", "init mean-probs, columns 3", "V 8, N 5, top-k 3",
@@ -63,6 +64,14 @@ def test_exact_samplers_have_the_joint_distribution(name: str) -> None:
         assert all(r.tokens_per_pass == 1 for r in rows)
     elif name != "jacobi":
         assert all(r.tokens_per_pass > 1.3 for r in rows)  # exact, and not by decoding token by token
+
+
+@pytest.mark.parametrize("name", ["specdec++", "disco"])
+def test_a_head_that_says_where_a_chain_ends(name: str) -> None:
+    """It may be wrong, and go by the drafts themselves. Other samplers do not ask it."""
+    (row,) = verify([name], FEWER, seed=0, mutants=False, cases=(case_of("an acceptance head"),))
+    assert row.passed and row.tokens_per_pass > 1.3
+    assert not verify(["speculative"], FEWER, seed=0, mutants=False, cases=(case_of("an acceptance head"),))
 
 
 @pytest.mark.parametrize("name", ["ar", "scd", "jacobi"])

@@ -168,6 +168,7 @@ def drafter(p: CommandParser) -> None:
 
     visar train drafter --captions captions.txt -o run/drafter
     visar train drafter --model my-model --captions captions.txt --kind medusa -n 512 --minutes 10 -o run/medusa
+    visar train drafter --captions captions.txt --kind model --acceptance --minutes 3 -o run/drafter
     """
     p.add_argument(
         "--kind",
@@ -180,6 +181,11 @@ def drafter(p: CommandParser) -> None:
         "--layers", type=whole(), metavar="N", help="before an exit (default: 2), in a skip (half) or a model (a third)"
     )
     p.add_argument("--depth", type=whole(1, 64), default=3, metavar="N", help="tokens that it learns to draft")
+    p.add_argument(
+        "--acceptance",
+        action="store_true",
+        help="train the head of the drafter in --out, or else of the model's own, that says when to stop drafting",
+    )
     output = p.add_argument_group("Output")
     output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, or that of a run to resume")
     output.add_argument("--stored-as", choices=(*DTYPES, SMALL), default="float16", help="dtype of the saved drafter")
