@@ -255,6 +255,12 @@ class LuminaFamily(_Chameleon, GridFamily):
             top_p=1.0,
         )  # fmt: skip
 
+    @property
+    def codebook(self) -> Tensor:
+        """The token that ends a row is like no code: it lies far from all of them."""
+        codes = self.codes_of_images
+        return torch.cat([codes, codes.new_full((1, codes.shape[1]), 10 * float(codes.abs().max()))])
+
     def of_size(self, size: tuple[int, int]) -> Self:
         return type(self)(self.model, self.processor, self.components.get(PART), size)
 
