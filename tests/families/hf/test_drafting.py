@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from tests.families.hf.grids import TEXT, expected_images
 from tests.families.hf.worlds import WORLDS
+from tests.helpers.recording import Recorder
 from tests.helpers.tiny_chameleon import chameleon, chameleon_tokenizer, save, tiny_chameleon
 from tests.helpers.tiny_hf import PROMPTS
 from visar import cli
 from visar.drafters import DRAFTERS, drafter_kind, drafter_kinds
+from visar.engine.graphs import Graph
 from visar.engine.guidance import Guidance
 from visar.engine.loop import decode
 from visar.engine.rng import Noise
@@ -26,6 +28,7 @@ from visar.eval.exactness.joint import chi_square_z, values
 from visar.families.hf.chameleon import ChameleonFamily, LuminaFamily
 from visar.families.hf.drafting import TransformersTarget
 from visar.generation.model import ImageModel
+from visar.generation.pool import Pool, Request
 from visar.samplers import Target, get_sampler
 from visar.training.drafter import train_drafter
 from visar.training.loop import TrainConfig
@@ -124,6 +127,37 @@ def test_greedy_tokens_are_those_of_sampling_without_a_drafter(tmp_path: Path) -
     )
     assert torch.equal(found.tokens, wanted.tokens) and found.stats.exact
     assert found.stats.draft_seconds is not None and found.stats.draft_seconds > 0
+
+
+@pytest.mark.slow
+def test_rows_that_are_taken_in_turns(tmp_path: Path) -> None:
+    family = LuminaFamily(*chameleon(True), size=(32, 64))
+    model = ImageModel(family)
+    untrained("eagle", family.drafting).save_pretrained(tmp_path / "eagle")
+    model.drafters.load(tmp_path / "eagle")
+    requests = [Request(text, model.params_of(seed=i), tag=i) for i, text in enumerate(PROMPTS)]
+    for done in Pool(model, "eagle2", size=2).run(requests):
+        r = done.request
+        alone = model.generate(r.condition, r.params, sampler="eagle2", output_type="tokens")
+        assert torch.equal(done.tokens, alone.tokens[0]) and done.nfe == alone.stats.nfe
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_passes_of_a_drafter_are_recorded_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = WORLDS["chameleon"]()
+    target = TransformersTarget(w.decoder, 8)
+    head, record = untrained("eagle", target), Recorder(monkeypatch)
+    sampler: Any = get_sampler("eagle")
+
+    def tokens(graph: Graph | None) -> Tensor:
+        made: Any = w.session([0, 1, 2], sampler.window, 8, made=lambda *a, **k: session_of(head, *a, **k))
+        made.drafter = drafter_kind("eagle").attach(
+            made, head, target, sampler.depth, sampler.window, w.condition([0, 1, 2])
+        )
+        return decode(made, sampler, Target(), Noise(3, torch.arange(3)), graph=graph).tokens
+
+    assert torch.equal(tokens(Graph(record)), tokens(None)) and record.captures == 1
 
 
 @pytest.mark.slow
