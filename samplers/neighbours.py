@@ -17,13 +17,17 @@ from visar.files import cache_folder, replacing
 def nearest(codebook: Tensor, k: int, rows: int = 1024) -> Tensor:
     """The k nearest other codes of each code, [V, k] int64, nearest first, for a codebook [V, D].
 
-    By the distance of *normalised* codes, which is what the tokenizer compares; ties go to the lower id.
+    By their distance, as tokenizers compare them: LlamaGen's are of length 1, Chameleon's of any. Ties go to the lower
+    id.
     """
-    x = F.normalize(codebook.float(), dim=-1)
+    x = codebook.float()
+    unit = bool(((x.norm(dim=-1) - 1).abs() < 1e-2).all())
+    x = F.normalize(x, dim=-1) if unit else x
+    half = None if unit else x.square().sum(-1) / 2
     out = []
     for start in range(0, len(x), rows):
         part = x[start : start + rows]
-        alike = part @ x.T
+        alike = part @ x.T if half is None else part @ x.T - half
         own = torch.arange(start, start + len(part), device=x.device)[:, None]
         alike.scatter_(1, own, -torch.inf)
         out.append(alike.sort(dim=-1, descending=True, stable=True).indices[:, :k].clone())
@@ -39,7 +43,7 @@ def neighbours(codebook: Tensor, k: int) -> Tensor:
         raise VisarError(f"k must be from 1 to {len(codebook) - 1}, the other codes of the codebook; not {k}.")
     mark = hashlib.sha256(codebook.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
     if (table := _known.get((mark, k))) is None:
-        file = cache_folder() / f"neighbours-{mark}-{k}.safetensors"
+        file = cache_folder() / f"nearest-{mark}-{k}.safetensors"
         try:
             table = load_file(file)["nearest"].long()
         except Exception:  # not there, cut off, or unreadable: it is made again

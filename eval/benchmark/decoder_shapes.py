@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 
 from visar.engine.guidance import Guidance
+from visar.engine.quantization import check
+from visar.errors import VisarError
 from visar.eval.benchmark.random_decoders import generate, prompt_of, random_decoder, unconditional
 from visar.eval.benchmark.shape import Shape
 from visar.families.hf.decoder import ImageDecoder
@@ -21,7 +23,8 @@ PROMPT = 64  # ids
 
 @dataclass(frozen=True)
 class DecoderShape(Shape):
-    """A decoder of a `kind` of `random_decoders` and a size."""
+    """A decoder of a `kind` of `random_decoders` and a size, whose layers are `stored` as `visar.engine.quantization`
+    has it."""
 
     name: str
     kind: str
@@ -29,6 +32,7 @@ class DecoderShape(Shape):
     guidance: float
     top_k: int
     top_p: float = 1.0
+    stored: str = "native"
 
     stock_tokens: ClassVar[int] = 32
 
@@ -65,8 +69,29 @@ class DecoderShape(Shape):
     def numbers(self, batch: int) -> int:
         return self.size.streamed(batch)
 
+    def refused(self, device: torch.device) -> str:
+        try:
+            check(self.stored, device)
+        except VisarError as error:
+            return str(error)
+        return ""
+
+    def saved(self, dtype: torch.dtype) -> int:
+        """Bytes that weights in 8 bits save, with their scales."""
+        weights, rows = self.size.matrices
+        return 0 if self.stored == "native" else weights * (dtype.itemsize - 1) - rows * 4
+
+    def streamed(self, batch: int, dtype: torch.dtype) -> int:
+        return super().streamed(batch, dtype) - self.saved(dtype)
+
+    def needed(self, batch: int, window: int, dtype: torch.dtype, device: torch.device) -> int:
+        """With one matrix in `dtype`: it is rounded when it is made, and converted when it is used."""
+        copies = 2 if device.type == "cpu" else 1
+        whole = 0 if self.stored == "native" else max(self.size.ffn, self.size.dim) * self.size.dim * dtype.itemsize
+        return super().needed(batch, window, dtype, device) - copies * self.saved(dtype) + whole
+
     def make(self, dtype: torch.dtype, device: torch.device) -> ImageDecoder:
-        return random_decoder(self.kind, self.size, dtype, device)
+        return random_decoder(self.kind, self.size, dtype, device, self.stored)
 
     def session(self, model: ImageDecoder, batch: int, window: int, prompt: int | None = None) -> TransformersSession:
         ids = prompt_of(batch, prompt or PROMPT, model.device)
@@ -106,6 +131,8 @@ DECODERS = {
         DecoderShape("GLM-Image-1024", "glm", SIZES["glm-image"], 1.0, 0, 0.75),
         DecoderShape("Emu3-720", "emu3", SIZES["emu3-gen"], 3.0, 2048),
         DecoderShape("Emu3.5-1024", "qwen3", SIZES["emu3.5-image"], 5.0, 5120),
+        DecoderShape("Emu3.5-1024-int8", "qwen3", SIZES["emu3.5-image"], 5.0, 5120, stored="int8"),
+        DecoderShape("Emu3.5-1024-fp8", "qwen3", SIZES["emu3.5-image"], 5.0, 5120, stored="fp8"),
         DecoderShape("Anole-512", "chameleon", SIZES["anole"], 3.0, 0, 0.9),
         DecoderShape("Lumina-7B-768", "chameleon", SIZES["lumina-mgpt-768"], 3.0, 2000),
         DecoderShape("Lumina-7B-1024", "chameleon", SIZES["lumina-mgpt-1024"], 3.0, 2000),

@@ -52,14 +52,17 @@ SECONDS = 430  # what has not begun by then is left out
 # Published shapes and batches, the most valuable first; the others come after all other sections.
 FIRST_SHAPES = (("XL-384", 1), ("GLM-Image-1024", 1), ("Janus-Pro-7B", 1), ("Emu3-720", 1))
 OTHER_SHAPES = (
-    ("Lumina-7B-768", 1), ("Janus-Pro-1B", 1), ("3B-384", 1), ("Emu3.5-1024", 1), ("XL-384", 8), ("XL-512", 1),
-    ("3B-384", 8), ("L-384", 1), ("L-384", 8), ("XL-512", 8), ("Janus-Pro-7B", 8), ("GLM-Image-1024", 8),
+    ("Lumina-7B-768", 1), ("Janus-Pro-1B", 1), ("3B-384", 1), ("Emu3.5-1024", 1), ("Emu3.5-1024-int8", 1),
+    ("XL-384", 8), ("XL-512", 1), ("3B-384", 8), ("L-384", 1), ("L-384", 8), ("XL-512", 8), ("Janus-Pro-7B", 8),
+    ("GLM-Image-1024", 8),
 )  # fmt: skip
 _CLASSES = LlamaGenShape("tiny", GPTShape(2, 64, 2, 96, vocab=128, classes=5), "class", 6, 4.0, 10)
 _TEXTS = LlamaGenShape("tiny-text", GPTShape(2, 64, 2, 96, 6, 128, 5, 8), "text", 4, 4.0, 10)
 _JANUS = DecoderSize(2, 32, 4, 4, 48, vocab=90, codes=16, tokens=16, context=256, head_dim=8, own_codes=True)
+_QWEN = DecoderSize(2, 32, 4, 2, 48, vocab=90, codes=16, tokens=20, context=256, head_dim=8, line_ends=4, qk_norm=16)
+_QUANTIZED = DecoderShape("tiny-int8", "qwen3", _QWEN, 5.0, 8, stored="int8")
 TINY_FIRST = ((_CLASSES, 1), (DecoderShape("tiny-janus", "janus", _JANUS, 5.0, 0), 1))
-TINY_OTHER = ((_CLASSES, 2), (_TEXTS, 1), (_TEXTS, 2))
+TINY_OTHER = ((_CLASSES, 2), (_TEXTS, 1), (_TEXTS, 2), (_QUANTIZED, 1))
 
 
 @dataclass

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.engine.component import unfilled
+from visar.engine.quantization import QuantizedLinear
 from visar.families.hf.decoder import ImageDecoder
 from visar.families.hf.sizes import CODE_DIM, DecoderSize
 
@@ -152,24 +153,51 @@ KINDS = {
 }  # fmt: skip
 
 
-def random_decoder(kind: str, size: DecoderSize, dtype: torch.dtype, device: torch.device) -> ImageDecoder:
-    """A decoder, whose `model` is transformers' own, made in its dtype on its device without a copy in another."""
-    before = torch.get_default_dtype()
+def random_decoder(
+    kind: str, size: DecoderSize, dtype: torch.dtype, device: torch.device, stored: str = "native"
+) -> ImageDecoder:
+    """A decoder, whose `model` is transformers' own, made in its dtype on its device without a copy in another.
+
+    With layers `stored` in 8 bits it begins on the meta device, where it stays if that is its device, and each matrix
+    is rounded as it is made: memory never holds two in their dtype. Buffers of parts that no pass runs stay there.
+    """
+    before, small = torch.get_default_dtype(), stored != "native" and device.type != "meta"
     torch.set_default_dtype(dtype)
     try:
-        with unfilled(device):
+        with unfilled("meta" if small else device):
             model = KINDS[kind].model(size)
+        if small:
+            _remake_rotary(model, device)
     finally:
         torch.set_default_dtype(before)
-    model.eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0) if device.type != "meta" else None
-    for name, p in model.named_parameters():
+    layers = [module for module in model.get_decoder().layers.modules() if isinstance(module, nn.Linear)]
+    for name, p in list(model.named_parameters()):
+        above, _, own = name.rpartition(".")
+        module = model.get_submodule(above)
+        if small:
+            p = nn.Parameter(torch.empty_like(p, device=device), requires_grad=False)
+            setattr(module, own, p)
         # So wide that greedy tokens differ clearly, and norms and biases as they begin.
         wide = 1.5 * math.sqrt(3 / p[0].numel()) if p.ndim > 1 else 0.0
-        p.uniform_(-wide, wide, generator=generator) if wide else p.fill_(0.0 if name.endswith("bias") else 1.0)
+        with torch.no_grad():
+            p.uniform_(-wide, wide, generator=generator) if wide else p.fill_(0.0 if own == "bias" else 1.0)
+        if small and own == "weight" and any(module is layer for layer in layers):
+            parent, _, child = above.rpartition(".")
+            setattr(model.get_submodule(parent), child, QuantizedLinear(module, stored))
+    if small:
+        model.tie_weights()
+    model.eval().requires_grad_(False)
     decoder = KINDS[kind].decoder(model, size)
     decoder.model = model  # type: ignore[attr-defined]
     return decoder
+
+
+def _remake_rotary(model: Any, device: torch.device) -> None:
+    """Give the frequencies of rotary positions, which are no parameters, their values."""
+    for module in list(model.modules()):
+        if (rotary := getattr(module, "rotary_emb", None)) is not None:
+            module.rotary_emb = type(rotary)(config=rotary.config).to(device)
 
 
 def prompt_of(batch: int, ids: int, device: torch.device) -> Tensor:

@@ -62,6 +62,10 @@ class Shape(ABC):
     def numbers(self, batch: int) -> int:
         """Numbers that a pass must read halfway through `batch` images."""
 
+    def refused(self, device: torch.device) -> str:
+        """Why the model cannot be on a device, whatever its memory; nothing if it can."""
+        return ""
+
     @abstractmethod
     def make(self, dtype: torch.dtype, device: torch.device) -> Any:
         """The model, of random weights, made in its dtype on its device without a copy in another."""

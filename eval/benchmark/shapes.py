@@ -147,11 +147,13 @@ def measure(
 
 def _problem(shape: Shape, batch: int, window: int, dtype: torch.dtype, device: torch.device, free: int) -> str:
     """Why a shape does not fit into `free` bytes and what would, or nothing."""
+    if why := shape.refused(device):
+        return f"{shape.name}: {why}"
     needed = shape.needed(batch, window, dtype, device)
     if needed <= free:
         return ""
     fits = [b for b in range(1, batch) if shape.needed(b, window, dtype, device) <= free]
-    smaller = [s.name for s in SHAPES.values() if s.needed(1, window, dtype, device) <= free]
+    smaller = [s.name for s in SHAPES.values() if not s.refused(device) and s.needed(1, window, dtype, device) <= free]
     rest = f"batch {fits[-1]} fits" if fits else f"what fits: {', '.join(smaller) or 'no published shape'}"
     kind = str(dtype).removeprefix("torch.")
     return (

@@ -46,7 +46,8 @@ MUTANT_SEQUENCES = 131072  # with fewer, a small bias is not yet beyond doubt
 
 Model = TabularModel | DiagonalModel | AnyOrderModel
 PLAIN = Settings()
-CODEBOOK = torch.randn(8, 3, generator=torch.Generator().manual_seed(5))  # for rules that ask which tokens look alike
+# For rules that ask which tokens look alike, of length 1 as a tokenizer's.
+CODEBOOK = torch.nn.functional.normalize(torch.randn(8, 3, generator=torch.Generator().manual_seed(5)), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from tests.drafters.test_published import released
 from tests.families.mar.test_loading import CHANNELS, checkpoint, kl_shapes, random_state
-from tests.helpers import tiny_chameleon, tiny_emu3, tiny_glm, tiny_hf
+from tests.helpers import tiny_chameleon, tiny_emu3, tiny_glm, tiny_hf, tiny_meta
 from tests.helpers.tiny import GPT, VQ, WORDS, image_folder
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.lpd import LPD, their_keys
@@ -80,6 +80,7 @@ def lay_down_family(folder: Path, name: str) -> None:
     if name == "chameleon":
         for title, lumina in (("Anole-7b-v0.1-hf", False), ("Lumina-mGPT-7B-768", True)):
             tiny_chameleon.save(folder / title, lumina)
+        tiny_meta.write(folder / "Anole-7b-v0.1", model := tiny_meta.model_of(), tiny_meta.meta_parts(model))
     if name == "emu3":
         for part in (tiny_emu3.tiny_emu3(max_position_embeddings=9216), tiny_emu3.emu3_processor()):
             part.save_pretrained(folder / "Emu3-Gen-hf")

@@ -205,7 +205,8 @@ def drafter(options: argparse.Namespace) -> int:
     family = model.family
     if family.drafting is None:
         raise VisarError(f"{options.model} takes no drafter.")
-    kind.checked_layers(options.layers, family.model.config.num_layers)
+    kind.check_target(family.drafting)
+    kind.checked_layers(options.layers, family.drafting.model.config.num_layers)
     trained: Any = None
     if options.acceptance:
         if (out / kind.name / "config.json").exists():
@@ -222,9 +223,8 @@ def drafter(options: argparse.Namespace) -> int:
     )  # fmt: skip  # "ar", because a large batch is bound by arithmetic, of which drafts waste some
 
     def of(rows: list[int]) -> tuple[Any, Any]:
-        chosen = [conditions[i % len(conditions)] for i in rows]
-        encoded: Any = family.encode(chosen)
-        return encoded if len(encoded) == 2 else (*encoded, torch.ones(len(chosen), 1))
+        given: Any = family.drafting.given(family.encode([conditions[i % len(conditions)] for i in rows]))
+        return given
 
     config = TrainConfig(
         out, minutes=math.inf if options.steps else options.minutes, steps=options.steps or 10**9,

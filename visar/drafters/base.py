@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from visar.drafters.acceptance import head_of
 from visar.engine.decoder import Decoder
-from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter, SessionDrafter, Timed
+from visar.engine.feature_session import FeatureSession
 from visar.engine.guidance import Guidance
 from visar.engine.memory import streamed_bytes
 from visar.engine.session import Session
@@ -55,9 +55,13 @@ class DrafterTarget(DrafterLoading, Protocol):
     @property
     def model(self) -> Any: ...
 
-    @property
-    def condition_length(self) -> int:
-        """The condition slots T before the first token."""
+    layered: ClassVar[bool]  # whether its layers are visar's, so that drafters can be made of them
+
+    def given(self, encoded: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Conditions as `embedded` takes them, of those that the family encoded, and their mask.
+
+        The mask is False where slots are padding: [B, T], or [B, batches, T] where batches of guidance differ in it.
+        """
         ...
 
     def embedded(self, model: Any, condition: Tensor, tokens: Tensor, guided: bool) -> Tensor:
@@ -67,8 +71,8 @@ class DrafterTarget(DrafterLoading, Protocol):
         """
         ...
 
-    def table(self, model: Any) -> Tensor:
-        """The rotary rows of all slots of a model: [T + N, head_dim / 2, 2]."""
+    def table(self, model: Any, prefix: int) -> Tensor:
+        """The rotary rows of all slots of a model, of which `prefix` are the condition's: [T + N, head_dim / 2, 2]."""
         ...
 
     def smaller(self, layers: int) -> Any:
@@ -118,6 +122,12 @@ class DraftKind(ABC):
             raise VisarError(f"The layers must be 1 to {of}, not {layers}.")
         return layers
 
+    def check_target(self, target: DrafterTarget) -> None:
+        """Raise `VisarError` for a target of whose layers this kind cannot be made."""
+        if not target.layered and self.default_layers(1) is not None:
+            others = ", ".join(n for n, kind in DRAFTERS.items() if not kind.masked and kind.default_layers(1) is None)
+            raise VisarError(f"A model of transformers takes no drafter of the kind {self.name!r}; it takes {others}.")
+
     def new(self, target: DrafterTarget, depth: int, layers: int) -> Any:
         """An untrained drafter for a target."""
         raise VisarError(f"A drafter of the kind {self.name!r} cannot be trained here.")
@@ -130,7 +140,7 @@ class DraftKind(ABC):
         """The layers whose hidden states it reads next to the last ones; None where it reads no hidden states."""
         return None
 
-    def drafter(self, session: DecoderSession, model: Any, depth: int) -> Drafter | None:
+    def drafter(self, session: FeatureSession, model: Any, depth: int) -> Drafter | None:
         """The drafter at work, `depth` tokens deep, on the session's hidden states; None for a `decoder`."""
         return None
 
@@ -140,7 +150,7 @@ class DraftKind(ABC):
 
     def attach(
         self,
-        session: DecoderSession,
+        session: FeatureSession,
         model: Any,
         target: DrafterTarget,
         depth: int,
@@ -151,7 +161,7 @@ class DraftKind(ABC):
 
         It drafts `depth` tokens deep; the target tests `window` tokens in a pass.
         """
-        model.to(session.device, session.model.dtype)
+        model.to(session.device, session.dtype)
         if (drafter := self.drafter(session, model, depth)) is None:
             decoder = self.decoder(model, target)
             # The root of the drafter's own session is one node before that of the tree.

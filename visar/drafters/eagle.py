@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from annotated_types import Interval, Len
 from torch import Tensor, nn
 
@@ -20,8 +21,8 @@ from visar.drafters.base import DrafterTarget, DraftKind, check_fit, fingerprint
 from visar.drafters.loss import DraftLoss, TargetPass, attention, later
 from visar.engine.component import Component, fill, unfilled
 from visar.engine.decoder import Attend
-from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter
+from visar.engine.feature_session import FeatureSession
 from visar.engine.finite import require_finite
 from visar.engine.kv_cache import KVCache
 from visar.engine.layers import Linear, RMSNorm
@@ -36,8 +37,9 @@ class EagleHead(Component):
     """`fc` joins embedding and hidden state, both [B, W, dim]; one block follows.
 
     `aux_layers` are layers of the target whose outputs are fused with its last hidden state into the one that is read;
-    `target` is the fingerprint of the model that it was trained for. With `codes` it is as LANTERN's released ones are
-    (`visar.drafters.lantern`): no norms but one, a token embedding of its own, and code 0 instead of a caption.
+    `target` is the fingerprint of the model that it was trained for. LANTERN's released ones (`visar.drafters.lantern`)
+    have no norms around the block. Those for LlamaGen have `codes`: no norm before attention either, a token embedding
+    of their own, and code 0 instead of a caption. Those for Chameleon have norms of queries and keys (`qk_norm`).
     """
 
     kind = "eagle"
@@ -50,13 +52,16 @@ class EagleHead(Component):
         aux_layers: Annotated[Sequence[int], Len(0, 64)] = (),
         target: str = "",
         codes: Annotated[int, Interval(ge=0, le=2**24)] = 0,
+        qk_norm: bool = False,
     ):
         super().__init__()
+        bare = bool(codes) or qk_norm
         self.fusion = Linear(dim * (1 + len(aux_layers)), dim, bias=False) if aux_layers else None
         self.embedding = nn.Embedding(codes, dim) if codes else None
-        self.embedding_norm, self.feature_norm, self.norm = (nn.Identity() if codes else RMSNorm(dim) for _ in range(3))
+        self.embedding_norm, self.feature_norm, self.norm = (nn.Identity() if bare else RMSNorm(dim) for _ in range(3))
         self.fc = Linear(2 * dim, dim)
         self.block = Block(dim, num_heads, ffn)
+        self.qk_norm = QKNorm(num_heads, dim // num_heads) if qk_norm else None
         if codes:
             self.block.attention_norm = nn.Identity()  # type: ignore[assignment]
             self.block.ffn_norm.eps = 1e-6
@@ -64,6 +69,11 @@ class EagleHead(Component):
     @property
     def head_dim(self) -> int:
         return self.config.dim // self.config.num_heads
+
+    @property
+    def released(self) -> bool:
+        """Whether it is one of LANTERN's, which have nothing in the slot of the first input."""
+        return bool(self.config.codes) or self.qk_norm is not None
 
     def fuse(self, hidden: Tensor) -> Tensor:
         """What is read of the target's hidden states [B, W, dim * (1 + aux_layers)]: [B, W, dim]."""
@@ -76,7 +86,23 @@ class EagleHead(Component):
         own slots.
         """
         x = self.fc(torch.cat([self.embedding_norm(embeddings), self.feature_norm(hidden)], dim=-1))
-        return self.block(x, table, attend, 0)
+        norm = self.qk_norm
+        own = attend if norm is None else lambda layer, qkv, table: attend(layer, norm(qkv), table)
+        return self.block(x, table, own, 0)
+
+
+class QKNorm(nn.Module):
+    """Layer norms of queries and keys over each head, with weights of its own for each."""
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2 * heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(2 * heads, head_dim))
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        """qkv [..., 3 * heads, head_dim]."""
+        qk, v = qkv.split([len(self.weight), qkv.shape[-2] - len(self.weight)], dim=-2)
+        return torch.cat([F.layer_norm(qk, qk.shape[-1:]) * self.weight + self.bias, v], dim=-2)
 
 
 class EagleDrafter(Drafter):
@@ -87,21 +113,21 @@ class EagleDrafter(Drafter):
     with true hidden states. Its drafts lie after the root as in the target's cache, and the next pass overwrites them.
     """
 
-    def __init__(self, session: DecoderSession, model: EagleHead, depth: int):
+    def __init__(self, session: FeatureSession, model: EagleHead, depth: int):
         if session.features is None:
             raise VisarError("A session with an EAGLE drafter must be made with its aux_layers.")
         self.session, self.model, self.depth = session, model, depth
-        rows, slots = session.valid.shape
+        rows, slots = len(session.features), session.features.shape[1] - 1
         c = model.config
         self.cache = KVCache(1, rows, slots, c.num_heads, model.head_dim, model.dtype, session.device)
         self.drafted = torch.zeros(rows, 0, c.dim, dtype=model.dtype, device=session.device)  # one for each node fed
         self._fusion = 0 if model.fusion is None else streamed_bytes(model.fusion)
-        self._weights = streamed_bytes(model, session.model.output) - self._fusion
+        self._weights = streamed_bytes(model) + session.head_bytes - self._fusion
         self._prefill()
 
     def _prefill(self) -> None:
         """Run the condition slots before the last, which the session has hidden states of."""
-        session, model, before = self.session, self.model, self.session.prefix - 1
+        session, model, before = self.session, self.model, self.session.condition.shape[1] - 1
         if not before:
             return
         assert session.features is not None
@@ -118,15 +144,14 @@ class EagleDrafter(Drafter):
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         s = self.session
-        root = s.root_slots()[:, None]
         back = torch.arange(-self.depth, 1, device=s.device)
-        slots = (root + back).clamp_min(s.prefix - 1)  # clamped ones say the same thing twice
+        positions = (s.lengths[:, None] + back).clamp_min(0)  # clamped ones say the same thing twice
         if self.model.embedding is None:
-            x = s.embedded(tokens, slots)
+            x = s.embedded(tokens, positions)
         else:
-            known = tokens.gather(1, (slots - s.prefix).clamp_min(0))
-            x = self._embedded(torch.where(slots < s.prefix, 0, known))
-        slots = slots.repeat(s.batches, 1)
+            known = tokens.gather(1, (positions - 1).clamp_min(0))
+            x = self._embedded(torch.where(positions == 0, 0, known))
+        slots = s.first_slots() + positions.repeat(s.batches, 1)
         assert s.features is not None
         hidden = self.model.fuse(s.features[s.cache.rows, slots])
         self.bytes_read += self._fusion
@@ -142,8 +167,8 @@ class EagleDrafter(Drafter):
         else:
             parents = tree.parents[:, first : first + count].expand(s.batch, -1).repeat(s.batches, 1)
         hidden = self.drafted.gather(1, parents[..., None].expand(-1, -1, self.drafted.shape[-1]))
-        slots = (s.follows(count, None, first) + s.prefix - 1).repeat(s.batches, 1)
-        at = (s.follows(count, tree, first) + s.prefix - 1).repeat(s.batches, 1)
+        slots = s.first_slots() + s.follows(count, None, first).repeat(s.batches, 1)
+        at = s.first_slots() + s.follows(count, tree, first).repeat(s.batches, 1)
         h = self._run(x, hidden, slots, at, self._mask(slots, s.visible(first + count), tree, first))
         # Leaves of the level before were not fed, and nothing asks for what would follow them.
         gap = self.drafted.new_zeros(len(x), first - self.drafted.shape[1], h.shape[-1])
@@ -163,15 +188,16 @@ class EagleDrafter(Drafter):
         require_finite(self.drafted, "The drafter's hidden states", self.model.dtype)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        embedding = self.model.embedding or self.session.model.tok_embeddings
+        embedding = self.model.embedding or self.session.token_embeddings
         return embedding(tokens).repeat(self.session.batches, 1, 1)
 
     def _mask(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
         mask = self.session.attention_mask(slots, visible, tree, first)
+        slot, own = torch.arange(visible, device=mask.device), slots[..., None]
         if self.model.embedding is not None:
-            slot, own = torch.arange(visible, device=mask.device), slots[..., None]
-            mask = mask | (slot < self.session.prefix) & (slot <= own)
-            mask &= (slot > 0) | (own == 0)  # nothing comes before the first hidden state
+            mask = mask | (slot <= self.session.first_slots()[..., None]) & (slot <= own)
+        if self.model.released:
+            mask = mask & ((slot > 0) | (own == 0))  # nothing comes before the first hidden state
         return mask
 
     def _run(self, x: Tensor, hidden: Tensor, slots: Tensor, at: Tensor, mask: Tensor) -> Tensor:
@@ -183,7 +209,7 @@ class EagleDrafter(Drafter):
 
     def _logits(self, hidden: Tensor, positions: Tensor) -> Tensor:
         self._read = self.model.norm(hidden)
-        return self.session.guided(self.session.model.logits(self._read), positions)
+        return self.session.guided(self.session.logits(self._read), positions)
 
 
 class EagleLoss(DraftLoss[EagleHead]):
@@ -200,7 +226,7 @@ class EagleLoss(DraftLoss[EagleHead]):
             masks = [(back >= step) & target_pass.valid[:, None] | ((back == 0) & (step == 0))]
             masks += [(back == step - j).expand(rows, -1, -1) for j in range(1, step + 1)]
             before = self.drafter(target_pass.x, later(before, 1), target_pass.table, attention(masks, keys, values))
-            out.append(self.drafter.norm(before[:, self.prefix - 1 :]))
+            out.append(self.drafter.norm(before[:, target_pass.prefix - 1 :]))
         return out
 
 
@@ -219,11 +245,13 @@ class Eagle(DraftKind):
     def check(self, model: EagleHead, target: DrafterTarget, path: str | Path) -> None:
         own, its = model.config, target.model.config
         check_fit(model, target, path, own.aux_layers)
+        if (own.codes and not target.layered) or (own.qk_norm and target.layered):
+            raise VisarError(f"The drafter {path} is for {'LlamaGen' if own.codes else 'Anole or Lumina-mGPT'}.")
         if own.codes and own.codes != its.vocab_size:
             raise VisarError(f"The drafter {path} has {own.codes} codes, the target {its.vocab_size}.")
 
     def new(self, target: DrafterTarget, depth: int, layers: int) -> EagleHead:
-        """It starts as the target's last block, and reads its last hidden state alone."""
+        """It starts as the target's last block, if that is visar's, and reads its last hidden state alone."""
         c = target.model.config
         middle = sorted({c.num_layers // 4, c.num_layers // 2} - {c.num_layers - 1})
         made = EagleHead(c.dim, c.num_heads, c.ffn, aux_layers=tuple(middle), target=fingerprint(target.model))
@@ -231,12 +259,16 @@ class Eagle(DraftKind):
         nn.init.zeros_(made.fc.bias)
         if made.fusion is not None:
             nn.init.eye_(made.fusion.weight)
-        made.block.load_state_dict(target.model.layers[-1].state_dict())
+        if target.layered:
+            made.block.load_state_dict(target.model.layers[-1].state_dict())
+        else:  # it starts as nothing but `fc`
+            nn.init.zeros_(made.block.attention.wo.weight)
+            nn.init.zeros_(made.block.feed_forward.w2.weight)
         made.norm.load_state_dict(target.model.norm.state_dict())
         return made
 
     def aux_layers(self, model: EagleHead) -> tuple[int, ...]:
         return tuple(model.config.aux_layers)
 
-    def drafter(self, session: DecoderSession, model: EagleHead, depth: int) -> EagleDrafter:
+    def drafter(self, session: FeatureSession, model: EagleHead, depth: int) -> EagleDrafter:
         return EagleDrafter(session, model, depth)

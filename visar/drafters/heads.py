@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from visar.drafters.base import DrafterTarget, DraftKind, check_fit, fingerprint, register_drafter
 from visar.drafters.loss import DraftLoss, TargetPass, later
 from visar.engine.component import Component
-from visar.engine.decoder_session import DecoderSession
 from visar.engine.drafter import Drafter
+from visar.engine.feature_session import FeatureSession
 from visar.engine.finite import require_finite
 from visar.engine.layers import Linear, RMSNorm
 from visar.engine.memory import streamed_bytes
@@ -59,27 +59,30 @@ class DraftHeads(Component):
 class HeadsDrafter(Drafter):
     """Drafts up to `depth` tokens deep, without a cache. The session must store its hidden states."""
 
-    def __init__(self, session: DecoderSession, model: DraftHeads, depth: int):
+    def __init__(self, session: FeatureSession, model: DraftHeads, depth: int):
         if session.features is None:
             raise VisarError("A session with draft heads must be made with aux_layers.")
         if depth > model.config.depth:
             raise VisarError(f"The drafter has {model.config.depth} heads and cannot draft {depth} tokens deep.")
         self.session, self.model = session, model
-        shared = [session.model.output, *([model.embedding_norm] if model.embedding_norm is not None else [])]
-        self._weights = [streamed_bytes(model.inner[i], model.outer[i], *shared) for i in range(depth)]
+        norm = [model.embedding_norm] if model.embedding_norm is not None else []
+        own = [streamed_bytes(model.inner[i], model.outer[i], *norm) for i in range(depth)]
+        self._weights = [session.head_bytes + weights for weights in own]
 
     def root(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         s = self.session
         assert s.features is not None
-        root = s.root_slots()[:, None]
-        hidden = s.features[s.cache.rows, root.repeat(s.batches, 1)]  # one slot late, so that of the slot before
+        root = s.lengths[:, None]
+        hidden = s.features[
+            s.cache.rows, s.first_slots() + root.repeat(s.batches, 1)
+        ]  # one slot late: of the one before
         self.hidden = hidden[..., : self.model.config.dim]
         self.path, self.first = [s.embedded(tokens, root)], 0
         return self._logits(s.positions(1))
 
     def extend(self, tokens: Tensor, tree: Tree | None, first: int) -> Tensor:
         s, count = self.session, tokens.shape[1]
-        x = s.model.tok_embeddings(tokens).repeat(s.batches, 1, 1)
+        x = s.token_embeddings(tokens).repeat(s.batches, 1, 1)
         if tree is None:
             above = torch.zeros(len(x), count, 1, dtype=torch.long, device=s.device)
         else:
@@ -99,16 +102,16 @@ class HeadsDrafter(Drafter):
     def _logits(self, positions: Tensor) -> Tensor:
         self.bytes_read += self._weights[len(self.path) - 1]
         self._last = self.model(self.hidden.expand(-1, self.path[0].shape[1], -1), self.path)
-        return self.session.guided(self.session.model.logits(self._last), positions)
+        return self.session.guided(self.session.logits(self._last), positions)
 
 
 class HeadsLoss(DraftLoss[DraftHeads]):
     """Head i from the hidden state before the root, and the embeddings of the root and the i - 1 tokens after it."""
 
     def steps(self, target_pass: TargetPass) -> list[Tensor]:
-        embeddings = [later(target_pass.x, back)[:, self.prefix - 1 :] for back in range(self.depth)]
+        embeddings = [later(target_pass.x, back)[:, target_pass.prefix - 1 :] for back in range(self.depth)]
         return [
-            self.drafter(later(target_pass.hidden, i + 1)[:, self.prefix - 1 :], embeddings[i::-1])
+            self.drafter(later(target_pass.hidden, i + 1)[:, target_pass.prefix - 1 :], embeddings[i::-1])
             for i in range(self.depth)
         ]
 
@@ -127,5 +130,5 @@ class Heads(DraftKind):
     def aux_layers(self, model: DraftHeads) -> tuple[int, ...]:
         return ()
 
-    def drafter(self, session: DecoderSession, model: DraftHeads, depth: int) -> HeadsDrafter:
+    def drafter(self, session: FeatureSession, model: DraftHeads, depth: int) -> HeadsDrafter:
         return HeadsDrafter(session, model, depth)

@@ -1,8 +1,11 @@
-"""LANTERN's released drafters (Jang et al. 2024, arXiv:2410.03355) for LlamaGen, by a table of their keys.
+"""LANTERN's released drafters (Jang et al. 2024, arXiv:2410.03355), by tables of their keys.
 
-They are EAGLE-1's: a layer without a norm before its attention, and hidden states that go into the target's head as
-they are. The token embedding in the file is used, because it is not that of the target's input. No caption reaches them
-but through the hidden states: its slots hold code 0, and all but the first are attended to, padding too.
+They are EAGLE-1's: hidden states go into the target's head as they are. Those for LlamaGen have no norm before their
+attention. The token embedding in the file is used, because it is not that of the target's input. No caption reaches
+them but through the hidden states: its slots hold code 0, and all but the first are attended to, padding too.
+
+Those for Anole (and Lumina-mGPT, as their trainer writes them) are a layer of Chameleon, whose token embedding is the
+target's. It turns one half of a head against the other, and `EagleHead` pairs that lie next to each other.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from visar.errors import VisarError
@@ -27,6 +31,8 @@ KEYS = {
     "layers.0.mlp.down_proj.weight": "block.feed_forward.w2.weight",
     "layers.0.post_attention_layernorm.weight": "block.ffn_norm.weight",
 }
+CHAMELEON = {"layers.0.input_layernorm.weight": "block.attention_norm.weight"}  # which it has besides
+NORMS = [f"layers.0.self_attn.{part}_norm." for part in "qk"]
 
 
 def is_published(state: Mapping[str, Tensor]) -> bool:
@@ -38,7 +44,9 @@ def converted(state: Mapping[str, Tensor], head_dim: int, path: str | Path) -> t
 
     Raises `VisarError` for a tensor that is missing or of another shape.
     """
-    for key in (*KEYS, *ATTENTION):
+    chameleon = any(key.startswith(NORMS[0]) for key in state)
+    more = [*CHAMELEON, *(norm + end for norm in NORMS for end in ("weight", "bias"))] if chameleon else []
+    for key in (*KEYS, *ATTENTION, *more):
         if key not in state:
             raise VisarError(f"Tensor {key!r} is missing from {path}.")
     matrices = [*ATTENTION, *(key for key in KEYS if not key.endswith(("bias", "layernorm.weight")))]
@@ -53,4 +61,33 @@ def converted(state: Mapping[str, Tensor], head_dim: int, path: str | Path) -> t
     if dim % head_dim:
         raise VisarError(f"The drafter {path} is {dim} wide, which are no heads of {head_dim}, the target's.")
     ffn = len(state["layers.0.mlp.gate_proj.weight"])
+    if chameleon:
+        return _of_chameleon(own, dim // head_dim, head_dim, path), dict(
+            dim=dim, num_heads=dim // head_dim, ffn=ffn, qk_norm=True
+        )
     return own, dict(dim=dim, num_heads=dim // head_dim, ffn=ffn, codes=codes)
+
+
+def _of_chameleon(own: dict[str, Tensor], heads: int, head_dim: int, path: str | Path) -> dict[str, Tensor]:
+    """Without the embedding, and with pairs of queries and keys next to each other."""
+    own = {CHAMELEON.get(key, key): value for key, value in own.items() if key != KEYS["embed_tokens.weight"]}
+    qkv = own["block.attention.wqkv.weight"]
+    if len(qkv) != 3 * heads * head_dim:
+        raise VisarError(
+            f"The drafter {path} has {len(qkv)} rows of queries, keys and values, not {3 * heads * head_dim}."
+        )
+    q, k, v = qkv.chunk(3)
+    own["block.attention.wqkv.weight"] = torch.cat([_paired(q, heads), _paired(k, heads), v])
+    for end in ("weight", "bias"):
+        both = [own.pop(norm + end) for norm in NORMS]
+        if any(part.shape != (heads, head_dim) for part in both):
+            raise VisarError(
+                f"Tensor {NORMS[0] + end!r} of {path} has shape {list(both[0].shape)}, not {[heads, head_dim]}."
+            )
+        own[f"qk_norm.{end}"] = torch.cat([_paired(part.flatten(), heads).view(heads, head_dim) for part in both])
+    return own
+
+
+def _paired(rows: Tensor, heads: int) -> Tensor:
+    """Rows [heads * D, ...] with one of the first half of a head next to one of the second."""
+    return rearrange(rows, "(h two d) ... -> (h d two) ...", h=heads, two=2)

@@ -38,6 +38,11 @@ class TargetPass(NamedTuple):
     positions: Tensor
     target_probs: Tensor
 
+    @property
+    def prefix(self) -> int:
+        """The condition slots before the first token."""
+        return self.x.shape[1] - self.given[2].shape[1] + 1
+
     def causal(self) -> Tensor:
         """The attention mask [rows, S, S]; padding attends to itself."""
         return (self.distance >= 0) & self.valid[:, None] | (self.distance == 0)
@@ -98,26 +103,26 @@ class DraftLoss(nn.Module, Generic[D]):
 
     @torch.no_grad()
     def run_target(self, condition: Tensor, mask: Tensor, tokens: Tensor) -> TargetPass:
-        """The target over tokens [B, N] under their conditions."""
+        """The target over tokens [B, N] under their conditions, whose mask is [B, T], or of each batch [B, n, T]."""
         target = self._target()
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         x = target.embedded(target.model, condition, tokens, self.guidance.active)
         slot = torch.arange(x.shape[1], device=x.device)
-        valid = F.pad(mask.bool(), (0, len(slot) - self.prefix), value=True).repeat(len(x) // len(tokens), 1)
-        table, none = self._table(target.model, x), x.new_zeros(())
+        batches, prefix = len(x) // len(tokens), x.shape[1] - tokens.shape[1] + 1
+        rows = mask.bool() if mask.ndim == 3 else mask.bool()[:, None].expand(-1, batches, -1)
+        valid = F.pad(rows[:, :batches].transpose(0, 1).flatten(0, 1), (0, len(slot) - prefix), value=True)
+        table, none = self._table(target.model, x, prefix), x.new_zeros(())
         given, distance = (condition, mask, tokens), slot[:, None] - slot
         target_pass = TargetPass(given, x, none, table, valid, distance, positions, none)
         hidden = target.model.run(x, table, attention([target_pass.causal()], [], []), self.aux_layers)
-        logits = self.guided(target.model.logits(hidden[:, self.prefix - 1 :]), positions)
+        if mask.ndim == 3:  # prompts begin where their padding ends, and nothing is before them
+            hidden = hidden * valid[..., None]
+        logits = self.guided(target.model.logits(hidden[:, prefix - 1 :]), positions)
         return target_pass._replace(hidden=hidden, target_probs=self.sampling.probs(logits, positions))
 
-    @property
-    def prefix(self) -> int:
-        return self._target().condition_length
-
-    def _table(self, model: nn.Module, x: Tensor) -> Tensor:
-        """The rotary rows of inputs x [rows, S, dim] of a model."""
-        return self._target().table(model)[: x.shape[1]].expand(len(x), -1, -1, -1)
+    def _table(self, model: nn.Module, x: Tensor, prefix: int) -> Tensor:
+        """The rotary rows of inputs x [rows, S, dim] of a model, of which `prefix` are the condition's."""
+        return self._target().table(model, prefix)[: x.shape[1]].expand(len(x), -1, -1, -1)
 
     def guided(self, logits: Tensor, positions: Tensor) -> Tensor:
         if not self.guidance.active:

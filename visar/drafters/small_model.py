@@ -17,8 +17,10 @@ class SmallModelLoss(DraftLoss[Any]):
     def steps(self, target_pass: TargetPass) -> list[Tensor]:
         condition, _, tokens = target_pass.given
         x = self._target().embedded(self.drafter, condition, tokens, self.guidance.active)
-        hidden = self.drafter.run(x, self._table(self.drafter, x), attention([target_pass.causal()], [], []))
-        return [hidden[:, self.prefix - 1 :]]
+        hidden = self.drafter.run(
+            x, self._table(self.drafter, x, target_pass.prefix), attention([target_pass.causal()], [], [])
+        )
+        return [hidden[:, target_pass.prefix - 1 :]]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.drafter.logits(hidden)

@@ -21,7 +21,7 @@ class TargetLayersLoss(DraftLoss[Any]):
         x, attend = target_pass.x, attention([target_pass.causal()], [], [])
         for i, block in enumerate(blocks):
             x = block(x, target_pass.table, attend, i)
-        return [norm(x[:, self.prefix - 1 :])]
+        return [norm(x[:, target_pass.prefix - 1 :])]
 
 
 class TargetLayers(DraftKind):

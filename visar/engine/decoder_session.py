@@ -9,21 +9,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from visar.engine.cached_session import CachedSession
 from visar.engine.decoder import Attend, Decoder, kv_heads
+from visar.engine.feature_session import FeatureSession
 from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
+from visar.engine.memory import streamed_bytes
 from visar.engine.tree import Tree
 from visar.kernels.attention import AttentionMetadata
 
 
-class DecoderSession(CachedSession):
+class DecoderSession(FeatureSession):
     """Decode `length` tokens after `prefix` condition slots; a subclass embeds its conditions (`embed`).
 
     `table` [slots, ...] holds the rotary rows of all input positions. The cache has room for `window` - 1 tokens past
-    the end, so the last window needs no special shape. With `aux_layers`, the hidden states that the output head reads
-    and the outputs of those layers are stored for a drafter: `features` [rows, 1 + slots, dim * (1 + aux_layers)], one
-    slot late. The first `folded` slots are not in the cache, for families that do not need them.
+    the end, so the last window needs no special shape. With `aux_layers` it stores `features`. The first `folded` slots
+    are not in the cache, for families that do not need them.
     """
 
     row_tensors: ClassVar[tuple[str, ...]] = ("condition", "valid", "bias", "features")
@@ -82,18 +82,23 @@ class DecoderSession(CachedSession):
         """The cache slots [B] of the last committed tokens, the first inputs of the next pass."""
         return self.lengths + self.prefix - 1
 
-    def embedded(self, tokens: Tensor, slots: Tensor) -> Tensor:
-        """Embeddings [rows, W, dim] at `slots` [B, W], of committed `tokens` [B, N] or of the condition's last slot."""
-        x = self.model.tok_embeddings(tokens.gather(1, (slots - self.prefix).clamp_min(0))).repeat(self.batches, 1, 1)
-        first = (slots == self.prefix - 1).repeat(self.batches, 1)[..., None]
-        return torch.where(first, self.condition[:, -1:], x)
+    def first_slots(self) -> Tensor:
+        return torch.full_like(self.condition[:, :1, 0], self.prefix - 1, dtype=torch.long)
+
+    def last_inputs(self) -> Tensor:
+        return self.condition[:, -1]
+
+    def token_embeddings(self, tokens: Tensor) -> Tensor:
+        return self.model.tok_embeddings(tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
+
+    @property
+    def head_bytes(self) -> int:
+        return streamed_bytes(self.model.output)
 
     def attention_mask(self, slots: Tensor, visible: int, tree: Tree | None = None, first: int = 0) -> Tensor:
-        """The mask [rows, W, visible], bool, of inputs at `slots` [rows, W] over the first `visible` slots.
-
-        An input attends to itself and to earlier slots that are no padding. With a `tree`, of which the inputs are the
-        nodes `first`.., it attends after the root to its ancestors only.
-        """
         slot = self._slot[:visible]
         mask = (slot <= slots[..., None]) & self.valid[:, None, :visible] | (slot == slots[..., None])
         if tree is not None:
@@ -102,14 +107,13 @@ class DecoderSession(CachedSession):
         return mask
 
     def rotary_rows(self, slots: Tensor) -> Tensor:
-        """The rows of the rotary table for slots [rows, W]; slots past the end are clamped."""
+        """As in `FeatureSession`; slots past the end are clamped."""
         return self.table[slots.clamp_max(len(self.table) - 1)]
 
     def _run(self, x: Tensor, slots: Tensor, at: Tensor, attend: Attend) -> Tensor:
         """Features of embeddings x [rows, W, dim] at `slots`, rotated to the slots `at`, both [rows, W]."""
         h = self.model.run(x, self.rotary_rows(at), attend, self.aux_layers)
-        if self.features is not None:
-            self.features[self.cache.rows, slots + 1] = h
+        self.store(h, slots)
         return h
 
     def _pass(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
@@ -158,5 +162,4 @@ class DecoderSession(CachedSession):
         source = torch.where(path > 0, root + path, to).repeat(self.batches, 1)
         to = to.repeat(self.batches, 1)
         self.cache.move(source - self.folded, to - self.folded)
-        if self.features is not None:
-            self.features[self.cache.rows, to + 1] = self.features[self.cache.rows, source + 1]
+        self.move_features(source, to)

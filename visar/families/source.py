@@ -256,7 +256,11 @@ def download(hub_id: str, hub: HubOptions, subfolder: str | None = None) -> Path
 
     try:
         folder = fetched("*.json", "*.txt", "*.model", "*.safetensors", "*.jinja")
-        return folder if any(folder.rglob("*.safetensors")) else fetched("*.bin")  # older repositories have those alone
+        for older in (("*.bin",), ("*.pth", "*.ckpt", "*.yaml")):  # of repositories that have no safetensors
+            if any(file.suffix in (".safetensors", ".bin") for file in folder.rglob("*")):
+                break
+            folder = fetched(*older)
+        return folder
     except Exception as error:
         raise VisarError(f"Could not download {hub_id!r} from the hub: {type(error).__name__}.") from error
 

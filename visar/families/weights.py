@@ -49,13 +49,14 @@ def load_state(
     for key, value in weights.items():
         if not isinstance(key, str):
             raise VisarError(f"{path} holds no weights by name.")
+        if _stale(name := WRAPPERS.sub("", key)):
+            continue
         if not isinstance(value, Tensor):
             raise VisarError(f"{path} holds {key!r}, which is not a tensor: it is not a file of weights.")
         _check_key(key, path)
-        if not _stale(name := WRAPPERS.sub("", key)):
-            if name in state:
-                raise VisarError(f"{path} holds {name!r} twice, once as {key!r}.")
-            state[name] = value
+        if name in state:
+            raise VisarError(f"{path} holds {name!r} twice, once as {key!r}.")
+        state[name] = value
     while state and (found := [p for p in PREFIXES if all(k.startswith(p) for k in state)]):
         state = {k.removeprefix(found[0]): v for k, v in state.items()}
     return own_tensors(state, path, dtype)
@@ -144,4 +145,4 @@ def _check_key(key: str, path: Path) -> None:
 
 
 def _stale(key: str) -> bool:
-    return key in ("freqs_cis", "quantize.codebook_used", "n_averaged") or "kv_cache" in key
+    return key in ("freqs_cis", "rope.freqs", "quantize.codebook_used", "n_averaged") or "kv_cache" in key

@@ -78,6 +78,7 @@ def train_drafter(
     Raises `VisarError` for an unknown kind, layers that cannot be, and fewer than two images.
     """
     drafting = drafter_kind(kind)
+    drafting.check_target(target)
     layers = drafting.checked_layers(layers, target.model.config.num_layers)
     images = Images(conditions, tokens, config, held)
     torch.manual_seed(config.seed)

@@ -35,7 +35,12 @@ def generate_tokens(
     `VisarError` where the file is damaged, or was made otherwise.
     """
     model = ImageModel.of(model)
-    made_of = (fingerprint(model.family.model), model.family.layout.rows, list(conditions), sorted(settings.items()))
+    made_of = (
+        fingerprint(model.family.drafting.model),
+        model.family.layout.rows,
+        list(conditions),
+        sorted(settings.items()),
+    )
     mark = hashlib.sha256(repr(made_of).encode()).hexdigest()
 
     def saved() -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
+from visar.engine.quantization import QuantizedLinear, quantize
+from visar.errors import VisarError
 from visar.eval.benchmark import decoder_shapes, shapes
 from visar.eval.benchmark.decoder_shapes import DECODERS, PROMPT, DecoderShape
 from visar.eval.benchmark.random_decoders import generate, prompt_of
@@ -50,6 +53,31 @@ def test_counts_are_those_of_the_modules(shape: DecoderShape) -> None:
     assert (d.layers, d.dim, d.heads, d.head_dim) == (size.layers, size.dim, size.kv_heads, size.head_dim)
     assert d.vocab == shape.vocab and d.context == size.context >= shape.tokens
     assert {p.dtype for p in d.model.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("shape", TINY, ids=lambda s: s.name)
+def test_layers_in_8_bits_are_those_weights_rounded(shape: DecoderShape) -> None:
+    """They are made one after the other, and counted; what a model of 34 B parameters takes follows from the counts."""
+    small = dataclasses.replace(shape, stored="int8")
+    whole, d = shape.make(torch.float32, CPU), small.make(torch.float32, CPU)
+    rounded = [m for m in d.backbone.layers.modules() if isinstance(m, QuantizedLinear)]
+    assert len(rounded) == sum(isinstance(m, torch.nn.Linear) for m in whole.backbone.layers.modules())
+    assert not any(t.is_meta for t in (*d.model.parameters(), *d.backbone.buffers()))  # type: ignore[attr-defined]
+    assert d.bytes_per_pass == 4 * shape.weights - small.saved(torch.float32)
+    assert small.streamed(2, torch.float32) == shape.streamed(2, torch.float32) - small.saved(torch.float32)
+    wanted = shape.session(whole, 2, 4).forward(torch.zeros(2, 4, dtype=torch.long))
+    quantize(whole.backbone, "int8")
+    same = shape.session(whole, 2, 4).forward(torch.zeros(2, 4, dtype=torch.long))
+    found = small.session(d, 2, 4).forward(torch.zeros(2, 4, dtype=torch.long))
+    assert torch.equal(found, same) and not torch.equal(found, wanted)
+
+
+def test_8_bits_take_half_of_an_h100_and_fp8_needs_a_gpu() -> None:
+    cuda = torch.device("cuda")
+    int8, native = (DECODERS[name].needed(1, 64, torch.bfloat16, cuda) for name in ("Emu3.5-1024-int8", "Emu3.5-1024"))
+    assert 36 < int8 / 2**30 < 39 and native / int8 > 1.7
+    with pytest.raises(VisarError, match=r"Emu3\.5-1024-fp8: fp8 weights need a GPU of compute capability 8\.9"):
+        measure([DECODERS["Emu3.5-1024-fp8"]], dtypes=(torch.bfloat16,))
 
 
 def test_every_published_decoder_has_a_floor() -> None:

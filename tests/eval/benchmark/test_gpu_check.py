@@ -41,7 +41,7 @@ def test_dry_run(without: str, tmp_path: Path, capsys: Capture, monkeypatch: pyt
     assert not [c for checks in found["checks"].values() for c in checks if c["good"] is False]
     assert {p.partition(",")[0] for p in found["profiles"]} == {"ar", "scd"}
     assert [(r["name"], r["batch"]) for r in found["shapes"]["rows"]] == [
-        ("tiny", 1), ("tiny-janus", 1), ("tiny", 2), ("tiny-text", 1), ("tiny-text", 2),
+        ("tiny", 1), ("tiny-janus", 1), ("tiny", 2), ("tiny-text", 1), ("tiny-text", 2), ("tiny-int8", 1),
     ]  # fmt: skip
 
 

@@ -292,7 +292,10 @@ def cut(path: Path) -> None:
 
 KEY = "decoder.up.4.block.0.conv1.weight"
 DAMAGE: Damage = {
-    "Meta's layout": (other_layout, r"in the layout of Meta's own code.*such as leloy/Anole-7b-v0\.1-hf"),
+    "neither layout": (
+        other_layout,
+        r"has no weights: neither a config\.json, .* nor a models/7b/consolid",
+    ),
     "no map": (edited("config.json", vocabulary_map=None), "has no vocabulary_map"),
     "a code missing": (replaced("config.json", code_name(15), "word"), r"has 15 tokens IMGIMG\.\.\., and .* 16 codes"),
     "no end of rows": (replaced("config.json", "<reserved08799>", "word"), "Lumina-mGPT has no token <reserved08799>"),
@@ -310,7 +313,7 @@ DAMAGE: Damage = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders(damage: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    size = None if damage == "Meta's layout" else "96x64"
+    size = None if damage == "neither layout" else "96x64"
     check_damaged(folders / "Lumina-mGPT-7B-512", tmp_path, *DAMAGE[damage], image_size=size)
     assert not (tmp_path / "planted").exists()
 

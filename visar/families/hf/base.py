@@ -17,6 +17,7 @@ from visar.engine.quantization import quantize_once, weights_of
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
 from visar.families.hf.decoder import ImageDecoder
+from visar.families.hf.drafting import TransformersTarget
 from visar.families.hf.loading import load_model, load_processor
 from visar.families.hf.session import TransformersSession
 from visar.families.hf.versions import check_version
@@ -152,7 +153,13 @@ class TransformersFamily(DiscreteFamily):
     def session(
         self, encoded: Encoded, *, window: int, guidance: Guidance, aux_layers: Collection[int] | None = None
     ) -> TransformersSession:
-        return TransformersSession(self.decoder, *encoded, length=self.layout.length, window=window, guidance=guidance)
+        return TransformersSession(
+            self.decoder, *encoded, length=self.layout.length, window=window, guidance=guidance, aux_layers=aux_layers
+        )
+
+    @property
+    def drafting(self) -> TransformersTarget:
+        return TransformersTarget(self.decoder, self.layout.length)
 
     @property
     def weights(self) -> str:

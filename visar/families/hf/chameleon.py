@@ -28,6 +28,7 @@ from visar.families.hf.base import TransformersFamily
 from visar.families.hf.decoder import VocabularyDecoder
 from visar.families.hf.grid import GridDecoder, GridFamily, cells_of
 from visar.families.hf.loading import load_model, load_processor, unreadable
+from visar.families.hf.meta import PIXELS, is_meta, load_meta, meta_folders
 from visar.families.hf.versions import check_version
 from visar.families.hf.vqgan import VQGAN
 from visar.families.registry import register_family
@@ -87,6 +88,8 @@ class _Chameleon(TransformersFamily):
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
+        if is_meta(source):
+            return not cls.lumina
         return super().recognises(source) and is_lumina(source.config, source.name) == cls.lumina
 
     @classmethod
@@ -188,19 +191,18 @@ class _Chameleon(TransformersFamily):
 
 @register_family
 class ChameleonFamily(_Chameleon):
-    """Anole, or another Chameleon that makes images, in transformers' layout (leloy/Anole-7b-v0.1-hf)."""
+    """Anole, or another Chameleon that makes images, in transformers' layout (leloy/Anole-7b-v0.1-hf) or Meta's own."""
 
     name = "chameleon"
 
     @classmethod
-    def foreign(cls, source: Source) -> str:
-        folder = source.folder
-        if folder is None or source.config or not (folder / "tokenizer" / "vqgan.ckpt").is_file():
-            return ""
-        return (
-            "is in the layout of Meta's own code, which visar does not read; give the same weights in transformers' "
-            "layout, such as leloy/Anole-7b-v0.1-hf, with the tokenizer/vqgan.ckpt of this one."
-        )
+    def load(cls, source: Source) -> Self:
+        if not is_meta(source):
+            return super().load(source)
+        check_version()
+        weights, tokenizer = meta_folders(source)
+        vqgan = VQGAN.load(tokenizer / PIXELS)
+        return cls(*load_meta(weights, tokenizer), vqgan)
 
     def made(self) -> None:
         super().made()
@@ -252,6 +254,12 @@ class LuminaFamily(_Chameleon, GridFamily):
             guidance_scale=3.0, guidance_interval=-1, guidance_schedule="constant", temperature=1.0, top_k=2000,
             top_p=1.0,
         )  # fmt: skip
+
+    @property
+    def codebook(self) -> Tensor:
+        """The token that ends a row is like no code: it lies far from all of them."""
+        codes = self.codes_of_images
+        return torch.cat([codes, codes.new_full((1, codes.shape[1]), 10 * float(codes.abs().max()))])
 
     def of_size(self, size: tuple[int, int]) -> Self:
         return type(self)(self.model, self.processor, self.components.get(PART), size)

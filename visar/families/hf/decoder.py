@@ -89,6 +89,16 @@ class ImageDecoder(ABC):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., dim]."""
 
+    @property
+    def head_weight(self) -> Tensor:
+        """A matrix of the head, by which a drafter knows the model that it was trained for."""
+        raise VisarError(f"A {type(self).__name__} takes no drafter: it has no head_weight.")
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of weights that `head` reads."""
+        return 0
+
     def position_ids(self, at: Tensor, prefix: Tensor) -> Tensor:
         """What `forward` calls so, for inputs at the positions `at` [rows, W], after prompts of `prefix` [rows]."""
         return at
@@ -96,7 +106,7 @@ class ImageDecoder(ABC):
     @property
     def bytes_per_pass(self) -> int:
         """Bytes of weights that a pass reads."""
-        return streamed_bytes(self.backbone)
+        return streamed_bytes(self.backbone) + self.head_bytes
 
 
 class VocabularyDecoder(ImageDecoder):
@@ -157,6 +167,11 @@ class VocabularyDecoder(ImageDecoder):
         return F.linear(hidden, self._weight, self._bias)
 
     @property
-    def bytes_per_pass(self) -> int:
+    def head_weight(self) -> Tensor:
+        found: Tensor = self._head.weight[self.codes.to(self._head.weight.device)]
+        return found
+
+    @property
+    def head_bytes(self) -> int:
         head = streamed_bytes(self._head)
-        return super().bytes_per_pass + (head * len(self.codes) // self._ids if self._slice else head)
+        return head * len(self.codes) // self._ids if self._slice else head

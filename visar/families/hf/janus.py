@@ -43,9 +43,17 @@ class JanusDecoder(ImageDecoder):
         return found
 
     @property
+    def head_weight(self) -> Tensor:
+        found: Tensor = self.model.model.generation_head.vision_head.weight
+        return found
+
+    @property
+    def head_bytes(self) -> int:
+        return streamed_bytes(self.model.model.generation_head)
+
+    @property
     def bytes_per_pass(self) -> int:
-        m = self.model.model
-        return super().bytes_per_pass + streamed_bytes(m.generation_head, m.generation_aligner)
+        return super().bytes_per_pass + streamed_bytes(self.model.model.generation_aligner)
 
 
 @register_family

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -38,6 +38,7 @@ class TransformersSession(PromptSession):
         length: int,
         window: int,
         guidance: Guidance = Guidance(),
+        aux_layers: Collection[int] | None = None,
         own_forward: bool = False,
     ):
         check_version()
@@ -45,6 +46,8 @@ class TransformersSession(PromptSession):
         self._own_forward = own_forward
         self._stack = self._found_stack()
         ids = condition[0]
+        if aux_layers is not None and self._stack is None:
+            raise VisarError("A drafter reads hidden states of layers that visar knows, and this model has others.")
         if guidance.active and len(condition) < 4:
             raise VisarError("This model has no unconditional prompts; give guidance_scale 1.")
         if decoder.backbone.training:
@@ -53,7 +56,7 @@ class TransformersSession(PromptSession):
             raise VisarError("The invariant mode on a GPU is for layers that visar knows, and this model has others.")
         super().__init__(
             len(ids), length, decoder.vocab, decoder.device, width=max(part.shape[1] for part in condition[::2]),
-            dim=decoder.dim, window=window, dtype=decoder.dtype, guidance=guidance,
+            dim=decoder.dim, window=window, dtype=decoder.dtype, guidance=guidance, aux_layers=aux_layers,
         )  # fmt: skip
         self.cache = KVCache(
             decoder.layers, len(self.prefix), len(self._slot), decoder.heads, decoder.head_dim, decoder.dtype,
@@ -76,7 +79,7 @@ class TransformersSession(PromptSession):
         with self._products():
             return self.decoder.embed_prompt(ids.to(self.device)), torch.cat(parts[1::2]).to(self.device)
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def token_embeddings(self, tokens: Tensor) -> Tensor:
         with self._products():
             return self.decoder.embed(tokens)
 
@@ -85,13 +88,21 @@ class TransformersSession(PromptSession):
         position_ids = d.position_ids(at, self.prefix)
         if self._stack is not None:
             table, halves = self._stack.rotary(position_ids)
-            return self._stack.run(x, table, self.cache.attend(slots, mask, visible, halves))
+            return self._stack.run(x, table, self.cache.attend(slots, mask, visible, halves), self.aux_layers)
         with self._products():
             return run(d.backbone, self._configs, d.cache_name, x, position_ids, Pass(self.cache, slots, mask, visible))
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self._products():
-            return self.decoder.head(hidden).float()
+            return self.decoder.head(hidden[..., : self.decoder.dim]).float()
+
+    @property
+    def head_bytes(self) -> int:
+        return self.decoder.head_bytes
+
+    def rotary_rows(self, slots: Tensor) -> Tensor:
+        assert self._stack is not None
+        return self._stack.rotary(self.decoder.position_ids(slots, self.prefix))[0]
 
     @contextmanager
     def _products(self) -> Iterator[None]:

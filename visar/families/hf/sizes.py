@@ -38,6 +38,13 @@ class DecoderSize:
     guided: bool = True
 
     @property
+    def matrices(self) -> tuple[int, int]:
+        """The weights of the linear layers between embeddings and head, and how many rows they have."""
+        queries, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        rows = queries + kv + 2 * self.ffn + 2 * self.dim
+        return self.layers * (2 * queries + kv + 3 * self.ffn) * self.dim, self.layers * rows
+
+    @property
     def layer_weights(self) -> int:
         queries, kv = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
         attention = (2 * queries + kv) * self.dim + (queries + kv) * self.qkv_bias + self.qk_norm

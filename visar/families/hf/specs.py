@@ -37,7 +37,15 @@ def listings() -> list[Listing]:
             "'vision_tokenizer' those of BAAI/Emu3.5-VisionTokenizer",
             "Apache-2.0",
         ),
-        _with_decoder("anole", "Anole 7B, text", "leloy/Anole-7b-v0.1-hf", 512, "Chameleon, research"),
+        _listing(
+            "anole",
+            "Anole 7B, text",
+            "GAIR/Anole-7b-v0.1",
+            512,
+            "the hub id GAIR/Anole-7b-v0.1, a folder with its files, or one with those of leloy/Anole-7b-v0.1-hf and "
+            "Meta's tokenizer/vqgan.ckpt",
+            "Chameleon, research",
+        ),
         _with_decoder("lumina-mgpt-512", "Lumina-mGPT 7B, text", "Alpha-VLLM/Lumina-mGPT-7B-512", 512),
         _with_decoder("lumina-mgpt-768", "Lumina-mGPT 7B, text", "Alpha-VLLM/Lumina-mGPT-7B-768", 768),
         _with_decoder("lumina-mgpt-1024", "Lumina-mGPT 7B, text", "Alpha-VLLM/Lumina-mGPT-7B-1024", 1024),

@@ -9,7 +9,7 @@ own `forward`, or is of a class that visar does not know, `Stack.of` gives None,
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,14 +70,20 @@ class Stack:
             cos, sin = F.pad(cos, (0, still), value=1.0), F.pad(sin, (0, still))
         return torch.stack([cos, sin], dim=-1), halves
 
-    def run(self, x: Tensor, table: Tensor, attend: Attend) -> Tensor:
-        """Normed hidden states [R, W, dim] of embeddings x [R, W, dim] at the rotary rows `table`."""
-        rows, layers = len(x), self.backbone.layers
+    def run(self, x: Tensor, table: Tensor, attend: Attend, aux_layers: Collection[int] = ()) -> Tensor:
+        """Normed hidden states [R, W, dim] of embeddings x [R, W, dim] at the rotary rows `table`.
+
+        The outputs of the layers `aux_layers`, if any, are appended, as by `visar.engine.decoder.Decoder`.
+        """
+        rows, layers, aux = len(x), self.backbone.layers, list[Tensor]()
         if (times := repeats(x, layers[0])) > 1:
             x = x.repeat(times, 1, 1)
         for n, layer in enumerate(layers):
             x = self._layer(layer, x, functools.partial(attend, n), table)
-        return _normed(self.backbone.norm, x[:rows])
+            if n in aux_layers:
+                aux.append(x[:rows])
+        normed = _normed(self.backbone.norm, x[:rows])
+        return torch.cat([normed, *aux], dim=-1) if aux else normed
 
     def _layer(self, layer: Any, x: Tensor, attend: Any, table: Tensor) -> Tensor:
         names = self.norms

@@ -27,6 +27,7 @@ class LlamaGenTarget:
     grid: int
 
     masked: ClassVar[bool] = False
+    layered: ClassVar[bool] = True
     smaller_kind: ClassVar[str] = "model"
     network: ClassVar[Any] = LlamaGen
     folder: ClassVar[str] = "gpt"
@@ -52,16 +53,16 @@ class LlamaGenTarget:
             sizes = f"{own.grid} x {own.grid} tokens, the target {self.grid} x {self.grid}"
             raise VisarError(f"The drafter {path} generates {sizes}.")
 
-    @property
-    def condition_length(self) -> int:
-        return self.model.config.condition_length
+    def given(self, encoded: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        condition, *mask = encoded
+        return condition, mask[0] if mask else torch.ones(len(condition), 1)
 
     def embedded(self, model: LlamaGen, condition: Tensor, tokens: Tensor, guided: bool) -> Tensor:
         embed = model.cls_embedding
         parts = [embed(condition)] + ([embed(embed.null_like(condition))] if guided else [])
         return torch.cat([torch.cat(parts), model.tok_embeddings(tokens[:, :-1]).repeat(len(parts), 1, 1)], dim=1)
 
-    def table(self, model: LlamaGen) -> Tensor:
+    def table(self, model: LlamaGen, prefix: int) -> Tensor:
         return model.rotary(self.grid)
 
     def smaller(self, layers: int) -> LlamaGen:
