@@ -66,6 +66,7 @@ BASE = {  # what a command needs, so that one bad argument reaches the command
     "train ar": ["--data", "images", "--tokenizer", "MODEL/vq", "--words", "MODEL/text_encoder", "-o", "out"],
     "train two-way": ["--init", "MODEL/gpt", "--data", "images", "--tokenizer", "MODEL/vq", "--words",
                       "MODEL/text_encoder", "-o", "out"],
+    "train jacobi": ["--model", "MODEL", "--captions", "prompts.txt", "-o", "out"],
     "train mar": ["--data", "images", "--autoencoder", "MODEL/vq", "--words", "MODEL/text_encoder", "-o", "out"],
     "train clip": ["--data", "images", "--words", "MODEL/text_encoder", "-o", "out"],
     "train drafter": ["--model", "MODEL", "--captions", "prompts.txt", "-o", "out"],

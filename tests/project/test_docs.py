@@ -65,6 +65,7 @@ SOONER = {
     "visar train autoencoder": "--minutes 0.005 --batch 2 --no-compile",
     "visar train ar": "--minutes 0.005 --batch 2 --no-compile",
     "visar train two-way": "--minutes 0.005 --batch 2 --no-compile",
+    "visar train jacobi": "-n 4 --batch 2 --steps 2 --no-compile",
     "visar train mar": "--minutes 0.005 --batch 2 --no-compile",
     "visar train clip": "--minutes 0.005 --batch 2",
     "visar train drafter": "-n 4 --batch 2 --steps 2 --no-compile",

@@ -70,7 +70,7 @@ def config(out: Path, **changes: object) -> TrainConfig:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str) -> None:
     def interrupted(step: int, rank: int) -> tuple[Tensor, ...]:
         if step == 2:

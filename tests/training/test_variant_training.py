@@ -17,7 +17,7 @@ from visar.families.llamagen.gpt import LlamaGen, attended
 from visar.families.llamagen.vq import VQModel
 from visar.text_encoders.concepts import concepts
 from visar.text_encoders.words import WordEncoder
-from visar.training.ar import _continued, _shares, train_ar
+from visar.training.ar import _shares, continued, train_ar
 from visar.training.data import ImageSet, Record
 from visar.training.loop import TrainConfig
 
@@ -49,14 +49,14 @@ def test_a_model_grows_by_layers_that_add_nothing_at_first() -> None:
     torch.manual_seed(0)
     small = text_gpt()
     fresh = LlamaGen(**small.config.replace(num_layers=small.config.num_layers + 2))
-    grown = _continued(small, fresh)
+    grown = continued(small, fresh)
     features, ids = torch.randn(2, 4, 6), torch.randint(0, 24, (2, 5))
     assert len(grown.layers) == len(small.layers) + 2 and torch.equal(grown(features, ids), small(features, ids))
     grown(features, ids).sin().sum().backward()
     last = grown.layers[-1]
     assert last.attention.wo.weight.grad.abs().sum() > 0 and last.feed_forward.w2.weight.grad.abs().sum() > 0
     with pytest.raises(VisarError, match="layers, more than"):
-        _continued(grown, text_gpt())
+        continued(grown, text_gpt())
 
 
 @pytest.mark.filterwarnings("ignore:Words not known")

@@ -1,12 +1,13 @@
-"""`visar train images | words | tokenizer | autoencoder | ar | two-way | mar | clip | drafter | assemble`."""
+"""`visar train images | words | tokenizer | autoencoder | ar | two-way | jacobi | mar | clip | drafter | assemble`."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from visar.cli.parsers.options import params_of, settings_of
 from visar.devices import device_of
@@ -175,71 +176,125 @@ def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
     return list(dict.fromkeys(found))  # sampled in turns: a caption given twice would give one image twice
 
 
-def drafter(options: argparse.Namespace) -> int:
-    import torch
+class _Source(NamedTuple):
+    """What samples the images that are learnt from, in float32 on a CPU: small updates are lost in bfloat16."""
 
+    options: argparse.Namespace
+    out: Path
+    model: Any
+    conditions: list[Any]
+    params: Any
+    rank: int
+
+    def sampled(self, **how: Any) -> Any:
+        """The images, as `visar.training.self_generated.generate_tokens` gives them; kept in the folder of the run."""
+        from visar.training.self_generated import generate_tokens
+
+        count = self.options.num_images
+        return generate_tokens(
+            self.model, self.conditions, count, self.out / "images.safetensors", self.options.batch,
+            lambda done: print(f"{done} of {count} images sampled", file=sys.stderr),
+            waits=self.rank != 0, **how, **settings_of(self.params),
+        )  # fmt: skip
+
+    def encoded(self, rows: list[int]) -> tuple[Any, Any]:
+        """The conditions of the images with these numbers, and their mask."""
+        family, conditions = self.model.family, self.conditions
+        given: Any = family.drafting.given(family.encode([conditions[i % len(conditions)] for i in rows]))
+        return given
+
+    def config(self, **extra: Any) -> Any:
+        from visar.training.loop import TrainConfig
+
+        options = self.options
+        return TrainConfig(
+            self.out, minutes=math.inf if options.steps else options.minutes, steps=options.steps or 10**9,
+            batch=options.batch, lr=options.lr, seed=self.params.seed, ema=0.99,
+            compile=not options.no_compile, device=str(self.model.device), **extra,
+        )  # fmt: skip
+
+    def how(self) -> tuple[Any, Any]:
+        """The guidance and the target of the images."""
+        from visar.engine.guidance import Guidance
+        from visar.samplers import Target
+
+        params = self.params
+        return Guidance(params.guidance_scale), Target(params.temperature, params.top_k, params.top_p)
+
+
+def _source(options: argparse.Namespace, continuous: str) -> _Source:
+    """The model of the options, for what learns from its images; `continuous` says what is wrong with a MAR."""
     from visar.cli.common import load_model, tokens_of
-    from visar.drafters import drafter_kind
-    from visar.engine.guidance import Guidance
-    from visar.samplers import Target
-    from visar.training.acceptance import train_acceptance
-    from visar.training.drafter import train_drafter
-    from visar.training.loop import TrainConfig, distributed
-    from visar.training.self_generated import generate_tokens
+    from visar.training.loop import distributed
 
     if tokens_of(options) == CONTINUOUS:
-        raise VisarError("A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`.")
+        raise VisarError(continuous)
     params: Any = params_of(options)
     params.check(DISCRETE)
-    kind = drafter_kind(options.drafter_kind)
-    kind.checked_layers(options.layers, 10**9)
-    if options.acceptance and options.layers is not None:
-        raise VisarError("--layers are those of a new drafter, and --acceptance is for one that there is.")
     out = writable_folder(options.out)  # before the work
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
     if own.type == "cpu" and options.dtype is None:
-        options.dtype = "float32"  # small updates are lost in bfloat16
+        options.dtype = "float32"
     model = load_model(options)
     model.bar = {"disable": True}
-    family = model.family
-    if family.drafting is None:
+    conditions = _conditions(options, model.family.classes)
+    return _Source(options, out, model, conditions, params.resolved(model.family.defaults), rank)
+
+
+def drafter(options: argparse.Namespace) -> int:
+    import torch
+
+    from visar.drafters import drafter_kind
+    from visar.training.acceptance import train_acceptance
+    from visar.training.drafter import train_drafter
+
+    kind = drafter_kind(options.drafter_kind)
+    kind.checked_layers(options.layers, 10**9)
+    if options.acceptance and options.layers is not None:
+        raise VisarError("--layers are those of a new drafter, and --acceptance is for one that there is.")
+    source = _source(
+        options, "A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`."
+    )
+    out, model, target = source.out, source.model, source.model.family.drafting
+    if target is None:
         raise VisarError(f"{options.model} takes no drafter.")
-    kind.check_target(family.drafting)
-    kind.checked_layers(options.layers, family.drafting.model.config.num_layers)
+    kind.check_target(target)
+    kind.checked_layers(options.layers, target.model.config.num_layers)
     trained: Any = None
     if options.acceptance:
         if (out / kind.name / "config.json").exists():
             model.load_drafter(out / kind.name)
         if (trained := model.drafters.find(kind.name)) is None:
             raise VisarError(f"Neither {out} nor {options.model} has a drafter {kind.name!r}; train one first.")
-    conditions = _conditions(options, family.classes)
-    params = params.resolved(family.defaults)
-    target = Target(params.temperature, params.top_k, params.top_p)
-    tokens = generate_tokens(
-        model, conditions, options.num_images, out / "images.safetensors", options.batch,
-        lambda done: print(f"{done} of {options.num_images} images sampled", file=sys.stderr),
-        waits=rank != 0, sampler="ar", **settings_of(params),
-    )  # fmt: skip  # "ar", because a large batch is bound by arithmetic, of which drafts waste some
-
-    def of(rows: list[int]) -> tuple[Any, Any]:
-        given: Any = family.drafting.given(family.encode([conditions[i % len(conditions)] for i in rows]))
-        return given
-
-    config = TrainConfig(
-        out, minutes=math.inf if options.steps else options.minutes, steps=options.steps or 10**9,
-        batch=options.batch, lr=options.lr, seed=params.seed, warmup=50, ema=0.99, optimizer="muon",
-        compile=not options.no_compile, device=str(model.device),
-    )  # fmt: skip
-    shared = of, tokens, config, Guidance(params.guidance_scale), target
+    tokens = source.sampled(sampler="ar").tokens  # a large batch is bound by arithmetic, of which drafts waste some
+    shared = source.encoded, tokens, source.config(warmup=50, optimizer="muon"), *source.how()
     stored_as = getattr(torch, options.stored_as)
     if trained is not None:
-        train_acceptance(kind.name, trained, family.drafting, *shared, depth=options.depth, stored_as=stored_as)
+        train_acceptance(kind.name, trained, target, *shared, depth=options.depth, stored_as=stored_as)
     else:
-        train_drafter(
-            kind.name, family.drafting, *shared, depth=options.depth, layers=options.layers, stored_as=stored_as
-        )
+        train_drafter(kind.name, target, *shared, depth=options.depth, layers=options.layers, stored_as=stored_as)
     print(out / kind.name)
+    return 0
+
+
+def jacobi(options: argparse.Namespace) -> int:
+    from visar.families.llamagen.drafting import LlamaGenTarget
+    from visar.training.ar import continued
+    from visar.training.jacobi import tune_jacobi
+
+    start = _component("families.llamagen.loading.LlamaGen", options.init) if options.init else None
+    source = _source(options, "A MAR has no windows of tokens; `train jacobi` tunes a GPT.")
+    teacher = source.model.family.drafting
+    if not isinstance(teacher, LlamaGenTarget):
+        raise VisarError(f"{options.model} is no LlamaGen that samples in raster order, and no other GPT is tuned.")
+    if start is not None:  # the windows are then its own
+        start = continued(start, copy.deepcopy(teacher.model))
+        source.model.family.replace("gpt", start.to(teacher.model.output.weight))
+    images = source.sampled(sampler="scd", window=options.window)
+    config = source.config(warmup=20, optimizer="sgd", weight_decay=0.0)
+    tune_jacobi(teacher, source.encoded, images, config, *source.how(), start=start, hold=options.hold)
+    print(source.out / "gpt")
     return 0
 
 

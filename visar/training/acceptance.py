@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visar.drafters import drafter_kind
+from visar.drafters import drafter_kind, fingerprint
 from visar.drafters.acceptance import ACCEPTANCE, AcceptanceHead, give, statistics, width_of
 from visar.drafters.base import DrafterTarget
 from visar.drafters.loss import DraftLoss
@@ -90,7 +90,7 @@ def train_acceptance(
     head = AcceptanceHead(width_of(drafter, target))
     run = replace(config, out=config.out / f"{kind}-{ACCEPTANCE}-run")
     if rank == 0:
-        same_run(head, target.model, run.out)
+        same_run(dict(head.config) | {"target": fingerprint(target.model)}, run.out)
     loss_of = drafter_kind(kind).loss
     assert loss_of is not None
     drafting = loss_of(drafter, target, guidance, sampling, drafter.config.get("depth", depth))

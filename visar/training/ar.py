@@ -251,7 +251,7 @@ def train_ar(
         caption_features=encoder.table.shape[1], grid=size // vq.sizes.downsample,
     )  # fmt: skip
     fresh = check_training(made, config.device)
-    model = (AnyOrderLoss if any_order else ARLoss)(initialise(fresh) if start is None else _continued(start, fresh))
+    model = (AnyOrderLoss if any_order else ARLoss)(initialise(fresh) if start is None else continued(start, fresh))
 
     def evaluate(ema: ARLoss) -> dict[str, float]:
         batches.save(ema.gpt)
@@ -274,7 +274,7 @@ def _shares(data: ImageSet, weights: Mapping[str, float]) -> list[float]:
     return shares
 
 
-def _continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:
+def continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:
     """`fresh` with the weights of `start`; layers that `start` lacks come last, and at first add nothing."""
     ours, theirs = fresh.config, start.config
     differing = [f"{k} {theirs[k]} instead of {ours[k]}" for k in ours if ours[k] != theirs[k] and k != "num_layers"]

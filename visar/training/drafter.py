@@ -15,7 +15,6 @@ from torch import Tensor
 from visar.drafters import drafter_kind, fingerprint
 from visar.drafters.base import DrafterTarget
 from visar.drafters.loss import DraftLoss
-from visar.engine.decoder import Decoder
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
@@ -87,7 +86,7 @@ def train_drafter(
     drafter = drafting.new(target, depth, layers)
     run = replace(config, out=config.out / f"{kind}-run")
     if rank == 0:
-        same_run(drafter, target.model, run.out)
+        same_run(dict(drafter.config) | {"target": fingerprint(target.model)}, run.out)
     assert drafting.loss is not None
     loss: DraftLoss[Any] = drafting.loss(drafter, target, guidance, sampling, depth)
 
@@ -110,10 +109,9 @@ def train_drafter(
     return drafter
 
 
-def same_run(drafter: Any, target: Decoder, folder: Path) -> None:
-    """Note in the folder of a run what is trained there; a `VisarError` if that is another drafter."""
-    own = dict(drafter.config) | {"target": fingerprint(target)}
-    note = writable_folder(folder) / "drafter.json"
+def same_run(own: dict[str, Any], folder: Path, name: str = "drafter.json") -> None:
+    """Note in the folder of a run what is trained there, and of what; a `VisarError` if that was something else."""
+    note = writable_folder(folder) / name
     if note.exists() and read_json(note, dict[str, Any]) != json.loads(json.dumps(own)):
         raise VisarError(f"{folder} is a run with other settings or of another target; give another folder.")
     with replacing(note) as temporary:

@@ -36,7 +36,7 @@ class TrainConfig:
     ema: float = 0.999
     seed: int = 0
     save_minutes: float = 3.0
-    optimizer: str = "adamw"  # or "muon": Muon for the matrices inside the blocks, AdamW for the rest
+    optimizer: str = "adamw"  # or "muon": Muon for the matrices inside the blocks, AdamW for the rest; or "sgd"
     compile: bool = True
     device: str = "cpu"
 
@@ -66,6 +66,8 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon (Jordan 2024; Liu et al. 2025, arXiv:2502.16982) over the blocks' matrices.
 
+    Or gradient descent with a momentum of 0.9, for what must hardly change a trained model: its steps are as small as
+    the gradients, while the others move every weight at the learning rate.
     Each group has the share of the learning rate that `rate` gives its parameters as `rate`.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -82,6 +84,8 @@ def make_optimizers(
         ]
         if matrices := [p for n, p in own if n in muon]:
             hidden.append({"params": matrices, "rate": share})
+    if config.optimizer == "sgd":
+        return [torch.optim.SGD(groups, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
             groups,

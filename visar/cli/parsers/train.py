@@ -16,7 +16,7 @@ def train(p: CommandParser) -> None:
     visar train tokenizer --data images -o run/vq
     visar train drafter --captions captions.txt -o run/drafter
     """
-    add_commands(p, images, words, tokenizer, autoencoder, ar, two_way, mar, clip, drafter, assemble)
+    add_commands(p, images, words, tokenizer, autoencoder, ar, two_way, jacobi, mar, clip, drafter, assemble)
 
 
 def images(p: CommandParser) -> None:
@@ -120,6 +120,24 @@ def two_way(p: CommandParser) -> None:
     model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
 
 
+def jacobi(p: CommandParser) -> None:
+    """Tune a GPT on the drafts of its own windows, so that `scd` takes fewer passes; it becomes another model.
+
+    visar train jacobi --captions captions.txt -o run/jacobi
+    visar train jacobi --model my-model --captions images.zip -n 512 --minutes 40 -o run/jacobi
+    """
+    p.add_argument("--window", type=whole(2, 64), default=16, metavar="W", help="the window of `scd` to tune for")
+    p.add_argument("--init", metavar="FOLDER", help="go on with a GPT tuned before, on windows of its own")
+    p.add_argument(
+        "--hold",
+        type=positive,
+        default=10.0,
+        metavar="X",
+        help="how much clean tokens weigh, on which it hardly changes",
+    )
+    _sampled_options(p, images=512, minutes=40.0, batch=4, lr=2e-3)
+
+
 def mar(p: CommandParser) -> None:
     """Train a text-conditional MAR on an autoencoder's latents.
 
@@ -186,22 +204,8 @@ def drafter(p: CommandParser) -> None:
         action="store_true",
         help="train the head of the drafter in --out, or else of the model's own, that says when to stop drafting",
     )
-    output = p.add_argument_group("Output")
-    output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, or that of a run to resume")
+    output = _sampled_options(p, images=2048, minutes=25.0, batch=8, lr=2.5e-3)
     output.add_argument("--stored-as", choices=(*DTYPES, SMALL), default="float16", help="dtype of the saved drafter")
-    data = p.add_argument_group("Data")
-    data.add_argument(
-        "--captions", metavar="PATH", help="a file with a caption or class id in each line, or an image set"
-    )
-    _image_options(data)
-    data.add_argument("-n", "--num-images", type=whole(2, 10**8), default=2048, metavar="N", help="images to sample")
-    training = p.add_argument_group("Training")
-    end = training.add_mutually_exclusive_group()
-    end.add_argument("--minutes", type=positive, default=25.0, metavar="X", help="how long to train")
-    end.add_argument("--steps", type=whole(1), metavar="N", help="end after this many steps instead")
-    _loop_options(training, batch=8, lr=2.5e-3)
-    model_options(p, quantize=False)  # no drafter is trained for rounded weights
-    sampling_options(p)
 
 
 def assemble(p: CommandParser) -> None:
@@ -243,6 +247,26 @@ def _image_options(group: Group) -> None:
     group.add_argument(
         "--without-groups", type=names, default=[], metavar="NAMES", help="leave these groups of an image set out"
     )
+
+
+def _sampled_options(p: CommandParser, images: int, minutes: float, batch: int, lr: float) -> Group:
+    """Of training on what a model samples; returns the group of the output."""
+    output = p.add_argument_group("Output")
+    output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, or that of a run to resume")
+    data = p.add_argument_group("Data")
+    data.add_argument(
+        "--captions", metavar="PATH", help="a file with a caption or class id in each line, or an image set"
+    )
+    _image_options(data)
+    data.add_argument("-n", "--num-images", type=whole(2, 10**8), default=images, metavar="N", help="images to sample")
+    training = p.add_argument_group("Training")
+    end = training.add_mutually_exclusive_group()
+    end.add_argument("--minutes", type=positive, default=minutes, metavar="X", help="how long to train")
+    end.add_argument("--steps", type=whole(1), metavar="N", help="end after this many steps instead")
+    _loop_options(training, batch=batch, lr=lr)
+    model_options(p, quantize=False)  # nothing is trained for rounded weights
+    sampling_options(p)
+    return output
 
 
 def _loop_options(group: Group, batch: int, lr: float) -> None:
