@@ -184,7 +184,6 @@ def clip(p: CommandParser) -> None:
 def drafter(p: CommandParser) -> None:
     """Train a drafter on images that its model samples.
 
-    visar train drafter --captions captions.txt -o run/drafter
     visar train drafter --model my-model --captions captions.txt --kind medusa -n 512 --minutes 10 -o run/medusa
     visar train drafter --captions captions.txt --kind model --acceptance --minutes 3 -o run/drafter
     """
