@@ -24,7 +24,8 @@ from visar.samplers.verification import sample
 
 @dataclass
 class GroupState(State):
-    """`count` [N] and `before` [N]: after so many tokens the size of the group to sample, and of the one before."""
+    """`count`, `before` [N + 1]: after so many tokens the sizes of the group to sample and of the one before; 0 where
+    none begins."""
 
     count: Tensor
     before: Tensor
@@ -62,7 +63,7 @@ class Parallel(Registered):
         if self.layout is None or self.layout.length != session.length:
             raise VisarError(f"parallel needs layout, the rows and columns of an image of {session.length} cells.")
         starts = [0, *accumulate(self.sizes)][:-1]
-        count, before = (torch.ones(session.length + 1, dtype=torch.long) for _ in range(2))
+        count, before = torch.zeros(2, session.length + 1, dtype=torch.long)
         count[starts], before[starts] = torch.tensor(self.sizes), torch.tensor([1, *self.sizes[:-1]])
         moved = {"count": count.to(session.device), "before": before.to(session.device)}
         return GroupState.empty(session, target, noise, self.window, **moved)
@@ -77,7 +78,7 @@ class Parallel(Registered):
         state.tokens.scatter_(1, at, tokens)
         state.commit_pass.scatter_(1, at, state.passes.expand_as(at))
         state.passes += 1
-        session.commit(torch.minimum(count, session.length - session.lengths))
+        session.commit(count)
 
     def sampled(self, p: Tensor, at: Tensor, state: GroupState) -> Tensor:
         """Tokens [B, W] of distributions p [B, W, V] at positions [B, W]."""
