@@ -40,7 +40,7 @@ def of_the_machine(error: BaseException) -> str | None:
     if isinstance(error, UnicodeEncodeError):
         return f"This text cannot be written in {error.encoding}, the encoding of your locale: set PYTHONUTF8=1."
     if isinstance(error, ModuleNotFoundError) and (name := error.name or "") and not name.startswith("visar"):
-        return f"The package {name.partition('.')[0]} is not installed; it comes with one of visar's extras."
+        return f"The package {name.partition('.')[0]} is not installed, which visar or one of its extras needs."
     return None
 
 
