@@ -33,7 +33,7 @@ class Images:
         self.conditions, self.tokens, self.config = conditions, tokens, config
         self.split = len(tokens) - max(1, int(held * len(tokens)))
         if self.split < 1:
-            raise VisarError(f"A drafter needs 2 or more images to learn from, not {len(tokens)}.")
+            raise VisarError(f"Training needs 2 or more images to learn from, not {len(tokens)}.")
 
     def of(self, rows: list[int]) -> tuple[Tensor, ...]:
         """Condition, mask and tokens of these images."""

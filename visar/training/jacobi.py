@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from visar.drafters import fingerprint
 from visar.drafters.base import DrafterTarget
 from visar.engine.guidance import Guidance
-from visar.errors import VisarError
 from visar.families.llamagen.drafting import LlamaGenTarget
 from visar.families.llamagen.gpt import LlamaGen, attended
 from visar.families.llamagen.rotary import turned
 from visar.samplers.distribution import Target
-from visar.training.drafter import Conditions, same_run
+from visar.training.drafter import Conditions, Images, same_run
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 from visar.training.self_generated import Generated
 
@@ -196,10 +195,7 @@ def tune_jacobi(
     The last `held` of the images are held out; the log has the `figures` of `JacobiLoss` on them, and as
     "overlap-before" what the windows were worth to the model that began. Raises `VisarError` for fewer than two images.
     """
-    count = max(1, int(held * len(images.tokens)))
-    if len(images.tokens) <= count:
-        raise VisarError(f"Tuning needs 2 or more images to learn from, not {len(images.tokens)}.")
-    split = len(images.tokens) - count
+    made = Images(conditions, images.tokens, config, held)
     rank, _, device = distributed(config.device)
     own = copy.deepcopy(teacher.model if start is None else start).float().train()
     if rank == 0:
@@ -210,15 +206,15 @@ def tune_jacobi(
 
     def rows_of(rows: list[int], seed: int) -> tuple[Tensor, ...]:
         g = torch.Generator().manual_seed(seed)
-        return *conditions(rows), images.tokens[rows], *some_windows(images.drafts[rows], WINDOWS, g)
+        return *made.of(rows), *some_windows(images.drafts[rows], WINDOWS, g)
 
     def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
         seed = step_seed(config.seed, step, rank)
         rng = random.Random(seed)
-        return rows_of([rng.randrange(split) for _ in range(config.batch)], seed)
+        return rows_of([rng.randrange(made.split) for _ in range(config.batch)], seed)
 
     def figures(ema: JacobiLoss) -> dict[str, float]:
-        rows, sums = list(range(split, len(images.tokens)))[:64], dict[str, list[float]]()
+        rows, sums = list(range(made.split, len(images.tokens)))[:64], dict[str, list[float]]()
         for first in range(0, len(rows), config.batch):
             part = [t.to(device) for t in rows_of(rows[first : first + config.batch], first)]
             for name, pair in ema.figures(*part).items():
