@@ -18,6 +18,7 @@ from visar.pipelines import (
     TextToImagePipeline,
 )
 from visar.samplers import ContinuousSpeculative, HeadSpeculation, MaskedAutoregressive, samplers_for, spec_of
+from visar.text_encoders.concepts import Concepts, concepts
 from visar.text_encoders.words import WordEncoder
 from visar.training.mar import initialise
 
@@ -188,12 +189,17 @@ def test_files_may_be_of_half_precision(masked_folder: Path, words: WordEncoder,
 
 
 def test_parts_may_be_those_of_an_embedded_model(tmp_path: Path) -> None:
+    """Its words are then read there; what this model was trained on stays its own."""
     icons = TextToImagePipeline.from_pretrained("icons").text_encoder
-    pipe = TextToImagePipeline(mar=text_mar(buffer=12, caption_features=128), vae=small_vae(), text_encoder=icons)
+    parts = {"mar": text_mar(buffer=12, caption_features=128), "vae": small_vae()}
+    pipe = TextToImagePipeline(**parts, text_encoder=icons.knowing(Concepts(["3d"], {"": ["heart"]}, ["heart", "3d"])))
     pipe.save_pretrained(tmp_path / "a", parts_of={"text_encoder": "icons"})
-    assert not (tmp_path / "a" / "text_encoder").exists()
+    assert [f.name for f in (tmp_path / "a" / "text_encoder").iterdir()] == ["concepts.json"]
     again = TextToImagePipeline.from_pretrained(tmp_path / "a")
-    assert len(again.text_encoder.words) > 20000
+    assert len(again.text_encoder.words) > 20000 and again.text_encoder.concepts == concepts(tmp_path / "a")
+    assert concepts(tmp_path / "a").styles == ["3d"] and concepts("icons").styles != ["3d"]
+    (tmp_path / "a" / "text_encoder" / "concepts.json").unlink()
+    assert TextToImagePipeline.from_pretrained(tmp_path / "a").text_encoder.concepts is None
     again.save_pretrained(tmp_path / "b")  # whole again
     assert (tmp_path / "b" / "text_encoder" / "config.json").exists()
 

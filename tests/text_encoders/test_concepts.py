@@ -49,6 +49,8 @@ def test_an_unknown_style_names_the_styles(encoder: WordEncoder) -> None:
     note = "The style 'oil painting' was not in training; the styles are 3d, flat."
     assert encoder.notes(["a cat, oil painting", "a boat, oil painting"]) == [note]
     assert encoder.notes(["a cat, cubist"]) == [note.replace("oil painting", "cubist")]
+    one = encoder.knowing(Concepts(["3d"], {"": ["cat"]}, ["cat", "3d"]))
+    assert one.notes(["a cat, flat"]) == ["The style 'flat' was not in training; the only style is 3d."]
 
 
 def test_an_unknown_thing_names_the_nearest(encoder: WordEncoder) -> None:

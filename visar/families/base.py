@@ -94,7 +94,8 @@ class Family(ABC):
                 parts[part] = load_part(kind, source.component_folder(part), repr(part))
         if "text_encoder" in source.index and "text_encoder" not in parts:
             kind = source.component_class("text_encoder")
-            parts["text_encoder"] = load_text_encoder(kind, source.component_folder("text_encoder"))
+            folders = source.component_folder("text_encoder"), source.own_folder("text_encoder")
+            parts["text_encoder"] = load_text_encoder(kind, *folders)
         return cls(**parts, **source.settings(cls, cls.required | cls.optional, cls.setting_names))
 
     # Conditions

@@ -82,6 +82,11 @@ class Source:
         """The pipeline class in the folder's index."""
         return str(self.index.get("_class_name", ""))
 
+    def own_folder(self, part: str) -> Path:
+        """Where this folder has what belongs to a component. Raises `VisarError` if that is a link out of it."""
+        assert self.folder is not None
+        return _within(self.folder, part)
+
     def component_folder(self, part: str) -> Path:
         """The folder of a component: in this folder, or in that of the embedded model that it is shared with.
 
@@ -93,9 +98,7 @@ class Source:
             if not is_embedded(shared):
                 raise VisarError(f"{self.folder} takes {part!r} of {shared!r}, which is no embedded model.")
             folder = embedded_folder(shared)
-        if not (folder / part).resolve().is_relative_to(folder.resolve()):
-            raise VisarError(f"{folder / part} is a link out of the model's folder; put the component's files there.")
-        return folder / part
+        return _within(folder, part)
 
     def component_class(self, part: str) -> str:
         """The name of a component's class in the index. Raises `VisarError` if there is none."""
@@ -112,6 +115,12 @@ class Source:
             if name not in known:
                 raise VisarError(f"{self.folder} has a setting {name!r}; known are {', '.join(sorted(known))}.")
         return checked_arguments(family.__init__, found, f"Cannot read {self.folder}/model_index.json")
+
+
+def _within(folder: Path, part: str) -> Path:
+    if not (folder / part).resolve().is_relative_to(folder.resolve()):
+        raise VisarError(f"{folder / part} is a link out of the model's folder; put the component's files there.")
+    return folder / part
 
 
 def open_source(

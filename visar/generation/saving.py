@@ -14,8 +14,9 @@ from visar.engine.component import Component
 from visar.errors import VisarError, unknown
 from visar.families.base import Family
 from visar.families.catalogue import is_embedded
-from visar.files import is_new, new_folder, output_folder, replacing
+from visar.files import is_new, new_folder, output_folder, replacing, writable_folder
 from visar.generation.model import ImageModel
+from visar.text_encoders.words import WordEncoder
 
 # The class in the index. Loaders of diffusers do not find it, so their errors name it.
 PIPELINES = {"prompt": "visar.TextToImagePipeline", "class": "visar.ClassToImagePipeline"}
@@ -54,6 +55,8 @@ def _write(model: ImageModel, folder: Path, dtypes: Mapping[str, torch.dtype], p
         if part != "draft":
             index[part] = [type(module).__module__, type(module).__name__]
         if part in parts_of:
+            if isinstance(module, WordEncoder) and module.concepts is not None:
+                module.concepts.save(writable_folder(folder / part))
             continue
         if isinstance(module, Component):
             module.save_pretrained(folder / part, dtypes.get(part))

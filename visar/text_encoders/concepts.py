@@ -1,7 +1,8 @@
 """What an embedded model knows: its styles, its things by group, and the words that it was trained with.
 
-`concepts.json` lies next to the text encoder's files; `concepts("icons")` reads it. A prompt of another style, or of a
-thing that was never in training, gets a note that names the styles or the nearest known thing.
+`concepts.json` lies next to the text encoder's files, or in their place where another model's are shared;
+`concepts("icons")` reads it. A prompt of another style, or of a thing that was never in training, gets a note that
+names the styles or the nearest known thing.
 """
 
 from __future__ import annotations
@@ -70,7 +71,12 @@ class Concepts:
             words = words_of(last)
             if OF_STYLES.intersection(words) or not any(self._has(stems(w)) for w in words):
                 things = parts
-                notes.append(f"The style {last!r} was not in training; the styles are {', '.join(self.styles)}.")
+                named = (
+                    f"styles are {', '.join(self.styles)}"
+                    if len(self.styles) > 1
+                    else f"only style is {self.styles[0]}"
+                )
+                notes.append(f"The style {last!r} was not in training; the {named}.")
         text = " ".join(things)
         strange = [w for w in words_of(text) if encoder.ids(w)[0] and not self._has(stems(w))]
         if strange:
@@ -106,9 +112,15 @@ class Concepts:
     @staticmethod
     def load(folder: str | Path) -> Concepts:
         """Those of a text encoder's folder; `VisarError` where the file is missing or damaged."""
-        path = Path(folder) / FILE
-        if not path.exists():
-            raise VisarError(f"This model has no list of what it knows ({path} is not there).")
+        if (found := Concepts.find(folder)) is None:
+            raise VisarError(f"This model has no list of what it knows ({Path(folder) / FILE} is not there).")
+        return found
+
+    @staticmethod
+    def find(folder: str | Path) -> Concepts | None:
+        """Those of a text encoder's folder, if it has any; `VisarError` where the file is damaged."""
+        if not (path := Path(folder) / FILE).exists():
+            return None
         found = read_json(path, Listed)
         return Concepts(found.styles, found.groups, found.words)
 
@@ -125,7 +137,7 @@ def concepts(model: str | Path) -> Concepts:
     """What the embedded model of this name, or the model in this folder, knows; `VisarError` where it has no list."""
     from visar.families.source import open_source
 
-    return Concepts.load(open_source(model).component_folder("text_encoder"))
+    return Concepts.load(open_source(model).own_folder("text_encoder"))
 
 
 def listed(styles: Sequence[str], things: Iterable[tuple[str, str]], texts: Iterable[str]) -> Concepts:

@@ -26,7 +26,7 @@ from visar.engine.component import read_tensors
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.reading import read_json
-from visar.text_encoders.concepts import FILE, Concepts
+from visar.text_encoders.concepts import Concepts
 from visar.texts import read_text
 
 ENDINGS = (
@@ -97,6 +97,10 @@ class WordEncoder(nn.Module):
         x = torch.nn.functional.normalize(x @ axes[:features].T, dim=-1)
         scale = x.abs().amax(-1) / 127
         return WordEncoder(words, (x / scale[:, None]).round().to(torch.int8), scale, length)
+
+    def knowing(self, concepts: Concepts | None) -> WordEncoder:
+        """The same words, for a model that was trained on these things."""
+        return WordEncoder(self.words, self.table, self.scale, self.length, concepts)
 
     @property
     def device(self) -> torch.device:
@@ -172,5 +176,5 @@ class WordEncoder(nn.Module):
         table, scale = (tensors.get(name) for name in ("table", "scale"))
         if table is None or scale is None or table.dtype != torch.int8 or table.ndim != 2 or scale.ndim != 1:
             raise VisarError(f"{file} must hold a table, int8 [words, features], and a scale, fp32 [words].")
-        known = Concepts.load(folder) if (folder / FILE).exists() else None
+        known = Concepts.find(folder)
         return WordEncoder(words, table, scale, length, known)

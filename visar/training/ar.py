@@ -17,7 +17,6 @@ from visar.errors import VisarError
 from visar.families.llamagen.gpt import Block, LlamaGen, initialise
 from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.vq import VQModel
-from visar.text_encoders.concepts import Concepts, listed
 from visar.text_encoders.words import WordEncoder
 from visar.training.data import SPLITS, ImageSet, Record, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
@@ -178,7 +177,7 @@ class TokenBatches:
         self.reach = list(accumulate(shares[i] for i in self.train))
         some = spread(self.train, 512)  # of these are the tokens that corrupt, and those of the bigram
         self.plain = self.tokens(some, [0] * len(some))
-        self.taught = WordEncoder(encoder.words, encoder.table, encoder.scale, encoder.length, _known(data, self.train))
+        self.taught = encoder.knowing(data.known())
         self.watched = {name: spread(rows) for name, rows in split.items() if rows}
         self.held = {name: self.tokens(rows, [0] * len(rows)) for name, rows in self.watched.items()}
         self.bigram = {
@@ -292,10 +291,3 @@ def continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:
         nn.init.zeros_(block.attention.wo.weight)
         nn.init.zeros_(block.feed_forward.w2.weight)
     return fresh
-
-
-def _known(data: ImageSet, train: list[int]) -> Concepts:
-    records = [data.records[i] for i in train]
-    styles = list(dict.fromkeys(r.style for r in records if r.style))
-    texts = [text for r in records for text in (r.caption, " ".join(r.tags), r.style)]
-    return listed(styles, [(r.group, r.caption) for r in records], texts)

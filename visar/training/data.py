@@ -24,6 +24,7 @@ from visar.files import inside
 from visar.host import available_memory
 from visar.image_files import converted, frames_of, open_image, suffixes
 from visar.reading import parse_json
+from visar.text_encoders.concepts import Concepts, listed
 from visar.texts import LARGEST, decoded
 
 # These styles show one and the same drawing, so a hold-out must take or leave them together.
@@ -110,8 +111,8 @@ class ImageSet:
             else [str(p.relative_to(self.path)) for p in self.path.rglob("*") if p.is_file()]
         )
         if "pictures.json" in names:
-            listed = parse_json(self._read("pictures.json"), list[Record], f"Cannot read {self.path}/pictures.json")
-            return [replace(r, concept=r.concept or r.caption) for r in listed]
+            given = parse_json(self._read("pictures.json"), list[Record], f"Cannot read {self.path}/pictures.json")
+            return [replace(r, concept=r.concept or r.caption) for r in given]
         found = set(names)
         images = [n for n in sorted(names) if Path(n).suffix.lower() in suffixes() and not Path(n).name.startswith(".")]
         pairs = [(n, str(Path(n).with_suffix(".txt"))) for n in images]
@@ -142,6 +143,13 @@ class ImageSet:
     def indices(self, split: str) -> list[int]:
         """Positions of the records of one of `SPLITS`."""
         return [i for i, s in enumerate(self.splits) if s == split]
+
+    def known(self) -> Concepts:
+        """What a model knows that was trained on the `train` split."""
+        records = [self.records[i] for i in self.indices("train")]
+        styles = list(dict.fromkeys(r.style for r in records if r.style))
+        texts = [text for r in records for text in (r.caption, " ".join(r.tags), r.style)]
+        return listed(styles, [(r.group, r.caption) for r in records], texts)
 
     def pixels(self, size: int) -> Tensor:
         """All images as uint8 [n, 3, size, size], composited on white, Lanczos-resized."""

@@ -138,7 +138,7 @@ def train_mar(
     dropped: float = 0.1,
     latest: int = 950,
 ) -> MAR:
-    """Train on the `train` split; saves `mar/` in diffusers layout in `config.out`; returns the EMA.
+    """Train on the `train` split; saves `mar/` (diffusers layout) and `text_encoder/` in `config.out`; returns the EMA.
 
     Encoder and decoder have `layers` each. Every step hides the same number of tokens in all its rows. The model is
     made to be used up to the head's training step `latest`: what comes after asks a precision that small heads lack.
@@ -166,4 +166,5 @@ def train_mar(
     ema = fit(MARLoss(initialise(mar)), batch_at, config, evaluate)
     if distributed()[0] == 0:
         ema.mar.save_pretrained(config.out / "mar")
+        encoder.knowing(data.known()).save_pretrained(config.out / "text_encoder")
     return ema.mar
