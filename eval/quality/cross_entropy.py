@@ -27,7 +27,7 @@ from visar.families.llamagen.gpt import LlamaGen
 from visar.generation.model import ImageModel
 from visar.params import DISCRETE
 from visar.samplers import default_sampler
-from visar.training.ar import encode_captions, tokenize
+from visar.training.ar import encode_captions, spread, tokenize
 from visar.training.data import SPLITS, ImageSet
 
 
@@ -125,7 +125,7 @@ def real(model: ImageModel, data: ImageSet, most: int) -> dict[str, Sample]:
     out = {}
     pixels = data.pixels(model.family.pixels[0])
     for split in SPLITS:
-        rows = data.indices(split)[:most]
+        rows = spread(data.indices(split), most)
         if len(rows) > 1:
             parts = model.family.components
             features, mask = encode_captions(parts["text_encoder"], [data.records[i] for i in rows], None)

@@ -14,13 +14,13 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
 from visar.errors import VisarError
+from visar.eval.report.prompt_sheet import drawings, prompt_sheet
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
 from visar.params import CONTINUOUS
-from visar.training.ar import bigram_cross_entropy, cross_entropy, tokenize
+from visar.training.ar import bigram_cross_entropy, cross_entropy, spread, tokenize
 from visar.training.autoencoder import psnr as latent_psnr
 from visar.training.data import SPLITS, ImageSet, to_unit
 from visar.training.mar import LatentSamples, MARLoss, mean_loss
@@ -44,8 +44,8 @@ def masked_metrics(model: ImageModel, data: ImageSet, size: int, most: int = 256
         if rows:
             out[split] = {
                 "images": len(rows),
-                "psnr_db": round(latent_psnr(parts["vae"], pixels[rows[:most]]), 2),
-                "loss": round(mean_loss(MARLoss(parts["mar"]), samples, rows[:most]), 4),
+                "psnr_db": round(latent_psnr(parts["vae"], pixels[spread(rows, most)]), 2),
+                "loss": round(mean_loss(MARLoss(parts["mar"]), samples, spread(rows, most)), 4),
             }
     return out
 
@@ -60,7 +60,7 @@ def metrics(model: ImageModel, data: ImageSet, size: int, most: int = 400) -> di
     train = tokens[data.indices("train")]
     out = {}
     for split in SPLITS:
-        rows = data.indices(split)[:most]
+        rows = spread(data.indices(split), most)
         if not rows:
             continue
         out[split] = {
@@ -80,6 +80,8 @@ def recognition(model: ImageModel, data: ImageSet, size: int, count: int = 96, s
     """How often the training image nearest to what a training prompt gives shows the concept that was asked for.
 
     Near is by the pixels in 16x16 cells. `chance` is what a training image taken at random would reach.
+    `distance` is the mean one to the nearest, of a channel in [-1, 1], next to that of real images of concepts that
+    were not in training: a model that copies is far below it.
     """
 
     def cells(unit: torch.Tensor) -> torch.Tensor:
@@ -89,18 +91,24 @@ def recognition(model: ImageModel, data: ImageSet, size: int, count: int = 96, s
     records = [data.records[i] for i in train]
     known = cells(to_unit(data.pixels(size)[train]))
     rows = random.Random(seed).sample(range(len(train)), min(count, len(train)))
-    first = among_five = chance = 0.0
+    first = among_five = chance = distance = 0.0
     for start in range(0, len(rows), 16):
         part = rows[start : start + 16]
         images = model.generate([records[i].prompt() for i in part], seed=seed, output_type="pt").images
         assert isinstance(images, torch.Tensor)
-        near = torch.cdist(cells(images.cpu() * 2 - 1), known).topk(5, largest=False).indices.tolist()
-        for row, nearest in zip(part, near, strict=True):
+        far, near = torch.cdist(cells(images.cpu() * 2 - 1), known).topk(5, largest=False)
+        distance += float(far[:, 0].sum())
+        for row, nearest in zip(part, near.tolist(), strict=True):
             same = [records[i].concept == records[row].concept for i in nearest]
             first, among_five = first + same[0], among_five + any(same)
             chance += sum(r.concept == records[row].concept for r in records) / len(records)
     shares = {"nearest": first, "among_five_nearest": among_five, "chance": chance}
-    return {"prompts": len(rows), **{name: round(n / len(rows), 3) for name, n in shares.items()}}
+    apart = {"distance": distance / len(rows)}
+    if unseen := data.indices("unseen-concept"):
+        real = cells(to_unit(data.pixels(size)[unseen]))
+        apart["distance_of_unseen"] = float(torch.cdist(real, known).amin(1).mean())
+    measured = {name: round(n / len(rows), 3) for name, n in shares.items()}
+    return {"prompts": len(rows), **measured, **{k: round(v / known.shape[1] ** 0.5, 3) for k, v in apart.items()}}
 
 
 def chosen(data: ImageSet, split: str, count: int, seed: int) -> list[str]:
@@ -109,28 +117,12 @@ def chosen(data: ImageSet, split: str, count: int, seed: int) -> list[str]:
     return random.Random(seed).sample(prompts, min(count, len(prompts)))
 
 
-def sheet(model: ImageModel, prompts: list[str], columns: int = 8, scale: int = 2, seed: int = 0) -> Image.Image:
-    """The images of the prompts, one each, with the prompt under each."""
-    images = [
-        im for i in range(0, len(prompts), 16) for im in model.generate(prompts[i : i + 16], seed=seed).images or ()
-    ]
-    side, text = images[0].width * scale, 14
-    canvas = Image.new("RGB", (columns * side, -(-len(images) // columns) * (side + text)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for i, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        x, y = i % columns * side, i // columns * (side + text)
-        canvas.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        pen.text((x + 2, y + side), prompt if len(prompt) <= side // 6 else prompt[: side // 6 - 1] + "…", fill="black")
-    return canvas
-
-
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--data", required=True)
     options.add_argument("--model", default="icons")
     options.add_argument("--styles", default="")
     options.add_argument("--without-groups", default="")
-    options.add_argument("--size", type=int, default=64)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", required=True)
     given = options.parse_args()
@@ -143,7 +135,8 @@ def main() -> int:
         print(f"visar: error: {error}", file=sys.stderr)
         return 2
     model.bar = {"disable": True}
-    report = {**metrics(model, data, given.size), "recognition": recognition(model, data, given.size, seed=given.seed)}
+    size = model.family.pixels[0]
+    report = {**metrics(model, data, size), "recognition": recognition(model, data, size, seed=given.seed)}
     with replacing(folder / "metrics.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=2))
@@ -151,7 +144,8 @@ def main() -> int:
         prompts = chosen(data, split, 32 if split == "train" else 16, given.seed)
         if prompts:
             with replacing(folder / f"{split}.png") as temporary:
-                sheet(model, prompts, seed=given.seed).save(temporary)
+                images = [drawings(model, prompts[i : i + 16], 1, given.seed) for i in range(0, len(prompts), 16)]
+                prompt_sheet(prompts, [one for part in images for one in part], columns=8).save(temporary)
             print(f"{folder / split}.png: {title}")
     return 0
 

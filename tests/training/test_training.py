@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.helpers.tiny import image_folder, text_gpt
 from visar.cli import main
+from visar.engine.component import WEIGHTS
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.randar import RandAR
@@ -303,7 +305,10 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
     rows = [json.loads(line) for line in out.splitlines()]
     assert len(rows) == 2 and all(math.isfinite(r["loss"]) and r["step"] > 0 for r in rows)
     assert "60 images" in err and "30 images" in err
-    assert train("assemble", "--gpt", tmp_path / "ar" / "gpt", *parts, "--out", tmp_path / "pipe") == 0
+    small = "--gpt-dtype", "float8_e4m3fn"
+    assert train("assemble", "--gpt", tmp_path / "ar" / "gpt", *parts, *small, "--out", tmp_path / "pipe") == 0
+    kept = {name: {t.dtype for t in load_file(tmp_path / "pipe" / name / WEIGHTS).values()} for name in ("gpt", "vq")}
+    assert kept == {"gpt": {torch.float8_e4m3fn}, "vq": {torch.float16}}
     assert capsys.readouterr() == (f"{tmp_path / 'pipe'}\n", "")
     assert "/" not in (tmp_path / "pipe" / "vq" / "config.json").read_text()  # no path of this machine
     assert main(["generate", "red cat", "--model", str(tmp_path / "pipe"), "-o", str(tmp_path / "cat.png")]) == 0
@@ -321,6 +326,7 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
         ("tokenizer --data TMP/set --out TMP/out --device cuda:99", "Device 'cuda:99' is not there"),
         ("ar --data TMP/set --out TMP/out --tokenizer TMP/set --words TMP/set", "it has no config.json"),
         ("ar --data TMP/set --out TMP/out --tokenizer x --words x --dim 30", "--dim must be a multiple of --heads"),
+        ("assemble --mar x --autoencoder x --words x --gpt-dtype float16 --out TMP/out", "--gpt-dtype with --gpt"),
         ("assemble --gpt TMP/set --tokenizer x --words x --out TMP/out", "set is not a saved component"),
     ],
 )

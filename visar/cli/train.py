@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import random
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ def two_way(options: argparse.Namespace) -> int:
 
 
 def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
-    """The captions or class ids to sample, `classes` being 0 for text: lines of a file, or prompts of an image set."""
+    """The captions or class ids to sample, `classes` being 0 for text: lines of a file, or prompts of a set."""
     images = (
         not classes
         and options.captions
@@ -162,7 +163,9 @@ def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
         from visar.training.data import ImageSet
 
         data = ImageSet(path, tuple(options.styles), tuple(options.without_groups))
-        return list(dict.fromkeys(data.records[i].prompt() for i in data.indices("train")))
+        prompts = list(dict.fromkeys(data.records[i].prompt() for i in data.indices("train")))
+        random.Random(0).shuffle(prompts)  # a set has one style after the other, and --num-images may end within it
+        return prompts
     if path.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv"):
         raise VisarError(f"--captions takes a text file with one in each line, or an image set, not {path}.")
     found: list[Any] = [line.strip() for line in lines_of(read_text(path)) if line.strip()]
@@ -309,8 +312,8 @@ def assemble(options: argparse.Namespace) -> int:
     given = (options.gpt, options.tokenizer), (options.mar, options.autoencoder)
     if not (all(given[0]) and not any(given[1])) and not (all(given[1]) and not any(given[0])):
         raise VisarError("Give --gpt and --tokenizer, or --mar and --autoencoder.")
-    if (options.gpt and options.draft) or (options.mar and options.top_k):
-        raise VisarError("--draft goes with --mar, and --top-k with --gpt.")
+    if (options.gpt and options.draft) or (options.mar and (options.top_k or options.gpt_dtype)):
+        raise VisarError("--draft goes with --mar, and --top-k and --gpt-dtype with --gpt.")
     writable_folder(options.out)  # before the work
     dtype = getattr(torch, options.dtype)
     shared = {"text_encoder": options.words} if is_embedded(options.words) else {}
@@ -324,11 +327,14 @@ def assemble(options: argparse.Namespace) -> int:
     else:
         parts["mar"] = _component("families.mar.transformer.MAR", options.mar)
         parts["vae"] = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder)
-    parts["text_encoder"] = _component("text_encoders.words.WordEncoder", home)
+    encoder = _component("text_encoders.words.WordEncoder", home)
+    parts["text_encoder"] = encoder.knowing(None) if shared else encoder  # the embedded model knows other things
     model = ImageModel(family_of_components(parts).of(parts, settings))
     if options.draft:
         model.load_drafter(options.draft)
     dtypes = dict.fromkeys(model.family.components, dtype)
+    if options.gpt_dtype:
+        dtypes["gpt"] = getattr(torch, options.gpt_dtype)
     if options.draft:
         dtypes["draft"] = getattr(torch, options.draft_dtype)
     save(model, options.out, dtypes=dtypes, parts_of=shared)

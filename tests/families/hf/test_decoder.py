@@ -108,7 +108,7 @@ def test_a_pass_that_goes_by_the_cache_is_refused() -> None:
     world = causal("Qwen3", head_dim=12)
     world.model.model = OwnCache(world.model.model).eval()
     decoder = VocabularyDecoder(world.model, CODES)
-    decoder.backbone = world.model.model
+    decoder.backbone, decoder.cache_name = world.model.model, "cache"  # which transformers names by version
     with pytest.raises(VisarError, match="elsewhere than in the cache that it was given"):
         logits(World(world.model, decoder))
 

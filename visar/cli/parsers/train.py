@@ -229,6 +229,7 @@ def assemble(p: CommandParser) -> None:
     output = p.add_argument_group("Output")
     output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the model")
     output.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the saved model")
+    output.add_argument("--gpt-dtype", choices=(*DTYPES, SMALL), help="dtype of the --gpt, if not --dtype")
     output.add_argument("--draft-dtype", choices=(*DTYPES, SMALL), default="float16", help="dtype of the --draft")
 
 
