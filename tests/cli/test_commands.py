@@ -57,8 +57,8 @@ def test_models(capsys: Capture) -> None:
     )
     assert run("models", "icons") == 0
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["name", "icons"] and ["pixels", "64"] in lines and ["weights", "embedded"] in lines
-    assert ["settings", "guidance_scale 1.5, top_k 10"] in lines and ["components", "gpt, text_encoder, vq"] in lines
+    assert lines[0] == ["name", "icons"] and ["pixels", "128"] in lines and ["weights", "embedded"] in lines
+    assert ["settings", "guidance_scale 3.0, top_k 10"] in lines and ["components", "gpt, text_encoder, vq"] in lines
     assert ["drafters", "eagle, exit, hydra, medusa, model, skip"] in lines
     assert run("models", "mar-b") == 0 and "kl16.ckpt" in capsys.readouterr().out
     assert run("models", "icon") == 2 and "Did you mean 'icons'?" in capsys.readouterr().err

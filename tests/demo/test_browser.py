@@ -142,13 +142,13 @@ def test_enter_makes_an_image_that_can_be_kept_and_made_again(
     browser: Any, address: str, visitor: Visitor, pipe: TextToImagePipeline, tmp_path: Path
 ) -> None:
     page = visitor.page
-    page.click('[data-prompt="a cat face, noto"]')
+    page.click('[data-prompt="a cat, 3d"]')
     page.locator("#prompt input, #prompt textarea").first.press("Enter")
     visitor.wait("tokens|Done")
     visitor.wait("Done: ")
     page.wait_for_selector("#result [data-seed]")
     seed = int(page.inner_text("[data-seed]"))
-    images = expected(pipe, "a cat face, noto", sampler="scd", seed=seed)
+    images = expected(pipe, "a cat, 3d", sampler="scd", seed=seed)
     assert [p.tobytes() for p in visitor.images()] == images
     with page.expect_download() as download:
         page.click('#result a:has-text("Download")')
@@ -156,7 +156,7 @@ def test_enter_makes_an_image_that_can_be_kept_and_made_again(
     download.value.save_as(file)
     assert file.name == f"a-cat-face-noto-seed{seed}-scd.png"
     recipe = Recipe.read(file)
-    assert recipe.settings == {"seed": seed} and recipe.prompt == "a cat face, noto"
+    assert recipe.settings == {"seed": seed} and recipe.prompt == "a cat, 3d"
     assert visitor.copied("command") == recipe.command() and f"seed={seed}" in visitor.copied("Python")
     link = visitor.copied("link")
     page.click("#generate")  # another one
@@ -168,7 +168,7 @@ def test_enter_makes_an_image_that_can_be_kept_and_made_again(
     page.keyboard.press("Escape")
     page.wait_for_selector("dialog", state="detached")
     other = Visitor(browser, address, query=link.removeprefix(address))
-    assert other.page.locator("#prompt input, #prompt textarea").first.input_value() == "a cat face, noto"
+    assert other.page.locator("#prompt input, #prompt textarea").first.input_value() == "a cat, 3d"
     other.generate()
     assert [p.tobytes() for p in other.images()] == images
     other.close()
@@ -207,8 +207,8 @@ def test_images_come_while_they_are_decoded_and_stop_when_asked(visitor: Visitor
     visitor.wait(r"tokens, [1-9]\d passes, about [\d.]+ s left")
     visitor.page.wait_for_function("document.querySelectorAll('#images img').length == 4")
     for image in visitor.images():
-        last = image.crop((0, 60, 64, 64)).getcolors()
-        assert image.size == (64, 64) and last and all(abs(c - 128) < 4 for _, colour in last for c in colour)  # type: ignore[union-attr]
+        last = image.crop((0, 120, 128, 128)).getcolors()
+        assert image.size == (128, 128) and last and all(abs(c - 128) < 4 for _, colour in last for c in colour)  # type: ignore[union-attr]
     visitor.page.click("#stop")
     visitor.wait("Stopped after 4")
     hold.unlink()
@@ -324,7 +324,7 @@ def test_film(browser: Any, address: str) -> None:
     film, page = Film(visitor, (480, 600)), visitor.page
     box = page.locator("#prompt input, #prompt textarea").first
     box.fill("")
-    for part in ("a ", "straw", "berry", ", 3d"):
+    for part in ("a ", "red ", "heart", ", 3d"):
         film.shoot()
         box.press_sequentially(part)
     film.shoot(700)

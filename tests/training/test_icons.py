@@ -39,12 +39,12 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         [str(tmp_path / "heart.png")],
     )
     image = Image.open(tmp_path / "heart.png")
-    assert (image.size, image.mode, image.format) == ((64, 64), "RGB", "PNG") and err == ""
+    assert (image.size, image.mode, image.format) == ((128, 128), "RGB", "PNG") and err == ""
     assert len(image.getcolors(4096) or range(4096)) > 16  # not a blank square
 
 
 def test_speculation_saves_passes_at_batch_one(pipe: TextToImagePipeline) -> None:
-    assert (pipe.config.guidance_scale, pipe.config.top_k) == (1.5, 10)
+    assert (pipe.config.guidance_scale, pipe.config.top_k) == (3.0, 10)
     sequential = pipe(PROMPTS[0], sampler="ar", output_type="tokens").stats.nfe
     assert sequential == 257  # 256 tokens and the caption; the same for every prompt
     passes = [pipe(p, sampler="scd", output_type="tokens").stats.nfe for p in PROMPTS[:4]]

@@ -24,11 +24,8 @@ IN_WORDS = {
     "exact": "Exact: the images have the distribution of plain decoding.",
     "relaxed": "Relaxed: the images have another distribution than those of plain decoding.",
 }
-# Those of the model `icons` that come out at every seed that was tried; `examples.webp` has them side by side.
-EXAMPLES = (
-    "a red heart, 3d", "a smiling face, 3d", "a cat face, noto", "a red apple, 3d", "a strawberry, 3d",
-    "a green apple, flat",
-)  # fmt: skip
+# Those of the model `icons` that come out at every seed that was tried; `examples.webp` has seed 0 of each.
+EXAMPLES = ("a red heart, 3d", "a cat, 3d", "a smiling face, 3d", "a globe, 3d", "a car, 3d", "a red apple, 3d")
 
 
 def status(text: str, kind: str = "info", done: float = 0, of: int = 0) -> str:
