@@ -154,7 +154,7 @@ def test_enter_makes_an_image_that_can_be_kept_and_made_again(
         page.click('#result a:has-text("Download")')
     file = tmp_path / download.value.suggested_filename
     download.value.save_as(file)
-    assert file.name == f"a-cat-face-noto-seed{seed}-scd.png"
+    assert file.name == f"a-cat-3d-seed{seed}-scd.png"
     recipe = Recipe.read(file)
     assert recipe.settings == {"seed": seed} and recipe.prompt == "a cat, 3d"
     assert visitor.copied("command") == recipe.command() and f"seed={seed}" in visitor.copied("Python")
