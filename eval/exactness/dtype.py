@@ -6,7 +6,8 @@ table shows, for each of several pairs of passes:
 
 - the total variation (TV) of a position, mean and largest, and the share of positions with another top-k support;
 - the images of the first kind of pass that have probability 0 by the second;
-- the TV of whole images with a standard error, as the mean of (1 - P2(x) / P1(x))+ over images x of the first.
+- the TV of whole images with a standard error, as the mean of (1 - P2(x) / P1(x))+ over images x of the first, without
+  those that have probability 0 when they are fed again.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def difference(one: Pass, other: Pass, logits: Sequence[Tensor], tokens: Tensor,
     p, q = (target.probs(x, at) for x in logits)
     tv = (p - q).abs().sum(-1) / 2
     own = [x.double().gather(-1, tokens[..., None]).squeeze(-1).log().sum(1) for x in (p, q)]
-    fed = own[0] > -torch.inf  # fed again, a near tie of the top-k may fall otherwise than when it was sampled
+    fed = own[0] > -torch.inf  # fed again, bfloat16 may round otherwise than when it was sampled: the ratio is 0 / 0
     lost = (1 - (own[1] - own[0])[fed].exp()).clamp_min(0)
     return Difference(
         one, other, target.top_k, len(tokens), torch.equal(*logits), float(tv.mean()), float(tv.max()),
