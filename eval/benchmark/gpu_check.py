@@ -2,7 +2,8 @@
 short table.
 
 Runs without network and without weights of its own beyond the embedded models, and ends in less than 8 minutes: what is
-not done by then is left out, and said to be. Timings of published sizes use random weights of the true shapes and are
+not done by then is left out, and said to be. A fault of CUDA spoils all that its process does later; `--sections` gives
+a doubtful section a process of its own. Timings of published sizes use random weights of the true shapes and are
 labelled so: they give the time of a pass and no acceptance rate. `--dry-run` does all of it on the CPU, with tiny
 shapes and under Triton's interpreter, and says nothing about speed.
 """
@@ -14,10 +15,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # Before anything imports Triton: a dry run is under its interpreter.
 if "--dry-run" in sys.argv:
@@ -48,7 +49,7 @@ from visar.samplers import get_sampler, samplers_for, spec_of
 from visar.tables import table
 
 MEASURED = ("ar", "sjd", "scd", "speculative", "eagle", "lantern++", "zipar")
-SECONDS = 430  # what has not begun by then is left out
+SECONDS = 430.0  # what has not begun by then is left out
 # Published shapes and batches, the most valuable first; the others come after all other sections.
 FIRST_SHAPES = (("XL-384", 1), ("GLM-Image-1024", 1), ("Janus-Pro-7B", 1), ("Emu3-720", 1))
 OTHER_SHAPES = (
@@ -102,6 +103,19 @@ class Check:
     good: bool | None = None
 
 
+T = TypeVar("T")
+
+
+def each(name: str, items: Iterable[T], check: Callable[[T], Check]) -> Iterator[Check]:
+    """A check of each item; one that breaks is a failed line, and must not hide the others."""
+    for item in items:
+        try:
+            yield check(item)
+        except Exception as error:
+            torch.cuda.empty_cache()
+            yield Check(f"{name} {getattr(item, 'name', item)}", f"{type(error).__name__}: {error}"[:200], False)
+
+
 def same_noise(run: Run) -> Iterator[Check]:
     """The noise of the CPU, of torch on the GPU and of the Triton kernel, bit for bit."""
     count = 300 if run.dry else 100_000
@@ -126,12 +140,15 @@ def kernels(run: Run) -> Iterator[Check]:
     sizes = kernel_checks.TINY if run.dry else kernel_checks.XL
     for dtype in (torch.float32,) if run.dry else (torch.float32, torch.bfloat16):
         kind = "fp32" if dtype == torch.float32 else "bf16"
-        for case in kernel_checks.cases(sizes, run.device, dtype):
+
+        def check(case: kernel_checks.Case, kind: str = kind) -> Check:
             o = kernel_checks.run(case, sizes, run.device, 1 if run.dry else 20)
             run.kernels.append(o)
             result = f"off by {o.difference:.1e}, {o.microseconds:.1f} us, torch {o.torch_microseconds:.1f} us"
             share = f", {o.gb_per_second:.0f} GB/s, {o.gb_per_second / run.bandwidth:.0%} of a copy"
-            yield Check(f"{case.name}, {kind}", result + share, o.same)
+            return Check(f"{case.name}, {kind}", result + share, o.same)
+
+        yield from each(kind, kernel_checks.cases(sizes, run.device, dtype), check)
 
 
 def same_bits(run: Run) -> Iterator[Check]:
@@ -169,36 +186,43 @@ def other_shapes(run: Run) -> Iterator[Check]:
 
 def shape_rows(run: Run, chosen: Sequence[tuple[Shape, int]]) -> Iterator[Check]:
     options: dict[str, Any] = {} if not run.dry else dict(windows=(1, 4), repeats=1, passes=2)
-    for shape, batch in chosen:
+
+    def check(item: tuple[Shape, int]) -> Check:
+        shape, batch = item
         name = f"{shape.name}, random weights, batch {batch}"
         try:
             report = shapes.measure([shape], batches=(batch,), dtypes=(torch.bfloat16,), device=run.device, **options)
         except VisarError as error:  # too little memory
-            yield Check(name, str(error))
-            continue
+            return Check(name, str(error))
         row, run.bandwidth = report.rows[0], report.bandwidth
         run.shapes.append(row)
         ms = " / ".join(f"{t:.2f}" for t in row.ms_per_pass.values())
         windows = ", ".join(str(w) for w in row.ms_per_pass)
         result = f"{ms} ms/pass at W = {windows}, {row.of_bandwidth[1]:.0%} of bandwidth"
-        times = f"AR {row.seconds_per_image:.2f} s/image, stock loop {row.stock_ratio:.1f} x AR"
-        yield Check(name, f"{result}, {times}")
+        stock = row.note if row.stock_ratio is None else f"stock loop {row.stock_ratio:.1f} x AR"
+        return Check(name, f"{result}, AR {row.seconds_per_image:.2f} s/image, {stock}")
+
+    yield from each("shape", chosen, check)
 
 
 def profiles(run: Run) -> Iterator[Check]:
     """Where a pass of the embedded model goes, and whether the host waits within the loop."""
     pipe = run.model("icons", torch.float32 if run.dry else torch.bfloat16)
-    for mode in ("",) if run.dry else (", graph", ", no graph"):
-        for name in ("ar", "scd"):
-            sampler = get_sampler(name, window=4 if run.dry and name == "scd" else None)
-            count = dict(passes=2, warm=1) if run.dry else {}
-            p = profile_model(pipe, sampler, graph=Graph() if mode == ", graph" else None, **count)
-            run.profiles[name + mode] = p
-            shares = ", ".join(f"{group} {share:.0%}" for group, share in p.shares.items())
-            # The host checks whether all rows are done at every fourth pass at most; more than that is a fault.
-            few = None if run.device.type == "cpu" else p.waits <= 0.26
-            result = f"{p.ms_per_pass:.2f} ms/pass, {p.launches:.0f} launches, {p.waits:.2f} waits; {shares}"
-            yield Check(f"profile of icons, {name}{mode}", result, few)
+
+    def check(item: tuple[str, str]) -> Check:
+        name, mode = item
+        sampler = get_sampler(name, window=4 if run.dry and name == "scd" else None)
+        count = dict(passes=2, warm=1) if run.dry else {}
+        p = profile_model(pipe, sampler, graph=Graph() if mode == ", graph" else None, **count)
+        run.profiles[name + mode] = p
+        shares = ", ".join(f"{group} {share:.0%}" for group, share in p.shares.items())
+        # The host checks whether all rows are done at every fourth pass at most; more than that is a fault.
+        few = None if run.device.type == "cpu" else p.waits <= 0.26
+        result = f"{p.ms_per_pass:.2f} ms/pass, {p.launches:.0f} launches, {p.waits:.2f} waits; {shares}"
+        return Check(f"profile of icons, {name}{mode}", result, few)
+
+    modes = ("",) if run.dry else (", graph", ", no graph")
+    yield from each("profile of icons", [(name, mode) for mode in modes for name in ("ar", "scd")], check)
 
 
 def same_images(run: Run) -> Iterator[Check]:
@@ -206,11 +230,14 @@ def same_images(run: Run) -> Iterator[Check]:
     torch.backends.cuda.matmul.allow_tf32 = False
     pipes = [run.model("icons", device=d) for d in (torch.device("cpu"), run.device)]
     prompts = run.images(8)
-    for name in ("ar", "scd", "eagle") if run.dry else samplers_for("discrete"):
+
+    def check(name: str) -> Check:
         tokens = [pipe(prompts, sampler=name, output_type="tokens").tokens.cpu() for pipe in pipes]
         same = (tokens[0] == tokens[1]).all(1).sum().item()
         result = f"{same} of {len(prompts)}"
-        yield Check(f"icons fp32, {name}: images equal to the CPU's", result, same >= len(prompts) - 1)
+        return Check(f"icons fp32, {name}: images equal to the CPU's", result, same >= len(prompts) - 1)
+
+    yield from each("icons fp32", ("ar", "scd", "eagle") if run.dry else samplers_for("discrete"), check)
 
 
 def continuous(run: Run, name: str) -> Any:
@@ -223,12 +250,15 @@ def same_continuous_images(run: Run) -> Iterator[Check]:
     """As `same_images`, for continuous tokens, which rounding moves a little and a flipped test by more."""
     pipes = [run.model("icons-mar", device=d) for d in (torch.device("cpu"), run.device)]
     prompts = run.images(8)
-    for name in ("mar", "mar-headspec") if run.dry else samplers_for("continuous"):
+
+    def check(name: str) -> Check:
         sampler = continuous(run, name)
         tokens = [pipe(prompts, sampler=sampler, output_type="tokens").tokens.cpu() for pipe in pipes]
         same = int(((tokens[0] - tokens[1]).abs().amax((1, 2)) < 0.05).sum())
         result = f"{same} of {len(prompts)}"
-        yield Check(f"icons-mar fp32, {name}: images within 0.05 of the CPU's", result, same >= len(prompts) - 2)
+        return Check(f"icons-mar fp32, {name}: images within 0.05 of the CPU's", result, same >= len(prompts) - 2)
+
+    yield from each("icons-mar fp32", ("mar", "mar-headspec") if run.dry else samplers_for("continuous"), check)
 
 
 def icons_speed(run: Run) -> Iterator[Check]:
@@ -264,16 +294,17 @@ SECTIONS: dict[str, Callable[[Run], Iterator[Check]]] = {
 }  # fmt: skip
 
 
-def carry_out(run: Run, seconds: float = SECONDS) -> dict[str, list[Check]]:
-    """The checks of each section; one that breaks is a failed line, and must not hide the others."""
+def carry_out(run: Run, seconds: float = SECONDS, sections: Sequence[str] = ()) -> dict[str, list[Check]]:
+    """The checks of the sections, by default all; one that breaks is a failed line, and must not hide the others."""
     rows: dict[str, list[Check]] = {}
     start = time.perf_counter()
-    for name, section in SECTIONS.items():
+    for name in sections or SECTIONS:
         rows[name] = []
         try:
             late = time.perf_counter() - start > seconds
-            for check in () if late else section(run):
+            for check in () if late else SECTIONS[name](run):
                 rows[name].append(check)
+                print(f"{time.perf_counter() - start:4.0f} s, {check.name}: {check.result}", file=sys.stderr, flush=True)
                 if late := time.perf_counter() - start > seconds:
                     break
         except Exception as error:
@@ -314,7 +345,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--json", metavar="PATH")
     options.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny shapes: tests this script")
+    options.add_argument("--seconds", type=float, default=SECONDS, help="leave out what has not begun by then")
+    options.add_argument("--sections", metavar="NAMES", default="", help=f"some of: {', '.join(SECTIONS)}")
     given = options.parse_args(arguments)
+    sections = [name.strip() for name in given.sections.split(",") if name.strip()]
+    if wrong := next((name for name in sections if name not in SECTIONS), None):
+        print(f"visar: error: there is no section {wrong!r}; there are {', '.join(SECTIONS)}.", file=sys.stderr)
+        return 2
     if given.json:
         writable_folder(Path(given.json).parent)
     if not given.dry_run and not torch.cuda.is_available():
@@ -322,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     run = Run(torch.device("cpu" if given.dry_run else "cuda"), given.dry_run)
     start = time.perf_counter()
-    rows = carry_out(run)
+    rows = carry_out(run, given.seconds, sections)
     print(report_text(run, rows))
     print(f"{time.perf_counter() - start:.0f} s.")
     if given.json:
