@@ -169,9 +169,10 @@ class TokenBatches:
         shares = _shares(data, weights or {})
         self.data, self.config, self.encoder, self.light = data, config, encoder, light
         self.dropped, self.variants, self.any_order = dropped, variants, any_order
-        file = config.out / f"variants-{distributed()[0]}.safetensors" if variants else None
+        rank, _, device = distributed(config.device)
+        file = config.out / f"variants-{rank}.safetensors" if variants else None
         config.out.mkdir(parents=True, exist_ok=True)
-        self.tokens = VariantTokens(vq, data, size, max(variants, 1), file, config.seed)
+        self.tokens = VariantTokens(vq.to(device), data, size, max(variants, 1), file, config.seed)
         split = {name: data.indices(name) for name in SPLITS}
         self.train = split["train"]
         self.reach = list(accumulate(shares[i] for i in self.train))

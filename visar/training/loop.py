@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,6 +110,25 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
         a.copy_(b)
 
 
+class Ahead:
+    """What is made of the numbers from `first` on, each in a thread while the one before is in use."""
+
+    def __init__(self, made: Callable[[int], list[Tensor]], first: int):
+        self.made, self.count = made, first
+        self.pool = ThreadPoolExecutor(1)
+        self.coming = self.pool.submit(made, first)
+
+    def next(self) -> list[Tensor]:
+        found = self.coming.result()
+        self.count += 1
+        self.coming = self.pool.submit(self.made, self.count)
+        return found
+
+    def end(self) -> None:
+        self.coming.cancel()
+        self.pool.shutdown()
+
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -154,9 +174,11 @@ def fit(
 
     def elapsed() -> float:
         """Minutes trained; rank 0's clock for all, or ranks would differ in schedule and stop apart."""
-        now = torch.tensor(spent + (time.monotonic() - started) / 60, dtype=torch.float32, device=device)
-        if world > 1:
-            dist.broadcast(now, 0)
+        minutes = spent + (time.monotonic() - started) / 60
+        if world == 1:
+            return minutes
+        now = torch.tensor(minutes, device=device)
+        dist.broadcast(now, 0)
         return now.item()
 
     def save(minutes: float) -> None:
@@ -187,12 +209,17 @@ def fit(
             log.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
+    def made(step: int) -> list[Tensor]:
+        return [t.to(device) for t in batch_at(step, rank)]
+
+    # While a GPU learns from a batch, the host makes the next one; on a CPU both would want the same cores.
+    ahead = Ahead(made, step) if device.type == "cuda" else None
     while step < config.steps and (minutes := elapsed()) < config.minutes:
         progress = min(1.0, max(minutes / config.minutes, step / config.steps))
         lr = config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = lr * min(1.0, (step + 1) / config.warmup) * group.get("rate", 1.0)
-        batch = [t.to(device) for t in batch_at(step, rank)]
+        batch = made(step) if ahead is None else ahead.next()
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = run(*batch)
         model.zero_grad(set_to_none=True)
@@ -210,5 +237,7 @@ def fit(
             save(minutes)
             saved_at, since = time.monotonic(), 0
             total.zero_()
+    if ahead is not None:
+        ahead.end()
     save(elapsed())
     return ema

@@ -136,7 +136,7 @@ def train_tokenizer(
         g = torch.Generator().manual_seed(step_seed(config.seed, step, rank))
         part = train[torch.randint(len(train), (config.batch,), generator=g)]
         if varied:
-            return (vary(part, g),)
+            return (vary(part, torch.rand(len(part), 7, generator=g)),)
         if torch.rand((), generator=g) < 0.5:
             part = part.flip(-1)
         return (part,)

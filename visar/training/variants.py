@@ -26,6 +26,7 @@ from visar.training.loop import step_seed
 ZOOM = (0.85, 1.1)
 SHIFT = 5 / 128  # of the side
 INK = 0.08  # how much stronger or weaker each colour's ink may get
+BATCH = 128  # images that are tokenised at once
 PAPER = 250  # at least so bright in all colours is background
 
 # Words of things that a mirror makes wrong: writing, dials, directions, hands named by their side.
@@ -45,43 +46,53 @@ def mirrors(record: Record) -> bool:
     return ONE_WAY.isdisjoint(words_of(record.caption))
 
 
-def vary(pixels: Tensor, g: torch.Generator, mirrored: Tensor | None = None) -> Tensor:
+def vary(pixels: Tensor, chance: Tensor, mirrored: Tensor | None = None) -> Tensor:
     """A variant of each of the uint8 images [n, 3, H, W] on white; `mirrored` [n] says which may be flipped (all).
 
-    Zoom is uniform in `ZOOM` and the shift in +-`SHIFT` of the side, both less where an object would be cut; half of
-    those that may be are flipped; the ink of each colour is scaled by 1 +- `INK`.
+    `chance` [n, 7] are uniform numbers. The zoom is uniform in `ZOOM` and the shift in +-`SHIFT` of the side, both less
+    where an object would be cut; half of those that may be are flipped; each colour's ink is scaled by 1 +- `INK`.
     """
-    n, _, height, width = pixels.shape
-    chance = torch.rand(n, 7, generator=g)
-    out = torch.full_like(pixels, 255)
-    for i, x in enumerate(pixels):
-        zoom, right, down, flip, *inks = chance[i].tolist()
-        ink = x.amin(0) < PAPER
-        rows, columns = (ink.any(d).nonzero().flatten() for d in (1, 0))
-        if not len(rows):
-            continue
-        top, bottom, left, end = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-        part = x[:, top:bottom, left:end]
-        scale = ZOOM[0] + (ZOOM[1] - ZOOM[0]) * zoom
-        scale = min(scale, height / (bottom - top), width / (end - left))
-        h, w = max(1, int((bottom - top) * scale)), max(1, int((end - left) * scale))
-        small = F.interpolate(part[None].float(), size=(h, w), mode="bicubic", antialias=True)[0].clamp(0, 255)
-        if flip < 0.5 and (mirrored is None or bool(mirrored[i])):
-            small = small.flip(-1)
-            left = width - end
-        gains = 1 + INK * (2 * torch.tensor(inks) - 1)
-        small = 255 - (255 - small) * gains[:, None, None]
-        y = _placed(top, bottom, h, height, down)
-        z = _placed(left, left + part.shape[2], w, width, right)
-        out[i, :, y : y + h, z : z + w] = small.clamp(0, 255).round().to(torch.uint8)
-    return out
+    height, width = pixels.shape[2:]
+    zoom, right, down, turn, *inks = chance.to(pixels.device).unbind(1)
+    inked = pixels.amin(1) < PAPER
+    (top, bottom), (left, end) = _extent(inked.any(2)), _extent(inked.any(1))
+    tall, wide = bottom - top, end - left
+    scale = (ZOOM[0] + (ZOOM[1] - ZOOM[0]) * zoom).minimum(height / tall).minimum(width / wide)
+    h, w = ((side * scale + 1e-4).floor().clamp(min=1) for side in (tall, wide))
+    flip = turn < 0.5
+    if mirrored is not None:
+        flip &= mirrored.to(pixels.device)
+    y = _placed(top, bottom, h, height, down)
+    x = _placed(torch.where(flip, width - end, left), torch.where(flip, width - left, end), w, width, right)
+    below, behind = _centres(height, y, tall / h), _centres(width, x, wide / w)  # of the object's first row and column
+    columns = torch.where(flip[:, None], end[:, None] - behind, left[:, None] + behind)
+    rows = top[:, None] + below
+    at = torch.stack(torch.broadcast_tensors(columns[:, None] * 2 / width - 1, rows[:, :, None] * 2 / height - 1), -1)
+    inside = (_within(below, tall)[:, :, None] & _within(behind, wide)[:, None])[:, None]
+    gains = 1 + INK * (2 * torch.stack(inks, 1) - 1)
+    ink = F.grid_sample(255 - pixels.float(), at, mode="bicubic", align_corners=False).clamp(0, 255)
+    return (255 - ink * inside * gains[:, :, None, None]).clamp(0, 255).round().to(torch.uint8)
 
 
-def _placed(start: int, end: int, length: int, side: int, chance: float) -> int:
+def _extent(marked: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index that is marked of each row [n, length], and the last plus 1; all of a row where none is."""
+    return marked.int().argmax(1), marked.shape[1] - marked.flip(1).int().argmax(1)
+
+
+def _placed(start: Tensor, end: Tensor, length: Tensor, side: int, chance: Tensor) -> Tensor:
     """Where a part of [start, end) that is `length` long now begins: zoomed about the middle of the side, shifted."""
     middle = side / 2 + ((start + end) / 2 - side / 2) * length / (end - start)
-    at = round(middle - length / 2 + side * SHIFT * (2 * chance - 1))
-    return min(max(at, 0), side - length)
+    at = (middle - length / 2 + side * SHIFT * (2 * chance - 1)).round()
+    return at.clamp(min=0).minimum(side - length)
+
+
+def _within(x: Tensor, length: Tensor) -> Tensor:
+    return (x > 0) & (x < length[:, None])
+
+
+def _centres(side: int, start: Tensor, step: Tensor) -> Tensor:
+    """How far behind the pixel `start` [n] the centre of each pixel of a side is, in `step` [n] per pixel."""
+    return (torch.arange(side, device=start.device) + 0.5 - start[:, None]) * step[:, None]
 
 
 class VariantTokens:
@@ -95,10 +106,10 @@ class VariantTokens:
     def __init__(self, vq: VQModel, data: ImageSet, size: int, count: int, file: Path | None = None, seed: int = 0):
         self.vq, self.seed, self.file = vq, seed, file
         self.pixels = data.pixels(size)
-        self.mirrored = [mirrors(r) for r in data.records]
+        self.mirrored = torch.tensor([mirrors(r) for r in data.records])
         kept = torch.int16 if vq.sizes.codebook_size <= 2**15 else torch.int32
         self.tokens = torch.full((len(self.pixels), count, (size // vq.sizes.downsample) ** 2), -1, dtype=kept)
-        named = [vq.sizes, size, count, seed, ZOOM, SHIFT, INK, [r.file for r in data.records]]
+        named = [vq.sizes, size, count, seed, ZOOM, SHIFT, INK, "bicubic", [r.file for r in data.records]]
         mark = hashlib.sha256(repr(named).encode())
         for tensor in (*vq.encoder.parameters(), *vq.quant_conv.parameters(), vq.quantize.embedding.weight):
             mark.update(tensor.detach().float().cpu().numpy().tobytes())
@@ -107,23 +118,22 @@ class VariantTokens:
             self.tokens = self._saved(file)
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[int], variants: Sequence[int], batch: int = 32) -> Tensor:
+    def __call__(self, rows: Sequence[int], variants: Sequence[int]) -> Tensor:
         """Ids [n, h*w], long, of the given variant of each of the given images."""
-        wanted = dict.fromkeys(zip(rows, variants, strict=True))
-        missing = [(i, k) for i, k in wanted if self.tokens[i, k, 0] < 0]
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
-            x = torch.cat([self._image(i, k) for i, k in part])
-            ids = self.vq.encode(to_unit(x.to(self.vq.device))).cpu().to(self.tokens.dtype)
-            for (i, k), row in zip(part, ids, strict=True):
-                self.tokens[i, k] = row
-        return self.tokens[list(rows), list(variants)].long()
+        row, k = torch.tensor(rows), torch.tensor(variants)
+        missing = torch.stack([row, k], 1)[self.tokens[row, k, 0] < 0].unique(dim=0)
+        for start in range(0, len(missing), BATCH):
+            i, j = missing[start : start + BATCH].unbind(1)
+            self.tokens[i, j] = self.vq.encode(to_unit(self._images(i, j))).cpu().to(self.tokens.dtype)
+        return self.tokens[row, k].long()
 
-    def _image(self, row: int, k: int) -> Tensor:
-        x = self.pixels[row : row + 1]
-        if k == 0:
-            return x
-        return vary(x, torch.Generator().manual_seed(step_seed(self.seed, k, row)), torch.tensor([self.mirrored[row]]))
+    def _images(self, rows: Tensor, variants: Tensor) -> Tensor:
+        """Pixels on the tokenizer's device; each variant has a generator of its own."""
+        seeds = (step_seed(self.seed, k, i) for i, k in zip(rows.tolist(), variants.tolist(), strict=True))
+        chance = torch.stack([torch.rand(7, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        x = self.pixels[rows].to(self.vq.device)
+        plain = (variants == 0).to(x.device)[:, None, None, None]
+        return torch.where(plain, x, vary(x, chance, self.mirrored[rows]))
 
     def save(self) -> None:
         """Keep what is computed in the file, if there is one."""
