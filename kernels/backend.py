@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 try:
@@ -41,7 +42,9 @@ def backend(name: Backend) -> Iterator[None]:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether a kernel over tensors on the device of `x` runs as Triton."""
+    """Whether a kernel over tensors like `x`, on its device, runs as Triton; gradients pass through plain torch alone."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return False
     if _chosen != "auto":
         return _chosen == "triton"
     if not x.is_cuda:

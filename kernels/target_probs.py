@@ -60,11 +60,9 @@ def target_probs(
     """The target distribution [B, W, V], fp32, of guided logits [B, W, V]; see `visar.samplers.distribution.Target`.
 
     `forced` [B, W] are tokens that are certain, -1 where there is none. Each setting is a number, or [B], fp32 or for
-    `top_k` int64, for rows with settings of their own. Gradients pass through the plain form alone.
+    `top_k` int64, for rows with settings of their own.
     """
-    learning = torch.is_grad_enabled() and logits.requires_grad
-    fits = not learning and logits.shape[-1] < MOST
-    form = target_probs_triton if fits and use_triton(logits) else target_probs_torch
+    form = target_probs_triton if logits.shape[-1] < MOST and use_triton(logits) else target_probs_torch
     return form(logits, temperature, top_k, top_p, forced)
 
 

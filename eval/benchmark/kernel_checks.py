@@ -126,7 +126,7 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     yield Case("top-k + softmax", lambda i: target_probs(cond, 1.0, s.top_k), count * (size + 4), 1e-4)
     yield Case("top-p + softmax", lambda i: target_probs(cond, 0.9, 0, 0.9), count * (size + 4), 1e-4)
 
-    weight, scale = normal(3 * wide, wide, as_=dtype), normal(wide, as_=dtype)
+    weight, scale = normal(3 * wide, wide, as_=dtype) * wide**-0.5, normal(wide, as_=dtype)
     rows = normal(s.rows * s.window, wide, as_=dtype)
     yield Case(
         "invariant product", lambda i: product_triton(rows, weight), weight.numel() * size, loose,

@@ -6,8 +6,7 @@ table shows, for each of several pairs of passes:
 
 - the total variation (TV) of a position, mean and largest, and the share of positions with another top-k support;
 - the images of the first kind of pass that have probability 0 by the second;
-- the TV of whole images with a standard error, as the mean of (1 - P2(x) / P1(x))+ over images x of the first, without
-  those that have probability 0 when they are fed again.
+- the TV of whole images with a standard error, as the mean of (1 - P2(x) / P1(x))+ over images x of the first.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from visar.errors import VisarError
 from visar.eval.prompts import conditions
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
+from visar.kernels.derived import steady_weights
 from visar.kernels.invariant import invariant
 from visar.samplers import Target
 from visar.tables import table
@@ -81,14 +81,22 @@ def forced_logits(session: Session, tokens: Tensor, window: int, kept: int | Non
     return torch.cat(parts, dim=1)
 
 
+def logits_by(of: Pass, model: ImageModel, conditions: Sequence[Any], tokens: Tensor, guidance_scale: float) -> Tensor:
+    """`forced_logits` of images by a kind of pass, as `generate` computes them, on the CPU; changes the model's dtype."""
+    model.to(dtype=getattr(torch, of.dtype))
+    with invariant(of.invariant), steady_weights(), torch.inference_mode():  # other forms of products round otherwise
+        encoded, guidance = model.family.encode(list(conditions)), Guidance(guidance_scale)
+        session = model.family.session(encoded, window=of.window, guidance=guidance)  # type: ignore[attr-defined]
+        return forced_logits(session, tokens, of.window).cpu()
+
+
 def difference(one: Pass, other: Pass, logits: Sequence[Tensor], tokens: Tensor, target: Target) -> Difference:
     """Compare the logits [B, N, V] of two kinds of passes on `tokens` [B, N] that the first has sampled."""
     at = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
     p, q = (target.probs(x, at) for x in logits)
     tv = (p - q).abs().sum(-1) / 2
     own = [x.double().gather(-1, tokens[..., None]).squeeze(-1).log().sum(1) for x in (p, q)]
-    fed = own[0] > -torch.inf  # fed again, bfloat16 may round otherwise than when it was sampled: the ratio is 0 / 0
-    lost = (1 - (own[1] - own[0])[fed].exp()).clamp_min(0)
+    lost = (1 - (own[1] - own[0]).exp()).clamp_min(0)
     return Difference(
         one, other, target.top_k, len(tokens), torch.equal(*logits), float(tv.mean()), float(tv.max()),
         float(((p > 0) != (q > 0)).any(-1).double().mean()), int((own[1] == -torch.inf).sum()), float(lost.mean()),
@@ -120,11 +128,7 @@ def measure(
 
     def logits(of: Pass, by: Pass, top_k: int) -> Tensor:
         if (of, by, top_k) not in known:
-            model.to(dtype=getattr(torch, of.dtype))
-            with invariant(of.invariant), torch.inference_mode():
-                encoded = model.family.encode(chosen)
-                session = model.family.session(encoded, window=of.window, guidance=Guidance(guidance_scale))  # type: ignore[attr-defined]
-                known[of, by, top_k] = forced_logits(session, tokens[by, top_k], of.window).cpu()
+            known[of, by, top_k] = logits_by(of, model, chosen, tokens[by, top_k], guidance_scale)
         return known[of, by, top_k]
 
     tokens: dict[tuple[Pass, int], Tensor] = {}

@@ -16,6 +16,7 @@ from visar.drafters import EagleHead, SkippedLayers, drafter_kinds, fingerprint
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.families.llamagen.drafting import LlamaGenTarget
+from visar.kernels.backend import backend, triton
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import Speculative, Target
 from visar.training.drafter import train_drafter
@@ -151,6 +152,20 @@ def test_every_kind_learns_from_a_target_in_half_precision(
     if kind == "exit":  # another exit is another run
         with pytest.raises(VisarError, match="is a run with other settings"):
             train_drafter(kind, target, of, tokens, config, Guidance(2.0), Target(), layers=1)
+
+
+@pytest.mark.skipif(triton is None, reason="torch brings Triton where it has GPU backends only")
+def test_it_learns_where_kernels_are_tritons(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
+    target = class_pipe.image_model.family.drafting
+    tokens = torch.randint(23, (4, 16), generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(tmp_path, compile=False, batch=2, steps=2)
+
+    def of(rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor(rows), torch.ones(len(rows), 1)
+
+    with backend("triton"):
+        head = train_drafter("medusa", target, of, tokens, config, Guidance(2.0), Target(top_k=5), depth=1)
+    assert head.config.target == fingerprint(class_pipe.gpt)
 
 
 def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from visar.engine.quantization import quantize
 from visar.engine.tree import Tree
 from visar.errors import VisarError
 from visar.eval.benchmark.shapes import SHAPES
-from visar.eval.exactness.dtype import Pass, difference, forced_logits
+from visar.eval.exactness.dtype import Pass, difference, forced_logits, logits_by
 from visar.families.base import Encoded
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.session import LlamaGenSession
@@ -153,6 +153,16 @@ def test_samplers_have_one_distribution(icons: ImageModel) -> None:
     same, other = found[True], found[False]
     assert same.equal and (same.tv_max, same.support, same.impossible, same.image_tv) == (0, 0, 0, 0)
     assert not has_bfloat16() or (other.tv_max > 0.01 and other.support > 0.05 and other.image_tv > 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", *(["bfloat16"] if has_bfloat16() else [])])
+def test_what_is_fed_again_is_computed_as_it_was(icons: ImageModel, dtype: str) -> None:
+    family = type(icons.family).of(icons.family.components, {**icons.family.settings, "grid": 6})
+    model, by = ImageModel(family).to(dtype=getattr(torch, dtype)), Pass(dtype, 1)
+    model.bar = {"disable": True}
+    tokens = model.generate(PROMPTS[:6], sampler="ar", guidance_scale=3.0, top_k=2, output_type="tokens").tokens
+    p = Target(top_k=2).probs(logits_by(by, model, PROMPTS[:6], tokens, 3.0), torch.arange(36).expand(6, -1))
+    assert (p.gather(-1, tokens[..., None]) > 0).all()
 
 
 def test_the_setting() -> None:

@@ -59,7 +59,7 @@ def check(shape: Shape, dtype: torch.dtype, device: str) -> None:
         assert out.dtype == dtype and out.shape == q.shape
         for got, x in ((out, q), (after[0][at], k)):
             # A product that is fused with its sum is rounded once less, here in fp32 and then to the dtype.
-            close = dict(rtol=2**-7, atol=2e-6) if dtype == torch.bfloat16 else dict(rtol=1e-6, atol=1e-6)
+            close = dict(rtol=max(torch.finfo(dtype).eps, 1e-6), atol=2e-6)
             torch.testing.assert_close(got, rotate(x[..., pairs], table)[..., back], **close)
             torch.testing.assert_close(got.double(), turned(x[..., pairs], table)[..., back], **close)
         assert torch.equal(after[1][at], v)

@@ -201,6 +201,7 @@ def test_gradients_take_the_plain_form() -> None:
     with backend("triton"):
         target_probs(x, 0.9, 5)[0, 0].amax().backward()
         assert x.grad is not None and x.grad.abs().sum() > 0
+        assert guide(x, x * 2, 3.0).requires_grad
         with torch.no_grad():
             torch.testing.assert_close(target_probs(x, 0.9, 5), target_probs_torch(x, 0.9, 5))
 
