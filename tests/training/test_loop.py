@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from visar.engine import memory
 from visar.engine.memory import check_training
 from visar.errors import VisarError
-from visar.training.loop import TrainConfig, fit, step_seed
+from visar.training.loop import Ahead, TrainConfig, fit, step_seed
 
 
 class Square(nn.Module):
@@ -47,3 +47,20 @@ def test_a_network_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         check_training(Square, "cpu")
     check_training(Square, "cuda")  # the GPU has its own
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_batches_are_made_ahead_and_in_order() -> None:
+    made: list[int] = []
+
+    def batch(step: int) -> list[Tensor]:
+        made.append(step)
+        if step == 6:
+            raise VisarError("no such batch")
+        return [torch.tensor(step)]
+
+    ahead = Ahead(batch, 3)
+    assert [int(ahead.next()[0]) for _ in range(3)] == [3, 4, 5]
+    with pytest.raises(VisarError, match="no such batch"):
+        ahead.next()
+    assert made == [3, 4, 5, 6]
+    ahead.end()

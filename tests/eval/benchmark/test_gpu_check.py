@@ -113,6 +113,42 @@ def test_a_broken_section_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(["--dry-run"]) == 1
 
 
+def test_a_broken_check_hides_none_beside_it() -> None:
+    def check(n: int) -> Check:
+        if n == 1:
+            raise RuntimeError("no such kernel")
+        return Check(f"check {n}", "fine", True)
+
+    found = list(gpu_check.each("check", range(3), check))
+    assert [(c.name, c.good) for c in found] == [("check 0", True), ("check 1", False), ("check 2", True)]
+    assert found[1].result == "RuntimeError: no such kernel"
+
+
+def test_a_stock_loop_that_fails_leaves_its_shape_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> float:
+        raise TypeError("missing 1 required positional argument")
+
+    shape = gpu_check.TINY_FIRST[1][0]
+    monkeypatch.setattr(type(shape), "stock_ms", fails)
+    monkeypatch.setattr(shapes, "bandwidth", lambda *_: 20.0)
+    report = shapes.measure([shape], batches=(1,), dtypes=(torch.bfloat16,), windows=(1,), repeats=2, passes=2)
+    row = report.rows[0]
+    assert row.ms_per_pass[1] > 0 and row.stock_ms is None and row.stock_ratio is None
+    assert row.note == "tiny-janus: the stock loop failed: TypeError: missing 1 required positional argument"
+    assert row.note in shapes.shapes_text(report)
+
+
+def test_sections_by_name(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def works(run: Run) -> Iterator[Check]:
+        yield Check("only", "fine", True)
+
+    monkeypatch.setattr(gpu_check, "SECTIONS", {"a": works, "b": works})
+    assert main(["--dry-run", "--sections", "b"]) == 0
+    assert capsys.readouterr().out.count("only") == 1
+    assert main(["--dry-run", "--sections", "b,c"]) == 2
+    assert capsys.readouterr().err == "visar: error: there is no section 'c'; there are a, b.\n"
+
+
 def test_what_is_out_of_time_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(gpu_check.time, "perf_counter", lambda: now[0])
