@@ -42,7 +42,7 @@ def backend(name: Backend) -> Iterator[None]:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether a kernel over tensors like `x`, on its device, runs as Triton; gradients pass through plain torch alone."""
+    """Whether a kernel over tensors like `x`, on its device, runs as Triton. Gradients pass through torch alone."""
     if x.requires_grad and torch.is_grad_enabled():
         return False
     if _chosen != "auto":

@@ -103,13 +103,18 @@ class DecoderShape(Shape):
 
     def stock_ms(self, model: ImageDecoder, batch: int, tokens: int) -> float:
         """Of `generate` after the prompt, where its cache is short. The time of one token, with the prompt's, is taken
-        off that of one more than `tokens`."""
+        off that of one more than `tokens`. Raises `VisarError` where `generate` fails, as Janus's of transformers 5.17.
+        """
         ids = prompt_of(batch, PROMPT, model.device)
 
         def seconds(count: int) -> float:
             synchronize(model.device)
             start = time.perf_counter()
-            generate(self.kind, model, self.size, ids, count, self.guidance, top_k=self.top_k, top_p=self.top_p)
+            try:
+                generate(self.kind, model, self.size, ids, count, self.guidance, top_k=self.top_k, top_p=self.top_p)
+            except (TypeError, ValueError, AttributeError) as error:
+                said = f"{self.name}: transformers failed: {type(error).__name__}: {error}"
+                raise VisarError(said[:200]) from error
             synchronize(model.device)
             return time.perf_counter() - start
 

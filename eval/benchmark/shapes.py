@@ -54,7 +54,7 @@ class ShapeRow:
     of a copy; `seconds_per_image`: of plain decoding, a pass by the number of `passes` over the batch; `stock_ms`: a
     token of each image by the loop that users of the model run today, `stock_tokens_per_second` of all images, and
     `stock_ratio` to a pass of one token. `peak_gib` and `capture_seconds` are a GPU's, the latter where a graph was
-    captured. A row with a `note` was not measured.
+    captured. A row with a `note` was not measured, or lacks the stock loop.
     """
 
     name: str
@@ -205,8 +205,8 @@ def _measured(
         if not note:
             try:
                 stock.append(shape.stock_ms(model, row.batch, stock_tokens))
-            except Exception as error:  # of code that is not ours: transformers 5.17 cannot generate with Janus
-                note = f"{shape.name}: the stock loop failed: {type(error).__name__}: {error}"[:200]
+            except VisarError as error:
+                note = str(error)
     ms = {w: statistics.median(r.ms_per_pass for r in rs) for w, rs in runs.items()}
     captures = {w: rs[0].capture_seconds for w, rs in runs.items()}
     profiles = {
@@ -221,7 +221,8 @@ def _measured(
         shape, row.batch, windows[-1], dtype, device, ms_per_pass=ms,
         of_bandwidth={w: row.streamed_gb / (t / 1e3) / peak for w, t in ms.items()},
         seconds_per_image=ms[1] / 1e3 * row.passes / row.batch, stock_ms=taken,
-        stock_tokens_per_second=1e3 * row.batch / taken if taken else None, stock_ratio=taken / ms[1] if taken else None, peak_gib=used, note=note,
+        stock_tokens_per_second=1e3 * row.batch / taken if taken else None,
+        stock_ratio=taken / ms[1] if taken else None, peak_gib=used, note=note,
         capture_seconds={w: c for w, c in captures.items() if c is not None}, profiles=profiles,
     )  # fmt: skip
 

@@ -82,7 +82,7 @@ def forced_logits(session: Session, tokens: Tensor, window: int, kept: int | Non
 
 
 def logits_by(of: Pass, model: ImageModel, conditions: Sequence[Any], tokens: Tensor, guidance_scale: float) -> Tensor:
-    """`forced_logits` of images by a kind of pass, as `generate` computes them, on the CPU; changes the model's dtype."""
+    """`forced_logits` of images by a kind of pass, as `generate` computes them; changes the model's dtype."""
     model.to(dtype=getattr(torch, of.dtype))
     with invariant(of.invariant), steady_weights(), torch.inference_mode():  # other forms of products round otherwise
         encoded, guidance = model.family.encode(list(conditions)), Guidance(guidance_scale)
@@ -96,6 +96,8 @@ def difference(one: Pass, other: Pass, logits: Sequence[Tensor], tokens: Tensor,
     p, q = (target.probs(x, at) for x in logits)
     tv = (p - q).abs().sum(-1) / 2
     own = [x.double().gather(-1, tokens[..., None]).squeeze(-1).log().sum(1) for x in (p, q)]
+    if not own[0].isfinite().all():  # they were not computed as the images were
+        raise VisarError(f"Images have probability 0 by {one}, which has sampled them.")
     lost = (1 - (own[1] - own[0]).exp()).clamp_min(0)
     return Difference(
         one, other, target.top_k, len(tokens), torch.equal(*logits), float(tv.mean()), float(tv.max()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from visar.engine import memory
 from visar.engine.memory import check_training
 from visar.errors import VisarError
-from visar.training.loop import Ahead, TrainConfig, fit, step_seed
+from visar.training.loop import Batches, TrainConfig, fit, step_seed
 
 
 class Square(nn.Module):
@@ -49,18 +50,32 @@ def test_a_network_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_batches_are_made_ahead_and_in_order() -> None:
-    made: list[int] = []
+def batch(step: int) -> list[Tensor]:
+    if step == 6:
+        raise VisarError("no such batch")
+    return [torch.tensor(step)]
 
-    def batch(step: int) -> list[Tensor]:
-        made.append(step)
-        if step == 6:
-            raise VisarError("no such batch")
+
+@pytest.mark.parametrize("ahead", [None, torch.device("cpu")])
+def test_batches_come_in_order(ahead: torch.device | None) -> None:
+    with Batches(batch, 3, ahead) as batches:
+        assert [int(batches.next()[0]) for _ in range(3)] == [3, 4, 5]
+        with pytest.raises(VisarError, match="no such batch"):
+            batches.next()
+
+
+def test_a_batch_is_made_while_the_one_before_is_in_use() -> None:
+    begun, may_end = Event(), Event()
+
+    def slow(step: int) -> list[Tensor]:
+        if step == 4:
+            begun.set()
+            assert may_end.wait(10)
         return [torch.tensor(step)]
 
-    ahead = Ahead(batch, 3)
-    assert [int(ahead.next()[0]) for _ in range(3)] == [3, 4, 5]
-    with pytest.raises(VisarError, match="no such batch"):
-        ahead.next()
-    assert made == [3, 4, 5, 6]
-    ahead.end()
+    with Batches(slow, 3, torch.device("cpu")) as batches:
+        assert int(batches.next()[0]) == 3
+        assert begun.wait(10) and batches.coming is not None and not batches.coming.done()
+        may_end.set()
+        batches.wait()
+        assert batches.coming.done()

@@ -109,7 +109,7 @@ def test_tokens_of_another_run_are_refused(tmp_path: Path) -> None:
     data, file = ImageSet(image_folder(tmp_path / "set", 3, size=16)), tmp_path / "variants.safetensors"
     VariantTokens(tokenizer(), data, 16, 2, file).save()
     for vq, count in ((tokenizer(1), 2), (tokenizer(), 3)):
-        with pytest.raises(VisarError, match="another tokenizer or other images"):
+        with pytest.raises(VisarError, match="another tokenizer, of other images"):
             VariantTokens(vq, data, 16, count, file)
     file.write_bytes(b"half")
     with pytest.raises(VisarError, match="is damaged; delete it"):

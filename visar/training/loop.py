@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,23 +110,36 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
         a.copy_(b)
 
 
-class Ahead:
-    """What is made of the numbers from `first` on, each in a thread while the one before is in use."""
+class Batches:
+    """The batches of the steps from `first` on. With `ahead` a thread makes each while the one before is in use."""
 
-    def __init__(self, made: Callable[[int], list[Tensor]], first: int):
-        self.made, self.count = made, first
-        self.pool = ThreadPoolExecutor(1)
-        self.coming = self.pool.submit(made, first)
+    def __init__(self, made: Callable[[int], list[Tensor]], first: int, ahead: torch.device | None = None):
+        self.made, self.step = made, first
+        # A new thread would launch kernels on the first device.
+        start = (torch.cuda.set_device, (ahead,)) if ahead is not None and ahead.type == "cuda" else (None, ())
+        self.pool = None if ahead is None else ThreadPoolExecutor(1, "batches", *start)
+        self.coming = None if self.pool is None else self.pool.submit(made, first)
 
     def next(self) -> list[Tensor]:
-        found = self.coming.result()
-        self.count += 1
-        self.coming = self.pool.submit(self.made, self.count)
+        if self.pool is None or self.coming is None:
+            found = self.made(self.step)
+        else:
+            found = self.coming.result()
+            self.coming = self.pool.submit(self.made, self.step + 1)
+        self.step += 1
         return found
 
-    def end(self) -> None:
-        self.coming.cancel()
-        self.pool.shutdown()
+    def wait(self) -> None:
+        """Until no batch is being made, which may write what is to be saved."""
+        if self.coming is not None:
+            wait([self.coming])
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -142,9 +155,10 @@ def fit(
 ) -> M:
     """Train `model`, whose `forward(*batch)` returns a scalar loss, and return its EMA.
 
-    `batch_at(step, rank)` gives the tensors of a step. `evaluate(ema)` is called at each save; its figures go to
-    `log.jsonl` beside `state.pt` in `config.out`. A run started again in the same folder goes on where it was. `rate`
-    gives a parameter's share of the learning rate; those without gradients stay as they are.
+    `batch_at(step, rank)` gives the tensors of a step; for a GPU a thread calls it, one step ahead. `evaluate(ema)` is
+    called at each save; its figures go to `log.jsonl` beside `state.pt` in `config.out`. A run started again in the
+    same folder goes on where it was. `rate` gives a parameter's share of the learning rate; those without gradients
+    stay as they are.
     """
     rank, world, device = distributed(config.device)
     model.to(device)
@@ -213,31 +227,30 @@ def fit(
         return [t.to(device) for t in batch_at(step, rank)]
 
     # While a GPU learns from a batch, the host makes the next one; on a CPU both would want the same cores.
-    ahead = Ahead(made, step) if device.type == "cuda" else None
-    while step < config.steps and (minutes := elapsed()) < config.minutes:
-        progress = min(1.0, max(minutes / config.minutes, step / config.steps))
-        lr = config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = lr * min(1.0, (step + 1) / config.warmup) * group.get("rate", 1.0)
-        batch = made(step) if ahead is None else ahead.next()
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = run(*batch)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step += 1
-        update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)))
-        if after_step is not None:
-            after_step(model, step)
-        total += loss.detach()
-        since += 1
-        if time.monotonic() - saved_at > config.save_minutes * 60:
-            save(minutes)
-            saved_at, since = time.monotonic(), 0
-            total.zero_()
-    if ahead is not None:
-        ahead.end()
+    with Batches(made, step, ahead=None if device.type == "cpu" else device) as batches:
+        while step < config.steps and (minutes := elapsed()) < config.minutes:
+            progress = min(1.0, max(minutes / config.minutes, step / config.steps))
+            lr = config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+            for group in (g for o in optimizers for g in o.param_groups):
+                group["lr"] = lr * min(1.0, (step + 1) / config.warmup) * group.get("rate", 1.0)
+            batch = batches.next()
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = run(*batch)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            step += 1
+            update_ema(ema, model, min(config.ema, (1 + step) / (10 + step)))
+            if after_step is not None:
+                after_step(model, step)
+            total += loss.detach()
+            since += 1
+            if time.monotonic() - saved_at > config.save_minutes * 60:
+                batches.wait()
+                save(minutes)
+                saved_at, since = time.monotonic(), 0
+                total.zero_()
     save(elapsed())
     return ema

@@ -26,7 +26,7 @@ from visar.training.loop import step_seed
 ZOOM = (0.85, 1.1)
 SHIFT = 5 / 128  # of the side
 INK = 0.08  # how much stronger or weaker each colour's ink may get
-BATCH = 128  # images that are tokenised at once
+PIXELS = 2**21  # that are tokenised at once
 PAPER = 250  # at least so bright in all colours is background
 
 # Words of things that a mirror makes wrong: writing, dials, directions, hands named by their side.
@@ -100,7 +100,7 @@ class VariantTokens:
 
     The first variant is the image as it is. Which variants there are depends on the seed alone. With a `file`, `save`
     keeps what is computed there, and a run that goes on begins with it. Raises `VisarError` where the file is damaged,
-    or of another tokenizer or set.
+    or of another tokenizer, set or version.
     """
 
     def __init__(self, vq: VQModel, data: ImageSet, size: int, count: int, file: Path | None = None, seed: int = 0):
@@ -120,20 +120,25 @@ class VariantTokens:
     @torch.no_grad()
     def __call__(self, rows: Sequence[int], variants: Sequence[int]) -> Tensor:
         """Ids [n, h*w], long, of the given variant of each of the given images."""
-        row, k = torch.tensor(rows), torch.tensor(variants)
+        row, k = torch.tensor(rows, dtype=torch.long), torch.tensor(variants, dtype=torch.long)
         missing = torch.stack([row, k], 1)[self.tokens[row, k, 0] < 0].unique(dim=0)
-        for start in range(0, len(missing), BATCH):
-            i, j = missing[start : start + BATCH].unbind(1)
-            self.tokens[i, j] = self.vq.encode(to_unit(self._images(i, j))).cpu().to(self.tokens.dtype)
+        batch = max(1, PIXELS // self.pixels[0, 0].numel())
+        for start in range(0, len(missing), batch):
+            i, j = missing[start : start + batch].unbind(1)
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # codes are those of a CPU
+                ids = self.vq.encode(to_unit(self._images(i, j)))
+            self.tokens[i, j] = ids.cpu().to(self.tokens.dtype)
         return self.tokens[row, k].long()
 
     def _images(self, rows: Tensor, variants: Tensor) -> Tensor:
         """Pixels on the tokenizer's device; each variant has a generator of its own."""
-        seeds = (step_seed(self.seed, k, i) for i, k in zip(rows.tolist(), variants.tolist(), strict=True))
-        chance = torch.stack([torch.rand(7, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-        x = self.pixels[rows].to(self.vq.device)
-        plain = (variants == 0).to(x.device)[:, None, None, None]
-        return torch.where(plain, x, vary(x, chance, self.mirrored[rows]))
+        x, varied = self.pixels[rows].to(self.vq.device), variants > 0
+        if varied.any():
+            some, these = rows[varied], variants[varied]
+            seeds = (step_seed(self.seed, k, i) for i, k in zip(some.tolist(), these.tolist(), strict=True))
+            chance = torch.stack([torch.rand(7, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+            x[varied.to(x.device)] = vary(x[varied.to(x.device)], chance, self.mirrored[some])
+        return x
 
     def save(self) -> None:
         """Keep what is computed in the file, if there is one."""
@@ -149,5 +154,7 @@ class VariantTokens:
         except Exception as error:
             raise VisarError(f"{file} is damaged; delete it to have the variants made anew.") from error
         if found != self.mark or tokens.shape != self.tokens.shape:
-            raise VisarError(f"{file} holds tokens of another tokenizer or other images; give another folder.")
+            raise VisarError(
+                f"{file} holds tokens of another tokenizer, of other images or of another visar; give another folder."
+            )
         return tokens

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from visar.eval.benchmark import gpu_check, kernel_checks, shapes, speed
+from visar.eval.benchmark import decoder_shapes, gpu_check, kernel_checks, shapes, speed
 from visar.eval.benchmark.gpu_check import Check, Run, carry_out, main, report_text
 from visar.eval.benchmark.kernel_checks import TINY, Case, cases
 from visar.eval.benchmark.kernel_checks import run as run_case
@@ -119,22 +119,22 @@ def test_a_broken_check_hides_none_beside_it() -> None:
             raise RuntimeError("no such kernel")
         return Check(f"check {n}", "fine", True)
 
-    found = list(gpu_check.each("check", range(3), check))
-    assert [(c.name, c.good) for c in found] == [("check 0", True), ("check 1", False), ("check 2", True)]
+    found = list(gpu_check.each(((f"item {n}", n) for n in range(3)), check))
+    assert [(c.name, c.good) for c in found] == [("check 0", True), ("item 1", False), ("check 2", True)]
     assert found[1].result == "RuntimeError: no such kernel"
 
 
 def test_a_stock_loop_that_fails_leaves_its_shape_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> float:
+    def fails(*_: object, **__: object) -> float:
         raise TypeError("missing 1 required positional argument")
 
     shape = gpu_check.TINY_FIRST[1][0]
-    monkeypatch.setattr(type(shape), "stock_ms", fails)
+    monkeypatch.setattr(decoder_shapes, "generate", fails)
     monkeypatch.setattr(shapes, "bandwidth", lambda *_: 20.0)
     report = shapes.measure([shape], batches=(1,), dtypes=(torch.bfloat16,), windows=(1,), repeats=2, passes=2)
     row = report.rows[0]
     assert row.ms_per_pass[1] > 0 and row.stock_ms is None and row.stock_ratio is None
-    assert row.note == "tiny-janus: the stock loop failed: TypeError: missing 1 required positional argument"
+    assert row.note == "tiny-janus: transformers failed: TypeError: missing 1 required positional argument"
     assert row.note in shapes.shapes_text(report)
 
 
