@@ -42,10 +42,11 @@ def masked_metrics(model: ImageModel, data: ImageSet, size: int, most: int = 256
     for split in SPLITS:
         rows = data.indices(split)
         if rows:
+            some = spread(rows, most)
             out[split] = {
                 "images": len(rows),
-                "psnr_db": round(latent_psnr(parts["vae"], pixels[spread(rows, most)]), 2),
-                "loss": round(mean_loss(MARLoss(parts["mar"]), samples, spread(rows, most)), 4),
+                "psnr_db": round(latent_psnr(parts["vae"], pixels[some]), 2),
+                "loss": round(mean_loss(MARLoss(parts["mar"]), samples, some), 4),
             }
     return out
 

@@ -96,6 +96,7 @@ PARSED = {
 }
 # No commands of visar, and not run: each as it stands.
 FOREIGN = {
+    "bash examples/train_icons.sh images run": "minutes of a GPU; its commands are those of the trainers",
     "python -m visar.eval.report.prompt_sheet --model my-model --out sheet.png": (
         "100 images of the model above; tests/eval/report/test_prompt_sheet.py makes few"
     ),
