@@ -3,9 +3,14 @@
 #
 #     bash examples/train_icons.sh IMAGES OUT [MINUTES [DRAFTER_MINUTES [SAMPLED]]]
 #
-# IMAGES is what `visar train images` makes, or a zip of it. With the defaults it takes some eight minutes of an H100. OUT/model is the
-# new model, complete with what was trained so far at every moment; the log of each step is in OUT/logs.
+# IMAGES is what `visar train images` makes, or a zip of it. The GPT is saved in OUT/ar/gpt every three minutes and at the end of its
+# MINUTES; the model with its drafters is then in OUT/model, and the log of each step in OUT/logs. A GPU has run the step of the GPT only:
+# the drafters' steps ran on a CPU.
 set -euo pipefail
+if [ $# -lt 2 ]; then
+  echo "usage: bash examples/train_icons.sh IMAGES OUT [MINUTES [DRAFTER_MINUTES [SAMPLED]]]" >&2
+  exit 2
+fi
 images=$1 out=$2 minutes=${3:-5} drafter_minutes=${4:-1} sampled=${5:-4096} batch=${BATCH:-384}
 icons=$(python -c "from visar.families.catalogue import embedded_folder; print(embedded_folder('icons'))")
 mkdir -p "$out/logs"
