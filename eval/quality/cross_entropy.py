@@ -27,8 +27,8 @@ from visar.families.llamagen.gpt import LlamaGen
 from visar.generation.model import ImageModel
 from visar.params import DISCRETE
 from visar.samplers import default_sampler
-from visar.training.ar import encode_captions, spread, tokenize
-from visar.training.data import SPLITS, ImageSet
+from visar.training.ar import encode_captions, tokenize
+from visar.training.data import SPLITS, ImageSet, spread
 
 
 @dataclass(frozen=True)

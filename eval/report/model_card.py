@@ -20,9 +20,9 @@ from visar.eval.report.prompt_sheet import drawings, prompt_sheet
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
 from visar.params import CONTINUOUS
-from visar.training.ar import bigram_cross_entropy, cross_entropy, spread, tokenize
+from visar.training.ar import bigram_cross_entropy, cross_entropy, tokenize
 from visar.training.autoencoder import psnr as latent_psnr
-from visar.training.data import SPLITS, ImageSet, to_unit
+from visar.training.data import SPLITS, ImageSet, spread, to_unit
 from visar.training.mar import LatentSamples, MARLoss, mean_loss
 from visar.training.tokenizer import psnr
 

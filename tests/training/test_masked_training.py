@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,50 @@ def test_a_run_learns_and_leaves_a_model_that_draws(data: ImageSet, words: WordE
     assert pipe("red 1").images[0].size == (8, 8)
 
 
+@pytest.mark.filterwarnings("ignore:Words not known")
+def test_variants_are_learnt_and_training_goes_on(data: ImageSet, words: WordEncoder, tmp_path: Path) -> None:
+    vae, rows = KLAutoencoder(**SIZES).eval(), data.indices("train")[:4]
+    samples = LatentSamples(vae, words, data, 8, varied=True)
+
+    def drawn(seed: int, rng: random.Random | None) -> torch.Tensor:
+        return samples(rows, torch.Generator().manual_seed(seed), rng)[0]
+
+    plain = LatentSamples(vae, words, data, 8)(rows, torch.Generator().manual_seed(0))[0]
+    assert torch.equal(drawn(0, None), plain) and torch.equal(drawn(0, random.Random(0)), drawn(0, random.Random(0)))
+    assert (drawn(0, random.Random(0)) - plain).abs().amax((1, 2)).min() > 0.01
+    sizes = (32, 1, 1, 32, 1)
+    first = train_mar(data, 8, config(tmp_path / "a", 4), vae, words, *sizes, varied=True)
+    still = TrainConfig(out=tmp_path / "b", minutes=1e9, steps=1, batch=8, lr=1e-9, warmup=2, compile=False)
+    start = MAR.from_pretrained(tmp_path / "a" / "mar")
+    second = train_mar(data, 8, still, vae, words, *sizes, varied=True, start=start)
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], tensor, rtol=0, atol=1e-6)
+    with pytest.raises(VisarError, match="is another one: dim 32 instead of 48"):
+        train_mar(data, 8, still, vae, words, 48, *sizes[1:], start=start)
+    torch.manual_seed(1)
+    with pytest.raises(VisarError, match="is another one: vae "):
+        train_mar(data, 8, still, KLAutoencoder(**SIZES).eval(), words, *sizes, start=start)
+
+
+@pytest.mark.filterwarnings("ignore:Words not known")
+def test_a_style_of_weight_0_is_never_taken(
+    words: WordEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ImageSet(image_folder(tmp_path / "set", 8, ("flat", "noto")))
+    taken: set[str] = set()
+    call = LatentSamples.__call__
+
+    def watched(self: LatentSamples, rows: list[int], g: Any, rng: Any = None, dropped: float = 0.0) -> Any:
+        taken.update(data.records[i].style for i in rows if rng is not None)
+        return call(self, rows, g, rng, dropped)
+
+    monkeypatch.setattr(LatentSamples, "__call__", watched)
+    train_mar(
+        data, 8, config(tmp_path / "a", 3), KLAutoencoder(**SIZES).eval(), words, 32, 1, 1, 32, 1, weights={"noto": 0}
+    )
+    assert taken == {"flat"}
+
+
 def test_the_command_line_trains_and_assembles(
     data: ImageSet, words: WordEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,8 +239,9 @@ def test_the_command_line_trains_and_assembles(
     assert main(["train", "autoencoder", *common, "--out", str(tmp_path / "ae")]) == 0
     parts = ["--autoencoder", str(tmp_path / "ae" / "vae"), "--words", str(tmp_path / "words")]
     small = ["--dim", "32", "--layers", "1", "--heads", "1", "--head-width", "32", "--head-layers", "1"]
-    for name in ("mar", "draft"):
-        assert main(["train", "mar", *common, *parts, *small, "--out", str(tmp_path / name)]) == 0
+    on = ["--varied", "--init", str(tmp_path / "mar" / "mar")]
+    for name, more in (("mar", []), ("draft", on)):
+        assert main(["train", "mar", *common, *parts, *small, *more, "--out", str(tmp_path / name)]) == 0
     models = ["--mar", str(tmp_path / "mar" / "mar"), "--draft", str(tmp_path / "draft" / "mar")]
     assert main(["train", "assemble", *models, *parts, "--out", str(tmp_path / "model")]) == 0
     capsys.readouterr()

@@ -17,7 +17,7 @@ from visar.families.llamagen.gpt import LlamaGen, attended
 from visar.families.llamagen.vq import VQModel
 from visar.text_encoders.concepts import concepts
 from visar.text_encoders.words import WordEncoder
-from visar.training.ar import _shares, continued, train_ar
+from visar.training.ar import continued, train_ar
 from visar.training.data import ImageSet, Record
 from visar.training.loop import TrainConfig
 
@@ -76,14 +76,14 @@ def test_weights_of_styles_and_groups(tmp_path: Path) -> None:
     data.records = [
         Record(r.file, r.caption, r.style, group="food" if i < 2 else "") for i, r in enumerate(data.records)
     ]
-    shares = _shares(data, {"noto": 0.5, "food": 0.25})
+    shares = data.shares({"noto": 0.5, "food": 0.25})
     wanted = [(0.5 if r.style == "noto" else 1) * (0.25 if r.group else 1) for r in data.records]
     assert shares == wanted and len(set(shares)) >= 3
     for weights, message in (({"oil": 1.0}, "No image has the style or group 'oil'"), ({"noto": -1.0}, "0 or more")):
         with pytest.raises(VisarError, match=message):
-            _shares(data, weights)
+            data.shares(weights)
     with pytest.raises(VisarError, match="no image is left"):
-        _shares(data, {"noto": 0.0, "flat": 0.0})
+        data.shares({"noto": 0.0, "flat": 0.0})
 
 
 @pytest.mark.filterwarnings("ignore:Words not known")

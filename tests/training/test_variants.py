@@ -13,8 +13,7 @@ from torch import Tensor
 from tests.helpers.tiny import image_folder
 from visar.errors import VisarError
 from visar.families.llamagen.vq import VQModel
-from visar.training.ar import spread
-from visar.training.data import ImageSet, Record
+from visar.training.data import ImageSet, Record, spread
 from visar.training.phrases import head, plural, typed
 from visar.training.variants import VariantTokens, mirrors, vary
 

@@ -73,10 +73,13 @@ def tokenizer(options: argparse.Namespace) -> int:
 
 
 def autoencoder(options: argparse.Namespace) -> int:
-    from visar.training.autoencoder import train_autoencoder
+    from visar.training.autoencoder import SMALL_KL, train_autoencoder
 
+    start = _component("families.mar.autoencoder.KLAutoencoder", options.init) if options.init else None
     data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
-    train_autoencoder(data, options.size, config)
+    sizes = {**SMALL_KL, "patch": options.patch}
+    how = {"perceptual": options.perceptual, "varied": options.varied, "decoder_only": options.decoder_only}
+    train_autoencoder(data, options.size, config, sizes, start, **how)
     return 0
 
 
@@ -88,9 +91,10 @@ def mar(options: argparse.Namespace) -> int:
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
     vae = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder).eval()
     encoder = _component("text_encoders.words.WordEncoder", options.words)
+    start = _component("families.mar.transformer.MAR", options.init) if options.init else None
     train_mar(
         data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
-        options.head_layers,
+        options.head_layers, varied=options.varied, weights=options.weigh, start=start,
     )  # fmt: skip
     return 0
 

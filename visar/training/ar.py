@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +17,7 @@ from visar.families.llamagen.gpt import Block, LlamaGen, initialise
 from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.vq import VQModel
 from visar.text_encoders.words import WordEncoder
-from visar.training.data import SPLITS, ImageSet, Record, to_unit
+from visar.training.data import SPLITS, ImageSet, Record, spread, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 from visar.training.phrases import typed
 from visar.training.variants import VariantTokens
@@ -135,11 +134,6 @@ def bigram_cross_entropy(train: Tensor, held: Tensor, vocab: int) -> float:
     return -log_p[held[:, :-1].flatten(), held[:, 1:].flatten()].mean().item()
 
 
-def spread(rows: list[int], most: int = 48) -> list[int]:
-    """At most `most` of the rows, evenly spread: those of one style lie together."""
-    return rows[:: -(-len(rows) // most)] if rows else rows
-
-
 class TokenBatches:
     """What a GPT learns of an image set: captions with tokens by step, and its cross-entropy on images of each split.
 
@@ -166,7 +160,7 @@ class TokenBatches:
     ):
         if size % vq.sizes.downsample:
             raise VisarError(f"The size must be a multiple of {vq.sizes.downsample} pixels, not {size}.")
-        shares = _shares(data, weights or {})
+        shares = data.shares(weights or {})
         self.data, self.config, self.encoder, self.light = data, config, encoder, light
         self.dropped, self.variants, self.any_order = dropped, variants, any_order
         rank, _, device = distributed(config.device)
@@ -258,20 +252,6 @@ def train_ar(
         return batches.cross_entropy(ema.gpt) | batches.bigram
 
     return fit(model, batches, config, evaluate).gpt
-
-
-def _shares(data: ImageSet, weights: Mapping[str, float]) -> list[float]:
-    """How often each image is taken: the product of the weights of its style and its group."""
-    names = {name for r in data.records for name in (r.style, r.group)}
-    for name, weight in weights.items():
-        if name not in names:
-            raise VisarError(f"No image has the style or group {name!r}.")
-        if not 0 <= weight < math.inf:
-            raise VisarError(f"The weight of {name!r} must be 0 or more, not {weight}.")
-    shares = [weights.get(r.style, 1.0) * weights.get(r.group, 1.0) for r in data.records]
-    if not any(shares[i] for i in data.indices("train")):
-        raise VisarError("With these weights no image is left for training.")
-    return shares
 
 
 def continued(start: LlamaGen, fresh: LlamaGen) -> LlamaGen:

@@ -7,10 +7,12 @@ are turned as EXIF says.
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -144,6 +146,19 @@ class ImageSet:
         """Positions of the records of one of `SPLITS`."""
         return [i for i, s in enumerate(self.splits) if s == split]
 
+    def shares(self, weights: Mapping[str, float]) -> list[float]:
+        """How often each image is to be taken: the product of the weights of its style and its group, 1 by default."""
+        names = {name for r in self.records for name in (r.style, r.group)}
+        for name, weight in weights.items():
+            if name not in names:
+                raise VisarError(f"No image has the style or group {name!r}.")
+            if not 0 <= weight < math.inf:
+                raise VisarError(f"The weight of {name!r} must be 0 or more, not {weight}.")
+        shares = [weights.get(r.style, 1.0) * weights.get(r.group, 1.0) for r in self.records]
+        if not any(shares[i] for i in self.indices("train")):
+            raise VisarError("With these weights no image is left for training.")
+        return shares
+
     def known(self) -> Concepts:
         """What a model knows that was trained on the `train` split."""
         records = [self.records[i] for i in self.indices("train")]
@@ -173,3 +188,8 @@ class ImageSet:
 def to_unit(pixels: Tensor) -> Tensor:
     """uint8 pixels to float in [-1, 1]."""
     return pixels.float().div(127.5).sub(1.0)
+
+
+def spread(rows: list[int], most: int = 48) -> list[int]:
+    """At most `most` of the rows, evenly spread: those of one style lie together."""
+    return rows[:: -(-len(rows) // most)] if rows else rows

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,10 @@ from visar.families.mar.transformer import MAR
 from visar.text_encoders.words import WordEncoder
 from visar.training.ar import encode_captions
 from visar.training.autoencoder import encode
-from visar.training.data import SPLITS, ImageSet
+from visar.training.data import SPLITS, ImageSet, Record, spread
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
+from visar.training.phrases import typed
+from visar.training.variants import mirrors, vary
 
 
 class MARLoss(nn.Module):
@@ -92,21 +96,39 @@ def masked_share(g: torch.Generator, least: float) -> float:
 
 
 class LatentSamples:
-    """What `MARLoss` is given: tokens of images, drawn anew from their posteriors, with a share hidden."""
+    """What `MARLoss` is given: tokens of images, drawn anew from their posteriors, with a share hidden.
 
-    def __init__(self, vae: KLAutoencoder, encoder: WordEncoder, data: ImageSet, size: int, least: float = 0.5):
+    For training, `varied` images are zoomed, shifted and recoloured (`visar.training.variants`), each time anew, and
+    their prompts are as people type them.
+    """
+
+    def __init__(
+        self,
+        vae: KLAutoencoder,
+        encoder: WordEncoder,
+        data: ImageSet,
+        size: int,
+        least: float = 0.5,
+        varied: bool = False,
+    ):
         if size % downsample(vae):
             raise VisarError(f"The size must be a multiple of {downsample(vae)} pixels, not {size}.")
-        self.mean, self.std = (to_tokens(x) * vae.config.scaling_factor for x in encode(vae, data.pixels(size)))
+        self.vae, self.pixels = vae, data.pixels(size)
         self.encoder, self.records, self.least = encoder, data.records, least
+        self.mirrored = torch.tensor([mirrors(r) for r in data.records]) if varied else None
 
     def __call__(
         self, rows: list[int], g: torch.Generator, rng: random.Random | None = None, dropped: float = 0.0
     ) -> tuple[Tensor, ...]:
-        """The arguments of a step; captions are varied by `rng`, and left out at a rate of `dropped`."""
-        b, (_, n, d) = len(rows), self.mean.shape
-        features, _ = encode_captions(self.encoder, [self.records[i] for i in rows], rng)
-        tokens = self.mean[rows] + self.std[rows] * torch.randn(b, n, d, generator=g)
+        """The arguments of a step; with `rng` captions and images are varied; captions are left out at a rate."""
+        pixels = self.pixels[rows].to(self.vae.device)
+        if rng is not None and self.mirrored is not None:
+            pixels = vary(pixels, torch.rand(len(rows), 7, generator=g), self.mirrored[rows])
+        mean, std = (to_tokens(x) * self.vae.config.scaling_factor for x in encode(self.vae, pixels))
+        say = Record.prompt if self.mirrored is None else typed
+        features, _ = encode_captions(self.encoder, [self.records[i] for i in rows], rng, say)
+        b, n, d = mean.shape
+        tokens = mean + std * torch.randn(b, n, d, generator=g)
         hide = math.ceil(n * masked_share(g, self.least))
         order = torch.rand(b, n, generator=g).argsort(1)
         time = torch.randint(TRAINING_STEPS, (b, hide), generator=g)
@@ -137,34 +159,47 @@ def train_mar(
     head_layers: int = 3,
     dropped: float = 0.1,
     latest: int = 950,
+    varied: bool = False,
+    weights: Mapping[str, float] | None = None,
+    start: MAR | None = None,
 ) -> MAR:
     """Train on the `train` split; saves `mar/` (diffusers layout) and `text_encoder/` in `config.out`; returns the EMA.
 
     Encoder and decoder have `layers` each. Every step hides the same number of tokens in all its rows. The model is
     made to be used up to the head's training step `latest`: what comes after asks a precision that small heads lack.
+    `varied` is that of `LatentSamples`, `weights` says how often images of a style or group are taken, 1 being normal,
+    and `start` is a model of the same sizes to go on from.
     """
     torch.manual_seed(config.seed)
-    samples = LatentSamples(vae, encoder, data, size)
+    shares = data.shares(weights or {})
+    samples = LatentSamples(vae.to(distributed(config.device)[2]), encoder, data, size, varied=varied)
     split = {name: data.indices(name) for name in SPLITS}
     train = split["train"]
+    reach = list(accumulate(shares[i] for i in train))
     made = partial(
-        MAR, token_dim=samples.mean.shape[2], grid=size // downsample(vae), dim=dim, encoder_layers=layers,
+        MAR, token_dim=vae.config.latent_channels, grid=size // downsample(vae), dim=dim, encoder_layers=layers,
         decoder_layers=layers, num_heads=heads, head_width=head_width, head_layers=head_layers, condition="text",
         buffer=encoder.length, caption_features=encoder.table.shape[1], vae=fingerprint(vae), latest=latest,
     )  # fmt: skip
-    mar = check_training(made, config.device)
+    mar = initialise(check_training(made, config.device))
+    if start is not None:
+        ours, theirs = mar.config, start.config
+        if wrong := [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if ours[name] != theirs[name]]:
+            raise VisarError(f"The model to go on from is another one: {', '.join(wrong)}.")
+        mar.load_state_dict(start.float().state_dict())
+    taught = encoder.knowing(data.known())
+    watched = {name: spread(rows, 128) for name, rows in split.items() if rows}
 
     def batch_at(step: int, rank: int) -> tuple[Tensor, ...]:
         seed = step_seed(config.seed, step, rank)
         rng = random.Random(seed)
-        rows = [train[rng.randrange(len(train))] for _ in range(config.batch)]
+        rows = rng.choices(train, cum_weights=reach, k=config.batch)
         return samples(rows, torch.Generator().manual_seed(seed), rng, dropped)
 
     def evaluate(ema: MARLoss) -> dict[str, float]:
-        return {name: round(mean_loss(ema, samples, rows[:128]), 4) for name, rows in split.items() if rows}
+        if distributed()[0] == 0:  # complete at every moment
+            ema.mar.save_pretrained(config.out / "mar")
+            taught.save_pretrained(config.out / "text_encoder")
+        return {name: round(mean_loss(ema, samples, rows), 4) for name, rows in watched.items()}
 
-    ema = fit(MARLoss(initialise(mar)), batch_at, config, evaluate)
-    if distributed()[0] == 0:
-        ema.mar.save_pretrained(config.out / "mar")
-        encoder.knowing(data.known()).save_pretrained(config.out / "text_encoder")
-    return ema.mar
+    return fit(MARLoss(mar), batch_at, config, evaluate).mar

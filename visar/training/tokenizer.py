@@ -15,6 +15,7 @@ from visar.errors import VisarError
 from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.training.data import ImageSet, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
+from visar.training.patches import enlarged
 from visar.training.perceptual import Perceptual
 from visar.training.variants import vary
 
@@ -82,27 +83,6 @@ def psnr(vq: VQModel, pixels: Tensor, batch: int = 64) -> float:
     return torch.cat(values).mean().item()
 
 
-def enlarged(vq: VQModel, patch: int, background: int = -1) -> VQModel:
-    """A tokenizer of `patch` times the pixels that starts as `vq` between a reduction by means and its repetition.
-
-    It gives the tokens that `vq` gives for the reduced image, and learns the detail from there.
-    """
-    sizes = replace(vq.sizes, patch=vq.sizes.patch * patch, background=background)
-    state, area = vq.state_dict(), patch**2
-    state["encoder.conv_in.weight"] = _spread(state["encoder.conv_in.weight"], 1, vq.sizes.patch, patch) / area
-    for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
-        state[name] = _spread(state[name], 0, vq.sizes.patch, patch)
-    large = VQModel(**asdict(sizes))
-    large.load_state_dict(state)
-    return large
-
-
-def _spread(weight: Tensor, dim: int, old: int, patch: int) -> Tensor:
-    """Each channel of an `old`-fold pixel shuffle along `dim` for all of the pixels that it is split into."""
-    grid = weight.unflatten(dim, (3, old, old))
-    return grid.repeat_interleave(patch, dim + 1).repeat_interleave(patch, dim + 2).flatten(dim, dim + 2)
-
-
 def train_tokenizer(
     data: ImageSet,
     size: int,
@@ -160,4 +140,6 @@ def _started(start: VQModel | None, sizes: VQConfig) -> VQModel:
     patch, left = divmod(sizes.patch, start.sizes.patch)
     if left or replace(start.sizes, patch=sizes.patch, background=sizes.background) != sizes:
         raise VisarError(f"A tokenizer of {sizes} cannot go on from one of {start.sizes}.")
-    return enlarged(start, patch, sizes.background).requires_grad_(True).train()
+    made = VQModel(**asdict(sizes))
+    made.load_state_dict(enlarged(start.state_dict(), start.sizes.patch, patch))
+    return made

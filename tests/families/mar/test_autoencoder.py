@@ -42,7 +42,7 @@ def test_it_computes_what_diffusers_does(attention: bool, way: str, tmp_path: Pa
         ours = KLAutoencoder.of(vae)
         assert ours.encoder.conv_in.weight.data_ptr() == vae.encoder.conv_in.weight.data_ptr(), "weights are shared"
     assert dict(ours.config) == dict(
-        channels=(8, 16), blocks=2, latent_channels=4, groups=4, attention=attention, scaling_factor=0.5
+        channels=(8, 16), blocks=2, latent_channels=4, groups=4, attention=attention, scaling_factor=0.5, patch=1
     )
     assert not ours.training and downsample(ours) == 2 and fingerprint(ours) == fingerprint(vae)
     pixels, latents = torch.rand(2, 3, 8, 12) * 2 - 1, torch.randn(2, 4, 4, 6)

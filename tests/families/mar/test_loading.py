@@ -309,7 +309,7 @@ def test_published_autoencoder_size() -> None:
     with torch.device("meta"):
         config = kl_config({key: torch.empty(shape) for key, shape in shapes.items()}, "kl16.ckpt")
         ours = KLAutoencoder()
-    assert config | {"scaling_factor": 0.2325} == dict(ours.config)
+    assert config | {"scaling_factor": 0.2325, "patch": 1} == dict(ours.config)
     named = {published_name(key, 5): t for key, t in ours.state_dict().items()}
     assert {key: tuple(t.shape) for key, t in named.items()} == shapes
 

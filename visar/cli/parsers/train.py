@@ -8,6 +8,7 @@ from visar.cli.parsers.options import device_option, model_options, sampling_opt
 DTYPES = ("float32", "float16", "bfloat16")
 SMALL = "float8_e4m3fn"
 WORDS = "the folder of `visar train words`"
+VARIED = "zoom, shift and recolour the images for training"
 
 
 def train(p: CommandParser) -> None:
@@ -48,33 +49,16 @@ def tokenizer(p: CommandParser) -> None:
     visar train tokenizer --data images -o run/vq
     visar train tokenizer --data images --size 128 --patch 2 --varied --init run/vq/vq -o run/vq-128
     """
-    _training_options(p, minutes=21, batch=16, lr=1.5e-3)
-    p.add_argument_group("Data").add_argument(
-        "--varied",
-        action="store_true",
-        help="zoom, shift and recolour the images for training, and give white background one code",
-    )
-    model = p.add_argument_group("Model")
-    model.add_argument("--init", metavar="FOLDER", help="start from this tokenizer, which may have a smaller --patch")
-    model.add_argument(
-        "--patch", type=whole(1, 64), default=1, metavar="N", help="the first convolution reads blocks of N x N pixels"
-    )
-    training = p.add_argument_group("Training")
-    training.add_argument(
-        "--perceptual", type=positive, default=0.0, metavar="X", help="weight of a perceptual loss, of the extra eval"
-    )
-    training.add_argument(
-        "--decoder-only", action="store_true", help="keep the encoder and codes of --init, and so all tokens"
-    )
+    _autoencoder_options(p, "tokenizer", also=", and give white background one code")
 
 
 def autoencoder(p: CommandParser) -> None:
     """Train a KL autoencoder, for continuous tokens.
 
     visar train autoencoder --data images -o run/ae
-    visar train autoencoder --data images --styles 3d,noto,flat --minutes 60 -o run/ae
+    visar train autoencoder --data images --size 128 --patch 2 --varied --init run/ae/vae -o run/ae-128
     """
-    _training_options(p, minutes=21, batch=16, lr=1.5e-3)
+    _autoencoder_options(p, "autoencoder")
 
 
 def ar(p: CommandParser) -> None:
@@ -88,13 +72,7 @@ def ar(p: CommandParser) -> None:
     data.add_argument(
         "--variants", type=whole(0, 10000), default=0, metavar="N", help="zoom, shift and recolour each image in N ways"
     )
-    data.add_argument(
-        "--weigh",
-        type=_weights,
-        default={},
-        metavar="NAME=X,...",
-        help="take images of a style or group X times as often",
-    )
+    _weigh_option(data)
     model = p.add_argument_group("Model")
     model.add_argument("--init", metavar="FOLDER", help="start from this GPT, which may have fewer --layers")
     model.add_argument("--any-order", action="store_true", help="a RandAR, which samples the cells in any order")
@@ -145,7 +123,11 @@ def mar(p: CommandParser) -> None:
     visar train mar --data images --autoencoder run/ae/vae --words words --dim 64 --layers 2 -o run/draft
     """
     _training_options(p, minutes=75, batch=32, lr=2.5e-3)
+    data = p.add_argument_group("Data")
+    data.add_argument("--varied", action="store_true", help=f"{VARIED}, and the captions as people type them")
+    _weigh_option(data)
     model = p.add_argument_group("Model")
+    model.add_argument("--init", metavar="FOLDER", help="start from this MAR, of the same sizes and autoencoder")
     model.add_argument("--autoencoder", required=True, metavar="FOLDER", help="the folder `vae` of an autoencoder run")
     model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
     _sizes(
@@ -238,6 +220,33 @@ def _sizes(group: Group, **sizes: tuple[int, str]) -> None:
     for name, (default, what) in sizes.items():
         most = 65536 if name in ("dim", "ffn", "head_width") else 1024
         group.add_argument(f"--{name.replace('_', '-')}", type=whole(1, most), default=default, metavar="N", help=what)
+
+
+def _autoencoder_options(p: CommandParser, what: str, also: str = "") -> None:
+    _training_options(p, minutes=21, batch=16, lr=1.5e-3)
+    p.add_argument_group("Data").add_argument("--varied", action="store_true", help=VARIED + also)
+    model = p.add_argument_group("Model")
+    model.add_argument("--init", metavar="FOLDER", help=f"start from this {what}, which may have a smaller --patch")
+    model.add_argument(
+        "--patch", type=whole(1, 64), default=1, metavar="N", help="the first convolution reads blocks of N x N pixels"
+    )
+    training = p.add_argument_group("Training")
+    training.add_argument(
+        "--perceptual", type=positive, default=0.0, metavar="X", help="weight of a perceptual loss, of the extra eval"
+    )
+    training.add_argument(
+        "--decoder-only", action="store_true", help="keep the encoder of --init, and so what models were trained on"
+    )
+
+
+def _weigh_option(group: Group) -> None:
+    group.add_argument(
+        "--weigh",
+        type=_weights,
+        default={},
+        metavar="NAME=X,...",
+        help="take images of a style or group X times as often",
+    )
 
 
 def _image_options(group: Group) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from annotated_types import Len
+from annotated_types import Interval, Len
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -59,7 +59,8 @@ class KLAutoencoder(Component):
     """Images in [-1, 1] to the normal distribution of their latents, and back; by default with the sizes of KL-16.
 
     `channels` has a width for each level; with `attention` the encoder's last level has attention; latents times
-    `scaling_factor` have about unit variance.
+    `scaling_factor` have about unit variance. With `patch` above 1, which no published one has, the first convolution
+    reads, and the last one writes, blocks of pixels.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class KLAutoencoder(Component):
         groups: Size = 32,
         attention: bool = True,
         scaling_factor: Positive = 0.2325,
+        patch: Annotated[int, Interval(ge=1, le=64)] = 1,
     ):
         super().__init__()
-        self.encoder = Encoder(channels[0], channels, blocks, 2 * latent_channels, groups, attention)
-        self.decoder = Decoder(channels, blocks, latent_channels, groups, attention=False)
+        self.encoder = Encoder(channels[0], channels, blocks, 2 * latent_channels, groups, attention, patch)
+        self.decoder = Decoder(channels, blocks, latent_channels, groups, attention=False, patch=patch)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
@@ -160,7 +162,7 @@ def fingerprint(vae: KLAutoencoder) -> str:
 
 def downsample(vae: KLAutoencoder) -> int:
     """Pixels per latent along one side."""
-    return 2 ** (len(vae.config.channels) - 1)
+    return int(vae.config.patch) * 2 ** (len(vae.config.channels) - 1)
 
 
 def to_tokens(latents: Tensor) -> Tensor:
