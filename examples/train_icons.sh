@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Goes on with the training of `icons` on a GPU, then trains its drafters:
+# Goes on with the training of `icons` and `icons-mar` on a GPU, then trains the drafters of `icons`:
 #
-#     bash examples/train_icons.sh IMAGES OUT [MINUTES [DRAFTER_MINUTES [SAMPLED]]]
+#     bash examples/train_icons.sh IMAGES OUT [MINUTES [MAR_MINUTES [DRAFTER_MINUTES [SAMPLED]]]]
 #
-# IMAGES is what `visar train images` makes, or a zip of it. The GPT is saved in OUT/ar/gpt every three minutes and at the end of its
-# MINUTES; the model with its drafters is then in OUT/model, and the log of each step in OUT/logs. A GPU has run the step of the GPT only:
-# the drafters' steps ran on a CPU.
+# IMAGES is what `visar train images` makes, or a zip of it. GPT, MAR and the MAR's draft model are saved in OUT/ar/gpt, OUT/mar/mar and
+# OUT/draft/mar every three minutes and at the end of their MINUTES (the draft model has half of the MAR's); OUT/model, with its
+# drafters, and OUT/model-mar are what comes of it, and the log of each step is in OUT/logs. A GPU has run the step of the GPT only: the
+# others ran on a CPU.
 set -euo pipefail
 if [ $# -lt 2 ]; then
-  echo "usage: bash examples/train_icons.sh IMAGES OUT [MINUTES [DRAFTER_MINUTES [SAMPLED]]]" >&2
+  echo "usage: bash examples/train_icons.sh IMAGES OUT [MINUTES [MAR_MINUTES [DRAFTER_MINUTES [SAMPLED]]]]" >&2
   exit 2
 fi
-images=$1 out=$2 minutes=${3:-5} drafter_minutes=${4:-1} sampled=${5:-4096} batch=${BATCH:-384}
-icons=$(python -c "from visar.families.catalogue import embedded_folder; print(embedded_folder('icons'))")
+images=$1 out=$2 minutes=${3:-5} mar_minutes=${4:-2} drafter_minutes=${5:-1} sampled=${6:-4096} batch=${BATCH:-384}
+home() { python -c "from visar.families.catalogue import embedded_folder; print(embedded_folder('$1'))"; }
+icons=$(home icons) mar=$(home icons-mar)
 mkdir -p "$out/logs"
 run() {  # NAME ARGUMENTS...: a step with a log of its own
   local log=$out/logs/$1.txt
@@ -26,6 +28,14 @@ run ar ar --data "$images" --out "$out/ar" --size 128 --tokenizer "$icons/vq" --
   --weigh "flat=0.3,noto=0.25,twemoji=0.2,glossy=0.15,blob=0.08,emojione=0.05,rendered=0.1,streamline=0.04,fxemoji=0.05,people & body=0.5"
 run assemble assemble --gpt "$out/ar/gpt" --tokenizer "$icons/vq" --words "$out/ar/text_encoder" \
   --guidance-scale 3 --top-k 10 --gpt-dtype float8_e4m3fn --out "$out/model"
+
+masked=(mar --data "$images" --size 128 --varied --autoencoder "$mar/vae" --words "$icons/text_encoder" --styles 3d
+  --without-groups symbols --weigh "people & body=0.4" --batch "$batch" --no-compile)
+run mar "${masked[@]}" --out "$out/mar" --init "$mar/mar" --minutes "$mar_minutes" --lr 2e-3
+run draft "${masked[@]}" --out "$out/draft" --init "$mar/draft" --minutes "$(python -c "print($mar_minutes / 2)")" --lr 2e-3 \
+  --dim 96 --layers 2 --heads 1 --head-width 128 --head-layers 2
+run assemble-mar assemble --mar "$out/mar/mar" --draft "$out/draft/mar" --autoencoder "$mar/vae" --words icons \
+  --guidance-scale 2 --draft-dtype float8_e4m3fn --out "$out/model-mar"
 
 drafter=(drafter --model "$out/model" --captions "$images" --styles "3d,noto,flat" --without-groups symbols
   --out "$out/drafters" -n "$sampled" --dtype float32 --no-compile)

@@ -41,6 +41,7 @@ SHORTER = {
     r"-n 50000\b": "-n 2",
     r"count=2048\b": "count=4",
     r"--repeats \d+": "--repeats 1",
+    "--weigh .people & body=": '--weigh "even=',
     r"\bbatch([= ])(32|64)\b": r"batch\g<1>4",
     r",specdec\+\+,spectr,[\w+,\-\\\s]+,zipar": ",eagle,zipar",
     r'\.to\("cuda"': '.to("cpu"',
@@ -85,7 +86,7 @@ PARSED = {
     "visar train images": "downloads the packages of ten image sets",
     "visar train words": "needs the extra `train`",
     "visar train tokenizer --data images --out run/vq --size 128": "as the next two, from weights of a checkout; "
-    "tests/training/test_patch_tokenizer.py and test_variant_training.py run small ones",
+    "tests/training/test_patches.py and test_variant_training.py run small ones",
     "visar train ar --data images --out run/ar --size 128": "see above",
     "visar train assemble --gpt run/ar/gpt --tokenizer run/vq/vq --words run/ar/text_encoder": "see above",
     "visar train two-way --init assets/icons/gpt": "from weights of a checkout; "
