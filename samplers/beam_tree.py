@@ -24,6 +24,14 @@ from visar.samplers.verification import StepNoise
 LATER = 1e-9  # taken off per level, so that a child never ranks before its parent
 
 
+def best_of(value: Tensor, count: int) -> Tensor:
+    """The numbers, ascending, of the `count` largest of each row of values [B, P], of equal ones the first.
+
+    `topk` takes any of the equal ones, and another device takes others.
+    """
+    return value.sort(descending=True, stable=True).indices[:, :count].sort().values
+
+
 class Drafted(NamedTuple):
     """A tree for each row: `tokens` [B, T - 1] of its drafts, -1 where there is none, and draft distributions `q` [B,
     T, V].
@@ -140,7 +148,7 @@ class BeamTree(Registered):
             tokens.append(torch.where(value > -torch.inf, best.indices.flatten(1), -1))
             values.append(value - LATER * level)
             above.append(torch.arange(first, first + count, device=device).repeat_interleave(each).expand(batch, -1))
-            extended = value.topk(min(self.beam, value.shape[1])).indices.sort().values
+            extended = best_of(value, self.beam)
             beams.append(extended)
             if level + 1 < self.depth:
                 score, fed = value.gather(1, extended), tokens[-1].gather(1, extended)
@@ -175,7 +183,7 @@ class BeamTree(Registered):
 
     def _tested(self, value: Tensor) -> Tensor:
         """The numbers of the children that are tested, of those with the values [B, P] in the pool."""
-        return value.topk(min(self.nodes, value.shape[1])).indices.sort().values
+        return best_of(value, self.nodes)
 
     def _chosen(self, tokens: list[Tensor], values: list[Tensor], above: list[Tensor], beams: list[Tensor]) -> Drafted:
         """The tree of what is tested: the `nodes` most likely drafts, or all of the beams."""

@@ -21,6 +21,8 @@ from visar.samplers.registry import register_sampler
 from visar.samplers.speculative import Children, drafter_of
 from visar.samplers.tree_verification import VerifiedTree
 
+DECIMALS = 6  # of logarithms of chances that are compared
+
 
 @register_sampler("ddd", paper="DDD, Brown et al. 2024, arXiv:2409.00142", drafter="eagle")
 @dataclass(frozen=True)
@@ -49,11 +51,6 @@ class DynamicDepth(BeamTree):
 
     def _ranked(self, joint: Tensor, score: Tensor, session: Session, state: State, first: int) -> Tensor:
         return torch.where(self._enough(score)[:, None, None], joint, -torch.inf)
-
-    def _tested(self, value: Tensor) -> Tensor:
-        # Of equal ones the first: a row's tree must not depend on how deep others go.
-        best = value.sort(descending=True, stable=True).indices
-        return best[:, : self.nodes].sort().values
 
 
 @dataclass
@@ -106,9 +103,10 @@ class CalibratedTree(BeamTree):
         reached = torch.cat([torch.ones_like(rate[..., :1]), (1 - rate[..., :-1]).cumprod(-1)], dim=-1)
         chance = (reached * rate).cummin(-1).values  # no child without the one before it
         rows = torch.arange(len(q), device=q.device)[:, None]
-        own = score[..., None] + chance[rows, level(q)][..., : ranks.shape[-1]].log()
+        # Products of the same few chances are often equal, and rounding must not say which of them is less.
+        own = (score[..., None] + chance[rows, level(q)][..., : ranks.shape[-1]].log()).round(decimals=DECIMALS)
         worth = own - LATER * torch.arange(ranks.shape[-1], device=q.device)
-        return torch.where(torch.isneginf(ranks) | (own < math.log(self.least)), -torch.inf, worth)
+        return torch.where(torch.isneginf(ranks) | (own < round(math.log(self.least), DECIMALS)), -torch.inf, worth)
 
     def learn(self, state: CountedState, drafted: Drafted, children: Tensor, verified: VerifiedTree) -> None:
         rows = torch.arange(len(children), device=children.device)

@@ -15,6 +15,7 @@ from visar.errors import VisarError
 from visar.eval.exactness.joint import EXACT_LIMIT, Case, configured, measure, same_alone
 from visar.eval.exactness.tabular import Settings, TabularModel, TabularSession
 from visar.samplers import CalibratedTree, DynamicDepth, Target, get_sampler
+from visar.samplers.beam_tree import best_of
 
 HARD = Case(
     "hard", Settings(temperature=1.4, top_p=0.8, scale=1.8, forced=(-1, 0, -1, -1)), model="full", vocab=4, length=4
@@ -52,7 +53,8 @@ def test_a_row_does_not_depend_on_how_deep_others_go() -> None:
     sampler = DynamicDepth(beam=4, depth=3, nodes=15)
     value = torch.randn(50, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     value[torch.rand(50, 20, generator=torch.Generator().manual_seed(1)) < 0.5] = -torch.inf
-    alone, deeper = sampler._tested(value), sampler._tested(torch.cat([value, torch.full((50, 40), -torch.inf)], 1))
+    deeper = sampler._tested(torch.cat([value, torch.full((50, 40), -torch.inf)], 1))
+    alone = sampler._tested(value)
     assert torch.equal(alone, deeper)
     for row in range(50):
         live = value[row].isfinite().nonzero()[:, 0]
@@ -87,6 +89,24 @@ def test_children_are_drafted_in_the_order_of_their_worth() -> None:
     deeper = CalibratedTree(beam=3, depth=2, least=0.3)
     found = deeper.draft(session.drafter, session, state)
     assert int((found.tokens[0] >= 0).sum()) == 2  # 1/2 each, and below them 1/4
+
+
+@pytest.mark.parametrize("off", [-1e-14, 1e-14])
+def test_rounding_does_not_choose_between_equal_drafts(off: float) -> None:
+    """Of drafts worth 1/4 * 1/5 all reach `least` 1/20, and of more equal ones than the beam holds the first are taken.
+
+    Devices round logarithms in their own ways, and `topk` takes any of the equal ones.
+    """
+    sampler = CalibratedTree(beam=3, depth=2, least=0.05)
+    _, state = counted(sampler, MODEL, passes=0, batch=1)
+    state.counts[:, 0], state.counts[:, 1] = 7.0, torch.tensor([1.0, 0.0, 0.0])  # 1/4, and 1/8 of those that come to it
+    score = torch.tensor([[0.2, 0.2]], dtype=torch.float64).log() + torch.tensor([[0.0, off]])
+    ranks, q = torch.zeros(1, 2, 3, dtype=torch.float64), torch.full((1, 2, VOCAB), 1 / VOCAB)
+    found = sampler._values(ranks, q, score, state)
+    assert torch.equal(found[0, 0], found[0, 1]) and found[0, :, 0].isfinite().all()
+    equal = torch.zeros(2, 9, dtype=torch.float64)
+    equal[1, 0] = -1.0
+    assert best_of(equal, 4).tolist() == [[0, 1, 2, 3], [1, 2, 3, 4]]
 
 
 def test_only_what_was_tested_is_counted() -> None:

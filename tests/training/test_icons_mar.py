@@ -40,15 +40,15 @@ def test_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["sampler"], found["exact"], found["nfe"], found["tokens"]) == ("mar-headspec", True, 64, 256)
     assert found["calls_per_pass"] <= SHARE * found["denoising_steps"]
     image = Image.open(out)
-    assert (image.size, image.mode) == ((64, 64), "RGB") and len(image.getcolors(4096) or range(4096)) > 16
+    assert (image.size, image.mode) == ((128, 128), "RGB") and len(image.getcolors(4096) or range(4096)) > 16
 
 
 def test_a_red_heart_is_red() -> None:
     """The one thing that is looked at: more red than blue and green, on white."""
     sampler = MaskedAutoregressive(steps=16, head_steps=25)
     (image,) = embedded()("a red heart, 3d", sampler=sampler, output_type="pt").images
-    red, green, blue = image[:, 16:48, 16:48].mean((1, 2)).tolist()
-    assert red > green + 0.2 and red > blue + 0.2 and image[:, :4, :4].mean() > 0.9
+    red, green, blue = image[:, 32:96, 32:96].mean((1, 2)).tolist()
+    assert red > green + 0.2 and red > blue + 0.2 and image[:, :8, :8].mean() > 0.9
 
 
 @cache

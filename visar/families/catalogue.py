@@ -44,7 +44,7 @@ class Listing:
 
 EMBEDDED = (
     Listing("icons", "icons and emoji from a short text", "prompt", (128,), parameters=6_262_016, licence=OWN),
-    Listing("icons-mar", "the same from continuous tokens (MAR)", "prompt", (64,), parameters=3_268_576, licence=OWN),
+    Listing("icons-mar", "the same from continuous tokens (MAR)", "prompt", (128,), parameters=3_268_576, licence=OWN),
 )
 
 
