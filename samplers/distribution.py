@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from visar.errors import VisarError
+from visar.errors import NoDistribution, VisarError
 from visar.kernels.target_probs import target_probs
 from visar.params import LARGEST, LEAST_TEMPERATURE, whole
 
@@ -98,7 +98,7 @@ class Target:
         target, _ = (self.faults < OFF).tolist()
         if target:
             raise VisarError("The drafter gave no distribution: its logits are not finite, so its weights are damaged.")
-        raise VisarError(
+        raise NoDistribution(
             "The model gave no distribution: its logits are not finite in float32, or too large for the guidance scale "
             f"and temperature {self.temperature:g}, or no token was allowed at a position."
         )
@@ -149,7 +149,8 @@ class RowTargets:
     def place(self, row: int, target: Target) -> bool:
         """Give a row this target; whether the kernels now read a setting that they have not read before."""
         before = self._limited, self._nucleus
-        self.temperature[row], self.top_k[row], self.top_p[row] = target.temperature, target.top_k, target.top_p
+        self.temperature[row], self.top_p[row] = target.temperature, target.top_p
+        self.top_k[row] = min(target.top_k, 2**31 - 1)  # of all there are, and no more fit the tensor
         self.forced[row] = -1 if target.forced is None else target.forced
         self.faults[:, row] = 0
         self._limited |= target.top_k > 0

@@ -16,6 +16,10 @@ class VisarError(ValueError):
         super().__init__(short(str(message)))
 
 
+class NoDistribution(VisarError):
+    """What was computed from a model's logits is no distribution: its weights or the settings are to blame."""
+
+
 class NotInTraining(UserWarning):
     """A prompt asks for what the model was not trained on."""
 

@@ -79,6 +79,13 @@ def check_output(path: str | Path) -> Path:
     return path
 
 
+def new_file(path: str | Path) -> Path:
+    """As `check_output`. Raises `VisarError` for a file that exists."""
+    if os.path.lexists(path) and not is_device(Path(path)):
+        raise VisarError(f"{path} exists; give another name, or delete it.")
+    return check_output(path)
+
+
 def is_device(path: Path) -> bool:
     """Whether something is there that is neither a file nor a folder, or a name of an open file (/dev/stderr)."""
     with suppress(FileNotFoundError, NotADirectoryError):

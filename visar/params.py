@@ -144,6 +144,15 @@ class SamplingParams:
         given = {name: value for name, value in keywords.items() if value is not None}
         return replace(params or SamplingParams(), **given)
 
+    def unusual(self) -> str | None:
+        """The first setting that is given and far from what images are made with, beyond the sliders of the demo."""
+        for f in fields(self):
+            value, slider = getattr(self, f.name), f.metadata["slider"]
+            given = f.name in ("guidance_scale", "temperature") and value is not None
+            if given and not slider[0] <= value <= slider[1]:
+                return f.name
+        return None
+
     def resolved(self, defaults: SamplingParams) -> SamplingParams:
         """With the model's defaults for what is None, and a seed drawn where there is none."""
         own = {f.name: getattr(defaults, f.name) for f in fields(self) if getattr(self, f.name) is None}

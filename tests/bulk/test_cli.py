@@ -153,6 +153,7 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
         ("--prompts TMP/p.txt --batch 0", "--batch must be 1 or more, not 0."),
         ("--prompts TMP/p.txt --npz TMP/a.zip", "--npz writes a .npz file"),
         ("--prompts TMP/p.txt --npz TMP/file/a.npz", "Cannot write to folder TMP/file"),
+        ("--prompts TMP/p.txt --npz TMP/mine.npz", "TMP/mine.npz exists; give another name, or delete it."),
         ("--prompts TMP/p.txt --out TMP/file/a", "Cannot write to folder TMP/file/a"),
         ("--prompts TMP/p.txt --sampler scdd", "Unknown sampler 'scdd'."),
         ("--prompts TMP/p.txt --sampler mar", "Sampler 'mar' is for continuous tokens."),
@@ -170,7 +171,8 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
 )
 def test_bad_input_is_one_line(text_folder: Path, tmp_path: Path, capfd: Capture, arguments: str, message: str) -> None:
     for name, text in (
-        ("file", "x"), ("p.txt", "cat\n"), ("gap.txt", "cat\n \ndog\n"), ("nothing.txt", ""), ("zebra.txt", "zebra\n"),
+        ("file", "x"), ("mine.npz", "x"),
+        ("p.txt", "cat\n"), ("gap.txt", "cat\n \ndog\n"), ("nothing.txt", ""), ("zebra.txt", "zebra\n"),
         ("twice.jsonl", '{"id": "a", "prompt": "cat"}\n{"prompt": "x"}\n{"id": "a", "prompt": "dog"}\n'),
         ("bad.jsonl", '{"prompt": "cat"}\n{"prompt"\n'), ("other.jsonl", '["cat"]\n'),
         ("blank.jsonl", '{"prompt": "cat"}\n{"prompt": ""}\n'), ("id.jsonl", '{"id": [1], "prompt": "cat"}\n'),
@@ -304,6 +306,7 @@ def test_what_does_not_fit_a_layout(
         (dpg_run, "dpg", "full", "exists: give a folder that is new or empty."),
         (geneval_run, "geneval", "two.jsonl", "exists: give a folder that is new or empty."),
         (dpg_run, "npz", "full", "is a folder; give a .npz file."),
+        (dpg_run, "npz", "two.jsonl", "exists; give another name, or delete it."),
         (tmp_path / "none", "npz", "a.npz", "holds no run of `visar sample`."),
     ):
         assert run("export", folder, "--layout", layout, "-o", tmp_path / out) == 2

@@ -360,6 +360,8 @@ def test_bench(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
         ("--samplers ,", "No sampler was given"),
         ("--set delta=1", "None of these samplers has a parameter 'delta'"),
         ("--set window", "A parameter is given as name=value, not 'window'"),
+        ("--set window=8 --set window=4", "Parameter 'window' of 'sjd' is given twice"),
+        ("--set window=8 --window 4", "Parameter 'window' of 'sjd' is given twice"),
         ("--set window=many", "Parameter 'window' of 'sjd' must be a whole number, not 'many'"),
         ("--temperature 0", "temperature must be above 0"),
         ("--json TMP/file/report.json", "Cannot write to folder"),

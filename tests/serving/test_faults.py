@@ -33,9 +33,9 @@ def start(text_folder: Path) -> Iterator[Start]:
     """Servers of the text model; with the fixture `held`, their passes wait to be let go."""
     with ExitStack() as stack:
 
-        def started(**options: Any) -> Api:
+        def started(samplers: tuple[str, ...] = ("scd", "ar"), **options: Any) -> Api:
             pipe = TextToImagePipeline.from_pretrained(text_folder)
-            return stack.enter_context(serving(("text", pipe, ("scd", "ar")), **options))
+            return stack.enter_context(serving(("text", pipe, samplers), **options))
 
         yield started
 
@@ -243,6 +243,17 @@ def test_health_when_every_image_fails(start: Start, place: str, monkeypatch: py
     assert api.ask("/health").status == 500 and "last 5 images failed" in api.ask("/health").error["message"]
     monkeypatch.undo()
     assert api.images(prompt="cat").status == 200 and api.ask("/health").status == 200
+
+
+@pytest.mark.parametrize("sampler", ["scd", "zipar"])
+def test_settings_that_overflow_are_the_clients_fault(start: Start, sampler: str) -> None:
+    api = start(samplers=(sampler,))
+    for _ in range(FAILURES):
+        answer = api.images(prompt="cat", guidance_scale=1e38, temperature=1e-5)
+        assert answer.status == 400 and answer.error["param"] == "guidance_scale"
+        assert "no distribution at guidance_scale 1e+38" in answer.error["message"]
+    assert api.ask("/health").status == 200 and api.ask("/ready").status == 200
+    assert api.images(prompt="cat", top_k=10**30).status == 200
 
 
 def test_the_first_images_make_it_ready(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -56,8 +57,9 @@ def weights_mark(model: ImageModel) -> str:
 
 
 def method_of(sampler: Any) -> dict[str, Any]:
-    """Name and parameters of a sampler, and whether it is exact."""
-    return {"sampler": sampler.name, "parameters": values_of(sampler), "exact": sampler.exact}
+    """Name and parameters of a sampler, as JSON has them, and whether it is exact."""
+    parameters = json.loads(json.dumps(values_of(sampler), default=lambda value: type(value).__name__))
+    return {"sampler": sampler.name, "parameters": parameters, "exact": sampler.exact}
 
 
 def machine(model: ImageModel) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from visar.bulk.folder import Line, RunFolder
 from visar.errors import VisarError, unknown
-from visar.files import check_output, new_folder, replacing, tidy
+from visar.files import new_file, new_folder, replacing, tidy
 from visar.image_files import converted, open_image
 
 DPG_IMAGES = 4
@@ -44,7 +44,7 @@ def export_npz(folder: str | Path, out: str | Path) -> int:
     size = _pixels(run, lines[0]).shape
     if Path(out).is_dir():
         raise VisarError(f"{out} is a folder; give a .npz file.")
-    with tidy(), replacing(check_output(out)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with tidy(), replacing(new_file(out)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             _header(file, (len(lines), *size), np.dtype(np.uint8))
             for line in lines:

@@ -23,7 +23,7 @@ from visar.errors import NotInTraining, VisarError
 from visar.files import output_folder
 from visar.generation.model import ImageModel
 from visar.generation.stats import exactness_of
-from visar.params import DISCRETE
+from visar.params import DISCRETE, SamplingParams, whole
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ def sample_images(
     """
     model = ImageModel.of(model)
     model.family.check_decoding()
+    if (seed := whole("seed", seed)) is None:
+        raise VisarError("A run needs a seed, so that it can be continued; give a whole number.")
+    SamplingParams(seed=seed)  # its range
+    count, batch = whole("count", count), whole("batch", batch)
     order, count = _checked(model, conditions, count, batch, tokens)
     method = sampler_of(model, sampler)
     settings = settings_of(model, settings)
@@ -138,14 +142,14 @@ def sample_images(
 
 
 def _checked(
-    model: ImageModel, conditions: Sequence[Condition | str | int], count: int | None, batch: int, tokens: bool
+    model: ImageModel, conditions: Sequence[Condition | str | int], count: int | None, batch: int | None, tokens: bool
 ) -> tuple[Interleaved, int]:
     """The order of the images, and their number. Raises `VisarError` for bad input."""
     order = Interleaved([c if isinstance(c, Condition) else Condition(c) for c in conditions])
     count = len(order.conditions) if count is None else count
     if count < 1:
         raise VisarError(f"The number of images must be 1 or more, not {count}.")
-    if batch < 1:
+    if batch is None or batch < 1:
         raise VisarError(f"The batch must be 1 or more images, not {batch}.")
     if max(order.index(i) for i in range(max(0, count - len(order.conditions)), count)) >= IMAGES:
         raise VisarError(f"There are at most {IMAGES} images of one condition.")

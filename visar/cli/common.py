@@ -31,6 +31,8 @@ def configured(name: str, given: list[str], window: int | None) -> AnySampler:
         key, equals, value = text.partition("=")
         if not equals:
             raise VisarError(f"A parameter is given as name=value, not {text!r}.")
+        if key in values or (key == "window" and window is not None):
+            raise VisarError(f"Parameter {key!r} of {name!r} is given twice.")
         kind = own[key].kind if key in own else str
         if kind is bool and value not in ("true", "false"):
             raise VisarError(f"Parameter {key!r} of {name!r} must be true or false, not {value!r}.")

@@ -14,7 +14,7 @@ from visar.cli.output import show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.devices import device_of
 from visar.errors import VisarError
-from visar.files import check_output, output_folder
+from visar.files import new_file, output_folder
 from visar.tables import table
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def stats(options: argparse.Namespace) -> int:
 
     if Path(options.out).suffix != ".npz":
         raise VisarError(f"Statistics are written as .npz, not {options.out}.")
-    check_output(options.out)
+    new_file(options.out)
     with ExitStack() as stack:
         found = reference_stats(
             options.protocol, options.sources, options.out, device=device_of(options.device), batch=options.batch,

@@ -18,7 +18,7 @@ from visar.cli.output import show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.devices import device_of
 from visar.errors import VisarError
-from visar.files import check_output, output_folder
+from visar.files import new_file, output_folder
 from visar.params import CONTINUOUS, SamplingParams
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
         raise VisarError("--tokens is for models of discrete tokens; this one's are vectors.")
     sampler = chosen_sampler(options, params)
     if options.npz:
-        check_output(options.npz)
+        new_file(options.npz)
     order = Interleaved(conditions)
     settings = settings_of(params)
     about: dict[str, Any] = {

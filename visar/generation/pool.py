@@ -15,7 +15,7 @@ from visar.engine.graphs import cuda_graph
 from visar.engine.guidance import Guidance, RowGuidance
 from visar.engine.session import Session
 from visar.engine.slots import Slots
-from visar.errors import VisarError
+from visar.errors import NoDistribution, VisarError
 from visar.families.base import DiscreteFamily, Encoded
 from visar.generation.discrete import arranged, guidance_of, target_of
 from visar.generation.model import ImageModel, undisturbed
@@ -228,7 +228,10 @@ class Pool:
 def not_finite(family: DiscreteFamily) -> VisarError:
     """The error of a request whose distribution was none."""
     name = str(family.dtype).removeprefix("torch.")
-    return VisarError(f"The model's logits are not finite in {name}; load the model in bfloat16 or float32.")
+    or_else = ", or too large for the guidance scale and temperature"
+    if family.dtype == torch.float16:
+        or_else = "; load the model in bfloat16 or float32"
+    return NoDistribution(f"The model's logits are not finite in {name}{or_else}.")
 
 
 def fits_pool(model: ImageModel, sampler: Any) -> bool:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from visar.errors import VisarError, unknown
 from visar.params import ORDERS, SCHEDULES, SamplingParams
-from visar.serving.wanted import ModelCard, Wanted
+from visar.serving.wanted import ModelCard, Refusal, Wanted
 
 SETTINGS = ("seed", "guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p", "order")
 MOST_PREVIEWS = 3
@@ -18,14 +18,6 @@ MOST_PREVIEWS = 3
 
 class NoSuchModel(VisarError):
     """A model that is not served."""
-
-
-class Refusal(VisarError):
-    """A value that cannot be, of the field `param`."""
-
-    def __init__(self, param: str, message: object):
-        super().__init__(message)
-        self.param = param
 
 
 class ImagesBody(BaseModel):

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from starlette.responses import JSONResponse
 
 from visar.errors import VisarError, short
-from visar.serving.body import NoSuchModel, Refusal
+from visar.serving.body import NoSuchModel
 from visar.serving.jobs import Busy, Closed, Late
-from visar.serving.wanted import Broken
+from visar.serving.wanted import Broken, Refusal
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 LONGEST_NAME = 100  # characters of a field's name that is told

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from visar.errors import VisarError
+from visar.errors import NoDistribution, VisarError
 from visar.eval.prompts import conditions
 from visar.generation.model import ImageModel
 from visar.generation.pool import Finished, Glance, Request, fits_pool
@@ -31,7 +31,7 @@ from visar.params import SamplingParams
 from visar.samplers import values_of
 from visar.serving.engine import Engine
 from visar.serving.jobs import Busy, Closed, Event, Failed, Job, Late, Partial, Started
-from visar.serving.wanted import Accepted, Broken, Made, ModelCard, Preview, SamplerCard, Told, Wanted
+from visar.serving.wanted import Accepted, Broken, Made, ModelCard, Preview, Refusal, SamplerCard, Told, Wanted
 
 FORMS: Mapping[str, dict[str, Any]] = {"png": {}, "webp": {"lossless": True}, "jpeg": {"quality": 95}}
 STALLED = 120.0  # seconds of a pass until the engine counts as ill; a first pass may compile
@@ -136,6 +136,10 @@ class Replica:
                         self._failed = 0
                         yield Made(image, file, event.passes, event.nfe, waited[image], seconds)
                     case Failed():
+                        if isinstance(event.error, NoDistribution) and (name := wanted.params.unusual()):
+                            raise Refusal(
+                                name, f"This model has no distribution at {name} {getattr(wanted.params, name):g}."
+                            )
                         self._failed += not isinstance(event.error, Closed | Late)
                         raise blamed(event.error)
         finally:

@@ -18,6 +18,17 @@ class Broken(VisarError):
     """An image that could not be made, through no fault of the client."""
 
 
+class Refusal(VisarError):
+    """A value that cannot be, of the field `param`."""
+
+    def __init__(self, param: str, message: object):
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[type[Refusal], tuple[str, str]]:
+        return Refusal, (self.param, str(self))
+
+
 @dataclass(frozen=True)
 class SamplerCard:
     """What clients may know of a sampler."""

@@ -202,5 +202,5 @@ def json_option(group: Group, what: str = "the result") -> None:
         const=STDOUT,
         type=json_target,
         metavar="PATH",
-        help=f"write {what} as JSON to a .json file, or with - or nothing to stdout instead of text",
+        help=f"write {what} as JSON to a .json file, which is replaced, or with - or nothing to stdout instead of text",
     )
