@@ -1,16 +1,54 @@
-"""What a PNG file says of its making: sizes that are no square."""
+"""What a PNG file says of its making, and the command for it."""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import pytest
 from PIL import Image
 
+from visar.cli import parser
 from visar.recipe import Recipe
 
 
+def recipe_of(**values: Any) -> Recipe:
+    common: dict[str, Any] = {"model": "glm", "prompt": "a cat", "sampler": "scd", "exactness": "exact"}
+    return Recipe(**common | values)
+
+
+def understood(recipe: Recipe) -> Any:
+    """The options that the command gives to visar when it is pasted into a shell."""
+    command = recipe.command()
+    assert command.isprintable()  # nothing that a terminal obeys
+    said = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
+    return parser().parse_args(said.decode().split("\0")[1:-1])
+
+
 def test_a_height_and_a_width(tmp_path: Path) -> None:
-    recipe = Recipe(model="glm", prompt="a cat", sampler="scd", exactness="exact", load=[("image-size", "96x64")])
+    recipe = recipe_of(load=[("image-size", "96x64")])
     Image.new("RGB", (96, 64)).save(tmp_path / "a.png", pnginfo=recipe.info())
     found = Recipe.read(tmp_path / "a.png")
     assert found == recipe and "--image-size 96x64" in found.command() and "image_size='96x64'" in found.python()
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a red\xa0heart", "\U0001f469\u200d\U0001f373 it's!", "two\nlines\tand \\x1b", "\x1b[31m\x9b1m", "\u202ered",
+     "$(a) `b`", "-heart", "--", "-1\xa0", "ж\u200b7"],
+)  # fmt: skip
+def test_the_command_means_the_same_prompt(prompt: str) -> None:
+    assert understood(recipe_of(prompt=prompt)).prompt == [prompt]
+
+
+def test_values_that_begin_as_options_do() -> None:
+    settings: dict[str, Any] = {"guidance_scale": -1e-5, "seed": 3}
+    given = understood(recipe_of(model="-m", sampler="-s.py:S", load=[("vq", "-v.pt")], settings=settings))
+    assert (given.model, given.sampler, given.vq) == ("-m", "-s.py:S", "-v.pt")
+    assert (given.guidance_scale, given.seed) == (-1e-5, 3)
+
+
+def test_ordinary_commands_are_plain() -> None:
+    command = "visar generate 'a cat' --model glm --sampler scd --set window=4 --seed 0 --dtype float32 -n 2"
+    assert recipe_of(parameters={"window": 4}, settings={"seed": 0}, image=1).command() == command

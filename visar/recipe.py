@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 CHUNK = "visar"  # the text chunk of a PNG file, in JSON; "Description" has the prompt, for other programs
+_SPECIAL = "\\'!"  # in $'...'; interactive shells may take ! for a line of their history
 Value = str | int | float | bool
 
 
@@ -46,20 +47,25 @@ class Recipe(BaseModel):
 
     def command(self) -> str:
         """The command of a shell; where `image` is not 0, its last image is the one."""
-        words = ["visar", "generate"]
-        words += [self.prompt] if self.prompt is not None else ["--class", str(self.label)]
-        words += ["--model", self.model]
+        words, last = ["visar", "generate"], []
+        if self.prompt is None:
+            words += ["--class", str(self.label)]
+        elif self.prompt.startswith("-"):  # an option, but after --
+            last = ["--", self.prompt]
+        else:
+            words.append(self.prompt)
+        words += _option("--model", self.model)
         for name, value in self.load:
             flag = f"--no-{name}" if value is False else f"--{name}"
-            words += [flag] if isinstance(value, bool) else [flag, _plain(value)]
-        words += ["--sampler", self.sampler]
+            words += [flag] if isinstance(value, bool) else _option(flag, value)
+        words += _option("--sampler", self.sampler)
         for name, value in self.parameters.items():
             words += ["--set", f"{name}={_plain(value)}"]
         for name, value in self.settings.items():
             flag = f"--{name.replace('_', '-')}"
-            words += ([flag] if value else []) if isinstance(value, bool) else [flag, _plain(value)]
+            words += ([flag] if value else []) if isinstance(value, bool) else _option(flag, value)
         words += ["--dtype", self.dtype] + (["-n", str(self.image + 1)] if self.image else [])
-        return " ".join(shlex.quote(printable(word)) for word in words)
+        return " ".join(map(quoted, words + last))
 
     def python(self) -> str:
         """A program that does the same."""
@@ -130,6 +136,12 @@ class Recipe(BaseModel):
             raise VisarError(f"{file} is damaged: what it says of its making cannot be read.") from error
 
 
+def _option(flag: str, value: Value) -> list[str]:
+    """A flag and its value, in one word if the value would be taken for an option."""
+    text = _plain(value)
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
 def _plain(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -141,3 +153,14 @@ def _keywords(values: dict[str, Value]) -> str:
 def printable(text: str) -> str:
     """A text of a file, which a terminal is to show and not to obey."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def quoted(word: str) -> str:
+    """A word of bash, zsh and ksh that shows what prints, and in octal what does not, as in $'a\\302\\240cat'."""
+    if word.isprintable():
+        return shlex.quote(word)
+    return f"$'{''.join(c if c.isprintable() and c not in _SPECIAL else _octal(c) for c in word)}'"
+
+
+def _octal(c: str) -> str:
+    return "".join(f"\\{byte:03o}" for byte in c.encode(errors="surrogateescape"))

@@ -139,7 +139,8 @@ def test_prompts(models: Any) -> None:
     assert "10000000 characters" in sentence(models["text"], prompt="x" * 10_000_000)
     for empty in (None, "", "  \n\t ", " " * 1_000_000, 7, math.nan, True, ["red"], {"red": 1}):
         assert sentence(models["text"], prompt=empty) == "The prompt is empty; give at least one word."
-    assert sentence(models["text"], prompt="red \ud800") == "The prompt has characters that are no text."
+    for odd in ("\ud800", "\0"):
+        assert sentence(models["text"], prompt=f"red {odd}") == "The prompt has characters that are no text."
 
 
 def test_classes(models: Any) -> None:

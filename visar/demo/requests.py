@@ -128,7 +128,8 @@ def _text(prompt: Any, limits: Limits) -> str:
     text = " ".join(prompt.split())
     if len(text) > limits.prompt:
         raise VisarError(f"The prompt has {len(text)} characters; at most {limits.prompt} are allowed.")
-    if any("\ud800" <= c <= "\udfff" for c in text):  # lone surrogates, which cannot be encoded
+    # Lone surrogates cannot be encoded, and no command takes a zero byte.
+    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text):
         raise VisarError("The prompt has characters that are no text.")
     return text
 
