@@ -49,6 +49,13 @@ def test_values_that_begin_as_options_do() -> None:
     assert (given.guidance_scale, given.seed) == (-1e-5, 3)
 
 
+def test_files_of_before_there_were_grids() -> None:
+    old = '{"model": "icons", "prompt": "class room", "sampler": "scd", "exactness": "exact", "settings": {"seed": 0}}'
+    recipe = Recipe.model_validate_json(old)
+    assert (recipe.title, recipe.count, recipe.grid, recipe.scale) == ("class room", 1, False, 1)
+    assert recipe.command() == "visar generate 'class room' --model icons --sampler scd --seed 0 --dtype float32"
+
+
 def test_ordinary_commands_are_plain() -> None:
     command = "visar generate 'a cat' --model glm --sampler scd --set window=4 --seed 0 --dtype float32 -n 2"
     assert recipe_of(parameters={"window": 4}, settings={"seed": 0}, image=1).command() == command

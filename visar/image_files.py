@@ -48,9 +48,14 @@ def open_image(source: str | Path | IO[bytes], name: object) -> Image.Image:
     try:
         return Image.open(source)
     except Image.DecompressionBombError as error:
-        raise VisarError(f"{name} has more pixels than Pillow takes, {Image.MAX_IMAGE_PIXELS} or more.") from error
+        raise VisarError(f"{name} has more pixels than Pillow takes, {most_pixels()}.") from error
     except Exception as error:  # Pillow's readers raise any kind for a damaged file
         raise VisarError(f"{name} is not an image that can be read.") from error
+
+
+def most_pixels() -> float:
+    """Of a file that `open_image` opens."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or float("inf"))  # from half of it on Pillow warns
 
 
 def converted(image: Image.Image, mode: str, name: object) -> Image.Image:

@@ -15,13 +15,15 @@ from visar.texts import check_file
 if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
-CHUNK = "visar"  # the text chunk of a PNG file, in JSON; "Description" has the prompt, for other programs
+CHUNK = "visar"  # the text chunk of a PNG file, in JSON; "Description" has the prompts, for other programs
 _SPECIAL = "\\'!"  # in $'...'; interactive shells may take ! for a line of their history
 Value = str | int | float | bool
 
 
 class Recipe(BaseModel):
-    """One image: image number `image`, from 0, of a prompt or class.
+    """One file: image number `image`, from 0, of a prompt or class, each pixel `scale` x `scale` times.
+
+    Or a `grid`: all images up to that number of the prompt or class, and then of each of the `others`.
 
     `parameters` are those of the sampler that are not its defaults, `settings` those of `SamplingParams` that were
     given, the seed among them, `load` further options of the model (`--vq` and the like).
@@ -37,23 +39,34 @@ class Recipe(BaseModel):
     parameters: dict[str, Value] = {}
     settings: dict[str, Value] = {}
     image: int = 0
+    grid: bool = False
+    others: list[str | int] = []
+    scale: int = 1
     dtype: str = "float32"
     load: list[tuple[str, Value]] = []
     version: str = __version__
 
     @property
+    def conditions(self) -> list[str | int | None]:
+        """All prompts or classes, one but for a grid."""
+        return [self.label if self.prompt is None else self.prompt, *self.others]
+
+    @property
     def title(self) -> str:
-        return self.prompt if self.prompt is not None else f"class {self.label}"
+        return "; ".join(str(c) if isinstance(c, str) else f"class {c}" for c in self.conditions)
+
+    @property
+    def count(self) -> int:
+        """The images that the command decodes together."""
+        return len(self.conditions) * (self.image + 1)
 
     def command(self) -> str:
-        """The command of a shell; where `image` is not 0, its last image is the one."""
-        words, last = ["visar", "generate"], []
-        if self.prompt is None:
-            words += ["--class", str(self.label)]
-        elif self.prompt.startswith("-"):  # an option, but after --
-            last = ["--", self.prompt]
-        else:
-            words.append(self.prompt)
+        """The command of a shell, whose last image is the one, or which writes the grid."""
+        prompts = [c for c in self.conditions if isinstance(c, str)]
+        last = ["--", *prompts] if any(p.startswith("-") for p in prompts) else []  # elsewhere that is an option
+        words = ["visar", "generate", *([] if last else prompts)]
+        for label in self.conditions:
+            words += [] if isinstance(label, str) else ["--class", str(label)]
         words += _option("--model", self.model)
         for name, value in self.load:
             flag = f"--no-{name}" if value is False else f"--{name}"
@@ -65,10 +78,11 @@ class Recipe(BaseModel):
             flag = f"--{name.replace('_', '-')}"
             words += ([flag] if value else []) if isinstance(value, bool) else _option(flag, value)
         words += ["--dtype", self.dtype] + (["-n", str(self.image + 1)] if self.image else [])
+        words += (["--grid"] if self.grid else []) + (["--scale", str(self.scale)] if self.scale > 1 else [])
         return " ".join(map(quoted, words + last))
 
     def python(self) -> str:
-        """A program that does the same."""
+        """A program that makes the same image, for the demo: it knows no grid and no scale."""
         sampler = repr(self.sampler)
         if self.parameters:
             sampler = f"get_sampler({sampler}, {_keywords(self.parameters)})"

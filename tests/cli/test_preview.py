@@ -13,6 +13,7 @@ from PIL import Image
 
 from visar.cli import main
 from visar.cli.preview import Preview, bar, protocol
+from visar.generation.model import ImageModel
 
 
 class Terminal(io.StringIO):
@@ -112,3 +113,42 @@ def test_scale_and_grid(text_folder: Path, tmp_path: Path) -> None:
     assert grid.size == (6 * side, 6 * side)
     first = grid.resize((2 * side, 2 * side), Image.Resampling.NEAREST).crop((0, 0, side, side))
     assert first.tobytes() == Image.open(tmp_path / "all" / "red-heart.png").tobytes()
+
+
+@pytest.mark.parametrize("what", [["red heart", "-blue cat"], ["--class", "3", "--class", "5"]])
+def test_the_command_of_a_grid(
+    text_folder: Path, class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: list[str]
+) -> None:
+    model = ["--model", str(class_folder if "--class" in what else text_folder)]
+    out, again = tmp_path / "grid.png", tmp_path / "again.png"
+    common = ["-n", "2", "--grid", "--scale", "2", *model, "-o", str(out)]
+    assert main(["generate", *common, *(what if "--class" in what else ["--", *what])]) == 0
+    capsys.readouterr()
+    assert main(["info", str(out)]) == 0
+    *rows, last = capsys.readouterr().out.splitlines()
+    found = [line.split(maxsplit=1) for line in rows]
+    wanted = [["class", "3"], ["class", "5"]] if "--class" in what else [["prompt", p] for p in what]
+    assert found[1:3] == wanted and found[-2:] == [["grid", "4 images"], ["scale", "2"]]
+    with Image.open(out) as image:
+        assert image.info["Description"] == ("class 3; class 5" if "--class" in what else "red heart; -blue cat")
+    assert main(["generate", "-o", str(again), *shlex.split(last)[2:]]) == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_files_that_could_not_be_read_again_are_refused(
+    text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = sum(ImageModel.load(text_folder).family.pixels) // 2
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3 * side**2)
+    monkeypatch.delattr(ImageModel, "generate")  # they are, before anything is decoded
+    common = ["generate", "red heart", "-n", "7", "--model", str(text_folder), "-o", str(tmp_path / "a.png")]
+    for options, width, cure in (
+        (["--scale", "3"], 3, "give a smaller --scale"), (["--grid"], 3, "leave out --grid"),
+        (["--grid", "--scale", "2"], 6, "give a smaller --scale"),
+    ):  # fmt: skip
+        assert main([*common, *options]) == 2
+        assert capsys.readouterr().err == (
+            f"visar: error: The file would have {width * side} x {width * side} pixels, of which Pillow reads "
+            f"{6 * side**2} at most; {cure}.\n"
+        )
+    assert not list(tmp_path.iterdir())

@@ -22,6 +22,7 @@ from visar.cli.parsers.generate import MOST
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import check_output, replacing
+from visar.image_files import most_pixels
 from visar.params import SamplingParams
 from visar.recipe import Recipe
 from visar.texts import check_prompt
@@ -119,6 +120,7 @@ def _write(
     looks = form != "none" and not quiet and sys.stderr.isatty()
     model.bar = {"disable": True} if quiet or looks else bar(sys.stderr)
     conditions = options.classes or options.prompt
+    _check_size(options, model.family.pixels, len(conditions) * options.num_images)
     out = model.generate(
         conditions,
         sampler=sampler,
@@ -129,7 +131,7 @@ def _write(
     dtype, method = str(model.dtype).removeprefix("torch."), model.sampler_of(sampler)
     images, recipes = out.images, _recipes(options, method, params, conditions, dtype)
     if options.grid:
-        images, recipes = [grid(images, columns=math.ceil(math.sqrt(len(images))))], recipes[-1:]
+        images = [grid(images, _columns(len(images)))]
     with ExitStack() as stack:  # all images, or none
         for image, recipe, path in zip(images, recipes, paths, strict=True):
             if options.scale > 1:
@@ -138,14 +140,34 @@ def _write(
     return out.stats
 
 
+def _columns(count: int) -> int:
+    return math.ceil(math.sqrt(count))
+
+
+def _check_size(options: argparse.Namespace, size: tuple[int, int], count: int) -> None:
+    """Raise `VisarError` for a grid or a scale that makes a file too large to be read again."""
+    across = _columns(count) if options.grid else 1
+    down = -(-count // across) if options.grid else 1
+    height, width = size[0] * down * options.scale, size[1] * across * options.scale
+    if (options.grid or options.scale > 1) and height * width > most_pixels():
+        cure = "give a smaller --scale" if options.scale > 1 else "leave out --grid"
+        raise VisarError(
+            f"The file would have {width} x {height} pixels, of which Pillow reads {most_pixels()} at most; {cure}."
+        )
+
+
 def _recipes(
     options: argparse.Namespace, method: Any, params: SamplingParams, conditions: Any, dtype: str
 ) -> list[Recipe]:
-    """How each image was made."""
+    """How each file was made."""
     load = [(name.replace("_", "-"), value) for name in LOAD if (value := getattr(options, name)) is not None]
     load += [("drafter", path) for path in options.drafter]
     common: dict[str, Any] = {"model": options.model, "settings": settings_of(params), "dtype": dtype, "load": load}
+    common["scale"] = options.scale
     kind = "label" if options.classes else "prompt"
+    if options.grid:
+        first, *others = conditions
+        return [Recipe.of(method, image=options.num_images - 1, grid=True, others=others, **{kind: first}, **common)]
     return [
         Recipe.of(method, image=number, **{kind: condition}, **common)
         for condition in conditions

@@ -114,13 +114,16 @@ def info(options: argparse.Namespace) -> int:
     from visar.recipe import Recipe, printable
 
     recipe = Recipe.read(options.file)
-    more = f"\nIt is the last of the {recipe.image + 1} images of this command." if recipe.image else ""
+    last = recipe.image and not recipe.grid
+    more = f"\nIt is the last of the {recipe.image + 1} images of this command." if last else ""
     settings = [(name.replace("_", " "), str(value)) for name, value in recipe.settings.items()]
     kind = "prompt" if recipe.prompt is not None else "class"
     rows = [
-        (kind, recipe.title.removeprefix("class ")), ("model", recipe.model),
+        *((kind, str(condition)) for condition in recipe.conditions), ("model", recipe.model),
         ("sampler", f"{recipe.sampler} ({recipe.exactness})"), *settings,
         *((name, str(value)) for name, value in recipe.parameters.items()), ("dtype", recipe.dtype),
+        *([("grid", f"{recipe.count} images")] if recipe.grid else []),
+        *([("scale", str(recipe.scale))] if recipe.scale > 1 else []),
     ]  # fmt: skip
     text = table(("FILE", printable(str(options.file))), [(name, printable(value)) for name, value in rows])
     show(
