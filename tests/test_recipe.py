@@ -56,6 +56,20 @@ def test_files_of_before_there_were_grids() -> None:
     assert recipe.command() == "visar generate 'class room' --model icons --sampler scd --seed 0 --dtype float32"
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"decoded": 4}, "4 in this file and 1 in the command"), ({}, "an unknown number in this file and 1 in the"),
+        ({"decoded": 4, "image": 1}, "4 in this file and 2 in the command"), ({"decoded": 4, "image": 3}, ""),
+        ({"decoded": 4, "dtype": "float32"}, ""), ({"decoded": 4, "settings": {"invariant": True}}, ""),
+        ({"decoded": 4, "image": 1, "grid": True, "others": ["a sun"]}, ""),
+    ],
+)  # fmt: skip
+def test_what_rounds_by_the_batch(values: dict[str, Any], said: str) -> None:
+    note = recipe_of(**{"dtype": "bfloat16"} | values).note()
+    assert said in note and bool(note) == bool(said)
+
+
 def test_ordinary_commands_are_plain() -> None:
     command = "visar generate 'a cat' --model glm --sampler scd --set window=4 --seed 0 --dtype float32 -n 2"
     assert recipe_of(parameters={"window": 4}, settings={"seed": 0}, image=1).command() == command

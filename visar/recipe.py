@@ -26,7 +26,8 @@ class Recipe(BaseModel):
     Or a `grid`: all images up to that number of the prompt or class, and then of each of the `others`.
 
     `parameters` are those of the sampler that are not its defaults, `settings` those of `SamplingParams` that were
-    given, the seed among them, `load` further options of the model (`--vq` and the like).
+    given, the seed among them, `load` further options of the model (`--vq` and the like). `decoded` images were
+    decoded together; None where that is not known, as in the demo.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
@@ -42,6 +43,7 @@ class Recipe(BaseModel):
     grid: bool = False
     others: list[str | int] = []
     scale: int = 1
+    decoded: int | None = None
     dtype: str = "float32"
     load: list[tuple[str, Value]] = []
     version: str = __version__
@@ -80,6 +82,16 @@ class Recipe(BaseModel):
         words += ["--dtype", self.dtype] + (["-n", str(self.image + 1)] if self.image else [])
         words += (["--grid"] if self.grid else []) + (["--scale", str(self.scale)] if self.scale > 1 else [])
         return " ".join(map(quoted, words + last))
+
+    def note(self) -> str:
+        """A sentence on why the command may make other pixels; "" where it makes the same."""
+        if self.dtype == "float32" or self.settings.get("invariant") or self.decoded == self.count:
+            return ""
+        then = "an unknown number" if self.decoded is None else str(self.decoded)
+        return (
+            f"It may make another image: {self.dtype} rounds by how many are decoded together, {then} in this file and "
+            f"{self.count} in the command."
+        )
 
     def python(self) -> str:
         """A program that makes the same image, for the demo: it knows no grid and no scale."""

@@ -80,6 +80,20 @@ def test_files_say_how_they_were_made(text_folder: Path, tmp_path: Path, capsys:
     assert json.loads(capsys.readouterr().out)["settings"] == {"seed": 5, "top_k": 7}
 
 
+def test_images_that_were_rounded_in_a_batch(
+    text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["generate", "red heart", "blue cat", "-n", "2", "--model", str(text_folder), "--dtype", "bfloat16"]
+    assert main([*common, "-o", str(tmp_path / "a.png")]) == 0
+    capsys.readouterr()
+    for number, count in enumerate((1, 2, 1, 2)):
+        assert main(["info", str(tmp_path / f"a-{number}.png")]) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert said[-1].startswith("It may make another image: bfloat16") and f"4 in this file and {count}" in said[-1]
+    assert main(["info", str(tmp_path / "a-0.png"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["note"] == said[-1].replace("and 2 in", "and 1 in")
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"model": 1}'])
 def test_files_that_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None) -> None:
     from PIL.PngImagePlugin import PngInfo

@@ -162,8 +162,10 @@ def _recipes(
     """How each file was made."""
     load = [(name.replace("_", "-"), value) for name in LOAD if (value := getattr(options, name)) is not None]
     load += [("drafter", path) for path in options.drafter]
-    common: dict[str, Any] = {"model": options.model, "settings": settings_of(params), "dtype": dtype, "load": load}
-    common["scale"] = options.scale
+    common: dict[str, Any] = {
+        "model": options.model, "settings": settings_of(params), "dtype": dtype, "load": load, "scale": options.scale,
+        "decoded": len(conditions) * options.num_images,
+    }  # fmt: skip
     kind = "label" if options.classes else "prompt"
     if options.grid:
         first, *others = conditions

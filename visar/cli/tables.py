@@ -116,6 +116,7 @@ def info(options: argparse.Namespace) -> int:
     recipe = Recipe.read(options.file)
     last = recipe.image and not recipe.grid
     more = f"\nIt is the last of the {recipe.image + 1} images of this command." if last else ""
+    note = recipe.note()
     settings = [(name.replace("_", " "), str(value)) for name, value in recipe.settings.items()]
     kind = "prompt" if recipe.prompt is not None else "class"
     rows = [
@@ -128,8 +129,8 @@ def info(options: argparse.Namespace) -> int:
     text = table(("FILE", printable(str(options.file))), [(name, printable(value)) for name, value in rows])
     show(
         options,
-        f"{text}\n{recipe.command()}{more}",
-        recipe.model_dump(exclude_none=True) | {"command": recipe.command()},
+        "\n".join(filter(None, (f"{text}\n{recipe.command()}{more}", note))),
+        recipe.model_dump(exclude_none=True) | {"command": recipe.command(), "note": note or None},
     )
     return 0
 
