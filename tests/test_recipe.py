@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
 
 from visar.cli import parser
 from visar.recipe import Recipe
+from visar.samplers import SpeculativeJacobi
+from visar.samplers.parameters import option
 
 
 def recipe_of(**values: Any) -> Recipe:
@@ -47,6 +50,24 @@ def test_values_that_begin_as_options_do() -> None:
     given = understood(recipe_of(model="-m", sampler="-s.py:S", load=[("vq", "-v.pt")], settings=settings))
     assert (given.model, given.sampler, given.vq) == ("-m", "-s.py:S", "-v.pt")
     assert (given.guidance_scale, given.seed) == (-1e-5, 3)
+
+
+@dataclass(frozen=True)
+class Own(SpeculativeJacobi):
+    """A sampler of a user, with fields that no command can give."""
+
+    levels: tuple[int, ...] = (1, 2)
+    bias: Any = option(None, "a bias")
+    name: ClassVar[str] = "own"  # type: ignore[misc]
+
+
+def test_a_sampler_of_the_users() -> None:
+    common: dict[str, Any] = {"model": "icons", "prompt": "a cat"}
+    recipe = Recipe.of(Own(window=8), place="us.py:Own", **common)
+    assert recipe.sampler == "us.py:Own" and recipe.parameters["window"] == 8
+    assert {"levels", "bias"}.isdisjoint(recipe.parameters)
+    given = understood(recipe)
+    assert given.sampler == "us.py:Own" and "window=8" in given.parameters
 
 
 def test_files_of_before_there_were_grids() -> None:

@@ -129,17 +129,21 @@ class Recipe(BaseModel):
         return made
 
     @classmethod
-    def of(cls, method: Any, **values: Any) -> Recipe:
-        """The recipe for a sampler object."""
+    def of(cls, method: Any, place: str = "", **values: Any) -> Recipe:
+        """The recipe for a sampler object; `place` is the FILE.py:NAME of one of the user's own.
+
+        Parameters are those that a command can give: no others of the user's have a name there.
+        """
         from visar.generation.stats import exactness_of
         from visar.samplers import SAMPLERS, values_of
+        from visar.samplers.parameters import parameters_of
 
-        spec = SAMPLERS.get(method.name)
+        spec = None if place else SAMPLERS.get(method.name)
         own = values_of(method)
         plain = {} if spec is None else spec.parameters()
-        names = plain if spec is not None else own
-        given = {n: own[n] for n in names if n in own and own[n] != plain.get(n, object())}
-        return cls(sampler=method.name, exactness=exactness_of(method), parameters=given, **values)
+        names = parameters_of(method) if spec is None else plain
+        given = {n: own[n] for n in names if isinstance(own.get(n), Value) and own[n] != plain.get(n, object())}
+        return cls(sampler=place or method.name, exactness=exactness_of(method), parameters=given, **values)
 
     @classmethod
     def read(cls, file: str | Path) -> Recipe:

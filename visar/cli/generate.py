@@ -26,6 +26,7 @@ from visar.image_files import most_pixels
 from visar.params import SamplingParams
 from visar.recipe import Recipe
 from visar.texts import check_prompt
+from visar.user_code import is_place
 
 if TYPE_CHECKING:
     from visar.generation.stats import DecodeStats
@@ -165,6 +166,7 @@ def _recipes(
     common: dict[str, Any] = {
         "model": options.model, "settings": settings_of(params), "dtype": dtype, "load": load, "scale": options.scale,
         "decoded": len(conditions) * options.num_images,
+        "place": options.sampler if is_place(options.sampler or "") else "",
     }  # fmt: skip
     kind = "label" if options.classes else "prompt"
     if options.grid:
