@@ -36,6 +36,8 @@ run draft "${masked[@]}" --out "$out/draft" --init "$mar/draft" --minutes "$(pyt
   --dim 96 --layers 2 --heads 1 --head-width 128 --head-layers 2
 run assemble-mar assemble --mar "$out/mar/mar" --draft "$out/draft/mar" --autoencoder "$mar/vae" --words icons \
   --guidance-scale 2 --draft-dtype float8_e4m3fn --out "$out/model-mar"
+mkdir -p "$out/model-mar/text_encoder"
+cp "$out/mar/text_encoder/concepts.json" "$out/model-mar/text_encoder/"  # its own list; the words are those of icons
 
 drafter=(drafter --model "$out/model" --captions "$images" --styles "3d,noto,flat" --without-groups symbols
   --out "$out/drafters" -n "$sampled" --dtype float32 --no-compile)
