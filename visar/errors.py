@@ -48,10 +48,10 @@ def of_the_machine(error: BaseException) -> str | None:
     return None
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> VisarError:
+def unknown(kind: str, name: object, known: Iterable[str]) -> VisarError:
     """The error for a name that is not in a table, with the closest name that is."""
-    names = sorted(known)
+    names, text = sorted(known), str(name)
     lower = {n.lower(): n for n in names}
-    close = difflib.get_close_matches(name.lower()[:200], lower, n=1)
+    close = difflib.get_close_matches(text.lower()[:200], lower, n=1)
     hint = f" Did you mean {lower[close[0]]!r}?" if close else ""
     return VisarError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")

@@ -73,6 +73,9 @@ def test_loading_options(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         TextToImagePipeline.from_pretrained(text_folder, dtype="half-ish")
     for options, message in (
         ({"dtype": torch.int64}, "dtype must be a floating torch.dtype"),
+        ({"dtype": torch.float8_e4m3fn}, r"dtype must be a .*float64\), not torch.float8_e4m3fn"),
+        ({"torch_dtype": "float8_e5m2"}, r"dtype must be a .*float64\), not 'float8_e5m2'"),
+        ({"dtype": [1]}, r"dtype must be a .* not \[1\]"),
         ({"dtype": torch.float32, "torch_dtype": torch.bfloat16}, "two names of one thing"),
         ({"device_map": "gpu"}, "Unknown device 'gpu'"),
         ({"device_map": "cuda:77"}, "'cuda:77' is not there"),
@@ -82,6 +85,9 @@ def test_loading_options(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             TextToImagePipeline.from_pretrained(text_folder, **options)
     with pytest.raises(VisarError, match="'cuda:77' is not there"):
         TextToImagePipeline.from_pretrained(pretrained_model_name_or_path=text_folder).to("cuda:77")
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        with pytest.raises(VisarError, match=f"dtype must be a .* not {dtype}"):
+            TextToImagePipeline.from_pretrained(text_folder).to(dtype)
     for name, message in ((None, "must be a name or a path, not a NoneType"), ("", "The name of the model is empty")):
         with pytest.raises(VisarError, match=message):
             visar.load(name)
@@ -99,6 +105,10 @@ def test_saving_options(text_pipe: Pipe, tmp_path: Path, monkeypatch: pytest.Mon
         ({"dtypes": {"unet": torch.bfloat16}}, "Unknown component 'unet'"),
         ({"parts_of": {"unet": "icons"}}, "Unknown component 'unet'"),
         ({"parts_of": {"vq": "iconsx"}}, "shared with an embedded model, which 'iconsx' is not"),
+        ({"parts_of": {"vq": 5}}, "shared with an embedded model, which 5 is not"),
+        ({"parts_of": 5}, "parts_of must be a dictionary by component, not a int"),
+        ({"dtypes": torch.bfloat16}, "dtypes must be a dictionary by component, not a dtype"),
+        ({"dtypes": {5: torch.bfloat16}}, "Unknown component 5"),
     ):
         with pytest.raises(VisarError, match=message):
             text_pipe.save_pretrained(tmp_path / "no", **option)
@@ -120,6 +130,36 @@ def test_saving_options(text_pipe: Pipe, tmp_path: Path, monkeypatch: pytest.Mon
     text_pipe.save_pretrained(tmp_path / "yes", push_to_hub=True, repo_id="me/mine", private=True, token="t")
     assert pushed["repo_id"] == "me/mine" and pushed["private"] and pushed["token"] == "t"
     assert TextToImagePipeline.from_pretrained(tmp_path / "yes").config.guidance_scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        (torch.int8, "not torch.int8"), (torch.float8_e8m0fnu, "not torch.float8_e8m0fnu"), ([1], r"not \[1\]"),
+        ("nn", "not 'nn'"), (torch.float16, "'norm.weight' cannot be stored as torch.float16: it holds a number"),
+        ("float8_e4m3fn", "'norm.weight' cannot be stored as torch.float8_e4m3fn"),
+    ],
+)  # fmt: skip
+def test_a_dtype_that_no_file_has_leaves_a_good_folder(
+    text_pipe: Pipe, tmp_path: Path, dtype: Any, message: str
+) -> None:
+    text_pipe.save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        text_pipe.gpt.norm.weight[0] = 1e5  # more than float16 has
+    for save in (
+        lambda: text_pipe.save_pretrained(tmp_path, dtypes={"vq": torch.bfloat16, "gpt": dtype}),
+        lambda: text_pipe.gpt.save_pretrained(tmp_path / "gpt", dtype),
+    ):
+        with pytest.raises(VisarError, match=message):
+            save()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_dtype_of_a_file_may_be_a_name_and_have_8_bits(text_pipe: Pipe, tmp_path: Path) -> None:
+    text_pipe.save_pretrained(tmp_path, dtypes={"gpt": "bfloat16", "vq": torch.float8_e4m3fn})
+    again = TextToImagePipeline.from_pretrained(tmp_path)
+    assert torch.equal(again.gpt.norm.weight, text_pipe.gpt.norm.weight.bfloat16().float())
 
 
 def test_components_make_the_same_pipeline(text_folder: Path, drafters: list[Path]) -> None:

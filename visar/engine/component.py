@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from visar import __version__
+from visar.dtypes import STORED, checked_dtype
 from visar.engine.weight_files import INDEX, read_content
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
@@ -80,8 +81,25 @@ class Component(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the folder; `dtype`, if given, is that of floating-point tensors in the file and may have 8 bits."""
+    def check_stored(self, dtype: torch.dtype | str | None) -> torch.dtype | None:
+        """The dtype of a file. Raises `VisarError` for one that weights cannot have, or that does not reach theirs."""
+        if dtype is None:
+            return None
+        dtype = checked_dtype("The dtype of a file", dtype, STORED)
+        for key, value in self.state_dict().items():
+            # Beyond its range a dtype has infinity, NaN or, of 8 bits, its largest number.
+            if value.is_floating_point() and not (value.detach().float().abs() <= torch.finfo(dtype).max).all():
+                raise VisarError(
+                    f"Tensor {key!r} cannot be stored as {dtype}: it holds a number beyond that, or a NaN."
+                )
+        return dtype
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
+        """Write the folder; `dtype`, if given, is that of floating-point tensors in the file and may have 8 bits.
+
+        Raises `VisarError` before anything is written for a dtype that the weights cannot be stored in.
+        """
+        dtype = self.check_stored(dtype)
         folder = writable_folder(folder)
         state = {
             key: value.detach().to(device="cpu", dtype=dtype if value.is_floating_point() else None).contiguous()

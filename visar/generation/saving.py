@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from visar.dtypes import STORED, checked_dtype
 from visar.engine.component import Component
 from visar.errors import VisarError, unknown
 from visar.families.base import Family
@@ -35,21 +36,39 @@ def save(
     if the folder cannot be written, or the model cannot be saved.
     """
     model.family.check_saving()
+    _check(model, dtypes, parts_of)
     with new_folder(folder) if is_new(folder) else output_folder(folder) as written:
         _write(model, written, dtypes, parts_of)
 
 
+def _parts(model: ImageModel) -> dict[str, Any]:
+    """The components, and the drafter that belongs to the folder."""
+    draft = model.drafters.find("draft")
+    return dict(model.family.components) | ({} if draft is None else {"draft": draft})
+
+
+def _check(model: ImageModel, dtypes: Any, parts_of: Any) -> None:
+    """Raise `VisarError` for what cannot be written, at first: the folder may hold a good model."""
+    parts = _parts(model)
+    for what, given in (("dtypes", dtypes), ("parts_of", parts_of)):
+        if not isinstance(given, Mapping):
+            raise VisarError(f"{what} must be a dictionary by component, not a {type(given).__name__}.")
+        for name in given:
+            if name not in parts:
+                raise unknown("component", name, parts)
+    for name in parts_of.values():
+        if not isinstance(name, str) or not is_embedded(name):
+            raise VisarError(f"Components are shared with an embedded model, which {name!r} is not.")
+    for part, dtype in dtypes.items():
+        if isinstance(module := parts[part], Component):
+            module.check_stored(dtype)
+        elif dtype is not None:  # its file has a dtype of its own
+            checked_dtype("The dtype of a file", dtype, STORED)
+
+
 def _write(model: ImageModel, folder: Path, dtypes: Mapping[str, torch.dtype], parts_of: Mapping[str, str]) -> None:
     family: Family = model.family
-    parts = dict(family.components)
-    if (draft := model.drafters.find("draft")) is not None:
-        parts["draft"] = draft
-    for name in (*dtypes, *parts_of):
-        if name not in parts:
-            raise unknown("component", name, parts)
-    for name in parts_of.values():
-        if not is_embedded(name):
-            raise VisarError(f"Components are shared with an embedded model, which {name!r} is not.")
+    parts = _parts(model)
     index: dict[str, Any] = {"_class_name": PIPELINES[family.condition], "_family": family.name, **family.settings}
     for part, module in parts.items():
         if part != "draft":

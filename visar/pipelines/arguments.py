@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visar.devices import device_of
+from visar.dtypes import checked_dtype
 from visar.errors import VisarError, unknown
 from visar.generation.model import ImageModel
 from visar.generation.progress import Progress, StepCallback
@@ -87,15 +88,15 @@ def _same(given: Any, own: Tensor) -> bool:
 
 
 def dtype_of(loading: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that `dtype` or `torch_dtype` names, None without both. Raises `VisarError` for what is no float."""
-    asked = {value for key in ("dtype", "torch_dtype") if (value := loading.get(key)) is not None}
-    dtypes = {getattr(torch, value, value) if isinstance(value, str) else value for value in asked}
+    """The dtype that `dtype` or `torch_dtype` names, None without both.
+
+    Raises `VisarError` for one that no model runs in.
+    """
+    asked = [value for key in ("dtype", "torch_dtype") if (value := loading.get(key)) is not None]
+    dtypes = {checked_dtype("dtype", value) for value in asked}
     if len(dtypes) > 1:
         raise VisarError("dtype and torch_dtype are two names of one thing; give one of them.")
-    (dtype,) = dtypes or {None}
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise VisarError(f"dtype must be a floating torch.dtype, such as torch.bfloat16, not {dtype!r}.")
-    return dtype
+    return dtypes.pop() if dtypes else None
 
 
 def device_from(device_map: Any) -> torch.device | None:

@@ -1,0 +1,22 @@
+"""The dtypes that a model runs in, and those that a file of weights may have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from visar.errors import VisarError
+
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STORED = (*COMPUTED, torch.float8_e4m3fn, torch.float8_e5m2)  # 8 bits: in files alone, products have no such kernels
+
+
+def checked_dtype(what: str, value: Any, allowed: Sequence[torch.dtype] = COMPUTED) -> torch.dtype:
+    """The dtype of a torch.dtype or its name. Raises `VisarError` unless it is one of those `allowed`."""
+    found = getattr(torch, value, value) if isinstance(value, str) else value
+    if not isinstance(found, torch.dtype) or found not in allowed:
+        names = ", ".join(str(dtype) for dtype in allowed)
+        raise VisarError(f"{what} must be a floating torch.dtype ({names}), not {value!r}.")
+    return found
