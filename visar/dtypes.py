@@ -1,4 +1,4 @@
-"""The dtypes that a model runs in, and those that a file of weights may have."""
+"""The dtypes that a model runs in, that a file of weights may have, and of whole numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from visar.errors import VisarError
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STORED = (*COMPUTED, torch.float8_e4m3fn, torch.float8_e5m2)  # 8 bits: in files alone, products have no such kernels
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def checked_dtype(what: str, value: Any, allowed: Sequence[torch.dtype] = COMPUTED) -> torch.dtype:

@@ -14,6 +14,7 @@ from operator import index
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from visar.errors import VisarError, unknown
+from visar.reading import short
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +71,7 @@ class SamplingParams:
         slider=(0, 20, 0.1),
     )
     guidance_interval: int | None = setting(
-        None, "the last position with guidance; -1 guides all", low=-1, only=DISCRETE, flag=False
+        None, "the last position with guidance; -1 guides all", low=-1, high=2**63 - 1, only=DISCRETE, flag=False
     )
     guidance_schedule: str | None = setting(None, "guidance over the passes", choices=SCHEDULES, only=CONTINUOUS)
     temperature: float | None = setting(
@@ -121,7 +122,7 @@ class SamplingParams:
             low, high = about["low"], about["high"]
             for one in value if isinstance(value, tuple) else (value,):
                 if one is None or (low is not None and one < low) or (high is not None and one > high):
-                    raise VisarError(f"{f.name} must be {range_of(f.name, one)}, not {one}.")
+                    raise VisarError(f"{f.name} must be {range_of(f.name, one)}, not {short(one)}.")
         if self.top_p == 0:
             raise VisarError("top_p must be above 0 and at most 1, not 0.0.")
         if self.forced_tokens is not None:
@@ -241,9 +242,13 @@ def number(name: str, value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise VisarError(f"{name} must be a number, not {value!r}.")
-    if not math.isfinite(value):
-        raise VisarError(f"{name} must be a finite number, not {value}.")
-    return float(value)
+    try:
+        made = float(value)
+    except OverflowError:  # of an int beyond all floats
+        made = math.inf
+    if not math.isfinite(made):
+        raise VisarError(f"{name} must be a finite number, not {short(value)}.")
+    return made
 
 
 def as_tokens(value: Any) -> Tensor:

@@ -209,6 +209,14 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
         ("cat", {"guidance_scale": 1e39}, r"guidance_scale must be from -1e\+38 to 1e\+38, not 1e\+39"),
         ("cat", {"temperature": 1e39}, r"temperature must be at most 1e\+38, not 1e\+39"),
         ("cat", {"temperature": 1e-30}, r"temperature must be above 0 \(1e-05 at least"),
+        ("cat", {"guidance_scale": 10**400}, "guidance_scale must be a finite number, not a number of 1329 bits"),
+        ("cat", {"temperature": -(10**5000)}, "temperature must be a finite number, not a number of 16610 bits"),
+        ("cat", {"seed": 10**5000}, "seed must be from 0 to 18446744073709551615, not a number of 16610 bits"),
+        ("cat", {"guidance_interval": 2**63}, "guidance_interval must be from -1 to 9223372036854775807"),
+        ("cat", {"callback": 5}, r"callback must be a function of \(progress\), not 5"),
+        ("cat", {"callback": lambda: None}, r"callback must be a function of \(progress\), not <function"),
+        ("cat", {"callback": dict}, r"callback must be a function of \(progress\), not <class 'dict'>"),
+        ("cat", {"params": {5: 1}}, "Unknown setting 5"),
         ("cat", {"num_images_per_prompt": 0}, "The number of images must be 1 or more, not 0"),
         ("cat", {"num_images_per_prompt": True}, "num_images_per_prompt must be a whole number, not True"),
         ("cat", {"top_k": True}, "top_k must be a whole number, not True"),
@@ -230,6 +238,33 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
 def test_bad_calls(text_pipe: TextToImagePipeline, prompt: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(VisarError, match=message):
         text_pipe(prompt, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint64])
+def test_tokens_of_any_whole_numbers_are_decoded(text_pipe: TextToImagePipeline, dtype: torch.dtype) -> None:
+    ids = torch.arange(TOKENS)[None] % 24
+    assert torch.equal(text_pipe.decode_tokens(ids.to(dtype)), text_pipe.decode_tokens(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64, torch.float8_e4m3fn])
+def test_tokens_that_are_no_whole_numbers(text_pipe: TextToImagePipeline, dtype: torch.dtype) -> None:
+    with pytest.raises(VisarError, match=f"tokens must be a tensor of whole numbers, not {dtype}"):
+        text_pipe.decode_tokens(torch.zeros(1, TOKENS, dtype=dtype))
+
+
+def test_tokens_that_no_image_has(text_pipe: TextToImagePipeline) -> None:
+    ids = torch.zeros(1, TOKENS, dtype=torch.long)
+    for bad in (-1, 9999):
+        with pytest.raises(VisarError, match=f"no image token, such as {bad}"):
+            text_pipe.decode_tokens(ids.index_fill(1, torch.tensor(2), bad))
+    with pytest.raises(VisarError, match="2 conditions for 1 images"):
+        text_pipe.image_model.decode_tokens(ids, ["cat", "dog"])
+
+
+def test_unknown_kinds_of_weights(text_pipe: TextToImagePipeline) -> None:
+    for bad in (None, 8, [1], "int7"):
+        with pytest.raises(VisarError, match=r"Unknown kind of weights .* Known: fp8, int8, native"):
+            text_pipe.quantize(bad)
 
 
 @pytest.mark.parametrize(

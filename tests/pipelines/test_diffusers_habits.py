@@ -126,9 +126,13 @@ def test_callback_on_step_end(text_pipe: Pipe) -> None:
         (interrupt, "raise an exception to stop decoding"),
         (lambda progress: None, r"must be a function of \(pipe, step, timestep, tensors\)"),
         (3, "must be a function"),
+        (dict, r"must be a function of .*, not <class 'dict'>"),
     ):
         with pytest.raises(VisarError, match=message):
             text_pipe("red heart", callback_on_step_end=bad)
+    for names, message in ((5, "must be a list of names, not 5"), ([5], "Unknown callback tensor 5")):
+        with pytest.raises(VisarError, match=message):
+            text_pipe("red heart", callback_on_step_end=tell, callback_on_step_end_tensor_inputs=names)
     assert torch.equal(tokens(text_pipe), out.tokens)  # an interrupted call leaves no mark
 
 

@@ -125,6 +125,12 @@ def test_forced_tokens_are_numbers_or_nan(pipe: Any, bad: float) -> None:
             pipe("red heart", sampler=MaskedAutoregressive(**FAST), forced_tokens=value)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn])
+def test_tokens_to_decode_are_floats(pipe: Any, dtype: torch.dtype) -> None:
+    with pytest.raises(VisarError, match=f"tokens must be a tensor of floating-point numbers, not {dtype}"):
+        pipe.decode_tokens(torch.zeros(1, GRID**2, 4).to(dtype))
+
+
 def test_a_sampler_without_its_draft_model_says_so(words: WordEncoder) -> None:
     pipe = TextToImagePipeline(mar=text_mar(), vae=small_vae(), text_encoder=words)
     with pytest.raises(VisarError, match="'cspd' needs a smaller MAR"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
+from visar.dtypes import COMPUTED, WHOLE
 from visar.engine.finite import require_finite, require_finite_weights
 from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
@@ -31,7 +32,7 @@ from visar.families.wrapped import check_unwrapped
 from visar.generation import continuous, discrete
 from visar.generation.drafting import Drafters
 from visar.generation.output import ImageOutput, as_output, checked_output
-from visar.generation.progress import Progress, StepCallback
+from visar.generation.progress import Progress, StepCallback, check_callback
 from visar.generation.rows import listed, noise_of
 from visar.generation.sessions import Sessions
 from visar.kernels.backend import triton
@@ -180,6 +181,8 @@ class ImageModel:
         `VisarError` for values that are out of range or unknown.
         """
         checked_output(output_type)
+        if callback is not None:
+            check_callback("callback", callback, ("progress",))
         params = self.params_of(params, **settings)
         values = self._checked(listed(conditions))
         if (num_images := whole("The number of images", num_images) or 0) < 1:
@@ -209,14 +212,21 @@ class ImageModel:
         """Images [B, 3, H, W] in [0, 1], fp32, for tokens [B, N], of continuous models [B, N, d].
 
         They are decoded one by one, since convolutions round otherwise in another batch. The images' `conditions`, if
-        given, are for decoders that take prompts too. Raises `VisarError` for tokens of another shape, ids that no
-        image has, or pixels that are not finite.
+        given, are for decoders that take prompts too. Raises `VisarError` for tokens of another shape or kind, ids that
+        no image has, or pixels that are not finite.
         """
         family, wanted = self.family, [self.family.layout.length, *self.family.token_shape]
         if not isinstance(tokens, Tensor) or [*tokens.shape[1:]] != wanted or tokens.ndim != 1 + len(wanted):
             shape = list(tokens.shape) if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
             raise VisarError(f"tokens must be a tensor [B, {', '.join(map(str, wanted))}], not {shape}.")
+        discrete = family.tokens == DISCRETE
+        if tokens.dtype not in (WHOLE if discrete else COMPUTED):
+            kind = "whole" if discrete else "floating-point"
+            raise VisarError(f"tokens must be a tensor of {kind} numbers, not {tokens.dtype}.")
+        if conditions is not None and len(conditions) != len(tokens):
+            raise VisarError(f"There are {len(conditions)} conditions for {len(tokens)} images; give one for each.")
         with ordinary(), undisturbed(self.device):
+            tokens = tokens.long() if discrete else tokens
             try:
                 parts = tokens.split(1)
                 if conditions is None:
@@ -225,7 +235,8 @@ class ImageModel:
                     each = zip(conditions, parts, strict=True)
                     pixels = torch.cat([family.decode_for([value], one) for value, one in each])
             except IndexError as error:
-                raise VisarError(f"tokens has an id that is no image token, such as {int(tokens.max())}.") from error
+                worst = int(tokens.min() if tokens.min() < 0 else tokens.max())
+                raise VisarError(f"tokens has an id that is no image token, such as {worst}.") from error
             require_finite(pixels, "The decoder's pixels", self.dtype)
         return pixels
 

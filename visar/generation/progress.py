@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -11,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from visar.engine.loop import Snapshot
+from visar.errors import VisarError
 from visar.families.base import Family
 
 GREY = 0.5
@@ -64,6 +67,16 @@ class Progress:
 
 
 StepCallback = Callable[[Progress], None]
+
+
+def check_callback(name: str, callback: Any, arguments: tuple[str, ...]) -> None:
+    """Raise `VisarError` for what cannot be called with so many arguments, which the first pass would show."""
+    try:
+        inspect.signature(callback).bind(*arguments)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and not isinstance(callback, type):
+            return  # a function of C that does not say what it takes
+        raise VisarError(f"{name} must be a function of ({', '.join(arguments)}), not {callback!r}.") from error
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from visar.devices import device_of
 from visar.dtypes import checked_dtype
 from visar.errors import VisarError, unknown
 from visar.generation.model import ImageModel
-from visar.generation.progress import Progress, StepCallback
+from visar.generation.progress import Progress, StepCallback, check_callback
 from visar.params import is_list, whole
 from visar.samplers import get_sampler
 
@@ -53,13 +52,13 @@ def step_callback(pipe: Any, callback: Callable[..., Any], names: Sequence[str] 
     """`callback(pipe, step, timestep, tensors)` as in diffusers; the step counts passes from 0."""
     names = getattr(callback, "tensor_inputs", names)  # a callback object of diffusers
     names = CALLBACK_INPUTS if names is None else [names] if isinstance(names, str) else names
+    if not isinstance(names, Iterable):
+        raise VisarError(f"callback_on_step_end_tensor_inputs must be a list of names, not {names!r}.")
+    names = list(names)
     for name in names:
         if name not in CALLBACK_INPUTS:
             raise unknown("callback tensor", name, CALLBACK_INPUTS)
-    try:
-        inspect.signature(callback).bind(pipe, 0, 0, {})
-    except TypeError as error:
-        raise VisarError("callback_on_step_end must be a function of (pipe, step, timestep, tensors).") from error
+    check_callback("callback_on_step_end", callback, ("pipe", "step", "timestep", "tensors"))
 
     def tell(now: Progress) -> None:
         tensors = {name: getattr(now, name) for name in names}
