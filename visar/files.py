@@ -28,6 +28,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VISAR_CACHE") or Path(base) / "visar")
 
 
+def path_of(name: str, value: object) -> Path:
+    """The path that a caller gives. Raises `VisarError` for what is none."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str) or "\0" in text:
+        said = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+        raise VisarError(f"{name} must be a path, not {said}.")
+    return Path(text)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path, whose file becomes `path` if the block succeeds and is removed if not.
@@ -157,7 +165,7 @@ def output_folder(path: str | Path) -> Iterator[Path]:
 
 def writable_folder(path: str | Path) -> Path:
     """The folder `path`, made if needed. Raises `VisarError` if it is not writable."""
-    folder = Path(path)
+    folder = path_of("The folder", path)
     try:
         new = [f for f in (folder, *folder.parents) if not f.exists()]
         if (made := _made.get()) is not None:
@@ -175,7 +183,7 @@ def writable_folder(path: str | Path) -> Path:
 
 def is_new(path: str | Path) -> bool:
     """Whether there is nothing at `path`, or an empty folder."""
-    out = Path(path)
+    out = path_of("The folder", path)
     return not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
 
 

@@ -16,6 +16,7 @@ from tests.helpers.tiny import VQ, class_gpt, text_gpt
 from visar.errors import VisarError
 from visar.families.llamagen.vq import VQModel
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
+from visar.text_encoders.t5 import T5CaptionEncoder
 
 Pipe = Any
 
@@ -154,6 +155,20 @@ def test_a_dtype_that_no_file_has_leaves_a_good_folder(
         with pytest.raises(VisarError, match=message):
             save()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("bad", [None, 5, [1], b"x", "a\0b"])
+def test_what_is_no_path_is_said(text_pipe: Pipe, tmp_path: Path, bad: Any) -> None:
+    parts = (text_pipe.gpt, text_pipe.text_encoder)
+    for use in (
+        visar.load, text_pipe.save_pretrained, text_pipe.load_drafter, T5CaptionEncoder.from_pretrained,
+        *(part.save_pretrained for part in parts), *(part.from_pretrained for part in parts),
+    ):  # fmt: skip
+        with pytest.raises(VisarError, match=r"must be a (name or a )?path, not (a \w+|'a\\x00b')\."):
+            use(bad)
+    for keyword in ("subfolder", "text_encoder", "vq", "vae") if bad is not None else ():
+        with pytest.raises(VisarError, match=f"{keyword} must be a name or a path, not "):
+            visar.load(tmp_path, **{keyword: bad})
 
 
 def test_a_dtype_of_a_file_may_be_a_name_and_have_8_bits(text_pipe: Pipe, tmp_path: Path) -> None:

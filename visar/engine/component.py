@@ -22,7 +22,7 @@ from visar import __version__
 from visar.dtypes import STORED, checked_dtype
 from visar.engine.weight_files import INDEX, read_content
 from visar.errors import VisarError
-from visar.files import replacing, writable_folder
+from visar.files import path_of, replacing, writable_folder
 from visar.host import available_memory
 from visar.reading import checked_arguments, counts_of, read_json
 
@@ -163,7 +163,7 @@ class _Initialisation(TorchFunctionMode):
 
 def read_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
     """The class name and the arguments in a folder's `config.json`. Raises `VisarError` if it is not readable."""
-    path = Path(folder) / "config.json"
+    path = path_of("The folder", folder) / "config.json"
     found = read_json(path, dict[str, Any])
     if not isinstance(named := found.get("_class_name"), str):
         raise VisarError(f"{folder} holds no component: its config.json names no class.")

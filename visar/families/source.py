@@ -142,9 +142,11 @@ def open_source(
 
     Raises `VisarError` for a missing model, and for options that exclude each other.
     """
-    for what, path in (("The model", name), ("vq", vq or ""), ("vae", vae or "")):
-        if not isinstance(path, str | Path):
-            raise VisarError(f"{what} must be a name or a path, not a {type(path).__name__}.")
+    given_paths = {"vq": vq, "vae": vae, "text_encoder": text_encoder, "subfolder": subfolder}
+    for what, path in {"The model": name, **{key: value for key, value in given_paths.items() if value}}.items():
+        if not isinstance(path, str | Path) or "\0" in str(path):
+            said = repr(path) if isinstance(path, str | Path) else f"a {type(path).__name__}"
+            raise VisarError(f"{what} must be a name or a path, not {said}.")
     if not str(name):
         raise VisarError("The name of the model is empty.")
     size = checked_size(image_size)

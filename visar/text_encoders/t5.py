@@ -17,6 +17,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from visar.errors import VisarError
+from visar.files import path_of
 from visar.reading import Count, Size, read_json
 
 FLAN_T5_XL = "google/flan-t5-xl"
@@ -78,6 +79,7 @@ class T5CaptionEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path, **_: object) -> None:
         """Write encoder and tokenizer into one folder, laid out as the hub repository is."""
+        folder = path_of("The folder", folder)
         self.encoder.config.caption_length = self.length
         self.encoder.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -90,11 +92,12 @@ class T5CaptionEncoder(nn.Module):
 
         Raises `VisarError` if `source` is neither a folder with the files of the encoder nor within reach on the hub.
         """
+        path = path_of("The text encoder", source)
         is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source)
-        if not Path(source).is_dir() and not is_hub_id:
+        if not path.is_dir() and not is_hub_id:
             raise _unreachable(source)
-        if Path(source).is_dir():
-            check_folder(Path(source))
+        if path.is_dir():
+            check_folder(path)
         from transformers import AutoTokenizer, T5EncoderModel
 
         try:

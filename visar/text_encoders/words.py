@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from visar.engine.component import read_tensors
 from visar.errors import VisarError
-from visar.files import replacing, writable_folder
+from visar.files import path_of, replacing, writable_folder
 from visar.reading import read_json
 from visar.text_encoders.concepts import Concepts
 from visar.texts import read_text
@@ -169,7 +169,7 @@ class WordEncoder(nn.Module):
 
     @staticmethod
     def from_pretrained(folder: str | Path, **_: object) -> WordEncoder:
-        folder = Path(folder)
+        folder = path_of("The folder", folder)
         length = read_json(folder / "config.json", Settings).length
         words = read_text(folder / "words.txt").split()
         tensors = read_tensors(file := folder / "model.safetensors")
