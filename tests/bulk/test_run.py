@@ -300,12 +300,12 @@ def test_other_settings_are_refused(
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"seed": None}, "needs a seed, so that it can be continued"),
+        ({"seed": None}, "seed must be a whole number, not None"),
         ({"seed": [1, 2]}, "seed must be a whole number"),
         ({"seed": -1}, "seed must be from 0 to"),
         ({"count": 1.5}, "count must be a whole number"),
         ({"count": True}, "count must be a whole number"),
-        ({"batch": None}, "batch must be 1 or more"),
+        ({"batch": None}, "batch must be a whole number, not None"),
         ({"batch": 1.5}, "batch must be a whole number"),
     ],
 )

@@ -79,10 +79,8 @@ def sample_images(
     """
     model = ImageModel.of(model)
     model.family.check_decoding()
-    if (seed := whole("seed", seed)) is None:
-        raise VisarError("A run needs a seed, so that it can be continued; give a whole number.")
+    seed, batch, count = _needed("seed", seed), _needed("batch", batch), whole("count", count)
     SamplingParams(seed=seed)  # its range
-    count, batch = whole("count", count), whole("batch", batch)
     order, count = _checked(model, conditions, count, batch, tokens)
     method = sampler_of(model, sampler)
     settings = settings_of(model, settings)
@@ -141,15 +139,22 @@ def sample_images(
         return _summary(folder, count - len(done))
 
 
+def _needed(name: str, value: Any) -> int:
+    """A whole number, of which None is none: a run without a seed could not be continued."""
+    if (found := whole(name, value)) is None:
+        raise VisarError(f"{name} must be a whole number, not None.")
+    return found
+
+
 def _checked(
-    model: ImageModel, conditions: Sequence[Condition | str | int], count: int | None, batch: int | None, tokens: bool
+    model: ImageModel, conditions: Sequence[Condition | str | int], count: int | None, batch: int, tokens: bool
 ) -> tuple[Interleaved, int]:
     """The order of the images, and their number. Raises `VisarError` for bad input."""
     order = Interleaved([c if isinstance(c, Condition) else Condition(c) for c in conditions])
     count = len(order.conditions) if count is None else count
     if count < 1:
         raise VisarError(f"The number of images must be 1 or more, not {count}.")
-    if batch is None or batch < 1:
+    if batch < 1:
         raise VisarError(f"The batch must be 1 or more images, not {batch}.")
     if max(order.index(i) for i in range(max(0, count - len(order.conditions)), count)) >= IMAGES:
         raise VisarError(f"There are at most {IMAGES} images of one condition.")
