@@ -89,7 +89,7 @@ def check_output(path: str | Path) -> Path:
 
 def new_file(path: str | Path) -> Path:
     """As `check_output`. Raises `VisarError` for a file that exists."""
-    if os.path.lexists(path) and not is_device(Path(path)):
+    if os.path.isfile(path) and not is_device(Path(path)):
         raise VisarError(f"{path} exists; give another name, or delete it.")
     return check_output(path)
 

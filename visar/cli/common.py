@@ -47,7 +47,7 @@ def configured(name: str, given: list[str], window: int | None) -> AnySampler:
 def samplers_of(options: argparse.Namespace) -> dict[str, AnySampler]:
     """The samplers by what they were called: a name, or a name with parameters, as in "mar:steps=32:head_steps=50".
 
-    Parameters of --set go to all that have them.
+    Parameters of --set and --window go to all that have them, but to none that was called with its own.
     """
     from visar.samplers import get_sampler
     from visar.samplers.parameters import parameters_of
@@ -64,14 +64,12 @@ def samplers_of(options: argparse.Namespace) -> dict[str, AnySampler]:
             raise VisarError(f"None of these samplers has a parameter {text.partition('=')[0]!r}.")
     if options.window is not None and not any("window" in names for names in has.values()):
         raise VisarError("None of these samplers has a window.")
-    return {
-        label: configured(
-            name,
-            [text for text in options.parameters if "=" not in text or text.partition("=")[0] in has[label]] + own,
-            options.window if "window" in has[label] else None,
-        )
-        for label, (name, *own) in parts.items()
-    }
+    made = {}
+    for label, (name, *own) in parts.items():
+        shared = has[label] - {text.partition("=")[0] for text in own}
+        given = [text for text in options.parameters if "=" not in text or text.partition("=")[0] in shared]
+        made[label] = configured(name, given + own, options.window if "window" in shared else None)
+    return made
 
 
 def source_of(options: argparse.Namespace) -> Source:
