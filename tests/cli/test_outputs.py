@@ -149,10 +149,13 @@ def test_text_of_other_encodings(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [2.0, 4.0, 8.0])
 def test_an_interrupt_at_any_time(seconds: float, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "visar", "generate", "cat", "-n", "500", "-o", str(tmp_path / "new")]
+    # From the moment that it runs: on a busy machine Python itself may take seconds to start.
+    begun = "import sys; from visar.cli import main; print('begun', flush=True); sys.exit(main())"
+    command = [sys.executable, "-c", begun, "generate", "cat", "-n", "500", "-o", str(tmp_path / "new")]
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts
     )
+    assert child.stdout is not None and child.stdout.readline() == "begun\n"
     time.sleep(seconds)
     err = ""
     for _ in range(9):  # a library that is being imported may swallow one
