@@ -148,10 +148,11 @@ class SamplingParams:
     def unusual(self) -> str | None:
         """The first setting that is given and far from what images are made with, beyond the sliders of the demo."""
         for f in fields(self):
-            value, slider = getattr(self, f.name), f.metadata["slider"]
-            given = f.name in ("guidance_scale", "temperature") and value is not None
-            if given and not slider[0] <= value <= slider[1]:
-                return f.name
+            value = getattr(self, f.name)
+            if f.name in ("guidance_scale", "temperature") and value is not None:
+                least, most, _ = f.metadata["slider"]
+                if not least <= value <= most:
+                    return f.name
         return None
 
     def resolved(self, defaults: SamplingParams) -> SamplingParams:
