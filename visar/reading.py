@@ -52,7 +52,7 @@ def parse_json(text: str | bytes, kind: type[T], where: str) -> T:
 
     try:
         if isinstance(text, bytes):
-            text = decoded(text, where)
+            text = decoded(text, where.removeprefix("Cannot read "))  # which says so itself
         json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
         return cast(T, _adapter(cast(Any, kind)).validate_json(text, strict=True))
     except ValidationError as error:
