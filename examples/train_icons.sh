@@ -16,6 +16,7 @@ images=$1 out=$2 minutes=${3:-5} mar_minutes=${4:-2} drafter_minutes=${5:-1} sam
 home() { python -c "from visar.families.catalogue import embedded_folder; print(embedded_folder('$1'))"; }
 icons=$(home icons) mar=$(home icons-mar)
 mkdir -p "$out/logs"
+rm -rf "$out/model" "$out/model-mar"  # of a run that goes on: they are made anew
 run() {  # NAME ARGUMENTS...: a step with a log of its own
   local log=$out/logs/$1.txt
   shift

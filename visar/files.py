@@ -187,11 +187,16 @@ def is_new(path: str | Path) -> bool:
     return not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir()))
 
 
+def check_new(path: str | Path) -> None:
+    """Raise `VisarError` unless `path` `is_new`."""
+    if not is_new(path):
+        raise VisarError(f"{path} exists: give a folder that is new or empty.")
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder, which becomes `path` when it is filled. Raises `VisarError` unless that `is_new`."""
-    if not is_new(path):
-        raise VisarError(f"{path} exists: give a folder that is new or empty.")
+    check_new(path)
     out = Path(os.path.realpath(path))
     with output_folder(out.parent):
         made = out.with_name(f".{out.name[:40]}.{os.getpid()}.partial")

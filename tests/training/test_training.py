@@ -105,6 +105,14 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     assert not torch.equal(start["head.weight"], again.state_dict()["head.weight"])
 
 
+def test_a_run_goes_on_as_the_same_only(tmp_path: Path) -> None:
+    fit(Toy(), toy_batch, replace(config(tmp_path), steps=1), no_figures)  # of a visar that noted nothing
+    for heads in (2, 2):
+        fit(Toy(), toy_batch, replace(config(tmp_path), made_of={"heads": heads, "data": "a"}), no_figures)
+    with pytest.raises(VisarError, match="a run with other settings: heads was 2, now 4; give another folder"):
+        fit(Toy(), toy_batch, replace(config(tmp_path), made_of={"heads": 4, "data": "a"}), no_figures)
+
+
 def test_the_average_of_the_weights(tmp_path: Path) -> None:
     """EMA by hand: the decay grows as (1 + n) / (10 + n) up to the limit given."""
     seen: list[Tensor] = []
@@ -302,6 +310,14 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
     sizes = ("--dim", 32, "--layers", 1, "--heads", 2, "--ffn", 32)
     assert train("ar", *common, *parts, *sizes, "--styles", "noto", "--out", tmp_path / "ar") == 0
     out, err = capsys.readouterr()
+    state = (tmp_path / "ar" / "state.pt").read_bytes()
+    mine = ("ar", "--data", data, *parts, *sizes, "--size", 16, "--no-compile", "--out", tmp_path / "ar")
+    for other, message in (
+        (("--styles", "noto", "--seed", 1), "seed was 0, now 1; give another folder."),
+        (("--init", tmp_path / "ar" / "gpt"), "data was "),
+    ):
+        assert train(*mine, *other) == 2 and message in capsys.readouterr().err
+    assert (tmp_path / "ar" / "state.pt").read_bytes() == state
     rows = [json.loads(line) for line in out.splitlines()]
     assert len(rows) == 2 and all(math.isfinite(r["loss"]) and r["step"] > 0 for r in rows)
     assert "60 images" in err and "30 images" in err
@@ -311,6 +327,9 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
     assert kept == {"gpt": {torch.float8_e4m3fn}, "vq": {torch.float16}}
     assert capsys.readouterr() == (f"{tmp_path / 'pipe'}\n", "")
     assert "/" not in (tmp_path / "pipe" / "vq" / "config.json").read_text()  # no path of this machine
+    for again in (("assemble", "--gpt", tmp_path / "ar" / "gpt", *parts), ("words", "--data", data)):
+        assert train(*again, "--out", tmp_path / "pipe") == 2
+        assert capsys.readouterr().err.endswith("pipe exists: give a folder that is new or empty.\n")
     assert main(["generate", "red cat", "--model", str(tmp_path / "pipe"), "-o", str(tmp_path / "cat.png")]) == 0
     assert Image.open(tmp_path / "cat.png").size == (16, 16)
 
@@ -327,6 +346,7 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
         ("ar --data TMP/set --out TMP/out --tokenizer TMP/set --words TMP/set", "it has no config.json"),
         ("ar --data TMP/set --out TMP/out --tokenizer x --words x --dim 30", "--dim must be a multiple of --heads"),
         ("assemble --mar x --autoencoder x --words x --gpt-dtype float16 --out TMP/out", "--gpt-dtype with --gpt"),
+        ("assemble --gpt x --tokenizer x --words x --draft-dtype float16 --out TMP/out", "--draft, which is not given"),
         ("assemble --gpt TMP/set --tokenizer x --words x --out TMP/out", "set is not a saved component"),
     ],
 )

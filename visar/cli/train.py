@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import math
 import random
 import sys
@@ -13,9 +14,12 @@ from typing import Any, NamedTuple
 from visar.cli.parsers.options import params_of, settings_of
 from visar.devices import device_of
 from visar.errors import VisarError
-from visar.files import is_new, new_folder, output_folder, writable_folder
+from visar.files import check_new, new_folder, writable_folder
 from visar.params import CONTINUOUS, DISCRETE
 from visar.texts import lines_of, read_text
+
+# Options that may change when a run goes on; of the data, what is in it must not.
+MAY_CHANGE = {"parser", "data", "out", "minutes", "batch", "lr", "no_compile", "device", "stored_as"}
 
 
 def images(options: argparse.Namespace) -> int:
@@ -32,11 +36,10 @@ def words(options: argparse.Namespace) -> int:
     from visar.training.data import ImageSet
     from visar.training.words import build_word_encoder
 
-    writable_folder(options.out)  # before the work
-    data = ImageSet(options.data)
-    texts = [t for r in data.records for t in (r.caption, " ".join(r.tags), r.style)]
-    encoder = build_word_encoder(texts)
-    with new_folder(options.out) if is_new(options.out) else output_folder(options.out) as out:
+    with new_folder(options.out) as out:  # before the work; models are trained on a table and need it as it is
+        data = ImageSet(options.data)
+        texts = [t for r in data.records for t in (r.caption, " ".join(r.tags), r.style)]
+        encoder = build_word_encoder(texts)
         encoder.save_pretrained(out)
     print(f"{len(encoder.words)} words in {options.out}")
     return 0
@@ -54,10 +57,28 @@ def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
         raise VisarError(f"{options.data} has no images for training: all are held out.")
     config = TrainConfig(
         out=writable_folder(options.out), minutes=options.minutes, batch=options.batch, lr=options.lr,
-        seed=options.seed, compile=not options.no_compile, device=str(device_of(options.device)), **extra,
+        seed=options.seed, compile=not options.no_compile, device=str(device_of(options.device)),
+        made_of=_made_of(options) | {"data": data.mark()}, **extra,
     )  # fmt: skip
     print(f"{len(data.records)} images, {len(data.indices('train'))} for training", file=sys.stderr)
     return data, config
+
+
+def _made_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a run keeps when it goes on; a part that it reads counts by its content."""
+    found = {name: value for name, value in vars(options).items() if name not in MAY_CHANGE}
+    for name in ("tokenizer", "autoencoder", "words"):
+        if name in found and Path(found[name]).is_dir():
+            found[name] = _content(Path(found[name]))
+    if found.get("init"):  # it may be in the run's own folder, and only its start counts
+        found["init"] = str(Path(found["init"]).resolve())
+    return found
+
+
+def _content(folder: Path) -> str:
+    """A hash of the files in the folder of a part."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:12]
 
 
 def tokenizer(options: argparse.Namespace) -> int:
@@ -217,7 +238,8 @@ class _Source(NamedTuple):
         return TrainConfig(
             self.out, minutes=math.inf if options.steps else options.minutes, steps=options.steps or 10**9,
             batch=options.batch, lr=options.lr, seed=self.params.seed, ema=0.99,
-            compile=not options.no_compile, device=str(self.model.device), **extra,
+            compile=not options.no_compile, device=str(self.model.device),
+            made_of={name: getattr(options, name) for name in ("depth",) if hasattr(options, name)}, **extra,
         )  # fmt: skip
 
     def how(self) -> tuple[Any, Any]:
@@ -318,6 +340,9 @@ def assemble(options: argparse.Namespace) -> int:
         raise VisarError("Give --gpt and --tokenizer, or --mar and --autoencoder.")
     if (options.gpt and options.draft) or (options.mar and (options.top_k or options.gpt_dtype)):
         raise VisarError("--draft goes with --mar, and --top-k and --gpt-dtype with --gpt.")
+    if options.draft_dtype and not options.draft:
+        raise VisarError("--draft-dtype is that of the --draft, which is not given.")
+    check_new(options.out)
     writable_folder(options.out)  # before the work
     dtype = getattr(torch, options.dtype)
     shared = {"text_encoder": options.words} if is_embedded(options.words) else {}
@@ -340,7 +365,7 @@ def assemble(options: argparse.Namespace) -> int:
     if options.gpt_dtype:
         dtypes["gpt"] = getattr(torch, options.gpt_dtype)
     if options.draft:
-        dtypes["draft"] = getattr(torch, options.draft_dtype)
+        dtypes["draft"] = getattr(torch, options.draft_dtype or "float16")
     save(model, options.out, dtypes=dtypes, parts_of=shared)
     print(options.out)
     return 0

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
@@ -141,6 +142,10 @@ class ImageSet:
             if image.format != "MPO" and (frames := frames_of(image, name)) != 1:
                 raise VisarError(f"{name} has {frames} frames; give one image in each file.")
             return ImageOps.exif_transpose(converted(image, "RGBA", name))
+
+    def mark(self) -> str:
+        """A hash of the names of the images, and of what is said of them."""
+        return sha256(repr(sorted(map(repr, self.records))).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     def indices(self, split: str) -> list[int]:
         """Positions of the records of one of `SPLITS`."""

@@ -6,9 +6,9 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +40,7 @@ class TrainConfig:
     optimizer: str = "adamw"  # or "muon": Muon for the matrices inside the blocks, AdamW for the rest; or "sgd"
     compile: bool = True
     device: str = "cpu"
+    made_of: Mapping[str, Any] = field(default_factory=dict)  # plain values, by name, that a run keeps when it goes on
 
 
 def distributed(device: str = "cpu") -> tuple[int, int, torch.device]:
@@ -142,6 +143,13 @@ class Batches:
             self.pool.shutdown(cancel_futures=True)
 
 
+def _check_same(config: TrainConfig, before: Mapping[str, Any]) -> None:
+    """Raise `VisarError` where a run would go on as another: it would learn something else, or start from nothing."""
+    pairs = [(name, before[name], now) for name, now in config.made_of.items() if name in before]
+    if differing := [f"{name} was {old}, now {now}" for name, old, now in pairs if old != now]:
+        raise VisarError(f"{config.out} holds a run with other settings: {'; '.join(differing)}; give another folder.")
+
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -170,11 +178,14 @@ def fit(
     if state_file.exists():
         try:
             saved = torch.load(state_file, map_location=device, weights_only=True)
+            _check_same(config, saved.get("made_of", {}))
             model.load_state_dict(saved["model"])
             ema.load_state_dict(saved["ema"])
             for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(its)
             step, spent = saved["step"], saved["spent"]
+        except VisarError:
+            raise
         except Exception as error:
             raise VisarError(f"{state_file} is damaged or of a run with other sizes; give an empty folder.") from error
 
@@ -208,6 +219,7 @@ def fit(
                     "optimizers": [o.state_dict() for o in optimizers],
                     "step": step,
                     "spent": minutes,
+                    "made_of": dict(config.made_of),
                 },
                 temporary,
             )

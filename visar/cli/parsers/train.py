@@ -26,7 +26,7 @@ def images(p: CommandParser) -> None:
     visar train images -o images
     visar train images -o images --styles 3d,noto,flat --size 64
     """
-    p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the images")
+    p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, for the images")
     p.add_argument("--size", type=whole(8, 4096), default=128, metavar="PX", help="pixels")
     p.add_argument("--styles", type=names, default=[], metavar="NAMES", help="only these, separated by commas")
     p.add_argument("--tones", action="store_true", help="with skin tones")
@@ -40,7 +40,7 @@ def words(p: CommandParser) -> None:
     visar train words --data images.zip -o words
     """
     p.add_argument("--data", required=True, metavar="PATH", help="folder or zip of captioned images")
-    p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the text encoder")
+    p.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, for the text encoder")
 
 
 def tokenizer(p: CommandParser) -> None:
@@ -209,10 +209,10 @@ def assemble(p: CommandParser) -> None:
     p.add_argument("--guidance-scale", type=finite, default=3.0, metavar="X", help="the model's default")
     p.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="the model's default; 0 for all tokens")
     output = p.add_argument_group("Output")
-    output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="folder of the model")
+    output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, for the model")
     output.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the saved model")
     output.add_argument("--gpt-dtype", choices=(*DTYPES, SMALL), help="dtype of the --gpt, if not --dtype")
-    output.add_argument("--draft-dtype", choices=(*DTYPES, SMALL), default="float16", help="dtype of the --draft")
+    output.add_argument("--draft-dtype", choices=(*DTYPES, SMALL), help="dtype of the --draft (default: float16)")
 
 
 def _sizes(group: Group, **sizes: tuple[int, str]) -> None:
@@ -300,12 +300,12 @@ def _training_options(p: CommandParser, minutes: float, batch: int, lr: float) -
 
 
 def _weights(text: str) -> dict[str, float]:
-    pairs = dict(part.rpartition("=")[::2] for part in names(text))
+    pairs = [part.rpartition("=")[::2] for part in names(text)]
     try:
-        found = {name.strip(): float(weight) for name, weight in pairs.items()}
+        found = {name.strip(): float(weight) for name, weight in pairs}
     except ValueError:
         found = {"": 0.0}
-    if "" in found or not all(0 < weight <= 1000 for weight in found.values()):
+    if "" in found or len(found) < len(pairs) or not all(0 < weight <= 1000 for weight in found.values()):
         raise argparse.ArgumentTypeError(
             f"must be NAME=WEIGHT with weights above 0 and at most 1000, several separated by commas, not {text!r}"
         )
