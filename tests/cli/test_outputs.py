@@ -81,6 +81,17 @@ def test_json_goes_through_a_device(tmp_path: Path, capsys: Capture) -> None:
     assert json.loads(capsys.readouterr().out)[0]["name"]
 
 
+@pytest.mark.parametrize("name, message", [
+    ("run/run.json", "--json would replace run.json, which describes a run of `visar sample`"),
+    ("captions.json", "--json would replace {tmp}/captions.json, which is given for something else"),
+])  # fmt: skip
+def test_json_replaces_nothing_that_is_needed(name: str, message: str, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "link.json"
+    path.symlink_to(tmp_path / name)
+    assert run("eval", "clip", tmp_path, "--captions", tmp_path / "captions.json", "--json", path) == 2
+    assert message.format(tmp=tmp_path) in capsys.readouterr().err and names(tmp_path) == ["link.json"]
+
+
 def test_a_full_stdout_is_one_sentence(tmp_path: Path) -> None:
     with open(device(tmp_path / "full", "full"), "wb") as full:
         done = subprocess.run([sys.executable, "-m", "visar", "models"], stdout=full, stderr=subprocess.PIPE, text=True)
@@ -147,8 +158,10 @@ def test_text_of_other_encodings(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [2.0, 4.0, 8.0])
-def test_an_interrupt_at_any_time(seconds: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number, seconds", [
+    (signal.SIGINT, 2.0), (signal.SIGINT, 4.0), (signal.SIGINT, 8.0), (signal.SIGTERM, 8.0),
+])  # fmt: skip
+def test_an_interrupt_at_any_time(number: signal.Signals, seconds: float, tmp_path: Path) -> None:
     # From the moment that it runs: on a busy machine Python itself may take seconds to start.
     begun = "import sys; from visar.cli import main; print('begun', flush=True); sys.exit(main())"
     command = [sys.executable, "-c", begun, "generate", "cat", "-n", "500", "-o", str(tmp_path / "new")]
@@ -159,10 +172,11 @@ def test_an_interrupt_at_any_time(seconds: float, tmp_path: Path) -> None:
     time.sleep(seconds)
     err = ""
     for _ in range(9):  # a library that is being imported may swallow one
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         with suppress(subprocess.TimeoutExpired):
             _, err = child.communicate(timeout=20)
             break
     child.kill()
-    assert child.returncode == 130 and err.endswith("visar: interrupted\n") and "Traceback" not in err
+    said = "terminated" if number is signal.SIGTERM else "interrupted"
+    assert child.returncode == 128 + number and err.endswith(f"visar: {said}\n") and "Traceback" not in err
     assert names(tmp_path) == []

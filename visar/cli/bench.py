@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import default_of, load_model, samplers_of
+from visar.cli.common import LOAD, default_of, load_model, samplers_of
 from visar.cli.output import show
 from visar.cli.parsers.base import STDOUT
 from visar.cli.parsers.options import params_of, settings_of
 from visar.errors import VisarError
 from visar.files import check_output
+from visar.params import SamplingParams
 from visar.tables import table
 
 if TYPE_CHECKING:
@@ -24,11 +25,17 @@ if TYPE_CHECKING:
     from visar.serving.load import LoadReport
 
 
+UNGIVEN = {"model": "icons", "seed": 0}  # what options are that are not given, if not None
+
+
 def bench(options: argparse.Namespace) -> int:
     if (options.history or options.against) and (options.shapes is not None or options.profile or options.serve):
         raise VisarError("--history and --against are of samplers: not of --shapes, --profile or --serve.")
     if options.minutes is not None and not options.serve:
         raise VisarError("--minutes are those of the soak of --serve.")
+    unused = ("num_images",) if options.shapes is not None else ("repeats",) if options.serve else ()
+    _refuse(options, ("num_images", "repeats") if options.profile else unused)
+    options.num_images, options.repeats = options.num_images or 16, options.repeats or 3
     if options.serve:
         return _serve(options)
     if options.shapes is not None:
@@ -51,6 +58,14 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Raise `VisarError` for an option of these that is given: what is measured does not depend on it."""
+    for name in names:
+        if getattr(options, name) not in (None, UNGIVEN.get(name)):  # False, as of --no-ema, is given too
+            mode = "--profile" if options.profile else "--serve" if options.serve else "--shapes"
+            raise VisarError(f"{mode} takes no --{name.replace('_', '-')}, which would change nothing.")
+
+
 def _shapes(options: argparse.Namespace) -> int:
     """`visar bench --shapes`."""
     for name in ("samplers", "vq", "vae", "drafter", "parameters"):
@@ -58,6 +73,8 @@ def _shapes(options: argparse.Namespace) -> int:
             raise VisarError(
                 "--shapes measures ar and scd with random weights: it takes no samplers, model or drafter."
             )
+    settings = [f.name for f in fields(SamplingParams) if f.metadata["flag"] and f.name != "invariant"]
+    _refuse(options, [*UNGIVEN, *LOAD, *settings])
     import torch
 
     from visar.devices import device_of

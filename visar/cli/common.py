@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from visar.samplers import AnySampler
 
 
+LOAD = ("vq", "vae", "text_encoder", "image_size", "num_heads", "ema", "quantize")  # options of a model
+
+
 def configured(name: str, given: list[str], window: int | None) -> AnySampler:
     """A sampler by name with parameters given as "name=value" texts; a `VisarError` for any that it has not."""
     from visar.samplers import get_sampler

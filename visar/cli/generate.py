@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from visar.cli.common import configured, default_of, kind_of, load_model
+from visar.cli.common import LOAD, configured, default_of, kind_of, load_model
 from visar.cli.output import show
 from visar.cli.parsers.generate import MOST
 from visar.cli.parsers.options import params_of, settings_of
@@ -31,8 +31,6 @@ from visar.user_code import is_place
 if TYPE_CHECKING:
     from visar.generation.stats import DecodeStats
     from visar.samplers import AnySampler
-
-LOAD = ("vq", "vae", "text_encoder", "image_size", "num_heads", "ema", "quantize")  # options of a model
 
 
 def output_paths(out: str | None, names: list[str], force: bool = False) -> list[Path]:

@@ -27,8 +27,9 @@ def verify(options: argparse.Namespace) -> int:
     names = None if options.samplers in (None, [], ["all"]) else options.samplers
     if options.model is not None:
         return verify_on(options, names)
-    if options.prompt is not None or options.label is not None or options.image_size is not None or options.drafter:
-        raise VisarError("--prompt, --class, --image-size and --drafter go with --model; give it too.")
+    own = (options.prompt, options.label, options.image_size, options.drafter or None)
+    if own != (None,) * 4 or options.device != "auto":
+        raise VisarError("--prompt, --class, --image-size, --drafter and --device go with --model; give it too.")
     kinds = {name: getattr(get_sampler(name), "tokens", "discrete") for name in names or ()}
     if options.session is not None:
         return verify_own(options, names)

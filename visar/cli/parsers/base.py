@@ -9,12 +9,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from visar.errors import VisarError
+from visar.errors import VisarError, short
 from visar.files import is_device
 
 Group = Any  # argparse has no public type for its groups
 STDOUT = "-"
 STDOUTS = (STDOUT, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+LONGEST = 1e9  # of numbers above 0: seconds that a thread can wait, and factors that stay far from overflow
 MOST = 2**31 - 1  # of whole numbers where nothing smaller is said: the largest that every tensor takes
 RENAMED = {"--output": "--out", "--images": "--num-images", "--num-pictures": "--num-images", "--target": "--model"}
 
@@ -67,6 +68,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's; but the command that does not know an argument says so, not the one above it."""
+        self._given: dict[str, tuple[Any, list[str]]] = {}
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flag = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
@@ -101,7 +103,13 @@ class CommandParser(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if action.option_strings and "--" in arg_strings:  # argparse would make an empty list of it
             raise VisarError(f"{_name(action)} takes a value, not --.")
-        return super()._get_values(action, arg_strings)
+        value = super()._get_values(action, arg_strings)
+        if action.option_strings and isinstance(action, argparse._StoreAction):  # of which the last would win
+            before, words = self._given.setdefault(action.dest, (value, arg_strings))
+            if before != value:
+                said = " and ".join(short(" ".join(each), 100) or "nothing" for each in (words, arg_strings))
+                raise UsageError(f"{_name(action)} is given twice: {said}.", self.format_usage())
+        return value
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         if isinstance(action, argparse._SubParsersAction):
@@ -187,8 +195,8 @@ def finite(text: str) -> float:
 
 
 def positive(text: str) -> float:
-    """The type of a number above 0."""
-    return _value(float, "a number", "above 0", lambda value: 0 < value < float("inf"))(text)
+    """The type of a number above 0, such as minutes, seconds or a factor."""
+    return _value(float, "a number", f"above 0 and at most {LONGEST:g}", lambda value: 0 < value <= LONGEST)(text)
 
 
 def names(text: str) -> list[str]:

@@ -29,8 +29,8 @@ def bench(p: CommandParser) -> None:
     )  # fmt: skip
     p.add_argument("--minutes", type=positive, metavar="M", help="of the soak of --serve (default: 0.5)")
     count = whole(1, 10**6)
-    p.add_argument("-n", "--num-images", type=count, default=16, metavar="N", help="images per sampler and repeat")
-    p.add_argument("--repeats", type=count, default=3, metavar="N", help="repeats, of which medians are shown")
+    p.add_argument("-n", "--num-images", type=count, metavar="N", help="images per sampler and repeat (default: 16)")
+    p.add_argument("--repeats", type=count, metavar="N", help="repeats, of which medians are shown (default: 3)")
     output = p.add_argument_group("Output")
     json_option(output, "the results")
     output.add_argument("--history", metavar="FILE", help="append this run to FILE, one JSON line for each run")
