@@ -266,6 +266,8 @@ def compare(
     ids = paired_ids(a, b, *seeds)
     if len(ids) < 2:
         raise VisarError(f"{a.path} holds {len(ids)} images; a comparison needs 2 or more.")
+    if reference is not None and len(reference) < 2:
+        raise VisarError(f"{reference.path} holds {len(reference)} images; a reference needs 2 or more.")
     if len(ids) > MOST:
         ids = sorted(random.Random(seed).sample(ids, MOST))
     prompts = [prompt_of(a, i) for i in ids]

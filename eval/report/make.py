@@ -24,6 +24,7 @@ from visar.eval.quality.compare import Comparison, compare
 from visar.eval.quality.extractors import Extractor
 from visar.eval.quality.image_folder import ImageFolder
 from visar.generation.model import ImageModel
+from visar.params import SamplingParams
 from visar.samplers import AnySampler
 
 IMAGES = "images"  # the folder of the samplers' folders
@@ -94,12 +95,15 @@ def make_report(
     """Generate `count` images with each sampler into folders in `out`, measure speed at batch 1, and compare.
 
     A report that was cut short goes on: images that are there are not generated again. `tell` gets a line for each
-    sampler. `settings` go to the pipeline. Raises `VisarError` for fewer than two samplers, and as `sample_images`
-    and `compare` do.
+    sampler. `settings` go to the pipeline. Raises `VisarError` for fewer than two samplers or images, and as
+    `sample_images` and `compare` do.
     """
     model = ImageModel.of(model)
     if len(samplers) < 2:
         raise VisarError("A report compares 2 or more samplers; the first is what the others are compared with.")
+    if count < 2:
+        raise VisarError(f"A report compares 2 or more images of each sampler, not {count}.")
+    SamplingParams(seed=seed + 1)  # the other seed must be one too, before an hour of images
     labels = list(samplers)
 
     def sampled(label: str, folder: str, at: int) -> ImageFolder:

@@ -104,6 +104,10 @@ def test_what_is_counted(tmp_path: Path) -> None:
     b = folder(tmp_path / "b", other, tokens=[[1, 2, 3, 4]] * 7 + [[1, 2, 0, 0]])
     reference = folder(tmp_path / "r", sampled(5, 3), prompt="another {}")
     scores = {str(a.path): torch.arange(8.0), str(b.path): torch.arange(8.0) + torch.tensor([1.0, 3] * 4)}
+    with pytest.raises(
+        VisarError, match=r"holds 1 images; a reference needs 2 or more"
+    ):  # or its distance is no number
+        compare(a, b, Cells(), reference=folder(tmp_path / "one", sampled(5, 3)[:1]))
     found = compare(a, b, Cells(), reference=reference, clip=lambda f, ids: scores[str(f.path)])
     assert found.same == 7 / 8 and found.tokens == 30 / 32 and found.elsewhere == 0
     gap = abs(int(other[2, 0, 0, 0]) - int(images[2, 0, 0, 0]))

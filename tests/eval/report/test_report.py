@@ -130,6 +130,8 @@ def test_command(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
         (["--samplers", "ar"], "A report compares 2 or more samplers"),
         (["--samplers", "ar,sdj"], "Did you mean 'sjd'?"),
         (["-n", "0"], "--num-images must be 1 or more"),
+        (["-n", "1"], "A report compares 2 or more images of each sampler, not 1"),
+        (["--seed", str(2**64 - 1)], "seed must be from 0 to 18446744073709551615, not 18446744073709551616"),
         (["--protocol", "icons"], "Unknown protocol 'icons'"),
         (["--clip-weights", "x"], "--clip-weights needs --clip"),
         (["--clip", "icons-efflite0"], "has no CLIP score"),

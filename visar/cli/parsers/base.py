@@ -104,10 +104,11 @@ class CommandParser(argparse.ArgumentParser):
         if action.option_strings and "--" in arg_strings:  # argparse would make an empty list of it
             raise VisarError(f"{_name(action)} takes a value, not --.")
         value = super()._get_values(action, arg_strings)
-        if action.option_strings and isinstance(action, argparse._StoreAction):  # of which the last would win
+        if action.option_strings and isinstance(value, list | dict) and isinstance(action, argparse._StoreAction):
+            # Of single values the last wins, as everywhere; of lists, one would be lost that was to be added.
             before, words = self._given.setdefault(action.dest, (value, arg_strings))
             if before != value:
-                said = " and ".join(short(" ".join(each), 100) or "nothing" for each in (words, arg_strings))
+                said = " and ".join(short(" ".join(each), 100) for each in (words, arg_strings))
                 raise UsageError(f"{_name(action)} is given twice: {said}.", self.format_usage())
         return value
 
@@ -200,8 +201,11 @@ def positive(text: str) -> float:
 
 
 def names(text: str) -> list[str]:
-    """The type of names that are separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """The type of names that are separated by commas, each of them once."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if twice := next((name for i, name in enumerate(found) if name in found[:i]), None):
+        raise argparse.ArgumentTypeError(f"has {twice!r} twice")
+    return found
 
 
 def json_target(text: str) -> str:
