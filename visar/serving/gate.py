@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -85,11 +88,27 @@ class Gate:
             return receive
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "A request is sent as application/json.")
-        return replayed(await read_body(headers, scope, receive, LARGEST, PATIENCE), receive)
+        body = await read_body(headers, scope, receive, LARGEST, PATIENCE)
+        with suppress(ValueError, RecursionError):  # what is no JSON is told by the routes
+            json.loads(body, object_pairs_hook=_once)
+        return replayed(body, receive)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises `Refused` for a field that is given twice, of which the last would win."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise Refused(400, "The body has a field twice.")
+    return found
 
 
 def _refusal(no: Refused) -> Problem:
-    codes = {401: "invalid_api_key", 408: "timeout", 413: "too_large", 415: "unsupported_media_type"}
+    codes = {
+        400: "invalid_json",
+        401: "invalid_api_key",
+        408: "timeout",
+        413: "too_large",
+        415: "unsupported_media_type",
+    }
     return Problem(no.status, str(no), code=codes.get(no.status, "forbidden"))
 
 
