@@ -75,6 +75,7 @@ class BeamTree(Registered):
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.children not in ("chosen", "sampled"):
             raise VisarError(f"The children of a beam are chosen or sampled, not {self.children!r}.")
         if self.beam < 1 or self.depth < 1:

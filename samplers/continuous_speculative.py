@@ -68,6 +68,7 @@ class ContinuousSpeculative(Registered):
     needs_draft: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.gamma < 1:
             raise VisarError(f"gamma must be 1 or more, not {self.gamma}.")
         if not 0 <= self.prefill <= 1:

@@ -82,6 +82,7 @@ class SpeculativeJacobi(Registered):
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_window(self.window)
         if self.coupling not in RULES:
             raise VisarError(f"Unknown coupling {self.coupling!r}; known: {', '.join(RULES)}.")
@@ -174,6 +175,7 @@ class Jacobi(Registered):
     exact: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_window(self.window)
 
     def begin(self, session: Session, target: Target, noise: Noise) -> State:

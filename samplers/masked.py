@@ -207,6 +207,7 @@ class MaskedAutoregressive(Registered):
     window: ClassVar[int] = 2**16  # no bound on the tokens of a pass
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1:
             raise VisarError(f"steps must be 1 or more, not {self.steps}.")
         for name, value in (("head_steps", self.head_steps), ("last_head_steps", self.last_head_steps or 2)):

@@ -46,6 +46,7 @@ class Parallel(Registered):
     scan: ClassVar[str] = "groups"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.steps < 1:
             raise VisarError(f"steps must be 1 or more, not {self.steps}.")
 

@@ -62,7 +62,7 @@ class SamplerSpec:
         _load()
         maker = _MAKERS[self.name]
         _check_parameters(self.name, maker.func, parameters)
-        made = maker(**_typed(self.options, parameters))
+        made = maker(**_all_typed(self.options, parameters))
         object.__setattr__(made, "name", self.name)
         return made
 
@@ -87,7 +87,16 @@ SAMPLERS: Mapping[str, SamplerSpec] = _Samplers()
 
 
 class Registered:
-    """A sampler that knows its name: the one it was made by, or for one built from its class that of `name_of`."""
+    """A sampler that knows its name: the one it was made by, or for one built from its class that of `name_of`.
+
+    Its options are of their defaults' types, so that NaN, a text or a truth value passes no test of a range. Raises
+    `VisarError` for others.
+    """
+
+    def __post_init__(self) -> None:
+        for f in getattr(self, "__dataclass_fields__", {}).values():
+            if f.metadata:
+                object.__setattr__(self, f.name, _typed(f.name, type(f.default), getattr(self, f.name)))
 
     @cached_property
     def name(self) -> str:
@@ -180,7 +189,7 @@ def get_sampler(sampler: Any, **parameters: Any) -> Any:
     if not given:
         return made
     _check_parameters(check_sampler(made).name, type(made), given)
-    changed = replace(made, **_typed(parameters_of(made), given))
+    changed = replace(made, **_all_typed(parameters_of(made), given))
     object.__setattr__(changed, "name", made.name)
     return changed
 
@@ -269,11 +278,21 @@ def load_sampler(spec: str) -> Any:
     return check_sampler(found)
 
 
-def _typed(options: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as Python's numbers, where an option is one: NumPy's, 0-d tensors and 8.0 are taken too."""
+def _all_typed(options: Mapping[str, Parameter], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, those of options in their types."""
+    return {n: _typed(n, options[n].kind, value) if n in options else plain(value) for n, value in given.items()}
+
+
+def _typed(name: str, kind: type, value: Any) -> Any:
+    """The value of an option: for numbers Python's own, of which NumPy's, 0-d tensors and 8.0 are taken too."""
     read: dict[type, Any] = {int: whole, float: number}
-    kinds = {name: option.kind for name, option in options.items()}
-    return {n: read[k](n, value) if (k := kinds.get(n)) in read else plain(value) for n, value in given.items()}  # type: ignore[index]
+    if kind in read and value is not None:
+        return read[kind](name, value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    value = plain(value)
+    if kind in words and not isinstance(value, kind):
+        raise VisarError(f"{name} must be {words[kind]}, not {value!r}.")
+    return value
 
 
 def _check_parameters(name: str, cls: Any, given: Mapping[str, Any]) -> None:

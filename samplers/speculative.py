@@ -60,6 +60,7 @@ class Speculative(Registered):
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.gamma < 1:
             raise VisarError(f"gamma must be 1 or more drafts, not {self.gamma}.")
         if self.verification not in get_args(Verification):
@@ -152,6 +153,7 @@ class TreeSpeculative(Registered):
     exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.children not in get_args(Children):
             raise VisarError(f"Unknown children {self.children!r}; known: {', '.join(get_args(Children))}.")
         named_tree(self.tree)

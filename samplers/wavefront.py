@@ -52,6 +52,7 @@ class ZipAR(Registered):
     scan: ClassVar[str] = "rows"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ahead < 1:
             raise VisarError(f"ahead must be 1 or more tokens, not {self.ahead}.")
 

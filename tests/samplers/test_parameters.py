@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
+import torch
 
 from visar.cli import main
 from visar.errors import VisarError
@@ -47,6 +49,17 @@ def test_below_the_range_is_refused(name: str, parameter: str, value: int) -> No
     assert p.low == value + 1
     with pytest.raises(VisarError, match=parameter):
         get_sampler(name, **{parameter: value})
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_other_types_are_refused(name: str) -> None:
+    """Also of a class that is called itself: NaN, a text and a truth value pass some tests of a range."""
+    cls = type(get_sampler(name))
+    for p in SAMPLERS[name].options.values():
+        values: list[Any] = [None, [1], torch.tensor([1, 2]), torch.tensor(1, device="meta"), math.nan, math.inf]
+        for value in [*values, *([] if p.kind is str else ["x"]), *([] if p.kind is bool else [True])]:
+            with pytest.raises(VisarError, match=f"{p.name} must be"):
+                cls(**{p.name: value})
 
 
 def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
