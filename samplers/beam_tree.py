@@ -18,7 +18,7 @@ from visar.samplers.distribution import Target
 from visar.samplers.parameters import option
 from visar.samplers.registry import Registered, register_sampler
 from visar.samplers.speculative import Children, drafter_of
-from visar.samplers.tree_verification import ChildRule, Chosen, Sampled, VerifiedTree, verify_tree
+from visar.samplers.tree_verification import ChildRule, Chosen, Sampled, VerifiedTree, most_likely, verify_tree
 from visar.samplers.verification import StepNoise
 
 LATER = 1e-9  # taken off per level, so that a child never ranks before its parent
@@ -144,9 +144,10 @@ class BeamTree(Registered):
             draft_probs.append(q)
             joint = log_probs[..., None] + q.double().log()
             ranked = self._ranked(joint, score, session, state, first)
-            best = ranked.topk(each)  # [B, count, each]
-            value = self._values(best.values, q, score, state).flatten(1)
-            tokens.append(torch.where(value > -torch.inf, best.indices.flatten(1), -1))
+            # Within a node the ranks of chosen children are those of q; noise makes no two others equal.
+            best = most_likely(q, each) if self.children == "chosen" else ranked.topk(each).indices
+            value = self._values(ranked.gather(-1, best), q, score, state).flatten(1)
+            tokens.append(torch.where(value > -torch.inf, best.flatten(1), -1))
             values.append(value - LATER * level)
             above.append(torch.arange(first, first + count, device=device).repeat_interleave(each).expand(batch, -1))
             extended = best_of(value, self.beam)
@@ -155,7 +156,7 @@ class BeamTree(Registered):
                 score, fed = value.gather(1, extended), tokens[-1].gather(1, extended)
                 if not self.goes_on(score):
                     break
-                log_probs = joint.gather(-1, best.indices).flatten(1).gather(1, extended)
+                log_probs = joint.gather(-1, best).flatten(1).gather(1, extended)
                 first = known.parents.shape[1]
                 known = Tree.of(torch.cat([known.parents, above[-1].gather(1, extended)], dim=1), level + 1)
                 logits = drafter.extend(fed.clamp_min(0), known, first)

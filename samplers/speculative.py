@@ -24,6 +24,7 @@ from visar.samplers.tree_verification import (
     Independent,
     Sampled,
     VerifiedTree,
+    most_likely,
     sample_children,
     verify_tree,
 )
@@ -231,6 +232,7 @@ class TreeSpeculative(Registered):
                 elif self.children == "independent":
                     tokens[:, below] = sample(draft_probs[:, node, None].expand(-1, len(below), -1), u[:, below])
                 else:
-                    best = draft_probs[:, node].topk(min(len(below), session.vocab))
-                    tokens[:, below[: best.indices.shape[1]]] = torch.where(best.values > 0, best.indices, -1)
+                    q = draft_probs[:, node]
+                    best = most_likely(q, min(len(below), session.vocab))
+                    tokens[:, below[: best.shape[1]]] = torch.where(q.gather(1, best) > 0, best, -1)
         return tokens, draft_probs

@@ -131,6 +131,16 @@ def shared(p: Tensor, q: Tensor, children: Tensor, steps: int = 40) -> Tensor:
     return torch.minimum(q, p / high)
 
 
+def most_likely(q: Tensor, count: int) -> Tensor:
+    """The `count` most likely tokens [..., count] of q [..., V] in fp32, in descending order, the first of equal ones.
+
+    `topk` takes any of the equal ones, of which logits in bfloat16 have many, and another device takes others.
+    """
+    behind = torch.arange(q.shape[-1] - 1, -1, -1, device=q.device)
+    ranked = q.contiguous().view(torch.int32).long() << 32 | behind  # bits of positive floats are in their order
+    return ranked.topk(count).indices
+
+
 def sample_children(q: Tensor, u: Tensor) -> Tensor:
     """Tokens [..., C] sampled one after the other from q [..., V] without replacement, for uniforms u [..., C].
 

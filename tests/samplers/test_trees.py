@@ -25,6 +25,7 @@ from visar.samplers.tree_verification import (
     Chosen,
     Independent,
     Sampled,
+    most_likely,
     sample_children,
     shared,
     verify_tree,
@@ -351,3 +352,11 @@ def test_block_verification_keeps_at_least_as_much() -> None:
 def test_bad_parameters(make, message: str) -> None:
     with pytest.raises(VisarError, match=message):
         make()
+
+
+def test_of_equal_tokens_the_first_are_the_most_likely() -> None:
+    """Also where a device's `topk` takes others, as with thousands of equal ones."""
+    q = torch.zeros(2, 5000)
+    q[0, ::2], q[1, 7], q[1, 3000:] = 0.125, 0.5, 0.25
+    assert most_likely(q, 4).tolist() == [[0, 2, 4, 6], [7, 3000, 3001, 3002]]
+    assert most_likely(torch.tensor([[0.0, 0.1, 0.0]]), 3).tolist() == [[1, 0, 2]]
