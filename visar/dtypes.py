@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from visar.errors import VisarError
 
@@ -21,3 +22,12 @@ def checked_dtype(what: str, value: Any, allowed: Sequence[torch.dtype] = COMPUT
         names = ", ".join(str(dtype) for dtype in allowed)
         raise VisarError(f"{what} must be a floating torch.dtype ({names}), not {value!r}.")
     return found
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether it has a number in each place that any operation can read.
+
+    A tensor on the meta device has none, and few operations know sparse, nested and quantised ones.
+    """
+    plain = tensor.layout == torch.strided and not tensor.is_nested
+    return plain and not tensor.is_meta and not tensor.is_quantized

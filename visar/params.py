@@ -109,14 +109,15 @@ class SamplingParams:
             self._set(name, whole(name, getattr(self, name)))
         for name in ("guidance_scale", "temperature", "top_p"):
             self._set(name, number(name, getattr(self, name)))
-        if self.invariant not in (None, False, True):
+        self._set("invariant", plain(self.invariant))
+        if is_list(self.invariant) or self.invariant not in (None, False, True):
             raise VisarError(f"invariant must be true or false, not {self.invariant!r}.")
         for f in fields(self):
             value, about = getattr(self, f.name), f.metadata
             if value is None or f.name in ("forced_tokens", "invariant"):
                 continue
             if about["choices"]:
-                if value not in about["choices"]:
+                if not isinstance(value, str) or value not in about["choices"]:
                     raise VisarError(f"{f.name} must be {' or '.join(about['choices'])}, not {value!r}.")
                 continue
             low, high = about["low"], about["high"]
@@ -207,8 +208,8 @@ def range_of(name: str, value: float) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The number in a NumPy scalar or a tensor of one number; anything else as it is."""
-    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+    """The number in a NumPy scalar or a tensor of one number; anything else as it is, a tensor without values too."""
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 and not getattr(value, "is_meta", False):
         return value.item()
     return value
 
@@ -232,7 +233,7 @@ def whole(name: str, value: Any) -> int | None:
         if isinstance(value, bool):
             raise TypeError
         return index(value)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:  # a tensor without values raises the second
         raise VisarError(f"{name} must be a whole number, not {value!r}.") from error
 
 
@@ -256,12 +257,16 @@ def as_tokens(value: Any) -> Tensor:
     """Forced tokens as a tensor, of which a list and a NumPy array are taken too."""
     import torch
 
+    from visar.dtypes import WHOLE, has_values
+
     try:
         made = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value)
-        if made.dtype == torch.bool or made.is_complex():
+        if made.dtype == torch.bool or made.is_complex() or not has_values(made):
             raise TypeError
         if made.dtype == torch.uint64 and bool((made.long() < 0).any()):
             raise OverflowError  # such a number would become -1
+        if made.dtype in WHOLE:
+            made = made.long()  # torch compares no others without a sign
         if made.is_floating_point() and made.ndim == 1 and bool((made == made.round()).all()):
             made = made.long()  # ids as 3.0; a token of a continuous model is no single number
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:

@@ -196,6 +196,11 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
             {"sampler": "sdj"},
             r"Unknown sampler 'sdj'\. Did you mean 'sjd'\? Known: ar, bild, blockwise, cool-sd, cspd, ",
         ),
+        ("cat", {"num_images_per_prompt": 10**12, "output_type": "tokens"}, r"^10+ images at once need about .* GiB"),
+        ("cat", {"seed": torch.tensor(1, device="meta")}, "seed must be a whole number, not tensor"),
+        ("cat", {"top_p": torch.tensor(1.0, device="meta")}, "top_p must be a number, not tensor"),
+        ("cat", {"invariant": np.array([True, False])}, "invariant must be true or false, not array"),
+        ("cat", {"guidance_schedule": np.array(["a", "b"])}, "guidance_schedule must be constant or linear, not array"),
         ("cat", {"window": 1}, "window must be 2 or more tokens, not 1"),
         ("cat", {"sampler": "ar", "window": 8}, "'ar' has no parameter 'window'"),
         ("cat", {"temperature": 0.0}, r"temperature must be above 0 .*not 0\.0"),
@@ -244,6 +249,7 @@ def test_bad_calls(text_pipe: TextToImagePipeline, prompt: Any, settings: dict[s
 def test_tokens_of_any_whole_numbers_are_decoded(text_pipe: TextToImagePipeline, dtype: torch.dtype) -> None:
     ids = torch.arange(TOKENS)[None] % 24
     assert torch.equal(text_pipe.decode_tokens(ids.to(dtype)), text_pipe.decode_tokens(ids))
+    assert torch.equal(tokens(text_pipe, "cat", forced_tokens=ids[0].to(dtype)), ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64, torch.float8_e4m3fn])
@@ -257,6 +263,13 @@ def test_tokens_that_no_image_has(text_pipe: TextToImagePipeline) -> None:
     for bad in (-1, 9999):
         with pytest.raises(VisarError, match=f"no image token, such as {bad}"):
             text_pipe.decode_tokens(ids.index_fill(1, torch.tensor(2), bad))
+    for other in (ids.to("meta"), ids.to_sparse(), torch.nested.nested_tensor([ids[0]])):
+        with pytest.raises(VisarError, match=r"must be a tensor \[B, .*\], not one without values"):
+            text_pipe.decode_tokens(other)
+        with pytest.raises(VisarError, match="forced_tokens must be a tensor or a list"):
+            text_pipe("cat", forced_tokens=other)
+    with pytest.raises(VisarError, match="A prompt is a text, not 5"):
+        text_pipe.image_model.decode_tokens(ids, 5)  # type: ignore[arg-type]
     with pytest.raises(VisarError, match="2 conditions for 1 images"):
         text_pipe.image_model.decode_tokens(ids, ["cat", "dog"])
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
-from visar.dtypes import COMPUTED, WHOLE
+from visar.dtypes import COMPUTED, WHOLE, has_values
 from visar.engine.finite import require_finite, require_finite_weights
 from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
@@ -41,6 +41,7 @@ from visar.kernels.invariant import invariant
 from visar.params import DISCRETE, SamplingParams, plain, whole
 from visar.samplers import SamplerSpec, check_sampler, default_sampler, get_sampler, samplers_for
 
+LEAST = 2**12  # bytes of a row, of families that do not say how many it needs
 COPIES = 4  # of the pixels in fp32, while the images of a call are put together
 RUN = {"discrete": discrete.run, "continuous": continuous.run}
 
@@ -49,9 +50,9 @@ class ImageModel:
     """A loaded `family`, ready to generate.
 
     ```python
-    from visar.generation import ImageModel
+    import visar
 
-    model = ImageModel.load("icons")
+    model = visar.ImageModel.load("icons")
     out = model.generate(["a red heart, 3d"], sampler="scd", seed=0)
     ```
     """
@@ -187,6 +188,8 @@ class ImageModel:
         values = self._checked(listed(conditions))
         if (num_images := whole("The number of images", num_images) or 0) < 1:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
+        # Before anything is made for each row; the session knows what its passes need.
+        check_memory(self.family.bytes_per_image(1, False) or LEAST, len(values) * num_images, self.device)
         if output_type not in ("tokens", "latent"):
             self.family.check_decoding()
             height, width = self.family.pixels
@@ -216,13 +219,16 @@ class ImageModel:
         no image has, or pixels that are not finite.
         """
         family, wanted = self.family, [self.family.layout.length, *self.family.token_shape]
-        if not isinstance(tokens, Tensor) or [*tokens.shape[1:]] != wanted or tokens.ndim != 1 + len(wanted):
-            shape = list(tokens.shape) if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+        if not isinstance(tokens, Tensor) or not has_values(tokens) or [*tokens.shape[1:]] != wanted:
+            shape = f"a {type(tokens).__name__}"
+            if isinstance(tokens, Tensor):
+                shape = str(list(tokens.shape)) if has_values(tokens) else "one without values or with another layout"
             raise VisarError(f"tokens must be a tensor [B, {', '.join(map(str, wanted))}], not {shape}.")
         discrete = family.tokens == DISCRETE
         if tokens.dtype not in (WHOLE if discrete else COMPUTED):
             kind = "whole" if discrete else "floating-point"
             raise VisarError(f"tokens must be a tensor of {kind} numbers, not {tokens.dtype}.")
+        conditions = None if conditions is None else self._checked(listed(conditions))
         if conditions is not None and len(conditions) != len(tokens):
             raise VisarError(f"There are {len(conditions)} conditions for {len(tokens)} images; give one for each.")
         with ordinary(), undisturbed(self.device):
