@@ -73,6 +73,9 @@ def test_what_cannot_be_written_is_said_before(tmp_path: Path) -> None:
         with tidy(), pytest.raises(VisarError, match=message):
             check_output(tmp_path / name)
     assert names(tmp_path) == ["file", "folder.json", "full.json", "loop.json"]
+    for bad in ("", "a\0b", b"a", None):  # the first is not the current folder
+        with pytest.raises(VisarError, match="The folder must be a path, not"):
+            writable_folder(bad)  # type: ignore[arg-type]
     name = "y" * 250 + ".json"  # as long as a name can be
     write(check_output(tmp_path / name))
     assert (tmp_path / name).read_text() == "new"

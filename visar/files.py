@@ -29,8 +29,9 @@ def cache_folder() -> Path:
 
 
 def path_of(name: str, value: object) -> Path:
-    """The path that a caller gives. Raises `VisarError` for what is none."""
-    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str) or "\0" in text:
+    """The path that a caller gives. Raises `VisarError` for what is none; an empty text is not the current folder."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text or "\0" in text:
         said = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
         raise VisarError(f"{name} must be a path, not {said}.")
     return Path(text)
