@@ -219,6 +219,7 @@ def test_what_is_refused(pipe: Any, folder: Path, tmp_path: Path, monkeypatch: p
         refused("multiples of 32 pixels, not", "cat", **size)
     refused("too narrow for the draft", "cat", height=32, width=32 * 99)
     refused(r"has \d+ tokens; this model has room for 2048", "cat", height=32 * 50, width=32 * 50)
+    refused(r"this model has room for 2048", "cat", height=32 * 10**9, width=32 * 10**9)
     refused(r"The prompt has \d+ tokens; this model takes at most", " ".join(["wide"] * 3000))
     for text in ("a <start> cat", "a <|image|> cat", "cat <end>"):
         refused("a token of the model's that stands for an image", text)

@@ -5,6 +5,7 @@ Where the stock pipeline is wrong, a test shows it next to the right value.
 
 from __future__ import annotations
 
+import copy
 import functools
 import shutil
 import time
@@ -161,6 +162,7 @@ def test_pixels_of_prompt_and_codes(fast: Any) -> None:
     model = pipe.image_model.sized(64, 96)
     assert torch.equal(model.decode_tokens(out.tokens, ["a 'sign'", "cat"]), out.images)
     assert not torch.equal(model.decode_tokens(out.tokens)[0], out.images[0])  # without the glyphs of 'sign'
+    assert torch.equal(copy.deepcopy(model).decode_tokens(out.tokens, ["a 'sign'", "cat"]), out.images)
     seen: list[Any] = []
     pipe("cat", seed=4, callback=seen.append, output_type="tokens", **SIZE)
     assert seen[-1].preview().shape == (1, 2, 3, 3)

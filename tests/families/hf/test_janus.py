@@ -191,6 +191,9 @@ def test_what_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         visar.accelerate(Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1)))
     with pytest.raises(VisarError, match="Give the processor of this JanusForConditionalGeneration"):
         visar.accelerate(model)
+    for other in (5, "reader", model):
+        with pytest.raises(VisarError, match=f"A processor or a tokenizer reads prompts, not a {type(other).__name__}"):
+            visar.accelerate(model, other)
     with pytest.raises(VisarError, match="needs a drafter"):
         pipe("cat", sampler="eagle")
     with pytest.raises(VisarError, match="saved by its own save_pretrained"):

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.engine.guidance import Guidance
@@ -95,9 +95,11 @@ class TransformersFamily(DiscreteFamily):
 
     @staticmethod
     def check_processor(model: Any, processor: Any) -> None:
-        """Raise `VisarError` if none was given."""
+        """Raise `VisarError` if none was given, or what cannot be one."""
         if processor is None:
             raise VisarError(f"Give the processor of this {type(model).__name__} too, as accelerate(model, processor).")
+        if isinstance(processor, nn.Module) or not callable(processor):
+            raise VisarError(f"A processor or a tokenizer reads prompts, not a {type(processor).__name__}.")
 
     def replace(self, name: str, component: Any) -> None:
         made = type(self)(component, self.processor)

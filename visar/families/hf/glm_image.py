@@ -128,13 +128,13 @@ class GlmImageFamily(TransformersFamily):
         if not all(self.draft):
             raise VisarError(f"An image of {width} x {height} pixels is too narrow for the draft of GLM-Image.")
         codes = int(config.vq_config.num_embeddings)
-        self.decoder = GlmDecoder(model, codes, (self.draft, self.grid))
         self.layout = Layout(*self.grid, lead=math.prod(self.draft))
-        if self.room < 1:
-            raise VisarError(
+        if self.layout.length >= (context := VocabularyDecoder(model, range(codes)).context):
+            raise VisarError(  # before each position is written down
                 f"An image of {width} x {height} pixels has {self.layout.length} tokens; this model has room for "
-                f"{self.decoder.context} with the prompt's."
+                f"{context} with the prompt's."
             )
+        self.decoder = GlmDecoder(model, codes, (self.draft, self.grid))
         own = model.generation_config
         self.defaults = SamplingParams(
             guidance_scale=1.0, guidance_interval=-1, guidance_schedule="constant",

@@ -38,6 +38,12 @@ class GlmPixels:
         self.arguments = dict(ARGUMENTS)
         self._turn = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_turn"}  # no lock can be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _turn=threading.Lock())
+
     def check(self) -> None:
         """Raise `VisarError` where there is nothing to make pixels with."""
         if self.pipeline is not None:
