@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from PIL import Image
 
-from visar.cli import parser
+from visar.cli import main, parser
 from visar.recipe import Recipe
 from visar.samplers import SpeculativeJacobi
 from visar.samplers.parameters import option
@@ -94,3 +94,27 @@ def test_what_rounds_by_the_batch(values: dict[str, Any], said: str) -> None:
 def test_ordinary_commands_are_plain() -> None:
     command = "visar generate 'a cat' --model glm --sampler scd --set window=4 --seed 0 --dtype float32 -n 2"
     assert recipe_of(parameters={"window": 4}, settings={"seed": 0}, image=1).command() == command
+
+
+@pytest.mark.parametrize("given", [["--grid", "-n", "2"], ["-n", "2", "--scale", "2"]])
+def test_the_program_writes_the_same_file(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "again").mkdir()
+    monkeypatch.chdir(tmp_path / "again")
+    command = ["generate", "a sun", "--dtype", "float32", "--set", "window=8", "-o", str(tmp_path / "a.png"), *given]
+    assert main(command) == 0
+    file = max(tmp_path.glob("*.png"))
+    recipe = Recipe.read(file)
+    exec(recipe.python(), {})
+    (made,) = (tmp_path / "again").iterdir()
+    assert made.name == recipe.file_name
+    with Image.open(file) as old, Image.open(made) as new:
+        assert old.size == new.size and old.tobytes() == new.tobytes()
+
+
+def test_a_program_that_loads_a_drafter_and_rounds_weights() -> None:
+    recipe = recipe_of(load=[("drafter", "d"), ("quantize", "int8"), ("vq", "v.pt")], grid=True, others=["a sun"])
+    said = recipe.python()
+    assert "visar.load('glm', vq='v.pt')\n" in said and "pipe.load_drafter('d')\npipe.quantize('int8')\n" in said
+    assert "pipe(['a cat', 'a sun'], " in said and "grid(out.images).save(" in said

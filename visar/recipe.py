@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
 CHUNK = "visar"  # the text chunk of a PNG file, in JSON; "Description" has the prompts, for other programs
+_CALLS = {"drafter": "load_drafter", "quantize": "quantize"}  # options of the command that are methods in Python
 _SPECIAL = "\\'!"  # in $'...'; interactive shells may take ! for a line of their history
 Value = str | int | float | bool
 
@@ -94,20 +95,27 @@ class Recipe(BaseModel):
         )
 
     def python(self) -> str:
-        """A program that makes the same image, for the demo: it knows no grid and no scale."""
+        """A program that writes the same file."""
         sampler = repr(self.sampler)
         if self.parameters:
             sampler = f"get_sampler({sampler}, {_keywords(self.parameters)})"
         settings = self.settings | ({"num_images_per_prompt": self.image + 1} if self.image else {})
-        load = [(name.replace("-", "_"), value) for name, value in self.load]
+        load = [(name.replace("-", "_"), value) for name, value in self.load if name not in _CALLS]
+        calls = [f"pipe.{_CALLS[name]}({value!r})" for name, value in self.load if name in _CALLS]
+        one = self.conditions if self.others else self.conditions[0]
+        image = "grid(out.images)" if self.grid else f"out.images[{self.image}]"
+        scaled = [f"image = image.resize([side * {self.scale} for side in image.size], Image.Resampling.NEAREST)"]
         return "\n".join([
-            "import torch", "", "import visar",
+            "import torch", *(["from PIL import Image"] if self.scale > 1 else []), "", "import visar",
+            *(["from visar.cli.preview import grid"] if self.grid else []),
             *(["from visar.samplers import get_sampler"] if self.parameters else []), "",
             f"pipe = visar.load({self.model!r}{''.join(f', {n}={v!r}' for n, v in load)})",
             f"pipe.to(dtype=torch.{self.dtype})",
-            f"out = pipe({self.label if self.prompt is None else repr(self.prompt)}, sampler={sampler}"
+            *calls,
+            f"out = pipe({one!r}, sampler={sampler}"
             f"{''.join(f', {name}={value!r}' for name, value in settings.items())})",
-            f"out.images[{self.image}].save({self.file_name!r})",
+            *([f"image = {image}", *scaled] if self.scale > 1 else []),
+            f"{'image' if self.scale > 1 else image}.save({self.file_name!r})",
         ])  # fmt: skip
 
     @property

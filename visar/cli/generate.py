@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import re
 import sys
@@ -130,7 +129,7 @@ def _write(
     dtype, method = str(model.dtype).removeprefix("torch."), model.sampler_of(sampler)
     images, recipes = out.images, _recipes(options, method, params, conditions, dtype)
     if options.grid:
-        images = [grid(images, _columns(len(images)))]
+        images = [grid(images)]
     with ExitStack() as stack:  # all images, or none
         for image, recipe, path in zip(images, recipes, paths, strict=True):
             if options.scale > 1:
@@ -139,13 +138,11 @@ def _write(
     return out.stats
 
 
-def _columns(count: int) -> int:
-    return math.ceil(math.sqrt(count))
-
-
 def _check_size(options: argparse.Namespace, size: tuple[int, int], count: int) -> None:
     """Raise `VisarError` for a grid or a scale that makes a file too large to be read again."""
-    across = _columns(count) if options.grid else 1
+    from visar.cli.preview import squarish
+
+    across = squarish(count) if options.grid else 1
     down = -(-count // across) if options.grid else 1
     height, width = size[0] * down * options.scale, size[1] * across * options.scale
     if (options.grid or options.scale > 1) and height * width > most_pixels():

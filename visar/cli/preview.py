@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -119,8 +120,14 @@ def sixel(image: Image.Image) -> str:
     return f'\x1bPq"1;1;{small.width};{small.height}{found}\x1b\\'
 
 
-def grid(images: Sequence[Image.Image], columns: int, gap: int = 0) -> Image.Image:
-    """Images of one size in rows of `columns`."""
+def squarish(count: int) -> int:
+    """The columns of a grid that is about as high as it is wide."""
+    return math.ceil(math.sqrt(count))
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 0) -> Image.Image:
+    """Images of one size in rows of `columns`, by default about as many as there are rows."""
+    columns = columns or squarish(len(images))
     width, height = (side + gap for side in images[0].size)
     made = Image.new("RGB", (columns * width - gap, -(-len(images) // columns) * height - gap))
     for number, image in enumerate(images):
