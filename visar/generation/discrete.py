@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 
 from visar.engine.guidance import Guidance
 from visar.engine.loop import Decoded
@@ -90,3 +91,16 @@ def target_of(family: DiscreteFamily, params: SamplingParams) -> Target:
         forced,
         family.allowed,
     )
+
+
+def misplaced(family: DiscreteFamily, tokens: Tensor) -> Tensor:
+    """The ids in tokens [B, N] that no image has at their position; the decoder knows those above its codebook."""
+    bad, free = tokens < 0, torch.ones_like(tokens, dtype=torch.bool)
+    if family.forced is not None:
+        forced = family.forced.to(tokens.device)
+        free = (forced < 0).expand_as(tokens)
+        bad |= ~free & (tokens != forced)
+    if family.allowed is not None:
+        allowed = family.allowed.to(tokens.device)
+        bad |= free & ~allowed[tokens.clamp(0, len(allowed) - 1)]
+    return tokens[bad]

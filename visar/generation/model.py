@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
 from visar.engine.memory import check_memory
 from visar.errors import NotInTraining, VisarError
-from visar.families.base import Encoded, Family
+from visar.families.base import DiscreteFamily, Encoded, Family
 from visar.families.registry import family_of
 from visar.families.source import Source, check_condition, open_source
 from visar.families.wrapped import check_unwrapped
@@ -188,12 +188,12 @@ class ImageModel:
         values = self._checked(listed(conditions))
         if (num_images := whole("The number of images", num_images) or 0) < 1:
             raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
-        # Before anything is made for each row; the session knows what its passes need.
-        check_memory(self.family.bytes_per_image(1, False) or LEAST, len(values) * num_images, self.device)
+        each = self.family.bytes_per_image(1, False) or LEAST  # at least; the session knows what its passes need
         if output_type not in ("tokens", "latent"):
             self.family.check_decoding()
             height, width = self.family.pixels
-            check_memory(4 * 3 * height * width * COPIES, len(values) * num_images, self.device)
+            each = 4 * 3 * height * width * COPIES
+        check_memory(each, len(values) * num_images, self.device)  # before anything is made for each image
         keys: list[Hashable] = [value for value in values for _ in range(num_images)]
         self.check_modules()
         with steady_weights(), undisturbed(self.device), torch.inference_mode(), self.invariant(params):
@@ -224,15 +224,22 @@ class ImageModel:
             if isinstance(tokens, Tensor):
                 shape = str(list(tokens.shape)) if has_values(tokens) else "one without values or with another layout"
             raise VisarError(f"tokens must be a tensor [B, {', '.join(map(str, wanted))}], not {shape}.")
-        discrete = family.tokens == DISCRETE
-        if tokens.dtype not in (WHOLE if discrete else COMPUTED):
-            kind = "whole" if discrete else "floating-point"
+        has_ids = family.tokens == DISCRETE
+        if tokens.dtype not in (WHOLE if has_ids else COMPUTED):
+            kind = "whole" if has_ids else "floating-point"
             raise VisarError(f"tokens must be a tensor of {kind} numbers, not {tokens.dtype}.")
         conditions = None if conditions is None else self._checked(listed(conditions))
         if conditions is not None and len(conditions) != len(tokens):
             raise VisarError(f"There are {len(conditions)} conditions for {len(tokens)} images; give one for each.")
         with ordinary(), undisturbed(self.device):
-            tokens = tokens.long() if discrete else tokens
+            if has_ids:
+                tokens = tokens.long()
+                if len(bad := discrete.misplaced(cast(DiscreteFamily, family), tokens)):
+                    raise VisarError(
+                        f"tokens has an id that is no image token, such as {int(bad[0])}, at its position."
+                    )
+            if not len(tokens):
+                return torch.empty(0, 3, *family.pixels)
             try:
                 parts = tokens.split(1)
                 if conditions is None:
@@ -241,8 +248,7 @@ class ImageModel:
                     each = zip(conditions, parts, strict=True)
                     pixels = torch.cat([family.decode_for([value], one) for value, one in each])
             except IndexError as error:
-                worst = int(tokens.min() if tokens.min() < 0 else tokens.max())
-                raise VisarError(f"tokens has an id that is no image token, such as {worst}.") from error
+                raise VisarError(f"tokens has an id that is no image token, such as {int(tokens.max())}.") from error
             require_finite(pixels, "The decoder's pixels", self.dtype)
         return pixels
 

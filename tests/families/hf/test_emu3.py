@@ -94,6 +94,17 @@ def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:
     assert np.abs(np.array(ours).astype(int) - np.array(theirs).astype(int)).max() <= 1  # theirs are cut, not rounded
 
 
+def test_tokens_that_no_image_has_at_their_position(pipe: Any) -> None:
+    """A negative id would count from the end, an end of a row in it be a code, and a code at the end be left out."""
+    tokens = pipe("cat", sampler="ar", output_type="tokens").tokens
+    forced = pipe.image_model.family.forced
+    end, inside = int((forced >= 0).nonzero()[0]), int((forced < 0).nonzero()[0])
+    for at, bad in ((inside, -1), (inside, int(forced[end])), (end, 3), (end, -1)):
+        with pytest.raises(VisarError, match=f"no image token, such as {bad}, at its position"):
+            pipe.decode_tokens(tokens.index_fill(1, torch.tensor(at), bad))
+    assert pipe.decode_tokens(tokens[:0]).shape[:2] == (0, 3)
+
+
 def test_a_forced_token_costs_no_pass(pipe: Any) -> None:
     out = pipe(PROMPTS[0], sampler="ar", seed=1, output_type="tokens")
     line_end = out.tokens.view(ROWS, COLUMNS + 1)[:, -1]
