@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.helpers.tiny import class_gpt, image_folder
 from tests.training.test_training import config, log_of
@@ -112,6 +113,16 @@ def test_what_does_not_fit_is_refused(words: WordEncoder, tmp_path: Path) -> Non
     assert not (tmp_path / "run" / "gpt").exists()
 
 
+def variants_of(run: Path, data: Path) -> tuple[int, int]:
+    """How many images of the groups even and odd a run has varied."""
+    tokens = load_file(run / "variants-0.safetensors")["tokens"]
+    assert tokens.shape[1:] == (3, 16)
+    varied = {r.group: 0 for r in ImageSet(data).records}
+    for record, own in zip(ImageSet(data).records, tokens, strict=True):
+        varied[record.group] += bool((own[1:] >= 0).any())
+    return varied["even"], varied["odd"]
+
+
 def test_from_a_gpt_to_images(words: WordEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def train(*arguments: object) -> int:
         return main(["train", *map(str, arguments)])
@@ -124,9 +135,14 @@ def test_from_a_gpt_to_images(words: WordEncoder, tmp_path: Path, capsys: pytest
         "two-way", "--data", image_folder(tmp_path / "set", 30), "--size", 8, "--batch", 2, "--minutes", 0.005,
         "--no-compile", *parts,
     )  # fmt: skip
-    assert train(*common, "--init", tmp_path / "gpt", "-o", tmp_path / "one") == 0
+    varied = ("--init", tmp_path / "gpt", "--variants", 3, "--weigh")
+    assert train(*common, *varied, "odd=1000,even=0.001", "-o", tmp_path / "one") == 0
+    of_evens, of_odds = variants_of(tmp_path / "one", tmp_path / "set")
+    assert of_odds > 0 == of_evens  # no even one was taken
+    assert train(*common, *varied, "noto=2", "-o", tmp_path / "no") == 2
+    assert "No image has the style or group 'noto'" in capsys.readouterr().err
     assert train(*common, "--stage", 2, "--init", tmp_path / "one" / "gpt", "-o", tmp_path / "two") == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = [json.loads((tmp_path / run / "log.jsonl").read_text().splitlines()[-1]) for run in ("one", "two")]
     assert len(rows) == 2 and all(math.isfinite(row["loss"]) and "trunk-train" in row for row in rows)
     assert train(*common, "--stage", 2, "--init", tmp_path / "gpt", "-o", tmp_path / "no") == 2
     assert not (tmp_path / "no").exists() and "give --stage 1 first" in capsys.readouterr().err

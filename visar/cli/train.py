@@ -166,7 +166,10 @@ def two_way(options: argparse.Namespace) -> int:
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
     vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
-    train_two_way(data, options.size, config, vq, encoder, start, stage=options.stage, layers=options.layers)
+    train_two_way(
+        data, options.size, config, vq, encoder, start, stage=options.stage, layers=options.layers,
+        variants=options.variants, weights=options.weigh,
+    )  # fmt: skip
     return 0
 
 

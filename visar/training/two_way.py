@@ -7,6 +7,8 @@ trunk, with a distribution of its own; the log has the cross-entropy of both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen
 from visar.families.llamagen.two_way import Mixing, TwoWayLlamaGen, is_branch, two_way
@@ -41,10 +43,12 @@ def train_two_way(
     layers: int = 1,
     mixing: Mixing = "gate",
     variants: int = 0,
+    weights: Mapping[str, float] | None = None,
 ) -> TwoWayLlamaGen:
     """Train on the `train` split; saves `gpt/` in diffusers layout in `config.out`; returns the EMA.
 
     In stage 1 `start` is the trunk, and the branch has so many `layers`; in stage 2 it is what stage 1 has saved.
+    `variants` and `weights` are those of `TokenBatches`.
     Raises `VisarError` for a `start` of the other stage, or of another tokenizer, text encoder or size.
     """
     check_stage(start, stage)
@@ -57,7 +61,7 @@ def train_two_way(
     ):
         if own != its:
             raise VisarError(f"The GPT has {own} {what}, and the tokenizer, the size or the words have {its}.")
-    batches = TokenBatches(data, size, config, vq, encoder, variants=variants, light=True)
+    batches = TokenBatches(data, size, config, vq, encoder, variants=variants, weights=weights, light=True)
     gpt = start.float() if isinstance(start, TwoWayLlamaGen) else two_way(start, layers, mixing)
     device = distributed(config.device)[2]
     before = {f"trunk-{name}": value for name, value in batches.cross_entropy(gpt.trunk.to(device).eval()).items()}

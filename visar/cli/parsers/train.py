@@ -68,11 +68,7 @@ def ar(p: CommandParser) -> None:
     visar train ar --data images --tokenizer run/vq/vq --words words --dim 128 --heads 2 --ffn 384 -o run/ar
     """
     _training_options(p, minutes=75, batch=32, lr=2.5e-3)
-    data = p.add_argument_group("Data")
-    data.add_argument(
-        "--variants", type=whole(0, 10000), default=0, metavar="N", help="zoom, shift and recolour each image in N ways"
-    )
-    _weigh_option(data)
+    _varied_tokens_options(p)
     model = p.add_argument_group("Model")
     model.add_argument("--init", metavar="FOLDER", help="start from this GPT, which may have fewer --layers")
     model.add_argument("--any-order", action="store_true", help="a RandAR, which samples the cells in any order")
@@ -88,6 +84,7 @@ def two_way(p: CommandParser) -> None:
     visar train two-way --stage 2 --init run/heads/gpt --data images --tokenizer run/vq/vq --words words -o run/all
     """
     _training_options(p, minutes=30, batch=32, lr=2.5e-3)
+    _varied_tokens_options(p)
     model = p.add_argument_group("Model")
     model.add_argument("--init", required=True, metavar="FOLDER", help="the GPT, in stage 2 that of stage 1")
     model.add_argument(
@@ -237,6 +234,15 @@ def _autoencoder_options(p: CommandParser, what: str, also: str = "") -> None:
     training.add_argument(
         "--decoder-only", action="store_true", help="keep the encoder of --init, and so what models were trained on"
     )
+
+
+def _varied_tokens_options(p: CommandParser) -> None:
+    """Of training a GPT on the tokens of images."""
+    data = p.add_argument_group("Data")
+    data.add_argument(
+        "--variants", type=whole(0, 10000), default=0, metavar="N", help="zoom, shift and recolour each image in N ways"
+    )
+    _weigh_option(data)
 
 
 def _weigh_option(group: Group) -> None:
