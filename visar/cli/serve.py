@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from visar.cli.common import bound, configured, each_model, load_model, samplers_of
+from visar.cli.common import bound
+from visar.cli.served import keys_of, models_of
 from visar.errors import VisarError
-from visar.texts import lines_of, read_text
 
-if TYPE_CHECKING:
-    from visar.generation.model import ImageModel
-    from visar.serving.replica import Served
-
-KEY = "VISAR_API_KEY"
-LEAST_KEY = 8  # characters of an API key
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -81,17 +73,6 @@ def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
     return 0
 
 
-def models_of(options: argparse.Namespace) -> list[Served]:
-    """The loaded models, with the samplers that run for each."""
-    from visar.serving.replica import Served, named
-
-    loaded = named((own.model, load_model(own)) for own in each_model(options, ["icons"]))
-    for model in loaded.values():
-        model.family.check_decoding()
-    chosen = _samplers(options, loaded)
-    return [Served(name, model, chosen[name], options.invariant) for name, model in loaded.items()]
-
-
 def _drain(replica: Any, seconds: float) -> None:
     _say("finishing what was begun; another Ctrl-C ends it at once")
     if not replica.close(seconds):
@@ -100,48 +81,3 @@ def _drain(replica: Any, seconds: float) -> None:
 
 def _say(text: str) -> None:
     print(f"visar serve: {text}", file=sys.stderr, flush=True)
-
-
-def keys_of(file: str | None) -> list[str]:
-    """API keys: the lines of a file, or the one of the environment. Raises `VisarError` for one that is none."""
-    if file is not None:
-        found = [line.strip() for line in lines_of(read_text(file)) if line.strip()]
-        if not found:
-            raise VisarError(f"{file} has no API key; give one a line.")
-    else:
-        found = [key] if (key := os.environ.get(KEY, "").strip()) else []
-    for key in found:
-        if len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
-            raise VisarError(
-                f"An API key has {LEAST_KEY} or more ASCII characters, and no space; one of these has not."
-            )
-    return found
-
-
-def _samplers(options: argparse.Namespace, models: Mapping[str, ImageModel]) -> dict[str, dict[str, Any]]:
-    """The samplers of each model by their labels: those that were asked for and fit its tokens, or its default."""
-    from visar.samplers import check_sampler, default_sampler
-
-    def fits(sampler: Any, model: ImageModel) -> bool:
-        try:
-            check_sampler(sampler, model.family.tokens, model.family.scan)
-        except VisarError:
-            return False
-        return True
-
-    asked: dict[str, Any] = dict(samplers_of(options)) if options.samplers else {}
-    for sampler in asked.values():
-        if not any(fits(sampler, model) for model in models.values()):
-            first = next(iter(models.values())).family
-            check_sampler(sampler, first.tokens, first.scan)  # which says why
-    found: dict[str, dict[str, Any]] = {}
-    for name, model in models.items():
-        own = {label: sampler for label, sampler in asked.items() if fits(sampler, model)}
-        if not own:
-            default = default_sampler(model.family.tokens, model.family.scan)
-            plain = options.window is None and not options.parameters
-            own = {default: None if plain else configured(default, options.parameters, options.window)}
-        found[name] = {label: model.sampler_of(sampler) for label, sampler in own.items()}
-        for sampler in found[name].values():
-            model.drafters.of(sampler)  # an error where it is missing
-    return found

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from visar.cli.cluster import elsewhere
+from visar.cli.served import keys_of, models_of
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ def run(options: argparse.Namespace, keys: list[str], port: int) -> int:
 def app(given: dict[str, Any]) -> Any:
     """The application, for options by their names on the command line: {"model": "icons", "rows": "16"}."""
     from visar.cli.parsers import parser
-    from visar.cli.serve import keys_of
 
     options = parser().parse_args(["serve", "--ray", *(f"--{name}={value}" for name, value in given.items())])
     from visar.serving.fleet import application
@@ -78,7 +78,5 @@ def settings_of(options: argparse.Namespace, keys: list[str]) -> Settings:
 
 def served(options: argparse.Namespace) -> list[Served]:
     """The models of one process, which is an engine's alone."""
-    from visar.cli.serve import models_of
-
     warnings.filterwarnings("ignore", category=UserWarning, module=r"visar\.")  # as in `visar serve` without Ray
     return models_of(copy.copy(options))
