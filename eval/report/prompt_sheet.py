@@ -23,7 +23,7 @@ from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.generation.model import ImageModel
 from visar.text_encoders.concepts import concepts
-from visar.text_encoders.words import stems, words_of
+from visar.text_encoders.spelling import stems, words_of
 
 NOUNS = (
     "cat", "house", "car", "flower", "tree", "dog", "sun", "person", "birthday cake", "rocket", "robot", "boat",

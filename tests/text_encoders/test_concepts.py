@@ -12,7 +12,8 @@ from visar import TextToImagePipeline
 from visar.bulk import sample_images
 from visar.errors import VisarError
 from visar.text_encoders.concepts import Concepts, concepts, listed
-from visar.text_encoders.words import WordEncoder, words_of
+from visar.text_encoders.spelling import words_of
+from visar.text_encoders.words import WordEncoder
 
 VECTORS = {
     "cat": (1, 0, 0), "lion": (0.9, 0.3, 0), "airship": (0, 1, 0.2), "zeppelin": (0, 1, 0.3), "red": (0, 0, 1),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from visar.errors import VisarError
-from visar.text_encoders.words import WordEncoder, words_of
+from visar.text_encoders.spelling import words_of
+from visar.text_encoders.words import WordEncoder
 from visar.training import words as training
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from visar.errors import VisarError
 from visar.files import replacing
 from visar.reading import read_json
+from visar.text_encoders.spelling import stems, words_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +61,6 @@ class Concepts:
 
     def notes(self, prompt: str, encoder: WordEncoder) -> list[str]:
         """Sentences about what of the prompt is not known; none for a prompt of a known style and known words."""
-        from visar.text_encoders.words import stems, words_of
-
         *parts, last = (part.strip() for part in prompt.lower().split(","))
         notes, things = [], [*parts, last]
         known = {style.lower() for style in self.styles}
@@ -142,8 +141,6 @@ def concepts(model: str | Path) -> Concepts:
 
 def listed(styles: Sequence[str], things: Iterable[tuple[str, str]], texts: Iterable[str]) -> Concepts:
     """Of the styles, the (group, name) of each training image, and all texts of training."""
-    from visar.text_encoders.words import words_of
-
     groups: dict[str, set[str]] = {}
     for group, name in things:
         groups.setdefault(group, set()).add(name)

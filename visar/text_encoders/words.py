@@ -9,10 +9,8 @@ word alone, so words of like meaning have like features, and words that no train
 from __future__ import annotations
 
 import json
-import re
-import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,32 +25,8 @@ from visar.errors import VisarError
 from visar.files import path_of, replacing, writable_folder
 from visar.reading import read_json
 from visar.text_encoders.concepts import Concepts
+from visar.text_encoders.spelling import stems, words_of
 from visar.texts import read_text
-
-ENDINGS = (
-    ("ies", "y"), ("es", ""), ("s", ""), ("ing", ""), ("ing", "e"), ("ied", "y"), ("ed", ""), ("ed", "e"), ("ly", ""),
-)  # fmt: skip
-SILENT = frozenset(["a", "an", "the", "of", "and", "with", "in", "on", "some"])
-# What people put before the thing itself: "a photo of", "draw me".
-OPENING = re.compile(
-    r"^(please )?((draw|show|make|give|paint|generate)( me)? (?=an? |the |some ))?((an? |the )?([a-z]+ )?"
-    r"(photo|photograph|picture|image|drawing|icon|emoji|illustration|painting|sketch|rendering|clip ?art) of )?"
-)
-
-
-def words_of(text: str) -> list[str]:
-    """Lower-case words of a text without accents; articles and the like, and "a photo of", are left out."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower().strip()
-    plain = plain[OPENING.match(plain).end() :] or plain  # type: ignore[union-attr]  # it matches any text
-    return [w for w in re.findall(r"[a-z0-9]+", plain.replace("'", "")) if w not in SILENT]
-
-
-def stems(word: str) -> Iterable[str]:
-    """The word, then simpler forms of it to look for."""
-    yield word
-    for ending, replacement in ENDINGS:
-        if word.endswith(ending) and len(word) > len(ending) + 2:
-            yield word[: -len(ending)] + replacement
 
 
 @dataclass

@@ -28,7 +28,8 @@ from visar.engine.memory import check_training
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.reading import Count, Size, read_json
-from visar.text_encoders.words import WordEncoder, words_of
+from visar.text_encoders.spelling import words_of
+from visar.text_encoders.words import WordEncoder
 from visar.training.data import SPLITS, ImageSet, Record, to_unit
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 

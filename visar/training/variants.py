@@ -19,7 +19,7 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.families.llamagen.vq import VQModel
 from visar.files import replacing
-from visar.text_encoders.words import words_of
+from visar.text_encoders.spelling import words_of
 from visar.training.data import ImageSet, Record, to_unit
 from visar.training.loop import step_seed
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.text_encoders.words import WordEncoder, stems, words_of
+from visar.text_encoders.spelling import stems, words_of
+from visar.text_encoders.words import WordEncoder
 
 RARE = 15_000  # MiniLM's vocabulary has the frequent words first
 
