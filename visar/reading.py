@@ -53,7 +53,7 @@ def parse_json(text: str | bytes, kind: type[T], where: str) -> T:
     try:
         if isinstance(text, bytes):
             text = decoded(text, where.removeprefix("Cannot read "))  # which says so itself
-        json.loads(text, object_pairs_hook=_once, parse_constant=_number, parse_float=_number)
+        json.loads(text, object_pairs_hook=once, parse_constant=_number, parse_float=_number)
         return cast(T, _adapter(cast(Any, kind)).validate_json(text, strict=True))
     except ValidationError as error:
         raise VisarError(f"{where}: {_problem(error)}.") from error
@@ -118,12 +118,17 @@ def _hints(function: Callable[..., Any]) -> Mapping[str, Any]:
     return hints
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class Twice(ValueError):
+    """An object of JSON has a name twice, of which parsers take one or the other."""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, for `json.loads(object_pairs_hook=)`. Raises `Twice`."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)
-        raise ValueError(f"it has {short(twice)} twice")
+        raise Twice(f"it has {short(twice)} twice")
     return found
 
 

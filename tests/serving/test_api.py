@@ -160,7 +160,7 @@ def _known(partial: bytes, whole: bytes) -> int:
 
 BAD = [
     (b"", "JSON object"), (b"{", "JSON object"), (b"[]", "JSON object"), (b"\xff", "JSON object"),
-    (b'{"prompt": "cat", "seed": 1, "seed": 2}', "has a field twice"),
+    (b'{"prompt": "cat", "seed": 1, "seed": 2}', "it has 'seed' twice"),
     (b"[" * 60_000, "JSON object"), (b'{"n": ' + b"9" * 9000 + b"}", "JSON object"),
     ({}, "prompt is empty", "prompt"), ({"prompt": " "}, "prompt is empty", "prompt"),
     ({"prompt": "zebra"}, "No word of the prompt 'zebra' is known", "prompt"),

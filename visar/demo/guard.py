@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 from gradio import Blocks
 from pydantic import BaseModel, ConfigDict, StringConstraints
@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from visar.demo.visitors import SESSION, Visitors, address_of
 from visar.errors import VisarError
+from visar.reading import once
 from visar.serving.access import LARGEST, PATIENCE, Access, Refused, read_body, replayed
 
 API = "/gradio_api"
@@ -105,7 +106,7 @@ class Guard:
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "A request is sent as application/json.")
         try:
-            press = Body.model_validate(json.loads(body.decode(), object_pairs_hook=_once))
+            press = Body.model_validate(json.loads(body.decode(), object_pairs_hook=once))
             anew = press.model_dump_json(include={"data", "fn_index", "session_hash"}).encode()
         except (ValueError, RecursionError):
             raise Refused(400, BODY) from None
@@ -121,13 +122,6 @@ class Guard:
             except VisarError as error:
                 raise Refused(429, str(error)) from None
         return anew
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys all differ: of two equal ones, parsers take one or the other."""
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError
-    return found
 
 
 def _scope(scope: Scope, session: str, length: int) -> Scope:

@@ -7,13 +7,12 @@ import hmac
 import json
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from visar.reading import Twice, once
 from visar.serving.access import LARGEST, PATIENCE, Access, Refused, read_body, replayed
 from visar.serving.problems import Problem, problem_of
 
@@ -89,16 +88,13 @@ class Gate:
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "A request is sent as application/json.")
         body = await read_body(headers, scope, receive, LARGEST, PATIENCE)
-        with suppress(ValueError, RecursionError):  # what is no JSON is told by the routes
-            json.loads(body, object_pairs_hook=_once)
+        try:
+            json.loads(body, object_pairs_hook=once)
+        except Twice as error:  # of two seeds the last would win
+            raise Refused(400, f"The body cannot be read: {error}.") from None
+        except (ValueError, RecursionError):
+            pass  # what is no JSON is told by the routes
         return replayed(body, receive)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises `Refused` for a field that is given twice, of which the last would win."""
-    if len(found := dict(pairs)) < len(pairs):
-        raise Refused(400, "The body has a field twice.")
-    return found
 
 
 def _refusal(no: Refused) -> Problem:
