@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import threading
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.devices import device
 from visar.errors import VisarError
-from visar.files import check_output, inside, is_new, new_folder, reason, replacing, tidy, writable_folder
+from visar.files import append_line, check_output, inside, is_new, new_folder, reason, replacing, tidy, writable_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -96,6 +98,26 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     assert "os error" not in reason(error.value)
     (tmp_path / "b").rmdir()
     assert names(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_line_is_one_of_its_own_or_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    for line in ("one", "two"):
+        append_line(file, line)
+    assert file.read_text() == "one\ntwo\n"
+    file.write_text("one\ntw")  # a kill
+    append_line(file, "three")
+    assert file.read_text() == "one\ntw\nthree\n"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (17, limit[1]))  # a disk that takes a part of the line
+    try:
+        with pytest.raises(VisarError, match=r"Cannot write .*log.jsonl: No space left on device\."):
+            append_line(file, "four")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert file.read_text() == "one\ntw\nthree\n"
 
 
 def test_folders_of_a_failure_are_removed(tmp_path: Path) -> None:

@@ -182,6 +182,60 @@ def writable_folder(path: str | Path) -> Path:
     return folder
 
 
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a file, which is made if need be. What fails to be written leaves the file as it was.
+
+    It is a line of its own also where the last one was cut short. Raises `VisarError` where it cannot be written.
+    """
+    path, begun = Path(path), b""
+    try:
+        if path.is_file() and path.stat().st_size:
+            with open(path, "rb") as written:
+                written.seek(-1, os.SEEK_END)
+                begun = b"" if written.read() == b"\n" else b"\n"
+        with open(path, "ab", buffering=0) as file:
+            data, end = begun + line.encode() + b"\n", os.fstat(file.fileno()).st_size
+            try:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except BaseException:
+                with suppress(OSError):  # a pipe
+                    file.truncate(end)
+                raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Hold the lock file `path` for the block; the kernel releases it when the process ends.
+
+    Raises `VisarError` with the sentence `taken` if another process has it, and on a system without such locks.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise VisarError(f"A run in {path.parent} needs a POSIX system, for its file locks.") from error
+    while True:
+        try:
+            file = open(path, "a")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise VisarError(taken) from error
+            # Its last holder may have removed the file between the two lines above.
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
 def is_new(path: str | Path) -> bool:
     """Whether there is nothing at `path`, or an empty folder."""
     out = path_of("The folder", path)

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 import visar
 from visar.eval.benchmark.speed import SpeedReport
-from visar.files import cannot_write
+from visar.files import append_line
 from visar.reading import read_lines
 from visar.tables import table
 
@@ -86,11 +86,7 @@ def run_of(report: SpeedReport, settings: Mapping[str, Any]) -> BenchmarkRun:
 
 def append(path: str | Path, run: BenchmarkRun) -> None:
     """Add a line to the file, which is made if need be."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(run), sort_keys=True) + "\n")
-    except OSError as error:
-        raise cannot_write(Path(path), error) from error
+    append_line(path, json.dumps(asdict(run), sort_keys=True))
 
 
 def load(path: str | Path) -> list[BenchmarkRun]:

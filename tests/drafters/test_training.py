@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.tiny import GRID, WORDS
 from visar.cli import main
@@ -67,6 +67,9 @@ def test_images_are_drawn_once_and_all_differ(text_pipe: TextToImagePipeline, tm
             generate_tokens(text_pipe.image_model, WORDS[:3], 8, file, **change)
     with pytest.raises(VisarError, match="of another model or other settings"):
         generate_tokens(text_pipe.image_model, WORDS[1:4], 8, file, seed=1)
+    save_file({"tokens": first.int()}, file)  # of nobody knows what
+    with pytest.raises(VisarError, match="of another model or other settings"):
+        generate_tokens(text_pipe.image_model, WORDS[:3], 8, file, seed=1)
     file.write_bytes(b"x")
     with pytest.raises(VisarError, match="is damaged; delete it"):
         generate_tokens(text_pipe.image_model, WORDS[:3], 8, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,16 +151,46 @@ def test_a_failed_save_keeps_the_last_state(tmp_path: Path, monkeypatch: pytest.
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "state.pt"]
 
 
-def test_a_state_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
-    message = r"state\.pt is damaged or of a run with other sizes; give an empty folder"
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state["model"].pop("head.weight"), lambda state: state.update(step="1"),
+        lambda state: state.update(step=-1), lambda state: state.update(spent=math.nan), lambda state: state.clear(),
+        None,
+    ],
+)  # fmt: skip
+def test_a_state_that_does_not_fit_is_an_error(tmp_path: Path, damage: Callable[[Any], Any] | None) -> None:
     fit(Toy(), toy_batch, config(tmp_path, steps=1), no_figures)
     state = torch.load(tmp_path / "state.pt")
-    del state["model"]["head.weight"]
-    torch.save(state, tmp_path / "state.pt")
-    for _ in range(2):
-        with pytest.raises(VisarError, match=message):
-            fit(Toy(), toy_batch, config(tmp_path), no_figures)
+    if damage is None:
         (tmp_path / "state.pt").write_bytes(b"half")
+    else:
+        damage(state)
+        torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(VisarError, match=r"state\.pt is damaged or of a run with other sizes; give an empty folder"):
+        fit(Toy(), toy_batch, config(tmp_path), no_figures)
+
+
+def test_two_runs_at_once(tmp_path: Path) -> None:
+    """The second is refused and changes nothing; what a killed run left half saved goes."""
+
+    def second(step: int, rank: int) -> tuple[Tensor, ...]:
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(VisarError, match=r"Another run trains in .*; wait until it ends, or give another folder"):
+            fit(Toy(), toy_batch, config(tmp_path), no_figures)
+        assert sorted(tmp_path.iterdir()) == before
+        return toy_batch(step, rank)
+
+    (tmp_path / ".state.7-0.partial.pt").write_bytes(b"half")
+    fit(Toy(), second, config(tmp_path, steps=1), no_figures)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "state.pt"]
+
+
+@pytest.mark.parametrize("name", ["state.pt", "log.jsonl"])
+def test_what_cannot_be_saved_is_said_before_the_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(VisarError, match=f"Cannot write .*{name}: Is a directory"):
+        fit(Toy(), lambda step, rank: pytest.fail("a step was made"), config(tmp_path), no_figures)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_only() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 from typing_extensions import NotRequired, TypedDict
 
 from visar.errors import VisarError
-from visar.files import inside, reason, replacing
+from visar.files import inside, locked, reason, replacing
 from visar.reading import parse_json, read_json
 
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every complete PNG file
@@ -172,29 +172,9 @@ class RunFolder:
                             pass
             yield
 
-    @contextmanager
-    def _lock(self, rank: int) -> Iterator[None]:
-        path = self.path / f".lock.{rank}"
-        try:
-            import fcntl
-        except ImportError as error:
-            raise VisarError("Sampling into a folder needs a POSIX system, for its file locks.") from error
-        while True:
-            with open(path, "a") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    raise VisarError(
-                        f"Another run is at work in {self.path}; wait until it ends, or give another folder."
-                    ) from error
-                # Its last holder may have removed the file between the two lines above.
-                if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                    continue
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
+    def _lock(self, rank: int) -> AbstractContextManager[None]:
+        taken = f"Another run is at work in {self.path}; wait until it ends, or give another folder."
+        return locked(self.path / f".lock.{rank}", taken)
 
 
 class Journal:

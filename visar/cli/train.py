@@ -49,14 +49,18 @@ def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
     """The image set and the training configuration that the options ask for."""
     from visar.host import torchrun
     from visar.training.data import ImageSet
-    from visar.training.loop import TrainConfig
+    from visar.training.loop import TrainConfig, alone
 
-    torchrun()  # an error where the environment of the processes is wrong
+    job = torchrun()  # an error where the environment of the processes is wrong
+    out = writable_folder(options.out)
+    if job is None or job.rank == 0:
+        with alone(out):  # before the images are read; it is held from the first step on
+            pass
     data = ImageSet(options.data, tuple(options.styles), tuple(options.without_groups))
     if not data.indices("train"):
         raise VisarError(f"{options.data} has no images for training: all are held out.")
     config = TrainConfig(
-        out=writable_folder(options.out), minutes=options.minutes, batch=options.batch, lr=options.lr,
+        out=out, minutes=options.minutes, batch=options.batch, lr=options.lr,
         seed=options.seed, compile=not options.no_compile, device=str(device_of(options.device)),
         made_of=_made_of(options) | {"data": data.mark()}, **extra,
     )  # fmt: skip

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.files import replacing, writable_folder
+from visar.files import append_line, check_output, locked, reason, replacing, writable_folder
 from visar.host import join, torchrun
 
 
@@ -150,6 +152,36 @@ def _check_same(config: TrainConfig, before: Mapping[str, Any]) -> None:
         raise VisarError(f"{config.out} holds a run with other settings: {'; '.join(differing)}; give another folder.")
 
 
+def _resumed(
+    state_file: Path, device: torch.device, config: TrainConfig, parts: Mapping[str, Any]
+) -> tuple[int, float]:
+    """Load the parts of a run by name; returns its steps and minutes. Raises `VisarError` where that cannot be."""
+    try:
+        saved = torch.load(state_file, map_location=device, weights_only=True)
+        _check_same(config, saved.get("made_of", {}))
+        step, spent = saved["step"], saved["spent"]
+        if type(step) is not int or step < 0 or not 0 <= spent < math.inf:
+            raise ValueError("no such steps or minutes")
+        for name in ("model", "ema"):
+            parts[name].load_state_dict(saved[name])
+        for optimizer, its in zip(parts["optimizers"], saved["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
+    except (VisarError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        raise VisarError(f"Cannot read {state_file}: {reason(error)}.") from error
+    except Exception as error:
+        raise VisarError(f"{state_file} is damaged or of a run with other sizes; give an empty folder.") from error
+    return step, spent
+
+
+def alone(out: Path) -> AbstractContextManager[None]:
+    """Hold the folder of a run: two at once would save over each other. Raises `VisarError` if one is there."""
+    if os.name != "posix":
+        return nullcontext()  # which has no such locks
+    return locked(out / ".lock", f"Another run trains in {out}; wait until it ends, or give another folder.")
+
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -166,28 +198,35 @@ def fit(
     `batch_at(step, rank)` gives the tensors of a step; for a GPU a thread calls it, one step ahead. `evaluate(ema)` is
     called at each save; its figures go to `log.jsonl` beside `state.pt` in `config.out`. A run started again in the
     same folder goes on where it was. `rate` gives a parameter's share of the learning rate; those without gradients
-    stay as they are.
+    stay as they are. Raises `VisarError` while another run trains there.
     """
+    writable_folder(config.out)
+    with alone(config.out) if distributed(config.device)[0] == 0 else nullcontext():
+        return _fit(model, batch_at, config, evaluate, after_step, rate)
+
+
+def _fit(
+    model: M,
+    batch_at: Callable[[int, int], tuple[Tensor, ...]],
+    config: TrainConfig,
+    evaluate: Callable[[M], dict[str, float]],
+    after_step: Callable[[M, int], None] | None,
+    rate: Rate,
+) -> M:
     rank, world, device = distributed(config.device)
+    state_file, log = config.out / "state.pt", config.out / "log.jsonl"
+    if rank == 0:
+        for file in (state_file, log):
+            check_output(file)  # before minutes of work
+        for left in config.out.glob(".state.*.partial.pt"):  # of a run that was killed while it saved
+            left.unlink(missing_ok=True)
     model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config, rate)
-    writable_folder(config.out)
-    state_file = config.out / "state.pt"
     step, spent = 0, 0.0
     if state_file.exists():
-        try:
-            saved = torch.load(state_file, map_location=device, weights_only=True)
-            _check_same(config, saved.get("made_of", {}))
-            model.load_state_dict(saved["model"])
-            ema.load_state_dict(saved["ema"])
-            for optimizer, its in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(its)
-            step, spent = saved["step"], saved["spent"]
-        except VisarError:
-            raise
-        except Exception as error:
-            raise VisarError(f"{state_file} is damaged or of a run with other sizes; give an empty folder.") from error
+        parts = {"model": model, "ema": ema, "optimizers": optimizers}
+        step, spent = _resumed(state_file, device, config, parts)
 
     net: nn.Module = model
     if world > 1:
@@ -231,8 +270,7 @@ def fit(
             "loss": round(summed / since, 4) if since else None,
             **evaluate(ema),
         }
-        with open(config.out / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
+        append_line(log, json.dumps(row))
         print(json.dumps(row), flush=True)
 
     def made(step: int) -> list[Tensor]:

@@ -70,7 +70,7 @@ def generate_tokens(
                 done = Generated(found["tokens"], found.get("drafts", found["tokens"].new_empty(0)))
         except Exception as error:
             raise VisarError(f"{file} is damaged; delete it to have the images generated again.") from error
-        if its["of"] != mark:
+        if (its or {}).get("of") != mark:
             raise VisarError(f"{file} holds images of another model or other settings; give another folder.")
         return done
 
