@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 from visar import user_code
 from visar.errors import VisarError, unknown
 from visar.params import number, plain, whole
+from visar.reading import short
 from visar.samplers.parameters import Parameter, parameters_of
 
 DEFAULTS = {"discrete": "scd", "continuous": "mar-headspec"}  # by the kind of tokens
 # Of the samplers for a model, by its own: "any" is one that samples cells in any order that is fixed beforehand.
 SCANS = {"raster": ("raster", "rows"), "any": ("raster", "groups"), "diagonal": ("diagonal",)}
 FOLDER = Path(__file__).parent
+LARGEST = 2**63  # beyond the whole numbers of samplers
 _SPECS: dict[str, SamplerSpec] = {}
 _MAKERS: dict[str, partial[Any]] = {}
 C = TypeVar("C", bound=type)
@@ -219,6 +221,10 @@ def name_of(sampler: Any) -> str:
     return max(names, key=likeness) if names else type(sampler).__name__  # of equal ones the first registered
 
 
+def _counts(value: Any) -> bool:
+    return 0 < int(value) < LARGEST
+
+
 def check_sampler(sampler: Any, tokens: str | None = None, scan: str | None = None) -> Any:
     """The object, if it is a sampler of this kind of tokens and `scan`; else a `VisarError` that says what it lacks.
 
@@ -231,12 +237,12 @@ def check_sampler(sampler: Any, tokens: str | None = None, scan: str | None = No
     for name, said, good in (
         ("name", "a text", lambda x: isinstance(x, str) and x),
         ("exact", "true or false", lambda x: isinstance(x, bool)),
-        ("window", "the inputs of a pass, a whole number from 1", lambda x: isinstance(x, Integral) and int(x) > 0),
+        ("window", "the inputs of a pass, a whole number from 1", lambda x: isinstance(x, Integral) and _counts(x)),
     ):
         if not hasattr(sampler, name):
             raise VisarError(f"{kind} is no sampler: it has no {name}, {said}.")
         if not good(getattr(sampler, name)):
-            raise VisarError(f"{kind}.{name} must be {said}, not {getattr(sampler, name)!r}.")
+            raise VisarError(f"{kind}.{name} must be {said}, not {short(getattr(sampler, name))}.")
     for name, arguments in (("begin", "session, target, noise"), ("step", "session, state")):
         if not callable(method := getattr(sampler, name, None)):
             raise VisarError(f"{kind} is no sampler: it has no method {name}({arguments}).")
@@ -287,7 +293,10 @@ def _typed(name: str, kind: type, value: Any) -> Any:
     """The value of an option: for numbers Python's own, of which NumPy's, 0-d tensors and 8.0 are taken too."""
     read: dict[type, Any] = {int: whole, float: number}
     if kind in read and value is not None:
-        return read[kind](name, value)
+        found = read[kind](name, value)
+        if kind is int and not -LARGEST < found < LARGEST:
+            raise VisarError(f"{name} must be a whole number of 64 bits, not {short(found)}.")
+        return found
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     value = plain(value)
     if kind in words and not isinstance(value, kind):

@@ -37,6 +37,21 @@ def path_of(name: str, value: object) -> Path:
     return Path(text)
 
 
+def looked_up(what: str, path: str | Path) -> Path:
+    """The path, where the system looks there: `is_dir` and its kin raise `OSError` for a name that is too long.
+
+    Raises `VisarError` where it does not. Whether something is there is for the caller to ask.
+    """
+    try:
+        os.stat(path)
+    except ValueError:
+        pass  # a text that is no name: nothing is there
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP):
+            raise VisarError(f"{what} {path} cannot be read: {reason(error)}.") from error
+    return Path(path)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary path, whose file becomes `path` if the block succeeds and is removed if not.

@@ -268,6 +268,8 @@ def as_tokens(value: Any) -> Tensor:
         if made.dtype in WHOLE:
             made = made.long()  # torch compares no others without a sign
         if made.is_floating_point() and made.ndim == 1 and bool((made == made.round()).all()):
+            if bool((made.abs() >= 2**53).any()):
+                raise OverflowError
             made = made.long()  # ids as 3.0; a token of a continuous model is no single number
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise VisarError("forced_tokens must be a tensor or a list of token ids, -1 where one is sampled.") from error

@@ -22,12 +22,26 @@ _FAILURES = (OSError, KeyError, ValueError, RuntimeError, NotImplementedError, z
 
 
 def names_in(path: str | Path) -> frozenset[str]:
-    """The names of the arrays in an .npz; none for anything else."""
+    """The names of the arrays in an .npz; none for anything else. Raises `VisarError` for an .npz that is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             return frozenset(name.removesuffix(".npy") for name in archive.namelist())
-    except _FAILURES:
+    except _FAILURES as error:
+        if _begins_as_zip(path):
+            raise VisarError(f"{path} is damaged or cut short: {_reason(error)}.") from error
         return frozenset()
+
+
+def _begins_as_zip(path: str | Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\x03\x04"
+    except OSError:
+        return False
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:100] or type(error).__name__
 
 
 @contextmanager
@@ -54,8 +68,7 @@ def opened(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], 
     except VisarError:
         raise
     except _FAILURES as error:
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise VisarError(f"`{name}` of {path} cannot be read: {reason}.") from error
+        raise VisarError(f"`{name}` of {path} cannot be read: {_reason(error)}.") from error
 
 
 def numbers(path: Path, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:

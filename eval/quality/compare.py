@@ -8,6 +8,7 @@ pairs, and by further folders of the first sampler under other seeds.
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
@@ -263,6 +264,9 @@ def compare(
     score [n] of the images of these ids, called with (folder, ids). Of more than 4,096 pairs, so many are chosen by
     `seed`. Raises `VisarError` for folders that do not belong together.
     """
+    for i, folder in enumerate(seeds):
+        if any(os.path.samefile(folder.path, other.path) for other in (a, b, *seeds[:i])):
+            raise VisarError(f"{folder.path} is given twice; `seeds` are images like A's under other seeds.")
     ids = paired_ids(a, b, *seeds)
     if len(ids) < 2:
         raise VisarError(f"{a.path} holds {len(ids)} images; a comparison needs 2 or more.")

@@ -217,7 +217,7 @@ def test_damaged_lines_are_left_out(go: Callable[..., Any], whole: Path, tmp_pat
     assert images(folder) == images(whole) and told(folder) == told(whole)
 
 
-@pytest.mark.parametrize("damage", ["gone", "half", "empty"])
+@pytest.mark.parametrize("damage", ["gone", "half", "empty", "end"])
 def test_a_image_that_is_not_whole_is_drawn_again(
     go: Callable[..., Any], whole: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -226,7 +226,8 @@ def test_a_image_that_is_not_whole_is_drawn_again(
     for drawn in (3, 1):
         image = tmp_path / "own" / "000004.png"
         data = image.read_bytes()
-        image.unlink() if damage == "gone" else image.write_bytes(data[: len(data) // 2 if damage == "half" else 0])
+        left = {"half": data[: len(data) // 2], "empty": b"", "end": data[len(data) // 2 :]}
+        image.unlink() if damage == "gone" else image.write_bytes(left[damage])
         assert go().sampled == drawn
         assert images(tmp_path / "own") == images(whole) and told(tmp_path / "own") == told(whole)
 

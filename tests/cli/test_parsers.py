@@ -189,6 +189,8 @@ def test_a_wrong_word(words: str, usage: str, message: str, capsys: Capture) -> 
         ("train tokenizer --data x -o y --minutes inf", "--minutes must be above 0 and at most 1e+09, not inf."),
         ("train mar --data x --autoencoder x --words x -o y --weigh a=1,a=2", "--weigh must be NAME=WEIGHT with"),
         ("verify --samplers scd --device cpu", "--prompt, --class, --image-size, --drafter and --device go with"),
+        ("verify --model icons --no-mutants", "--no-mutants leaves known-bad samplers out, and with --model and"),
+        ("verify --session f.py:s --no-mutants", "--no-mutants leaves known-bad samplers out"),
         ("bench --history h.json --json ./h.json", "--json would replace h.json, which is given for something else"),
         ("bench --profile -n 2", "--profile takes no --num-images, which would change nothing."),
         ("bench --profile --repeats 2", "--profile takes no --repeats,"),

@@ -71,6 +71,13 @@ def test_conversion(
     assert images.dtype == torch.float32 and images.isfinite().all()
     assert not caplog.records
     assert text_pipe.to("cpu", torch.float32).gpt.dtype == torch.float32
+    for args, given in (
+        (("cpu",), {"device": "meta"}), (("cpu", "cuda"), {}), ((torch.float32, torch.bfloat16), {}),
+        ((torch.float32,), {"dtype": torch.bfloat16}),
+    ):  # fmt: skip
+        with pytest.raises(VisarError, match="`to` takes one device and one dtype, not both"):
+            text_pipe.to(*args, **given)
+    assert text_pipe.gpt.dtype == torch.float32
     half = TextToImagePipeline.from_pretrained(text_folder, torch_dtype=torch.bfloat16)
     assert half.gpt.dtype == half.vq.dtype == torch.bfloat16
 
@@ -218,6 +225,14 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
         ("cat", {"temperature": -(10**5000)}, "temperature must be a finite number, not a number of 16610 bits"),
         ("cat", {"seed": 10**5000}, "seed must be from 0 to 18446744073709551615, not a number of 16610 bits"),
         ("cat", {"guidance_interval": 2**63}, "guidance_interval must be from -1 to 9223372036854775807"),
+        ("cat", {"window": 10**400}, "window must be a whole number of 64 bits, not a number of 1329 bits"),
+        ("cat", {"window": -(10**5000)}, "window must be a whole number of 64 bits, not a number of 16610 bits"),
+        (
+            "cat",
+            {"num_images_per_prompt": 10**400},
+            "of images must be a whole number of 64 bits, not a number of 1329",
+        ),
+        ("cat", {"num_images_per_prompt": -(10**5000)}, "1 or more, not a number of 16610 bits"),
         ("cat", {"callback": 5}, r"callback must be a function of \(progress\), not 5"),
         ("cat", {"callback": lambda: None}, r"callback must be a function of \(progress\), not <function"),
         ("cat", {"callback": dict}, r"callback must be a function of \(progress\), not <class 'dict'>"),
@@ -236,6 +251,7 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
         ("cat", {"forced_tokens": [-0.5] * 25}, "25 whole numbers, .* not float32"),
         ("cat", {"forced_tokens": [True] * 25}, "forced_tokens must be a tensor or a list of token ids"),
         ("cat", {"forced_tokens": [10**30] * 25}, "forced_tokens must be a tensor or a list of token ids"),
+        ("cat", {"forced_tokens": [1e38] * 25}, "forced_tokens must be a tensor or a list of token ids"),
         ("cat", {"forced_tokens": np.full(25, 2**64 - 1)}, "forced_tokens must be a tensor or a list of token ids"),
         ("cat", {"forced_tokens": ["a"] * 25}, "forced_tokens must be a tensor or a list of token ids"),
     ],
@@ -372,6 +388,8 @@ def test_names_that_lead_nowhere(class_folder: Path, tmp_path: Path, monkeypatch
         tmp_path / "none": "There is no model folder",
         class_folder: "class is called with a class, not a prompt; give --class or --classes",
         "owner/name": "Could not download 'owner/name' from the hub: ConnectionError",
+        "a" * 300: "The model a+ cannot be read: File name too long",
+        "a" * 300 + ".pt": r"The model a+\.pt cannot be read: File name too long",
     }.items():
         with pytest.raises(VisarError, match=message):
             TextToImagePipeline.from_pretrained(name)

@@ -64,7 +64,7 @@ def test_drafters_that_do_not_fit(text_pipe: TextToImagePipeline, class_folder: 
         (tmp_path / "grid", "generates 6 x 6 tokens, the target 5 x 5"),
         (class_folder, "has condition class, the target text"), (tmp_path / "empty", "holds no drafter"),
         (tmp_path / "none", "There is no model folder"), ("some/one", "There is no drafter folder some/one"),
-        (class_folder / "vq", "holds a VQModel, not a drafter"),
+        (class_folder / "vq", "holds a VQModel, not a drafter"), ("a" * 300, "The drafter a+ cannot be read"),
     ):  # fmt: skip
         with pytest.raises(VisarError, match=message):
             text_pipe.load_drafter(path)

@@ -226,6 +226,12 @@ def test_prompts_and_guidance_that_a_model_of_transformers_does_not_take() -> No
         assert (answer.status, answer.error["param"]) == (400, "guidance_scale") and api.engine.counts.failed == 0
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models"])
+def test_a_head_is_answered_as_a_get(api: Api, path: str) -> None:
+    head, whole = (api.ask(path, method=method) for method in ("HEAD", "GET"))
+    assert head.status == whole.status == 200 and whole.body and not head.body
+
+
 @pytest.mark.parametrize(
     ("path", "method", "status"),
     [

@@ -21,6 +21,7 @@ from visar.errors import VisarError
 from visar.files import inside, locked, reason, replacing
 from visar.reading import parse_json, read_json
 
+PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 PNG_END = b"IEND\xaeB`\x82"  # the last chunk of every complete PNG file
 # The fields that images depend on; the others in run.json may change when a run continues.
 IDENTITY = (
@@ -203,9 +204,11 @@ class Journal:
 
 
 def is_whole(image: Path) -> bool:
-    """Whether a PNG file is complete."""
+    """Whether a PNG file is complete, by its first and last bytes."""
     try:
         with open(image, "rb") as file:
+            if file.read(len(PNG_START)) != PNG_START:
+                return False
             file.seek(-len(PNG_END), os.SEEK_END)
             return file.read() == PNG_END
     except OSError:

@@ -25,6 +25,8 @@ def verify(options: argparse.Namespace) -> int:
     from visar.samplers import DEFAULTS, get_sampler
 
     names = None if options.samplers in (None, [], ["all"]) else options.samplers
+    if options.no_mutants and (options.model or options.session) is not None:
+        raise VisarError("--no-mutants leaves known-bad samplers out, and with --model and --session there are none.")
     if options.model is not None:
         return verify_on(options, names)
     own = (options.prompt, options.label, options.image_size, options.drafter or None)

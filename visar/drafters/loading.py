@@ -11,7 +11,7 @@ from visar.engine.component import read_config
 from visar.errors import VisarError
 from visar.families.source import resolve
 from visar.families.weights import load_part
-from visar.files import path_of
+from visar.files import looked_up, path_of
 
 
 def load_drafter(path: str | Path, target: Any) -> Any:
@@ -20,7 +20,7 @@ def load_drafter(path: str | Path, target: Any) -> Any:
     `path` is a folder of `visar train drafter`, a pipeline's folder or name, or a published file: of a smaller model,
     or LANTERN's drafters. Raises `VisarError` where it is none, or does not fit the target.
     """
-    file = path_of("The drafter", path).expanduser()
+    file = looked_up("The drafter", path_of("The drafter", path).expanduser())
     if (released := released_file(file)) is not None:
         state = target.read(released)
         known = (DRAFTERS[kind].published(state, target, str(path)) for kind in drafter_kinds(target.masked))

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from visar.errors import VisarError, unknown
 from visar.families.catalogue import catalogue, embedded_folder, is_embedded
+from visar.files import looked_up
 from visar.reading import Name, checked_arguments, read_json
 
 FOR_FILES = (
@@ -147,6 +148,7 @@ def open_source(
         if not isinstance(path, str | Path) or "\0" in str(path):
             said = repr(path) if isinstance(path, str | Path) else f"a {type(path).__name__}"
             raise VisarError(f"{what} must be a name or a path, not {said}.")
+        looked_up(what, path)
     if not str(name):
         raise VisarError("The name of the model is empty.")
     size = checked_size(image_size)

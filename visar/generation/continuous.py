@@ -17,6 +17,8 @@ from visar.generation.stats import MaskedStats
 from visar.params import SamplingParams
 from visar.samplers import ContinuousTarget
 
+LARGEST = 1e4  # of a forced token; latents are scaled to about 1, and much larger ones overflow within the network
+
 if TYPE_CHECKING:
     from visar.generation.model import ImageModel
 
@@ -65,11 +67,12 @@ def run(
 
 
 def checked_forced(family: ContinuousFamily, tokens: Tensor) -> Tensor:
-    """The forced tokens [N, d] on the device. Raises `VisarError` unless each is given whole or NaN."""
+    """The forced tokens [N, d] on the device. Raises `VisarError` unless each is given whole, in range, or NaN."""
     shape, found = (family.layout.length, family.token_dim), ~tokens.isnan()
     whole = tuple(tokens.shape) == shape and bool((found.all(-1) == found.any(-1)).all())
-    if not whole or bool(tokens.isinf().any()):
-        raise VisarError(f"forced_tokens must be {list(shape)}, each token given whole, in finite numbers, or NaN.")
+    if not whole or bool((tokens.double().abs() > LARGEST).any()):
+        limits = f"in numbers from {-LARGEST:g} to {LARGEST:g}"
+        raise VisarError(f"forced_tokens must be {list(shape)}, each token given whole, {limits}, or NaN.")
     if bool(found.all()):
         raise VisarError("forced_tokens gives every token: there is nothing to sample.")
     return tokens.to(family.device)

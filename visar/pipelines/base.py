@@ -156,7 +156,10 @@ class ImagePipeline(DiffusionPipeline):
         device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         if kwargs:
             raise unknown("keyword", next(iter(kwargs)), ("device", "dtype"))
-        for value in args:
+        for value in (one for one in args if one is not None):
+            before = dtype if isinstance(value, torch.dtype) else device
+            if before is not None:
+                raise VisarError(f"`to` takes one device and one dtype, not both {before} and {value}.")
             if isinstance(value, torch.dtype):
                 dtype = value
             else:

@@ -29,6 +29,7 @@ from visar.serving.wanted import Accepted, Made, Studio, Told, Wanted
 
 UNREAD = 60.0  # seconds that a stream waits for a client which does not read
 ROUTE = "/v1/images/generations"
+READ = ["GET", "HEAD"]  # balancers ask with the second, and the server sends the headers alone
 
 
 def build(
@@ -78,29 +79,29 @@ def build(
             headers = {"Retry-After": str(studio.retry_after)} if isinstance(error, Busy) else {}
             return problem.response(headers)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_object(card, since) for card in studio.cards.values()]}
 
-    @app.get("/v1/models/{name}")
+    @app.api_route("/v1/models/{name}", methods=READ)
     async def model(name: str) -> dict[str, Any]:
         if name not in studio.cards:
             raise NoSuchModel(f"There is no model {name[:100]!r} here; /v1/models lists those that are served.")
         return model_object(studio.cards[name], since)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
         if problem := studio.problem:
             return Problem(500, problem, SERVER, code="unhealthy").response()
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=READ)
     async def ready() -> Response:
         if not studio.ready:
             return Problem(503, "The server is starting, ending or ill.", SERVER, code="not_ready").response()
         return JSONResponse({"status": "ready"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def measured() -> Response:
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -90,6 +90,13 @@ def test_seed_noise_is_no_change(plain: ImageFolder, tmp_path: Path) -> None:
     assert not coupled.changed and coupled.same == 0.5 and coupled.overall.least < independent.overall.least
 
 
+def test_a_folder_is_no_other_seed_of_itself(plain: ImageFolder, tmp_path: Path) -> None:
+    a2, a3 = (folder(tmp_path / f"a{seed}", sampled(COUNT, seed)) for seed in (5, 6))
+    for seeds in ([plain], [a3, a2], [a3, a3]):
+        with pytest.raises(VisarError, match="is given twice; `seeds` are images like A's under other seeds"):
+            compare(plain, a2, Cells(), seeds=seeds)
+
+
 def test_the_same_folder_is_the_same(plain: ImageFolder) -> None:
     found = compare(plain, plain, Cells())
     assert (found.same, found.levels, found.p, found.changed) == (1, 0, 1, False)

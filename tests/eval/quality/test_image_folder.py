@@ -16,6 +16,7 @@ from PIL import Image
 
 from visar.errors import VisarError
 from visar.eval.quality.image_folder import ImageFolder, has_images
+from visar.eval.quality.metrics.frechet import load_moments
 from visar.image_files import ORIENTATION
 
 
@@ -310,6 +311,11 @@ def test_bad_npz(tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", **arrays)  # type: ignore[arg-type]
         with pytest.raises(VisarError, match=message):
             ImageFolder.open(tmp_path / "a.npz")
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
+    for opened in (ImageFolder.open, load_moments):
+        with pytest.raises(VisarError, match=r"a\.npz is damaged or cut short: "):
+            opened(tmp_path / "a.npz")
     (tmp_path / "b.npz").write_text("text")
     (tmp_path / "c.zip").write_text("text")
     for name, message in (("b.npz", "holds no images"), ("c.zip", "neither a folder"), ("d", "no images at")):
