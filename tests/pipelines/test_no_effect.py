@@ -49,6 +49,30 @@ def test_wrapped_models_are_refused(text_pipe: Pipe, name: str) -> None:
         text_pipe("red heart")
 
 
+def test_layers_that_are_read_and_not_called(text_pipe: Pipe) -> None:
+    for name in ("quantize", "quantize.embedding"):
+        part = text_pipe.vq.get_submodule(name)
+        handle = part.register_forward_hook(lambda *_: None)
+        with pytest.raises(VisarError, match=f"A forward hook of vq.{name} has no effect"):
+            text_pipe("red heart")
+        handle.remove()
+        part.compile()
+        with pytest.raises(VisarError, match=f"torch.compile has no effect on vq.{name}"):
+            text_pipe("red heart")
+        part._compiled_call_impl = None
+
+
+def test_half_converted_and_empty_models_are_refused(text_pipe: Pipe) -> None:
+    for part, name in ((text_pipe.gpt.layers[0].attention, "gpt"), (text_pipe.vq.decoder, "vq")):
+        part.half()
+        with pytest.raises(VisarError, match=f"{name} has weights in float16 and float32; convert all of it to one"):
+            text_pipe("red heart")
+        part.float()
+    text_pipe.vq.to("meta")
+    with pytest.raises(VisarError, match="vq is on the device 'meta', which holds no weights"):
+        text_pipe("red heart")
+
+
 def test_layers_of_your_own_decode(text_pipe: Pipe) -> None:
     """A layer in the place of a linear one, such as an adapter, sees what that one sees."""
     before = tokens(text_pipe)

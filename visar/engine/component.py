@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -62,9 +62,15 @@ class Config(Mapping[str, Any]):
 
 
 class Component(nn.Module):
-    """A module that saves to a folder and loads from it. Its constructor arguments are its `config`."""
+    """A module that saves to a folder and loads from it. Its constructor arguments are its `config`.
+
+    `passed_by` are layers within it that decoding reads and does not call, and `own_dtype` those with a dtype of their
+    own.
+    """
 
     config: Config
+    passed_by: ClassVar[tuple[str, ...]] = ()
+    own_dtype: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         made = super().__new__(cls)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
+from visar.engine.component import Component
 from visar.errors import VisarError
 
 NO_EFFECT = "visar runs the layers of a model itself, as CUDA graphs on a GPU"
@@ -28,6 +32,32 @@ def check_unwrapped(name: str, component: Any) -> None:
     if hooks or "forward" in getattr(component, "__dict__", ()):
         what = "A forward hook" if hooks else "Another forward"
         raise VisarError(f"{what} of {name} has no effect: {NO_EFFECT}. Put it on one of its layers.")
+    if passed_by := getattr(type(component), "passed_by", ()):
+        inner = dict(component.named_modules())
+        for layer in passed_by:
+            check_unwrapped(f"{name}.{layer}", inner.get(layer))
+
+
+def check_one_dtype(name: str, component: Any) -> None:
+    """Raise `VisarError` for a network of visar's with layers in several dtypes, which its products cannot mix.
+
+    Layers of a user's own may convert as they like, and 8-bit weights do.
+    """
+    if not isinstance(component, Component):
+        return
+    found = {p.dtype for p in _own_weights(component) if p.is_floating_point() and p.dtype.itemsize > 1}
+    if len(found) > 1:
+        words = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise VisarError(f"{name} has weights in {words}; convert all of it to one with .to(dtype).")
+
+
+def _own_weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a module and of the layers within it that are visar's or torch's."""
+    yield from module.parameters(recurse=False)
+    for name, layer in module.named_children():
+        own = type(layer).__module__.startswith(("visar.", "torch.nn."))
+        if own and name not in getattr(type(module), "own_dtype", ()):
+            yield from _own_weights(layer)
 
 
 def check_layers(model: Any) -> None:

@@ -96,6 +96,8 @@ class Codebook(nn.Module):
 class VQModel(Component):
     """LlamaGen's VQ tokenizer: images in [-1, 1] to ids in raster order and back."""
 
+    passed_by = ("quantize", "quantize.embedding")
+
     def __init__(
         self,
         codebook_size: Size = 16384,

@@ -71,6 +71,9 @@ class MAR(Component):
     training step that its head should be used at.
     """
 
+    passed_by = ("diffloss", "diffloss.net")
+    own_dtype = ("diffloss",)
+
     def __init__(
         self,
         token_dim: Size = 16,
