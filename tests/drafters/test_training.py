@@ -114,6 +114,10 @@ def test_a_compiled_model_computes_the_same(class_pipe: ClassToImagePipeline) ->
 def test_command_for_every_kind(
     class_folder: Path, class_pipe: ClassToImagePipeline, tmp_path: Path, capsys: Capture, kind: str, sampler: str
 ) -> None:
+    (tmp_path / "mine" / kind).mkdir(parents=True)
+    (tmp_path / "mine" / kind / "config.json").write_text("{}")
+    assert run(class_folder, tmp_path / "mine", "--kind", kind, "--depth", 5) == 2
+    assert f"{kind} is not of a run that can resume, which has a {kind}-run; give" in capsys.readouterr().err
     assert run(class_folder, tmp_path / "run", "--kind", kind, "--depth", 5) == 0
     class_pipe.load_drafter(tmp_path / "run" / kind)
     out = class_pipe([1, 2], sampler=sampler, output_type="tokens", seed=3)

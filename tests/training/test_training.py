@@ -100,7 +100,8 @@ def log_of(folder: Path) -> list[dict[str, float]]:
 
 def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     first = fit(Toy(), toy_batch, config(tmp_path), no_figures)
-    again = fit(Toy(), toy_batch, config(tmp_path), no_figures)
+    with pytest.warns(UserWarning, match=r"has trained 0\.00 minutes and 4 steps: it learns no more\."):
+        again = fit(Toy(), toy_batch, config(tmp_path), no_figures)
     assert all(torch.equal(first.state_dict()[k], v) for k, v in again.state_dict().items())
     start = Toy().state_dict()
     assert not torch.equal(start["head.weight"], again.state_dict()["head.weight"])
@@ -352,6 +353,11 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
     rows = [json.loads(line) for line in out.splitlines()]
     assert len(rows) == 2 and all(math.isfinite(r["loss"]) and r["step"] > 0 for r in rows)
     assert "60 images" in err and "30 images" in err
+    (tmp_path / "ar" / "state.pt").rename(tmp_path / "elsewhere")  # so that it might be anybody's GPT
+    before = (tmp_path / "ar" / "gpt" / WEIGHTS).read_bytes()
+    assert train(*mine, "--styles", "noto") == 2
+    assert "gpt is not of a run that can resume, which has a state.pt; give" in capsys.readouterr().err
+    assert (tmp_path / "ar" / "gpt" / WEIGHTS).read_bytes() == before
     small = "--gpt-dtype", "float8_e4m3fn"
     assert train("assemble", "--gpt", tmp_path / "ar" / "gpt", *parts, *small, "--out", tmp_path / "pipe") == 0
     kept = {name: {t.dtype for t in load_file(tmp_path / "pipe" / name / WEIGHTS).values()} for name in ("gpt", "vq")}
@@ -370,6 +376,7 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
     [
         ("tokenizer --data TMP/none --out TMP/out", "No image folder at"),
         ("tokenizer --data TMP/set --out TMP/file/out", "Cannot write to folder"),
+        ("tokenizer --data TMP/set --out TMP/made", "vq is not of a run that can resume, which has a state.pt; give"),
         ("tokenizer --data TMP/set --out TMP/out --minutes 0", "--minutes must be above 0"),
         ("tokenizer --data TMP/set --out TMP/out --size 18", "multiple of 4 pixels, not 18"),
         ("tokenizer --data TMP/set --out TMP/out --styles oil", "No image has style 'oil'"),
@@ -384,6 +391,8 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
 def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
     image_folder(tmp_path / "set", 3)
     (tmp_path / "file").touch()
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "vq").touch()
     assert main(["train", *arguments.replace("TMP", str(tmp_path)).split()]) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if "images, " not in line]
     assert len(lines) == 1 and lines[0].startswith("visar: error: ") and message in lines[0]

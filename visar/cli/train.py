@@ -45,14 +45,15 @@ def words(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
-    """The image set and the training configuration that the options ask for."""
+def _run(options: argparse.Namespace, *parts: str, **extra: Any) -> tuple[Any, Any]:
+    """The image set and the training configuration that the options ask for, of a run that saves these parts."""
     from visar.host import torchrun
     from visar.training.data import ImageSet
-    from visar.training.loop import TrainConfig, alone
+    from visar.training.loop import TrainConfig, alone, check_parts
 
     job = torchrun()  # an error where the environment of the processes is wrong
     out = writable_folder(options.out)
+    check_parts(out, "state.pt", *parts)
     if job is None or job.rank == 0:
         with alone(out):  # before the images are read; it is held from the first step on
             pass
@@ -91,7 +92,7 @@ def tokenizer(options: argparse.Namespace) -> int:
     from visar.training.tokenizer import SMALL_VQ, train_tokenizer
 
     start = _component("families.llamagen.vq.VQModel", options.init) if options.init else None
-    data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
+    data, config = _run(options, "vq", warmup=100, weight_decay=0.0, ema=0.998)
     sizes = replace(SMALL_VQ, patch=options.patch, background=0 if options.varied else -1)
     train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied, options.decoder_only)
     return 0
@@ -101,7 +102,7 @@ def autoencoder(options: argparse.Namespace) -> int:
     from visar.training.autoencoder import SMALL_KL, train_autoencoder
 
     start = _component("families.mar.autoencoder.KLAutoencoder", options.init) if options.init else None
-    data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
+    data, config = _run(options, "vae", warmup=100, weight_decay=0.0, ema=0.998)
     sizes = {**SMALL_KL, "patch": options.patch}
     how = {"perceptual": options.perceptual, "varied": options.varied, "decoder_only": options.decoder_only}
     train_autoencoder(data, options.size, config, sizes, start, **how)
@@ -113,7 +114,7 @@ def mar(options: argparse.Namespace) -> int:
 
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
-    data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
+    data, config = _run(options, "mar", "text_encoder", warmup=100, optimizer="muon", ema=0.998)
     vae = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder).eval()
     encoder = _component("text_encoders.words.WordEncoder", options.words)
     start = _component("families.mar.transformer.MAR", options.init) if options.init else None
@@ -132,7 +133,7 @@ def clip(options: argparse.Namespace) -> int:
 
     if options.batch < 2:
         raise VisarError(f"--batch must be 2 or more, not {options.batch}: a CLIP compares the images of a batch.")
-    data, config = _run(options, warmup=100, ema=0.998)
+    data, config = _run(options, "clip", warmup=100, ema=0.998)
     home = embedded_folder(options.words) / "text_encoder" if is_embedded(options.words) else options.words
     encoder = _component("text_encoders.words.WordEncoder", home)
     train_clip(
@@ -149,7 +150,7 @@ def ar(options: argparse.Namespace) -> int:
 
     if options.dim % options.heads or options.dim // options.heads % 4:
         raise VisarError("--dim must be a multiple of --heads, and their ratio a multiple of 4.")
-    data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
+    data, config = _run(options, "gpt", "text_encoder", warmup=100, optimizer="muon", ema=0.997)
     vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
     start = _component("families.llamagen.loading.LlamaGen", options.init) if options.init else None
@@ -167,7 +168,7 @@ def two_way(options: argparse.Namespace) -> int:
 
     start = _component("families.llamagen.loading.LlamaGen", options.init)
     check_stage(start, options.stage)  # before the images are read
-    data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
+    data, config = _run(options, "gpt", "text_encoder", warmup=100, optimizer="muon", ema=0.997)
     vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
     train_two_way(
@@ -258,16 +259,18 @@ class _Source(NamedTuple):
         return Guidance(params.guidance_scale), Target(params.temperature, params.top_k, params.top_p)
 
 
-def _source(options: argparse.Namespace, continuous: str) -> _Source:
-    """The model of the options, for what learns from its images; `continuous` says what is wrong with a MAR."""
+def _source(options: argparse.Namespace, continuous: str, mark: str, *parts: str) -> _Source:
+    """The model of the options, for what learns from its images; `continuous` says what is wrong with a MAR, and
+    `mark` and `parts` what the run leaves and saves."""
     from visar.cli.common import load_model, tokens_of
-    from visar.training.loop import distributed
+    from visar.training.loop import check_parts, distributed
 
     if tokens_of(options) == CONTINUOUS:
         raise VisarError(continuous)
     params: Any = params_of(options)
     params.check(DISCRETE)
     out = writable_folder(options.out)  # before the work
+    check_parts(out, mark, *parts)
     rank, _, own = distributed(str(device_of(options.device)))
     options.device = str(own)
     if own.type == "cpu" and options.dtype is None:
@@ -290,8 +293,9 @@ def drafter(options: argparse.Namespace) -> int:
     if options.acceptance and options.layers is not None:
         raise VisarError("--layers are those of a new drafter, and --acceptance is for one that there is.")
     source = _source(
-        options, "A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`."
-    )
+        options, "A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`.",
+        f"{kind.name}-run", *(() if options.acceptance else (kind.name,)),
+    )  # fmt: skip
     out, model, target = source.out, source.model, source.model.family.drafting
     if target is None:
         raise VisarError(f"{options.model} takes no drafter.")
@@ -320,7 +324,7 @@ def jacobi(options: argparse.Namespace) -> int:
     from visar.training.jacobi import tune_jacobi
 
     start = _component("families.llamagen.loading.LlamaGen", options.init) if options.init else None
-    source = _source(options, "A MAR has no windows of tokens; `train jacobi` tunes a GPT.")
+    source = _source(options, "A MAR has no windows of tokens; `train jacobi` tunes a GPT.", "state.pt", "gpt")
     teacher = source.model.family.drafting
     if not isinstance(teacher, LlamaGenTarget):
         raise VisarError(f"{options.model} is no LlamaGen that samples in raster order, and no other GPT is tuned.")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from visar.errors import VisarError
-from visar.files import append_line, check_output, locked, reason, replacing, writable_folder
+from visar.files import append_line, check_output, is_new, locked, reason, replacing, writable_folder
 from visar.host import join, torchrun
 
 
@@ -182,6 +183,19 @@ def alone(out: Path) -> AbstractContextManager[None]:
     return locked(out / ".lock", f"Another run trains in {out}; wait until it ends, or give another folder.")
 
 
+def check_parts(out: Path, mark: str, *parts: str) -> None:
+    """Raise `VisarError` where a run would save over what it did not make, or cannot save its parts.
+
+    `mark` is what a run leaves in its folder before the first part.
+    """
+    for folder in (out / part for part in parts):
+        if is_new(folder):
+            continue
+        if not (out / mark).exists():
+            raise VisarError(f"{folder} is not of a run that can resume, which has a {mark}; give another folder.")
+        writable_folder(folder)
+
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -227,6 +241,10 @@ def _fit(
     if state_file.exists():
         parts = {"model": model, "ema": ema, "optimizers": optimizers}
         step, spent = _resumed(state_file, device, config, parts)
+        if rank == 0 and (step >= config.steps or spent >= config.minutes):
+            warnings.warn(
+                f"{config.out} has trained {spent:.2f} minutes and {step} steps: it learns no more.", stacklevel=3
+            )
 
     net: nn.Module = model
     if world > 1:
