@@ -14,7 +14,8 @@ from typing_extensions import TypedDict
 from visar.errors import VisarError, unknown
 from visar.families.catalogue import catalogue, embedded_folder, is_embedded
 from visar.files import looked_up
-from visar.reading import Name, checked_arguments, read_json
+from visar.params import whole
+from visar.reading import Name, checked_arguments, read_json, short
 
 FOR_FILES = (
     "A text encoder, an image size, a number of heads and ema are given with a published file of weights; a folder has "
@@ -151,7 +152,9 @@ def open_source(
         looked_up(what, path)
     if not str(name):
         raise VisarError("The name of the model is empty.")
-    size = checked_size(image_size)
+    size, num_heads = checked_size(image_size), whole("num_heads", num_heads)
+    if num_heads is not None and num_heads < 1:
+        raise VisarError(f"num_heads must be 1 or more, not {short(num_heads)}.")
     if is_weights(name) or vq or vae:
         if isinstance(size, tuple):
             raise VisarError(f"A published file makes square images: give one number, not {image_size!r}.")
@@ -172,7 +175,7 @@ def open_source(
 
 def checked_size(value: Any) -> int | tuple[int, int] | None:
     """The pixels of a square, or height and width of "WIDTHxHEIGHT". Raises `VisarError` for anything else."""
-    if value is None or isinstance(value, int):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     if not isinstance(value, str) or not (found := re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value)):
         raise VisarError(f'image_size is a number of pixels, or width x height as "1024x768", not {value!r}.')

@@ -213,6 +213,23 @@ def test_number_of_heads(tmp_path: Path) -> None:
     assert match_heads(24, 3200, 8704) == 32 and match_heads(24, 3200, 8705) is None
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": "x"}, "num_heads must be a whole number, not 'x'"),
+        ({"num_heads": 2.5}, r"num_heads must be a whole number, not 2\.5"),
+        ({"num_heads": 0}, "num_heads must be 1 or more, not 0"),
+        ({"num_heads": True}, "num_heads must be a whole number, not True"),
+        ({"image_size": True}, "image_size is a number of pixels, .* not True"),
+        ({"image_size": 2.5}, r"image_size is a number of pixels, .* not 2\.5"),
+    ],
+)
+def test_sizes_that_are_no_numbers(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = saved(gpt_state(), tmp_path / "gpt.pt")
+    with pytest.raises(VisarError, match=message):
+        ImageModel.load(file, vq=file, **options)
+
+
 def test_grid_of_a_published_file_name(tmp_path: Path) -> None:
     state = gpt_state()
     for name, grid in (("c2i_B_384.pt", 24), ("t2i_XL_stage2_512.pt", 32), ("c2i_B_256.pt", 16), ("mine.pt", 16)):
