@@ -28,7 +28,7 @@ run ar ar --data "$images" --out "$out/ar" --size 128 --tokenizer "$icons/vq" --
   --init "$icons/gpt" --variants 48 --without-groups symbols --batch "$batch" --minutes "$minutes" --lr 2e-3 --no-compile \
   --weigh "flat=0.3,noto=0.25,twemoji=0.2,glossy=0.15,blob=0.08,emojione=0.05,rendered=0.1,streamline=0.04,fxemoji=0.05,people & body=0.5"
 run assemble assemble --gpt "$out/ar/gpt" --tokenizer "$icons/vq" --words "$out/ar/text_encoder" \
-  --guidance-scale 3 --top-k 10 --gpt-dtype float8_e4m3fn --out "$out/model"
+  --guidance-scale 3 --top-k 10 --gpt-dtype int8 --out "$out/model"
 
 masked=(mar --data "$images" --size 128 --varied --autoencoder "$mar/vae" --words "$icons/text_encoder" --styles 3d
   --without-groups symbols --weigh "people & body=0.4" --batch "$batch" --no-compile)
@@ -36,16 +36,16 @@ run mar "${masked[@]}" --out "$out/mar" --init "$mar/mar" --minutes "$mar_minute
 run draft "${masked[@]}" --out "$out/draft" --init "$mar/draft" --minutes "$(python -c "print($mar_minutes / 2)")" --lr 2e-3 \
   --dim 96 --layers 2 --heads 1 --head-width 128 --head-layers 2
 run assemble-mar assemble --mar "$out/mar/mar" --draft "$out/draft/mar" --autoencoder "$mar/vae" --words icons \
-  --guidance-scale 2 --draft-dtype float8_e4m3fn --out "$out/model-mar"
+  --guidance-scale 2 --draft-dtype int8 --out "$out/model-mar"
 mkdir -p "$out/model-mar/text_encoder"
 cp "$out/mar/text_encoder/concepts.json" "$out/model-mar/text_encoder/"  # its own list; the words are those of icons
 
 drafter=(drafter --model "$out/model" --captions "$images" --styles "3d,noto,flat" --without-groups symbols
   --out "$out/drafters" -n "$sampled" --dtype float32 --no-compile)
-run skip "${drafter[@]}" --kind skip --steps 1 --batch 64 --stored-as float8_e4m3fn  # which samples the images
+run skip "${drafter[@]}" --kind skip --steps 1 --batch 64 --stored-as int8  # which samples the images
 started=()
 for kind in eagle medusa hydra exit model; do
-  run "$kind" "${drafter[@]}" --kind "$kind" --batch 32 --minutes "$drafter_minutes" --stored-as float8_e4m3fn &
+  run "$kind" "${drafter[@]}" --kind "$kind" --batch 32 --minutes "$drafter_minutes" --stored-as int8 &
   started+=($!)
 done
 for process in "${started[@]}"; do

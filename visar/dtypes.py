@@ -11,7 +11,9 @@ from torch import Tensor
 from visar.errors import VisarError
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-STORED = (*COMPUTED, torch.float8_e4m3fn, torch.float8_e5m2)  # 8 bits: in files alone, products have no such kernels
+INT6: torch.dtype = torch.int6  # type: ignore[attr-defined]  # the stubs of torch lack it
+# The small ones are in files alone: products have no such kernels.
+STORED = (*COMPUTED, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, INT6)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -20,7 +22,7 @@ def checked_dtype(what: str, value: Any, allowed: Sequence[torch.dtype] = COMPUT
     found = getattr(torch, value, value) if isinstance(value, str) else value
     if not isinstance(found, torch.dtype) or found not in allowed:
         names = ", ".join(str(dtype) for dtype in allowed)
-        raise VisarError(f"{what} must be a floating torch.dtype ({names}), not {value!r}.")
+        raise VisarError(f"{what} must be a torch.dtype ({names}), not {value!r}.")
     return found
 
 

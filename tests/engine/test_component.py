@@ -65,6 +65,19 @@ def test_a_folder_and_back(tmp_path: Path, dtype: torch.dtype | None) -> None:
     assert torch.equal(again.line.weight, expected), "the weights are still those in the file"
 
 
+@pytest.mark.parametrize(("dtype", "most"), [(torch.int8, 127), (torch.int6, 31), ("int6", 31)])
+def test_a_folder_of_few_bits_and_back(tmp_path: Path, dtype: torch.dtype | str, most: int) -> None:
+    made = Small(8)
+    made.save_pretrained(tmp_path, dtype)
+    again = Small.from_pretrained(tmp_path)
+    step = made.line.weight.abs().amax(1, keepdim=True) / most
+    assert ((again.line.weight - made.line.weight).abs() <= step / 2 * 1.001).all() and again.line.weight.requires_grad
+    assert (again.line.weight - made.line.weight).abs().max() > step.max() / 4
+    assert torch.equal(again.line.bias, made.line.bias) and again.count == 7
+    again.save_pretrained(tmp_path / "again", dtype)
+    assert torch.allclose(Small.from_pretrained(tmp_path / "again").line.weight, again.line.weight, rtol=1e-6)
+
+
 def test_other_names_and_marks_of_a_folder(tmp_path: Path) -> None:
     Small().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from visar import __version__
 from visar.dtypes import STORED, checked_dtype
+from visar.engine.packed import MOST, packed, unpacked
 from visar.engine.weight_files import INDEX, read_content
 from visar.errors import VisarError
 from visar.files import path_of, replacing, writable_folder
@@ -92,9 +93,10 @@ class Component(nn.Module):
         if dtype is None:
             return None
         dtype = checked_dtype("The dtype of a file", dtype, STORED)
+        # Beyond its range a dtype has infinity, NaN or, of 8 bits, its largest number. Packed rows have a scale.
+        most = torch.finfo(torch.float32 if dtype in MOST else dtype).max
         for key, value in self.state_dict().items():
-            # Beyond its range a dtype has infinity, NaN or, of 8 bits, its largest number.
-            if value.is_floating_point() and not (value.detach().float().abs() <= torch.finfo(dtype).max).all():
+            if value.is_floating_point() and not (value.detach().float().abs() <= most).all():
                 raise VisarError(
                     f"Tensor {key!r} cannot be stored as {dtype}: it holds a number beyond that, or a NaN."
                 )
@@ -103,14 +105,18 @@ class Component(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> None:
         """Write the folder; `dtype`, if given, is that of floating-point tensors in the file and may have 8 bits.
 
-        Raises `VisarError` before anything is written for a dtype that the weights cannot be stored in.
+        `torch.int8` and `torch.int6` are those of matrices, with a scale for each row (`visar.engine.packed`). Raises
+        `VisarError` before anything is written for a dtype that the weights cannot be stored in.
         """
         dtype = self.check_stored(dtype)
         folder = writable_folder(folder)
+        own = None if dtype in MOST else dtype
         state = {
-            key: value.detach().to(device="cpu", dtype=dtype if value.is_floating_point() else None).contiguous()
+            key: value.detach().to(device="cpu", dtype=own if value.is_floating_point() else None).contiguous()
             for key, value in self.state_dict().items()
         }
+        if dtype is not None and dtype in MOST:
+            state = packed(state, dtype)
         if state:
             with replacing(folder / WEIGHTS) as temporary:
                 save_file(state, temporary, {"format": "pt"})
@@ -183,8 +189,11 @@ def weights_file(folder: str | Path) -> Path | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file as `own_tensors` gives them. Raises `VisarError` for one that cannot be read."""
-    return own_tensors(read_content(path), path)
+    """The tensors of a file, as `own_tensors` and `unpacked` give them.
+
+    Raises `VisarError` for one that cannot be read.
+    """
+    return unpacked(own_tensors(read_content(path), path), path)
 
 
 def own_tensors(

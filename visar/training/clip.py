@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visar.engine.component import fill, read_tensors, unfilled
 from visar.engine.memory import check_training
+from visar.engine.packed import MOST, packed
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.reading import Count, Size, read_json
@@ -122,21 +123,15 @@ def clip_sizes(words: CaptionWords, size: int, dim: int, layers: int, text_layer
 
 
 def save_clip(clip: Any, words: CaptionWords, sizes: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
-    """Write `config.json`, `words.json` and `model.safetensors`; matrices in `dtype`, the rest in float16 at least.
-
-    In an 8-bit dtype every row of a matrix is divided by a scale, stored beside it, that makes its largest number 1.
-    """
+    """Write `config.json`, `words.json` and `model.safetensors`; matrices in `dtype`, the rest in float16 at least."""
     folder = writable_folder(folder)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in clip.state_dict().items():
-        plain = tensor.detach().cpu().float()
-        if dtype.itemsize > 1 or plain.ndim < 2:
-            tensors[name] = plain.to(dtype if dtype.itemsize > 1 else torch.float16).contiguous()
-        else:
-            rows = plain.flatten(1)
-            scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-6).half()
-            tensors[name] = (rows / scale.float()).view_as(plain).to(dtype)
-            tensors[f"{name}.scale"] = scale
+    own = torch.float16 if dtype in MOST else dtype
+    tensors = {
+        name: tensor.detach().cpu().to(own if tensor.ndim < 2 or dtype not in MOST else None).contiguous()
+        for name, tensor in clip.state_dict().items()
+    }
+    if dtype in MOST:
+        tensors = packed(tensors, dtype)
     with replacing(folder / "model.safetensors") as part:
         save_file(tensors, part)
     with replacing(folder / "words.json") as part:
@@ -152,11 +147,7 @@ def load_clip(folder: str | Path) -> tuple[Any, CaptionWords]:
         sizes = asdict(read_json(folder / "config.json", Sizes))
         known = read_json(folder / "words.json", list[str])
         words = CaptionWords(known, sizes["text"]["context_length"])
-        stored = read_tensors(file := folder / "model.safetensors")
-        state = {name: tensor.float() for name, tensor in stored.items() if not name.endswith(".scale")}
-        for name in state:
-            if (scale := stored.get(f"{name}.scale")) is not None:
-                state[name] = (state[name].flatten(1) * scale.float()).view_as(state[name])
+        state = read_tensors(file := folder / "model.safetensors")
         if max(sizes[tower]["layers"] for tower in ("vision", "text")) > len(state):
             raise VisarError(f"{folder / 'config.json'} has more layers than {file.name} has tensors.")
         with unfilled():  # nothing of these sizes is made before the file is known to have them

@@ -6,7 +6,7 @@ from visar.cli.parsers.base import CommandParser, Group, add_commands, finite, n
 from visar.cli.parsers.options import device_option, model_options, sampling_options
 
 DTYPES = ("float32", "float16", "bfloat16")
-SMALL = "float8_e4m3fn"
+SMALL = ("int8", "int6", "float8_e4m3fn")
 WORDS = "the folder of `visar train words`"
 VARIED = "zoom, shift and recolour the images for training"
 
@@ -156,7 +156,10 @@ def clip(p: CommandParser) -> None:
         heads=(3, "attention heads"),
     )
     p.add_argument_group("Output").add_argument(
-        "--stored-as", choices=("float32", "float16", SMALL), default="float16", help="dtype of the saved model"
+        "--stored-as",
+        choices=("float32", "float16", "int8", "int6"),
+        default="float16",
+        help="dtype of the saved model",
     )
 
 
@@ -183,7 +186,7 @@ def drafter(p: CommandParser) -> None:
         help="train the head of the drafter in --out, or else of the model's own, that says when to stop drafting",
     )
     output = _sampled_options(p, images=2048, minutes=25.0, batch=8, lr=2.5e-3)
-    output.add_argument("--stored-as", choices=(*DTYPES, SMALL), default="float16", help="dtype of the saved drafter")
+    output.add_argument("--stored-as", choices=(*DTYPES, *SMALL), default="float16", help="dtype of the saved drafter")
 
 
 def assemble(p: CommandParser) -> None:
@@ -208,8 +211,8 @@ def assemble(p: CommandParser) -> None:
     output = p.add_argument_group("Output")
     output.add_argument("-o", "--out", required=True, metavar="FOLDER", help="a new folder, for the model")
     output.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the saved model")
-    output.add_argument("--gpt-dtype", choices=(*DTYPES, SMALL), help="dtype of the --gpt, if not --dtype")
-    output.add_argument("--draft-dtype", choices=(*DTYPES, SMALL), help="dtype of the --draft (default: float16)")
+    output.add_argument("--gpt-dtype", choices=(*DTYPES, *SMALL), help="dtype of the --gpt, if not --dtype")
+    output.add_argument("--draft-dtype", choices=(*DTYPES, *SMALL), help="dtype of the --draft (default: float16)")
 
 
 def _sizes(group: Group, **sizes: tuple[int, str]) -> None:
