@@ -141,7 +141,7 @@ def clip(p: CommandParser) -> None:
     """Train a small CLIP, which measures how well images follow their prompts.
 
     visar train clip --data images -o run/clip
-    visar train clip --data images -o run/clip --stored-as float8_e4m3fn --no-compile
+    visar train clip --data images -o run/clip --stored-as int8 --no-compile
     """
     _training_options(p, minutes=27, batch=128, lr=3e-3)
     model = p.add_argument_group("Model")
