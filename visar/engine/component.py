@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from visar import __version__
 from visar.dtypes import STORED, checked_dtype
-from visar.engine.packed import MOST, packed, unpacked
+from visar.engine.packed import PACKED, packed, unpacked
 from visar.engine.weight_files import INDEX, read_content
 from visar.errors import VisarError
 from visar.files import path_of, replacing, writable_folder
@@ -94,7 +94,7 @@ class Component(nn.Module):
             return None
         dtype = checked_dtype("The dtype of a file", dtype, STORED)
         # Beyond its range a dtype has infinity, NaN or, of 8 bits, its largest number. Packed rows have a scale.
-        most = torch.finfo(torch.float32 if dtype in MOST else dtype).max
+        most = torch.finfo(torch.float32 if dtype in PACKED else dtype).max
         for key, value in self.state_dict().items():
             if value.is_floating_point() and not (value.detach().float().abs() <= most).all():
                 raise VisarError(
@@ -110,12 +110,12 @@ class Component(nn.Module):
         """
         dtype = self.check_stored(dtype)
         folder = writable_folder(folder)
-        own = None if dtype in MOST else dtype
+        own = None if dtype in PACKED else dtype
         state = {
             key: value.detach().to(device="cpu", dtype=own if value.is_floating_point() else None).contiguous()
             for key, value in self.state_dict().items()
         }
-        if dtype is not None and dtype in MOST:
+        if dtype is not None and dtype in PACKED:
             state = packed(state, dtype)
         if state:
             with replacing(folder / WEIGHTS) as temporary:

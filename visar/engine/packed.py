@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from visar.dtypes import INT6
+from visar.engine.quantization import rounded
 from visar.errors import VisarError
 
-MOST = {torch.int8: 127, INT6: 31}
+PACKED = (torch.int8, INT6)
 SCALE = ".scale"  # follows the key of the matrix
 
 
@@ -31,11 +32,9 @@ def packed(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
             found[key] = value
             continue
         six = dtype == INT6 and value.ndim == 2 and value.shape[1] % 4 == 0
-        rows, most = value.float().flatten(1), MOST[INT6 if six else torch.int8]
-        scale = rows.abs().amax(1, keepdim=True) / most
-        whole = (rows / torch.where(scale > 0, scale, 1.0)).round().clamp(-most, most).to(torch.int8)
+        whole, scale = rounded(value.flatten(1), "int6" if six else "int8")
         found[key] = _three_bytes(whole) if six else whole.view_as(value)
-        found[key + SCALE] = scale
+        found[key + SCALE] = scale[:, None]
     return found
 
 

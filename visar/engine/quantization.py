@@ -27,14 +27,16 @@ from visar.kernels.linear import epilogue
 WEIGHTS = ("native", "int8", "fp8")
 NOT_SAVED = "A model with 8-bit weights is not saved; save the native one, which is quantised when loaded."
 ROWS = 16  # a hint for oneDNN's layout; any number of rows works
-STORED = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+# What holds a number, and the largest; int6 is of files alone (`visar.engine.packed`).
+STORED = {"int8": (torch.int8, 127.0), "int6": (torch.int8, 31.0), "fp8": (torch.float8_e4m3fn, 448.0)}
 
 
 def rounded(weight: Tensor, weights: str) -> tuple[Tensor, Tensor]:
     """`weight` [out, in] in 8 bits and its scales [out], fp32, so that weight is about stored * scale[:, None].
 
     Raises `VisarError` for weights that are not finite, which 8 bits would hide.
-    int8 is off by half a scale at most, float8 by 1/16 of the value (half a scale / 512 below its normal numbers).
+    Whole numbers are off by half a scale at most, float8 by 1/16 of the value (half a scale / 512 below its normal
+    numbers).
     """
     dtype, most = STORED[weights]
     require_finite(weight, "The weights to be rounded", weight.dtype)

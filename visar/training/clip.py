@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from visar.engine.component import fill, read_tensors, unfilled
 from visar.engine.memory import check_training
-from visar.engine.packed import MOST, packed
+from visar.engine.packed import PACKED, packed
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.reading import Count, Size, read_json
@@ -125,12 +125,12 @@ def clip_sizes(words: CaptionWords, size: int, dim: int, layers: int, text_layer
 def save_clip(clip: Any, words: CaptionWords, sizes: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
     """Write `config.json`, `words.json` and `model.safetensors`; matrices in `dtype`, the rest in float16 at least."""
     folder = writable_folder(folder)
-    own = torch.float16 if dtype in MOST else dtype
+    own = torch.float16 if dtype in PACKED else dtype
     tensors = {
-        name: tensor.detach().cpu().to(own if tensor.ndim < 2 or dtype not in MOST else None).contiguous()
+        name: tensor.detach().cpu().to(own if tensor.ndim < 2 or dtype not in PACKED else None).contiguous()
         for name, tensor in clip.state_dict().items()
     }
-    if dtype in MOST:
+    if dtype in PACKED:
         tensors = packed(tensors, dtype)
     with replacing(folder / "model.safetensors") as part:
         save_file(tensors, part)
