@@ -73,6 +73,17 @@ def test_half_converted_and_empty_models_are_refused(text_pipe: Pipe) -> None:
         text_pipe("red heart")
 
 
+def test_layers_in_a_dtype_that_decoding_can_mix(text_pipe: Pipe) -> None:
+    vq = text_pipe.to(torch.bfloat16).vq
+    norms = [layer.float() for layer in vq.decoder.modules() if isinstance(layer, torch.nn.GroupNorm)]
+    vq.encoder.float()
+    vq.quant_conv.double()
+    assert norms and text_pipe("red heart").images
+    norms[0].double()
+    with pytest.raises(VisarError, match="vq has weights in bfloat16 and float64; convert all of it to one"):
+        text_pipe("red heart")
+
+
 def test_layers_of_your_own_decode(text_pipe: Pipe) -> None:
     """A layer in the place of a linear one, such as an adapter, sees what that one sees."""
     before = tokens(text_pipe)

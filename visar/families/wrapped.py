@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from visar.engine.component import Component
@@ -52,8 +53,11 @@ def check_one_dtype(name: str, component: Any) -> None:
 
 
 def _own_weights(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a module and of the layers within it that are visar's or torch's."""
-    yield from module.parameters(recurse=False)
+    """The parameters of a module and of the layers within it that are visar's or torch's and share their dtype."""
+    norm = isinstance(module, nn.GroupNorm | nn.LayerNorm)  # torch's on a CPU take 16 bits with weights in float32
+    for parameter in module.parameters(recurse=False):
+        if not (norm and parameter.dtype == torch.float32 and parameter.device.type == "cpu"):
+            yield parameter
     for name, layer in module.named_children():
         own = type(layer).__module__.startswith(("visar.", "torch.nn."))
         if own and name not in getattr(type(module), "own_dtype", ()):
@@ -73,5 +77,10 @@ def check_offloaded(model: Any) -> None:
     for layer in model.modules():
         if hasattr(layer, "_hf_hook"):
             raise VisarError("Weights that are offloaded cannot be decoded with; move the model with .to(device).")
-    if any(p.is_meta for p in model.parameters()):
-        raise VisarError("The model is on the device 'meta', which holds no weights; load it on a CPU or GPU.")
+    check_filled("The model", model)
+
+
+def check_filled(name: str, component: Any) -> None:
+    """Raise `VisarError` for a component on the device 'meta'."""
+    if any(p.is_meta for p in getattr(component, "parameters", tuple)()):
+        raise VisarError(f"{name} is on the device 'meta', which holds no weights; load it on a CPU or GPU.")

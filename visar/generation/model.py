@@ -28,7 +28,7 @@ from visar.errors import NotInTraining, VisarError
 from visar.families.base import DiscreteFamily, Encoded, Family
 from visar.families.registry import family_of
 from visar.families.source import Source, check_condition, open_source
-from visar.families.wrapped import check_one_dtype, check_unwrapped
+from visar.families.wrapped import check_filled, check_one_dtype, check_unwrapped
 from visar.generation import continuous, discrete
 from visar.generation.drafting import Drafters
 from visar.generation.output import ImageOutput, as_output, checked_output
@@ -285,8 +285,7 @@ class ImageModel:
         for name, component in self.family.components.items():
             check_unwrapped(name, component)
             check_one_dtype(name, component)
-            if any(p.is_meta for p in getattr(component, "parameters", tuple)()):
-                raise VisarError(f"{name} is on the device 'meta', which holds no weights; load it on a CPU or GPU.")
+            check_filled(name, component)
             if isinstance(component, nn.Module) and name != "text_encoder":  # whose features are checked instead
                 require_finite_weights(component, repr(name))
         self.family.check_layers()

@@ -97,6 +97,7 @@ class VQModel(Component):
     """LlamaGen's VQ tokenizer: images in [-1, 1] to ids in raster order and back."""
 
     passed_by = ("quantize", "quantize.embedding")
+    own_dtype = ("encoder", "quant_conv")  # images are made without them
 
     def __init__(
         self,

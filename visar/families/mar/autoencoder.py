@@ -63,6 +63,8 @@ class KLAutoencoder(Component):
     reads, and the last one writes, blocks of pixels.
     """
 
+    own_dtype = ("encoder", "quant_conv")  # images are made without them
+
     def __init__(
         self,
         channels: Annotated[tuple[Size, ...], Len(1, 16)] = (128, 128, 256, 256, 512),
