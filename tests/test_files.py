@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
 import resource
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +18,18 @@ from safetensors.torch import save_file
 
 from tests.helpers.devices import device
 from visar.errors import VisarError
-from visar.files import append_line, check_output, inside, is_new, new_folder, reason, replacing, tidy, writable_folder
+from visar.files import (
+    append_line,
+    check_output,
+    inside,
+    is_new,
+    locked,
+    new_folder,
+    reason,
+    replacing,
+    tidy,
+    writable_folder,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -118,6 +133,41 @@ def test_a_line_is_one_of_its_own_or_not_there(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
     assert file.read_text() == "one\ntw\nthree\n"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """It is not another run, and what can do without a lock does."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(VisarError, match=re.escape(f"{tmp_path} cannot be locked: {os.strerror(code)}.")),
+        locked(tmp_path / ".lock", "taken"),
+    ):
+        pytest.fail("it was held")
+    with locked(tmp_path / ".lock", "taken", needed=False):
+        assert names(tmp_path) == [".lock"]
+    assert names(tmp_path) == []
+
+
+def test_a_lock_whose_file_its_last_holder_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has opened that file before tries again: others would lock a new one."""
+    file, lock, removed = tmp_path / ".lock", fcntl.flock, []
+
+    def late(*given: Any) -> None:
+        lock(*given)
+        if not removed:
+            removed.append(file.unlink())
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(file, "taken"):
+        assert removed and names(tmp_path) == [".lock"]
+        with pytest.raises(VisarError, match="taken"), locked(file, "taken"):
+            pytest.fail("it was held twice")
+    assert names(tmp_path) == []
 
 
 def test_folders_of_a_failure_are_removed(tmp_path: Path) -> None:

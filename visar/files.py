@@ -222,15 +222,19 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 @contextmanager
-def locked(path: Path, taken: str) -> Iterator[None]:
+def locked(path: Path, taken: str, needed: bool = True) -> Iterator[None]:
     """Hold the lock file `path` for the block; the kernel releases it when the process ends.
 
-    Raises `VisarError` with the sentence `taken` if another process has it, and on a system without such locks.
+    Raises `VisarError` with the sentence `taken` if another process has it. Where a system, or the file system, has no
+    such locks, that is an error too if the lock is `needed`, and else nothing is held.
     """
     try:
         import fcntl
     except ImportError as error:
-        raise VisarError(f"A run in {path.parent} needs a POSIX system, for its file locks.") from error
+        if needed:
+            raise VisarError(f"A run in {path.parent} needs a POSIX system, for its file locks.") from error
+        yield
+        return
     while True:
         try:
             file = open(path, "a")  # noqa: SIM115 (closed below)
@@ -239,16 +243,26 @@ def locked(path: Path, taken: str) -> Iterator[None]:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+            except BlockingIOError as error:
                 raise VisarError(taken) from error
-            # Its last holder may have removed the file between the two lines above.
-            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            except OSError as error:
+                if needed or error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise VisarError(f"{path.parent} cannot be locked: {reason(error)}.") from error
+            if not _leads_to(path, file.fileno()):  # its last holder may have removed it after it was opened here
                 continue
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
             return
+
+
+def _leads_to(path: Path, file: int) -> bool:
+    """Whether the open file is the one of this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 def is_new(path: str | Path) -> bool:

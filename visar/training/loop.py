@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -178,9 +177,7 @@ def _resumed(
 
 def alone(out: Path) -> AbstractContextManager[None]:
     """Hold the folder of a run: two at once would save over each other. Raises `VisarError` if one is there."""
-    if os.name != "posix":
-        return nullcontext()  # which has no such locks
-    return locked(out / ".lock", f"Another run trains in {out}; wait until it ends, or give another folder.")
+    return locked(out / ".lock", f"Another run trains in {out}; wait until it ends, or give another folder.", False)
 
 
 def check_parts(out: Path, mark: str, *parts: str) -> None:
