@@ -232,6 +232,14 @@ def test_a_head_is_answered_as_a_get(api: Api, path: str) -> None:
     assert head.status == whole.status == 200 and whole.body and not head.body
 
 
+def test_the_schema_names_each_route_once(api: Api, recwarn: pytest.WarningsRecorder) -> None:
+    found = [
+        route for methods in json.loads(api.ask("/openapi.json").body)["paths"].values() for route in methods.items()
+    ]
+    assert len({about["operationId"] for _, about in found}) == len(found) == 6
+    assert sorted(method for method, _ in found) == ["get"] * 5 + ["post"] and not list(recwarn)
+
+
 @pytest.mark.parametrize(
     ("path", "method", "status"),
     [

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,7 +29,7 @@ from visar.serving.wanted import Accepted, Made, Studio, Told, Wanted
 
 UNREAD = 60.0  # seconds that a stream waits for a client which does not read
 ROUTE = "/v1/images/generations"
-READ = ["GET", "HEAD"]  # balancers ask with the second, and the server sends the headers alone
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def build(
@@ -79,29 +79,38 @@ def build(
             headers = {"Retry-After": str(studio.retry_after)} if isinstance(error, Busy) else {}
             return problem.response(headers)
 
-    @app.api_route("/v1/models", methods=READ)
+    def read(path: str) -> Callable[[F], F]:
+        """A route of GET, and of HEAD, by which balancers ask: the server sends the headers alone."""
+
+        def both(route: F) -> F:
+            app.head(path, include_in_schema=False)(route)  # one of two methods would give its name to both
+            return app.get(path)(route)
+
+        return both
+
+    @read("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_object(card, since) for card in studio.cards.values()]}
 
-    @app.api_route("/v1/models/{name}", methods=READ)
+    @read("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         if name not in studio.cards:
             raise NoSuchModel(f"There is no model {name[:100]!r} here; /v1/models lists those that are served.")
         return model_object(studio.cards[name], since)
 
-    @app.api_route("/health", methods=READ)
+    @read("/health")
     async def health() -> Response:
         if problem := studio.problem:
             return Problem(500, problem, SERVER, code="unhealthy").response()
         return JSONResponse({"status": "ok"})
 
-    @app.api_route("/ready", methods=READ)
+    @read("/ready")
     async def ready() -> Response:
         if not studio.ready:
             return Problem(503, "The server is starting, ending or ill.", SERVER, code="not_ready").response()
         return JSONResponse({"status": "ready"})
 
-    @app.api_route("/metrics", methods=READ)
+    @read("/metrics")
     async def measured() -> Response:
         return Response(generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
