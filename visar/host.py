@@ -24,6 +24,12 @@ def available_memory() -> int:
     return max(0, min(_of_machine(), _of_groups(), _of_address_space()))
 
 
+def check_memory(what: object, needed: float) -> None:
+    """Raise `VisarError` where so many bytes of memory are not free for what is to be read."""
+    if needed > (free := available_memory()):
+        raise VisarError(f"{what} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")
+
+
 def _of_machine() -> int:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

@@ -74,6 +74,10 @@ def test_a_folder_of_few_bits_and_back(tmp_path: Path, dtype: torch.dtype | str,
     assert ((again.line.weight - made.line.weight).abs() <= step / 2 * 1.001).all() and again.line.weight.requires_grad
     assert (again.line.weight - made.line.weight).abs().max() > step.max() / 4
     assert torch.equal(again.line.bias, made.line.bias) and again.count == 7
+    with torch.no_grad():
+        made.line.weight[0, 0] = torch.finfo(torch.float32).max  # which its scale times 127 may be beyond
+    with pytest.raises(VisarError, match=r"'line\.weight' cannot be stored as torch\.int"):
+        made.save_pretrained(tmp_path / "large", dtype)
     again.save_pretrained(tmp_path / "again", dtype)
     assert torch.allclose(Small.from_pretrained(tmp_path / "again").line.weight, again.line.weight, rtol=1e-6)
 

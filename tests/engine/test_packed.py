@@ -25,6 +25,16 @@ def test_whole_numbers_come_back_as_they_are(dtype: torch.dtype, most: int) -> N
     assert bits == (6 if dtype == INT6 else 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, INT6])
+def test_what_is_too_large_for_the_memory_is_said(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = packed({"m": torch.ones(4, 8)}, dtype)
+    monkeypatch.setattr("visar.host.available_memory", lambda: 4 * 32)
+    assert unpacked(stored, "f")["m"].shape == (4, 8)
+    monkeypatch.setattr("visar.host.available_memory", lambda: 4 * 32 - 1)
+    with pytest.raises(VisarError, match=r"f needs 0\.0 GiB of memory, and 0\.0 GiB are free"):
+        unpacked(stored, "f")
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 3, 3), (0, 8), (4, 0), (4,)])
 def test_other_shapes_have_eight_bits_or_stay(shape: tuple[int, ...]) -> None:
     value = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -42,4 +52,6 @@ def test_a_scale_that_does_not_fit_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(VisarError, match=r"Tensor 'm\.scale' of f is no scale of 'm'"):
             unpacked(stored | changes, "f")
+    with pytest.raises(VisarError, match="Tensor 'm' of f holds a NaN or an infinity"):
+        unpacked(stored | {"m.scale": torch.full((4, 1), 3e38)}, "f")
     assert set(unpacked({"m.scale": torch.ones(2)}, "f")) == {"m.scale"}, "a tensor of this name, and no matrix"

@@ -190,7 +190,7 @@ def test_tensors_that_are_no_weights(tensor: Tensor, message: str) -> None:
 
 
 def test_more_than_the_memory_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("visar.engine.component.available_memory", lambda: 1000)
+    monkeypatch.setattr("visar.host.available_memory", lambda: 1000)
     with pytest.raises(VisarError, match=r"x\.pt needs .* GiB of memory, and .* are free"):
         own_tensors({"a": torch.zeros(400, dtype=torch.float16)}, "x.pt")
     assert own_tensors({"a": torch.zeros(400, dtype=torch.float16)}, "x.pt", None)["a"].shape == (400,)

@@ -20,11 +20,11 @@ from typing_extensions import Self
 
 from visar import __version__
 from visar.dtypes import STORED, checked_dtype
-from visar.engine.packed import PACKED, packed, unpacked
+from visar.engine.packed import LARGEST, PACKED, packed, unpacked
 from visar.engine.weight_files import INDEX, read_content
 from visar.errors import VisarError
 from visar.files import path_of, replacing, writable_folder
-from visar.host import available_memory
+from visar.host import check_memory
 from visar.reading import checked_arguments, counts_of, read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -94,7 +94,7 @@ class Component(nn.Module):
             return None
         dtype = checked_dtype("The dtype of a file", dtype, STORED)
         # Beyond its range a dtype has infinity, NaN or, of 8 bits, its largest number. Packed rows have a scale.
-        most = torch.finfo(torch.float32 if dtype in PACKED else dtype).max
+        most = LARGEST if dtype in PACKED else torch.finfo(dtype).max
         for key, value in self.state_dict().items():
             if value.is_floating_point() and not (value.detach().float().abs() <= most).all():
                 raise VisarError(
@@ -212,8 +212,7 @@ def own_tensors(
             shape = list(value.shape)
             raise VisarError(f"Tensor {key!r} of {path} claims shape {shape}, of which the file does not hold all.")
         needed += value.numel() * (dtype if dtype and value.is_floating_point() else value.dtype).itemsize
-    if needed > (free := available_memory()):
-        raise VisarError(f"{path} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")
+    check_memory(path, needed)
     state = {}
     for key, value in tensors.items():
         try:

@@ -16,8 +16,10 @@ from torch import Tensor
 from visar.dtypes import INT6
 from visar.engine.quantization import rounded
 from visar.errors import VisarError
+from visar.host import check_memory
 
 PACKED = (torch.int8, INT6)
+LARGEST = 1e38  # of a weight; a row's scale times its largest number may be a little more than was rounded
 SCALE = ".scale"  # follows the key of the matrix
 
 
@@ -41,10 +43,13 @@ def packed(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def unpacked(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
     """The tensors that `packed` was given, but for rounding; those without a scale as they are.
 
-    Raises `VisarError` for a scale that does not fit its matrix.
+    Raises `VisarError` for a scale that does not fit its matrix, for a product beyond float32, and, before anything is
+    multiplied, where the memory is too small.
     """
     scales = {key: key.removesuffix(SCALE) for key in state if key.endswith(SCALE) and key.removesuffix(SCALE) in state}
     found = {key: value for key, value in state.items() if key not in scales}
+    rows_of = [found[key] for key in scales.values()]
+    check_memory(path, sum(4 * rows.numel() * (4 / 3 if rows.dtype == torch.uint8 else 1) for rows in rows_of))
     for scale, key in scales.items():
         rows, of_rows = found[key], state[scale]
         fits = rows.ndim >= 2 and of_rows.is_floating_point() and of_rows.shape == (len(rows), 1)
@@ -52,6 +57,8 @@ def unpacked(state: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]
             raise VisarError(f"Tensor {scale!r} of {path} is no scale of {key!r}: one number for each row of a matrix.")
         rows = _of_three_bytes(rows) if rows.dtype == torch.uint8 else rows
         found[key] = (rows.flatten(1) * of_rows.float()).view(rows.shape)
+        if not found[key].isfinite().all():
+            raise VisarError(f"Tensor {key!r} of {path} holds a NaN or an infinity.")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from visar.errors import VisarError
-from visar.host import available_memory
+from visar.host import check_memory
 from visar.reading import read_json
 
 
@@ -48,9 +48,7 @@ def load_model(architecture: str, folder: Path, config: Any = None, strict: bool
 
 def check_room(folder: Path, files: Iterable[Path]) -> None:
     """Raise `VisarError` for files of weights that memory has no room for."""
-    needed, free = sum(file.stat().st_size for file in files), available_memory()
-    if needed > free:
-        raise VisarError(f"{folder} needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free.")
+    check_memory(folder, sum(file.stat().st_size for file in files))
 
 
 def load_processor(folder: Path) -> Any:
