@@ -51,6 +51,11 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
     assert head.config.target == fingerprint(class_pipe.gpt) == fingerprint(class_pipe.gpt.to(torch.bfloat16))
     with pytest.raises(VisarError, match="2 or more images"):
         train_drafter("eagle", target, of, tokens[:1], config, Guidance(), Target())
+    with pytest.raises(VisarError, match=r"stored_as must be a torch.dtype .*, not torch.int16"):
+        train_drafter("eagle", target, of, tokens, config, Guidance(), Target(), stored_as=torch.int16)
+    (tmp_path / "eagle-run").rename(tmp_path / "elsewhere")  # so that it might be anybody's
+    with pytest.raises(VisarError, match="eagle is not of a run that can resume, which has a eagle-run; give another"):
+        train_drafter("eagle", target, of, tokens, config, Guidance(), Target())
 
 
 def test_images_are_drawn_once_and_all_differ(text_pipe: TextToImagePipeline, tmp_path: Path) -> None:

@@ -133,6 +133,11 @@ def test_a_run_learns_its_images_and_loads_as_it_was(data: ImageSet, words: Word
     log = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert log["train_chance"] == round(1 / 7, 4) and log["train_top1"] > 0.8
     assert clip.logit_scale <= HIGHEST_SCALE
+    (tmp_path / "state.pt").unlink()  # so that it might be anybody's
+    with pytest.raises(VisarError, match=r"clip is not of a run that can resume, which has a state\.pt; give another"):
+        train_clip(data, 16, config(tmp_path, 120), words)
+    with pytest.raises(VisarError, match=r"dtype must be a torch.dtype .*, not torch.float8_e4m3fn"):
+        train_clip(data, 16, config(tmp_path / "b", 1), words, dtype=torch.float8_e4m3fn)
     again = icons_clip(weights=tmp_path / "clip")
     kept = IconsClip(clip, own, "cpu", {})
     assert again.words.words == own.words and again.weights == kept.weights

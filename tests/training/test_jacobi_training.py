@@ -116,6 +116,9 @@ def test_a_tuned_model_takes_fewer_passes(class_pipe: ClassToImagePipeline, tmp_
     before = {k: v.clone() for k, v in class_pipe.gpt.state_dict().items()}
     tuned = tune_jacobi(target, classes, images, run, Guidance(2.0), Target())
     assert all(torch.equal(v, before[k]) for k, v in class_pipe.gpt.state_dict().items())  # the teacher stays
+    (tmp_path / "state.pt").unlink()  # so that it might be anybody's
+    with pytest.raises(VisarError, match=r"gpt is not of a run that can resume, which has a state\.pt; give another"):
+        tune_jacobi(target, classes, images, run, Guidance(2.0), Target())
     row = log_of(tmp_path)[-1]
     assert row["overlap"] > row["overlap-before"] and row["clean-overlap"] > 0.85
     assert abs(row["cross-entropy-change"]) < 0.06

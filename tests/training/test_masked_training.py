@@ -72,6 +72,9 @@ def test_a_trained_autoencoder_draws_better_and_knows_its_scale(data: ImageSet, 
     assert again.config.scaling_factor == vae.config.scaling_factor and fingerprint(again) == fingerprint(vae)
     with pytest.raises(VisarError, match="multiple of 2 pixels, not 9"):
         train_autoencoder(data, 9, config(tmp_path / "b", 1), SIZES)
+    (tmp_path / "state.pt").unlink()  # so that it might be anybody's
+    with pytest.raises(VisarError, match=r"vae is not of a run that can resume, which has a state\.pt; give another"):
+        train_autoencoder(data, 8, config(tmp_path, 60), SIZES)
 
 
 def head_only(seed: int = 0) -> MARLoss:
@@ -180,6 +183,9 @@ def test_a_run_learns_and_leaves_a_model_that_draws(data: ImageSet, words: WordE
     assert mean_loss(MARLoss(mar), samples, rows) < 0.9 * before
     log = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert log["train"] == pytest.approx(mean_loss(MARLoss(mar), samples, rows[:128]), abs=1e-3)
+    (tmp_path / "state.pt").unlink()  # so that it might be anybody's
+    with pytest.raises(VisarError, match=r"mar is not of a run that can resume, which has a state\.pt; give another"):
+        train_mar(data, 8, config(tmp_path, 60), vae, words)
     again = MAR.from_pretrained(tmp_path / "mar")
     assert again.config.vae == fingerprint(vae)
     pipe = TextToImagePipeline(mar=again, vae=vae, text_encoder=words)

@@ -220,6 +220,9 @@ def test_train_tokenizer(tmp_path: Path) -> None:
     assert psnr(loaded.eval(), data.pixels(8)) > untrained + 2
     with pytest.raises(VisarError, match="multiple of 2 pixels, not 9"):
         train_tokenizer(data, 9, run, SIZES)
+    (run.out / "state.pt").unlink()  # so that it might be anybody's
+    with pytest.raises(VisarError, match=r"vq is not of a run that can resume, which has a state\.pt; give another"):
+        train_tokenizer(data, 8, run, SIZES)
 
 
 def test_unused_codes_move_onto_features() -> None:
@@ -324,6 +327,9 @@ def test_train_ar_learns_two_images(words: WordEncoder, tmp_path: Path, any_orde
     assert math.isfinite(row["loss"]) and row["train"] < 0.5 * math.log(16)
     with pytest.raises(VisarError, match="multiple of 2 pixels, not 9"):
         train_ar(data, 9, run, vq, words)
+    (run.out / "state.pt").unlink()  # so that it might be anybody's
+    with pytest.raises(VisarError, match=r"gpt is not of a run that can resume, which has a state\.pt; give another"):
+        train_ar(data, 8, run, vq, words)
 
 
 # The command line

@@ -45,15 +45,14 @@ def words(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, *parts: str, **extra: Any) -> tuple[Any, Any]:
-    """The image set and the training configuration that the options ask for, of a run that saves these parts."""
+def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
+    """The image set and the training configuration that the options ask for."""
     from visar.host import torchrun
     from visar.training.data import ImageSet
-    from visar.training.loop import TrainConfig, alone, check_parts
+    from visar.training.loop import TrainConfig, alone
 
     job = torchrun()  # an error where the environment of the processes is wrong
     out = writable_folder(options.out)
-    check_parts(out, "state.pt", *parts)
     if job is None or job.rank == 0:
         with alone(out):  # before the images are read; it is held from the first step on
             pass
@@ -92,7 +91,7 @@ def tokenizer(options: argparse.Namespace) -> int:
     from visar.training.tokenizer import SMALL_VQ, train_tokenizer
 
     start = _component("families.llamagen.vq.VQModel", options.init) if options.init else None
-    data, config = _run(options, "vq", warmup=100, weight_decay=0.0, ema=0.998)
+    data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
     sizes = replace(SMALL_VQ, patch=options.patch, background=0 if options.varied else -1)
     train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied, options.decoder_only)
     return 0
@@ -102,7 +101,7 @@ def autoencoder(options: argparse.Namespace) -> int:
     from visar.training.autoencoder import SMALL_KL, train_autoencoder
 
     start = _component("families.mar.autoencoder.KLAutoencoder", options.init) if options.init else None
-    data, config = _run(options, "vae", warmup=100, weight_decay=0.0, ema=0.998)
+    data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
     sizes = {**SMALL_KL, "patch": options.patch}
     how = {"perceptual": options.perceptual, "varied": options.varied, "decoder_only": options.decoder_only}
     train_autoencoder(data, options.size, config, sizes, start, **how)
@@ -114,7 +113,7 @@ def mar(options: argparse.Namespace) -> int:
 
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
-    data, config = _run(options, "mar", "text_encoder", warmup=100, optimizer="muon", ema=0.998)
+    data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
     vae = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder).eval()
     encoder = _component("text_encoders.words.WordEncoder", options.words)
     start = _component("families.mar.transformer.MAR", options.init) if options.init else None
@@ -133,7 +132,7 @@ def clip(options: argparse.Namespace) -> int:
 
     if options.batch < 2:
         raise VisarError(f"--batch must be 2 or more, not {options.batch}: a CLIP compares the images of a batch.")
-    data, config = _run(options, "clip", warmup=100, ema=0.998)
+    data, config = _run(options, warmup=100, ema=0.998)
     home = embedded_folder(options.words) / "text_encoder" if is_embedded(options.words) else options.words
     encoder = _component("text_encoders.words.WordEncoder", home)
     train_clip(
@@ -150,7 +149,7 @@ def ar(options: argparse.Namespace) -> int:
 
     if options.dim % options.heads or options.dim // options.heads % 4:
         raise VisarError("--dim must be a multiple of --heads, and their ratio a multiple of 4.")
-    data, config = _run(options, "gpt", "text_encoder", warmup=100, optimizer="muon", ema=0.997)
+    data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
     vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
     start = _component("families.llamagen.loading.LlamaGen", options.init) if options.init else None
@@ -168,7 +167,7 @@ def two_way(options: argparse.Namespace) -> int:
 
     start = _component("families.llamagen.loading.LlamaGen", options.init)
     check_stage(start, options.stage)  # before the images are read
-    data, config = _run(options, "gpt", "text_encoder", warmup=100, optimizer="muon", ema=0.997)
+    data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
     vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
     encoder = WordEncoder.from_pretrained(_folder(options.words))
     train_two_way(

@@ -16,6 +16,7 @@ from visar.drafters import drafter_kind, fingerprint
 from visar.drafters.acceptance import ACCEPTANCE, AcceptanceHead, give, statistics, width_of
 from visar.drafters.base import DrafterTarget
 from visar.drafters.loss import DraftLoss
+from visar.dtypes import STORED, checked_dtype
 from visar.engine.guidance import Guidance
 from visar.samplers.distribution import Target
 from visar.samplers.verification import sample
@@ -83,6 +84,7 @@ def train_acceptance(
     has the nats per draft of the head (`nats`) and of one chance for all (`nats_of_mean`, at `acceptance`). Returns the
     EMA. Raises `VisarError` for fewer than two images.
     """
+    checked_dtype("stored_as", stored_as, STORED)
     torch.manual_seed(config.seed)
     rank, _, device = distributed(config.device)
     target.model.to(device)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from visar.dtypes import COMPUTED, checked_dtype
 from visar.engine.component import fill, read_tensors, unfilled
 from visar.engine.memory import check_training
 from visar.engine.packed import PACKED, packed
@@ -32,7 +33,7 @@ from visar.reading import Count, Size, read_json
 from visar.text_encoders.spelling import words_of
 from visar.text_encoders.words import WordEncoder
 from visar.training.data import SPLITS, ImageSet, Record, to_unit
-from visar.training.loop import TrainConfig, distributed, fit, step_seed
+from visar.training.loop import TrainConfig, check_parts, distributed, fit, step_seed
 
 PADDING, UNKNOWN = 0, 1
 HIGHEST_SCALE = math.log(100)  # of the logits, as in the paper
@@ -260,8 +261,11 @@ def train_clip(
 ) -> tuple[Any, CaptionWords]:  # fmt: skip
     """Train on the `train` split at `size` pixels; saves `clip/` in `config.out`, matrices in `dtype`.
 
-    Returns the EMA and its words. Under several processes each contrasts the images of its own batch.
+    Returns the EMA and its words. Under several processes each contrasts the images of its own batch. Raises
+    `VisarError` for float8, which has no scale.
     """
+    checked_dtype("dtype", dtype, (*COMPUTED, *PACKED))
+    check_parts(config.out, "state.pt", "clip")
     words = CaptionWords.of(text for r in data.records for text in (r.caption, r.style, *r.tags))
     sizes = clip_sizes(words, size, dim, layers, text_layers, heads)
     torch.manual_seed(config.seed)

@@ -15,12 +15,13 @@ from torch import Tensor
 from visar.drafters import drafter_kind, fingerprint
 from visar.drafters.base import DrafterTarget
 from visar.drafters.loss import DraftLoss
+from visar.dtypes import STORED, checked_dtype
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.reading import read_json
 from visar.samplers.distribution import Target
-from visar.training.loop import TrainConfig, distributed, fit, step_seed
+from visar.training.loop import TrainConfig, check_parts, distributed, fit, step_seed
 
 # The condition and the mask, [b, ...] each, of the images with these numbers
 Conditions = Callable[[list[int]], tuple[Tensor, Tensor]]
@@ -79,6 +80,8 @@ def train_drafter(
     drafting = drafter_kind(kind)
     drafting.check_target(target)
     layers = drafting.checked_layers(layers, target.model.config.num_layers)
+    checked_dtype("stored_as", stored_as, STORED)
+    check_parts(config.out, f"{kind}-run", kind)
     images = Images(conditions, tokens, config, held)
     torch.manual_seed(config.seed)
     rank, _, device = distributed(config.device)
