@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -326,6 +327,27 @@ def test_another_machine_is_a_note(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         go()
+
+
+def test_a_manifest_of_something_else_is_safe(go: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
+    """And that of a run whose images are gone is its own, also after a stop before the first is drawn again."""
+    manifest = tmp_path / "own" / "manifest.jsonl"
+    manifest.parent.mkdir()
+    manifest.write_text("mine\n")
+    with pytest.raises(VisarError, match=r"holds a manifest\.jsonl of something else; give another folder"):
+        go()
+    assert manifest.read_text() == "mine\n" and [p.name for p in manifest.parent.iterdir()] == [manifest.name]
+    shutil.rmtree(manifest.parent)
+    shutil.copytree(whole, manifest.parent)
+    for image in manifest.parent.glob("*.png"):
+        image.unlink()
+
+    def stopped(_: object) -> Any:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(crew=stopped)
+    assert go().sampled == 7 and images(manifest.parent) == images(whole)
 
 
 def test_images_of_something_else_are_safe(go: Callable[..., Any], tmp_path: Path) -> None:

@@ -92,12 +92,14 @@ class RunFolder:
         """The description of the folder's run, None if there is none.
 
         Raises `VisarError` if it differs from `about`, which may have fewer fields, if it has more images, or if the
-        folder has images of something else.
+        folder has images, or a manifest, of something else.
         """
         found = self.about()
         if found is None:
-            if self.path.is_dir() and self.count_images():
-                raise VisarError(f"{self.path} holds images of something else; give another folder.")
+            images = self.path.is_dir() and self.count_images() > 0
+            if images or self.manifest.exists():
+                its = "images" if images else f"a {self.manifest.name}"
+                raise VisarError(f"{self.path} holds {its} of something else; give another folder.")
             return None
         pairs = [pair for key in IDENTITY if key in about for pair in _pairs(key, found.get(key), about[key])]
         differing = [f"{name} was {old}, now {new}" for name, old, new in pairs if old != new]
@@ -114,8 +116,8 @@ class RunFolder:
             _to_disk(file)
 
     def forget_if_empty(self) -> None:
-        """Remove run.json if there are no images."""
-        if not self.count_images():
+        """Remove run.json if there are no images, nor a manifest, which would then be nobody's."""
+        if not self.count_images() and not self.manifest.exists():
             self._run.unlink(missing_ok=True)
 
     def clear(self) -> None:
