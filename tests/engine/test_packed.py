@@ -44,6 +44,16 @@ def test_other_shapes_have_eight_bits_or_stay(shape: tuple[int, ...]) -> None:
     assert unpacked(six, "f")["m"].shape == shape
 
 
+@pytest.mark.parametrize("shape", [(3, 64), (2, 4, 3, 3)])
+@pytest.mark.parametrize("dtype", [torch.int8, INT6])
+def test_signs_stay(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Also of what is rounded to nothing: by them a model knows its drafters, and a MAR its autoencoder."""
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(0)) ** 5
+    value.view(-1)[:2] = torch.tensor([0.0, -0.0])
+    found = unpacked(packed({"m": value}, dtype), "f")["m"]
+    assert torch.equal(found.signbit(), value.signbit()) and (found == 0).sum() > 9
+
+
 def test_a_scale_that_does_not_fit_is_refused() -> None:
     stored = packed({"m": torch.ones(4, 8)}, INT6)
     for changes in (
