@@ -225,6 +225,7 @@ def test_settings_reach_the_law(text_pipe: TextToImagePipeline) -> None:
         ("cat", {"temperature": -(10**5000)}, "temperature must be a finite number, not a number of 16610 bits"),
         ("cat", {"seed": 10**5000}, "seed must be from 0 to 18446744073709551615, not a number of 16610 bits"),
         ("cat", {"guidance_interval": 2**63}, "guidance_interval must be from -1 to 9223372036854775807"),
+        ([10**5000], {}, "A prompt is a text, not a number of 16610 bits"),
         ("cat", {"window": 10**400}, "window must be a whole number of 64 bits, not a number of 1329 bits"),
         ("cat", {"window": -(10**5000)}, "window must be a whole number of 64 bits, not a number of 16610 bits"),
         (
@@ -300,6 +301,7 @@ def test_unknown_kinds_of_weights(text_pipe: TextToImagePipeline) -> None:
     ("labels", "message"),
     [
         (7, "Class 7 does not exist; this model knows 0 to 6"),
+        ([10**5000], "Class a number of 16610 bits does not exist"),
         ([0, -1], "Class -1 does not"),
         ([], "No class was"),
         (True, "Classes are whole numbers, not True"),

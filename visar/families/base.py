@@ -22,6 +22,7 @@ from visar.families.weights import load_part
 from visar.families.wrapped import check_layers
 from visar.host import has_bfloat16
 from visar.params import CONTINUOUS, DISCRETE, SamplingParams
+from visar.reading import short
 from visar.text_encoders import load_text_encoder
 from visar.texts import check_prompt
 
@@ -115,7 +116,7 @@ class Family(ABC):
         if self.condition == "prompt":
             for text in conditions:
                 if not isinstance(text, str):
-                    raise VisarError(f"A prompt is a text, not {text!r}.")
+                    raise VisarError(f"A prompt is a text, not {short(text)}.")
                 if not text.strip():
                     raise VisarError("The prompt is empty; give at least one word.")
                 check_prompt(text)
@@ -124,7 +125,7 @@ class Family(ABC):
             if isinstance(label, str):
                 raise VisarError(f"This model takes class ids, 0 to {self.classes - 1}, not the prompt {label!r}.")
             if not 0 <= label < self.classes:
-                raise VisarError(f"Class {label} does not exist; this model knows 0 to {self.classes - 1}.")
+                raise VisarError(f"Class {short(label)} does not exist; this model knows 0 to {self.classes - 1}.")
 
     def check_in_rows(self, conditions: Sequence[Any]) -> None:
         """`check_conditions`, for rows that are taken in turns."""
