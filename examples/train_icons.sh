@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Goes on with the training of `icons` and `icons-mar` on a GPU, then trains the drafters of `icons`:
+# Goes on with the training of `icons`, `icons-mar` and `icons-two-way` on a GPU, then trains the drafters of `icons`:
 #
-#     bash examples/train_icons.sh IMAGES OUT [MINUTES [MAR_MINUTES [DRAFTER_MINUTES [SAMPLED]]]]
+#     bash examples/train_icons.sh IMAGES OUT [MINUTES [MAR_MINUTES [DRAFTER_MINUTES [SAMPLED [TWO_WAY_MINUTES]]]]]
 #
-# IMAGES is what `visar train images` makes, or a zip of it. GPT, MAR and the MAR's draft model are saved in OUT/ar/gpt, OUT/mar/mar and
-# OUT/draft/mar every three minutes and at the end of their MINUTES (the draft model has half of the MAR's); OUT/model, with its
-# drafters, and OUT/model-mar are what comes of it, and the log of each step is in OUT/logs. A GPU has run the step of the GPT only: the
+# IMAGES is what `visar train images` makes, or a zip of it. Each network is saved in OUT (ar/gpt, mar/mar, draft/mar, two-way/gpt) every
+# three minutes and at the end of its MINUTES; the draft model of the MAR has half of them. OUT/model, with its drafters, OUT/model-mar
+# and OUT/model-two-way are what comes of it, and the log of each step is in OUT/logs. A GPU has run the step of the GPT only: the
 # others ran on a CPU.
 set -euo pipefail
 if [ $# -lt 2 ]; then
-  echo "usage: bash examples/train_icons.sh IMAGES OUT [MINUTES [MAR_MINUTES [DRAFTER_MINUTES [SAMPLED]]]]" >&2
+  echo "usage: bash examples/train_icons.sh IMAGES OUT [MINUTES [MAR_MINUTES [DRAFTER_MINUTES [SAMPLED [TWO_WAY_MINUTES]]]]]" >&2
   exit 2
 fi
-images=$1 out=$2 minutes=${3:-5} mar_minutes=${4:-2} drafter_minutes=${5:-1} sampled=${6:-4096} batch=${BATCH:-384}
+images=$1 out=$2 minutes=${3:-5} mar_minutes=${4:-2} drafter_minutes=${5:-1} sampled=${6:-4096} two_way_minutes=${7:-$mar_minutes} batch=${BATCH:-384}
 home() { python -c "from visar.families.catalogue import embedded_folder; print(embedded_folder('$1'))"; }
-icons=$(home icons) mar=$(home icons-mar)
+icons=$(home icons) mar=$(home icons-mar) two_way=$(home icons-two-way)
 mkdir -p "$out/logs"
-rm -rf "$out/model" "$out/model-mar"  # of a run that goes on: they are made anew
+rm -rf "$out/model" "$out/model-mar" "$out/model-two-way"  # of a run that goes on: they are made anew
 run() {  # NAME ARGUMENTS...: a step with a log of its own
   local log=$out/logs/$1.txt
   shift
@@ -24,9 +24,10 @@ run() {  # NAME ARGUMENTS...: a step with a log of its own
   python -m visar train "$@" >"$log" 2>&1 || { tail -n 3 "$log"; return 1; }
 }
 
-run ar ar --data "$images" --out "$out/ar" --size 128 --tokenizer "$icons/vq" --words "$icons/text_encoder" \
-  --init "$icons/gpt" --variants 48 --without-groups symbols --batch "$batch" --minutes "$minutes" --lr 2e-3 --no-compile \
-  --weigh "flat=0.3,noto=0.25,twemoji=0.2,glossy=0.15,blob=0.08,emojione=0.05,rendered=0.1,streamline=0.04,fxemoji=0.05,people & body=0.5"
+gpt=(--data "$images" --size 128 --tokenizer "$icons/vq" --words "$icons/text_encoder" --variants 48
+  --without-groups symbols --batch "$batch" --lr 2e-3 --no-compile
+  --weigh "flat=0.3,noto=0.25,twemoji=0.2,glossy=0.15,blob=0.08,emojione=0.05,rendered=0.1,streamline=0.04,fxemoji=0.05,people & body=0.5")
+run ar ar "${gpt[@]}" --out "$out/ar" --init "$icons/gpt" --minutes "$minutes"
 run assemble assemble --gpt "$out/ar/gpt" --tokenizer "$icons/vq" --words "$out/ar/text_encoder" \
   --guidance-scale 3 --top-k 10 --gpt-dtype int8 --out "$out/model"
 
@@ -39,6 +40,12 @@ run assemble-mar assemble --mar "$out/mar/mar" --draft "$out/draft/mar" --autoen
   --guidance-scale 2 --draft-dtype int8 --out "$out/model-mar"
 mkdir -p "$out/model-mar/text_encoder"
 cp "$out/mar/text_encoder/concepts.json" "$out/model-mar/text_encoder/"  # its own list; the words are those of icons
+
+run two-way two-way "${gpt[@]}" --out "$out/two-way" --init "$two_way/gpt" --stage 2 --minutes "$two_way_minutes"
+run assemble-two-way assemble --gpt "$out/two-way/gpt" --tokenizer icons --words icons \
+  --guidance-scale 3 --top-k 10 --gpt-dtype int6 --out "$out/model-two-way"
+mkdir -p "$out/model-two-way/text_encoder"
+cp "$out/two-way/text_encoder/concepts.json" "$out/model-two-way/text_encoder/"
 
 drafter=(drafter --model "$out/model" --captions "$images" --styles "3d,noto,flat" --without-groups symbols
   --out "$out/drafters" -n "$sampled" --dtype float32 --no-compile)

@@ -101,8 +101,8 @@ FOREIGN = {
     "python -m visar.eval.report.prompt_sheet --model my-model --out sheet.png": (
         "100 images of the model above; tests/eval/report/test_prompt_sheet.py makes few"
     ),
-    "python -m visar.eval.quality.two_way --model my-two-way --trunk my-model --data images": (
-        "models that took hours; tests/eval/quality/test_two_way.py measures small ones"
+    "python -m visar.eval.quality.two_way --model icons-two-way --data images --without-groups symbols": (
+        "minutes; tests/eval/quality/test_two_way.py measures small ones"
     ),
     'pip install "PATH_OF_THE_CLONE[demo]" --constraint PATH_OF_THE_CLONE/constraints.txt': (
         "installs; tests/project/test_wheel.py does so with the same constraints"

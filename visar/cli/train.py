@@ -355,19 +355,21 @@ def assemble(options: argparse.Namespace) -> int:
     check_new(options.out)
     writable_folder(options.out)  # before the work
     dtype = getattr(torch, options.dtype)
-    shared = {"text_encoder": options.words} if is_embedded(options.words) else {}
-    home = embedded_folder(options.words) / "text_encoder" if shared else options.words
+    named = {"text_encoder": options.words, "vq": options.tokenizer}
+    shared = {part: name for part, name in named.items() if name is not None and is_embedded(name)}
+    home = {part: embedded_folder(shared[part]) / part if part in shared else name for part, name in named.items()}
     parts: dict[str, Any] = {}
     settings: dict[str, Any] = {"guidance_scale": options.guidance_scale}
     if options.gpt:
         parts["gpt"] = _component("families.llamagen.loading.LlamaGen", options.gpt)
-        parts["vq"] = _component("families.llamagen.vq.VQModel", options.tokenizer)
+        parts["vq"] = _component("families.llamagen.vq.VQModel", home["vq"])
         settings["top_k"] = options.top_k
     else:
         parts["mar"] = _component("families.mar.transformer.MAR", options.mar)
         parts["vae"] = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder)
-    encoder = _component("text_encoders.words.WordEncoder", home)
-    parts["text_encoder"] = encoder.knowing(None) if shared else encoder  # the embedded model knows other things
+    encoder = _component("text_encoders.words.WordEncoder", home["text_encoder"])
+    # The embedded model knows other things.
+    parts["text_encoder"] = encoder.knowing(None) if "text_encoder" in shared else encoder
     model = ImageModel(family_of_components(parts).of(parts, settings))
     if options.draft:
         model.load_drafter(options.draft)

@@ -44,6 +44,14 @@ class Listing:
 
 EMBEDDED = (
     Listing("icons", "icons and emoji from a short text", "prompt", (128,), parameters=6_262_016, licence=OWN),
+    Listing(
+        "icons-two-way",
+        "the same in 32 passes, less well (two-way heads)",
+        "prompt",
+        (128,),
+        parameters=8_630_529,
+        licence=OWN,
+    ),
     Listing("icons-mar", "the same from continuous tokens (MAR)", "prompt", (128,), parameters=3_268_576, licence=OWN),
 )
 

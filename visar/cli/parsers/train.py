@@ -197,7 +197,7 @@ def assemble(p: CommandParser) -> None:
     """
     for flag, what in (
         ("--gpt", "a GPT"),
-        ("--tokenizer", "the tokenizer of the GPT"),
+        ("--tokenizer", "the tokenizer of the GPT, or the embedded model that has it"),
         ("--mar", "a MAR"),
         ("--autoencoder", "the autoencoder of the MAR"),
         ("--draft", "a smaller MAR that drafts for it"),
