@@ -13,8 +13,7 @@ if [ $# -lt 2 ]; then
   exit 2
 fi
 images=$1 out=$2 minutes=${3:-5} mar_minutes=${4:-2} drafter_minutes=${5:-1} sampled=${6:-4096} two_way_minutes=${7:-$mar_minutes} batch=${BATCH:-384}
-home() { python -c "from visar.families.catalogue import embedded_folder; print(embedded_folder('$1'))"; }
-icons=$(home icons) mar=$(home icons-mar) two_way=$(home icons-two-way)
+draft=$(python -c "from visar.families.catalogue import embedded_folder; print(embedded_folder('icons-mar') / 'draft')")
 mkdir -p "$out/logs"
 rm -rf "$out/model" "$out/model-mar" "$out/model-two-way"  # of a run that goes on: they are made anew
 run() {  # NAME ARGUMENTS...: a step with a log of its own
@@ -24,24 +23,24 @@ run() {  # NAME ARGUMENTS...: a step with a log of its own
   python -m visar train "$@" >"$log" 2>&1 || { tail -n 3 "$log"; return 1; }
 }
 
-gpt=(--data "$images" --size 128 --tokenizer "$icons/vq" --words "$icons/text_encoder" --variants 48
+gpt=(--data "$images" --size 128 --tokenizer icons --words icons --variants 48
   --without-groups symbols --batch "$batch" --lr 2e-3 --no-compile
   --weigh "flat=0.3,noto=0.25,twemoji=0.2,glossy=0.15,blob=0.08,emojione=0.05,rendered=0.1,streamline=0.04,fxemoji=0.05,people & body=0.5")
-run ar ar "${gpt[@]}" --out "$out/ar" --init "$icons/gpt" --minutes "$minutes"
-run assemble assemble --gpt "$out/ar/gpt" --tokenizer "$icons/vq" --words "$out/ar/text_encoder" \
+run ar ar "${gpt[@]}" --out "$out/ar" --init icons --minutes "$minutes"
+run assemble assemble --gpt "$out/ar/gpt" --tokenizer icons --words "$out/ar/text_encoder" \
   --guidance-scale 3 --top-k 10 --gpt-dtype int8 --out "$out/model"
 
-masked=(mar --data "$images" --size 128 --varied --autoencoder "$mar/vae" --words "$icons/text_encoder" --styles 3d
+masked=(mar --data "$images" --size 128 --varied --autoencoder icons-mar --words icons --styles 3d
   --without-groups symbols --weigh "people & body=0.4" --batch "$batch" --no-compile)
-run mar "${masked[@]}" --out "$out/mar" --init "$mar/mar" --minutes "$mar_minutes" --lr 2e-3
-run draft "${masked[@]}" --out "$out/draft" --init "$mar/draft" --minutes "$(python -c "print($mar_minutes / 2)")" --lr 2e-3 \
+run mar "${masked[@]}" --out "$out/mar" --init icons-mar --minutes "$mar_minutes" --lr 2e-3
+run draft "${masked[@]}" --out "$out/draft" --init "$draft" --minutes "$(python -c "print($mar_minutes / 2)")" --lr 2e-3 \
   --dim 96 --layers 2 --heads 1 --head-width 128 --head-layers 2
-run assemble-mar assemble --mar "$out/mar/mar" --draft "$out/draft/mar" --autoencoder "$mar/vae" --words icons \
+run assemble-mar assemble --mar "$out/mar/mar" --draft "$out/draft/mar" --autoencoder icons-mar --words icons \
   --guidance-scale 2 --draft-dtype int8 --out "$out/model-mar"
 mkdir -p "$out/model-mar/text_encoder"
 cp "$out/mar/text_encoder/concepts.json" "$out/model-mar/text_encoder/"  # its own list; the words are those of icons
 
-run two-way two-way "${gpt[@]}" --out "$out/two-way" --init "$two_way/gpt" --stage 2 --minutes "$two_way_minutes"
+run two-way two-way "${gpt[@]}" --out "$out/two-way" --init icons-two-way --stage 2 --minutes "$two_way_minutes"
 run assemble-two-way assemble --gpt "$out/two-way/gpt" --tokenizer icons --words icons \
   --guidance-scale 3 --top-k 10 --gpt-dtype int6 --out "$out/model-two-way"
 mkdir -p "$out/model-two-way/text_encoder"

@@ -89,8 +89,7 @@ PARSED = {
     "tests/training/test_patches.py and test_variant_training.py run small ones",
     "visar train ar --data images --out run/ar --size 128": "see above",
     "visar train assemble --gpt run/ar/gpt --tokenizer run/vq/vq --words run/ar/text_encoder": "see above",
-    "visar train two-way --init assets/icons/gpt": "from weights of a checkout; "
-    "tests/training/test_two_way_training.py runs small ones",
+    "visar train two-way --init icons": "an hour; tests/training/test_two_way_training.py runs small ones",
     "visar eval stats": "downloads the weights of Inception",
     "visar eval fid": "needs 2,048 images, and weights as above",
     "visar eval clip images": "downloads the weights of a CLIP",

@@ -47,7 +47,7 @@ def test_assembled_it_is_what_ships(tmp_path: Path) -> None:
     """Packed again it is the same file: the numbers of a row are whole already."""
     folder, again = resolve("icons-two-way"), tmp_path / "again"
     assert isinstance(folder, Path)
-    parts = ["--gpt", str(folder / "gpt"), "--tokenizer", "icons", "--words", "icons", "--gpt-dtype", "int6"]
+    parts = ["--gpt", "icons-two-way", "--tokenizer", "icons", "--words", "icons", "--gpt-dtype", "int6"]
     assert main(["train", "assemble", *parts, "--top-k", "10", "-o", str(again)]) == 0
     index, own = (json.loads((f / "model_index.json").read_text()) for f in (folder, again))
     assert index == own and not (again / "vq").exists() and not (again / "text_encoder").exists()

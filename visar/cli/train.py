@@ -18,6 +18,14 @@ from visar.files import check_new, new_folder, writable_folder
 from visar.params import CONTINUOUS, DISCRETE
 from visar.texts import lines_of, read_text
 
+# The components by what a model's folder calls them: module and class.
+PARTS = {
+    "vq": ("visar.families.llamagen.vq", "VQModel"),
+    "vae": ("visar.families.mar.autoencoder", "KLAutoencoder"),
+    "text_encoder": ("visar.text_encoders.words", "WordEncoder"),
+    "gpt": ("visar.families.llamagen.loading", "LlamaGen"),
+    "mar": ("visar.families.mar.transformer", "MAR"),
+}
 # Options that may change when a run goes on; of the data, what is in it must not.
 MAY_CHANGE = {"parser", "data", "out", "minutes", "batch", "lr", "no_compile", "device", "stored_as"}
 
@@ -90,7 +98,7 @@ def tokenizer(options: argparse.Namespace) -> int:
 
     from visar.training.tokenizer import SMALL_VQ, train_tokenizer
 
-    start = _component("families.llamagen.vq.VQModel", options.init) if options.init else None
+    start = _component("vq", options.init) if options.init else None
     data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
     sizes = replace(SMALL_VQ, patch=options.patch, background=0 if options.varied else -1)
     train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied, options.decoder_only)
@@ -100,7 +108,7 @@ def tokenizer(options: argparse.Namespace) -> int:
 def autoencoder(options: argparse.Namespace) -> int:
     from visar.training.autoencoder import SMALL_KL, train_autoencoder
 
-    start = _component("families.mar.autoencoder.KLAutoencoder", options.init) if options.init else None
+    start = _component("vae", options.init) if options.init else None
     data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
     sizes = {**SMALL_KL, "patch": options.patch}
     how = {"perceptual": options.perceptual, "varied": options.varied, "decoder_only": options.decoder_only}
@@ -114,9 +122,9 @@ def mar(options: argparse.Namespace) -> int:
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
-    vae = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder).eval()
-    encoder = _component("text_encoders.words.WordEncoder", options.words)
-    start = _component("families.mar.transformer.MAR", options.init) if options.init else None
+    vae = _component("vae", options.autoencoder).eval()
+    encoder = _component("text_encoder", options.words)
+    start = _component("mar", options.init) if options.init else None
     train_mar(
         data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
         options.head_layers, varied=options.varied, weights=options.weigh, start=start,
@@ -127,14 +135,12 @@ def mar(options: argparse.Namespace) -> int:
 def clip(options: argparse.Namespace) -> int:
     import torch
 
-    from visar.families.catalogue import embedded_folder, is_embedded
     from visar.training.clip import train_clip
 
     if options.batch < 2:
         raise VisarError(f"--batch must be 2 or more, not {options.batch}: a CLIP compares the images of a batch.")
     data, config = _run(options, warmup=100, ema=0.998)
-    home = embedded_folder(options.words) / "text_encoder" if is_embedded(options.words) else options.words
-    encoder = _component("text_encoders.words.WordEncoder", home)
+    encoder = _component("text_encoder", options.words)
     train_clip(
         data, options.size, config, encoder, options.dim, options.layers, options.text_layers, options.heads,
         getattr(torch, options.stored_as),
@@ -143,16 +149,14 @@ def clip(options: argparse.Namespace) -> int:
 
 
 def ar(options: argparse.Namespace) -> int:
-    from visar.families.llamagen.vq import VQModel
-    from visar.text_encoders.words import WordEncoder
     from visar.training.ar import train_ar
 
     if options.dim % options.heads or options.dim // options.heads % 4:
         raise VisarError("--dim must be a multiple of --heads, and their ratio a multiple of 4.")
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
-    vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
-    encoder = WordEncoder.from_pretrained(_folder(options.words))
-    start = _component("families.llamagen.loading.LlamaGen", options.init) if options.init else None
+    vq = _component("vq", options.tokenizer).eval()
+    encoder = _component("text_encoder", options.words)
+    start = _component("gpt", options.init) if options.init else None
     train_ar(
         data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn,
         variants=options.variants, weights=options.weigh, start=start, any_order=options.any_order,
@@ -161,15 +165,13 @@ def ar(options: argparse.Namespace) -> int:
 
 
 def two_way(options: argparse.Namespace) -> int:
-    from visar.families.llamagen.vq import VQModel
-    from visar.text_encoders.words import WordEncoder
     from visar.training.two_way import check_stage, train_two_way
 
-    start = _component("families.llamagen.loading.LlamaGen", options.init)
+    start = _component("gpt", options.init)
     check_stage(start, options.stage)  # before the images are read
     data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
-    vq = VQModel.from_pretrained(_folder(options.tokenizer)).eval()
-    encoder = WordEncoder.from_pretrained(_folder(options.words))
+    vq = _component("vq", options.tokenizer).eval()
+    encoder = _component("text_encoder", options.words)
     train_two_way(
         data, options.size, config, vq, encoder, start, stage=options.stage, layers=options.layers,
         variants=options.variants, weights=options.weigh,
@@ -322,7 +324,7 @@ def jacobi(options: argparse.Namespace) -> int:
     from visar.training.ar import continued
     from visar.training.jacobi import tune_jacobi
 
-    start = _component("families.llamagen.loading.LlamaGen", options.init) if options.init else None
+    start = _component("gpt", options.init) if options.init else None
     source = _source(options, "A MAR has no windows of tokens; `train jacobi` tunes a GPT.", "state.pt", "gpt")
     teacher = source.model.family.drafting
     if not isinstance(teacher, LlamaGenTarget):
@@ -340,7 +342,7 @@ def jacobi(options: argparse.Namespace) -> int:
 def assemble(options: argparse.Namespace) -> int:
     import torch
 
-    from visar.families.catalogue import embedded_folder, is_embedded
+    from visar.families.catalogue import is_embedded
     from visar.families.registry import family_of_components
     from visar.generation.model import ImageModel
     from visar.generation.saving import save
@@ -357,17 +359,16 @@ def assemble(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype)
     named = {"text_encoder": options.words, "vq": options.tokenizer}
     shared = {part: name for part, name in named.items() if name is not None and is_embedded(name)}
-    home = {part: embedded_folder(shared[part]) / part if part in shared else name for part, name in named.items()}
     parts: dict[str, Any] = {}
     settings: dict[str, Any] = {"guidance_scale": options.guidance_scale}
     if options.gpt:
-        parts["gpt"] = _component("families.llamagen.loading.LlamaGen", options.gpt)
-        parts["vq"] = _component("families.llamagen.vq.VQModel", home["vq"])
+        parts["gpt"] = _component("gpt", options.gpt)
+        parts["vq"] = _component("vq", options.tokenizer)
         settings["top_k"] = options.top_k
     else:
-        parts["mar"] = _component("families.mar.transformer.MAR", options.mar)
-        parts["vae"] = _component("families.mar.autoencoder.KLAutoencoder", options.autoencoder)
-    encoder = _component("text_encoders.words.WordEncoder", home["text_encoder"])
+        parts["mar"] = _component("mar", options.mar)
+        parts["vae"] = _component("vae", options.autoencoder)
+    encoder = _component("text_encoder", options.words)
     # The embedded model knows other things.
     parts["text_encoder"] = encoder.knowing(None) if "text_encoder" in shared else encoder
     model = ImageModel(family_of_components(parts).of(parts, settings))
@@ -383,17 +384,15 @@ def assemble(options: argparse.Namespace) -> int:
     return 0
 
 
-def _component(kind: str, path: str | Path) -> Any:
-    """A component from a folder, by its module within visar and its class."""
+def _component(part: str, path: str) -> Any:
+    """A component from its folder, or that of an embedded model by its name."""
     import importlib
 
+    from visar.families.catalogue import embedded_folder, is_embedded
     from visar.families.weights import load_part
 
-    module, _, name = kind.rpartition(".")
-    return load_part(getattr(importlib.import_module(f"visar.{module}"), name), _folder(path), name)
-
-
-def _folder(path: str | Path) -> Path:
-    if not (Path(path) / "config.json").exists():
-        raise VisarError(f"{path} is not a saved component: it has no config.json.")
-    return Path(path)
+    module, name = PARTS[part]
+    folder = embedded_folder(path) / part if is_embedded(path) else Path(path)
+    if not (folder / "config.json").exists():
+        raise VisarError(f"{folder} is not a saved component: it has no config.json.")
+    return load_part(getattr(importlib.import_module(module), name), folder, name)

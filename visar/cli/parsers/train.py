@@ -7,7 +7,9 @@ from visar.cli.parsers.options import device_option, model_options, sampling_opt
 
 DTYPES = ("float32", "float16", "bfloat16")
 SMALL = ("int8", "int6", "float8_e4m3fn")
-WORDS = "the folder of `visar train words`"
+EMBEDDED = "or an embedded model's name"
+WORDS = f"the folder of `visar train words`, {EMBEDDED}"
+TOKENIZER = f"the `vq` of a tokenizer run, {EMBEDDED}"
 VARIED = "zoom, shift and recolour the images for training"
 
 
@@ -70,10 +72,10 @@ def ar(p: CommandParser) -> None:
     _training_options(p, minutes=75, batch=32, lr=2.5e-3)
     _varied_tokens_options(p)
     model = p.add_argument_group("Model")
-    model.add_argument("--init", metavar="FOLDER", help="start from this GPT, which may have fewer --layers")
+    model.add_argument("--init", metavar="MODEL|PATH", help="start from this GPT, which may have fewer --layers")
     model.add_argument("--any-order", action="store_true", help="a RandAR, which samples the cells in any order")
-    model.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the folder `vq` of a tokenizer run")
-    model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
+    model.add_argument("--tokenizer", required=True, metavar="MODEL|PATH", help=TOKENIZER)
+    model.add_argument("--words", required=True, metavar="MODEL|PATH", help=WORDS)
     _sizes(model, dim=(256, "width"), layers=(6, "layers"), heads=(4, "attention heads"), ffn=(768, "inner width"))
 
 
@@ -86,13 +88,13 @@ def two_way(p: CommandParser) -> None:
     _training_options(p, minutes=30, batch=32, lr=2.5e-3)
     _varied_tokens_options(p)
     model = p.add_argument_group("Model")
-    model.add_argument("--init", required=True, metavar="FOLDER", help="the GPT, in stage 2 that of stage 1")
+    model.add_argument("--init", required=True, metavar="MODEL|PATH", help="the GPT, in stage 2 that of stage 1")
     model.add_argument(
         "--stage", type=int, choices=(1, 2), default=1, help="train the heads on a frozen GPT (1), or all of it (2)"
     )
     model.add_argument("--layers", type=whole(1, 1024), default=1, metavar="N", help="layers of the heads, in stage 1")
-    model.add_argument("--tokenizer", required=True, metavar="FOLDER", help="the tokenizer of the GPT")
-    model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
+    model.add_argument("--tokenizer", required=True, metavar="MODEL|PATH", help=TOKENIZER)
+    model.add_argument("--words", required=True, metavar="MODEL|PATH", help=WORDS)
 
 
 def jacobi(p: CommandParser) -> None:
@@ -102,7 +104,7 @@ def jacobi(p: CommandParser) -> None:
     visar train jacobi --model my-model --captions images.zip -n 512 --minutes 40 -o run/jacobi
     """
     p.add_argument("--window", type=whole(2, 64), default=16, metavar="W", help="the window of `scd` to tune for")
-    p.add_argument("--init", metavar="FOLDER", help="go on with a GPT tuned before, on windows of its own")
+    p.add_argument("--init", metavar="MODEL|PATH", help="go on with a GPT tuned before, on windows of its own")
     p.add_argument(
         "--hold",
         type=positive,
@@ -124,9 +126,9 @@ def mar(p: CommandParser) -> None:
     data.add_argument("--varied", action="store_true", help=f"{VARIED}, and the captions as people type them")
     _weigh_option(data)
     model = p.add_argument_group("Model")
-    model.add_argument("--init", metavar="FOLDER", help="start from this MAR, of the same sizes and autoencoder")
-    model.add_argument("--autoencoder", required=True, metavar="FOLDER", help="the folder `vae` of an autoencoder run")
-    model.add_argument("--words", required=True, metavar="FOLDER", help=WORDS)
+    model.add_argument("--init", metavar="MODEL|PATH", help="start from this MAR, of the same sizes and autoencoder")
+    model.add_argument("--autoencoder", required=True, metavar="MODEL|PATH", help=f"the `vae` of its run, {EMBEDDED}")
+    model.add_argument("--words", required=True, metavar="MODEL|PATH", help=WORDS)
     _sizes(
         model,
         dim=(128, "width"),
@@ -145,9 +147,7 @@ def clip(p: CommandParser) -> None:
     """
     _training_options(p, minutes=27, batch=128, lr=3e-3)
     model = p.add_argument_group("Model")
-    model.add_argument(
-        "--words", default="icons", metavar="MODEL|PATH", help=f"{WORDS}, or an embedded model that has such words"
-    )
+    model.add_argument("--words", default="icons", metavar="MODEL|PATH", help=WORDS)
     _sizes(
         model,
         dim=(96, "width of both towers"),
@@ -197,15 +197,13 @@ def assemble(p: CommandParser) -> None:
     """
     for flag, what in (
         ("--gpt", "a GPT"),
-        ("--tokenizer", "the tokenizer of the GPT, or the embedded model that has it"),
+        ("--tokenizer", "the tokenizer of the GPT"),
         ("--mar", "a MAR"),
         ("--autoencoder", "the autoencoder of the MAR"),
-        ("--draft", "a smaller MAR that drafts for it"),
     ):
-        p.add_argument(flag, metavar="FOLDER", help=what)
-    p.add_argument(
-        "--words", required=True, metavar="MODEL|PATH", help=f"{WORDS}, or an embedded model that has such words"
-    )
+        p.add_argument(flag, metavar="MODEL|PATH", help=f"{what}: its folder, {EMBEDDED}")
+    p.add_argument("--draft", metavar="FOLDER", help="a smaller MAR that drafts for it")
+    p.add_argument("--words", required=True, metavar="MODEL|PATH", help=WORDS)
     p.add_argument("--guidance-scale", type=finite, default=3.0, metavar="X", help="the model's default")
     p.add_argument("--top-k", type=whole(0), default=0, metavar="N", help="the model's default; 0 for all tokens")
     output = p.add_argument_group("Output")
@@ -226,7 +224,7 @@ def _autoencoder_options(p: CommandParser, what: str, also: str = "") -> None:
     _training_options(p, minutes=21, batch=16, lr=1.5e-3)
     p.add_argument_group("Data").add_argument("--varied", action="store_true", help=VARIED + also)
     model = p.add_argument_group("Model")
-    model.add_argument("--init", metavar="FOLDER", help=f"start from this {what}, which may have a smaller --patch")
+    model.add_argument("--init", metavar="MODEL|PATH", help=f"start from this {what}, which may have a smaller --patch")
     model.add_argument(
         "--patch", type=whole(1, 64), default=1, metavar="N", help="the first convolution reads blocks of N x N pixels"
     )
