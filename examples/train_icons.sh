@@ -13,7 +13,7 @@ if [ $# -lt 2 ]; then
   exit 2
 fi
 images=$1 out=$2 minutes=${3:-5} mar_minutes=${4:-2} drafter_minutes=${5:-1} sampled=${6:-4096} two_way_minutes=${7:-$mar_minutes} batch=${BATCH:-384}
-draft=$(python -c "from visar.families.catalogue import embedded_folder; print(embedded_folder('icons-mar') / 'draft')")
+assets=$(python -c "from visar.families.catalogue import embedded_folder; print(embedded_folder('icons').parent)")
 mkdir -p "$out/logs"
 rm -rf "$out/model" "$out/model-mar" "$out/model-two-way"  # of a run that goes on: they are made anew
 run() {  # NAME ARGUMENTS...: a step with a log of its own
@@ -27,13 +27,13 @@ gpt=(--data "$images" --size 128 --tokenizer icons --words icons --variants 48
   --without-groups symbols --batch "$batch" --lr 2e-3 --no-compile
   --weigh "flat=0.3,noto=0.25,twemoji=0.2,glossy=0.15,blob=0.08,emojione=0.05,rendered=0.1,streamline=0.04,fxemoji=0.05,people & body=0.5")
 run ar ar "${gpt[@]}" --out "$out/ar" --init icons --minutes "$minutes"
-run assemble assemble --gpt "$out/ar/gpt" --tokenizer icons --words "$out/ar/text_encoder" \
+run assemble assemble --gpt "$out/ar/gpt" --tokenizer "$assets/icons/vq" --words "$out/ar/text_encoder" \
   --guidance-scale 3 --top-k 10 --gpt-dtype int8 --out "$out/model"
 
 masked=(mar --data "$images" --size 128 --varied --autoencoder icons-mar --words icons --styles 3d
   --without-groups symbols --weigh "people & body=0.4" --batch "$batch" --no-compile)
 run mar "${masked[@]}" --out "$out/mar" --init icons-mar --minutes "$mar_minutes" --lr 2e-3
-run draft "${masked[@]}" --out "$out/draft" --init "$draft" --minutes "$(python -c "print($mar_minutes / 2)")" --lr 2e-3 \
+run draft "${masked[@]}" --out "$out/draft" --init "$assets/icons-mar/draft" --minutes "$(python -c "print($mar_minutes / 2)")" --lr 2e-3 \
   --dim 96 --layers 2 --heads 1 --head-width 128 --head-layers 2
 run assemble-mar assemble --mar "$out/mar/mar" --draft "$out/draft/mar" --autoencoder icons-mar --words icons \
   --guidance-scale 2 --draft-dtype int8 --out "$out/model-mar"
