@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from visar import user_code
 from visar.errors import VisarError, unknown
-from visar.params import number, plain, whole
+from visar.params import number, of_64_bits, plain
 from visar.reading import short
 from visar.samplers.parameters import Parameter, parameters_of
 
@@ -22,7 +22,6 @@ DEFAULTS = {"discrete": "scd", "continuous": "mar-headspec"}  # by the kind of t
 # Of the samplers for a model, by its own: "any" is one that samples cells in any order that is fixed beforehand.
 SCANS = {"raster": ("raster", "rows"), "any": ("raster", "groups"), "diagonal": ("diagonal",)}
 FOLDER = Path(__file__).parent
-LARGEST = 2**63  # beyond the whole numbers of samplers
 _SPECS: dict[str, SamplerSpec] = {}
 _MAKERS: dict[str, partial[Any]] = {}
 C = TypeVar("C", bound=type)
@@ -221,8 +220,8 @@ def name_of(sampler: Any) -> str:
     return max(names, key=likeness) if names else type(sampler).__name__  # of equal ones the first registered
 
 
-def _counts(value: Any) -> bool:
-    return 0 < int(value) < LARGEST
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and 0 < int(value) < 2**63
 
 
 def check_sampler(sampler: Any, tokens: str | None = None, scan: str | None = None) -> Any:
@@ -237,7 +236,11 @@ def check_sampler(sampler: Any, tokens: str | None = None, scan: str | None = No
     for name, said, good in (
         ("name", "a text", lambda x: isinstance(x, str) and x),
         ("exact", "true or false", lambda x: isinstance(x, bool)),
-        ("window", "the inputs of a pass, a whole number from 1", lambda x: isinstance(x, Integral) and _counts(x)),
+        (
+            "window",
+            "the inputs of a pass, a whole number from 1",
+            lambda x: isinstance(x, Integral) and 0 < int(x) < 2**63,
+        ),
     ):
         if not hasattr(sampler, name):
             raise VisarError(f"{kind} is no sampler: it has no {name}, {said}.")
@@ -291,12 +294,9 @@ def _all_typed(options: Mapping[str, Parameter], given: Mapping[str, Any]) -> di
 
 def _typed(name: str, kind: type, value: Any) -> Any:
     """The value of an option: for numbers Python's own, of which NumPy's, 0-d tensors and 8.0 are taken too."""
-    read: dict[type, Any] = {int: whole, float: number}
+    read: dict[type, Any] = {int: of_64_bits, float: number}
     if kind in read and value is not None:
-        found = read[kind](name, value)
-        if kind is int and not -LARGEST < found < LARGEST:
-            raise VisarError(f"{name} must be a whole number of 64 bits, not {short(found)}.")
-        return found
+        return read[kind](name, value)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     value = plain(value)
     if kind in words and not isinstance(value, kind):

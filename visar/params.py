@@ -237,6 +237,14 @@ def whole(name: str, value: Any) -> int | None:
         raise VisarError(f"{name} must be a whole number, not {value!r}.") from error
 
 
+def of_64_bits(name: str, value: Any) -> int | None:
+    """As `whole`; a `VisarError` also beyond the whole numbers of tensors."""
+    found = whole(name, value)
+    if found is not None and not -(2**63) <= found < 2**63:
+        raise VisarError(f"{name} must be a whole number of 64 bits, not {short(found)}.")
+    return found
+
+
 def number(name: str, value: Any) -> float | None:
     """A finite float, also of NumPy's or a 0-d tensor; a `VisarError` for anything else."""
     value = plain(value)

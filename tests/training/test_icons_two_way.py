@@ -13,6 +13,7 @@ import visar
 from visar.cli import main
 from visar.engine.component import WEIGHTS, read_tensors
 from visar.errors import VisarError
+from visar.families.catalogue import EMBEDDED, Listing
 from visar.families.source import resolve
 from visar.generation.model import ImageModel
 
@@ -56,3 +57,10 @@ def test_assembled_it_is_what_ships(tmp_path: Path) -> None:
     ours, theirs = read_tensors(again / file), read_tensors(folder / file)
     assert all(torch.allclose(ours[key], theirs[key], rtol=1e-5, atol=1e-7) for key in theirs)
     assert main(["train", "assemble", *parts[:3], "icons-mar", *parts[4:], "-o", str(tmp_path / "no")]) == 2
+
+
+@pytest.mark.parametrize("listing", EMBEDDED, ids=lambda listing: listing.name)
+def test_the_list_counts_the_parameters_that_decode(listing: Listing) -> None:
+    family = ImageModel.load(listing.name).family
+    decoder = family.components["mar" if listing.name == "icons-mar" else "gpt"]
+    assert sum(p.numel() for p in decoder.parameters()) == listing.parameters

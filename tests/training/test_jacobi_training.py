@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tiny import GPT, WORDS, class_gpt
-from tests.training.test_training import config, log_of
+from tests.helpers.training import config, log_of
 from visar.cli import main
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError

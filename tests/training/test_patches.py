@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.helpers.tiny import image_folder
-from tests.training.test_training import config, log_of
+from tests.helpers.training import config, log_of
 from visar.cli import main
 from visar.errors import VisarError
 from visar.families.llamagen.loading import load_vq

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.tiny import class_gpt, image_folder
-from tests.training.test_training import config, log_of
+from tests.helpers.training import config, log_of
 from visar.cli import main
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen, initialise

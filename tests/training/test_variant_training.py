@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.tiny import image_folder, text_gpt
-from tests.training.test_training import config, log_of
+from tests.helpers.training import config, log_of
 from visar.cli import main
 from visar.errors import VisarError
 from visar.families.llamagen.gpt import LlamaGen, attended

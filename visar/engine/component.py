@@ -70,7 +70,7 @@ class Component(nn.Module):
     """
 
     config: Config
-    passed_by: ClassVar[tuple[str, ...]] = ()
+    passed_by: ClassVar[tuple[str, ...]] = ()  # layers that decoding reads and does not call, so that hooks do nothing
     own_dtype: ClassVar[tuple[str, ...]] = ()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

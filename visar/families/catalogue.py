@@ -49,7 +49,7 @@ EMBEDDED = (
         "the same in 32 passes, less well (two-way heads)",
         "prompt",
         (128,),
-        parameters=8_630_529,
+        parameters=8_622_625,
         licence=OWN,
     ),
     Listing("icons-mar", "the same from continuous tokens (MAR)", "prompt", (128,), parameters=3_268_576, licence=OWN),

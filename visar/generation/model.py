@@ -38,10 +38,8 @@ from visar.generation.sessions import Sessions
 from visar.kernels.backend import triton
 from visar.kernels.derived import steady_weights
 from visar.kernels.invariant import invariant
-from visar.params import DISCRETE, SamplingParams, plain, whole
-from visar.reading import short
+from visar.params import DISCRETE, SamplingParams, of_64_bits, plain
 from visar.samplers import SamplerSpec, check_sampler, default_sampler, get_sampler, samplers_for
-from visar.samplers.registry import LARGEST
 
 LEAST = 2**12  # bytes of a row, of families that do not say how many it needs
 COPIES = 4  # of the pixels in fp32, while the images of a call are put together
@@ -188,10 +186,8 @@ class ImageModel:
             check_callback("callback", callback, ("progress",))
         params = self.params_of(params, **settings)
         values = self._checked(listed(conditions))
-        if (num_images := whole("The number of images", num_images) or 0) < 1:
-            raise VisarError(f"The number of images must be 1 or more, not {short(num_images)}.")
-        if num_images >= LARGEST:
-            raise VisarError(f"The number of images must be a whole number of 64 bits, not {short(num_images)}.")
+        if (num_images := of_64_bits("The number of images", num_images) or 0) < 1:
+            raise VisarError(f"The number of images must be 1 or more, not {num_images}.")
         each = self.family.bytes_per_image(1, False) or LEAST  # at least; the session knows what its passes need
         if output_type not in ("tokens", "latent"):
             self.family.check_decoding()
