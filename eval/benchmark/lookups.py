@@ -32,11 +32,11 @@ CHILDREN, DEPTH = 8, 5  # of the tree of Token Recycling
 
 
 @torch.inference_mode()
-def target_probs(model: ImageModel, prompt: str, tokens: Tensor, params: SamplingParams, window: int = 64) -> Tensor:
+def target_probs(model: ImageModel, condition: Any, tokens: Tensor, params: SamplingParams, window: int = 64) -> Tensor:
     """The target distributions [N, V] of an image's tokens [N], each given those before it."""
     family, method = cast(DiscreteFamily, model.family), SpeculativeJacobi(window=window)
     target = target_of(family, params)
-    session = Call(family, None, family.encode([prompt]), method, target, guidance_of(params)).session()
+    session = Call(family, None, family.encode([condition]), method, target, guidance_of(params)).session()
     target = target.on(session.device, session.length, session.vocab)
     before = torch.cat([tokens[:1], tokens[:-1]]).to(session.device)
     out = []
