@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,17 +16,14 @@ from visar.files import cache_folder, replacing
 def nearest(codebook: Tensor, k: int, rows: int = 1024) -> Tensor:
     """The k nearest other codes of each code, [V, k] int64, nearest first, for a codebook [V, D].
 
-    By their distance, as tokenizers compare them: LlamaGen's are of length 1, Chameleon's of any. Ties go to the lower
-    id.
+    By their distance, so the codes are to be those that the tokenizer compares. Ties go to the lower id.
     """
     x = codebook.float()
-    unit = bool(((x.norm(dim=-1) - 1).abs() < 1e-2).all())
-    x = F.normalize(x, dim=-1) if unit else x
-    half = None if unit else x.square().sum(-1) / 2
+    half = x.square().sum(-1) / 2
     out = []
     for start in range(0, len(x), rows):
         part = x[start : start + rows]
-        alike = part @ x.T if half is None else part @ x.T - half
+        alike = part @ x.T - half
         own = torch.arange(start, start + len(part), device=x.device)[:, None]
         alike.scatter_(1, own, -torch.inf)
         out.append(alike.sort(dim=-1, descending=True, stable=True).indices[:, :k].clone())

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from visar.engine.rng import Purpose
@@ -100,7 +99,7 @@ class QuantileCoupling(SpeculativeJacobi):
 
 def by_component(codebook: Tensor) -> list[int]:
     """The codes of a codebook [V, D] by their first principal component."""
-    x = _directions(codebook)
+    x = codebook.detach().double().cpu()
     x = x - x.mean(0)
     axis = torch.linalg.eigh(x.T @ x).eigenvectors[:, -1]
     return ((x @ axis) * axis[axis.abs().argmax()].sign()).argsort(stable=True).tolist()  # of either sign, the same
@@ -108,18 +107,13 @@ def by_component(codebook: Tensor) -> list[int]:
 
 def by_neighbour(codebook: Tensor) -> list[int]:
     """A chain through the codes of a codebook [V, D]: from code 0 always on to the nearest one that is left."""
-    x = _directions(codebook)
+    x = codebook.detach().double().cpu()
     taken, chain = torch.zeros(len(x), dtype=torch.bool), [0]
     while len(chain) < len(x):
         taken[chain[-1]] = True
         apart = (x - x[chain[-1]]).square().sum(1)
         chain.append(int(apart.masked_fill(taken, torch.inf).argmin()))
     return chain
-
-
-def _directions(codebook: Tensor) -> Tensor:
-    # LlamaGen's rows are stored at any length, and its tokenizer normalises them at every use.
-    return F.normalize(codebook.detach().double().cpu(), dim=-1)
 
 
 def surprise(model: ImageModel, condition: Any, tokens: Tensor, params: SamplingParams) -> float:

@@ -275,7 +275,7 @@ class DiscreteFamily(Family):
 
     @property
     def codebook(self) -> Tensor | None:
-        """[V, D], for samplers that compare tokens."""
+        """[V, D], the codes as the tokenizer compares them, of length 1 or any, for samplers that compare tokens."""
         return None
 
 

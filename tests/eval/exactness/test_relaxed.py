@@ -87,7 +87,7 @@ def test_pooling_stops_at_the_first_neighbour_that_is_too_much() -> None:
 
 @pytest.mark.parametrize("unit", [True, False])
 def test_neighbours_are_the_nearest_codes(unit: bool) -> None:
-    """Of length 1, as LlamaGen's, or of any, as Chameleon's."""
+    """By their distance, whatever their length."""
     codes = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 51)[:, None]
     codes = codes / codes.norm(dim=1, keepdim=True) if unit else codes
     for row, found in enumerate(nearest(codes, 7, rows=16)):

@@ -123,6 +123,14 @@ def test_several_images_of_a_prompt_have_their_own_positions(pipe: Any) -> None:
     assert torch.equal(out.tokens, alone.expand(2, -1))
 
 
+def test_codes_are_compared_as_the_tokenizer_does(pipe: Any) -> None:
+    quantize, codebook = glm()[0].model.vqmodel.quantize, pipe.image_model.family.codebook
+    maps = torch.randn(1, codebook.shape[1], 5, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ids = quantize(maps)[2].flatten()
+    assert torch.equal(torch.cdist(maps.flatten(2)[0].T, codebook).argmin(1), ids) and len(ids.unique()) > 5
+
+
 def test_no_token_ends_an_image_early(pipe: Any) -> None:
     model, processor = tiny_glm(seed=1), glm_processor()
     with torch.no_grad():  # as the end of an image may be sampled anywhere

@@ -78,6 +78,14 @@ def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:
     assert (ours.int() - theirs.int()).abs().max() <= 1  # theirs are cut to whole numbers, and not rounded
 
 
+def test_codes_are_compared_as_the_tokenizer_does(pipe: Any) -> None:
+    quantize = janus()[0].model.vqmodel.quantize
+    with torch.no_grad():
+        entries = quantize.get_codebook_entry(torch.arange(16)[None]).flatten(2)[0].T
+    codebook = pipe.image_model.family.codebook
+    torch.testing.assert_close(codebook[:16], entries, rtol=0, atol=1e-7)
+
+
 def test_a_model_is_left_as_it_was(pipe: Any) -> None:
     model, processor = janus()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
@@ -184,8 +185,7 @@ class GlmImageFamily(TransformersFamily):
 
     @property
     def codebook(self) -> Tensor:
-        found: Tensor = self.model.model.vqmodel.quantize.embedding.weight
-        return found
+        return F.normalize(self.model.model.vqmodel.quantize.embedding.weight, dim=-1)
 
     def prior_token_ids(self, tokens: Tensor) -> Tensor:
         """What `GlmImagePipeline` takes, [B, 4 * rows * columns]: the codes of the image, each twice in both ways."""
@@ -204,7 +204,7 @@ class GlmImageFamily(TransformersFamily):
     def preview(self, tokens: Tensor) -> Tensor:
         """False colours: codes that are alike have colours that are alike."""
         if self._colours is None:
-            book = torch.nn.functional.normalize(self.codebook.float(), dim=-1).cpu()
+            book = self.codebook.float().cpu()
             axes = torch.linalg.eigh(book.T @ book).eigenvectors[:, -3:]
             found = book @ axes
             low, high = found.quantile(0.01, 0), found.quantile(0.99, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
@@ -123,5 +124,4 @@ class JanusFamily(TransformersFamily):
 
     @property
     def codebook(self) -> Tensor:
-        found: Tensor = self.model.model.vqmodel.quantize.embedding.weight
-        return found
+        return F.normalize(self.model.model.vqmodel.quantize.embedding.weight, dim=-1)

@@ -184,7 +184,7 @@ class LlamaGenFamily(DiscreteFamily):
 
     @property
     def codebook(self) -> Tensor:
-        return self.vq.quantize.embedding.weight
+        return self.vq.quantize.codes
 
     @property
     def pixels(self) -> tuple[int, int]:
