@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,19 +73,27 @@ def run_product(
 
 def run_linear(layer: nn.Module, x: Tensor, **after: Any) -> Tensor:
     """A layer with what follows it; one of another class, such as an adapter of your own, is called without it."""
+    return bound_linear(layer)(x, **after)
+
+
+def bound_linear(layer: nn.Module) -> Callable[..., Tensor]:
+    """`run_linear` of a layer that stays as it is, which is then not asked again what it is."""
     if getattr(layer, "fuses", False):
-        return layer(x, **after)  # type: ignore[no-any-return]
+        return layer
     if _is_torchs(layer):
-        return run_product(x, layer.weight, layer.bias, **after)  # type: ignore[arg-type]
-    return epilogue(layer(x), **after)
+        parameters: dict[str, Any] = {"weight": layer.weight, "bias": layer.bias}
+        return functools.partial(run_product, **parameters)
+    return lambda x, **after: epilogue(layer(x), **after)
 
 
-def run_joined(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+def bound_joined(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     """The outputs of linear layers of one input, side by side; those of `torch` in one product."""
     biases: list[Any] = [getattr(layer, "bias", None) for layer in layers]
     if is_invariant() or not all(map(_is_torchs, layers)) or 0 < sum(b is None for b in biases) < len(biases):
-        return torch.cat([run_linear(layer, x) for layer in layers], dim=-1)
-    return joined(x, [layer.weight for layer in layers], None if biases[0] is None else biases)  # type: ignore[misc]
+        each = [bound_linear(layer) for layer in layers]
+        return lambda x: torch.cat([run(x) for run in each], dim=-1)
+    weights: list[Any] = [layer.weight for layer in layers]
+    return functools.partial(joined, weights=weights, biases=None if biases[0] is None else biases)
 
 
 def _is_torchs(layer: nn.Module) -> bool:

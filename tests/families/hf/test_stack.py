@@ -6,6 +6,7 @@ All worlds of `test_sessions.py` but one are decoded by them.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.helpers.tiny_hf import janus
 from visar.engine.quantization import QuantizedLinear, quantize, rounded
 from visar.errors import VisarError
 from visar.families.hf.session import TransformersSession
-from visar.families.hf.stack import Stack
+from visar.families.hf.stack import Norms, Stack
 
 TOKENS = torch.tensor([[0, 3, 1, 2]])
 KNOWN = [kind for kind in WORLDS if kind != "mistral"]
@@ -58,8 +59,8 @@ class AdjacentPairs(Stack):
 class NoNorm(Stack):
     """Known bad: attention of what is not normed."""
 
-    def _layer(self, layer: Any, x: Tensor, attend: Any, table: Tensor) -> Tensor:
-        return super()._layer(layer, x * (1 + 0.1 * torch.arange(x.shape[1])[:, None]), attend, table)
+    def __init__(self, backbone: Any, norms: Norms):
+        super().__init__(backbone, replace(norms, before_attention=None))
 
 
 @pytest.mark.parametrize("bad", [AdjacentPairs, NoNorm])

@@ -9,8 +9,8 @@ own `forward`, or is of a class that visar does not know, `Stack.of` gives None,
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.engine.decoder import Attend
-from visar.engine.layers import is_plain, rms_norm, run_joined, run_linear
+from visar.engine.layers import bound_joined, bound_linear, is_plain, rms_norm
 from visar.kernels.linear import repeats
 
 
@@ -45,11 +45,16 @@ LAYERS = {
 
 
 class Stack:
-    """The layers and the last norm of a `backbone`, whose layers have these `norms`."""
+    """The layers and the last norm of a `backbone`, whose layers have these `norms`.
+
+    It asks once what each module is and has: hooks, adapters and weights that come later are those of the next one.
+    """
 
     def __init__(self, backbone: Any, norms: Norms):
-        self.backbone, self.norms = backbone, norms
+        self.backbone = backbone
         self.head_dim = int(backbone.layers[0].self_attn.head_dim)
+        self._layers = [_Layer(layer, norms, self.head_dim) for layer in backbone.layers]
+        self._norm = _bound_norm(backbone.norm)
 
     @classmethod
     def of(cls, backbone: Any) -> Stack | None:
@@ -75,55 +80,68 @@ class Stack:
 
         The outputs of the layers `aux_layers`, if any, are appended, as by `visar.engine.decoder.Decoder`.
         """
-        rows, layers, aux = len(x), self.backbone.layers, list[Tensor]()
-        if (times := repeats(x, layers[0])) > 1:
+        rows, aux = len(x), list[Tensor]()
+        if (times := repeats(x, self.backbone.layers[0])) > 1:
             x = x.repeat(times, 1, 1)
-        for n, layer in enumerate(layers):
-            x = self._layer(layer, x, functools.partial(attend, n), table)
+        for n, layer in enumerate(self._layers):
+            x = layer(x, table, attend, n)
             if n in aux_layers:
                 aux.append(x[:rows])
-        normed = _normed(self.backbone.norm, x[:rows])
+        normed = self._norm(x[:rows])
         return torch.cat([normed, *aux], dim=-1) if aux else normed
 
-    def _layer(self, layer: Any, x: Tensor, attend: Any, table: Tensor) -> Tensor:
-        names = self.norms
 
-        def norm(name: str | None, x: Tensor) -> Tensor:
-            return x if name is None else _normed(getattr(layer, name), x)
+class _Layer:
+    """What is run of a layer."""
 
+    def __init__(self, layer: Any, norms: Norms, head_dim: int):
+        a, m = layer.self_attn, layer.mlp
+        self._norms = [None if name is None else _bound_norm(getattr(layer, name)) for name in astuple(norms)]
+        self._qkv, self._o = bound_joined((a.q_proj, a.k_proj, a.v_proj)), bound_linear(a.o_proj)
+        self._head_norms = (_bound_norm(a.q_norm), _bound_norm(a.k_norm)) if hasattr(a, "q_norm") else None
+        self._head_dim, self._shared = head_dim, a.config.num_key_value_heads
+        self._hidden = _bound_swiglu(m)
+        self._down = bound_linear(m.down_proj)
+
+    def __call__(self, x: Tensor, table: Tensor, attend: Attend, n: int) -> Tensor:
+        before, after, before_mlp, after_mlp = self._norms
         # A sum is the end of the product before it, but where a norm comes between.
-        inner = None if names.after_attention else x
-        y = self._attention(layer.self_attn, norm(names.before_attention, x), inner, attend, table)
-        x = x + norm(names.after_attention, y) if names.after_attention else y
-        inner = None if names.after_mlp else x
-        y = _mlp(layer.mlp, norm(names.before_mlp, x), inner)
-        return x + norm(names.after_mlp, y) if names.after_mlp else y
+        y = x if before is None else before(x)
+        out = attend(n, self._heads(y), table).flatten(-2)
+        x = self._o(out, plus=x) if after is None else x + after(self._o(out))
+        hidden = self._hidden(x if before_mlp is None else before_mlp(x))
+        return self._down(hidden, plus=x) if after_mlp is None else x + after_mlp(self._down(hidden))
 
-    def _attention(self, a: Any, x: Tensor, plus: Tensor | None, attend: Any, table: Tensor) -> Tensor:
-        qkv = run_joined((a.q_proj, a.k_proj, a.v_proj), x).unflatten(-1, (-1, self.head_dim))
-        if hasattr(a, "q_norm"):
-            shared = a.config.num_key_value_heads
-            q, k, v = qkv.split([qkv.shape[2] - 2 * shared, shared, shared], dim=2)
-            qkv = torch.cat([_normed(a.q_norm, q), _normed(a.k_norm, k), v], dim=2)
-        return run_linear(a.o_proj, attend(qkv, table).flatten(-2), plus=plus)
+    def _heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values [R, W, heads, head_dim]."""
+        qkv = self._qkv(x)
+        qkv = qkv.view(*qkv.shape[:-1], -1, self._head_dim)
+        if self._head_norms is None:
+            return qkv
+        q, k, v = qkv.split([qkv.shape[2] - 2 * self._shared, self._shared, self._shared], dim=2)
+        q_norm, k_norm = self._head_norms
+        return torch.cat([q_norm(q), k_norm(k), v], dim=2)
 
 
-def _mlp(m: Any, x: Tensor, plus: Tensor | None) -> Tensor:
-    """SwiGLU."""
+def _bound_swiglu(m: Any) -> Callable[[Tensor], Tensor]:
+    """The hidden states of a SwiGLU."""
     if hasattr(m, "gate_up_proj"):
-        gate, up = run_linear(m.gate_up_proj, x).chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
-    else:
-        hidden = run_linear(m.up_proj, x, times=run_linear(m.gate_proj, x, silu=True))
-    return run_linear(m.down_proj, hidden, plus=plus)
+        both = bound_linear(m.gate_up_proj)
+
+        def hidden(x: Tensor) -> Tensor:
+            gate, up = both(x).chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+        return hidden
+    gate, up = bound_linear(m.gate_proj), bound_linear(m.up_proj)
+    return lambda x: up(x, times=gate(x, silu=True))
 
 
-def _normed(norm: Any, x: Tensor) -> Tensor:
+def _bound_norm(norm: Any) -> Callable[[Tensor], Tensor]:
     eps = getattr(norm, "variance_epsilon", None)  # of the RMS norms of transformers; Chameleon has others too
     if eps is None or not is_plain(norm):
-        found: Tensor = norm(x)
-        return found
-    return rms_norm(x, norm.weight, eps)
+        return norm  # type: ignore[no-any-return]
+    return functools.partial(rms_norm, weight=norm.weight, eps=eps)
 
 
 def _read(backbone: Any) -> Iterator[nn.Module]:
