@@ -116,11 +116,15 @@ class Adapter(nn.Module):
 def test_adapters_in_layers_are_in_the_images() -> None:
     model, processor = tiny_janus(), janus_processor()
     without = stock_janus(model, processor, PROMPTS)
+    pool = Pool(ImageModel.of(visar.accelerate(model, processor)), "scd", size=1)
+    pooled = [Request(PROMPTS[0], SamplingParams(top_k=1))]
+    assert [torch.equal(done.tokens, without[0]) for done in pool.run(pooled)] == [True]
     for layer in model.model.language_model.layers:
         layer.self_attn.q_proj, layer.mlp.up_proj = Adapter(layer.self_attn.q_proj), Adapter(layer.mlp.up_proj)
     stock = stock_janus(model, processor, PROMPTS)
     out = visar.accelerate(model, processor)(list(PROMPTS), top_k=1, sampler="scd", output_type="tokens")
-    assert torch.equal(out.tokens, stock) and not torch.equal(stock, without)
+    assert torch.equal(out.tokens, stock) and not torch.equal(stock[0], without[0])
+    assert [torch.equal(done.tokens, stock[0]) for done in pool.run(pooled)] == [True]
 
 
 def test_rows_that_are_taken_in_turns(pipe: Any) -> None:

@@ -18,6 +18,7 @@ from visar.families.hf.decoder import ImageDecoder
 from visar.families.hf.stack import Stack
 from visar.families.hf.versions import check_version
 from visar.kernels.attention import AttentionMetadata
+from visar.kernels.derived import steady
 from visar.kernels.invariant import is_invariant
 
 
@@ -44,7 +45,7 @@ class TransformersSession(PromptSession):
         check_version()
         self.decoder, self._configs = decoder, configurations(decoder.backbone)
         self._own_forward = own_forward
-        self._stack = self._found_stack()
+        self._stack, self._steady = self._found_stack(), steady()
         ids = condition[0]
         if aux_layers is not None and self._stack is None:
             raise VisarError("A drafter reads hidden states of layers that visar knows, and this model has others.")
@@ -66,7 +67,6 @@ class TransformersSession(PromptSession):
 
     def start(self, *condition: Tensor) -> None:
         self.decoder.start()
-        self._stack = self._found_stack()  # hooks may have come or gone since the last images
         super().start(*condition)
 
     def _found_stack(self) -> Stack | None:
@@ -84,7 +84,9 @@ class TransformersSession(PromptSession):
             return self.decoder.embed(tokens)
 
     def run(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
-        d = self.decoder
+        d, now = self.decoder, steady()
+        if now is None or now is not self._steady:  # weights, adapters and hooks may be others
+            self._steady, self._stack = now, self._found_stack()
         position_ids = d.position_ids(at, self.prefix)
         if self._stack is not None:
             table, halves = self._stack.rotary(position_ids)

@@ -47,7 +47,7 @@ LAYERS = {
 class Stack:
     """The layers and the last norm of a `backbone`, whose layers have these `norms`.
 
-    It asks once what each module is and has: hooks, adapters and weights that come later are those of the next one.
+    It asks once what each module is and has, so it is for a time in which nothing of that changes.
     """
 
     def __init__(self, backbone: Any, norms: Norms):
