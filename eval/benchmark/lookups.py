@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="icons")
     parser.add_argument("--images", type=int, default=32, help="of which the second half is drafted")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--top-k", type=int, help="of the target (default: the model's own)")
     options = parser.parse_args(argv)
     try:
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         if model.family.tokens != DISCRETE:
             raise VisarError("Lookups are for models of discrete tokens.")
         model.bar = {"disable": True}
-        params = model.params_of(SamplingParams(top_k=options.top_k))
+        params = model.params_of(SamplingParams(seed=options.seed, top_k=options.top_k))
         rows = [*_sampled(model, options.images, params)]
     except VisarError as error:
         print(f"visar: error: {error}", file=sys.stderr)
