@@ -89,6 +89,25 @@ def test_a_head_is_trained_for_the_models_own_drafter(class_folder: Path, tmp_pa
     assert (out / "medusa" / "acceptance" / "config.json").exists() and not (model / "medusa" / "acceptance").exists()
 
 
+def test_a_head_is_of_one_drafter(
+    class_folder: Path, class_pipe: ClassToImagePipeline, tmp_path: Path, capsys: Capture
+) -> None:
+    def tried(*arguments: object) -> str:
+        assert train(class_folder, tmp_path, "--kind", "medusa", *arguments) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    head = tmp_path / "medusa" / "acceptance"
+    assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 2) == 0
+    assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 2, "--acceptance") == 0
+    assert f"{head} was trained for the drafter as it is; delete it to" in tried("--steps", 4)
+    shutil.move(head, tmp_path / "head")
+    assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 4) == 0
+    assert "medusa-acceptance-run holds a run with other settings: drafter was" in tried("--steps", 4, "--acceptance")
+    shutil.move(tmp_path / "head", head)
+    with pytest.raises(VisarError, match="was trained for another drafter than that in its folder; delete it"):
+        class_pipe.load_drafter(tmp_path / "medusa")
+
+
 def test_bad_input(class_folder: Path, class_pipe: ClassToImagePipeline, tmp_path: Path, capsys: Capture) -> None:
     for arguments, message in (
         (("--acceptance",), "has a drafter 'eagle'; train one first."),

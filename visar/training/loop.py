@@ -43,6 +43,7 @@ class TrainConfig:
     compile: bool = True
     device: str = "cpu"
     made_of: Mapping[str, Any] = field(default_factory=dict)  # plain values, by name, that a run keeps when it goes on
+    held: bool = False  # whether the caller holds the folder of the run (`alone`)
 
 
 def distributed(device: str = "cpu") -> tuple[int, int, torch.device]:
@@ -145,11 +146,12 @@ class Batches:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _check_same(config: TrainConfig, before: Mapping[str, Any]) -> None:
+def check_same(out: Path, made_of: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Raise `VisarError` where a run would go on as another: it would learn something else, or start from nothing."""
-    pairs = [(name, before[name], now) for name, now in config.made_of.items() if name in before]
+    pairs = [(name, before[name], now) for name, now in made_of.items() if name in before]
     if differing := [f"{name} was {old}, now {now}" for name, old, now in pairs if old != now]:
-        raise VisarError(f"{config.out} holds a run with other settings: {'; '.join(differing)}; give another folder.")
+        said = "; ".join(differing)
+        raise VisarError(f"{out} holds a run with other settings: {said}; give another folder, or delete this one.")
 
 
 def _resumed(
@@ -158,7 +160,7 @@ def _resumed(
     """Load the parts of a run by name; returns its steps and minutes. Raises `VisarError` where that cannot be."""
     try:
         saved = torch.load(state_file, map_location=device, weights_only=True)
-        _check_same(config, saved.get("made_of", {}))
+        check_same(config.out, config.made_of, saved.get("made_of", {}))
         step, spent = saved["step"], saved["spent"]
         if type(step) is not int or step < 0 or not 0 <= spent < math.inf:
             raise ValueError("no such steps or minutes")
@@ -176,7 +178,12 @@ def _resumed(
 
 
 def alone(out: Path) -> AbstractContextManager[None]:
-    """Hold the folder of a run: two at once would save over each other. Raises `VisarError` if one is there."""
+    """Hold the folder of a run, in the first of its processes: two runs at once would save over each other.
+
+    Raises `VisarError` if one is there.
+    """
+    if (job := torchrun()) is not None and job.rank:
+        return nullcontext()
     return locked(out / ".lock", f"Another run trains in {out}; wait until it ends, or give another folder.", False)
 
 
@@ -212,7 +219,7 @@ def fit(
     stay as they are. Raises `VisarError` while another run trains there.
     """
     writable_folder(config.out)
-    with alone(config.out) if distributed(config.device)[0] == 0 else nullcontext():
+    with nullcontext() if config.held else alone(config.out):
         return _fit(model, batch_at, config, evaluate, after_step, rate)
 
 
