@@ -7,6 +7,7 @@ which is sampled once more under another seed, to show the effect of chance. The
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,17 +18,20 @@ import torch
 from torch import Tensor
 
 from visar.bulk import Condition, sample_images
+from visar.bulk.folder import RUN
 from visar.errors import VisarError
 from visar.eval.benchmark.speed import SpeedReport
 from visar.eval.benchmark.speed import compare as compare_speed
 from visar.eval.quality.compare import Comparison, compare
 from visar.eval.quality.extractors import Extractor
 from visar.eval.quality.image_folder import ImageFolder
+from visar.files import check_output
 from visar.generation.model import ImageModel
 from visar.params import SamplingParams
 from visar.samplers import AnySampler
 
 IMAGES = "images"  # the folder of the samplers' folders
+PAGE = ("report.html", "report.md", "report.json", "plot.svg", "grid.webp")
 OTHER_SEED = " (another seed)"
 
 Scores = Callable[[ImageFolder, Sequence[str]], Tensor]
@@ -73,6 +77,18 @@ class Report:
         return facts | {"speed": asdict(self.speed), "rows": rows}
 
 
+def check_page(out: Path) -> None:
+    """Raise `VisarError` where the page cannot be written into the folder `out`, or would replace what is of no report.
+
+    A report has sampled images before it writes its page.
+    """
+    of_report = any(out.glob(f"{IMAGES}/*/{RUN}"))
+    for file in (out / name for name in PAGE):
+        if os.path.lexists(file) and not of_report:
+            raise VisarError(f"{out} holds a {file.name} of something else; give another folder.")
+        check_output(file)
+
+
 def make_report(
     model: Any,
     samplers: Mapping[str, Any],
@@ -96,13 +112,14 @@ def make_report(
 
     A report that was cut short goes on: images that are there are not generated again. `tell` gets a line for each
     sampler. `settings` go to the pipeline. Raises `VisarError` for fewer than two samplers or images, and as
-    `sample_images` and `compare` do.
+    `check_page`, `sample_images` and `compare` do.
     """
     model = ImageModel.of(model)
     if len(samplers) < 2:
         raise VisarError("A report compares 2 or more samplers; the first is what the others are compared with.")
     if count < 2:
         raise VisarError(f"A report compares 2 or more images of each sampler, not {count}.")
+    check_page(out)
     SamplingParams(seed=seed + 1)  # the other seed must be one too, before an hour of images
     labels = list(samplers)
 
