@@ -22,7 +22,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def train(folder: Path, out: Path, *arguments: object) -> int:
-    fixed = ("--batch", 2, "-n", 6, "--depth", 2, "--no-compile")
+    fixed = ("--batch", 2, "-n", 6, "--no-compile")
     return main([str(a) for a in ("train", "drafter", "--model", folder, "--out", out, *fixed, *arguments)])
 
 
@@ -98,6 +98,7 @@ def test_a_head_is_of_one_drafter(
 
     head = tmp_path / "medusa" / "acceptance"
     assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 2) == 0
+    assert "drafts 3 tokens deep, not the 4 of --depth" in tried("--acceptance", "--depth", 4)
     assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 2, "--acceptance") == 0
     assert f"{head} was trained for the drafter as it is; delete it to" in tried("--steps", 4)
     shutil.move(head, tmp_path / "head")

@@ -162,6 +162,9 @@ def ar(options: argparse.Namespace) -> int:
 def two_way(options: argparse.Namespace) -> int:
     from visar.training.two_way import check_stage, train_two_way
 
+    if options.stage == 2 and options.layers is not None:
+        raise VisarError("--layers are those of stage 1; in stage 2 the heads have them already.")
+    options.layers = options.layers or 1
     start = _component("gpt", options.init)
     check_stage(start, options.stage)  # before the images are read
     with _run(options, warmup=100, optimizer="muon", ema=0.997) as (data, config):
@@ -185,6 +188,8 @@ def drafter(options: argparse.Namespace) -> int:
     kind.checked_layers(options.layers, 10**9)
     if options.acceptance and options.layers is not None:
         raise VisarError("--layers are those of a new drafter, and --acceptance is for one that there is.")
+    if options.depth is not None and kind.default_layers(1) is not None:
+        raise VisarError(f"A drafter of the kind {kind.name!r} learns the next token alone: it has no --depth.")
     run = acceptance_run_of(kind.name) if options.acceptance else run_of(kind.name)
     why = "A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`."
 
@@ -204,6 +209,9 @@ def drafter(options: argparse.Namespace) -> int:
                 model.load_drafter(out / kind.name)
             if (trained := model.drafters.find(kind.name)) is None:
                 raise VisarError(f"Neither {out} nor {options.model} has a drafter {kind.name!r}; train one first.")
+            if options.depth not in (None, own := trained.config.get("depth", options.depth)):
+                raise VisarError(f"The drafter drafts {own} tokens deep, not the {options.depth} of --depth.")
+        options.depth = options.depth or 3
         tokens = source.sampled(sampler="ar").tokens  # a large batch is bound by arithmetic, drafts waste some of it
         shared = source.encoded, tokens, source.config(warmup=50, optimizer="muon"), *source.how()
         stored_as = getattr(torch, options.stored_as)
