@@ -90,7 +90,7 @@ def report(options: argparse.Namespace) -> int:
     with output_folder(options.out):
         check(Path(options.out) / "plot.svg")
         check_page(Path(options.out))
-        model = load_model(options, "class" if options.classes else None)
+        model = load_model(options, "class" if options.classes else None, samplers.values())
         model.bar = {"disable": True}
         conditions = given or _usual(model)
         found = make_report(
