@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.bulk import Condition, sample_images
+from visar.bulk import Condition, check_run, sample_images
 from visar.bulk.folder import RUN
 from visar.errors import VisarError
 from visar.eval.benchmark.speed import SpeedReport
@@ -122,21 +122,20 @@ def make_report(
     check_page(out)
     SamplingParams(seed=seed + 1)  # the other seed must be one too, before an hour of images
     labels = list(samplers)
+    how: dict[str, Any] = {"count": count, "batch": batch, "name": name, **settings}
+    folders = [(label, out / IMAGES / _slug(label), seed) for label in labels]
+    folders.insert(1, (labels[0], out / IMAGES / f"{_slug(labels[0])}-seed-{seed + 1}", seed + 1))
+    for label, folder, at in folders:  # of all, before the first hour of images
+        check_run(model, conditions, folder, sampler=samplers[label], seed=at, **how)
 
-    def sampled(label: str, folder: str, at: int) -> ImageFolder:
-        told = sample_images(
-            model, conditions, out / IMAGES / folder, count=count, sampler=samplers[label], batch=batch, seed=at,
-            name=name, progress=progress, **settings,
-        )  # fmt: skip
+    def sampled(label: str, folder: Path, at: int) -> ImageFolder:
+        told = sample_images(model, conditions, folder, sampler=samplers[label], seed=at, progress=progress, **how)
         tell(str(told))
-        return ImageFolder.open(out / IMAGES / folder)
+        return ImageFolder.open(folder)
 
-    names = {label: _slug(label) for label in labels}
-    first = sampled(labels[0], names[labels[0]], seed)
-    again = sampled(labels[0], f"{names[labels[0]]}-seed-{seed + 1}", seed + 1)
-    entries = [_entry(labels[0], samplers[labels[0]], first, again, extract, reference, clip, worst)]
-    for label in labels[1:]:
-        images = sampled(label, names[label], seed)
+    first, entries = sampled(*folders[0]), list[Entry]()
+    for label, folder, at in folders[1:]:
+        images = sampled(label, folder, at)
         entries.append(_entry(label, samplers[label], first, images, extract, reference, clip, worst))
     for entry in entries:
         tell(f"{entry.label}{OTHER_SEED if entry is entries[0] else ''}: {entry.comparison.conclusion}")

@@ -91,6 +91,8 @@ def report(options: argparse.Namespace) -> int:
         check(Path(options.out) / "plot.svg")
         check_page(Path(options.out))
         model = load_model(options, "class" if options.classes else None, samplers.values())
+        if scores is not None and model.family.condition != "prompt":
+            raise VisarError(f"--clip is of images and their prompts, and {options.model} is called with a class.")
         model.bar = {"disable": True}
         conditions = given or _usual(model)
         found = make_report(

@@ -119,6 +119,25 @@ def test_a_report_goes_on_where_it_was(report: tuple[Report, Path], class_folder
     assert one.stat().st_mtime_ns == times[one] and made.seed == 0
 
 
+def test_what_cannot_go_on_is_said_before_images(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    command = ["eval", "report", "--model", str(class_folder), "--speed-images", "1", "-o", str(tmp_path / "out")]
+    assert main([*command, "--samplers", "ar,sjd", "--clip", "icons-clip"]) == 2
+    assert "--clip is of images and their prompts" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    sample = [
+        "sample",
+        "--model",
+        str(class_folder),
+        "--classes",
+        "0-6",
+        "-o",
+        str(tmp_path / "out" / "images" / "sjd"),
+    ]
+    assert main([*sample, "--sampler", "sjd", "--window", "5"]) == 0
+    assert main([*command, "--samplers", "ar,sjd"]) == 2
+    assert "sjd holds a run with other settings: window was 5, now 16" in capsys.readouterr().err
+    assert [folder.name for folder in (tmp_path / "out" / "images").iterdir()] == ["sjd"]
+
+
 @pytest.mark.parametrize("name", ["report.md", "grid.webp"])
 def test_what_others_wrote_is_not_replaced(class_folder: Path, tmp_path: Path, capsys: Capture, name: str) -> None:
     (tmp_path / name).write_text("mine")
