@@ -222,10 +222,14 @@ def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline,
         train_drafter("hidra", target, of, tokens, config, Guidance(), Target())
 
 
-def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path) -> None:
+def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     command = ["train", "drafter", "--model", str(class_folder), "--out", str(tmp_path)]
     assert main([*command, "-n", "6", "--batch", "2", "--steps", "3", "--no-compile"]) == 0
     assert json.loads((tmp_path / "eagle-run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
+    images = (tmp_path / "images.safetensors").read_bytes()
+    assert main([*command, "-n", "8", "--batch", "2", "--steps", "5", "--no-compile"]) == 2
+    assert "num_images was 6, now 8" in capsys.readouterr().err
+    assert (tmp_path / "images.safetensors").read_bytes() == images
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,23 @@ def test_a_command_holds_its_folder_from_the_start(tmp_path: Path, monkeypatch: 
         fit(Toy(), toy_batch, replace(config, steps=1, compile=False), no_figures)
 
     monkeypatch.setattr("visar.training.tokenizer.train_tokenizer", prepares)
-    data = image_folder(tmp_path / "set", 2)
-    assert main(["train", "tokenizer", "--data", str(data), "-o", str(tmp_path / "out")]) == 0
+    command = ["train", "tokenizer", "--data", str(image_folder(tmp_path / "set", 2)), "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+
+
+def test_a_command_that_cannot_go_on_says_so_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "visar.training.tokenizer.train_tokenizer",
+        lambda data, size, config, *_: fit(Toy(), toy_batch, replace(config, steps=1, compile=False), no_figures),
+    )
+    command = ["train", "tokenizer", "--data", str(image_folder(tmp_path / "set", 2)), "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    monkeypatch.setattr("visar.training.tokenizer.train_tokenizer", lambda *_: pytest.fail("it went on"))
+    assert main([*command, "--size", "32"]) == 2 and "size was 64, now 32" in capsys.readouterr().err
+    (tmp_path / "out" / "state.pt").write_bytes(b"half")
+    assert main(command) == 2 and "state.pt is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["state.pt", "log.jsonl"])

@@ -58,6 +58,7 @@ class Source(NamedTuple):
 
     options: argparse.Namespace
     out: Path
+    run: str  # the folder of the run, in `out`
     model: Any
     conditions: list[Any]
     params: Any
@@ -65,8 +66,10 @@ class Source(NamedTuple):
 
     def sampled(self, **how: Any) -> Any:
         """The images, as `visar.training.self_generated.generate_tokens` gives them; kept in the folder of the run."""
+        from visar.training.loop import check_state
         from visar.training.self_generated import generate_tokens
 
+        check_state(self.out / self.run, self.made_of())
         count = self.options.num_images
         return generate_tokens(
             self.model, self.conditions, count, self.out / "images.safetensors", self.options.batch,
@@ -88,8 +91,13 @@ class Source(NamedTuple):
             self.out, minutes=math.inf if options.steps else options.minutes, steps=options.steps or 10**9,
             batch=options.batch, lr=options.lr, seed=self.params.seed, ema=0.99,
             compile=not options.no_compile, device=str(self.model.device),
-            made_of={name: getattr(options, name) for name in ("depth",) if hasattr(options, name)}, held=True, **extra,
+            made_of=self.made_of(), held=True, **extra,
         )  # fmt: skip
+
+    def made_of(self) -> dict[str, Any]:
+        """The options that a run keeps when it goes on; what is in the images is kept with these."""
+        names = ("depth", "num_images")  # of more images, others are held out
+        return {name: getattr(self.options, name) for name in names if hasattr(self.options, name)}
 
     def how(self) -> tuple[Any, Any]:
         """The guidance and the target of the images."""
@@ -123,4 +131,4 @@ def learning(options: argparse.Namespace, continuous: str, run: str, check: Call
         model = load_model(options)
         model.bar = {"disable": True}
         conditions = _conditions(options, model.family.classes)
-        yield Source(options, out, model, conditions, params.resolved(model.family.defaults), rank)
+        yield Source(options, out, run, model, conditions, params.resolved(model.family.defaults), rank)

@@ -55,7 +55,7 @@ def words(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, **extra: Any) -> Iterator[tuple[Any, Any]]:
     """The image set and the training configuration that the options ask for, while the folder is held."""
     from visar.training.data import ImageSet
-    from visar.training.loop import TrainConfig, alone
+    from visar.training.loop import TrainConfig, alone, check_state
 
     with alone(out := writable_folder(options.out)):  # before the images are read
         data = ImageSet(options.data, tuple(options.styles), tuple(options.without_groups))
@@ -66,6 +66,7 @@ def _run(options: argparse.Namespace, **extra: Any) -> Iterator[tuple[Any, Any]]
             seed=options.seed, compile=not options.no_compile, device=str(device_of(options.device)),
             made_of=_made_of(options) | {"data": data.mark()}, held=True, **extra,
         )  # fmt: skip
+        check_state(out, config.made_of)  # before the images are prepared
         print(f"{len(data.records)} images, {len(data.indices('train'))} for training", file=sys.stderr)
         yield data, config
 
@@ -227,11 +228,11 @@ def jacobi(options: argparse.Namespace) -> int:
     from visar.families.llamagen.drafting import LlamaGenTarget
     from visar.training.ar import continued
     from visar.training.jacobi import tune_jacobi
-    from visar.training.loop import check_parts
+    from visar.training.loop import STATE, check_parts
 
     start = _component("gpt", options.init) if options.init else None
     why = "A MAR has no windows of tokens; `train jacobi` tunes a GPT."
-    with learning(options, why, ".", lambda out: check_parts(out, "state.pt", "gpt")) as source:
+    with learning(options, why, ".", lambda out: check_parts(out, STATE, "gpt")) as source:
         teacher = source.model.family.drafting
         if not isinstance(teacher, LlamaGenTarget):
             raise VisarError(f"{options.model} is no LlamaGen that samples in raster order, and no other GPT is tuned.")
