@@ -198,6 +198,28 @@ def test_a_folder_is_made_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         pass
 
 
+@pytest.mark.parametrize(("nth", "after"), [(1, False), (2, False), (2, True)])
+def test_an_existing_folder_is_filled_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int, after: bool
+) -> None:
+    move, calls = os.replace, list[Path]()
+
+    def interrupted(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == nth and not after:
+            raise KeyboardInterrupt
+        move(source, target)
+        if len(calls) == nth and after:
+            raise KeyboardInterrupt
+
+    (out := tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt), new_folder(out) as made:
+        (made / "a").write_text("a")
+        (made / "b").write_text("b")
+        monkeypatch.setattr(os, "replace", interrupted)
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_list_names_files_inside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "run" / "sub").mkdir(parents=True)
     (tmp_path / "secret").touch()

@@ -288,8 +288,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             made.mkdir()
             yield made
             if out.exists():  # it stays, with its permissions: it may be where the shell is
-                for entry in made.iterdir():
-                    os.replace(entry, out / entry.name)
+                _move_all(made, out)
             else:
                 os.replace(made, out)
         except OSError as error:
@@ -298,6 +297,19 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             raise cannot_write(Path(path), error) from error
         finally:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def _move_all(source: Path, target: Path) -> None:
+    """Move what is in a folder into an empty one: all of it, or nothing if that fails or is interrupted."""
+    names = os.listdir(source)
+    try:
+        for name in names:
+            os.replace(source / name, target / name)
+    except BaseException:
+        for name in names:
+            with suppress(FileNotFoundError):  # it was not moved
+                os.replace(target / name, source / name)
+        raise
 
 
 def inside(folder: Path, name: object) -> Path:

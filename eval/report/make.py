@@ -7,6 +7,7 @@ which is sampled once more under another seed, to show the effect of chance. The
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,18 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.bulk import Condition, sample_images
+from visar.bulk import Condition, check_run, sample_images
+from visar.bulk.folder import RUN
 from visar.errors import VisarError
 from visar.eval.benchmark.speed import SpeedReport
 from visar.eval.benchmark.speed import compare as compare_speed
 from visar.eval.quality.compare import Comparison, compare
 from visar.eval.quality.extractors import Extractor
 from visar.eval.quality.image_folder import ImageFolder
+from visar.files import check_output
 from visar.generation.model import ImageModel
 from visar.params import SamplingParams
 from visar.samplers import AnySampler
 
 IMAGES = "images"  # the folder of the samplers' folders
+PAGE = ("report.html", "report.md", "report.json", "plot.svg", "grid.webp")
 OTHER_SEED = " (another seed)"
 
 Scores = Callable[[ImageFolder, Sequence[str]], Tensor]
@@ -73,6 +77,18 @@ class Report:
         return facts | {"speed": asdict(self.speed), "rows": rows}
 
 
+def check_page(out: Path) -> None:
+    """Raise `VisarError` where the page cannot be written into the folder `out`, or would replace what is of no report.
+
+    A report has sampled images before it writes its page.
+    """
+    of_report = any(out.glob(f"{IMAGES}/*/{RUN}"))
+    for file in (out / name for name in PAGE):
+        if os.path.lexists(file) and not of_report:
+            raise VisarError(f"{out} holds a {file.name} of something else; give another folder.")
+        check_output(file)
+
+
 def make_report(
     model: Any,
     samplers: Mapping[str, Any],
@@ -96,30 +112,30 @@ def make_report(
 
     A report that was cut short goes on: images that are there are not generated again. `tell` gets a line for each
     sampler. `settings` go to the pipeline. Raises `VisarError` for fewer than two samplers or images, and as
-    `sample_images` and `compare` do.
+    `check_page`, `sample_images` and `compare` do.
     """
     model = ImageModel.of(model)
     if len(samplers) < 2:
         raise VisarError("A report compares 2 or more samplers; the first is what the others are compared with.")
     if count < 2:
         raise VisarError(f"A report compares 2 or more images of each sampler, not {count}.")
+    check_page(out)
     SamplingParams(seed=seed + 1)  # the other seed must be one too, before an hour of images
     labels = list(samplers)
+    how: dict[str, Any] = {"count": count, "batch": batch, "name": name, **settings}
+    folders = [(label, out / IMAGES / _slug(label), seed) for label in labels]
+    folders.insert(1, (labels[0], out / IMAGES / f"{_slug(labels[0])}-seed-{seed + 1}", seed + 1))
+    for label, folder, at in folders:  # of all, before the first hour of images
+        check_run(model, conditions, folder, sampler=samplers[label], seed=at, **how)
 
-    def sampled(label: str, folder: str, at: int) -> ImageFolder:
-        told = sample_images(
-            model, conditions, out / IMAGES / folder, count=count, sampler=samplers[label], batch=batch, seed=at,
-            name=name, progress=progress, **settings,
-        )  # fmt: skip
+    def sampled(label: str, folder: Path, at: int) -> ImageFolder:
+        told = sample_images(model, conditions, folder, sampler=samplers[label], seed=at, progress=progress, **how)
         tell(str(told))
-        return ImageFolder.open(out / IMAGES / folder)
+        return ImageFolder.open(folder)
 
-    names = {label: _slug(label) for label in labels}
-    first = sampled(labels[0], names[labels[0]], seed)
-    again = sampled(labels[0], f"{names[labels[0]]}-seed-{seed + 1}", seed + 1)
-    entries = [_entry(labels[0], samplers[labels[0]], first, again, extract, reference, clip, worst)]
-    for label in labels[1:]:
-        images = sampled(label, names[label], seed)
+    first, entries = sampled(*folders[0]), list[Entry]()
+    for label, folder, at in folders[1:]:
+        images = sampled(label, folder, at)
         entries.append(_entry(label, samplers[label], first, images, extract, reference, clip, worst))
     for entry in entries:
         tell(f"{entry.label}{OTHER_SEED if entry is entries[0] else ''}: {entry.comparison.conclusion}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from visar.bulk import RunFolder
-from visar.eval.report.make import OTHER_SEED, Entry, Report
+from visar.eval.report.make import OTHER_SEED, PAGE, Entry, Report
 from visar.eval.report.plots import Point, draw
 from visar.files import replacing, writable_folder
 from visar.image_files import converted, open_image
@@ -41,7 +41,7 @@ HEADER = (
 def write_page(report: Report, out: str | Path) -> list[Path]:
     """Write report.html, report.md, report.json, plot.svg and grid.webp into the folder `out`; give their paths."""
     folder = writable_folder(out)
-    files = [folder / name for name in ("report.html", "report.md", "report.json", "plot.svg", "grid.webp")]
+    files = [folder / name for name in PAGE]
     page, text, data, plot, grid = files
     first = report.entries[0].label
     draw(_points(report), plot, x=f"NFE, as a share of {first}'s", y=f"energy distance from {first}'s images", floor=0)

@@ -294,6 +294,7 @@ def test_what_does_not_fit_a_layout(
             run("sample", "--model", text_folder, "--prompts", tmp_path / "two.jsonl", "-n", n, "--out", tmp_path / out)
             == 0
         )
+    (tmp_path / "there.npz").touch()
     capsys.readouterr()
     before = names(tmp_path)
     for folder, layout, out, message in (
@@ -305,8 +306,9 @@ def test_what_does_not_fit_a_layout(
         (tmp_path / "two", "dpg", "new", "DPG-Bench takes 4 images of each prompt; sample with -n 4."),
         (dpg_run, "dpg", "full", "exists: give a folder that is new or empty."),
         (geneval_run, "geneval", "two.jsonl", "exists: give a folder that is new or empty."),
-        (dpg_run, "npz", "full", "is a folder; give a .npz file."),
-        (dpg_run, "npz", "two.jsonl", "exists; give another name, or delete it."),
+        (dpg_run, "npz", "full", "The layout npz is one .npz file, not"),
+        (dpg_run, "npz", "a.zip", "is one .npz file, not"),
+        (dpg_run, "npz", "there.npz", "exists; give another name, or delete it."),
         (tmp_path / "none", "npz", "a.npz", "holds no run of `visar sample`."),
     ):
         assert run("export", folder, "--layout", layout, "-o", tmp_path / out) == 2

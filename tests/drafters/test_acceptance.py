@@ -22,7 +22,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def train(folder: Path, out: Path, *arguments: object) -> int:
-    fixed = ("--batch", 2, "-n", 6, "--depth", 2, "--no-compile")
+    fixed = ("--batch", 2, "-n", 6, "--no-compile")
     return main([str(a) for a in ("train", "drafter", "--model", folder, "--out", out, *fixed, *arguments)])
 
 
@@ -87,6 +87,26 @@ def test_a_head_is_trained_for_the_models_own_drafter(class_folder: Path, tmp_pa
     mine, its = load_file(out / name), load_file(model / name)
     assert mine.keys() == its.keys() and all(torch.equal(mine[k].float(), its[k].float()) for k in mine)
     assert (out / "medusa" / "acceptance" / "config.json").exists() and not (model / "medusa" / "acceptance").exists()
+
+
+def test_a_head_is_of_one_drafter(
+    class_folder: Path, class_pipe: ClassToImagePipeline, tmp_path: Path, capsys: Capture
+) -> None:
+    def tried(*arguments: object) -> str:
+        assert train(class_folder, tmp_path, "--kind", "medusa", *arguments) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    head = tmp_path / "medusa" / "acceptance"
+    assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 2) == 0
+    assert "drafts 3 tokens deep, not the 4 of --depth" in tried("--acceptance", "--depth", 4)
+    assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 2, "--acceptance") == 0
+    assert f"{head} was trained for the drafter as it is; delete it to" in tried("--steps", 4)
+    shutil.move(head, tmp_path / "head")
+    assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 4) == 0
+    assert "medusa-acceptance-run holds a run with other settings: drafter was" in tried("--steps", 4, "--acceptance")
+    shutil.move(tmp_path / "head", head)
+    with pytest.raises(VisarError, match="was trained for another drafter than that in its folder; delete it"):
+        class_pipe.load_drafter(tmp_path / "medusa")
 
 
 def test_bad_input(class_folder: Path, class_pipe: ClassToImagePipeline, tmp_path: Path, capsys: Capture) -> None:

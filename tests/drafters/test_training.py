@@ -16,11 +16,12 @@ from visar.drafters import EagleHead, SkippedLayers, drafter_kinds, fingerprint
 from visar.engine.guidance import Guidance
 from visar.errors import VisarError
 from visar.families.llamagen.drafting import LlamaGenTarget
+from visar.files import locked
 from visar.kernels.backend import backend, triton
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import Speculative, Target
 from visar.training.drafter import train_drafter
-from visar.training.loop import TrainConfig
+from visar.training.loop import TrainConfig, alone
 from visar.training.self_generated import generate_tokens
 
 Capture = pytest.CaptureFixture[str]
@@ -54,7 +55,9 @@ def test_a_trained_drafter_is_accepted_more_often(class_pipe: ClassToImagePipeli
     with pytest.raises(VisarError, match=r"stored_as must be a torch.dtype .*, not torch.int16"):
         train_drafter("eagle", target, of, tokens, config, Guidance(), Target(), stored_as=torch.int16)
     (tmp_path / "eagle-run").rename(tmp_path / "elsewhere")  # so that it might be anybody's
-    with pytest.raises(VisarError, match="eagle is not of a run that can resume, which has a eagle-run; give another"):
+    with pytest.raises(
+        VisarError, match=r"eagle is not of a run .*, which has a eagle-run/drafter\.json; give another"
+    ):
         train_drafter("eagle", target, of, tokens, config, Guidance(), Target())
 
 
@@ -75,13 +78,18 @@ def test_images_are_drawn_once_and_all_differ(text_pipe: TextToImagePipeline, tm
     save_file({"tokens": first.int()}, file)  # of nobody knows what
     with pytest.raises(VisarError, match="of another model or other settings"):
         generate_tokens(text_pipe.image_model, WORDS[:3], 8, file, seed=1)
+    with (
+        locked(tmp_path / ".r.safetensors.lock", ""),
+        pytest.raises(VisarError, match=r"Another run samples .*wait until"),
+    ):
+        generate_tokens(text_pipe.image_model, WORDS[:3], 1, tmp_path / "r.safetensors")
     file.write_bytes(b"x")
     with pytest.raises(VisarError, match="is damaged; delete it"):
         generate_tokens(text_pipe.image_model, WORDS[:3], 8, file)
 
 
 def run(folder: Path, out: Path, *arguments: object) -> int:
-    fixed = ("--minutes", 0.02, "--batch", 2, "-n", 6, "--depth", 2, "--no-compile")
+    fixed = ("--minutes", 0.02, "--batch", 2, "-n", 6, "--no-compile")
     return main([str(a) for a in ("train", "drafter", "--model", folder, "--out", out, *fixed, *arguments)])
 
 
@@ -93,6 +101,15 @@ def test_command(text_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert main(["generate", "cat", "--model", str(text_folder), "--sampler", "eagle", "--json", "-o",
                  str(tmp_path / "cat.png"), "--drafter", str(tmp_path / "run" / "eagle")]) == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out)["sampler"] == "eagle"
+
+
+def test_a_second_run_ends_before_it_samples(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "eagle-run"
+    folder.mkdir()
+    with alone(folder):
+        assert run(class_folder, tmp_path) == 2
+        assert f"Another run trains in {folder}; wait until" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.slow
@@ -121,9 +138,12 @@ def test_command_for_every_kind(
 ) -> None:
     (tmp_path / "mine" / kind).mkdir(parents=True)
     (tmp_path / "mine" / kind / "config.json").write_text("{}")
-    assert run(class_folder, tmp_path / "mine", "--kind", kind, "--depth", 5) == 2
-    assert f"{kind} is not of a run that can resume, which has a {kind}-run; give" in capsys.readouterr().err
-    assert run(class_folder, tmp_path / "run", "--kind", kind, "--depth", 5) == 0
+    deep = ("--depth", 5) if kind in ("medusa", "hydra") else ()
+    assert run(class_folder, tmp_path / "mine", "--kind", kind, *deep) == 2
+    assert (
+        f"{kind} is not of a run that can resume, which has a {kind}-run/drafter.json; give" in capsys.readouterr().err
+    )
+    assert run(class_folder, tmp_path / "run", "--kind", kind, *deep) == 0
     class_pipe.load_drafter(tmp_path / "run" / kind)
     out = class_pipe([1, 2], sampler=sampler, output_type="tokens", seed=3)
     assert out.stats.sampler == sampler and out.stats.exact and 0 < out.stats.draft_seconds < out.stats.seconds
@@ -162,7 +182,7 @@ def test_every_kind_learns_from_a_target_in_half_precision(
     train_drafter(kind, target, of, tokens, config, Guidance(2.0), Target(), depth=2, held=0.5)
     class_pipe.load_drafter(tmp_path / kind)
     if kind == "exit":  # another exit is another run
-        with pytest.raises(VisarError, match="is a run with other settings"):
+        with pytest.raises(VisarError, match="a run with other settings: layers was 2, now 1"):
             train_drafter(kind, target, of, tokens, config, Guidance(2.0), Target(), layers=1)
 
 
@@ -202,10 +222,14 @@ def test_layers_are_left_out_by_what_they_cost(class_pipe: ClassToImagePipeline,
         train_drafter("hidra", target, of, tokens, config, Guidance(), Target())
 
 
-def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path) -> None:
+def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     command = ["train", "drafter", "--model", str(class_folder), "--out", str(tmp_path)]
     assert main([*command, "-n", "6", "--batch", "2", "--steps", "3", "--no-compile"]) == 0
     assert json.loads((tmp_path / "eagle-run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 3
+    images = (tmp_path / "images.safetensors").read_bytes()
+    assert main([*command, "-n", "8", "--batch", "2", "--steps", "5", "--no-compile"]) == 2
+    assert "num_images was 6, now 8" in capsys.readouterr().err
+    assert (tmp_path / "images.safetensors").read_bytes() == images
 
 
 @pytest.mark.parametrize(
@@ -220,6 +244,10 @@ def test_a_run_of_so_many_steps(class_folder: Path, tmp_path: Path) -> None:
         ("--captions TMP/some.txt --layers 1", "A drafter of the kind 'eagle' has no layers to choose"),
         ("--captions TMP/some.txt --kind exit --layers 3", "The layers must be 1 to 2, not 3"),
         ("--captions TMP/some.txt --depth 0", "--depth must be 1 or more, not 0."),
+        (
+            "--captions TMP/some.txt --depth 3 --kind model",
+            "kind 'model' learns the next token alone: it has no --depth",
+        ),
         ("--captions TMP/some.txt --styles 3d", "choose from an image set, and --captions is none"),
         ("--captions TMP/some.txt --temperature 0", "temperature must be above 0"),
         ("--captions TMP/zebra.txt", "No word of the prompt 'zebra' is known"),

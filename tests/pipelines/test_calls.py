@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from tests.helpers.tiny import GRID, VQ, class_gpt, text_gpt
 from visar.errors import VisarError
 from visar.families.llamagen.vq import VQModel
+from visar.families.source import open_source
+from visar.generation.model import ImageModel
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.text_encoders.t5 import T5CaptionEncoder
 
@@ -71,10 +73,22 @@ def test_conversion(
     assert text_pipe.to("cpu", torch.float32).gpt.dtype == torch.float32
     for args, given in (
         (("cpu",), {"device": "meta"}), (("cpu", "cuda"), {}), ((torch.float32, torch.bfloat16), {}),
-        ((torch.float32,), {"dtype": torch.bfloat16}),
+        ((torch.float32,), {"dtype": torch.bfloat16}), ((), {"dtype": torch.float32, "torch_dtype": torch.bfloat16}),
+        (("cpu",), {"device": "cpu"}), (("cpu", torch.float32, "cpu"), {}),
     ):  # fmt: skip
-        with pytest.raises(VisarError, match="`to` takes one device and one dtype, not both"):
-            text_pipe.to(*args, **given)
+        for moved in (text_pipe, text_pipe.image_model):
+            with pytest.raises(VisarError, match="`to` takes one device and one dtype, not both"):
+                moved.to(*args, **given)
+    for given, message in (
+        ({"device": "gpu"}, "Unknown device 'gpu'"), ({"device": "meta"}, "Device 'meta' is not supported"),
+        ({"dtype": torch.int16}, "dtype must be a torch.dtype"), ({"non_blocking": True}, "keyword 'non_blocking'"),
+    ):  # fmt: skip
+        with pytest.raises(VisarError, match=message):
+            text_pipe.image_model.to(**given)
+    with pytest.raises(VisarError, match=r"Unknown keyword 'seed'\. Known: condition, ema"):
+        ImageModel.load(text_folder, seed=1)
+    with pytest.raises(VisarError, match="A Source has its options; give ema"):
+        ImageModel.load(open_source(text_folder), ema=True)
     assert text_pipe.gpt.dtype == torch.float32
     half = TextToImagePipeline.from_pretrained(text_folder, torch_dtype=torch.bfloat16)
     assert half.gpt.dtype == half.vq.dtype == torch.bfloat16

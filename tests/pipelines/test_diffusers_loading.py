@@ -102,6 +102,7 @@ def test_saving_options(text_pipe: Pipe, tmp_path: Path, monkeypatch: pytest.Mon
         ({"variant": "fp16"}, "Variants"),
         ({"max_shard_size": "1GB"}, "one file for each component"),
         ({"push_to_hub": True}, "needs repo_id"),
+        ({"repo_id": "me/mine"}, "repo_id needs push_to_hub=True"),
         ({"private": True}, "Unknown keyword 'private'"),
         ({"dtypes": {"unet": torch.bfloat16}}, "Unknown component 'unet'"),
         ({"parts_of": {"unet": "icons"}}, "Unknown component 'unet'"),

@@ -133,8 +133,13 @@ def test_forced_tokens_stay_and_bend_the_rest(pipe: Any) -> None:
     forced[[1, 7]] = torch.randn(2, 4)
     sampler = MaskedAutoregressive(**FAST)
     out = pipe(["red heart"] * 2, sampler=sampler, forced_tokens=forced, output_type="tokens")
+    others: list[torch.Tensor] = []
     assert torch.equal(out.tokens[:, [1, 7]], forced[[1, 7]].expand(2, -1, -1))
     assert (out.commit_pass[:, [1, 7]] == -1).all() and int((out.commit_pass >= 0).sum()) == 14
+    for large in (1e15, -1e15):  # of which the direction counts, as that of smaller ones
+        forced[[1, 7]] = torch.tensor([large, 0.0, 0.0, 1e15])
+        others.append(pipe("red heart", sampler=sampler, forced_tokens=forced, output_type="tokens").tokens[0, 0])
+    assert not torch.equal(*others)
     for wrong in (forced[:4], torch.zeros_like(forced)):
         with pytest.raises(VisarError, match="forced_tokens"):
             pipe("red heart", sampler=sampler, forced_tokens=wrong)

@@ -57,6 +57,9 @@ def test_filters(tmp_path: Path) -> None:
     assert len(ImageSet(folder).records) == 12
     assert {r.style for r in ImageSet(folder, styles=("noto",)).records} == {"noto"}
     assert {r.group for r in ImageSet(folder, without_groups=("odd",)).records} == {"even"}
+    for name, where in (("style", {"styles": ("odd",)}), ("group", {"without_groups": ("flat",)})):
+        with pytest.raises(VisarError, match=rf"No image has {name} '\w+'; the {name}s are \w+, \w+\."):
+            ImageSet(folder, **where)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from visar.families.llamagen.gpt import LlamaGen
 from visar.pipelines import ClassToImagePipeline, TextToImagePipeline
 from visar.samplers import SpeculativeJacobi, Target
 from visar.training.jacobi import JacobiLoss, kl, see, some_windows, tune_jacobi
+from visar.training.loop import alone
 from visar.training.self_generated import Generated, generate_tokens
 
 Capture = pytest.CaptureFixture[str]
@@ -160,11 +161,18 @@ def test_an_interrupted_run_goes_on(
     assert LlamaGen.from_pretrained(tmp_path / "b" / "gpt").config == whole.config  # complete at every moment
     found = tune("b")
     assert all(torch.equal(found.state_dict()[k], v) for k, v in whole.state_dict().items())
-    with pytest.raises(VisarError, match="a run with other settings or of another target"):
+    with pytest.raises(VisarError, match="a run with other settings: start was"):
         tune_jacobi(*rest, config(tmp_path / "b"), Guidance(2.0), Target(), start=class_gpt())
     with pytest.raises(VisarError, match="2 or more images to learn from, not 1"):
         few = Generated(images.tokens[:1], images.drafts[:1])
         tune_jacobi(target, classes, few, replace(config(tmp_path / "c")), Guidance(2.0), Target())
+
+
+def test_a_second_run_ends_before_it_samples(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    with alone(tmp_path):
+        assert main(["train", "jacobi", "--model", str(class_folder), "-n", "6", "-o", str(tmp_path)]) == 2
+        assert f"Another run trains in {tmp_path}; wait until" in capsys.readouterr().err
+        assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_from_a_model_to_images(class_folder: Path, text_folder: Path, tmp_path: Path, capsys: Capture) -> None:

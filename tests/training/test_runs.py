@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.tiny import image_folder
 from tests.helpers.training import config, log_of
+from visar.cli import main
 from visar.errors import VisarError
-from visar.training.loop import fit, make_optimizers
+from visar.training.loop import TrainConfig, alone, fit, make_optimizers
 
 
 class Toy(nn.Module):
@@ -72,8 +74,8 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_as_the_same_only(tmp_path: Path) -> None:
     fit(Toy(), toy_batch, replace(config(tmp_path), steps=1), no_figures)  # of a visar that noted nothing
-    for heads in (2, 2):
-        fit(Toy(), toy_batch, replace(config(tmp_path), made_of={"heads": heads, "data": "a"}), no_figures)
+    for steps in (2, 3):
+        fit(Toy(), toy_batch, replace(config(tmp_path), steps=steps, made_of={"heads": 2, "data": "a"}), no_figures)
     with pytest.raises(VisarError, match="a run with other settings: heads was 2, now 4; give another folder"):
         fit(Toy(), toy_batch, replace(config(tmp_path), made_of={"heads": 4, "data": "a"}), no_figures)
 
@@ -148,6 +150,32 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
     (tmp_path / ".state.7-0.partial.pt").write_bytes(b"half")
     fit(Toy(), second, config(tmp_path, steps=1), no_figures)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "state.pt"]
+
+
+def test_a_command_holds_its_folder_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepares(data: object, size: int, config: TrainConfig, *_: object) -> None:
+        with pytest.raises(VisarError, match="Another run trains"), alone(config.out):
+            pass
+        fit(Toy(), toy_batch, replace(config, steps=1, compile=False), no_figures)
+
+    monkeypatch.setattr("visar.training.tokenizer.train_tokenizer", prepares)
+    command = ["train", "tokenizer", "--data", str(image_folder(tmp_path / "set", 2)), "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+
+
+def test_a_command_that_cannot_go_on_says_so_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "visar.training.tokenizer.train_tokenizer",
+        lambda data, size, config, *_: fit(Toy(), toy_batch, replace(config, steps=1, compile=False), no_figures),
+    )
+    command = ["train", "tokenizer", "--data", str(image_folder(tmp_path / "set", 2)), "-o", str(tmp_path / "out")]
+    assert main(command) == 0
+    monkeypatch.setattr("visar.training.tokenizer.train_tokenizer", lambda *_: pytest.fail("it went on"))
+    assert main([*command, "--size", "32"]) == 2 and "size was 64, now 32" in capsys.readouterr().err
+    (tmp_path / "out" / "state.pt").write_bytes(b"half")
+    assert main(command) == 2 and "state.pt is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["state.pt", "log.jsonl"])

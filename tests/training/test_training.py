@@ -189,7 +189,7 @@ def test_from_images_to_a_pipeline(words: WordEncoder, tmp_path: Path, capsys: p
     state = (tmp_path / "ar" / "state.pt").read_bytes()
     mine = ("ar", "--data", data, *parts, *sizes, "--size", 16, "--no-compile", "--out", tmp_path / "ar")
     for other, message in (
-        (("--styles", "noto", "--seed", 1), "seed was 0, now 1; give another folder."),
+        (("--styles", "noto", "--seed", 1), "seed was 0, now 1; give another folder, or"),
         (("--init", tmp_path / "ar" / "gpt"), "data was "),
     ):
         assert train(*mine, *other) == 2 and message in capsys.readouterr().err

@@ -146,6 +146,8 @@ def test_from_a_gpt_to_images(words: WordEncoder, tmp_path: Path, capsys: pytest
     assert len(rows) == 2 and all(math.isfinite(row["loss"]) and "trunk-train" in row for row in rows)
     assert train(*common, "--stage", 2, "--init", tmp_path / "gpt", "-o", tmp_path / "no") == 2
     assert not (tmp_path / "no").exists() and "give --stage 1 first" in capsys.readouterr().err
+    assert train(*common, "--stage", 2, "--init", tmp_path / "one" / "gpt", "--layers", 2, "-o", tmp_path / "no") == 2
+    assert "--layers are those of stage 1" in capsys.readouterr().err
     ar = ("ar", *common[1:], "--dim", 32, "--layers", 2, "--heads", 2, "--ffn", 32)
     assert train(*ar, "--init", tmp_path / "one" / "gpt", "-o", tmp_path / "ar") == 2
     assert "`visar train two-way` trains them" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from visar.bulk.conditions import Condition, read_classes, read_prompts
 from visar.bulk.export import LAYOUTS, export, export_dpg, export_geneval, export_npz
 from visar.bulk.folder import RunFolder
 from visar.bulk.ranks import Ranks, ToldElsewhere, join_ranks
-from visar.bulk.run import Sampled, sample_images
+from visar.bulk.run import Sampled, check_run, sample_images
 
 __all__ = [
     "LAYOUTS",
@@ -13,6 +13,7 @@ __all__ = [
     "RunFolder",
     "Sampled",
     "ToldElsewhere",
+    "check_run",
     "export",
     "export_dpg",
     "export_geneval",

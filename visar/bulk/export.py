@@ -42,8 +42,8 @@ def export_npz(folder: str | Path, out: str | Path) -> int:
     run = RunFolder(folder)
     lines = run.finished()
     size = _pixels(run, lines[0]).shape
-    if Path(out).is_dir():
-        raise VisarError(f"{out} is a folder; give a .npz file.")
+    if Path(out).suffix != ".npz":
+        raise VisarError(f"The layout npz is one .npz file, not {out}.")
     with tidy(), replacing(new_file(out)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             _header(file, (len(lines), *size), np.dtype(np.uint8))

@@ -28,6 +28,7 @@ IDENTITY = (
     "format", "weights", "drafters", "sampler", "parameters", "settings", "seed", "conditions", "batch", "dtype",
     "tokens", "image_size",
 )  # fmt: skip
+RUN = "run.json"  # describes a run
 Line = dict[str, Any]
 Images = Annotated[int, Interval(ge=1, le=10**9)]
 
@@ -67,7 +68,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.manifest = self.path / "manifest.jsonl"
-        self._run = self.path / "run.json"
+        self._run = self.path / RUN
 
     def image(self, i: int) -> Path:
         return self.path / f"{i:06d}.png"

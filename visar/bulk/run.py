@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -77,29 +77,10 @@ def sample_images(
 
     Raises `VisarError` for bad input, for a folder with another run, and if another run is working in it.
     """
-    model = ImageModel.of(model)
-    model.family.check_decoding()
-    seed, batch, count = _needed("seed", seed), _needed("batch", batch), whole("count", count)
-    SamplingParams(seed=seed)  # its range
-    order, count = _checked(model, conditions, count, batch, tokens)
-    method = sampler_of(model, sampler)
-    settings = settings_of(model, settings)
+    plan = _planned(model, conditions, count, sampler, batch, seed, tokens, name, drafters, settings)
+    model, order, method, settings, about = plan
+    seed, batch, count = about["seed"], about["batch"], about["count"]
     folder = RunFolder(out)
-    about = {
-        "format": FORMAT,
-        "model": name,
-        "weights": weights_mark(model),
-        "drafters": list(drafters),
-        **method_of(method),
-        "settings": settings,
-        "seed": seed,
-        "conditions": {"kind": order.kind, "conditions": len(order.conditions), "sha256": order.mark()},
-        "count": count,
-        "batch": batch,
-        "tokens": tokens,
-        **({"image_size": "{1}x{0}".format(*model.family.pixels)} if model.family.sizes else {}),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", NotInTraining)  # there may be one for each of thousands of prompts
@@ -137,6 +118,70 @@ def sample_images(
             raise
         # While the locks are held, so that nobody changes the folder.
         return _summary(folder, count - len(done))
+
+
+def check_run(
+    model: Any,
+    conditions: Sequence[Condition | str | int],
+    out: str | Path,
+    *,
+    count: int | None = None,
+    sampler: Any = None,
+    batch: int = 16,
+    seed: int = 0,
+    name: str = "",
+    **settings: Any,
+) -> None:
+    """Raise `VisarError` where `sample_images` would, of these arguments and of what is in the folder `out`."""
+    plan = _planned(model, conditions, count, sampler, batch, seed, False, name, (), settings)
+    RunFolder(out).check(plan.about)
+
+
+class _Plan(NamedTuple):
+    """What a run samples, checked, and what its run.json says of it."""
+
+    model: ImageModel
+    order: Interleaved
+    method: Any
+    settings: dict[str, Any]
+    about: dict[str, Any]
+
+
+def _planned(
+    model: Any,
+    conditions: Sequence[Condition | str | int],
+    count: int | None,
+    sampler: Any,
+    batch: int,
+    seed: int,
+    tokens: bool,
+    name: str,
+    drafters: Sequence[str],
+    settings: Mapping[str, Any],
+) -> _Plan:
+    model = ImageModel.of(model)
+    model.family.check_decoding()
+    seed, batch, count = _needed("seed", seed), _needed("batch", batch), whole("count", count)
+    SamplingParams(seed=seed)  # its range
+    order, count = _checked(model, conditions, count, batch, tokens)
+    method = sampler_of(model, sampler)
+    settings = settings_of(model, settings)
+    about = {
+        "format": FORMAT,
+        "model": name,
+        "weights": weights_mark(model),
+        "drafters": list(drafters),
+        **method_of(method),
+        "settings": settings,
+        "seed": seed,
+        "conditions": {"kind": order.kind, "conditions": len(order.conditions), "sha256": order.mark()},
+        "count": count,
+        "batch": batch,
+        "tokens": tokens,
+        **({"image_size": "{1}x{0}".format(*model.family.pixels)} if model.family.sizes else {}),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return _Plan(model, order, method, settings, about)
 
 
 def _needed(name: str, value: Any) -> int:

@@ -7,8 +7,9 @@ import copy
 import errno
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from visar.devices import device_of
 from visar.errors import VisarError
@@ -117,8 +118,10 @@ def is_file(options: argparse.Namespace) -> bool:
     return bool(source_of(options).files)
 
 
-def load_model(options: argparse.Namespace, condition: str | None = None) -> ImageModel:
-    """The model that the model options ask for, where and as they want it.
+def load_model(
+    options: argparse.Namespace, condition: str | None = None, samplers: Iterable[Any] | None = None
+) -> ImageModel:
+    """The model that the model options ask for, where and as they want it, with its drafters (`give_drafters`).
 
     `condition`, "prompt" or "class", is what it shall be called with; None takes what the model is.
     """
@@ -128,12 +131,31 @@ def load_model(options: argparse.Namespace, condition: str | None = None) -> Ima
 
     device = device_of(options.device)
     model = ImageModel.load(replace(source_of(options), condition=condition))
-    for drafter in getattr(options, "drafter", ()):
-        model.load_drafter(drafter)
+    give_drafters(model, getattr(options, "drafter", ()), samplers)
     model.to(device)
     model.to(dtype=getattr(torch, options.dtype) if options.dtype else model.family.fastest_dtype)
     model.quantize(getattr(options, "quantize", None) or "native")
     return model
+
+
+def give_drafters(model: ImageModel, paths: Iterable[str], samplers: Iterable[Any] | None = None) -> None:
+    """Load the drafters of --drafter. Raises `VisarError` for two of a kind.
+
+    It does so too for one that none of the `samplers` uses, where these are given; None among them is the model's own.
+    """
+    from visar.generation.drafting import kind_for
+
+    used = None if samplers is None else {kind_for(model.sampler_of(sampler)) for sampler in samplers}
+    given: dict[str, str] = {}
+    for path in paths:
+        kind = model.drafters.load(path)
+        if kind in given:
+            raise VisarError(
+                f"{given[kind]} and {path} are two drafters of the kind {kind!r}; give one --drafter of it."
+            )
+        if used is not None and kind not in used:
+            raise VisarError(f"{path} is a drafter of the kind {kind!r}, which no sampler here uses; leave it out.")
+        given[kind] = path
 
 
 def each_model(options: argparse.Namespace, default: list[str]) -> list[argparse.Namespace]:

@@ -79,7 +79,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    from visar.eval.report.make import make_report
+    from visar.eval.report.make import check_page, make_report
     from visar.eval.report.page import write_page
     from visar.eval.report.plots import check
 
@@ -89,7 +89,10 @@ def report(options: argparse.Namespace) -> int:
     reference, extract, scores = _photographs(options.reference), _features(options), _scores(options)
     with output_folder(options.out):
         check(Path(options.out) / "plot.svg")
-        model = load_model(options, "class" if options.classes else None)
+        check_page(Path(options.out))
+        model = load_model(options, "class" if options.classes else None, samplers.values())
+        if scores is not None and model.family.condition != "prompt":
+            raise VisarError(f"--clip is of images and their prompts, and {options.model} is called with a class.")
         model.bar = {"disable": True}
         conditions = given or _usual(model)
         found = make_report(

@@ -5,18 +5,16 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import math
-import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from visar.cli.parsers.options import params_of, settings_of
+from visar.cli.self_generated import learning
 from visar.devices import device_of
 from visar.errors import VisarError
 from visar.files import check_new, new_folder, writable_folder
-from visar.params import CONTINUOUS, DISCRETE
-from visar.texts import lines_of, read_text
 
 # The components by what a model's folder calls them: module and class.
 PARTS = {
@@ -53,27 +51,24 @@ def words(options: argparse.Namespace) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace, **extra: Any) -> tuple[Any, Any]:
-    """The image set and the training configuration that the options ask for."""
-    from visar.host import torchrun
+@contextmanager
+def _run(options: argparse.Namespace, **extra: Any) -> Iterator[tuple[Any, Any]]:
+    """The image set and the training configuration that the options ask for, while the folder is held."""
     from visar.training.data import ImageSet
-    from visar.training.loop import TrainConfig, alone
+    from visar.training.loop import TrainConfig, alone, check_state
 
-    job = torchrun()  # an error where the environment of the processes is wrong
-    out = writable_folder(options.out)
-    if job is None or job.rank == 0:
-        with alone(out):  # before the images are read; it is held from the first step on
-            pass
-    data = ImageSet(options.data, tuple(options.styles), tuple(options.without_groups))
-    if not data.indices("train"):
-        raise VisarError(f"{options.data} has no images for training: all are held out.")
-    config = TrainConfig(
-        out=out, minutes=options.minutes, batch=options.batch, lr=options.lr,
-        seed=options.seed, compile=not options.no_compile, device=str(device_of(options.device)),
-        made_of=_made_of(options) | {"data": data.mark()}, **extra,
-    )  # fmt: skip
-    print(f"{len(data.records)} images, {len(data.indices('train'))} for training", file=sys.stderr)
-    return data, config
+    with alone(out := writable_folder(options.out)):  # before the images are read
+        data = ImageSet(options.data, tuple(options.styles), tuple(options.without_groups))
+        if not data.indices("train"):
+            raise VisarError(f"{options.data} has no images for training: all are held out.")
+        config = TrainConfig(
+            out=out, minutes=options.minutes, batch=options.batch, lr=options.lr,
+            seed=options.seed, compile=not options.no_compile, device=str(device_of(options.device)),
+            made_of=_made_of(options) | {"data": data.mark()}, held=True, **extra,
+        )  # fmt: skip
+        check_state(out, config.made_of)  # before the images are prepared
+        print(f"{len(data.records)} images, {len(data.indices('train'))} for training", file=sys.stderr)
+        yield data, config
 
 
 def _made_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -99,9 +94,10 @@ def tokenizer(options: argparse.Namespace) -> int:
     from visar.training.tokenizer import SMALL_VQ, train_tokenizer
 
     start = _component("vq", options.init) if options.init else None
-    data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
-    sizes = replace(SMALL_VQ, patch=options.patch, background=0 if options.varied else -1)
-    train_tokenizer(data, options.size, config, sizes, start, options.perceptual, options.varied, options.decoder_only)
+    with _run(options, warmup=100, weight_decay=0.0, ema=0.998) as (data, config):
+        sizes = replace(SMALL_VQ, patch=options.patch, background=0 if options.varied else -1)
+        how = options.perceptual, options.varied, options.decoder_only
+        train_tokenizer(data, options.size, config, sizes, start, *how)
     return 0
 
 
@@ -109,10 +105,10 @@ def autoencoder(options: argparse.Namespace) -> int:
     from visar.training.autoencoder import SMALL_KL, train_autoencoder
 
     start = _component("vae", options.init) if options.init else None
-    data, config = _run(options, warmup=100, weight_decay=0.0, ema=0.998)
-    sizes = {**SMALL_KL, "patch": options.patch}
-    how = {"perceptual": options.perceptual, "varied": options.varied, "decoder_only": options.decoder_only}
-    train_autoencoder(data, options.size, config, sizes, start, **how)
+    with _run(options, warmup=100, weight_decay=0.0, ema=0.998) as (data, config):
+        sizes = {**SMALL_KL, "patch": options.patch}
+        how = {"perceptual": options.perceptual, "varied": options.varied, "decoder_only": options.decoder_only}
+        train_autoencoder(data, options.size, config, sizes, start, **how)
     return 0
 
 
@@ -121,14 +117,14 @@ def mar(options: argparse.Namespace) -> int:
 
     if options.dim % options.heads:
         raise VisarError("--dim must be a multiple of --heads.")
-    data, config = _run(options, warmup=100, optimizer="muon", ema=0.998)
-    vae = _component("vae", options.autoencoder).eval()
-    encoder = _component("text_encoder", options.words)
-    start = _component("mar", options.init) if options.init else None
-    train_mar(
-        data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
-        options.head_layers, varied=options.varied, weights=options.weigh, start=start,
-    )  # fmt: skip
+    with _run(options, warmup=100, optimizer="muon", ema=0.998) as (data, config):
+        vae = _component("vae", options.autoencoder).eval()
+        encoder = _component("text_encoder", options.words)
+        start = _component("mar", options.init) if options.init else None
+        train_mar(
+            data, options.size, config, vae, encoder, options.dim, options.layers, options.heads, options.head_width,
+            options.head_layers, varied=options.varied, weights=options.weigh, start=start,
+        )  # fmt: skip
     return 0
 
 
@@ -139,12 +135,12 @@ def clip(options: argparse.Namespace) -> int:
 
     if options.batch < 2:
         raise VisarError(f"--batch must be 2 or more, not {options.batch}: a CLIP compares the images of a batch.")
-    data, config = _run(options, warmup=100, ema=0.998)
-    encoder = _component("text_encoder", options.words)
-    train_clip(
-        data, options.size, config, encoder, options.dim, options.layers, options.text_layers, options.heads,
-        getattr(torch, options.stored_as),
-    )  # fmt: skip
+    with _run(options, warmup=100, ema=0.998) as (data, config):
+        encoder = _component("text_encoder", options.words)
+        train_clip(
+            data, options.size, config, encoder, options.dim, options.layers, options.text_layers, options.heads,
+            getattr(torch, options.stored_as),
+        )  # fmt: skip
     return 0
 
 
@@ -153,168 +149,77 @@ def ar(options: argparse.Namespace) -> int:
 
     if options.dim % options.heads or options.dim // options.heads % 4:
         raise VisarError("--dim must be a multiple of --heads, and their ratio a multiple of 4.")
-    data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
-    vq = _component("vq", options.tokenizer).eval()
-    encoder = _component("text_encoder", options.words)
-    start = _component("gpt", options.init) if options.init else None
-    train_ar(
-        data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn,
-        variants=options.variants, weights=options.weigh, start=start, any_order=options.any_order,
-    )  # fmt: skip
+    with _run(options, warmup=100, optimizer="muon", ema=0.997) as (data, config):
+        vq = _component("vq", options.tokenizer).eval()
+        encoder = _component("text_encoder", options.words)
+        start = _component("gpt", options.init) if options.init else None
+        train_ar(
+            data, options.size, config, vq, encoder, options.dim, options.layers, options.heads, options.ffn,
+            variants=options.variants, weights=options.weigh, start=start, any_order=options.any_order,
+        )  # fmt: skip
     return 0
 
 
 def two_way(options: argparse.Namespace) -> int:
     from visar.training.two_way import check_stage, train_two_way
 
+    if options.stage == 2 and options.layers is not None:
+        raise VisarError("--layers are those of stage 1; in stage 2 the heads have them already.")
+    options.layers = options.layers or 1
     start = _component("gpt", options.init)
     check_stage(start, options.stage)  # before the images are read
-    data, config = _run(options, warmup=100, optimizer="muon", ema=0.997)
-    vq = _component("vq", options.tokenizer).eval()
-    encoder = _component("text_encoder", options.words)
-    train_two_way(
-        data, options.size, config, vq, encoder, start, stage=options.stage, layers=options.layers,
-        variants=options.variants, weights=options.weigh,
-    )  # fmt: skip
+    with _run(options, warmup=100, optimizer="muon", ema=0.997) as (data, config):
+        vq = _component("vq", options.tokenizer).eval()
+        encoder = _component("text_encoder", options.words)
+        train_two_way(
+            data, options.size, config, vq, encoder, start, stage=options.stage, layers=options.layers,
+            variants=options.variants, weights=options.weigh,
+        )  # fmt: skip
     return 0
-
-
-def _conditions(options: argparse.Namespace, classes: int) -> list[Any]:
-    """The captions or class ids to sample, `classes` being 0 for text: lines of a file, or prompts of a set."""
-    images = (
-        not classes
-        and options.captions
-        and (Path(options.captions).is_dir() or Path(options.captions).suffix == ".zip")
-    )
-    if (options.styles or options.without_groups) and not images:
-        raise VisarError("--styles and --without-groups choose from an image set, and --captions is none.")
-    if not options.captions:
-        if classes:
-            return list(range(classes))
-        raise VisarError("A text model needs --captions: a file with a caption in each line, or an image set.")
-    path = Path(options.captions)
-    if images:
-        from visar.training.data import ImageSet
-
-        data = ImageSet(path, tuple(options.styles), tuple(options.without_groups))
-        prompts = list(dict.fromkeys(data.records[i].prompt() for i in data.indices("train")))
-        random.Random(0).shuffle(prompts)  # a set has one style after the other, and --num-images may end within it
-        return prompts
-    if path.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv"):
-        raise VisarError(f"--captions takes a text file with one in each line, or an image set, not {path}.")
-    found: list[Any] = [line.strip() for line in lines_of(read_text(path)) if line.strip()]
-    if not found:
-        raise VisarError(f"{path} holds no captions.")
-    if classes:
-        for line in found:
-            if not line.isdecimal() or int(line) >= classes:
-                raise VisarError(f"{path} must hold a class id from 0 to {classes - 1} in each line, not {line!r}.")
-        found = [int(line) for line in found]
-    return list(dict.fromkeys(found))  # sampled in turns: a caption given twice would give one image twice
-
-
-class _Source(NamedTuple):
-    """What samples the images that are learnt from, in float32 on a CPU: small updates are lost in bfloat16."""
-
-    options: argparse.Namespace
-    out: Path
-    model: Any
-    conditions: list[Any]
-    params: Any
-    rank: int
-
-    def sampled(self, **how: Any) -> Any:
-        """The images, as `visar.training.self_generated.generate_tokens` gives them; kept in the folder of the run."""
-        from visar.training.self_generated import generate_tokens
-
-        count = self.options.num_images
-        return generate_tokens(
-            self.model, self.conditions, count, self.out / "images.safetensors", self.options.batch,
-            lambda done: print(f"{done} of {count} images sampled", file=sys.stderr),
-            waits=self.rank != 0, **how, **settings_of(self.params),
-        )  # fmt: skip
-
-    def encoded(self, rows: list[int]) -> tuple[Any, Any]:
-        """The conditions of the images with these numbers, and their mask."""
-        family, conditions = self.model.family, self.conditions
-        given: Any = family.drafting.given(family.encode([conditions[i % len(conditions)] for i in rows]))
-        return given
-
-    def config(self, **extra: Any) -> Any:
-        from visar.training.loop import TrainConfig
-
-        options = self.options
-        return TrainConfig(
-            self.out, minutes=math.inf if options.steps else options.minutes, steps=options.steps or 10**9,
-            batch=options.batch, lr=options.lr, seed=self.params.seed, ema=0.99,
-            compile=not options.no_compile, device=str(self.model.device),
-            made_of={name: getattr(options, name) for name in ("depth",) if hasattr(options, name)}, **extra,
-        )  # fmt: skip
-
-    def how(self) -> tuple[Any, Any]:
-        """The guidance and the target of the images."""
-        from visar.engine.guidance import Guidance
-        from visar.samplers import Target
-
-        params = self.params
-        return Guidance(params.guidance_scale), Target(params.temperature, params.top_k, params.top_p)
-
-
-def _source(options: argparse.Namespace, continuous: str, mark: str, *parts: str) -> _Source:
-    """The model of the options, for what learns from its images; `continuous` says what is wrong with a MAR, and
-    `mark` and `parts` what the run leaves and saves."""
-    from visar.cli.common import load_model, tokens_of
-    from visar.training.loop import check_parts, distributed
-
-    if tokens_of(options) == CONTINUOUS:
-        raise VisarError(continuous)
-    params: Any = params_of(options)
-    params.check(DISCRETE)
-    out = writable_folder(options.out)  # before the work
-    check_parts(out, mark, *parts)
-    rank, _, own = distributed(str(device_of(options.device)))
-    options.device = str(own)
-    if own.type == "cpu" and options.dtype is None:
-        options.dtype = "float32"
-    model = load_model(options)
-    model.bar = {"disable": True}
-    conditions = _conditions(options, model.family.classes)
-    return _Source(options, out, model, conditions, params.resolved(model.family.defaults), rank)
 
 
 def drafter(options: argparse.Namespace) -> int:
     import torch
 
     from visar.drafters import drafter_kind
-    from visar.training.acceptance import train_acceptance
-    from visar.training.drafter import train_drafter
+    from visar.training.acceptance import acceptance_run_of, train_acceptance
+    from visar.training.drafter import check_drafter, run_of, train_drafter
 
     kind = drafter_kind(options.drafter_kind)
     kind.checked_layers(options.layers, 10**9)
     if options.acceptance and options.layers is not None:
         raise VisarError("--layers are those of a new drafter, and --acceptance is for one that there is.")
-    source = _source(
-        options, "A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`.",
-        f"{kind.name}-run", *(() if options.acceptance else (kind.name,)),
-    )  # fmt: skip
-    out, model, target = source.out, source.model, source.model.family.drafting
-    if target is None:
-        raise VisarError(f"{options.model} takes no drafter.")
-    kind.check_target(target)
-    kind.checked_layers(options.layers, target.model.config.num_layers)
-    trained: Any = None
-    if options.acceptance:
-        if (out / kind.name / "config.json").exists():
-            model.load_drafter(out / kind.name)
-        if (trained := model.drafters.find(kind.name)) is None:
-            raise VisarError(f"Neither {out} nor {options.model} has a drafter {kind.name!r}; train one first.")
-    tokens = source.sampled(sampler="ar").tokens  # a large batch is bound by arithmetic, of which drafts waste some
-    shared = source.encoded, tokens, source.config(warmup=50, optimizer="muon"), *source.how()
-    stored_as = getattr(torch, options.stored_as)
-    if trained is not None:
-        train_acceptance(kind.name, trained, target, *shared, depth=options.depth, stored_as=stored_as)
-    else:
-        train_drafter(kind.name, target, *shared, depth=options.depth, layers=options.layers, stored_as=stored_as)
+    if options.depth is not None and kind.default_layers(1) is not None:
+        raise VisarError(f"A drafter of the kind {kind.name!r} learns the next token alone: it has no --depth.")
+    run = acceptance_run_of(kind.name) if options.acceptance else run_of(kind.name)
+    why = "A MAR has no drafter of its own to train; its draft model is a smaller MAR, of `train mar`."
+
+    def check(out: Path) -> None:
+        if not options.acceptance:
+            check_drafter(out, kind.name)
+
+    with learning(options, why, run, check) as source:
+        out, model, target = source.out, source.model, source.model.family.drafting
+        if target is None:
+            raise VisarError(f"{options.model} takes no drafter.")
+        kind.check_target(target)
+        kind.checked_layers(options.layers, target.model.config.num_layers)
+        trained: Any = None
+        if options.acceptance:
+            if (out / kind.name / "config.json").exists():
+                model.load_drafter(out / kind.name)
+            if (trained := model.drafters.find(kind.name)) is None:
+                raise VisarError(f"Neither {out} nor {options.model} has a drafter {kind.name!r}; train one first.")
+            if options.depth not in (None, own := trained.config.get("depth", options.depth)):
+                raise VisarError(f"The drafter drafts {own} tokens deep, not the {options.depth} of --depth.")
+        options.depth = options.depth or 3
+        tokens = source.sampled(sampler="ar").tokens  # a large batch is bound by arithmetic, drafts waste some of it
+        shared = source.encoded, tokens, source.config(warmup=50, optimizer="muon"), *source.how()
+        stored_as = getattr(torch, options.stored_as)
+        if trained is not None:
+            train_acceptance(kind.name, trained, target, *shared, depth=options.depth, stored_as=stored_as)
+        else:
+            train_drafter(kind.name, target, *shared, depth=options.depth, layers=options.layers, stored_as=stored_as)
     print(out / kind.name)
     return 0
 
@@ -323,18 +228,20 @@ def jacobi(options: argparse.Namespace) -> int:
     from visar.families.llamagen.drafting import LlamaGenTarget
     from visar.training.ar import continued
     from visar.training.jacobi import tune_jacobi
+    from visar.training.loop import STATE, check_parts
 
     start = _component("gpt", options.init) if options.init else None
-    source = _source(options, "A MAR has no windows of tokens; `train jacobi` tunes a GPT.", "state.pt", "gpt")
-    teacher = source.model.family.drafting
-    if not isinstance(teacher, LlamaGenTarget):
-        raise VisarError(f"{options.model} is no LlamaGen that samples in raster order, and no other GPT is tuned.")
-    if start is not None:  # the windows are then its own
-        start = continued(start, copy.deepcopy(teacher.model))
-        source.model.family.replace("gpt", start.to(teacher.model.output.weight))
-    images = source.sampled(sampler="scd", window=options.window)
-    config = source.config(warmup=20, optimizer="sgd", weight_decay=0.0)
-    tune_jacobi(teacher, source.encoded, images, config, *source.how(), start=start, hold=options.hold)
+    why = "A MAR has no windows of tokens; `train jacobi` tunes a GPT."
+    with learning(options, why, ".", lambda out: check_parts(out, STATE, "gpt")) as source:
+        teacher = source.model.family.drafting
+        if not isinstance(teacher, LlamaGenTarget):
+            raise VisarError(f"{options.model} is no LlamaGen that samples in raster order, and no other GPT is tuned.")
+        if start is not None:  # the windows are then its own
+            start = continued(start, copy.deepcopy(teacher.model))
+            source.model.family.replace("gpt", start.to(teacher.model.output.weight))
+        images = source.sampled(sampler="scd", window=options.window)
+        config = source.config(warmup=20, optimizer="sgd", weight_decay=0.0)
+        tune_jacobi(teacher, source.encoded, images, config, *source.how(), start=start, hold=options.hold)
     print(source.out / "gpt")
     return 0
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from visar.cli.common import give_drafters
 from visar.cli.output import show
 from visar.cli.parsers.base import STDOUT
 from visar.errors import VisarError
@@ -79,8 +80,7 @@ def verify_on(options: argparse.Namespace, names: list[str] | None) -> int:
         device_of(options.device), torch.float32
     )  # passes of any width agree
     model.bar = {"disable": True}
-    for path in options.drafter:
-        model.load_drafter(path)
+    give_drafters(model, options.drafter, names)
     text, label = options.prompt, options.label
     if (label is not None and text is not None) or (label if model.family.condition == "prompt" else text) is not None:
         raise VisarError(f"{options.model} is called with a {model.family.condition}; give that only.")

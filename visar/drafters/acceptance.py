@@ -7,6 +7,8 @@ tests all of these stays exact.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -25,9 +27,10 @@ class AcceptanceHead(Component):
     """One hidden layer over a drafter's hidden state and, as in DISCO, numbers of the draft distribution.
 
     `weight` is that of a rejection in its loss, which `chance` takes back: its chances are those of the drafts.
+    `drafter` is the `drafter_mark` of the one that it was trained for.
     """
 
-    def __init__(self, dim: Size = 1280, width: Size = 64, weight: Positive = 6.0):
+    def __init__(self, dim: Size = 1280, width: Size = 64, weight: Positive = 6.0, drafter: str = ""):
         super().__init__()
         self.norm = RMSNorm(dim)
         self.inner = Linear(dim + STATISTICS, width)
@@ -56,6 +59,13 @@ def statistics(drafts: Tensor, q: Tensor) -> Tensor:
     own = q.gather(-1, drafts[..., None]).squeeze(-1)
     logs = torch.stack([own, q.amax(-1)], dim=-1).clamp_min(1e-9).log()
     return torch.cat([logs, -torch.xlogy(q, q).sum(-1, keepdim=True)], dim=-1)
+
+
+def drafter_mark(drafter: Any) -> str:
+    """A mark of a drafter that is the same in every dtype: a hash of the signs of its weights, or its configuration."""
+    state = drafter.state_dict()
+    signs = [state[key].signbit().cpu().numpy().tobytes() for key in sorted(state)]
+    return hashlib.sha256(b"".join(signs) or json.dumps(dict(drafter.config)).encode()).hexdigest()[:16]
 
 
 def give(drafter: nn.Module, head: AcceptanceHead) -> None:

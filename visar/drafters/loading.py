@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from visar.drafters.acceptance import ACCEPTANCE, AcceptanceHead, give, width_of
+from visar.drafters.acceptance import ACCEPTANCE, AcceptanceHead, drafter_mark, give, width_of
 from visar.drafters.base import DRAFTERS, DrafterLoading, DraftKind, drafter_kinds
 from visar.engine.component import read_config
 from visar.errors import VisarError
@@ -52,6 +52,11 @@ def _from_folder(path: str | Path, target: DrafterLoading) -> Any:
         width = width_of(model, target)
         if head.config.dim != width:
             raise VisarError(f"The acceptance head {place} reads {head.config.dim} numbers, its drafter gives {width}.")
+        if head.config.drafter not in ("", drafter_mark(model)):
+            raise VisarError(
+                f"The acceptance head {place} was trained for another drafter than that in its folder; delete it, and "
+                "`visar train drafter --acceptance` trains one."
+            )
         give(model, head)
     return model
 

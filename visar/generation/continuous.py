@@ -17,7 +17,9 @@ from visar.generation.stats import MaskedStats
 from visar.params import SamplingParams
 from visar.samplers import ContinuousTarget
 
-LARGEST = 1e4  # of a forced token; latents are scaled to about 1, and much larger ones overflow within the network
+# Of a forced token. A layer norm squares sums of it in float32, where infinity would make any token a 0 in silence;
+# weights and their sums have 1e8 left.
+LARGEST = 1e15
 
 if TYPE_CHECKING:
     from visar.generation.model import ImageModel

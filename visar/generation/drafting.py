@@ -12,6 +12,11 @@ from visar.families.base import Family
 from visar.params import CONTINUOUS
 
 
+def kind_for(method: Any) -> str | None:
+    """The kind of drafter that a sampler needs, None if it needs none."""
+    return "draft" if getattr(method, "needs_draft", False) else getattr(method, "drafter", None)
+
+
 class Drafters:
     """Drafters by kind, loaded when a sampler first needs one."""
 
@@ -23,14 +28,15 @@ class Drafters:
         """Whether there is one of this kind."""
         return self.family.drafting is not None and (kind in self.loaded or self._folder(kind) is not None)
 
-    def load(self, path: str | Path) -> None:
-        """Load one. Raises `VisarError` if it is no drafter, or does not fit the model."""
+    def load(self, path: str | Path) -> str:
+        """Load one, and give its kind. Raises `VisarError` if it is no drafter, or does not fit the model."""
         target = self.family.drafting
         if target is None:
             raise VisarError(f"Models of the family {self.family.name!r} take no drafter.")
         model = load_drafter(path, target)
-        self.loaded[kind_of(model, target).name] = model
+        self.loaded[kind := kind_of(model, target).name] = model
         self.to()
+        return kind
 
     def find(self, kind: str) -> Any:
         """The drafter of this kind, loaded from the model's folder if needed; None if there is none."""
@@ -40,8 +46,7 @@ class Drafters:
 
     def of(self, method: Any) -> Any:
         """The drafter that a sampler needs, None if it needs none. Raises `VisarError` if it is missing."""
-        kind = "draft" if getattr(method, "needs_draft", False) else getattr(method, "drafter", None)
-        if kind is None:
+        if (kind := kind_for(method)) is None:
             return None
         if (found := self.find(kind)) is None:
             what = {"model": "a smaller model", "draft": "a smaller MAR"}.get(kind, f"a drafter of the kind {kind!r}")

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from inspect import signature
 from operator import index
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import Self
 
+from visar.devices import placement
 from visar.dtypes import COMPUTED, WHOLE, has_values
 from visar.engine.finite import require_finite, require_finite_weights
 from visar.engine.graphs import Graph, RowGraphs
 from visar.engine.loop import Decoded, Snapshot, decode
 from visar.engine.memory import check_memory
-from visar.errors import NotInTraining, VisarError
+from visar.errors import NotInTraining, VisarError, unknown
 from visar.families.base import DiscreteFamily, Encoded, Family
 from visar.families.registry import family_of
 from visar.families.source import Source, check_condition, open_source
@@ -71,6 +73,12 @@ class ImageModel:
 
         Raises `VisarError` for a missing or damaged model, or one of no known family.
         """
+        known = list(signature(open_source).parameters)[1:]
+        for key in options:
+            if key not in known:
+                raise unknown("keyword", key, known)
+        if isinstance(name, Source) and options:
+            raise VisarError(f"A Source has its options; give {next(iter(options))} to `open_source`.")
         source = name if isinstance(name, Source) else open_source(name, **options)
         family = family_of(source).load(source)
         check_condition(source.name, family.condition, source.condition)
@@ -103,9 +111,12 @@ class ImageModel:
         """Names of the samplers that need no drafter, or one that the model has."""
         return [n for n, spec in self.samplers.items() if not spec.drafter or self.drafters.has(spec.drafter)]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move or convert all components."""
-        given = {"device": device, "dtype": dtype}
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert all components, to a device, a dtype, or both: `to("cuda", dtype=torch.bfloat16)`.
+
+        Raises `VisarError` as `visar.devices.placement` does.
+        """
+        given = dict(zip(("device", "dtype"), placement(*args, **kwargs), strict=True))
         self.family.to(**{name: value for name, value in given.items() if value is not None})
         self.drafters.to()
         return self

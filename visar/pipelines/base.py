@@ -17,7 +17,6 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from typing_extensions import Self
 
-from visar.devices import device_of
 from visar.errors import VisarError, unknown
 from visar.families.registry import family_of, family_of_components
 from visar.families.source import HubOptions, check_condition, open_source
@@ -153,18 +152,7 @@ class ImagePipeline(DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or convert all components, as in diffusers."""
         kwargs.pop("silence_dtype_warnings", None)
-        device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        if kwargs:
-            raise unknown("keyword", next(iter(kwargs)), ("device", "dtype"))
-        for value in (one for one in args if one is not None):
-            before = dtype if isinstance(value, torch.dtype) else device
-            if before is not None:
-                raise VisarError(f"`to` takes one device and one dtype, not both {before} and {value}.")
-            if isinstance(value, torch.dtype):
-                dtype = value
-            else:
-                device = value
-        self.image_model.to(None if device is None else device_of(device), dtype_of({"dtype": dtype}))
+        self.image_model.to(*args, **kwargs)
         return self
 
     @property
@@ -201,8 +189,10 @@ class ImagePipeline(DiffusionPipeline):
             raise VisarError("Variants of files are not written; give `dtypes`, or save to a folder of its own.")
         if max_shard_size is not None:
             raise VisarError("Weights are written as one file for each component; leave max_shard_size out.")
-        if push_to_hub and repo_id is None:
-            raise VisarError("push_to_hub needs repo_id, the name of the repository: owner/name.")
+        if push_to_hub != (repo_id is not None):
+            raise VisarError(
+                "push_to_hub needs repo_id, the name of the repository, and repo_id needs push_to_hub=True."
+            )
         if hub and not push_to_hub:
             raise unknown("keyword", next(iter(hub)), ("dtypes", "parts_of", "push_to_hub", "repo_id"))
         save(self.image_model, save_directory, dtypes, parts_of)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visar.drafters import drafter_kind, fingerprint
-from visar.drafters.acceptance import ACCEPTANCE, AcceptanceHead, give, statistics, width_of
+from visar.drafters.acceptance import ACCEPTANCE, AcceptanceHead, drafter_mark, give, statistics, width_of
 from visar.drafters.base import DrafterTarget
 from visar.drafters.loss import DraftLoss
 from visar.dtypes import STORED, checked_dtype
@@ -24,6 +24,11 @@ from visar.training.drafter import Conditions, Images, same_run
 from visar.training.loop import TrainConfig, distributed, fit, step_seed
 
 MOST = 2**18  # drafts that it learns from, which fit into memory
+
+
+def acceptance_run_of(kind: str) -> str:
+    """The folder of a run, in that of its drafter."""
+    return f"{kind}-{ACCEPTANCE}-run"
 
 
 class Tested(NamedTuple):
@@ -89,8 +94,8 @@ def train_acceptance(
     rank, _, device = distributed(config.device)
     target.model.to(device)
     drafter.to(device).eval()
-    head = AcceptanceHead(width_of(drafter, target))
-    run = replace(config, out=config.out / f"{kind}-{ACCEPTANCE}-run")
+    head = AcceptanceHead(width_of(drafter, target), drafter=drafter_mark(drafter))
+    run = replace(config, out=config.out / acceptance_run_of(kind))
     if rank == 0:
         same_run(dict(head.config) | {"target": fingerprint(target.model)}, run.out)
     loss_of = drafter_kind(kind).loss

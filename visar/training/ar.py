@@ -18,7 +18,7 @@ from visar.families.llamagen.randar import RandAR
 from visar.families.llamagen.vq import VQModel
 from visar.text_encoders.words import WordEncoder
 from visar.training.data import SPLITS, ImageSet, Record, spread, to_unit
-from visar.training.loop import TrainConfig, check_parts, distributed, fit, step_seed
+from visar.training.loop import STATE, TrainConfig, check_parts, distributed, fit, step_seed
 from visar.training.phrases import typed
 from visar.training.variants import VariantTokens
 
@@ -161,7 +161,7 @@ class TokenBatches:
         if size % vq.sizes.downsample:
             raise VisarError(f"The size must be a multiple of {vq.sizes.downsample} pixels, not {size}.")
         shares = data.shares(weights or {})
-        check_parts(config.out, "state.pt", "gpt", "text_encoder")
+        check_parts(config.out, STATE, "gpt", "text_encoder")
         self.data, self.config, self.encoder, self.light = data, config, encoder, light
         self.dropped, self.variants, self.any_order = dropped, variants, any_order
         rank, _, device = distributed(config.device)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from visar.errors import VisarError
 from visar.families.mar.autoencoder import KLAutoencoder, downsample
 from visar.training.data import ImageSet, spread, to_unit
-from visar.training.loop import TrainConfig, check_parts, distributed, fit, step_seed
+from visar.training.loop import STATE, TrainConfig, check_parts, distributed, fit, step_seed
 from visar.training.patches import enlarged
 from visar.training.perceptual import Perceptual
 from visar.training.variants import vary
@@ -93,7 +93,7 @@ def train_autoencoder(
     vae = _started(start, sizes)
     if size % downsample(vae):
         raise VisarError(f"The size must be a multiple of {downsample(vae)} pixels, not {size}.")
-    check_parts(config.out, "state.pt", "vae")
+    check_parts(config.out, STATE, "vae")
     torch.manual_seed(config.seed)
     pixels = data.pixels(size)
     train = pixels[data.indices("train")]

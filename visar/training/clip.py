@@ -33,7 +33,7 @@ from visar.reading import Count, Size, read_json
 from visar.text_encoders.spelling import words_of
 from visar.text_encoders.words import WordEncoder
 from visar.training.data import SPLITS, ImageSet, Record, to_unit
-from visar.training.loop import TrainConfig, check_parts, distributed, fit, step_seed
+from visar.training.loop import STATE, TrainConfig, check_parts, distributed, fit, step_seed
 
 PADDING, UNKNOWN = 0, 1
 HIGHEST_SCALE = math.log(100)  # of the logits, as in the paper
@@ -265,7 +265,7 @@ def train_clip(
     `VisarError` for float8, which has no scale.
     """
     checked_dtype("dtype", dtype, (*COMPUTED, *PACKED))
-    check_parts(config.out, "state.pt", "clip")
+    check_parts(config.out, STATE, "clip")
     words = CaptionWords.of(text for r in data.records for text in (r.caption, r.style, *r.tags))
     sizes = clip_sizes(words, size, dim, layers, text_layers, heads)
     torch.manual_seed(config.seed)

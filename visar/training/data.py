@@ -12,7 +12,7 @@ import random
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from io import BytesIO
@@ -92,11 +92,8 @@ class ImageSet:
         # NotImplementedError is zipfile's, for a compression that it does not have.
         except (zipfile.BadZipFile, ValueError, KeyError, RuntimeError, NotImplementedError, OSError) as error:
             raise VisarError(f"{self.path} is no image set: {error}.") from error
-        known = {r.style for r in records}
-        for style in styles:
-            if style not in known:
-                named = ", ".join(sorted(known - {""})) or "none"
-                raise VisarError(f"No image has style {style!r}; the styles are {named}.")
+        _check_known("style", styles, {r.style for r in records})
+        _check_known("group", without_groups, {r.group for r in records})
         self.records = [
             r for r in records if (not styles or r.style in styles) and not (r.group and r.group in without_groups)
         ]
@@ -188,6 +185,14 @@ class ImageSet:
                 torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
             )
         return out
+
+
+def _check_known(what: str, asked: Sequence[str], known: set[str]) -> None:
+    """Raise `VisarError` for a style or a group that no image has."""
+    for name in asked:
+        if name not in known:
+            named = ", ".join(sorted(known - {""})) or "none"
+            raise VisarError(f"No image has {what} {name!r}; the {what}s are {named}.")
 
 
 def to_unit(pixels: Tensor) -> Tensor:

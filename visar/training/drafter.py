@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from visar.drafters import drafter_kind, fingerprint
+from visar.drafters.acceptance import ACCEPTANCE
 from visar.drafters.base import DrafterTarget
 from visar.drafters.loss import DraftLoss
 from visar.dtypes import STORED, checked_dtype
@@ -21,7 +22,9 @@ from visar.errors import VisarError
 from visar.files import replacing, writable_folder
 from visar.reading import read_json
 from visar.samplers.distribution import Target
-from visar.training.loop import TrainConfig, check_parts, distributed, fit, step_seed
+from visar.training.loop import TrainConfig, check_parts, check_same, distributed, fit, step_seed
+
+NOTE = "drafter.json"  # in the folder of a run: what is trained there
 
 # The condition and the mask, [b, ...] each, of the images with these numbers
 Conditions = Callable[[list[int]], tuple[Tensor, Tensor]]
@@ -56,6 +59,20 @@ class Images:
         return [a / len(rows) for a in total]
 
 
+def run_of(kind: str) -> str:
+    """The folder of a run, in that of its drafter."""
+    return f"{kind}-run"
+
+
+def check_drafter(out: Path, kind: str) -> None:
+    """`check_parts` of a drafter's run. Raises `VisarError` also where a head was trained for the drafter as it is."""
+    check_parts(out, f"{run_of(kind)}/{NOTE}", kind)
+    if (head := out / kind / ACCEPTANCE).exists():
+        raise VisarError(
+            f"{head} was trained for the drafter as it is; delete it to train that further, or give another folder."
+        )
+
+
 def train_drafter(
     kind: str,
     target: DrafterTarget,
@@ -81,13 +98,13 @@ def train_drafter(
     drafting.check_target(target)
     layers = drafting.checked_layers(layers, target.model.config.num_layers)
     checked_dtype("stored_as", stored_as, STORED)
-    check_parts(config.out, f"{kind}-run", kind)
+    check_drafter(config.out, kind)
     images = Images(conditions, tokens, config, held)
     torch.manual_seed(config.seed)
     rank, _, device = distributed(config.device)
     target.model.to(device)
     drafter = drafting.new(target, depth, layers)
-    run = replace(config, out=config.out / f"{kind}-run")
+    run = replace(config, out=config.out / run_of(kind))
     if rank == 0:
         same_run(dict(drafter.config) | {"target": fingerprint(target.model)}, run.out)
     assert drafting.loss is not None
@@ -112,10 +129,10 @@ def train_drafter(
     return drafter
 
 
-def same_run(own: dict[str, Any], folder: Path, name: str = "drafter.json") -> None:
+def same_run(own: dict[str, Any], folder: Path, name: str = NOTE) -> None:
     """Note in the folder of a run what is trained there, and of what; a `VisarError` if that was something else."""
     note = writable_folder(folder) / name
-    if note.exists() and read_json(note, dict[str, Any]) != json.loads(json.dumps(own)):
-        raise VisarError(f"{folder} is a run with other settings or of another target; give another folder.")
+    if note.exists():
+        check_same(folder, json.loads(json.dumps(own)), read_json(note, dict[str, Any]))
     with replacing(note) as temporary:
         temporary.write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")

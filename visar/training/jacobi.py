@@ -27,7 +27,7 @@ from visar.families.llamagen.gpt import LlamaGen, attended
 from visar.families.llamagen.rotary import turned
 from visar.samplers.distribution import Target
 from visar.training.drafter import Conditions, Images, same_run
-from visar.training.loop import TrainConfig, check_parts, distributed, fit, step_seed
+from visar.training.loop import STATE, TrainConfig, check_parts, distributed, fit, step_seed
 from visar.training.self_generated import Generated
 
 WINDOWS = 16  # of an image in a step, which share a pass over its tokens
@@ -195,7 +195,7 @@ def tune_jacobi(
     The last `held` of the images are held out; the log has the `figures` of `JacobiLoss` on them, and as
     "overlap-before" what the windows were worth to the model that began. Raises `VisarError` for fewer than two images.
     """
-    check_parts(config.out, "state.pt", "gpt")
+    check_parts(config.out, STATE, "gpt")
     made = Images(conditions, images.tokens, config, held)
     rank, _, device = distributed(config.device)
     own = copy.deepcopy(teacher.model if start is None else start).float().train()

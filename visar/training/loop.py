@@ -22,6 +22,8 @@ from visar.errors import VisarError
 from visar.files import append_line, check_output, is_new, locked, reason, replacing, writable_folder
 from visar.host import join, torchrun
 
+STATE = "state.pt"  # of a run, in its folder
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -43,6 +45,7 @@ class TrainConfig:
     compile: bool = True
     device: str = "cpu"
     made_of: Mapping[str, Any] = field(default_factory=dict)  # plain values, by name, that a run keeps when it goes on
+    held: bool = False  # whether the caller holds the folder of the run (`alone`)
 
 
 def distributed(device: str = "cpu") -> tuple[int, int, torch.device]:
@@ -145,20 +148,43 @@ class Batches:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _check_same(config: TrainConfig, before: Mapping[str, Any]) -> None:
+def check_same(out: Path, made_of: Mapping[str, Any], before: Mapping[str, Any]) -> None:
     """Raise `VisarError` where a run would go on as another: it would learn something else, or start from nothing."""
-    pairs = [(name, before[name], now) for name, now in config.made_of.items() if name in before]
+    pairs = [(name, before[name], now) for name, now in made_of.items() if name in before]
     if differing := [f"{name} was {old}, now {now}" for name, old, now in pairs if old != now]:
-        raise VisarError(f"{config.out} holds a run with other settings: {'; '.join(differing)}; give another folder.")
+        said = "; ".join(differing)
+        raise VisarError(f"{out} holds a run with other settings: {said}; give another folder, or delete this one.")
+
+
+def check_state(out: Path, made_of: Mapping[str, Any]) -> None:
+    """Raise `VisarError` where a run in the folder is another one, or cannot be read; for asking before the work."""
+    if (file := out / STATE).exists():
+        check_same(out, made_of, _state(file, torch.device("cpu"), mmap=True).get("made_of", {}))
+
+
+def _state(file: Path, device: torch.device, mmap: bool = False) -> dict[str, Any]:
+    """What a run has saved. Raises `VisarError` where it cannot be read."""
+    try:
+        return dict(torch.load(file, map_location=device, weights_only=True, mmap=mmap))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        raise VisarError(f"Cannot read {file}: {reason(error)}.") from error
+    except Exception as error:
+        raise _unusable(file) from error
+
+
+def _unusable(file: Path) -> VisarError:
+    return VisarError(f"{file} is damaged or of a run with other sizes; give an empty folder.")
 
 
 def _resumed(
     state_file: Path, device: torch.device, config: TrainConfig, parts: Mapping[str, Any]
 ) -> tuple[int, float]:
     """Load the parts of a run by name; returns its steps and minutes. Raises `VisarError` where that cannot be."""
+    saved = _state(state_file, device)
+    check_same(config.out, config.made_of, saved.get("made_of", {}))
     try:
-        saved = torch.load(state_file, map_location=device, weights_only=True)
-        _check_same(config, saved.get("made_of", {}))
         step, spent = saved["step"], saved["spent"]
         if type(step) is not int or step < 0 or not 0 <= spent < math.inf:
             raise ValueError("no such steps or minutes")
@@ -166,17 +192,20 @@ def _resumed(
             parts[name].load_state_dict(saved[name])
         for optimizer, its in zip(parts["optimizers"], saved["optimizers"], strict=True):
             optimizer.load_state_dict(its)
-    except (VisarError, MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError):
         raise
-    except OSError as error:
-        raise VisarError(f"Cannot read {state_file}: {reason(error)}.") from error
     except Exception as error:
-        raise VisarError(f"{state_file} is damaged or of a run with other sizes; give an empty folder.") from error
+        raise _unusable(state_file) from error
     return step, spent
 
 
 def alone(out: Path) -> AbstractContextManager[None]:
-    """Hold the folder of a run: two at once would save over each other. Raises `VisarError` if one is there."""
+    """Hold the folder of a run, in the first of its processes: two runs at once would save over each other.
+
+    Raises `VisarError` if one is there.
+    """
+    if (job := torchrun()) is not None and job.rank:
+        return nullcontext()
     return locked(out / ".lock", f"Another run trains in {out}; wait until it ends, or give another folder.", False)
 
 
@@ -212,7 +241,7 @@ def fit(
     stay as they are. Raises `VisarError` while another run trains there.
     """
     writable_folder(config.out)
-    with alone(config.out) if distributed(config.device)[0] == 0 else nullcontext():
+    with nullcontext() if config.held else alone(config.out):
         return _fit(model, batch_at, config, evaluate, after_step, rate)
 
 
@@ -225,7 +254,7 @@ def _fit(
     rate: Rate,
 ) -> M:
     rank, world, device = distributed(config.device)
-    state_file, log = config.out / "state.pt", config.out / "log.jsonl"
+    state_file, log = config.out / STATE, config.out / "log.jsonl"
     if rank == 0:
         for file in (state_file, log):
             check_output(file)  # before minutes of work

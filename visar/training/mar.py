@@ -21,7 +21,7 @@ from visar.text_encoders.words import WordEncoder
 from visar.training.ar import encode_captions
 from visar.training.autoencoder import encode
 from visar.training.data import SPLITS, ImageSet, Record, spread
-from visar.training.loop import TrainConfig, check_parts, distributed, fit, step_seed
+from visar.training.loop import STATE, TrainConfig, check_parts, distributed, fit, step_seed
 from visar.training.phrases import typed
 from visar.training.variants import mirrors, vary
 
@@ -170,7 +170,7 @@ def train_mar(
     `varied` is that of `LatentSamples`, `weights` says how often images of a style or group are taken, 1 being normal,
     and `start` is a model of the same sizes to go on from.
     """
-    check_parts(config.out, "state.pt", "mar", "text_encoder")
+    check_parts(config.out, STATE, "mar", "text_encoder")
     torch.manual_seed(config.seed)
     shares = data.shares(weights or {})
     samples = LatentSamples(vae.to(distributed(config.device)[2]), encoder, data, size, varied=varied)

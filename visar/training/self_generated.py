@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visar.drafters import fingerprint
 from visar.errors import VisarError
-from visar.files import replacing
+from visar.files import locked, replacing
 from visar.generation.model import ImageModel
 from visar.generation.progress import Progress
 
@@ -46,7 +46,7 @@ def generate_tokens(
 
     They are kept in `file`; `settings` go to the model's call. With a `window` above 1 the sampler has such a one, and
     its drafts are recorded. Of several processes all but one only `waits`. Raises `VisarError` where the file is
-    damaged, or was made otherwise.
+    damaged or was made otherwise, and while another run samples it.
     """
     model = ImageModel.of(model)
     length = model.family.layout.length
@@ -78,19 +78,23 @@ def generate_tokens(
     while waits and len(done.tokens) < count:
         time.sleep(1)
         done = saved()
-    while len(done.tokens) < count:
-        turn, start = divmod(len(done.tokens), len(conditions))
-        part = list(conditions[start : start + min(batch, count - len(done.tokens))])
-        windows = Windows(len(part), length, window)
-        made = model.generate(
-            part, first_image=turn, output_type="tokens", callback=windows if window > 1 else None, **settings
-        )
-        new = Generated(made.tokens.cpu(), windows.drafts)
-        done = Generated(*(torch.cat(both) for both in zip(done, new, strict=True)))
-        tensors: Mapping[str, Tensor] = done._asdict() if window > 1 else {"tokens": done.tokens}
-        with replacing(file) as temporary:
-            save_file({name: x.int() for name, x in tensors.items()}, temporary, {"of": mark})
-        report(len(done.tokens))
+    if len(done.tokens) == count:
+        return done
+    with locked(file.with_name(f".{file.name}.lock"), f"Another run samples {file}; wait until it ends.", False):
+        done = saved()  # another run may have added some
+        while len(done.tokens) < count:
+            turn, start = divmod(len(done.tokens), len(conditions))
+            part = list(conditions[start : start + min(batch, count - len(done.tokens))])
+            windows = Windows(len(part), length, window)
+            made = model.generate(
+                part, first_image=turn, output_type="tokens", callback=windows if window > 1 else None, **settings
+            )
+            new = Generated(made.tokens.cpu(), windows.drafts)
+            done = Generated(*(torch.cat(both) for both in zip(done, new, strict=True)))
+            tensors: Mapping[str, Tensor] = done._asdict() if window > 1 else {"tokens": done.tokens}
+            with replacing(file) as temporary:
+                save_file({name: x.int() for name, x in tensors.items()}, temporary, {"of": mark})
+            report(len(done.tokens))
     return done
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from visar.errors import VisarError
 from visar.families.llamagen.vq import VQConfig, VQModel
 from visar.training.data import ImageSet, to_unit
-from visar.training.loop import TrainConfig, check_parts, distributed, fit, step_seed
+from visar.training.loop import STATE, TrainConfig, check_parts, distributed, fit, step_seed
 from visar.training.patches import enlarged
 from visar.training.perceptual import Perceptual
 from visar.training.variants import vary
@@ -103,7 +103,7 @@ def train_tokenizer(
         raise VisarError("A decoder alone is trained for a tokenizer that is there: give one to start from.")
     if size % sizes.downsample:
         raise VisarError(f"The size must be a multiple of {sizes.downsample} pixels, not {size}.")
-    check_parts(config.out, "state.pt", "vq")
+    check_parts(config.out, STATE, "vq")
     torch.manual_seed(config.seed)
     pixels = data.pixels(size)
     train = pixels[data.indices("train")]

@@ -119,10 +119,44 @@ def test_a_report_goes_on_where_it_was(report: tuple[Report, Path], class_folder
     assert one.stat().st_mtime_ns == times[one] and made.seed == 0
 
 
+def test_what_cannot_go_on_is_said_before_images(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    command = ["eval", "report", "--model", str(class_folder), "--speed-images", "1", "-o", str(tmp_path / "out")]
+    assert main([*command, "--samplers", "ar,sjd", "--clip", "icons-clip"]) == 2
+    assert "--clip is of images and their prompts" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    sample = [
+        "sample",
+        "--model",
+        str(class_folder),
+        "--classes",
+        "0-6",
+        "-o",
+        str(tmp_path / "out" / "images" / "sjd"),
+    ]
+    assert main([*sample, "--sampler", "sjd", "--window", "5"]) == 0
+    assert main([*command, "--samplers", "ar,sjd"]) == 2
+    assert "sjd holds a run with other settings: window was 5, now 16" in capsys.readouterr().err
+    assert [folder.name for folder in (tmp_path / "out" / "images").iterdir()] == ["sjd"]
+
+
+@pytest.mark.parametrize("name", ["report.md", "grid.webp"])
+def test_what_others_wrote_is_not_replaced(class_folder: Path, tmp_path: Path, capsys: Capture, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    command = ["eval", "report", "--model", str(class_folder), "--samplers", "ar,sjd", "-n", "4", "-o", str(tmp_path)]
+    assert main(command) == 2
+    assert f"{tmp_path} holds a {name} of something else; give another folder." in capsys.readouterr().err
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / name).unlink()
+    (tmp_path / "images" / "ar").mkdir(parents=True)  # as a report that was cut short
+    (tmp_path / "images" / "ar" / "run.json").write_text("{}")
+    (tmp_path / name).mkdir()
+    assert main(command) == 2 and f"Cannot write {tmp_path / name}: Is a directory" in capsys.readouterr().err
+
+
 def test_command(class_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     command = ["eval", "report", "--model", str(class_folder), "--out", str(out), "--speed-images", "1"]
-    assert main([*command, "--samplers", "ar,sjd", "-n", "8"]) == 0
+    for _ in range(2):  # the second replaces its own page
+        assert main([*command, "--samplers", "ar,sjd", "-n", "8"]) == 0
     told = capsys.readouterr().out
     assert "ar (another seed): " in told and str(out / "report.html") in told
     assert json.loads((out / "report.json").read_text())["rows"][1]["features"] == "efflite0"

@@ -92,7 +92,9 @@ def two_way(p: CommandParser) -> None:
     model.add_argument(
         "--stage", type=int, choices=(1, 2), default=1, help="train the heads on a frozen GPT (1), or all of it (2)"
     )
-    model.add_argument("--layers", type=whole(1, 1024), default=1, metavar="N", help="layers of the heads, in stage 1")
+    model.add_argument(
+        "--layers", type=whole(1, 1024), metavar="N", help="layers of the heads, in stage 1 (default: 1)"
+    )
     model.add_argument("--tokenizer", required=True, metavar="MODEL|PATH", help=TOKENIZER)
     model.add_argument("--words", required=True, metavar="MODEL|PATH", help=WORDS)
 
@@ -179,7 +181,12 @@ def drafter(p: CommandParser) -> None:
     p.add_argument(
         "--layers", type=whole(), metavar="N", help="before an exit (default: 2), in a skip (half) or a model (a third)"
     )
-    p.add_argument("--depth", type=whole(1, 64), default=3, metavar="N", help="tokens that it learns to draft")
+    p.add_argument(
+        "--depth",
+        type=whole(1, 64),
+        metavar="N",
+        help="tokens that an eagle, medusa or hydra learns to draft (default: 3)",
+    )
     p.add_argument(
         "--acceptance",
         action="store_true",
