@@ -20,12 +20,14 @@ from visar.families.hf.decoder import ImageDecoder
 from visar.families.hf.drafting import TransformersTarget
 from visar.families.hf.loading import load_model, load_processor
 from visar.families.hf.session import TransformersSession
+from visar.families.hf.stack import Stack
 from visar.families.hf.versions import check_version
 from visar.families.source import Source
-from visar.families.wrapped import check_offloaded
+from visar.families.wrapped import check_offloaded, check_same_dtype
 from visar.kernels.invariant import is_invariant
 
 STEP = 64  # prompts are padded to a multiple of this, so that calls share sessions and graphs
+SPECIAL = "The prompt holds, as text, a token of the model's that stands for an image; leave it out."
 ROOM = 512  # slots for prompts where rows are taken in turns, unless the model has fewer
 
 
@@ -112,6 +114,10 @@ class TransformersFamily(DiscreteFamily):
     def check_layers(self) -> None:
         """Adapters (PEFT) and hooks of layers work: visar calls the layers as transformers does."""
         check_offloaded(self.model)
+        backbone = self.decoder.backbone
+        if Stack.of(backbone) is not None:  # the `forward` of others may convert
+            table = backbone.get_input_embeddings()
+            check_same_dtype("The model", table, backbone.layers, backbone.norm, *self.decoder.ends)
 
     # Conditions
 
@@ -126,6 +132,12 @@ class TransformersFamily(DiscreteFamily):
         pairs = [self.prompt_ids(text) for text in conditions]
         kinds = [ids for ids in zip(*pairs, strict=True) if all(ids)]
         longest = max(len(ids) for kind in kinds for ids in kind)
+        last, known = max(max(ids) for kind in kinds for ids in kind), self.decoder.known
+        if last >= known:
+            raise VisarError(
+                f"The tokenizer gives the prompt ids up to {last}, and this model knows those below {known}: it is "
+                "another model's, or has tokens that the model was not resized for."
+            )
         if longest > self.room:
             raise VisarError(
                 f"The prompt has {longest} tokens; this model takes at most {self.room} next to the "

@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from visar.engine.layout import Layout
 from visar.errors import VisarError
-from visar.families.hf.base import TransformersFamily
+from visar.families.hf.base import SPECIAL, TransformersFamily
 from visar.families.hf.decoder import VocabularyDecoder
 from visar.families.hf.glm_pipeline import GlmPixels, faster_pipeline
 from visar.families.hf.loading import load_model, load_processor
@@ -33,7 +33,6 @@ Grid = tuple[int, int]  # rows and columns
 CELL = 32  # pixels of a code
 DRAFT = 16  # rows and columns of the draft of a square image
 SIZE = (1024, 1024)  # height and width where none is given, as in the pipeline of diffusers
-SPECIAL = "The prompt holds, as text, a token of the model's that stands for an image; leave it out."
 ENCODER = "vision_language_encoder"  # the folder of the decoder
 
 

@@ -6,11 +6,12 @@ unconditional batch the prompt's ids are padding, but for its first token and th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.engine.layout import Layout
@@ -32,8 +33,11 @@ class JanusDecoder(ImageDecoder):
     """Image codes have an embedding, two layers that align it, and a head of their own."""
 
     def __init__(self, model: Any):
-        super().__init__(model.model.language_model, model.model.vqmodel.config.num_embeddings)
-        self.model = model
+        super().__init__(model, model.model.vqmodel.config.num_embeddings)
+
+    @property
+    def backbone(self) -> Any:
+        return self.model.model.language_model
 
     def embed(self, tokens: Tensor) -> Tensor:
         found: Tensor = self.model.prepare_embeddings_for_image_generation(tokens)
@@ -42,6 +46,11 @@ class JanusDecoder(ImageDecoder):
     def head(self, hidden: Tensor) -> Tensor:
         found: Tensor = self.model.model.generation_head(hidden)
         return found
+
+    @property
+    def ends(self) -> Sequence[nn.Module]:
+        inner = self.model.model
+        return inner.generation_embeddings, inner.generation_aligner, inner.generation_head
 
     @property
     def head_weight(self) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
@@ -42,16 +44,13 @@ class TransformersSession(PromptSession):
         own_forward: bool = False,
     ):
         check_version()
-        self.decoder, self._configs = decoder, configurations(decoder.backbone)
-        self._own_forward = own_forward
+        self.decoder, self._own_forward = decoder, own_forward
         self._stack = self._found_stack()
         ids = condition[0]
         if aux_layers is not None and self._stack is None:
             raise VisarError("A drafter reads hidden states of layers that visar knows, and this model has others.")
         if guidance.active and len(condition) < 4:
             raise VisarError("This model has no unconditional prompts; give guidance_scale 1.")
-        if decoder.backbone.training:
-            raise VisarError("The model is in training mode, in which it drops features at random; call its eval().")
         if is_invariant() and decoder.device.type == "cuda" and self._stack is None:
             raise VisarError("The invariant mode on a GPU is for layers that visar knows, and this model has others.")
         super().__init__(
@@ -65,7 +64,15 @@ class TransformersSession(PromptSession):
         self.start(*condition)
 
     def start(self, *condition: Tensor) -> None:
+        if self.decoder.backbone.training or any(map(drops, self.decoder.model.modules())):
+            raise VisarError("The model is in training mode, in which it drops features at random; call its eval().")
+        if (most := steady_positions(self.decoder.backbone)) < len(self._slot):
+            raise VisarError(
+                f"Rotary positions of this model are others beyond {most} tokens (its rope_type); prompt, image and "
+                f"window have {len(self._slot)} slots."
+            )
         self.decoder.start()
+        self._configs = configurations(self.decoder.backbone)
         self._stack = self._found_stack()  # hooks may have come or gone since the last images
         super().start(*condition)
 
@@ -112,3 +119,17 @@ class TransformersSession(PromptSession):
             return
         with Products():
             yield
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module drops features; one of an adapter that came later is in training mode of its own."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+
+
+def steady_positions(backbone: Any) -> float:
+    """How many tokens have the same rotary positions whatever is in the pass with them."""
+    rotary: Any = getattr(backbone, "rotary_emb", None)
+    kind = str(getattr(rotary, "rope_type", ""))
+    if "longrope" in kind:
+        return int(rotary.config.rope_parameters["original_max_position_embeddings"])
+    return int(rotary.original_max_seq_len) if "dynamic" in kind else math.inf
