@@ -20,6 +20,8 @@ from visar.generation.model import ImageModel
 from visar.generation.pool import Pool, Request
 from visar.params import SamplingParams
 
+GREEDY = SamplingParams(top_k=1)
+
 
 @pytest.fixture
 def pipe() -> Any:
@@ -50,14 +52,41 @@ def test_greedy_tokens_are_those_of_generate(pipe: Any, sampler: str) -> None:
     assert torch.equal(out.tokens, weak)
 
 
-def test_a_hook_that_comes_after_a_capture_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = pipe.image_model.sessions.capture = Recorder(monkeypatch)
-    settings: dict[str, Any] = dict(sampler="scd", top_k=1, output_type="tokens")
-    plain = pipe("cat", **settings).tokens
-    handle = pipe.image_model.family.decoder.backbone.layers[0].mlp.register_forward_hook(lambda _, __, y: -3 * y)
-    assert not torch.equal(pipe("cat", **settings).tokens, plain) and record.captures == 2
-    handle.remove()
-    assert torch.equal(pipe("cat", **settings).tokens, plain) and record.captures == 2
+@pytest.mark.parametrize("way", ["calls", "rows", "rows, captured"])
+def test_what_changes_between_images_is_in_the_next(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks, of which one may get the memory of another, and adapters; what was captured for one is not run for it."""
+    model, processor = tiny_janus(), janus_processor()
+    pipe = visar.accelerate(model, processor)
+    if way != "rows":
+        record = pipe.image_model.sessions.capture = Recorder(monkeypatch)
+    pool, layer = Pool(ImageModel.of(pipe), "scd", size=2), model.model.language_model.layers[0]
+
+    def check() -> None:
+        stock = stock_janus(model, processor, PROMPTS[:2])
+        if way == "calls":
+            found = pipe(list(PROMPTS[:2]), sampler="scd", top_k=1, output_type="tokens").tokens
+        else:
+            done = {r.request.tag: r.tokens for r in pool.run(Request(PROMPTS[i], GREEDY, tag=i) for i in range(2))}
+            found = torch.stack([done[0], done[1]])
+        assert torch.equal(found, stock)
+        seen.append(stock)
+
+    seen: list[Tensor] = []
+    check()
+    for scale in (-3.0, 2.0):
+        handle = layer.mlp.register_forward_hook(lambda _, __, y, scale=scale: scale * y)
+        check()
+        handle.remove()
+        del handle
+    layer.mlp.down_proj = Adapter(layer.mlp.down_proj)
+    check()
+    layer.mlp.down_proj.active_adapters = ()
+    check()
+    assert len(torch.stack(seen).unique(dim=0)) == 4 and torch.equal(seen[0], seen[-1])
+    if way == "calls":
+        assert record.captures == 5
+        check()
+        assert record.captures == 5
 
 
 def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:
@@ -110,7 +139,7 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.randn(base.out_features, 2, generator=seed) / 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + x @ self.a.T @ self.b.T
+        return self.base_layer(x) + (x @ self.a.T @ self.b.T if self.active_adapters else 0)
 
 
 def test_adapters_in_layers_are_in_the_images() -> None:
@@ -188,6 +217,36 @@ def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
     check_damaged(folder, tmp_path, *DAMAGE[damage])
 
 
+@pytest.mark.parametrize("part", ["model.language_model.embed_tokens", "model.generation_head", "model.language_model"])
+def test_a_model_of_two_dtypes_is_refused(part: str) -> None:
+    """Products of both would fail; parts that make pixels may have another."""
+    model = tiny_janus().to(torch.bfloat16)
+    model.model.vqmodel.float()
+    pipe = visar.accelerate(model, janus_processor())
+    assert pipe("cat").images[0].size == (64, 64)
+    model.get_submodule(part).float()
+    with pytest.raises(
+        VisarError, match=r"weights in bfloat16 and float32; convert all of it to one with .to\(dtype\)"
+    ):
+        pipe("cat")
+
+
+@pytest.mark.parametrize("place", ["model", "adapter"])
+def test_a_model_that_drops_features_is_refused(place: str) -> None:
+    """An adapter that comes after `eval` is in training mode."""
+    model = tiny_janus()
+    pipe = visar.accelerate(model, janus_processor())
+    attention = model.model.language_model.layers[0].self_attn
+    if place == "model":
+        model.train()
+    else:
+        attention.q_proj = nn.Sequential(nn.Dropout(0.5), attention.q_proj)
+    with pytest.raises(VisarError, match=r"in training mode.*call its eval\(\)"):
+        pipe("cat")
+    model.eval()
+    pipe("cat", output_type="tokens")
+
+
 def test_what_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -206,12 +265,10 @@ def test_what_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         pipe("cat", sampler="eagle")
     with pytest.raises(VisarError, match="saved by its own save_pretrained"):
         pipe.save_pretrained("nowhere")
-    model.train()
-    try:
-        with pytest.raises(VisarError, match=r"in training mode.*call its eval\(\)"):
-            pipe("cat")
-    finally:
-        model.eval()
+    with pytest.raises(
+        VisarError, match=r"gives the prompt ids up to \d+, and this model knows those below 9: it is ano"
+    ):
+        visar.accelerate(tiny_janus(vocab_size=9), processor)("cat")
     for found in ("4.57.6", "5.25.0", "6.0.0.dev0", None):
         monkeypatch.setattr("visar.families.hf.versions.installed", lambda found=found: found)
         with pytest.raises(VisarError, match=r"from version 5\.0 to below 5\.25"):
