@@ -78,7 +78,7 @@ def run_linear(layer: nn.Module, x: Tensor, **after: Any) -> Tensor:
 
 def bound_linear(layer: nn.Module) -> Callable[..., Tensor]:
     """`run_linear` of a layer that stays as it is, which is then not asked again what it is."""
-    if getattr(layer, "fuses", False):
+    if getattr(layer, "fuses", False) and is_plain(layer):  # a hook gets the product alone
         return layer
     if is_torchs(layer):
         parameters: dict[str, Any] = {"weight": layer.weight, "bias": layer.bias}

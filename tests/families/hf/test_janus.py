@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +203,29 @@ def code(path: Path) -> None:
     edited("tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Own"]})(path)
 
 
+def language(**changes: Any) -> Callable[[Path], Any]:
+    """Other values in the configuration of the language model."""
+
+    def edit(path: Path) -> None:
+        found = json.loads((path / "config.json").read_text())["text_config"]
+        edited("config.json", text_config=found | changes)(path)
+
+    return edit
+
+
 DAMAGE: Damage = {
     "no image tokenizer": (lambda f: without(f, "vqmodel"), r"Tensor 'model\.vqmodel\..* is missing or misshapen, and"),
     "a file that is cut": (cut, "Could not load the JanusForConditionalGeneration from"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "other shapes": (language(intermediate_size=47), "is missing or misshapen, and 5 others"),
+    "fewer layers": (language(num_hidden_layers=1), r"layers\.1\..* is of a layer that the mo"),
+    "no layers": (language(num_hidden_layers=0), "is no causal decoder of transformers"),
+    "a larger model by its configuration": (
+        language(vocab_size=2**36),
+        r"needs \d+\.\d GiB of memory, and .* are free",
+    ),
+    "another position": (language(rope_parameters={"rope_type": "spiral"}), "'spiral' is not known"),
+    "heads that do not fit": (language(num_attention_heads=3), "'validate_architecture': .*attention heads"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "Could not load the processor of prompts"),
     "code of its own": (code, r"tokenizer of its own code \(.*own.Own.*\), which visar does not run"),
     "a language model": (edited("config.json", model_type="qwen3"), "'qwen3', which no family of visar loads"),

@@ -136,6 +136,16 @@ def test_what_is_not_known_runs_by_the_own_forward(change: str) -> None:
     torch.testing.assert_close(logits(world), logits(world, own_forward=True))
 
 
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])
+def test_a_hook_on_a_rounded_layer_gets_the_product_alone(name: str) -> None:
+    world = causal("Qwen3")
+    quantize(world.decoder.backbone, "int8")
+    plain = logits(world)
+    world.decoder.backbone.layers[1].get_submodule(name).register_forward_hook(lambda _, __, y: -2 * y)
+    assert (logits(world) - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits(world), logits(world, own_forward=True), atol=2e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])
 @torch.inference_mode()
 def test_rounded_layers(kind: str) -> None:

@@ -33,7 +33,7 @@ class ImageDecoder(ABC):
         self.model, self.vocab = model, vocab
         parameters = inspect.signature(self.backbone.forward).parameters
         found = [name for name in CACHES if name in parameters]
-        if not found or "inputs_embeds" not in parameters or not configurations(self.backbone):
+        if not found or "inputs_embeds" not in parameters or not configurations(self.backbone) or self.layers < 1:
             raise VisarError(f"{type(self.backbone).__name__} is no causal decoder of transformers with a cache.")
         self.cache_name = found[0]
 
