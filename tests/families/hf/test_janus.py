@@ -167,6 +167,21 @@ def test_rows_that_are_taken_in_turns(pipe: Any) -> None:
         assert torch.equal(done.tokens, out.tokens[0]) and done.nfe == out.stats.nfe, request.condition
 
 
+def test_defaults_are_those_of_the_generation_config() -> None:
+    """Whenever it says them; a caller's own go before."""
+    model = tiny_janus()
+    pipe = visar.accelerate(model, janus_processor())
+    stock = stock_janus(model, janus_processor(), PROMPTS[:1], 2.0)
+    model.generation_config.update(do_sample=True, top_k=1, guidance_scale=2.0, repetition_penalty=1.0)
+    assert torch.equal(pipe(PROMPTS[0], output_type="tokens").tokens, stock)
+    assert pipe(PROMPTS[0], guidance_scale=3.0, output_type="tokens").stats.settings["guidance_scale"] == 3
+    for name, value in (("repetition_penalty", 1.2), ("min_p", 0.1), ("num_return_sequences", 2)):
+        model.generation_config.update(**{name: value})
+        with pytest.raises(VisarError, match=f"generation_config has {name}={value}, which visar does not do"):
+            pipe(PROMPTS[0])
+        model.generation_config.update(**{name: None})
+
+
 @pytest.mark.parametrize("invariant", [False, True])
 def test_the_same_image_in_every_batch(pipe: Any, invariant: bool) -> None:
     settings: dict[str, Any] = dict(sampler="sjd", seed=4, output_type="tokens", invariant=invariant)
@@ -279,7 +294,7 @@ def test_what_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         visar.accelerate(Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1)))
     with pytest.raises(VisarError, match="Give the processor of this JanusForConditionalGeneration"):
         visar.accelerate(model)
-    for other in (5, "reader", model):
+    for other in (5, "reader", model, lambda text: [1]):
         with pytest.raises(VisarError, match=f"A processor or a tokenizer reads prompts, not a {type(other).__name__}"):
             visar.accelerate(model, other)
     with pytest.raises(VisarError, match="needs a drafter"):

@@ -16,6 +16,7 @@ from visar.engine.memory import COPIES
 from visar.engine.quantization import quantize_once, weights_of
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
+from visar.families.hf.configured import configured
 from visar.families.hf.decoder import ImageDecoder
 from visar.families.hf.drafting import TransformersTarget
 from visar.families.hf.loading import load_model, load_processor
@@ -25,6 +26,7 @@ from visar.families.hf.versions import check_version
 from visar.families.source import Source
 from visar.families.wrapped import check_offloaded, check_same_dtype
 from visar.kernels.invariant import is_invariant
+from visar.params import SamplingParams
 
 STEP = 64  # prompts are padded to a multiple of this, so that calls share sessions and graphs
 SPECIAL = "The prompt holds, as text, a token of the model's that stands for an image; leave it out."
@@ -43,6 +45,7 @@ class TransformersFamily(DiscreteFamily):
     architecture: ClassVar[str]
 
     decoder: ImageDecoder
+    as_configured = False  # whether the model's `generation_config` is about images, and goes before `defaults`
     has_vocabulary_map = False  # whether its configuration says which tokens are codes of images
 
     def __init__(self, model: Any, processor: Any):
@@ -58,6 +61,24 @@ class TransformersFamily(DiscreteFamily):
     @abstractmethod
     def prompt_ids(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a prompt, and those of the unconditional batch; none where the model has no guidance."""
+
+    @property
+    def defaults(self) -> SamplingParams:  # type: ignore[override]
+        if not self.as_configured:
+            return self._defaults
+        return configured(self.model.generation_config, self._defaults, self.decoder.vocab, self.guided)
+
+    @defaults.setter
+    def defaults(self, own: SamplingParams) -> None:
+        self._defaults = own
+
+    @property
+    def tokenizer(self) -> Any:
+        """Raises `VisarError` for a processor without one."""
+        found = getattr(self.processor, "tokenizer", self.processor)
+        if not hasattr(found, "convert_tokens_to_ids"):
+            raise VisarError(f"A processor or a tokenizer reads prompts, not a {type(found).__name__}.")
+        return found
 
     # Finding and loading
 

@@ -69,7 +69,7 @@ class _Chameleon(TransformersFamily):
 
     model_type = "chameleon"
     architecture = "ChameleonForConditionalGeneration"
-    has_vocabulary_map = True
+    has_vocabulary_map = as_configured = True
     lumina = False
 
     def __init__(self, model: Any, processor: Any, vqgan: VQGAN | None = None, size: tuple[int, int] | None = None):
@@ -133,10 +133,6 @@ class _Chameleon(TransformersFamily):
     @property
     def title(self) -> str:
         return "Lumina-mGPT" if self.lumina else "Chameleon"
-
-    @property
-    def tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
 
     @property
     def codes(self) -> list[int]:

@@ -41,7 +41,7 @@ class Emu3Family(GridFamily):
     name = "emu3"
     model_type = "emu3"
     architecture = "Emu3ForConditionalGeneration"
-    has_vocabulary_map = True
+    has_vocabulary_map = as_configured = True
 
     def __init__(self, model: Any, processor: Any, size: tuple[int, int] | None = None):
         self._size = size

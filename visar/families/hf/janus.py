@@ -73,6 +73,7 @@ class JanusFamily(TransformersFamily):
     name = "janus"
     model_type = "janus"
     architecture = "JanusForConditionalGeneration"
+    as_configured = True
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
@@ -86,7 +87,7 @@ class JanusFamily(TransformersFamily):
         return cls(*deepseek.load_deepseek(source))
 
     def made(self) -> None:
-        model, tokenizer = self.model, getattr(self.processor, "tokenizer", self.processor)
+        model, tokenizer = self.model, self.tokenizer
         config = model.config.vq_config
         side = config.num_patches
         if model.config.vision_config.num_image_tokens != side**2:
@@ -118,8 +119,7 @@ class JanusFamily(TransformersFamily):
             chat = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         else:
             chat = CHAT.format(text)
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        found: list[int] = tokenizer(chat + self.start_text)["input_ids"]
+        found: list[int] = self.tokenizer(chat + self.start_text)["input_ids"]
         return found
 
     @torch.no_grad()
