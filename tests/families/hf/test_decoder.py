@@ -79,6 +79,16 @@ def test_the_head_is_that_which_the_model_has_now(kind: str) -> None:
     torch.testing.assert_close(logits(World(world.model, VocabularyDecoder(world.model, CODES))), expected)
 
 
+def test_a_drafter_needs_a_head_with_a_weight() -> None:
+    world = causal("Qwen3", head_dim=12)
+    world.model.lm_head = Wrapped(world.model.lm_head)
+    with pytest.raises(VisarError, match="by the weight of the head, and this Wrapped has none"):
+        _ = world.decoder.head_weight
+    world.model.lm_head = None
+    with pytest.raises(VisarError, match="Qwen3ForCausalLM has no output head"):
+        logits(world)
+
+
 @pytest.mark.parametrize("kind", ["janus", "qwen3"])
 def test_the_backbone_is_that_which_the_model_has_now(kind: str) -> None:
     world = copy.deepcopy(WORLDS[kind]())

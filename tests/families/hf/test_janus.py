@@ -265,6 +265,9 @@ def test_a_model_of_two_dtypes_is_refused(part: str) -> None:
         VisarError, match=r"weights in bfloat16 and float32; convert all of it to one with .to\(dtype\)"
     ):
         pipe("cat")
+    model.to(torch.float8_e4m3fn)
+    with pytest.raises(VisarError, match=r"dtype of the model must be .* not torch.float8_e4m3fn"):
+        pipe("cat")
 
 
 @pytest.mark.parametrize("place", ["model", "adapter"])

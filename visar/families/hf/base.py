@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from visar.dtypes import checked_dtype
 from visar.engine.guidance import Guidance
 from visar.engine.memory import COPIES
 from visar.engine.quantization import quantize_once, weights_of
@@ -135,6 +136,7 @@ class TransformersFamily(DiscreteFamily):
     def check_layers(self) -> None:
         """Adapters (PEFT) and hooks of layers work: visar calls the layers as transformers does."""
         check_offloaded(self.model)
+        checked_dtype("The dtype of the model", self.dtype)
         backbone = self.decoder.backbone
         if Stack.of(backbone) is not None:  # the `forward` of others may convert
             table = backbone.get_input_embeddings()

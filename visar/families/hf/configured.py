@@ -31,6 +31,6 @@ def configured(generation: Any, defaults: SamplingParams, codes: int, guided: bo
     own = {name: value for name in TAKEN if (value := getattr(generation, name, None)) is not None}
     if not guided:
         own.pop("guidance_scale", None)
-    if own.get("top_k", 0) >= codes:
+    if isinstance(top_k := own.get("top_k"), int) and top_k >= codes:
         own["top_k"] = 0
     return replace(defaults, **own)

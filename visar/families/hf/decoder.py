@@ -127,6 +127,15 @@ class ImageDecoder(ABC):
         return streamed_bytes(self.backbone) + self.head_bytes
 
 
+def weight_of(head: nn.Module) -> Tensor:
+    """Raises `VisarError` for an adapter that does not give the weight of its layer, as those of PEFT do."""
+    if not isinstance(found := getattr(head, "weight", None), Tensor):
+        raise VisarError(
+            f"A drafter knows its model by the weight of the head, and this {type(head).__name__} has none."
+        )
+    return found
+
+
 class VocabularyDecoder(ImageDecoder):
     """A causal language model whose vocabulary holds the image tokens: token n is the id `codes[n]`.
 
@@ -138,8 +147,6 @@ class VocabularyDecoder(ImageDecoder):
     def __init__(self, model: Any, codes: Sequence[int] | Tensor):
         super().__init__(model, len(codes))
         ids = torch.as_tensor(codes)
-        if model.get_output_embeddings() is None:
-            raise VisarError(f"{type(model).__name__} has no output head, so it is no causal language model.")
         if ids.ndim != 1 or ids.is_floating_point() or not len(ids) or len(ids.unique()) < len(ids):
             raise VisarError("The codes of images are ids of the vocabulary, each given once.")
         self.codes = ids.to(self.device)
@@ -153,7 +160,7 @@ class VocabularyDecoder(ImageDecoder):
 
     def _find(self) -> None:
         """The embedding and the head as they are now. Raises `VisarError` for those that lack codes."""
-        self._table, self._head = self.backbone.get_input_embeddings(), self.model.get_output_embeddings()
+        self._table, self._head = self.backbone.get_input_embeddings(), self._own_head()
         self._ids = int(getattr(self._head, "out_features", self.config.vocab_size))
         first, last = int(self.codes.min()), int(self.codes.max())
         if first < 0 or last >= self._ids:
@@ -198,14 +205,19 @@ class VocabularyDecoder(ImageDecoder):
         assert self._weight is not None
         return F.linear(hidden, self._weight, self._bias)
 
+    def _own_head(self) -> Any:
+        if (head := self.model.get_output_embeddings()) is None:
+            raise VisarError(f"{type(self.model).__name__} has no output head, so it is no causal language model.")
+        return head
+
     @property
     def ends(self) -> Sequence[nn.Module]:
-        return (self.model.get_output_embeddings(),)
+        return (self._own_head(),)
 
     @property
     def head_weight(self) -> Tensor:
-        found: Tensor = self._head.weight[self.codes.to(self._head.weight.device)]
-        return found
+        weight = weight_of(self._own_head())
+        return weight[self.codes.to(weight.device)]
 
     @property
     def head_bytes(self) -> int:

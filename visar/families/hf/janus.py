@@ -19,7 +19,7 @@ from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
 from visar.families.hf import deepseek
 from visar.families.hf.base import TransformersFamily
-from visar.families.hf.decoder import ImageDecoder
+from visar.families.hf.decoder import ImageDecoder, weight_of
 from visar.families.hf.versions import check_version
 from visar.families.registry import register_family
 from visar.families.source import Source
@@ -54,8 +54,7 @@ class JanusDecoder(ImageDecoder):
 
     @property
     def head_weight(self) -> Tensor:
-        found: Tensor = self.model.model.generation_head.vision_head.weight
-        return found
+        return weight_of(self.model.model.generation_head.vision_head)
 
     @property
     def head_bytes(self) -> int:
