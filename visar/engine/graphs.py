@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Step = Callable[[], None]
 Capture = Callable[[Step], Step]  # records a step without running it, and returns a function that runs it
@@ -156,6 +156,52 @@ class SessionCache:
 
     def clear(self) -> None:
         self._entries.clear()
+
+
+class _Same:
+    """An object that is equal to itself alone; it is held, so its id stays its own."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+
+
+def marks_of(*parts: nn.Module) -> Hashable:
+    """What a captured step has of modules for good: where weights are, which modules and hooks ran, their settings.
+
+    What is written into weights since is read. Settings are attributes, such as the adapter that is active and its
+    scale, by value or, of other objects, by identity.
+    """
+    tensors = (t for part in parts for t in (*part.parameters(), *part.buffers()))
+    modules = (m for part in parts for m in part.modules())
+    return (
+        tuple((t.data_ptr(), t.dtype, t.stride()) for t in tensors),
+        # The number of a hook is given once in a process.
+        tuple((_Same(type(m)), *m._forward_hooks, *m._forward_pre_hooks, *_settings(m)) for m in modules),
+    )
+
+
+def _settings(module: nn.Module) -> Iterator[Hashable]:
+    for name, value in vars(module).items():
+        if name not in OF_EVERY_MODULE:
+            yield name
+            yield _mark(value)
+
+
+def _mark(value: Any) -> Hashable:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, dict):
+        return tuple((_mark(name), _mark(own)) for name, own in value.items())
+    return tuple(map(_mark, value)) if isinstance(value, (list, tuple, set)) else _Same(value)
 
 
 def refill(old: Any, new: Any) -> None:

@@ -78,9 +78,9 @@ def run_linear(layer: nn.Module, x: Tensor, **after: Any) -> Tensor:
 
 def bound_linear(layer: nn.Module) -> Callable[..., Tensor]:
     """`run_linear` of a layer that stays as it is, which is then not asked again what it is."""
-    if getattr(layer, "fuses", False):
+    if getattr(layer, "fuses", False) and is_plain(layer):  # a hook gets the product alone
         return layer
-    if _is_torchs(layer):
+    if is_torchs(layer):
         parameters: dict[str, Any] = {"weight": layer.weight, "bias": layer.bias}
         return functools.partial(run_product, **parameters)
     return lambda x, **after: epilogue(layer(x), **after)
@@ -89,14 +89,15 @@ def bound_linear(layer: nn.Module) -> Callable[..., Tensor]:
 def bound_joined(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     """The outputs of linear layers of one input, side by side; those of `torch` in one product."""
     biases: list[Any] = [getattr(layer, "bias", None) for layer in layers]
-    if is_invariant() or not all(map(_is_torchs, layers)) or 0 < sum(b is None for b in biases) < len(biases):
+    if is_invariant() or not all(map(is_torchs, layers)) or 0 < sum(b is None for b in biases) < len(biases):
         each = [bound_linear(layer) for layer in layers]
         return lambda x: torch.cat([run(x) for run in each], dim=-1)
     weights: list[Any] = [layer.weight for layer in layers]
     return functools.partial(joined, weights=weights, biases=None if biases[0] is None else biases)
 
 
-def _is_torchs(layer: nn.Module) -> bool:
+def is_torchs(layer: nn.Module) -> bool:
+    """Whether a layer is a linear one of `torch` that nobody changed, so that its weight and bias are all of it."""
     return type(layer) is nn.Linear and is_plain(layer) and type(layer.weight) in (Tensor, nn.Parameter)
 
 

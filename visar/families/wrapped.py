@@ -44,22 +44,27 @@ def check_one_dtype(name: str, component: Any) -> None:
 
     Layers of a user's own may convert as they like, and 8-bit weights do.
     """
-    if not isinstance(component, Component):
-        return
-    found = {p.dtype for p in _own_weights(component) if p.is_floating_point() and p.dtype.itemsize > 1}
+    if isinstance(component, Component):
+        check_same_dtype(name, component)
+
+
+def check_same_dtype(name: str, *modules: nn.Module) -> None:
+    """Raise `VisarError` for modules of a network with weights in several dtypes."""
+    every = (p for module in modules for p in _own_weights(module))
+    found = {p.dtype for p in every if p.is_floating_point() and p.dtype.itemsize > 1}
     if len(found) > 1:
         words = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
         raise VisarError(f"{name} has weights in {words}; convert all of it to one with .to(dtype).")
 
 
 def _own_weights(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a module and of the layers within it that are visar's or torch's and share their dtype."""
+    """The parameters of a module and of the layers within it that are no adapters and share their dtype."""
     norm = isinstance(module, nn.GroupNorm | nn.LayerNorm)  # torch's on a CPU take 16 bits with weights in float32
     for parameter in module.parameters(recurse=False):
         if not (norm and parameter.dtype == torch.float32 and parameter.device.type == "cpu"):
             yield parameter
     for name, layer in module.named_children():
-        own = type(layer).__module__.startswith(("visar.", "torch.nn."))
+        own = type(layer).__module__.startswith(("visar.", "torch.nn.", "transformers.models."))
         if own and name not in getattr(type(module), "own_dtype", ()):
             yield from _own_weights(layer)
 

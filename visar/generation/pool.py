@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -20,7 +20,7 @@ from visar.families.base import DiscreteFamily, Encoded
 from visar.generation.discrete import arranged, guidance_of, target_of
 from visar.generation.model import ImageModel, undisturbed
 from visar.generation.rows import noise_of
-from visar.generation.sessions import Call
+from visar.generation.sessions import Call, marks
 from visar.kernels.derived import Steady, steady_weights
 from visar.params import DISCRETE, SamplingParams
 from visar.samplers import RowTargets, Target
@@ -96,6 +96,7 @@ class Pool:
         self._slots: Slots | None = None
         self._scratch: Session | None = None
         self._steady = Steady()
+        self._marks: Hashable = None
 
     @property
     def free(self) -> int:
@@ -128,6 +129,9 @@ class Pool:
         if not self.rows:
             self.model.check_modules()
             self._steady = Steady()
+            if (now := marks(self.family, self.model.drafters.of(self.sampler))) != self._marks:
+                self._slots = self._scratch = None  # made of modules as they were
+                self._marks = now
         with self._at_work(), torch.inference_mode():
             noise = noise_of([request.condition], request.image, params.seed or 0, device)
             encoded = self.family.widened(self.family.encode([request.condition]))

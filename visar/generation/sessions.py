@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from visar.drafters.loading import kind_of
-from visar.engine.graphs import Capture, Graph, SessionCache, cuda_graph
+from visar.engine.graphs import Capture, Graph, SessionCache, cuda_graph, marks_of
 from visar.engine.guidance import Guidance
 from visar.engine.memory import check_memory
 from visar.engine.session import Session
@@ -17,6 +17,11 @@ from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
 from visar.kernels.invariant import is_invariant
 from visar.samplers import Sampler, Target
+
+
+def marks(family: DiscreteFamily, drafter: Any) -> Hashable:
+    """Those of the modules that a step runs; with others it needs a new session."""
+    return marks_of(family.model, *([] if drafter is None else [drafter]))
 
 
 class Call(NamedTuple):
@@ -31,17 +36,11 @@ class Call(NamedTuple):
 
     def key(self) -> Hashable:
         """Equal for calls that can share a captured step."""
-        parts = [self.family.model] + ([] if self.drafter is None else [self.drafter])
-        # A graph reads weights where they were; what is written there since, it reads too.
-        tensors = (t for part in parts for t in (*part.parameters(), *part.buffers()))
-        weights = tuple((t.data_ptr(), t.dtype, t.stride()) for t in tensors)
-        # Of a hook it has what that did at the capture.
-        modules = (m for part in parts for m in part.modules())
-        hooks = tuple(id(h) for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
         given = self.target.forced is not None, self.target.allowed is not None
         shapes = tuple((e.shape, e.dtype) for e in self.encoded)
         target = replace(self.target, forced=None, allowed=None)
-        return weights, hooks, shapes, self.method, target, given, self.guidance, self.family.layout, is_invariant()
+        settings = self.method, target, given, self.guidance, self.family.layout, is_invariant()
+        return marks(self.family, self.drafter), shapes, settings
 
     @property
     def window(self) -> int:

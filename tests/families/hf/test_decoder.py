@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -41,20 +42,102 @@ def test_the_rows_of_the_codes_follow_the_weights(codes: tuple[int, ...]) -> Non
     assert world.decoder._weight.data_ptr() == place  # type: ignore[attr-defined]
 
 
-def test_a_head_that_is_no_plain_layer_is_run_whole() -> None:
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Linear):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -2 * self.inner(x)
+
+
+class Derived(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return -2 * super().forward(x)
+
+
+def other_head(model: Any, kind: str) -> None:
+    """One whose logits are -2 times those before."""
+    head: Any = model.lm_head
+    if kind == "hook":
+        head.register_forward_hook(lambda _, __, y: -2 * y)
+    elif kind == "forward":
+        head.forward = lambda x: -2 * nn.functional.linear(x, head.weight)
+    elif kind == "wrapper":
+        model.lm_head = Wrapped(head)
+    else:
+        model.lm_head = (Derived if kind == "class" else nn.Linear)(head.in_features, head.out_features, bias=False)
+        model.lm_head.weight = head.weight if kind == "class" else nn.Parameter(-2 * head.weight.detach())
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward", "wrapper", "class", "another"])
+def test_the_head_is_that_which_the_model_has_now(kind: str) -> None:
     world = causal("Qwen3", head_dim=12)
-    expected = logits(world)
-
-    class Wrapped(nn.Module):
-        def __init__(self, inner: nn.Linear):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x)
-
-    world.model.lm_head = Wrapped(world.model.lm_head)
+    expected = -2 * logits(world)
+    other_head(world.model, kind)
+    torch.testing.assert_close(logits(world), expected)
     torch.testing.assert_close(logits(World(world.model, VocabularyDecoder(world.model, CODES))), expected)
+
+
+def test_a_drafter_needs_a_head_with_a_weight() -> None:
+    world = causal("Qwen3", head_dim=12)
+    world.model.lm_head = Wrapped(world.model.lm_head)
+    with pytest.raises(VisarError, match="by the weight of the head, and this Wrapped has none"):
+        _ = world.decoder.head_weight
+    world.model.lm_head = None
+    with pytest.raises(VisarError, match="Qwen3ForCausalLM has no output head"):
+        logits(world)
+
+
+@pytest.mark.parametrize("kind", ["janus", "qwen3"])
+def test_the_backbone_is_that_which_the_model_has_now(kind: str) -> None:
+    world = copy.deepcopy(WORLDS[kind]())
+    before = logits(world)
+    whole: Any = world.model.model if kind == "janus" else world.model
+    name = "language_model" if kind == "janus" else "model"
+    other = copy.deepcopy(getattr(whole, name))
+    with torch.no_grad():
+        other.layers[0].mlp.down_proj.weight.mul_(-2)
+        other.embed_tokens.weight.mul_(-1)
+    setattr(whole, name, other)
+    found = logits(world)
+    assert (found - before).abs().max() > 0.1
+    torch.testing.assert_close(found, world.guided(0, TOKENS[:, 1:]), atol=2e-5, rtol=1e-5)
+
+
+def test_a_model_that_lost_its_codes_is_refused() -> None:
+    world = causal("Qwen3", head_dim=12)
+    world.model.resize_token_embeddings(12, mean_resizing=False)
+    with pytest.raises(VisarError, match="go from 3 to 17; the vocabulary has 12 ids"):
+        logits(world)
+
+
+ROPE = dict(rope_theta=1e4, factor=2.0)
+LONG = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[9.0] * 4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room"),
+    [
+        (dict(rope_type="linear"), None),
+        (dict(rope_type="yarn", original_max_position_embeddings=16), None),
+        (dict(rope_type="dynamic"), 24),
+        (LONG | dict(original_max_position_embeddings=9), 9),
+        (LONG | dict(original_max_position_embeddings=22), 22),
+    ],
+)  # fmt: skip
+def test_scaled_positions(sizes: dict[str, Any], room: int | None) -> None:
+    """Prompt, image and window are 15 or 25 slots. What is decoded must not hang on the width of a pass."""
+    world = causal("Llama", rope_parameters=ROPE | sizes, max_position_embeddings=24)
+    stock = world.guided(0, TOKENS[:, 1:])
+    for length in (4, 14):
+        with torch.inference_mode():
+            if room is None or 8 + length + 3 <= room:
+                found = world.session([0], 4, length).forward(TOKENS)
+                torch.testing.assert_close(found, stock, atol=2e-5, rtol=1e-5)
+            else:
+                with pytest.raises(VisarError, match=f"are others beyond {room} tokens .its rope_type."):
+                    world.session([0], 4, length)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +179,9 @@ class OwnCache(nn.Module):
         super().__init__()
         self.inner, self.config, self.device, self.dtype = inner, inner.config, inner.device, inner.dtype
 
+    def get_decoder(self) -> nn.Module:
+        return self
+
     def get_input_embeddings(self) -> nn.Module:
         found: nn.Module = self.inner.get_input_embeddings()
         return found
@@ -108,7 +194,7 @@ def test_a_pass_that_goes_by_the_cache_is_refused() -> None:
     world = causal("Qwen3", head_dim=12)
     world.model.model = OwnCache(world.model.model).eval()
     decoder = VocabularyDecoder(world.model, CODES)
-    decoder.backbone, decoder.cache_name = world.model.model, "cache"  # which transformers names by version
+    decoder.cache_name = "cache"  # which transformers names by version
     with pytest.raises(VisarError, match="elsewhere than in the cache that it was given"):
         logits(World(world.model, decoder))
 

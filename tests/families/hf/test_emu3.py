@@ -215,5 +215,7 @@ def test_what_is_refused(folder: Path) -> None:
             visar.accelerate(model, emu3_processor(**settings))
     with pytest.raises(VisarError, match="are multiples of 8 pixels, not 100 and 100"):
         ImageModel.load(folder, image_size=100)
+    with pytest.raises(VisarError, match="holds, as text, a token of the model's that stands for an image"):
+        visar.accelerate(model, emu3_processor())("a red <image>")
     with pytest.raises(VisarError, match="the Emu3Processor of its prompts is missing"):
         visar.accelerate(model, emu3_processor().tokenizer)

@@ -18,7 +18,7 @@ import visar
 from tests.families.hf.test_sessions import farthest
 from tests.families.hf.worlds import WORLDS
 from tests.helpers.tiny_glm import CODES, glm, glm_processor, small_drafts, stock_glm, stock_inputs, tiny_glm
-from tests.helpers.tiny_hf import PROMPTS
+from tests.helpers.tiny_hf import PROMPTS, janus_processor
 from visar import cli
 from visar.errors import VisarError
 from visar.families.hf import glm_image
@@ -236,6 +236,10 @@ def test_what_is_refused(pipe: Any, folder: Path, tmp_path: Path, monkeypatch: p
         pipe("cat", **SIZE)
     with pytest.raises(VisarError, match="Give the processor of this GlmImageForConditionalGeneration"):
         visar.accelerate(glm()[0])
+    with pytest.raises(VisarError, match="of this GLM-Image has no chat template; give the GlmImageProcessor"):
+        visar.accelerate(glm()[0], glm()[1].tokenizer)("cat")
+    with pytest.raises(VisarError, match="writes prompts in another way"):
+        visar.accelerate(glm()[0], janus_processor())("cat")
     with pytest.raises(VisarError, match="image_size is a number of pixels, or width x height"):
         visar.load(folder, image_size=(64, 64))
     with pytest.raises(VisarError, match="multiples of 32 pixels, not 100 and 100"):

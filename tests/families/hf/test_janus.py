@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from visar.errors import VisarError
 from visar.generation.model import ImageModel
 from visar.generation.pool import Pool, Request
 from visar.params import SamplingParams
+
+GREEDY = SamplingParams(top_k=1)
 
 
 @pytest.fixture
@@ -50,14 +54,41 @@ def test_greedy_tokens_are_those_of_generate(pipe: Any, sampler: str) -> None:
     assert torch.equal(out.tokens, weak)
 
 
-def test_a_hook_that_comes_after_a_capture_runs(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = pipe.image_model.sessions.capture = Recorder(monkeypatch)
-    settings: dict[str, Any] = dict(sampler="scd", top_k=1, output_type="tokens")
-    plain = pipe("cat", **settings).tokens
-    handle = pipe.image_model.family.decoder.backbone.layers[0].mlp.register_forward_hook(lambda _, __, y: -3 * y)
-    assert not torch.equal(pipe("cat", **settings).tokens, plain) and record.captures == 2
-    handle.remove()
-    assert torch.equal(pipe("cat", **settings).tokens, plain) and record.captures == 2
+@pytest.mark.parametrize("way", ["calls", "rows", "rows, captured"])
+def test_what_changes_between_images_is_in_the_next(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks, of which one may get the memory of another, and adapters; what was captured for one is not run for it."""
+    model, processor = tiny_janus(), janus_processor()
+    pipe = visar.accelerate(model, processor)
+    if way != "rows":
+        record = pipe.image_model.sessions.capture = Recorder(monkeypatch)
+    pool, layer = Pool(ImageModel.of(pipe), "scd", size=2), model.model.language_model.layers[0]
+
+    def check() -> None:
+        stock = stock_janus(model, processor, PROMPTS[:2])
+        if way == "calls":
+            found = pipe(list(PROMPTS[:2]), sampler="scd", top_k=1, output_type="tokens").tokens
+        else:
+            done = {r.request.tag: r.tokens for r in pool.run(Request(PROMPTS[i], GREEDY, tag=i) for i in range(2))}
+            found = torch.stack([done[0], done[1]])
+        assert torch.equal(found, stock)
+        seen.append(stock)
+
+    seen: list[Tensor] = []
+    check()
+    for scale in (-3.0, 2.0):
+        handle = layer.mlp.register_forward_hook(lambda _, __, y, scale=scale: scale * y)
+        check()
+        handle.remove()
+        del handle
+    layer.mlp.down_proj = Adapter(layer.mlp.down_proj)
+    check()
+    layer.mlp.down_proj.active_adapters = ()
+    check()
+    assert len(torch.stack(seen).unique(dim=0)) == 4 and torch.equal(seen[0], seen[-1])
+    if way == "calls":
+        assert record.captures == 5
+        check()
+        assert record.captures == 5
 
 
 def test_pixels_are_those_of_the_stock_decoder(pipe: Any) -> None:
@@ -110,7 +141,7 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.randn(base.out_features, 2, generator=seed) / 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + x @ self.a.T @ self.b.T
+        return self.base_layer(x) + (x @ self.a.T @ self.b.T if self.active_adapters else 0)
 
 
 def test_adapters_in_layers_are_in_the_images() -> None:
@@ -138,6 +169,21 @@ def test_rows_that_are_taken_in_turns(pipe: Any) -> None:
         out = model.generate(request.condition, request.params, sampler="scd", output_type="tokens")
         done = found[request.tag]
         assert torch.equal(done.tokens, out.tokens[0]) and done.nfe == out.stats.nfe, request.condition
+
+
+def test_defaults_are_those_of_the_generation_config() -> None:
+    """Whenever it says them; a caller's own go before."""
+    model = tiny_janus()
+    pipe = visar.accelerate(model, janus_processor())
+    stock = stock_janus(model, janus_processor(), PROMPTS[:1], 2.0)
+    model.generation_config.update(do_sample=True, top_k=1, guidance_scale=2.0, repetition_penalty=1.0)
+    assert torch.equal(pipe(PROMPTS[0], output_type="tokens").tokens, stock)
+    assert pipe(PROMPTS[0], guidance_scale=3.0, output_type="tokens").stats.settings["guidance_scale"] == 3
+    for name, value in (("repetition_penalty", 1.2), ("min_p", 0.1), ("num_return_sequences", 2)):
+        model.generation_config.update(**{name: value})
+        with pytest.raises(VisarError, match=f"generation_config has {name}={value}, which visar does not do"):
+            pipe(PROMPTS[0])
+        model.generation_config.update(**{name: None})
 
 
 @pytest.mark.parametrize("invariant", [False, True])
@@ -176,10 +222,29 @@ def code(path: Path) -> None:
     edited("tokenizer_config.json", auto_map={"AutoTokenizer": [None, "own.Own"]})(path)
 
 
+def language(**changes: Any) -> Callable[[Path], Any]:
+    """Other values in the configuration of the language model."""
+
+    def edit(path: Path) -> None:
+        found = json.loads((path / "config.json").read_text())["text_config"]
+        edited("config.json", text_config=found | changes)(path)
+
+    return edit
+
+
 DAMAGE: Damage = {
     "no image tokenizer": (lambda f: without(f, "vqmodel"), r"Tensor 'model\.vqmodel\..* is missing or misshapen, and"),
     "a file that is cut": (cut, "Could not load the JanusForConditionalGeneration from"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "other shapes": (language(intermediate_size=47), "is missing or misshapen, and 5 others"),
+    "fewer layers": (language(num_hidden_layers=1), r"layers\.1\..* is of a layer that the mo"),
+    "no layers": (language(num_hidden_layers=0), "is no causal decoder of transformers"),
+    "a larger model by its configuration": (
+        language(vocab_size=2**36),
+        r"needs \d+\.\d GiB of memory, and .* are free",
+    ),
+    "another position": (language(rope_parameters={"rope_type": "spiral"}), "'spiral' is not known"),
+    "heads that do not fit": (language(num_attention_heads=3), "'validate_architecture': .*attention heads"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "Could not load the processor of prompts"),
     "code of its own": (code, r"tokenizer of its own code \(.*own.Own.*\), which visar does not run"),
     "a language model": (edited("config.json", model_type="qwen3"), "'qwen3', which no family of visar loads"),
@@ -190,6 +255,39 @@ DAMAGE: Damage = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_folders(damage: str, folder: Path, tmp_path: Path) -> None:
     check_damaged(folder, tmp_path, *DAMAGE[damage])
+
+
+@pytest.mark.parametrize("part", ["model.language_model.embed_tokens", "model.generation_head", "model.language_model"])
+def test_a_model_of_two_dtypes_is_refused(part: str) -> None:
+    """Products of both would fail; parts that make pixels may have another."""
+    model = tiny_janus().to(torch.bfloat16)
+    model.model.vqmodel.float()
+    pipe = visar.accelerate(model, janus_processor())
+    assert pipe("cat").images[0].size == (64, 64)
+    model.get_submodule(part).float()
+    with pytest.raises(
+        VisarError, match=r"weights in bfloat16 and float32; convert all of it to one with .to\(dtype\)"
+    ):
+        pipe("cat")
+    model.to(torch.float8_e4m3fn)
+    with pytest.raises(VisarError, match=r"dtype of the model must be .* not torch.float8_e4m3fn"):
+        pipe("cat")
+
+
+@pytest.mark.parametrize("place", ["model", "adapter"])
+def test_a_model_that_drops_features_is_refused(place: str) -> None:
+    """An adapter that comes after `eval` is in training mode."""
+    model = tiny_janus()
+    pipe = visar.accelerate(model, janus_processor())
+    attention = model.model.language_model.layers[0].self_attn
+    if place == "model":
+        model.train()
+    else:
+        attention.q_proj = nn.Sequential(nn.Dropout(0.5), attention.q_proj)
+    with pytest.raises(VisarError, match=r"in training mode.*call its eval\(\)"):
+        pipe("cat")
+    model.eval()
+    pipe("cat", output_type="tokens")
 
 
 def test_what_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,19 +301,17 @@ def test_what_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         visar.accelerate(Qwen3ForCausalLM(Qwen3Config(vocab_size=9, hidden_size=8, num_hidden_layers=1)))
     with pytest.raises(VisarError, match="Give the processor of this JanusForConditionalGeneration"):
         visar.accelerate(model)
-    for other in (5, "reader", model):
+    for other in (5, "reader", model, lambda text: [1]):
         with pytest.raises(VisarError, match=f"A processor or a tokenizer reads prompts, not a {type(other).__name__}"):
             visar.accelerate(model, other)
     with pytest.raises(VisarError, match="needs a drafter"):
         pipe("cat", sampler="eagle")
     with pytest.raises(VisarError, match="saved by its own save_pretrained"):
         pipe.save_pretrained("nowhere")
-    model.train()
-    try:
-        with pytest.raises(VisarError, match=r"in training mode.*call its eval\(\)"):
-            pipe("cat")
-    finally:
-        model.eval()
+    with pytest.raises(
+        VisarError, match=r"gives the prompt ids up to \d+, and this model knows those below 9: it is ano"
+    ):
+        visar.accelerate(tiny_janus(vocab_size=9), processor)("cat")
     for found in ("4.57.6", "5.25.0", "6.0.0.dev0", None):
         monkeypatch.setattr("visar.families.hf.versions.installed", lambda found=found: found)
         with pytest.raises(VisarError, match=r"from version 5\.0 to below 5\.25"):

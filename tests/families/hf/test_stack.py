@@ -69,12 +69,13 @@ def test_known_bad_layers_are_caught(bad: type[Stack], monkeypatch: pytest.Monke
     assert farthest(WORLDS["qwen3"]()) > 0.05
 
 
-@pytest.mark.parametrize("place", ["", "layers.1", "layers.0.self_attn", "layers.1.mlp"])
+@pytest.mark.parametrize("place", ["", "layers.1", "layers.0.self_attn", "layers.1.mlp", "layers.1.mlp.act_fn"])
 def test_a_hook_on_what_is_not_called_brings_back_the_own_forward(place: str) -> None:
     world = causal("Qwen3", head_dim=12)
     part, calls = world.decoder.backbone.get_submodule(place), []
     plain = logits(world)
     handle = part.register_forward_hook(lambda *_: calls.append(place))
+    assert Stack.of(world.decoder.backbone) is None
     torch.testing.assert_close(logits(world), plain, atol=2e-5, rtol=1e-5)
     assert calls
     handle.remove()
@@ -113,22 +114,36 @@ def test_adapters_and_hooks_of_linear_layers_and_norms_run() -> None:
     layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
     layer.mlp.up_proj.register_forward_hook(lambda _, __, y: 1.5 * y)
     layer.input_layernorm.register_forward_hook(lambda _, __, y: 0.5 * y)
+    norm = layer.post_attention_layernorm
+    norm.__class__ = type("Own", (type(norm),), {"forward": lambda self, x: -x, "__module__": __name__})
     assert Stack.of(world.decoder.backbone) is not None
     changed = logits(world)
     assert (changed - plain).abs().max() > 0.1
     torch.testing.assert_close(changed, logits(world, own_forward=True), atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["activation", "scaling", "class"])
+@pytest.mark.parametrize("change", ["activation", "scaling", "class", "layers"])
 def test_what_is_not_known_runs_by_the_own_forward(change: str) -> None:
     world = causal("Llama", **({"hidden_act": "gelu"} if change == "activation" else {}))
     layer: Any = world.decoder.backbone.layers[1]
     if change == "scaling":
         layer.self_attn.scaling = 0.1
+    if change == "layers":  # of which transformers leaves out the last
+        world.decoder.config.num_hidden_layers = 1
     if change == "class":
         layer.mlp.__class__ = type("LlamaMLP", (type(layer.mlp),), {"forward": lambda _, x: 0 * x})
     assert Stack.of(world.decoder.backbone) is None
     torch.testing.assert_close(logits(world), logits(world, own_forward=True))
+
+
+@pytest.mark.parametrize("name", ["self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"])
+def test_a_hook_on_a_rounded_layer_gets_the_product_alone(name: str) -> None:
+    world = causal("Qwen3")
+    quantize(world.decoder.backbone, "int8")
+    plain = logits(world)
+    world.decoder.backbone.layers[1].get_submodule(name).register_forward_hook(lambda _, __, y: -2 * y)
+    assert (logits(world) - plain).abs().max() > 0.1
+    torch.testing.assert_close(logits(world), logits(world, own_forward=True), atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3"])

@@ -11,21 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from visar.dtypes import checked_dtype
 from visar.engine.guidance import Guidance
 from visar.engine.memory import COPIES
 from visar.engine.quantization import quantize_once, weights_of
 from visar.errors import VisarError
 from visar.families.base import DiscreteFamily, Encoded
+from visar.families.hf.configured import configured
 from visar.families.hf.decoder import ImageDecoder
 from visar.families.hf.drafting import TransformersTarget
 from visar.families.hf.loading import load_model, load_processor
 from visar.families.hf.session import TransformersSession
+from visar.families.hf.stack import Stack
 from visar.families.hf.versions import check_version
 from visar.families.source import Source
-from visar.families.wrapped import check_offloaded
+from visar.families.wrapped import check_offloaded, check_same_dtype
 from visar.kernels.invariant import is_invariant
+from visar.params import SamplingParams
 
 STEP = 64  # prompts are padded to a multiple of this, so that calls share sessions and graphs
+SPECIAL = "The prompt holds, as text, a token of the model's that stands for an image; leave it out."
 ROOM = 512  # slots for prompts where rows are taken in turns, unless the model has fewer
 
 
@@ -41,6 +46,7 @@ class TransformersFamily(DiscreteFamily):
     architecture: ClassVar[str]
 
     decoder: ImageDecoder
+    as_configured = False  # whether the model's `generation_config` is about images, and goes before `defaults`
     has_vocabulary_map = False  # whether its configuration says which tokens are codes of images
 
     def __init__(self, model: Any, processor: Any):
@@ -56,6 +62,24 @@ class TransformersFamily(DiscreteFamily):
     @abstractmethod
     def prompt_ids(self, text: str) -> tuple[list[int], list[int]]:
         """The ids of a prompt, and those of the unconditional batch; none where the model has no guidance."""
+
+    @property
+    def defaults(self) -> SamplingParams:  # type: ignore[override]
+        if not self.as_configured:
+            return self._defaults
+        return configured(self.model.generation_config, self._defaults, self.decoder.vocab, self.guided)
+
+    @defaults.setter
+    def defaults(self, own: SamplingParams) -> None:
+        self._defaults = own
+
+    @property
+    def tokenizer(self) -> Any:
+        """Raises `VisarError` for a processor without one."""
+        found = getattr(self.processor, "tokenizer", self.processor)
+        if not hasattr(found, "convert_tokens_to_ids"):
+            raise VisarError(f"A processor or a tokenizer reads prompts, not a {type(found).__name__}.")
+        return found
 
     # Finding and loading
 
@@ -112,6 +136,11 @@ class TransformersFamily(DiscreteFamily):
     def check_layers(self) -> None:
         """Adapters (PEFT) and hooks of layers work: visar calls the layers as transformers does."""
         check_offloaded(self.model)
+        checked_dtype("The dtype of the model", self.dtype)
+        backbone = self.decoder.backbone
+        if Stack.of(backbone) is not None:  # the `forward` of others may convert
+            table = backbone.get_input_embeddings()
+            check_same_dtype("The model", table, backbone.layers, backbone.norm, *self.decoder.ends)
 
     # Conditions
 
@@ -126,6 +155,12 @@ class TransformersFamily(DiscreteFamily):
         pairs = [self.prompt_ids(text) for text in conditions]
         kinds = [ids for ids in zip(*pairs, strict=True) if all(ids)]
         longest = max(len(ids) for kind in kinds for ids in kind)
+        last, known = max(max(ids) for kind in kinds for ids in kind), self.decoder.known
+        if last >= known:
+            raise VisarError(
+                f"The tokenizer gives the prompt ids up to {last}, and this model knows those below {known}: it is "
+                "another model's, or has tokens that the model was not resized for."
+            )
         if longest > self.room:
             raise VisarError(
                 f"The prompt has {longest} tokens; this model takes at most {self.room} next to the "

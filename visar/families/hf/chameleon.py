@@ -24,7 +24,7 @@ from typing_extensions import Self
 from visar.engine.layout import Layout
 from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
-from visar.families.hf.base import TransformersFamily
+from visar.families.hf.base import SPECIAL, TransformersFamily
 from visar.families.hf.decoder import VocabularyDecoder
 from visar.families.hf.grid import GridDecoder, GridFamily, cells_of
 from visar.families.hf.loading import load_model, load_processor, unreadable
@@ -69,7 +69,7 @@ class _Chameleon(TransformersFamily):
 
     model_type = "chameleon"
     architecture = "ChameleonForConditionalGeneration"
-    has_vocabulary_map = True
+    has_vocabulary_map = as_configured = True
     lumina = False
 
     def __init__(self, model: Any, processor: Any, vqgan: VQGAN | None = None, size: tuple[int, int] | None = None):
@@ -135,10 +135,6 @@ class _Chameleon(TransformersFamily):
         return "Lumina-mGPT" if self.lumina else "Chameleon"
 
     @property
-    def tokenizer(self) -> Any:
-        return getattr(self.processor, "tokenizer", self.processor)
-
-    @property
     def codes(self) -> list[int]:
         """The ids of the image tokenizer's codes. Raises `VisarError` if the vocabulary lacks one."""
         found, count = self.model.model.vocabulary_mapping.img2bpe, self.model.config.vq_config.num_embeddings
@@ -153,9 +149,7 @@ class _Chameleon(TransformersFamily):
         """Raises `VisarError` for a text with tokens that are none of words."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not self._reserved.isdisjoint(ids):
-            raise VisarError(
-                "The prompt holds, as text, a token of the model's that stands for an image; leave it out."
-            )
+            raise VisarError(SPECIAL)
         return ids
 
     def made(self) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visar.engine.layers import is_torchs
 from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
 from visar.families.hf.attention import configurations
@@ -21,18 +22,25 @@ AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class ImageDecoder(ABC):
-    """A `backbone` of transformers that gives hidden states, and the embedding and head of `vocab` image tokens.
+    """A `model` whose `backbone` gives hidden states, and the embedding and head of `vocab` image tokens.
 
-    A subclass says how tokens are embedded and what the logits are; `ids` of prompts are those of the backbone's own
-    embedding unless it says otherwise. Raises `VisarError` for a module that is no causal decoder.
+    A subclass says where the backbone is, how tokens are embedded and what the logits are; `ids` of prompts are those
+    of the backbone's own embedding unless it says otherwise. Parts of a model may be replaced between images, so they
+    are looked up. Raises `VisarError` for a module that is no causal decoder.
     """
 
-    def __init__(self, backbone: Any, vocab: int):
-        parameters = inspect.signature(backbone.forward).parameters
+    def __init__(self, model: Any, vocab: int):
+        self.model, self.vocab = model, vocab
+        parameters = inspect.signature(self.backbone.forward).parameters
         found = [name for name in CACHES if name in parameters]
-        if not found or "inputs_embeds" not in parameters or not configurations(backbone):
-            raise VisarError(f"{type(backbone).__name__} is no causal decoder of transformers with a cache.")
-        self.backbone, self.vocab, self.cache_name = backbone, vocab, found[0]
+        if not found or "inputs_embeds" not in parameters or not configurations(self.backbone) or self.layers < 1:
+            raise VisarError(f"{type(self.backbone).__name__} is no causal decoder of transformers with a cache.")
+        self.cache_name = found[0]
+
+    @property
+    def backbone(self) -> Any:
+        """The causal decoder of transformers."""
+        return self.model
 
     # The model's sizes, as configurations of transformers name them
 
@@ -71,7 +79,17 @@ class ImageDecoder(ABC):
         found: torch.dtype = self.backbone.dtype
         return found
 
+    @property
+    def known(self) -> int:
+        """How many ids prompts may have."""
+        return int(getattr(self.backbone.get_input_embeddings(), "num_embeddings", self.config.vocab_size))
+
     # What a family says
+
+    @property
+    def ends(self) -> Sequence[nn.Module]:
+        """What a pass runs before and after the backbone."""
+        return ()
 
     def start(self) -> None:  # noqa: B027 (most keep nothing)
         """Called when a session starts new images: what is kept of weights is read again, into the same memory."""
@@ -109,6 +127,15 @@ class ImageDecoder(ABC):
         return streamed_bytes(self.backbone) + self.head_bytes
 
 
+def weight_of(head: nn.Module) -> Tensor:
+    """Raises `VisarError` for an adapter that does not give the weight of its layer, as those of PEFT do."""
+    if not isinstance(found := getattr(head, "weight", None), Tensor):
+        raise VisarError(
+            f"A drafter knows its model by the weight of the head, and this {type(head).__name__} has none."
+        )
+    return found
+
+
 class VocabularyDecoder(ImageDecoder):
     """A causal language model whose vocabulary holds the image tokens: token n is the id `codes[n]`.
 
@@ -118,28 +145,36 @@ class VocabularyDecoder(ImageDecoder):
     """
 
     def __init__(self, model: Any, codes: Sequence[int] | Tensor):
-        super().__init__(model.get_decoder(), len(codes))
-        head: Any = model.get_output_embeddings()
+        super().__init__(model, len(codes))
         ids = torch.as_tensor(codes)
-        if head is None:
-            raise VisarError(f"{type(model).__name__} has no output head, so it is no causal language model.")
         if ids.ndim != 1 or ids.is_floating_point() or not len(ids) or len(ids.unique()) < len(ids):
             raise VisarError("The codes of images are ids of the vocabulary, each given once.")
-        size = int(getattr(head, "out_features", self.config.vocab_size))
-        if int(ids.min()) < 0 or int(ids.max()) >= size:
-            raise VisarError(f"The codes go from {int(ids.min())} to {int(ids.max())}; the vocabulary has {size} ids.")
-        for name in AFTER_HEAD:
-            if getattr(self.config, name, None) not in (None, 1.0):
-                raise VisarError(f"visar does not run {type(model).__name__}: it changes its logits ({name}).")
-        self.codes, self._head, self._ids = ids.to(self.device), head, size
-        self._slice = isinstance(head, nn.Linear) and type(head.weight) in (Tensor, nn.Parameter)
+        self.codes = ids.to(self.device)
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
+        self._find()
+
+    @property
+    def backbone(self) -> Any:
+        return self.model.get_decoder()
+
+    def _find(self) -> None:
+        """The embedding and the head as they are now. Raises `VisarError` for those that lack codes."""
+        self._table, self._head = self.backbone.get_input_embeddings(), self._own_head()
+        self._ids = int(getattr(self._head, "out_features", self.config.vocab_size))
+        first, last = int(self.codes.min()), int(self.codes.max())
+        if first < 0 or last >= self._ids:
+            raise VisarError(f"The codes go from {first} to {last}; the vocabulary has {self._ids} ids.")
+        for name in AFTER_HEAD:
+            if getattr(self.config, name, None) not in (None, 1.0):
+                raise VisarError(f"visar does not run {type(self.model).__name__}: it changes its logits ({name}).")
+        self._slice = is_torchs(self._head)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def start(self) -> None:
         self.codes = self.codes.to(self.device)
+        self._find()
         if self._slice:
             self._weight = self._rows(self._head.weight, self._weight)
             self._bias = self._rows(self._head.bias, self._bias)
@@ -156,20 +191,33 @@ class VocabularyDecoder(ImageDecoder):
         fits = held is not None and (held.dtype, held.device) == (rows.dtype, rows.device)
         return held.copy_(rows) if held is not None and fits else rows
 
+    def embed_prompt(self, ids: Tensor) -> Tensor:
+        found: Tensor = self._table(ids)
+        return found
+
     def embed(self, tokens: Tensor) -> Tensor:
         return self.embed_prompt(self.codes[tokens])
 
     def head(self, hidden: Tensor) -> Tensor:
-        if not self._slice:  # an adapter, or weights of another kind: all of the vocabulary
+        if not self._slice:  # an adapter, a hook, or weights of another kind: all of the vocabulary
             found: Tensor = self._head(hidden)[..., self.codes]
             return found
         assert self._weight is not None
         return F.linear(hidden, self._weight, self._bias)
 
+    def _own_head(self) -> Any:
+        if (head := self.model.get_output_embeddings()) is None:
+            raise VisarError(f"{type(self.model).__name__} has no output head, so it is no causal language model.")
+        return head
+
+    @property
+    def ends(self) -> Sequence[nn.Module]:
+        return (self._own_head(),)
+
     @property
     def head_weight(self) -> Tensor:
-        found: Tensor = self._head.weight[self.codes.to(self._head.weight.device)]
-        return found
+        weight = weight_of(self._own_head())
+        return weight[self.codes.to(weight.device)]
 
     @property
     def head_bytes(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from visar.errors import VisarError
+from visar.families.hf.base import SPECIAL
 from visar.families.hf.grid import GridDecoder, GridFamily, cells_of
 from visar.families.hf.loading import load_model, load_processor
 from visar.families.hf.versions import check_version
@@ -40,7 +41,7 @@ class Emu3Family(GridFamily):
     name = "emu3"
     model_type = "emu3"
     architecture = "Emu3ForConditionalGeneration"
-    has_vocabulary_map = True
+    has_vocabulary_map = as_configured = True
 
     def __init__(self, model: Any, processor: Any, size: tuple[int, int] | None = None):
         self._size = size
@@ -115,6 +116,8 @@ class Emu3Family(GridFamily):
         return cells_of((rows * self.cell, columns * self.cell), self.cell)
 
     def prompt_ids(self, text: str) -> tuple[list[int], list[int]]:
+        if self.processor.image_token in text:
+            raise VisarError(SPECIAL)
         return self._prompt(text), self._negative
 
     def _prompt(self, text: str) -> list[int]:

@@ -20,20 +20,20 @@ from typing_extensions import Self
 
 from visar.engine.layout import Layout
 from visar.errors import VisarError
-from visar.families.hf.base import TransformersFamily
+from visar.families.hf.base import SPECIAL, TransformersFamily
 from visar.families.hf.decoder import VocabularyDecoder
 from visar.families.hf.glm_pipeline import GlmPixels, faster_pipeline
 from visar.families.hf.loading import load_model, load_processor
 from visar.families.hf.versions import check_version
 from visar.families.registry import register_family
 from visar.families.source import Source
+from visar.kernels.derived import Derived
 from visar.params import SamplingParams
 
 Grid = tuple[int, int]  # rows and columns
 CELL = 32  # pixels of a code
 DRAFT = 16  # rows and columns of the draft of a square image
 SIZE = (1024, 1024)  # height and width where none is given, as in the pipeline of diffusers
-SPECIAL = "The prompt holds, as text, a token of the model's that stands for an image; leave it out."
 ENCODER = "vision_language_encoder"  # the folder of the decoder
 
 
@@ -84,7 +84,7 @@ class GlmImageFamily(TransformersFamily):
     name = "glm-image"
     model_type = "glm_image"
     architecture = "GlmImageForConditionalGeneration"
-    sizes = True
+    sizes = as_configured = True
     guided = False
 
     def __init__(self, model: Any, processor: Any, draw: GlmPixels | None = None, size: tuple[int, int] = SIZE):
@@ -136,13 +136,9 @@ class GlmImageFamily(TransformersFamily):
                 f"{context} with the prompt's."
             )
         self.decoder = GlmDecoder(model, codes, (self.draft, self.grid))
-        own = model.generation_config
         self.defaults = SamplingParams(
-            guidance_scale=1.0, guidance_interval=-1, guidance_schedule="constant",
-            temperature=0.9 if own.temperature is None else own.temperature,
-            top_k=0 if own.top_k is None or own.top_k >= codes else own.top_k,
-            top_p=0.75 if own.top_p is None else own.top_p,
-        )  # fmt: skip
+            guidance_scale=1.0, guidance_interval=-1, guidance_schedule="constant", temperature=0.9, top_k=0, top_p=0.75
+        )
 
     def sized(self, height: int | None = None, width: int | None = None) -> Self:
         size = (self._size[0] if height is None else height, self._size[1] if width is None else width)
@@ -160,6 +156,8 @@ class GlmImageFamily(TransformersFamily):
     def prompt_ids(self, text: str) -> tuple[list[int], list[int]]:
         message = {"role": "user", "content": [{"type": "text", "text": text}]}
         size: dict[str, Any] = {"target_h": self._size[0], "target_w": self._size[1]}
+        if not getattr(self.processor, "chat_template", None) or not hasattr(self.processor, "image_token"):
+            raise VisarError("The processor of this GLM-Image has no chat template; give the GlmImageProcessor.")
         if self.processor.image_token in text:
             raise VisarError(SPECIAL)
         if "processor_kwargs" in inspect.signature(self.processor.apply_chat_template).parameters:
@@ -168,13 +166,13 @@ class GlmImageFamily(TransformersFamily):
             [message], tokenize=True, return_dict=True, return_tensors="pt", **size
         )
         ids: list[int] = made["input_ids"][0].tolist()
-        grids = [tuple(grid) for grid in made["image_grid_thw"].tolist()]
+        grids = [tuple(grid) for grid in made.get("image_grid_thw", torch.empty(0)).tolist()]
         config = self.model.config
         begin, end, cell = config.image_start_token_id, config.image_end_token_id, config.image_token_id
-        if ids.count(begin) != 1 or end in ids or cell in ids:
-            raise VisarError(SPECIAL)
         if grids != [(1, *self.grid), (1, *self.draft)] or ids[-1] != begin:
             raise VisarError("The processor of this GLM-Image writes prompts in another way than that of transformers.")
+        if ids.count(begin) != 1 or end in ids or cell in ids:
+            raise VisarError(SPECIAL)
         return ids, []
 
     # Pixels
@@ -203,12 +201,16 @@ class GlmImageFamily(TransformersFamily):
 
     def preview(self, tokens: Tensor) -> Tensor:
         """False colours: codes that are alike have colours that are alike."""
-        if self._colours is None:
-            book = self.codebook.float().cpu()
-            axes = torch.linalg.eigh(book.T @ book).eigenvectors[:, -3:]
-            found = book @ axes
-            low, high = found.quantile(0.01, 0), found.quantile(0.99, 0)
-            self._colours = ((found - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
-        return self._colours[self.layout.cells(tokens).cpu()].permute(0, 3, 1, 2)
+        colours = _colours.of([self.model.model.vqmodel.quantize.embedding.weight], lambda: colours_of(self.codebook))
+        return colours[self.layout.cells(tokens).cpu()].permute(0, 3, 1, 2)
 
-    _colours: Tensor | None = None
+
+_colours: Derived[Tensor] = Derived()
+
+
+def colours_of(codebook: Tensor) -> Tensor:
+    """Three numbers in [0, 1] for each code [V, 3], by the directions in which codes differ most."""
+    book = codebook.float().cpu()
+    found = book @ torch.linalg.eigh(book.T @ book).eigenvectors[:, -3:]
+    low, high = found.quantile(0.01, 0), found.quantile(0.99, 0)
+    return ((found - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)

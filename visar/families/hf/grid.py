@@ -26,7 +26,7 @@ class GridDecoder(VocabularyDecoder):
 
     def __init__(self, model: Any, codes: Sequence[int], line_end: int):
         super().__init__(model, codes)
-        self.model, self.line_end, self.vocab = model, line_end, len(self.codes) + 1
+        self.line_end, self.vocab = line_end, len(self.codes) + 1
 
     def embed(self, tokens: Tensor) -> Tensor:
         ids = self.codes[tokens.clamp_max(self.vocab - 2)]

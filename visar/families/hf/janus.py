@@ -6,11 +6,12 @@ unconditional batch the prompt's ids are padding, but for its first token and th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from visar.engine.layout import Layout
@@ -18,7 +19,7 @@ from visar.engine.memory import streamed_bytes
 from visar.errors import VisarError
 from visar.families.hf import deepseek
 from visar.families.hf.base import TransformersFamily
-from visar.families.hf.decoder import ImageDecoder
+from visar.families.hf.decoder import ImageDecoder, weight_of
 from visar.families.hf.versions import check_version
 from visar.families.registry import register_family
 from visar.families.source import Source
@@ -32,8 +33,11 @@ class JanusDecoder(ImageDecoder):
     """Image codes have an embedding, two layers that align it, and a head of their own."""
 
     def __init__(self, model: Any):
-        super().__init__(model.model.language_model, model.model.vqmodel.config.num_embeddings)
-        self.model = model
+        super().__init__(model, model.model.vqmodel.config.num_embeddings)
+
+    @property
+    def backbone(self) -> Any:
+        return self.model.model.language_model
 
     def embed(self, tokens: Tensor) -> Tensor:
         found: Tensor = self.model.prepare_embeddings_for_image_generation(tokens)
@@ -44,9 +48,13 @@ class JanusDecoder(ImageDecoder):
         return found
 
     @property
+    def ends(self) -> Sequence[nn.Module]:
+        inner = self.model.model
+        return inner.generation_embeddings, inner.generation_aligner, inner.generation_head
+
+    @property
     def head_weight(self) -> Tensor:
-        found: Tensor = self.model.model.generation_head.vision_head.weight
-        return found
+        return weight_of(self.model.model.generation_head.vision_head)
 
     @property
     def head_bytes(self) -> int:
@@ -64,6 +72,7 @@ class JanusFamily(TransformersFamily):
     name = "janus"
     model_type = "janus"
     architecture = "JanusForConditionalGeneration"
+    as_configured = True
 
     @classmethod
     def recognises(cls, source: Source) -> bool:
@@ -77,7 +86,7 @@ class JanusFamily(TransformersFamily):
         return cls(*deepseek.load_deepseek(source))
 
     def made(self) -> None:
-        model, tokenizer = self.model, getattr(self.processor, "tokenizer", self.processor)
+        model, tokenizer = self.model, self.tokenizer
         config = model.config.vq_config
         side = config.num_patches
         if model.config.vision_config.num_image_tokens != side**2:
@@ -109,8 +118,7 @@ class JanusFamily(TransformersFamily):
             chat = self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
         else:
             chat = CHAT.format(text)
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        found: list[int] = tokenizer(chat + self.start_text)["input_ids"]
+        found: list[int] = self.tokenizer(chat + self.start_text)["input_ids"]
         return found
 
     @torch.no_grad()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from visar.engine.component import unfilled
 from visar.errors import VisarError
 from visar.host import check_memory
 from visar.reading import read_json
+
+NUMBER = re.compile(r"\d+")
 
 
 def load_model(architecture: str, folder: Path, config: Any = None, strict: bool = False) -> Any:
@@ -25,14 +32,17 @@ def load_model(architecture: str, folder: Path, config: Any = None, strict: bool
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise VisarError(f"{folder} has no weights: a file model.safetensors, or shards of it.")
-    check_room(folder, files)
     told_before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its table of keys: those that matter are named below
     try:
+        check_memory(folder, described(kind, folder, config) * bytes_of_a_weight(files))
         model, told = kind.from_pretrained(
             folder, dtype="auto", local_files_only=True, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are named below
             **({} if config is None else {"config": config}),
         )  # fmt: skip
+    except VisarError:
+        raise
     except Exception as error:  # of several libraries, on files that are missing, cut or changed
         raise unreadable(f"the {architecture}", folder, error) from error
     finally:
@@ -41,9 +51,31 @@ def load_model(architecture: str, folder: Path, config: Any = None, strict: bool
     if absent:
         others = f", and {len(absent) - 1} others are" if len(absent) > 1 else ""
         raise VisarError(f"Tensor {sorted(absent)[0]!r} of {folder} is missing or misshapen{others}.")
-    if strict and (unknown := sorted(told["unexpected_keys"])):
+    unknown = sorted(told["unexpected_keys"])
+    if strict and unknown:
         raise VisarError(f"Tensor {unknown[0]!r} of {folder} is unknown; a {architecture} has none such.")
+    names = {NUMBER.sub("", key) for key in model.state_dict()}
+    if more := [key for key in unknown if NUMBER.sub("", key) in names]:
+        raise VisarError(f"Tensor {more[0]!r} of {folder} is of a layer that the model has not by its config.json.")
     return model.eval().requires_grad_(False)
+
+
+def described(kind: Any, folder: Path, config: Any = None) -> int:
+    """How many weights a model has by its configuration: transformers makes up those that no file holds."""
+    config = config or kind.config_class.from_pretrained(folder, local_files_only=True)
+    with unfilled():
+        return sum(p.numel() for p in kind(config).parameters())
+
+
+def bytes_of_a_weight(files: Iterable[Path]) -> float:
+    """The mean over the files."""
+    size = count = 0
+    for file in files:
+        size += file.stat().st_size
+        with safe_open(file, "pt") as weights:
+            shapes = [weights.get_slice(key).get_shape() for key in weights.keys()]  # noqa: SIM118 (it is no dict)
+        count += sum(map(math.prod, shapes))
+    return size / max(count, 1)
 
 
 def check_room(folder: Path, files: Iterable[Path]) -> None:
@@ -89,5 +121,9 @@ def own_code(folder: Path) -> str | None:
 
 def unreadable(what: str, folder: Path, error: Exception) -> VisarError:
     """The error of files that a library could not read."""
-    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    reason, *more = str(error).splitlines() or [type(error).__name__]
+    if isinstance(error, KeyError):
+        reason += " is not known"
+    elif reason.endswith(":") and more:
+        reason += f" {more[0].strip()}"
     return VisarError(f"Could not load {what} from {folder}: {reason}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.engine.guidance import Guidance
 from visar.engine.kv_cache import KVCache
@@ -18,7 +21,7 @@ from visar.families.hf.decoder import ImageDecoder
 from visar.families.hf.stack import Stack
 from visar.families.hf.versions import check_version
 from visar.kernels.attention import AttentionMetadata
-from visar.kernels.derived import steady
+from visar.kernels.derived import Steady, steady
 from visar.kernels.invariant import is_invariant
 
 
@@ -43,17 +46,15 @@ class TransformersSession(PromptSession):
         own_forward: bool = False,
     ):
         check_version()
-        self.decoder, self._configs = decoder, configurations(decoder.backbone)
-        self._own_forward = own_forward
-        self._stack, self._steady = self._found_stack(), steady()
-        ids = condition[0]
-        if aux_layers is not None and self._stack is None:
+        self.decoder, self._own_forward = decoder, own_forward
+        # Each goes with the time that it is for, as it holds weights that may be replaced after that.
+        self._stacks = WeakKeyDictionary[Steady, Stack | None]()
+        ids, stack = condition[0], self._stack()
+        if aux_layers is not None and stack is None:
             raise VisarError("A drafter reads hidden states of layers that visar knows, and this model has others.")
         if guidance.active and len(condition) < 4:
             raise VisarError("This model has no unconditional prompts; give guidance_scale 1.")
-        if decoder.backbone.training:
-            raise VisarError("The model is in training mode, in which it drops features at random; call its eval().")
-        if is_invariant() and decoder.device.type == "cuda" and self._stack is None:
+        if is_invariant() and decoder.device.type == "cuda" and stack is None:
             raise VisarError("The invariant mode on a GPU is for layers that visar knows, and this model has others.")
         super().__init__(
             len(ids), length, decoder.vocab, decoder.device, width=max(part.shape[1] for part in condition[::2]),
@@ -66,11 +67,26 @@ class TransformersSession(PromptSession):
         self.start(*condition)
 
     def start(self, *condition: Tensor) -> None:
+        if self.decoder.backbone.training or any(map(drops, self.decoder.model.modules())):
+            raise VisarError("The model is in training mode, in which it drops features at random; call its eval().")
+        if (most := steady_positions(self.decoder.backbone)) < len(self._slot):
+            raise VisarError(
+                f"Rotary positions of this model are others beyond {most} tokens (its rope_type); prompt, image and "
+                f"window have {len(self._slot)} slots."
+            )
         self.decoder.start()
+        self._configs = configurations(self.decoder.backbone)
         super().start(*condition)
 
-    def _found_stack(self) -> Stack | None:
-        return None if self._own_forward else Stack.of(self.decoder.backbone)
+    def _stack(self) -> Stack | None:
+        """The layers as visar runs them now; None where they are called."""
+        if self._own_forward:
+            return None
+        if (now := steady()) is None:
+            return Stack.of(self.decoder.backbone)
+        if now not in self._stacks:
+            self._stacks[now] = Stack.of(self.decoder.backbone)
+        return self._stacks[now]
 
     def prompts(self, *condition: Tensor) -> tuple[Tensor, Tensor]:
         parts = condition[: 2 * self.batches]
@@ -84,13 +100,11 @@ class TransformersSession(PromptSession):
             return self.decoder.embed(tokens)
 
     def run(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
-        d, now = self.decoder, steady()
-        if now is None or now is not self._steady:  # weights, adapters and hooks may be others
-            self._steady, self._stack = now, self._found_stack()
+        d, stack = self.decoder, self._stack()
         position_ids = d.position_ids(at, self.prefix)
-        if self._stack is not None:
-            table, halves = self._stack.rotary(position_ids)
-            return self._stack.run(x, table, self.cache.attend(slots, mask, visible, halves), self.aux_layers)
+        if stack is not None:
+            table, halves = stack.rotary(position_ids)
+            return stack.run(x, table, self.cache.attend(slots, mask, visible, halves), self.aux_layers)
         with self._products():
             return run(d.backbone, self._configs, d.cache_name, x, position_ids, Pass(self.cache, slots, mask, visible))
 
@@ -103,8 +117,9 @@ class TransformersSession(PromptSession):
         return self.decoder.head_bytes
 
     def rotary_rows(self, slots: Tensor) -> Tensor:
-        assert self._stack is not None
-        return self._stack.rotary(self.decoder.position_ids(slots, self.prefix))[0]
+        stack = self._stack()
+        assert stack is not None
+        return stack.rotary(self.decoder.position_ids(slots, self.prefix))[0]
 
     @contextmanager
     def _products(self) -> Iterator[None]:
@@ -114,3 +129,17 @@ class TransformersSession(PromptSession):
             return
         with Products():
             yield
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module drops features; one of an adapter that came later is in training mode of its own."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+
+
+def steady_positions(backbone: Any) -> float:
+    """How many tokens have the same rotary positions whatever is in the pass with them."""
+    rotary: Any = getattr(backbone, "rotary_emb", None)
+    kind = str(getattr(rotary, "rope_type", ""))
+    if "longrope" in kind:
+        return int(rotary.config.rope_parameters["original_max_position_embeddings"])
+    return int(rotary.original_max_seq_len) if "dynamic" in kind else math.inf

@@ -64,6 +64,8 @@ class Stack:
         found = norms.pop() if len(norms) == 1 else None
         if found is None or not all(map(_is_own, _read(backbone))) or not all(map(_is_known, layers)):
             return None
+        if len(layers) > backbone.config.num_hidden_layers:  # the last of which most decoders leave out
+            return None
         return cls(backbone, found)
 
     def rotary(self, position_ids: Tensor) -> tuple[Tensor, int]:
@@ -139,7 +141,7 @@ def _bound_swiglu(m: Any) -> Callable[[Tensor], Tensor]:
 
 def _bound_norm(norm: Any) -> Callable[[Tensor], Tensor]:
     eps = getattr(norm, "variance_epsilon", None)  # of the RMS norms of transformers; Chameleon has others too
-    if eps is None or not is_plain(norm):
+    if eps is None or not _is_own(norm):
         return norm  # type: ignore[no-any-return]
     return functools.partial(rms_norm, weight=norm.weight, eps=eps)
 
@@ -160,5 +162,5 @@ def _is_known(layer: Any) -> bool:
     """Whether nothing in the configuration of a layer asks for what `Stack` does not do."""
     a = layer.self_attn
     usual = getattr(a, "sliding_window", None) is None and abs(a.scaling * a.head_dim**0.5 - 1) < 1e-6
-    activation = getattr(layer.mlp, "act_fn", None) or getattr(layer.mlp, "activation_fn", None)
-    return usual and type(activation).__name__ in ("SiLU", "SiLUActivation")
+    activation: Any = getattr(layer.mlp, "act_fn", None) or getattr(layer.mlp, "activation_fn", None)
+    return usual and type(activation).__name__ in ("SiLU", "SiLUActivation") and is_plain(activation)
