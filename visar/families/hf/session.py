@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from visar.families.hf.decoder import ImageDecoder
 from visar.families.hf.stack import Stack
 from visar.families.hf.versions import check_version
 from visar.kernels.attention import AttentionMetadata
-from visar.kernels.derived import steady
+from visar.kernels.derived import Steady, steady
 from visar.kernels.invariant import is_invariant
 
 
@@ -45,15 +46,16 @@ class TransformersSession(PromptSession):
         check_version()
         self.decoder, self._configs = decoder, configurations(decoder.backbone)
         self._own_forward = own_forward
-        self._stack, self._steady = self._found_stack(), steady()
-        ids = condition[0]
-        if aux_layers is not None and self._stack is None:
+        # Each goes with the time that it is for, as it holds weights that may be replaced after that.
+        self._stacks = WeakKeyDictionary[Steady, Stack | None]()
+        ids, stack = condition[0], self._stack()
+        if aux_layers is not None and stack is None:
             raise VisarError("A drafter reads hidden states of layers that visar knows, and this model has others.")
         if guidance.active and len(condition) < 4:
             raise VisarError("This model has no unconditional prompts; give guidance_scale 1.")
         if decoder.backbone.training:
             raise VisarError("The model is in training mode, in which it drops features at random; call its eval().")
-        if is_invariant() and decoder.device.type == "cuda" and self._stack is None:
+        if is_invariant() and decoder.device.type == "cuda" and stack is None:
             raise VisarError("The invariant mode on a GPU is for layers that visar knows, and this model has others.")
         super().__init__(
             len(ids), length, decoder.vocab, decoder.device, width=max(part.shape[1] for part in condition[::2]),
@@ -69,8 +71,15 @@ class TransformersSession(PromptSession):
         self.decoder.start()
         super().start(*condition)
 
-    def _found_stack(self) -> Stack | None:
-        return None if self._own_forward else Stack.of(self.decoder.backbone)
+    def _stack(self) -> Stack | None:
+        """The layers as visar runs them now; None where they are called."""
+        if self._own_forward:
+            return None
+        if (now := steady()) is None:
+            return Stack.of(self.decoder.backbone)
+        if now not in self._stacks:
+            self._stacks[now] = Stack.of(self.decoder.backbone)
+        return self._stacks[now]
 
     def prompts(self, *condition: Tensor) -> tuple[Tensor, Tensor]:
         parts = condition[: 2 * self.batches]
@@ -84,13 +93,11 @@ class TransformersSession(PromptSession):
             return self.decoder.embed(tokens)
 
     def run(self, x: Tensor, slots: Tensor, at: Tensor, mask: AttentionMetadata | Tensor, visible: int) -> Tensor:
-        d, now = self.decoder, steady()
-        if now is None or now is not self._steady:  # weights, adapters and hooks may be others
-            self._steady, self._stack = now, self._found_stack()
+        d, stack = self.decoder, self._stack()
         position_ids = d.position_ids(at, self.prefix)
-        if self._stack is not None:
-            table, halves = self._stack.rotary(position_ids)
-            return self._stack.run(x, table, self.cache.attend(slots, mask, visible, halves), self.aux_layers)
+        if stack is not None:
+            table, halves = stack.rotary(position_ids)
+            return stack.run(x, table, self.cache.attend(slots, mask, visible, halves), self.aux_layers)
         with self._products():
             return run(d.backbone, self._configs, d.cache_name, x, position_ids, Pass(self.cache, slots, mask, visible))
 
@@ -103,8 +110,9 @@ class TransformersSession(PromptSession):
         return self.decoder.head_bytes
 
     def rotary_rows(self, slots: Tensor) -> Tensor:
-        assert self._stack is not None
-        return self._stack.rotary(self.decoder.position_ids(slots, self.prefix))[0]
+        stack = self._stack()
+        assert stack is not None
+        return stack.rotary(self.decoder.position_ids(slots, self.prefix))[0]
 
     @contextmanager
     def _products(self) -> Iterator[None]:
