@@ -48,6 +48,7 @@ cp "$out/two-way/text_encoder/concepts.json" "$out/model-two-way/text_encoder/"
 
 drafter=(drafter --model "$out/model" --captions "$images" --styles "3d,noto,flat" --without-groups symbols
   --out "$out/drafters" -n "$sampled" --dtype float32 --no-compile)
+rm -rf "$out/drafters/model/acceptance" "$out/drafters/model-acceptance-run"  # a drafter that has a head is trained no further
 run skip "${drafter[@]}" --kind skip --steps 1 --batch 64 --stored-as int8  # which samples the images
 started=()
 for kind in eagle medusa hydra exit model; do

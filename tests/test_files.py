@@ -220,6 +220,16 @@ def test_an_existing_folder_is_filled_whole_or_not_at_all(
     assert names(tmp_path) == ["out"]
 
 
+def test_what_others_put_there_meanwhile_stays(tmp_path: Path) -> None:
+    (out := tmp_path / "out").mkdir()
+    with pytest.raises(VisarError, match="Cannot write"), new_folder(out) as made:
+        for name in ("a", "b"):
+            (made / name).write_text("mine")
+            (out / name).mkdir()
+            (out / name / "theirs").touch()
+    assert all((out / name / "theirs").exists() for name in ("a", "b"))
+
+
 def test_a_list_names_files_inside_its_folder(tmp_path: Path) -> None:
     (tmp_path / "run" / "sub").mkdir(parents=True)
     (tmp_path / "secret").touch()

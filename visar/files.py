@@ -307,7 +307,7 @@ def _move_all(source: Path, target: Path) -> None:
             os.replace(source / name, target / name)
     except BaseException:
         for name in names:
-            with suppress(FileNotFoundError):  # it was not moved
+            if not os.path.lexists(source / name):  # it was moved; what else has its name is of others
                 os.replace(target / name, source / name)
         raise
 

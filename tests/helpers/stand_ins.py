@@ -24,6 +24,9 @@ from visar.text_encoders.words import WordEncoder
 
 PROMPTS = ("a red heart, 3d", "a sun, flat", "a lion, noto", "a green apple, flat")
 CAPTION = dict(condition="text", condition_length=120, caption_features=32)
+GROUPS = (
+    "animals & nature", "food & drink", "symbols", "people & body", "objects", "other", "activities", "travel & places",
+)  # fmt: skip
 
 
 def lay_down(folder: Path) -> None:
@@ -36,7 +39,7 @@ def lay_down(folder: Path) -> None:
     (folder / "dpg_bench" / "prompts").mkdir(parents=True)
     for i, prompt in enumerate(PROMPTS):
         (folder / "dpg_bench" / "prompts" / f"{i}.txt").write_text(prompt)
-    image_folder(folder / "images", 60, ("3d", "noto", "flat"), size=16)
+    image_folder(folder / "images", 60, ("3d", "noto", "flat"), size=16, groups=GROUPS)
     known = sorted({*WORDS, *(word for prompt in PROMPTS for word in prompt.replace(",", "").split())})
     WordEncoder.compress(known, torch.randn(len(known), 12), features=6, length=4).save_pretrained(folder / "words")
 

@@ -39,7 +39,9 @@ class Cells(Extractor):
         return {"pool": torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 3).flatten(1)}
 
 
-def image_folder(folder: Path, concepts: int, styles: tuple[str, ...] = ("",), size: int = 8) -> Path:
+def image_folder(
+    folder: Path, concepts: int, styles: tuple[str, ...] = ("",), size: int = 8, groups: tuple[str, ...] = ("even", "odd")
+) -> Path:
     """A `pictures.json` folder: every concept in every style, captioned with words of the tiny encoder."""
     folder.mkdir(parents=True)
     entries = []
@@ -48,6 +50,6 @@ def image_folder(folder: Path, concepts: int, styles: tuple[str, ...] = ("",), s
             name = f"{i}{style}.png"
             Image.new("RGB", (size, size), (i * 37 % 256, i * 91 % 256, len(style) * 40)).save(folder / name)
             entry = {"file": name, "caption": f"{WORDS[i % 7]} {i}", "concept": f"thing {i}", "tags": ["a", "b"]}
-            entries.append(entry | {"style": style, "group": "even" if i % 2 == 0 else "odd"})
+            entries.append(entry | {"style": style, "group": groups[i % len(groups)]})
     (folder / "pictures.json").write_text(json.dumps(entries))
     return folder

@@ -41,7 +41,6 @@ SHORTER = {
     r"-n 50000\b": "-n 2",
     r"count=2048\b": "count=4",
     r"--repeats \d+": "--repeats 1",
-    "--weigh .people & body=": '--weigh "even=',
     r"\bbatch([= ])(32|64)\b": r"batch\g<1>4",
     r",specdec\+\+,spectr,[\w+,\-\\\s]+,zipar": ",eagle,zipar",
     r'\.to\("cuda"': '.to("cpu"',

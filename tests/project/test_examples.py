@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import stand_ins
+from visar.cli import parser
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = {
@@ -28,6 +31,23 @@ MADE = {
     "many_images.py": {"made"},
     "published_weights.py": {"class-207.png", "class-360.png"},
 }
+# In place of `python`: it notes a command of training, and leaves what the next commands read.
+TRAINER = """#!{python}
+import os, pathlib, sys
+given = sys.argv[1:]
+if given[0] == "-c":
+    os.execv("{python}", ["{python}", *given])
+with open("{log}", "a") as log:
+    log.write("\\t".join(given[2:]) + "\\n")
+out = pathlib.Path(given[given.index("--out") + 1])
+if given[3] == "drafter":
+    out = out / given[given.index("--kind") + 1]
+    if (out / "acceptance").exists() and "--acceptance" not in given:
+        sys.exit("a drafter that has a head is trained no further")
+made = out / ("acceptance" if "--acceptance" in given else "text_encoder")
+made.mkdir(parents=True, exist_ok=True)
+(made / "concepts.json").touch()
+"""
 NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
 
 
@@ -85,6 +105,20 @@ def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(images) == 4 and all(len(image.getcolors(1 << 20) or ()) > 10 for image in images)
     figures = [s for s in shown if hasattr(s, "savefig")]
     assert len(figures) == 3 and len(shown) == 7
+
+
+def test_training_goes_on_in_its_folder(tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "run"
+    (python := tmp_path / "bin" / "python").parent.mkdir()
+    python.write_text(TRAINER.format(python=sys.executable, log=log))
+    python.chmod(0o755)
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    for _ in range(2):
+        command = ["bash", str(EXAMPLES / "train_icons.sh"), "images", str(out)]
+        subprocess.run(command, env={**os.environ, "PATH": path}, check=True, capture_output=True)
+        assert (out / "model" / "model" / "acceptance").exists() and (out / "model" / "eagle").exists()
+    commands = [line.split("\t") for line in log.read_text().splitlines()]
+    assert len(commands) == 2 * 14 and all(parser().parse_args(command).run for command in commands)
 
 
 def test_all_are_run_and_listed() -> None:

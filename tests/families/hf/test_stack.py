@@ -6,6 +6,8 @@ All worlds of `test_sessions.py` but one are decoded by them.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from visar.engine.quantization import QuantizedLinear, quantize, rounded
 from visar.errors import VisarError
 from visar.families.hf.session import TransformersSession
 from visar.families.hf.stack import Norms, Stack
+from visar.kernels.derived import steady_weights
 
 TOKENS = torch.tensor([[0, 3, 1, 2]])
 KNOWN = [kind for kind in WORLDS if kind != "mistral"]
@@ -94,6 +97,20 @@ def test_a_hook_that_comes_between_two_images_runs() -> None:
     handle.remove()
     session.start(*world.condition([0]))
     assert torch.equal(session.forward(TOKENS), plain)
+
+
+@torch.inference_mode()
+def test_a_session_that_is_kept_holds_no_weights_that_were_replaced() -> None:
+    world = causal("Qwen3", head_dim=12)
+    session, mlp = world.session([0], 4), world.decoder.backbone.layers[0].mlp
+    with steady_weights():
+        session.forward(TOKENS)
+    gone = weakref.ref(mlp.down_proj.weight)
+    mlp.down_proj = copy.deepcopy(mlp.down_proj)
+    gc.collect()
+    assert gone() is None
+    with steady_weights():
+        session.forward(TOKENS)
 
 
 class Adapter(nn.Module):
