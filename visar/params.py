@@ -109,9 +109,8 @@ class SamplingParams:
             self._set(name, whole(name, getattr(self, name)))
         for name in ("guidance_scale", "temperature", "top_p"):
             self._set(name, number(name, getattr(self, name)))
-        self._set("invariant", plain(self.invariant))
-        if is_list(self.invariant) or self.invariant not in (None, False, True):
-            raise VisarError(f"invariant must be true or false, not {self.invariant!r}.")
+        if self.invariant is not None:
+            self._set("invariant", truth("invariant", self.invariant))
         for f in fields(self):
             value, about = getattr(self, f.name), f.metadata
             if value is None or f.name in ("forced_tokens", "invariant"):
@@ -235,6 +234,14 @@ def whole(name: str, value: Any) -> int | None:
         return index(value)
     except (TypeError, RuntimeError) as error:  # a tensor without values raises the second
         raise VisarError(f"{name} must be a whole number, not {value!r}.") from error
+
+
+def truth(name: str, value: Any) -> bool:
+    """True or False, also as 1 or 0, NumPy's or a 0-d tensor; a `VisarError` for anything else."""
+    value = plain(value)
+    if is_list(value) or value not in (False, True):
+        raise VisarError(f"{name} must be true or false, not {value!r}.")
+    return bool(value)
 
 
 def of_64_bits(name: str, value: Any) -> int | None:

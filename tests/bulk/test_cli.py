@@ -151,7 +151,7 @@ def test_masked_models(words: WordEncoder, tmp_path: Path, capsys: Capture) -> N
         ("--prompts TMP/zebra.txt", "No word of the prompt 'zebra' is known to this model"),
         ("--prompts TMP/p.txt -n 0", "--num-images must be 1 or more, not 0."),
         ("--prompts TMP/p.txt --batch 0", "--batch must be 1 or more, not 0."),
-        ("--prompts TMP/p.txt --npz TMP/a.zip", "--npz writes a .npz file"),
+        ("--prompts TMP/p.txt --npz TMP/a.zip", "a .npz file, not to TMP/a.zip"),
         ("--prompts TMP/p.txt --npz TMP/file/a.npz", "Cannot write to folder TMP/file"),
         ("--prompts TMP/p.txt --npz TMP/mine.npz", "TMP/mine.npz exists; give another name, or delete it."),
         ("--prompts TMP/p.txt --out TMP/file/a", "Cannot write to folder TMP/file/a"),
@@ -306,7 +306,7 @@ def test_what_does_not_fit_a_layout(
         (dpg_run, "dpg", "full", "exists: give a folder that is new or empty."),
         (geneval_run, "geneval", "two.jsonl", "exists: give a folder that is new or empty."),
         (dpg_run, "npz", "full", "is a folder; give a .npz file."),
-        (dpg_run, "npz", "two.jsonl", "exists; give another name, or delete it."),
+        (dpg_run, "npz", "two.jsonl", "All images are written to a .npz file, not to"),
         (tmp_path / "none", "npz", "a.npz", "holds no run of `visar sample`."),
     ):
         assert run("export", folder, "--layout", layout, "-o", tmp_path / out) == 2

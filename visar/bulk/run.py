@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from visar.bulk.about import FORMAT, changed, machine, method_of, sampler_of, settings_of, weights_mark
-from visar.bulk.conditions import Condition, Interleaved
+from visar.bulk.conditions import Condition, Interleaved, conditions_of
 from visar.bulk.folder import Journal, RunFolder
 from visar.bulk.ranks import Ranks
 from visar.bulk.work import Made, Work, in_rows, own_share
@@ -23,7 +23,7 @@ from visar.errors import NotInTraining, VisarError
 from visar.files import output_folder
 from visar.generation.model import ImageModel
 from visar.generation.stats import exactness_of
-from visar.params import DISCRETE, SamplingParams, whole
+from visar.params import DISCRETE, SamplingParams, truth, whole
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def sample_images(
     model = ImageModel.of(model)
     model.family.check_decoding()
     seed, batch, count = _needed("seed", seed), _needed("batch", batch), whole("count", count)
+    tokens = truth("tokens", tokens)
     SamplingParams(seed=seed)  # its range
     order, count = _checked(model, conditions, count, batch, tokens)
     method = sampler_of(model, sampler)
@@ -150,7 +151,7 @@ def _checked(
     model: ImageModel, conditions: Sequence[Condition | str | int], count: int | None, batch: int, tokens: bool
 ) -> tuple[Interleaved, int]:
     """The order of the images, and their number. Raises `VisarError` for bad input."""
-    order = Interleaved([c if isinstance(c, Condition) else Condition(c) for c in conditions])
+    order = Interleaved(conditions_of(conditions))
     count = len(order.conditions) if count is None else count
     if count < 1:
         raise VisarError(f"The number of images must be 1 or more, not {count}.")
