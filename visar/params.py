@@ -252,6 +252,14 @@ def of_64_bits(name: str, value: Any) -> int | None:
     return found
 
 
+def from_one(name: str, value: Any) -> int:
+    """As `whole`, from 1 to the largest that every tensor takes; a `VisarError` for None too."""
+    found = whole(name, value)
+    if found is None or not 1 <= found < 2**31:
+        raise VisarError(f"{name} must be a whole number from 1 to {2**31 - 1}, not {short(found)}.")
+    return found
+
+
 def number(name: str, value: Any) -> float | None:
     """A finite float, also of NumPy's or a 0-d tensor; a `VisarError` for anything else."""
     value = plain(value)

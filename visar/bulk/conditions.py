@@ -123,7 +123,7 @@ class Interleaved:
         return turn * self._times[self.condition(i).value] + self._before[number]
 
     def mark(self) -> str:
-        """A hash of all conditions, with their ids and metadata. Raises `VisarError` for metadata that JSON cannot hold."""
+        """A hash of all conditions, with their ids and metadata; a `VisarError` where JSON cannot hold these."""
         try:
             rows = json.dumps([[c.value, c.id, dict(c.metadata)] for c in self.conditions], allow_nan=False)
         except (TypeError, ValueError) as error:
