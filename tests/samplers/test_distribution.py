@@ -218,7 +218,7 @@ def test_bad_guidance_is_an_error_of_the_user(scale: float) -> None:
     [[-1, 2, -1], [-1, 2, -1, -1, -1], [-1, -1, -1, 5], [-1, -7, 0, 0], [[-1] * 4], [0.5, 1, 2, 3], [True] * 4, []],
 )
 def test_forced_tokens_that_do_not_fit_are_errors_of_the_user(forced: list[Any]) -> None:
-    with pytest.raises(VisarError, match="forced must hold 4 entries, each -1 or a token below 5|list of token ids"):
+    with pytest.raises(VisarError, match=r"forced must hold 4 entries, each -1 or a token below 5|list of token ids"):
         Target(forced=torch.tensor(forced)).on(torch.device("cpu"), 4, 5)
     assert Target().on(torch.device("cpu"), 4, 5) == Target()
 
