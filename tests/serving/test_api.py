@@ -244,7 +244,7 @@ def test_the_schema_names_each_route_once(api: Api, recwarn: pytest.WarningsReco
     ("path", "method", "status"),
     [
         ("/v1/models/nix", "GET", 404), ("/nix", "GET", 404), ("/", "GET", 404), ("/v1/images/edits", "POST", 404),
-        ("/docs", "GET", 404), ("/v1/models/", "GET", 404), 
+        ("/docs", "GET", 404), ("/v1/models/", "GET", 404),
         (f"{ROUTE}/", "POST", 404), (ROUTE, "GET", 405), ("/v1/models", "DELETE", 405), ("/health", "POST", 405),
     ],
 )  # fmt: skip
