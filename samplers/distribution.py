@@ -13,7 +13,7 @@ from torch import Tensor
 
 from visar.errors import NoDistribution, VisarError
 from visar.kernels.target_probs import target_probs
-from visar.params import LARGEST, LEAST_TEMPERATURE, whole
+from visar.params import LARGEST, LEAST_TEMPERATURE, as_tokens, number, whole
 
 OFF = 0.01  # how far from 1 rounding may leave the sum of a distribution
 
@@ -40,15 +40,20 @@ class Target:
     cells: Tensor | None = field(default=None, compare=False, repr=False)  # [B, N], as in a `Session`
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_k", whole("top_k", self.top_k))
-        if isinstance(self.temperature, bool) or not LEAST_TEMPERATURE <= self.temperature <= LARGEST:
+        for name, read in (("top_k", whole), ("temperature", number), ("top_p", number)):
+            if (value := read(name, getattr(self, name))) is None:
+                raise VisarError(f"{name} must be a number, not None.")
+            object.__setattr__(self, name, value)
+        if self.forced is not None:
+            object.__setattr__(self, "forced", as_tokens(self.forced))
+        if not LEAST_TEMPERATURE <= self.temperature <= LARGEST:
             raise VisarError(
                 f"Temperature must be a number above 0 ({LEAST_TEMPERATURE:g} at least, {LARGEST:g} at most), "
                 f"not {self.temperature}; for greedy decoding use top_k 1."
             )
         if self.top_k < 0:
             raise VisarError(f"top_k must be 0 (all tokens) or above, not {self.top_k}.")
-        if isinstance(self.top_p, bool) or not 0 < self.top_p <= 1:
+        if not 0 < self.top_p <= 1:
             raise VisarError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
 
     def on(self, device: torch.device, length: int, vocab: int, cells: Tensor | None = None) -> Target:

@@ -109,9 +109,8 @@ class SamplingParams:
             self._set(name, whole(name, getattr(self, name)))
         for name in ("guidance_scale", "temperature", "top_p"):
             self._set(name, number(name, getattr(self, name)))
-        self._set("invariant", plain(self.invariant))
-        if is_list(self.invariant) or self.invariant not in (None, False, True):
-            raise VisarError(f"invariant must be true or false, not {self.invariant!r}.")
+        if self.invariant is not None:
+            self._set("invariant", truth("invariant", self.invariant))
         for f in fields(self):
             value, about = getattr(self, f.name), f.metadata
             if value is None or f.name in ("forced_tokens", "invariant"):
@@ -237,11 +236,27 @@ def whole(name: str, value: Any) -> int | None:
         raise VisarError(f"{name} must be a whole number, not {value!r}.") from error
 
 
+def truth(name: str, value: Any) -> bool:
+    """True or False, also as 1 or 0, NumPy's or a 0-d tensor; a `VisarError` for anything else."""
+    value = plain(value)
+    if is_list(value) or value not in (False, True):
+        raise VisarError(f"{name} must be true or false, not {value!r}.")
+    return bool(value)
+
+
 def of_64_bits(name: str, value: Any) -> int | None:
     """As `whole`; a `VisarError` also beyond the whole numbers of tensors."""
     found = whole(name, value)
     if found is not None and not -(2**63) <= found < 2**63:
         raise VisarError(f"{name} must be a whole number of 64 bits, not {short(found)}.")
+    return found
+
+
+def from_one(name: str, value: Any) -> int:
+    """As `whole`, from 1 to the largest that every tensor takes; a `VisarError` for None too."""
+    found = whole(name, value)
+    if found is None or not 1 <= found < 2**31:
+        raise VisarError(f"{name} must be a whole number from 1 to {2**31 - 1}, not {short(found)}.")
     return found
 
 

@@ -50,7 +50,9 @@ def steady(
     graph: Graph | None = None,
     traced: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Steady:
-    """Time `passes` passes of `sampler` after `warm` others, on a fresh session moved to the middle of its image.
+    """Time `passes` passes of `sampler` after `warm` others, on a fresh session.
+
+    Its rows are moved to the middle of the image as soon as the host takes part.
 
     `every`: after how many passes the host takes part, and rows are put back; by default each on a CPU and every
     fourth on a GPU, and both counts are rounded up to multiples of it. A `graph` is captured before the first pass that
@@ -67,7 +69,7 @@ def steady(
     def tell(now: Snapshot) -> None:
         nonlocal start, end, tracing
         done = now.passes
-        now.lengths.copy_(torch.where(now.lengths > last, middle, now.lengths))
+        now.lengths.copy_(torch.where((now.lengths < middle) | (now.lengths > last), middle, now.lengths))
         if done == warm:
             synchronize(session.device)
             start = time.perf_counter()
@@ -83,7 +85,6 @@ def steady(
             tracing.__exit__(None, None, None)
             raise _Enough
 
-    session.lengths.fill_(middle)
     with suppress(_Enough):
         decode(session, sampler, target, noise, tell, every, graph, waits=False)
     if not end:

@@ -244,12 +244,21 @@ def test_the_schema_names_each_route_once(api: Api, recwarn: pytest.WarningsReco
     ("path", "method", "status"),
     [
         ("/v1/models/nix", "GET", 404), ("/nix", "GET", 404), ("/", "GET", 404), ("/v1/images/edits", "POST", 404),
-        ("/docs", "GET", 404), (ROUTE, "GET", 405), ("/v1/models", "DELETE", 405), ("/health", "POST", 405),
+        ("/docs", "GET", 404), ("/v1/models/", "GET", 404),
+        (f"{ROUTE}/", "POST", 404), (ROUTE, "GET", 405), ("/v1/models", "DELETE", 405), ("/health", "POST", 405),
     ],
 )  # fmt: skip
 def test_wrong_places(api: Api, path: str, method: str, status: int) -> None:
     answer = api.ask(path, b"{}" if method == "POST" else None, JSON, method)
     assert answer.status == status and answer.error["type"] == "invalid_request_error"
+    if status == 405:
+        assert answer.headers["allow"] == ("POST" if path == ROUTE else "GET, HEAD")
+
+
+def test_fields_in_the_address(api: Api) -> None:
+    answer = api.ask(f"{ROUTE}?seed=5", b'{"prompt": "cat"}', JSON)
+    assert answer.status == 400 and answer.error["message"] == "Fields are sent in the body; the address has 'seed'."
+    assert (answer.error["param"], answer.error["code"]) == ("seed", "unknown_parameter")
 
 
 def test_an_unknown_model(api: Api) -> None:

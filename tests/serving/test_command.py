@@ -101,6 +101,7 @@ def test_bad_keys(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--set", "gamma=1"), "gamma"), (("--rows", 0), "--rows must be 1 or more"),
         (("--deadline", 0), "--deadline must be above 0"), (("--max-images", 0), "--max-images must be 1 or more"),
         (("--model", "ikons"), "ikons"),
+        (("--rows", 2, "--waiting", 1, "--max-images", 4), "more than --rows and --waiting have room for, 3"),
     ],
 )  # fmt: skip
 def test_bad_settings(refusal: Refusal, text_folder: Path, options: tuple[object, ...], said: str) -> None:

@@ -184,6 +184,28 @@ def test_passes_on_a_cpu_have_the_rows_of_jobs_only(text_pipe: Any) -> None:
     assert engine.counts.row_passes == engine.counts.places == 6 * 25 < engine.counts.passes * 4
 
 
+def test_passes_of_a_wave_are_counted_whatever_becomes_of_it(engine: Engine, text_pipe: Any) -> None:
+    model = ImageModel.of(text_pipe)
+    whole = Client(model, "zipar", Request("cat"))
+    engine.submit(whole.job)
+    last = whole.all()[-1]
+    assert isinstance(last, Finished)
+    assert engine.counts.passes == engine.counts.row_passes == engine.counts.places == last.passes
+    gone = threading.Event()
+
+    def leave(now: Any) -> bool:
+        if now.passes == 3:
+            leaver.job.cancel()
+            gone.set()
+        return False
+
+    leaver = Client(model, "zipar", Request("cat"), watch=leave)
+    engine.submit(leaver.job)
+    assert gone.wait(60) and engine.close(timeout=60)
+    # It is looked at after each pass, before it is told of the pass.
+    assert engine.counts.passes == engine.counts.row_passes == last.passes + 4 and engine.counts.cancelled == 1
+
+
 def test_one_who_leaves_a_wave_is_not_counted_twice(engine: Engine, text_pipe: Any) -> None:
     model = ImageModel.of(text_pipe)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from visar.errors import VisarError
-from visar.reading import parse_json
+from visar.files import path_of
+from visar.params import is_list, plain
+from visar.reading import parse_json, short
 from visar.texts import check_prompt, lines_of, read_text
 
 FORM = '{"prompt": "..."}'
+AS_TEXT = "Classes are given as 0-999 or 1,5,7-9, or as a file of these"
 CLASSES = 10**6  # at most
 
 
@@ -27,19 +30,26 @@ class Condition:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+def conditions_of(given: Any) -> list[Condition]:
+    """Prompts or class ids, of which one is no sequence: a text is not its letters."""
+    several = is_list(given) or isinstance(given, Iterator)
+    return [c if isinstance(c, Condition) else Condition(plain(c)) for c in (given if several else [given])]
+
+
 def read_prompts(file: str | Path) -> list[Condition]:
     """The prompts of a .txt file, one in each line, or of a .jsonl file of {"prompt": ..., "id": ...} objects.
 
     Other fields of an object are its metadata. Raises `VisarError` for a file that cannot be read, an empty or invalid
     line, and an id that is given twice.
     """
-    path = Path(file)
-    if path.suffix not in (".txt", ".jsonl"):
+    path = path_of("The file of prompts", file)
+    form = path.suffix.lower()
+    if form not in (".txt", ".jsonl"):
         raise VisarError(
             f"Prompts are read from a .txt or .jsonl file, not from {file}: a prompt, or {FORM}, in each line."
         )
     lines = _lines(path)
-    if path.suffix == ".txt":
+    if form == ".txt":
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 raise VisarError(f"Line {number} of {file} is empty; give a prompt in each line.")
@@ -55,11 +65,14 @@ def read_prompts(file: str | Path) -> list[Condition]:
     return found
 
 
-def read_classes(text: str) -> list[Condition]:
+def read_classes(text: str | Path) -> list[Condition]:
     """Classes such as "0-999" or "1,5,7-9", or a file with such a list in each line.
 
     Raises `VisarError` for an invalid list, and for a class that is given twice.
     """
+    if not isinstance(text, str | Path):
+        raise VisarError(f"{AS_TEXT}, not as a {type(text).__name__}.")
+    text = str(text)
     lines = _lines(Path(text)) if len(text) < 1000 and Path(text).is_file() else [text]
     classes: list[int] = []
     for part in (part.strip() for line in lines for part in line.split(",")):
@@ -71,7 +84,7 @@ def read_classes(text: str) -> list[Condition]:
         if len(classes) + max(0, numbers.stop - numbers.start) > CLASSES:
             raise VisarError(f"At most {CLASSES} classes can be given, and {part!r} is more.")
         if not numbers:
-            raise VisarError(f"Classes are given as 0-999 or 1,5,7-9, or as a file of these, not as {part!r}.")
+            raise VisarError(f"{AS_TEXT}, not as {part!r}.")
         classes += numbers
     twice = [c for c, times in Counter(classes).items() if times > 1]
     if twice:
@@ -87,6 +100,11 @@ class Interleaved:
 
     def __init__(self, conditions: Sequence[Condition]):
         self.conditions = list(conditions)
+        for c in self.conditions:
+            if isinstance(c.value, bool) or not isinstance(c.value, str | int):
+                raise VisarError(f"Images are made of prompts or of class ids, not of {short(c.value)}.")
+            if isinstance(c.id, bool) or not isinstance(c.id, str | int | None):
+                raise VisarError(f"The id of a condition is a text or a whole number, not {short(c.id)}.")
         kinds = {"class" if isinstance(c.value, int) else "prompt" for c in self.conditions}
         if len(kinds) != 1:
             raise VisarError("Give prompts, or classes, and at least one.")
@@ -105,9 +123,12 @@ class Interleaved:
         return turn * self._times[self.condition(i).value] + self._before[number]
 
     def mark(self) -> str:
-        """A hash of all conditions, with their ids and metadata."""
-        rows = [[c.value, c.id, dict(c.metadata)] for c in self.conditions]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """A hash of all conditions, with their ids and metadata; a `VisarError` where JSON cannot hold these."""
+        try:
+            rows = json.dumps([[c.value, c.id, dict(c.metadata)] for c in self.conditions], allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise VisarError(f"The metadata of a condition must be what JSON has: {error}.") from error
+        return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def _lines(path: Path) -> list[str]:

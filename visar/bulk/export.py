@@ -21,7 +21,7 @@ from PIL import Image
 
 from visar.bulk.folder import Line, RunFolder
 from visar.errors import VisarError, unknown
-from visar.files import new_file, new_folder, replacing, tidy
+from visar.files import is_device, new_file, new_folder, path_of, replacing, tidy
 from visar.image_files import converted, open_image
 
 DPG_IMAGES = 4
@@ -37,14 +37,22 @@ def export(folder: str | Path, layout: str, out: str | Path) -> int:
     return LAYOUTS[layout](folder, out)
 
 
+def new_npz(out: str | Path) -> Path:
+    """As `new_file`. Raises `VisarError` also for a folder, and for a name that no reader takes for a .npz file."""
+    path = path_of("The .npz file", out)
+    if path.is_dir():
+        raise VisarError(f"{out} is a folder; give a .npz file.")
+    if path.suffix.lower() != ".npz" and not is_device(path):
+        raise VisarError(f"All images are written to a .npz file, not to {out}.")
+    return new_file(path)
+
+
 def export_npz(folder: str | Path, out: str | Path) -> int:
     """The file of ADM's evaluator, images in the order of their ids, streamed."""
     run = RunFolder(folder)
     lines = run.finished()
     size = _pixels(run, lines[0]).shape
-    if Path(out).suffix != ".npz":
-        raise VisarError(f"The layout npz is one .npz file, not {out}.")
-    with tidy(), replacing(new_file(out)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with tidy(), replacing(new_npz(out)) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             _header(file, (len(lines), *size), np.dtype(np.uint8))
             for line in lines:

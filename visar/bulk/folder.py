@@ -18,7 +18,7 @@ from PIL import Image
 from typing_extensions import NotRequired, TypedDict
 
 from visar.errors import VisarError
-from visar.files import inside, locked, reason, replacing
+from visar.files import inside, locked, path_of, reason, replacing
 from visar.reading import parse_json, read_json
 
 PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
@@ -66,7 +66,7 @@ class RunFolder:
     """A folder with `run.json`, images, and `manifest.jsonl` or the journals of an unfinished run."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = path_of("The folder", path)
         self.manifest = self.path / "manifest.jsonl"
         self._run = self.path / RUN
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from visar.bulk.about import FORMAT, changed, machine, method_of, sampler_of, settings_of, weights_mark
-from visar.bulk.conditions import Condition, Interleaved
+from visar.bulk.conditions import Condition, Interleaved, conditions_of
 from visar.bulk.folder import Journal, RunFolder
 from visar.bulk.ranks import Ranks
 from visar.bulk.work import Made, Work, in_rows, own_share
@@ -23,7 +23,7 @@ from visar.errors import NotInTraining, VisarError
 from visar.files import output_folder
 from visar.generation.model import ImageModel
 from visar.generation.stats import exactness_of
-from visar.params import DISCRETE, SamplingParams, whole
+from visar.params import DISCRETE, SamplingParams, truth, whole
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def sample_images(
     """
     plan = _planned(model, conditions, count, sampler, batch, seed, tokens, name, drafters, settings)
     model, order, method, settings, about = plan
-    seed, batch, count = about["seed"], about["batch"], about["count"]
+    seed, batch, count, tokens = (about[key] for key in ("seed", "batch", "count", "tokens"))
     folder = RunFolder(out)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -162,6 +162,7 @@ def _planned(
     model = ImageModel.of(model)
     model.family.check_decoding()
     seed, batch, count = _needed("seed", seed), _needed("batch", batch), whole("count", count)
+    tokens = truth("tokens", tokens)
     SamplingParams(seed=seed)  # its range
     order, count = _checked(model, conditions, count, batch, tokens)
     method = sampler_of(model, sampler)
@@ -195,7 +196,7 @@ def _checked(
     model: ImageModel, conditions: Sequence[Condition | str | int], count: int | None, batch: int, tokens: bool
 ) -> tuple[Interleaved, int]:
     """The order of the images, and their number. Raises `VisarError` for bad input."""
-    order = Interleaved([c if isinstance(c, Condition) else Condition(c) for c in conditions])
+    order = Interleaved(conditions_of(conditions))
     count = len(order.conditions) if count is None else count
     if count < 1:
         raise VisarError(f"The number of images must be 1 or more, not {count}.")

@@ -8,7 +8,6 @@ import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visar.cli.cluster import crew_of
@@ -18,7 +17,7 @@ from visar.cli.output import show
 from visar.cli.parsers.options import params_of, settings_of
 from visar.devices import device_of
 from visar.errors import VisarError
-from visar.files import new_file, output_folder
+from visar.files import output_folder
 from visar.params import CONTINUOUS, SamplingParams
 
 if TYPE_CHECKING:
@@ -78,18 +77,17 @@ def _checked(options: argparse.Namespace, params: SamplingParams) -> tuple[list[
     from visar.bulk import RunFolder, read_classes, read_prompts
     from visar.bulk.about import FORMAT, method_of
     from visar.bulk.conditions import Interleaved
+    from visar.bulk.export import new_npz
 
     if bool(options.prompts) == bool(options.classes):
         raise VisarError("Give either --prompts FILE or --classes LIST.")
-    if options.npz and Path(options.npz).suffix != ".npz":
-        raise VisarError(f"--npz writes a .npz file, not {options.npz}.")
     conditions = read_prompts(options.prompts) if options.prompts else read_classes(options.classes)
     kind = tokens_of(options)
     if kind == CONTINUOUS and options.tokens:
         raise VisarError("--tokens is for models of discrete tokens; this one's are vectors.")
     sampler = chosen_sampler(options, params)
     if options.npz:
-        new_file(options.npz)
+        new_npz(options.npz)
     order = Interleaved(conditions)
     settings = settings_of(params)
     about: dict[str, Any] = {

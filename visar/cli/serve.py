@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 from visar.cli.common import bound
-from visar.cli.served import keys_of, models_of
+from visar.cli.served import keys_of, models_of, most_images
 from visar.errors import VisarError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -19,12 +19,12 @@ def serve(options: argparse.Namespace) -> int:
     for name, value in (("--replicas", options.replicas), ("--ray-address", options.ray_address)):
         if value is not None and not options.ray:
             raise VisarError(f"{name} is of --ray, which is not given.")
-    keys = keys_of(options.api_key_file)
+    keys, most = keys_of(options.api_key_file), most_images(options)
     with bound(options.host, options.port) as listener:  # before models are loaded
         if not keys and options.host not in LOOPBACK:
             _say("note: without --api-key-file everybody who reaches this address may use it")
         if not options.ray:
-            return _serve(options, keys, listener)
+            return _serve(options, keys, most, listener)
         port = listener.getsockname()[1]
     from visar.cli.serve_on_ray import run
 
@@ -43,7 +43,7 @@ def require_server() -> None:
         raise VisarError(f"The server needs FastAPI and three small packages: {what}.") from error
 
 
-def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
+def _serve(options: argparse.Namespace, keys: list[str], most: int, listener: Any) -> int:
     from visar.serving.access import Access
     from visar.serving.app import build
     from visar.serving.engine import Engine
@@ -59,7 +59,7 @@ def _serve(options: argparse.Namespace, keys: list[str], listener: Any) -> int:
     metrics = Metrics()
     metrics.registry.register(EngineCollector(engine))
     app = build(
-        replica, access=access, keys=Keys(keys), metrics=metrics, most_images=options.max_images,
+        replica, access=access, keys=Keys(keys), metrics=metrics, most_images=most,
         deadline=options.deadline, start=replica.warm_up,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]

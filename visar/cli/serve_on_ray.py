@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from visar.cli.cluster import elsewhere
-from visar.cli.served import keys_of, models_of
+from visar.cli.served import keys_of, models_of, most_images
 from visar.errors import VisarError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def settings_of(options: argparse.Namespace, keys: list[str]) -> Settings:
 
     return Settings(
         rows=options.rows, waiting=options.waiting, replicas=options.replicas or (1, 1), device=options.device,
-        most_images=options.max_images, deadline=options.deadline, drain=options.drain, keys=tuple(keys),
+        most_images=most_images(options), deadline=options.deadline, drain=options.drain, keys=tuple(keys),
         bound=options.host, allowed_hosts=tuple(options.allowed_host),
     )  # fmt: skip
 

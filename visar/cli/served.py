@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from visar.serving.replica import Served
 
 KEY = "VISAR_API_KEY"
+IMAGES = 10  # of a request, at most, unless --max-images says otherwise
 LEAST_KEY = 8  # characters of an API key
 
 
@@ -57,6 +58,20 @@ def _samplers(options: argparse.Namespace, models: Mapping[str, ImageModel]) -> 
         for sampler in found[name].values():
             model.drafters.of(sampler)  # an error where it is missing
     return found
+
+
+def most_images(options: argparse.Namespace) -> int:
+    """Images of a request, at most. Raises `VisarError` for more than there is room for, which none would ever get."""
+    engines = options.replicas[0] if options.replicas else 1
+    room = options.rows * engines + options.waiting
+    if options.max_images is None:
+        return min(IMAGES, room)
+    if options.max_images > room:
+        raise VisarError(
+            f"--max-images {options.max_images} is more than --rows and --waiting have room for, {room}: such a "
+            "request would always be refused."
+        )
+    return int(options.max_images)
 
 
 def keys_of(file: str | None) -> list[str]:

@@ -29,7 +29,7 @@ class CallableSession(Session):
     def __init__(self, logits: Logits, batch: int, length: int, vocab: int, device: torch.device | str = "cpu"):
         super().__init__(batch, length, vocab, device)
         self.logits = logits
-        self.history = torch.zeros(batch, length, dtype=torch.long, device=self.device)
+        self.history = torch.zeros(self.batch, self.length, dtype=torch.long, device=self.device)
 
     def forward(self, tokens: Tensor, tree: Tree | None = None, first: int = 0) -> Tensor:
         if tree is not None:

@@ -13,8 +13,10 @@ from visar.engine.graphs import Graph
 from visar.engine.masked_session import MaskedSession
 from visar.engine.rng import Noise
 from visar.engine.session import Session
+from visar.errors import VisarError
 from visar.host import synchronize
 from visar.kernels.derived import steady_weights
+from visar.params import CONTINUOUS, DISCRETE
 
 
 class Decoding(Protocol):
@@ -75,7 +77,7 @@ def decode(
     graph: Graph | None = None,
     waits: bool = True,
 ) -> Decoded:
-    """Run `sampler` on a fresh session of its family.
+    """Run `sampler` on a fresh session of its family; one that has decoded before, or in part, is a `VisarError`.
 
     After every `every` passes `callback` is called and the rows are checked for their end: by default after each pass
     on a CPU and after every fourth on a GPU, where reading the lengths makes the host wait. Callbacks are not in
@@ -85,6 +87,7 @@ def decode(
     from in any pass: every pass notes it on the device, and the host reads it where it waits anyway, and in any case
     before this returns.
     """
+    _check(session, sampler, noise)
     every = every or (1 if session.device.type == "cpu" else 4)
     synchronize(session.device)
     start = time.perf_counter()
@@ -133,6 +136,21 @@ def decode(
     tokens, commit_pass = (in_raster(found[:, :length]).clone() for found in (state.tokens, state.commit_pass))
     captured, replays, uncounted = (0.0, 0, 0) if graph is None else (graph.seconds, graph.replays, graph.uncounted)
     return Decoded(tokens, commit_pass, passes, seconds, captured, _bytes_read(session) + uncounted, replays)
+
+
+def _check(session: Session | MaskedSession, sampler: Any, noise: Any) -> None:
+    """Raise `VisarError` for what cannot be decoded, or would be decoded wrongly."""
+    if not callable(getattr(sampler, "begin", None)):
+        raise VisarError(f"decode takes a sampler such as get_sampler('scd'), not a {type(sampler).__name__}.")
+    masked, continuous = isinstance(session, MaskedSession), getattr(sampler, "tokens", DISCRETE) == CONTINUOUS
+    if masked != continuous:
+        own, other = (CONTINUOUS, DISCRETE)[:: 1 if continuous else -1]
+        raise VisarError(f"Sampler {sampler.name!r} is for {own} tokens, and those of this session are {other}.")
+    if not isinstance(noise, Noise) or len(noise.images) != session.batch:
+        found = f"of {len(noise.images)} rows" if isinstance(noise, Noise) else f"{type(noise).__name__}"
+        raise VisarError(f"decode takes the Noise of {session.batch} rows, as the session has, not {found}.")
+    if bool((session.lengths != getattr(session, "given", 0)).any()):
+        raise VisarError("This session has decoded before; make a new one for each call of decode.")
 
 
 def _bytes_read(session: Session | MaskedSession) -> int:

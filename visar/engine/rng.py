@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from visar.errors import VisarError
 from visar.kernels import noise as made
 from visar.kernels.noise import ExponentialNoise
-from visar.params import whole
+from visar.params import is_list, whole
 
 _MASK = 0xFFFFFFFF
 SEEDS = 2**64
@@ -59,11 +60,18 @@ class Noise:
     `VisarError` for a seed or an index that is not.
     """
 
-    def __init__(self, seed: int | Sequence[int], images: Tensor, keys: Tensor | None = None):
-        seeds = [checked_seed(s) for s in (seed if isinstance(seed, Sequence) else [seed] * len(images))]
-        self.images = images.long()
-        if bool(((images != self.images) | (images < 0) | (images >= IMAGES)).any()):
-            raise VisarError(f"Image indices are whole numbers from 0 to {IMAGES - 1}.")
+    def __init__(self, seed: int | Sequence[int], images: Tensor | Sequence[int], keys: Tensor | None = None):
+        try:
+            given = torch.as_tensor(images)
+            self.images = given.long()
+            if given.ndim != 1 or bool(((given != self.images) | (given < 0) | (given >= IMAGES)).any()):
+                raise ValueError
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise VisarError(f"Image indices are whole numbers from 0 to {IMAGES - 1}.") from error
+        each: Any = seed if is_list(seed) else [seed] * len(given)
+        seeds = [checked_seed(s) for s in each]
+        if len(seeds) != len(given):
+            raise VisarError(f"There are {len(seeds)} seeds for {len(given)} rows; give one, or one for each.")
         self.key = torch.tensor([[s & _MASK, s >> 32 & _MASK] for s in seeds], device=self.images.device)
         self.keys = torch.zeros_like(self.images) if keys is None else keys.long()
 

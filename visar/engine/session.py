@@ -11,6 +11,7 @@ from torch import Tensor
 from visar.engine.layout import Layout
 from visar.engine.tree import Tree
 from visar.errors import VisarError
+from visar.params import from_one
 
 if TYPE_CHECKING:
     from visar.engine.drafter import Drafter
@@ -32,9 +33,11 @@ class Session(ABC):
     hidden: Tensor | None = None  # [rows, W, dim], what gave the last logits, of sessions that know it
 
     def __init__(self, batch: int, length: int, vocab: int, device: torch.device | str = "cpu"):
-        self.batch, self.length, self.vocab = batch, length, vocab
+        self.batch, self.length, self.vocab = (
+            from_one(name, value) for name, value in (("batch", batch), ("length", length), ("vocab", vocab))
+        )
         self.device = torch.device(device)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=self.device)
+        self.lengths = torch.zeros(self.batch, dtype=torch.long, device=self.device)
         self.window = 1  # the most inputs of a pass that there is room for at the end of an image, as far as is known
         self.drafter: Drafter | None = None  # for samplers that need one
         self.prefill_passes = 0  # passes before the first that predicts

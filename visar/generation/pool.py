@@ -13,6 +13,7 @@ from torch import Tensor
 
 from visar.engine.graphs import cuda_graph
 from visar.engine.guidance import Guidance, RowGuidance
+from visar.engine.memory import check_memory
 from visar.engine.session import Session
 from visar.engine.slots import Slots
 from visar.errors import NoDistribution, VisarError
@@ -215,6 +216,7 @@ class Pool:
     def _made(self, encoded: Encoded) -> Slots:
         """All rows as free slots; until they are taken they hold this condition."""
         family, device = self.family, self.family.device
+        check_memory(family.bytes_per_image(self.sampler.window, self.guided), self.size, device)  # at first of all
         session = self._session(tuple(e.expand(self.size, *e.shape[1:]) for e in encoded))
         targets = RowTargets(self.size, family.layout.length, device, family.allowed)
         noise = noise_of([0] * self.size, [0] * self.size, 0, device)

@@ -15,16 +15,18 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from visar import __version__
+from visar.errors import short
 from visar.serving.access import Access
 from visar.serving.answers import Answers, model_object
 from visar.serving.body import ImagesBody, NoSuchModel
 from visar.serving.gate import Gate, Keys
 from visar.serving.jobs import Busy
 from visar.serving.metrics import Metrics
-from visar.serving.problems import INVALID, SERVER, Problem, problem_of, problem_of_body
+from visar.serving.problems import INVALID, LONGEST_NAME, SERVER, Problem, problem_of, problem_of_body
 from visar.serving.wanted import Accepted, Made, Studio, Told, Wanted
 
 UNREAD = 60.0  # seconds that a stream waits for a client which does not read
@@ -52,7 +54,9 @@ def build(
         if task:
             task.cancel()
 
-    app = FastAPI(title="visar", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="visar", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False
+    )
     app.state.studio = studio
     app.add_middleware(Gate, access=access or Access(), keys=keys or Keys())
     _errors(app)
@@ -63,6 +67,10 @@ def build(
         if not studio.cards:
             problem = Problem(503, "The server is starting; ask again in a while.", SERVER, code="not_ready")
             return problem.response({"Retry-After": str(studio.retry_after)})
+        if request.query_params:
+            name = short(next(iter(request.query_params)), LONGEST_NAME)
+            message = f"Fields are sent in the body; the address has {name!r}."
+            return Problem(400, message, param=name, code="unknown_parameter").response()
         wanted = body.wanted(studio.cards, most_images=most_images, seconds=deadline)
         told = _counted(studio.images(wanted), wanted, metrics)
         try:
@@ -125,10 +133,14 @@ def _errors(app: FastAPI) -> None:
         return problem_of_body(error.errors()).response()
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
         said = {404: "There is nothing here.", 405: "This method is not allowed here."}
         message = said.get(error.status_code, "The body must be a JSON object.")
-        return Problem(error.status_code, message, INVALID).response(error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # GET and HEAD of an address are two routes, of which Starlette names the first
+            here = [r for r in app.routes if isinstance(r, Route) and r.matches(request.scope)[0] != Match.NONE]
+            headers["Allow"] = ", ".join(sorted({method for route in here for method in route.methods or ()}))
+        return Problem(error.status_code, message, INVALID).response(headers)
 
     @app.exception_handler(NoSuchModel)
     async def missing(_: Request, error: NoSuchModel) -> Response:

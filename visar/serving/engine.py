@@ -262,9 +262,6 @@ class Engine:
         finally:
             self._wave = []
         stats, batch = out.stats, len(wave)
-        self.counts.passes += max(stats.passes_per_image)
-        self.counts.row_passes += sum(stats.passes_per_image)
-        self.counts.places += max(stats.passes_per_image) * batch
         drafting = None if stats.draft_seconds is None else stats.draft_seconds / batch
         for row, job in enumerate(wave):
             if job not in left:
@@ -278,8 +275,16 @@ class Engine:
             )  # fmt: skip
 
     def _between(self, wave: list[Job]) -> Callable[[Progress], None]:
+        seen, working = 0, len(wave)
+
         def after_pass(progress: Progress) -> None:
+            nonlocal seen, working
             self.stepped = time.monotonic()
+            # Now and not at the end, which a wave that is abandoned, or fails, does not reach.
+            passes, seen = progress.passes - seen, progress.passes
+            self.counts.passes += passes
+            self.counts.row_passes += passes * working
+            self.counts.places += passes * len(wave)
             for row, job in enumerate(wave):
                 if job not in self._wave:
                     continue
@@ -290,6 +295,8 @@ class Engine:
                     self._tell(job, Partial(progress.tokens[row], progress.commit_pass[row], at))
             if not self._wave:
                 raise _Abandoned
+            unfinished = (progress.lengths < progress.commit_pass.shape[1]).tolist()
+            working = sum(more and job in self._wave for more, job in zip(unfinished, wave, strict=True))
             self._turn()
 
         return after_pass

@@ -79,7 +79,7 @@ def test_passes_stay_in_the_middle(every: int, window: int, graphed: bool) -> No
     warm = 2 if every == 1 else 3
     assert found.passes == 30 and found.ms_per_pass > 0
     assert entered == [warm + 30, warm + 60]  # as many passes again are traced as were timed
-    assert all(LENGTH // 2 <= n < LENGTH for lengths in seen[: warm + 60] for n in lengths)
+    assert all(LENGTH // 2 <= n < LENGTH for lengths in seen[every : warm + 60] for n in lengths)
     assert len(seen) == warm + 60 and not bool((made.lengths == LENGTH).any())
 
 

@@ -263,3 +263,62 @@ def test_masked_tokens_are_never_sampled() -> None:
 
     out = run(CallableSession(masked, 32, 8, 4), "scd")
     assert set(out.tokens.unique().tolist()) == {0, 2, 3}
+
+
+def by_hand(session: Any = None, sampler: Any = "scd", target: Any = None, noise: Any = None) -> Decoded:
+    made = session or CallableSession(lambda t: torch.zeros(len(t), t.shape[1] + 1, 3), 4, 5, 3)
+    given = Noise(0, torch.arange(4)) if noise is None else noise
+    return decode(made, get_sampler(sampler) if sampler in ("scd", "mar") else sampler, target or Target(), given)
+
+
+def flat(**sizes: Any) -> CallableSession:
+    return CallableSession(lambda t: torch.zeros(1), **{"batch": 4, "length": 5, "vocab": 3, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: by_hand(sampler="sjd"), r"decode takes a sampler such as get_sampler\('scd'\), not a str"),
+        (lambda: by_hand(sampler=None), "decode takes a sampler such as"),
+        (lambda: by_hand(sampler="mar"), "'mar' is for continuous tokens, and those of this session are discrete"),
+        (lambda: by_hand(noise=3), "decode takes the Noise of 4 rows, as the session has, not int"),
+        (lambda: by_hand(noise=Noise(0, torch.arange(1))), "the Noise of 4 rows, as the session has, not of 1 rows"),
+        (lambda: Noise([1], torch.arange(4)), "There are 1 seeds for 4 rows"),
+        (lambda: Noise(0, None), "Image indices are whole numbers from 0"),  # type: ignore[arg-type]
+        (lambda: Noise(0, torch.zeros(1, 4)), "Image indices are whole numbers from 0"),
+        (lambda: flat(batch=0), "batch must be a whole number from 1 to 2147483647, not 0"),
+        (lambda: flat(length=2.5), "length must be a whole number, not 2.5"),
+        (lambda: flat(vocab=None), "vocab must be a whole number from 1 to 2147483647, not null"),
+        (lambda: flat(vocab=True), "vocab must be a whole number, not True"),
+        (lambda: Target(temperature="1"), "temperature must be a number, not '1'"),  # type: ignore[arg-type]
+        (lambda: Target(top_p=None), "top_p must be a number, not None"),  # type: ignore[arg-type]
+        (lambda: Target(forced="x"), "forced_tokens must be a tensor or a list"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_decoded(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(VisarError, match=message):
+        call()
+
+
+def test_a_session_decodes_once() -> None:
+    """A second time it gave zeros: its rows were done, or begun, and the state of the call knew nothing of that."""
+    session = CallableSession(lambda t: torch.zeros(len(t), t.shape[1] + 1, 3), 4, 5, 3)
+    by_hand(session)
+    with pytest.raises(VisarError, match="This session has decoded before; make a new one"):
+        by_hand(session)
+
+    def stop(_: Any) -> None:
+        raise KeyError
+
+    half = CallableSession(lambda t: torch.zeros(len(t), t.shape[1] + 1, 3), 4, 5, 3)
+    with pytest.raises(KeyError):
+        decode(half, get_sampler("ar"), Target(), Noise(0, torch.arange(4)), stop)
+    with pytest.raises(VisarError, match="This session has decoded before"):
+        by_hand(half)
+
+
+def test_numbers_of_other_kinds_by_hand() -> None:
+    plain = by_hand()
+    assert torch.equal(by_hand(noise=Noise(torch.tensor([0] * 4), range(4))).tokens, plain.tokens)
+    forced = by_hand(target=Target(1, forced=[-1, 2, -1, -1, 1])).tokens
+    assert forced[:, 1].tolist() == [2] * 4 and forced[:, 4].tolist() == [1] * 4

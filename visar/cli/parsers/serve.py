@@ -46,7 +46,10 @@ def serve(p: CommandParser) -> None:
     limits = p.add_argument_group("Limits")
     limits.add_argument("--rows", type=whole(1, 4096), default=8, metavar="N", help="images at once of a sampler")
     limits.add_argument("--waiting", type=whole(0), default=64, metavar="N", help="images in line, at most")
-    limits.add_argument("--max-images", type=whole(1), default=10, metavar="N", help="images in a request, at most")
+    limits.add_argument(
+        "--max-images", type=whole(1), metavar="N",
+        help="images in a request, at most (default: 10, or what --rows and --waiting have room for)",
+    )  # fmt: skip
     limits.add_argument("--deadline", type=positive, default=600, metavar="S", help="seconds of a request, at most")
     limits.add_argument(
         "--drain", type=positive, default=30, metavar="S", help="seconds in which images are finished at the end"
