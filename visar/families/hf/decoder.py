@@ -149,7 +149,7 @@ class VocabularyDecoder(ImageDecoder):
         ids = torch.as_tensor(codes)
         if ids.ndim != 1 or ids.is_floating_point() or not len(ids) or len(ids.unique()) < len(ids):
             raise VisarError("The codes of images are ids of the vocabulary, each given once.")
-        self.codes = ids.to(self.device)
+        self.codes, self._span = ids.to(self.device), (int(ids.min()), int(ids.max()))
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._find()
@@ -162,7 +162,7 @@ class VocabularyDecoder(ImageDecoder):
         """The embedding and the head as they are now. Raises `VisarError` for those that lack codes."""
         self._table, self._head = self.backbone.get_input_embeddings(), self._own_head()
         self._ids = int(getattr(self._head, "out_features", self.config.vocab_size))
-        first, last = int(self.codes.min()), int(self.codes.max())
+        first, last = self._span
         if first < 0 or last >= self._ids:
             raise VisarError(f"The codes go from {first} to {last}; the vocabulary has {self._ids} ids.")
         for name in AFTER_HEAD:
