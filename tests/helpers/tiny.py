@@ -40,7 +40,11 @@ class Cells(Extractor):
 
 
 def image_folder(
-    folder: Path, concepts: int, styles: tuple[str, ...] = ("",), size: int = 8, groups: tuple[str, ...] = ("even", "odd")
+    folder: Path,
+    concepts: int,
+    styles: tuple[str, ...] = ("",),
+    size: int = 8,
+    groups: tuple[str, ...] = ("even", "odd"),
 ) -> Path:
     """A `pictures.json` folder: every concept in every style, captioned with words of the tiny encoder."""
     folder.mkdir(parents=True)
