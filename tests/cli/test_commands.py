@@ -288,6 +288,7 @@ def test_a_prompt_without_quotes(text_folder: Path, tmp_path: Path, capfd: Captu
             "eagle is a drafter of the kind 'eagle', which",
         ),
         ("bench --samplers ar,eagle", "medusa", "which no sampler here uses"),
+        ("bench --serve --samplers scd -n 1 --minutes 0.01", "medusa", "which no sampler here uses"),
         ("eval report --samplers ar,sjd -o report", "small", "kind 'model', which no sampler here uses"),
         ("verify --samplers ar", "small", "which no sampler here uses"),
     ],

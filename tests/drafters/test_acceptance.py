@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from tests.helpers.tiny import class_gpt
 from visar.cli import main
-from visar.drafters.acceptance import AcceptanceHead, head_of, statistics
+from visar.drafters import SkippedLayers, drafter_kind
+from visar.drafters.acceptance import AcceptanceHead, drafter_mark, head_of, statistics
+from visar.dtypes import STORED
 from visar.engine.component import Component
 from visar.errors import VisarError
 from visar.pipelines import ClassToImagePipeline
@@ -98,15 +100,33 @@ def test_a_head_is_of_one_drafter(
 
     head = tmp_path / "medusa" / "acceptance"
     assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 2) == 0
-    assert "drafts 3 tokens deep, not the 4 of --depth" in tried("--acceptance", "--depth", 4)
+    assert "drafts 3 tokens deep, not the 4 of --depth" in tried("--acceptance", "--depth", 4, "--steps", 2)
     assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 2, "--acceptance") == 0
-    assert f"{head} was trained for the drafter as it is; delete it to" in tried("--steps", 4)
+    assert f"{head} was trained for the drafter as it is; to train the drafter further, delete" in tried("--steps", 4)
     shutil.move(head, tmp_path / "head")
     assert train(class_folder, tmp_path, "--kind", "medusa", "--steps", 4) == 0
     assert "medusa-acceptance-run holds a run with other settings: drafter was" in tried("--steps", 4, "--acceptance")
     shutil.move(tmp_path / "head", head)
     with pytest.raises(VisarError, match="was trained for another drafter than that in its folder; delete it"):
         class_pipe.load_drafter(tmp_path / "medusa")
+    about = json.loads((head / "config.json").read_text())
+    del about["drafter"]  # as of a visar that noted none
+    (head / "config.json").write_text(json.dumps(about))
+    class_pipe.load_drafter(tmp_path / "medusa")
+
+
+@pytest.mark.parametrize("kind", ["medusa", "skip"])
+def test_a_drafter_is_known_in_every_dtype(kind: str, class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
+    target = class_pipe.image_model.family.drafting
+    assert target is not None
+    drafter, other = (drafter_kind(kind).new(target, depth, 1) for depth in (2, 3))
+    if kind == "skip":
+        other = SkippedLayers([0])
+    marks = {drafter_mark(drafter)}
+    for dtype in STORED:
+        drafter.save_pretrained(tmp_path / str(dtype), dtype)
+        marks.add(drafter_mark(type(drafter).from_pretrained(tmp_path / str(dtype))))
+    assert len(marks) == 1 and drafter_mark(other) not in marks
 
 
 def test_bad_input(class_folder: Path, class_pipe: ClassToImagePipeline, tmp_path: Path, capsys: Capture) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,19 @@ def test_images_are_drawn_once_and_all_differ(text_pipe: TextToImagePipeline, tm
     file.write_bytes(b"x")
     with pytest.raises(VisarError, match="is damaged; delete it"):
         generate_tokens(text_pipe.image_model, WORDS[:3], 8, file)
+
+
+def test_what_another_run_has_sampled_meanwhile_is_not_sampled_again(
+    text_pipe: TextToImagePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = text_pipe.image_model, WORDS[:3], 2
+    theirs = generate_tokens(*given, tmp_path / "theirs").tokens
+    monkeypatch.setattr(
+        "visar.training.self_generated.locked",
+        lambda *_: contextlib.nullcontext(shutil.copy(tmp_path / "theirs", tmp_path / "own")),  # just before
+    )
+    found = generate_tokens(*given, tmp_path / "own", report=lambda done: pytest.fail(f"{done} again"))
+    assert torch.equal(found.tokens, theirs)
 
 
 def run(folder: Path, out: Path, *arguments: object) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import zipfile
 from collections import Counter
@@ -57,6 +58,10 @@ def test_filters(tmp_path: Path) -> None:
     assert len(ImageSet(folder).records) == 12
     assert {r.style for r in ImageSet(folder, styles=("noto",)).records} == {"noto"}
     assert {r.group for r in ImageSet(folder, without_groups=("odd",)).records} == {"even"}
+    listed = json.loads((folder / "pictures.json").read_text())
+    by_style = [entry | {"group": {"noto": "odd", "flat": "even"}[entry["style"]]} for entry in listed]
+    (folder / "pictures.json").write_text(json.dumps(by_style))
+    assert len(ImageSet(folder, ("noto",), without_groups=("even",)).records) == 6  # it filters nothing there
     for name, where in (("style", {"styles": ("odd",)}), ("group", {"without_groups": ("flat",)})):
         with pytest.raises(VisarError, match=rf"No image has {name} '\w+'; the {name}s are \w+, \w+\."):
             ImageSet(folder, **where)
