@@ -45,7 +45,7 @@ def bench(options: argparse.Namespace) -> int:
         raise VisarError("No sampler was given.")
     before = _history(options)
     settings = settings_of(params_of(options))
-    model = load_model(options)
+    model = load_model(options, samplers=samplers.values())
     model.bar = {"disable": True}
     if options.profile:
         return _profile(options, model, samplers, settings)
@@ -121,8 +121,8 @@ def _serve(options: argparse.Namespace) -> int:
         raise VisarError("--serve measures one sampler; give one with --samplers.")
     settings = settings_of(params_of(options))
     report = measure_load(
-        load_model(options), next(iter(samplers.values())), rows=options.batch or 8, images=options.num_images,
-        minutes=0.5 if options.minutes is None else options.minutes, **settings,
+        load_model(options, samplers=samplers.values()), next(iter(samplers.values())), rows=options.batch or 8,
+        images=options.num_images, minutes=0.5 if options.minutes is None else options.minutes, **settings,
     )  # fmt: skip
     show(options, _load_text(report, options.model), asdict(report))
     return 0

@@ -7,8 +7,9 @@ import copy
 import errno
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from visar.devices import device_of
 from visar.errors import VisarError
@@ -62,16 +63,18 @@ def samplers_of(options: argparse.Namespace) -> dict[str, AnySampler]:
     # A name, or FILE.py:NAME, and its parameters.
     parts = {label: re.split(r"(?<!\.py):", label) for label in wanted}
     has = {label: set(parameters_of(get_sampler(name))) for label, (name, *_) in parts.items()}
-    for text in options.parameters:
-        if "=" in text and not any(text.partition("=")[0] in names for names in has.values()):
-            raise VisarError(f"None of these samplers has a parameter {text.partition('=')[0]!r}.")
-    if options.window is not None and not any("window" in names for names in has.values()):
-        raise VisarError("None of these samplers has a window.")
+    free = {label: has[label] - {text.partition("=")[0] for text in own} for label, (_, *own) in parts.items()}
+    shared = [text.partition("=")[0] for text in options.parameters if "=" in text]
+    for key in shared + ["window"] * (options.window is not None):
+        if not any(key in names for names in has.values()):
+            what = "window" if key not in shared else f"parameter {key!r}"
+            raise VisarError(f"None of these samplers has a {what}.")
+        if not any(key in names for names in free.values()):
+            raise VisarError(f"Each of these samplers was given its own {key}; leave out that for all.")
     made = {}
     for label, (name, *own) in parts.items():
-        shared = has[label] - {text.partition("=")[0] for text in own}
-        given = [text for text in options.parameters if "=" not in text or text.partition("=")[0] in shared]
-        made[label] = configured(name, given + own, options.window if "window" in shared else None)
+        given = [text for text in options.parameters if "=" not in text or text.partition("=")[0] in free[label]]
+        made[label] = configured(name, given + own, options.window if "window" in free[label] else None)
     return made
 
 
@@ -117,10 +120,13 @@ def is_file(options: argparse.Namespace) -> bool:
     return bool(source_of(options).files)
 
 
-def load_model(options: argparse.Namespace, condition: str | None = None) -> ImageModel:
+def load_model(
+    options: argparse.Namespace, condition: str | None = None, samplers: Iterable[Any] | None = None
+) -> ImageModel:
     """The model that the model options ask for, where and as they want it.
 
-    `condition`, "prompt" or "class", is what it shall be called with; None takes what the model is.
+    `condition`, "prompt" or "class", is what it shall be called with; None takes what the model is. With `samplers`, a
+    drafter that none of them uses is a `VisarError`.
     """
     import torch
 
@@ -128,12 +134,25 @@ def load_model(options: argparse.Namespace, condition: str | None = None) -> Ima
 
     device = device_of(options.device)
     model = ImageModel.load(replace(source_of(options), condition=condition))
-    for drafter in getattr(options, "drafter", ()):
+    for count, drafter in enumerate(getattr(options, "drafter", ())):
         model.load_drafter(drafter)
+        if len(model.drafters.loaded) == count:
+            raise VisarError(f"Two drafters are of one kind, {drafter} and one before it; give one of each kind.")
+    if samplers is not None:
+        check_drafters(model, samplers)
     model.to(device)
     model.to(dtype=getattr(torch, options.dtype) if options.dtype else model.family.fastest_dtype)
     model.quantize(getattr(options, "quantize", None) or "native")
     return model
+
+
+def check_drafters(model: ImageModel, samplers: Iterable[Any]) -> None:
+    """Raise `VisarError` for a drafter that was given and that no sampler uses."""
+    from visar.generation.drafting import needed
+
+    used = {needed(model.sampler_of(sampler)) for sampler in samplers}
+    if idle := [kind for kind in model.drafters.loaded if kind not in used]:
+        raise VisarError(f"--drafter gives one of the kind {idle[0]!r}, and no sampler that is named here uses it.")
 
 
 def each_model(options: argparse.Namespace, default: list[str]) -> list[argparse.Namespace]:

@@ -89,7 +89,7 @@ def report(options: argparse.Namespace) -> int:
     reference, extract, scores = _photographs(options.reference), _features(options), _scores(options)
     with output_folder(options.out):
         check(Path(options.out) / "plot.svg")
-        model = load_model(options, "class" if options.classes else None)
+        model = load_model(options, "class" if options.classes else None, samplers.values())
         model.bar = {"disable": True}
         conditions = given or _usual(model)
         found = make_report(

@@ -111,7 +111,7 @@ def _write(
 ) -> DecodeStats:
     from visar.cli.preview import Preview, bar, grid, protocol
 
-    model = load_model(options, "class" if options.classes else "prompt")
+    model = load_model(options, "class" if options.classes else "prompt", [sampler])
     quiet, form = options.json is not None, options.preview
     if form == "auto":
         form = protocol(sys.stderr)

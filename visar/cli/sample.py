@@ -49,7 +49,7 @@ def _sample(options: argparse.Namespace, ranks: Ranks) -> int:
         ranks.agree(lambda: stack.enter_context(output_folder(options.out)))
         kind = "class" if options.classes else "prompt"
         crew, here = ranks.agree(lambda: crew_of(options, kind, stack))
-        model = ranks.agree(lambda: load_model(here, kind))
+        model = ranks.agree(lambda: load_model(here, kind, [sampler]))
         model.bar = {"disable": True}
         done = sample_images(
             model, conditions, options.out, count=options.num_images, sampler=sampler, batch=options.batch,

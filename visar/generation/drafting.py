@@ -12,6 +12,11 @@ from visar.families.base import Family
 from visar.params import CONTINUOUS
 
 
+def needed(method: Any) -> str | None:
+    """The kind of drafter that a sampler needs, None if it needs none."""
+    return "draft" if getattr(method, "needs_draft", False) else getattr(method, "drafter", None)
+
+
 class Drafters:
     """Drafters by kind, loaded when a sampler first needs one."""
 
@@ -40,8 +45,7 @@ class Drafters:
 
     def of(self, method: Any) -> Any:
         """The drafter that a sampler needs, None if it needs none. Raises `VisarError` if it is missing."""
-        kind = "draft" if getattr(method, "needs_draft", False) else getattr(method, "drafter", None)
-        if kind is None:
+        if (kind := needed(method)) is None:
             return None
         if (found := self.find(kind)) is None:
             what = {"model": "a smaller model", "draft": "a smaller MAR"}.get(kind, f"a drafter of the kind {kind!r}")
