@@ -285,7 +285,7 @@ def test_a_prompt_without_quotes(text_folder: Path, tmp_path: Path, capfd: Captu
         (
             "sample --prompts p.txt -o run --sampler medusa",
             "medusa eagle",
-            "eagle is a drafter of the kind 'eagle', which",
+            "--drafter gives one of the kind 'eagle', which",
         ),
         ("bench --samplers ar,eagle", "medusa", "which no sampler here uses"),
         ("bench --serve --samplers scd -n 1 --minutes 0.01", "medusa", "which no sampler here uses"),

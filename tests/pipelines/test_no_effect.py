@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from visar.cli import main
 from visar.errors import VisarError
 
 Pipe = Any
@@ -146,3 +148,24 @@ def test_tokens_that_no_image_has_are_refused(text_pipe: Pipe) -> None:
     ):
         with pytest.raises(VisarError, match=message):
             text_pipe.decode_tokens(bad)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("serve --port 0 --sampler ar --drafter EAGLE", "of the kind 'eagle', which no sampler here uses"),
+        ("bench --samplers scd:window=4,sjd:window=8 --window 6", "Each of these samplers was given its own window"),
+        ("bench --samplers zipar:ahead=4 --set ahead=6", "Each of these samplers was given its own ahead"),
+        ("generate cat -o OUT/a.png --model icons --vq OUT/p.txt", "There is no weights file icons, and nothing else"),
+    ],
+)
+def test_options_that_nothing_reads(
+    text_folder: Path, drafters: list[Path], tmp_path: Path, capsys: Any, command: str, message: str
+) -> None:
+    (tmp_path / "p.txt").write_text("cat\n")
+    kinds = {"EAGLE": drafters[0], "MEDUSA": next(path for path in drafters if path.name == "medusa")}
+    words = [str(kinds.get(word, word)).replace("OUT", str(tmp_path)) for word in command.split()]
+    assert main([*words, *([] if "--model" in words else ["--model", str(text_folder)])]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("error:") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]

@@ -63,16 +63,18 @@ def samplers_of(options: argparse.Namespace) -> dict[str, AnySampler]:
     # A name, or FILE.py:NAME, and its parameters.
     parts = {label: re.split(r"(?<!\.py):", label) for label in wanted}
     has = {label: set(parameters_of(get_sampler(name))) for label, (name, *_) in parts.items()}
-    for text in options.parameters:
-        if "=" in text and not any(text.partition("=")[0] in names for names in has.values()):
-            raise VisarError(f"None of these samplers has a parameter {text.partition('=')[0]!r}.")
-    if options.window is not None and not any("window" in names for names in has.values()):
-        raise VisarError("None of these samplers has a window.")
+    free = {label: has[label] - {text.partition("=")[0] for text in own} for label, (_, *own) in parts.items()}
+    shared = [text.partition("=")[0] for text in options.parameters if "=" in text]
+    for key in shared + ["window"] * (options.window is not None):
+        if not any(key in names for names in has.values()):
+            what = "window" if key not in shared else f"parameter {key!r}"
+            raise VisarError(f"None of these samplers has a {what}.")
+        if not any(key in names for names in free.values()):
+            raise VisarError(f"Each of these samplers was given its own {key}; leave out that for all.")
     made = {}
     for label, (name, *own) in parts.items():
-        shared = has[label] - {text.partition("=")[0] for text in own}
-        given = [text for text in options.parameters if "=" not in text or text.partition("=")[0] in shared]
-        made[label] = configured(name, given + own, options.window if "window" in shared else None)
+        given = [text for text in options.parameters if "=" not in text or text.partition("=")[0] in free[label]]
+        made[label] = configured(name, given + own, options.window if "window" in free[label] else None)
     return made
 
 
@@ -123,7 +125,8 @@ def load_model(
 ) -> ImageModel:
     """The model that the model options ask for, where and as they want it, with its drafters (`give_drafters`).
 
-    `condition`, "prompt" or "class", is what it shall be called with; None takes what the model is.
+    `condition`, "prompt" or "class", is what it shall be called with; None takes what the model is. With `samplers`, a
+    drafter that none of them uses is a `VisarError`.
     """
     import torch
 
@@ -139,13 +142,7 @@ def load_model(
 
 
 def give_drafters(model: ImageModel, paths: Iterable[str], samplers: Iterable[Any] | None = None) -> None:
-    """Load the drafters of --drafter. Raises `VisarError` for two of a kind.
-
-    It does so too for one that none of the `samplers` uses, where these are given; None among them is the model's own.
-    """
-    from visar.generation.drafting import kind_for
-
-    used = None if samplers is None else {kind_for(model.sampler_of(sampler)) for sampler in samplers}
+    """Load those of --drafter. Raises `VisarError` for two of a kind, and with `samplers` as `check_drafters` does."""
     given: dict[str, str] = {}
     for path in paths:
         kind = model.drafters.load(path)
@@ -153,9 +150,18 @@ def give_drafters(model: ImageModel, paths: Iterable[str], samplers: Iterable[An
             raise VisarError(
                 f"{given[kind]} and {path} are two drafters of the kind {kind!r}; give one --drafter of it."
             )
-        if used is not None and kind not in used:
-            raise VisarError(f"{path} is a drafter of the kind {kind!r}, which no sampler here uses; leave it out.")
         given[kind] = path
+    if samplers is not None:
+        check_drafters(model, samplers)
+
+
+def check_drafters(model: ImageModel, samplers: Iterable[Any]) -> None:
+    """Raise `VisarError` for a drafter that was given and that no sampler uses; None is the model's own sampler."""
+    from visar.generation.drafting import kind_for
+
+    used = {kind_for(model.sampler_of(sampler)) for sampler in samplers}
+    if idle := [kind for kind in model.drafters.loaded if kind not in used]:
+        raise VisarError(f"--drafter gives one of the kind {idle[0]!r}, which no sampler here uses; leave it out.")
 
 
 def each_model(options: argparse.Namespace, default: list[str]) -> list[argparse.Namespace]:

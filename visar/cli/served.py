@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from visar.cli.common import configured, each_model, load_model, samplers_of
+from visar.cli.common import check_drafters, configured, each_model, load_model, samplers_of
 from visar.errors import VisarError
 from visar.texts import lines_of, read_text
 
@@ -55,6 +55,7 @@ def _samplers(options: argparse.Namespace, models: Mapping[str, ImageModel]) -> 
             plain = options.window is None and not options.parameters
             own = {default: None if plain else configured(default, options.parameters, options.window)}
         found[name] = {label: model.sampler_of(sampler) for label, sampler in own.items()}
+        check_drafters(model, found[name].values())
         for sampler in found[name].values():
             model.drafters.of(sampler)  # an error where it is missing
     return found

@@ -203,9 +203,10 @@ def _files(
     if vae and (text_encoder or image_size is not None):
         raise VisarError("A MAR's file takes no text encoder and no image size: both are in its weights.")
     files = {"model": Path(name), **({"vq": Path(vq)} if vq else {}), **({"vae": Path(vae)} if vae else {})}
-    for file in files.values():
+    for kind, file in files.items():
         if not file.exists():
-            raise VisarError(f"There is no weights file {file}.")
+            alone = ", and nothing else goes with vq or vae" if kind == "model" else ""
+            raise VisarError(f"There is no weights file {file}{alone}.")
     return Source(
         str(name),
         files=files,
