@@ -69,8 +69,8 @@ def check_drafter(out: Path, kind: str) -> None:
     check_parts(out, f"{run_of(kind)}/{NOTE}", kind)
     if (head := out / kind / ACCEPTANCE).exists():
         raise VisarError(
-            f"{head} was trained for the drafter as it is; to train the drafter further, delete its head, or give another "
-            "folder."
+            f"{head} was trained for the drafter as it is; to train the drafter further, delete its head, or give "
+            "another folder."
         )
 
 
