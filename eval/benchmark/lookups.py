@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from visar.errors import VisarError
-from visar.eval.prompts import PROMPTS
+from visar.eval.prompts import conditions
 from visar.families.base import DiscreteFamily
 from visar.generation.discrete import guidance_of, target_of
 from visar.generation.model import ImageModel
@@ -172,10 +172,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sampled(model: ImageModel, count: int, params: SamplingParams) -> Iterable[tuple[Tensor, Tensor]]:
-    for i in range(count):
-        prompt = PROMPTS[i % len(PROMPTS)]
-        tokens = model.generate(prompt, params, sampler="ar", first_image=i, output_type="tokens").tokens[0].cpu()
-        yield tokens, target_probs(model, prompt, tokens, params)
+    for i, condition in enumerate(conditions(model, count)):
+        tokens = model.generate(condition, params, sampler="ar", first_image=i, output_type="tokens").tokens[0].cpu()
+        yield tokens, target_probs(model, condition, tokens, params)
 
 
 if __name__ == "__main__":

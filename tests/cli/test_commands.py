@@ -277,34 +277,6 @@ def test_a_prompt_without_quotes(text_folder: Path, tmp_path: Path, capfd: Captu
     assert "'zebra' is known" in error
 
 
-@pytest.mark.parametrize(
-    ("command", "given", "message"),
-    [
-        ("generate cat -o cat.png", "eagle", "of the kind 'eagle', which no sampler here uses; leave it out."),
-        ("generate cat -o cat.png --sampler eagle", "eagle eagle", "two drafters of the kind 'eagle'; give one"),
-        (
-            "sample --prompts p.txt -o run --sampler medusa",
-            "medusa eagle",
-            "--drafter gives one of the kind 'eagle', which",
-        ),
-        ("bench --samplers ar,eagle", "medusa", "which no sampler here uses"),
-        ("bench --serve --samplers scd -n 1 --minutes 0.01", "medusa", "which no sampler here uses"),
-        ("eval report --samplers ar,sjd -o report", "small", "kind 'model', which no sampler here uses"),
-        ("verify --samplers ar", "small", "which no sampler here uses"),
-    ],
-)
-def test_a_drafter_that_changes_nothing(
-    text_folder: Path, drafters: list[Path], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch,
-    command: str, given: str, message: str,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    Path("p.txt").write_text("cat")
-    more = [x for name in given.split() for x in ("--drafter", str(drafters[0].parent / name))]
-    assert main([*command.split(), "--model", str(text_folder), *more]) == 2
-    assert message in (err := capsys.readouterr().err) and err.count("\n") == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["p.txt"]
-
-
 def test_an_interrupted_image_leaves_nothing(
     text_folder: Path, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,18 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "state.pt"]
 
 
+def test_one_process_of_a_job_holds_the_folder_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    with alone(tmp_path):
+        with pytest.raises(VisarError, match="Another run trains"), alone(tmp_path):
+            pass
+        monkeypatch.setenv("RANK", "1")
+        with alone(tmp_path):
+            pass
+
+
 def test_a_command_holds_its_folder_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepares(data: object, size: int, config: TrainConfig, *_: object) -> None:
         with pytest.raises(VisarError, match="Another run trains"), alone(config.out):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -40,6 +42,11 @@ def test_overlaps_by_hand() -> None:
     assert found["bigram, above"] == pytest.approx((0.2 + 0.25 + 0.25 + 0.4) / 2, abs=0.01)  # a count and the unigram
 
 
-def test_it_runs_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_runs_and_refuses(class_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for seed in ("3", "3", "4"):
+        assert main(["--model", str(class_folder), "--images", "2", "--seed", seed]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
     assert main(["--images", "1"]) == 2 and "--images must be 2 or more, not 1" in capsys.readouterr().err
     assert main(["--model", "icons-mar"]) == 2 and "models of discrete tokens" in capsys.readouterr().err

@@ -109,7 +109,8 @@ def test_prompts_are_no_markup_in_markdown() -> None:
 def test_from_python_too_nothing_of_others_is_replaced(class_pipe: ClassToImagePipeline, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("mine")
     with pytest.raises(VisarError, match=r"holds a report\.json of something else"):
-        make_report(class_pipe, {name: get_sampler(name) for name in ("ar", "sjd")}, [0], tmp_path, Cells(), count=2)
+        samplers = {name: get_sampler(name) for name in ("ar", "sjd")}
+        make_report(class_pipe, samplers, [0], tmp_path, Cells(), name="tiny", count=2)
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 

@@ -20,11 +20,13 @@ import visar
 from tests.families.hf.test_sessions import farthest
 from tests.families.hf.worlds import WORLDS, World, causal
 from tests.helpers.tiny_hf import janus
+from visar.engine import layers
 from visar.engine.quantization import QuantizedLinear, quantize, rounded
 from visar.errors import VisarError
 from visar.families.hf.session import TransformersSession
 from visar.families.hf.stack import Norms, Stack
 from visar.kernels.derived import steady_weights
+from visar.kernels.invariant import invariant
 
 TOKENS = torch.tensor([[0, 3, 1, 2]])
 KNOWN = [kind for kind in WORLDS if kind != "mistral"]
@@ -111,6 +113,19 @@ def test_a_session_that_is_kept_holds_no_weights_that_were_replaced() -> None:
     assert gone() is None
     with steady_weights():
         session.forward(TOKENS)
+
+
+def test_the_invariant_mode_joins_no_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows would depend on how many there are."""
+    called: list[str] = []
+    joined = layers.joined
+    monkeypatch.setattr(layers, "joined", lambda *given, **more: called.append("joined") or joined(*given, **more))
+    world = causal("Qwen3", head_dim=12)
+    with invariant():
+        logits(world)
+    assert not called
+    logits(world)
+    assert called
 
 
 class Adapter(nn.Module):
