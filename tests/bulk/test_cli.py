@@ -305,7 +305,7 @@ def test_what_does_not_fit_a_layout(
         (tmp_path / "two", "dpg", "new", "DPG-Bench takes 4 images of each prompt; sample with -n 4."),
         (dpg_run, "dpg", "full", "exists: give a folder that is new or empty."),
         (geneval_run, "geneval", "two.jsonl", "exists: give a folder that is new or empty."),
-        (dpg_run, "npz", "full", "is a folder; give a .npz file."),
+        (dpg_run, "npz", "full", "All images are written to a .npz file, not to"),
         (dpg_run, "npz", "two.jsonl", "All images are written to a .npz file, not to"),
         (tmp_path / "none", "npz", "a.npz", "holds no run of `visar sample`."),
     ):

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,8 @@ class Noise:
                 raise ValueError
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise VisarError(f"Image indices are whole numbers from 0 to {IMAGES - 1}.") from error
-        seeds = [checked_seed(s) for s in (seed if is_list(seed) else [seed] * len(given))]
+        every: list[Any] = list(seed) if is_list(seed) else [seed] * len(given)
+        seeds = [checked_seed(one) for one in every]
         if len(seeds) != len(given):
             raise VisarError(f"There are {len(seeds)} seeds for {len(given)} rows; give one, or one for each.")
         self.key = torch.tensor([[s & _MASK, s >> 32 & _MASK] for s in seeds], device=self.images.device)
