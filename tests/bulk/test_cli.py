@@ -306,7 +306,7 @@ def test_what_does_not_fit_a_layout(
         (tmp_path / "two", "dpg", "new", "DPG-Bench takes 4 images of each prompt; sample with -n 4."),
         (dpg_run, "dpg", "full", "exists: give a folder that is new or empty."),
         (geneval_run, "geneval", "two.jsonl", "exists: give a folder that is new or empty."),
-        (dpg_run, "npz", "full", "is a folder; give a .npz file."),
+        (dpg_run, "npz", "full", "All images are written to a .npz file, not to"),
         (dpg_run, "npz", "a.zip", "All images are written to a .npz file, not to"),
         (dpg_run, "npz", "there.npz", "exists; give another name, or delete it."),
         (tmp_path / "none", "npz", "a.npz", "holds no run of `visar sample`."),

@@ -38,10 +38,8 @@ def export(folder: str | Path, layout: str, out: str | Path) -> int:
 
 
 def new_npz(out: str | Path) -> Path:
-    """As `new_file`. Raises `VisarError` also for a folder, and for a name that no reader takes for a .npz file."""
+    """As `new_file`. Raises `VisarError` also for a name that no reader takes for a .npz file."""
     path = path_of("The .npz file", out)
-    if path.is_dir():
-        raise VisarError(f"{out} is a folder; give a .npz file.")
     if path.suffix.lower() != ".npz" and not is_device(path):
         raise VisarError(f"All images are written to a .npz file, not to {out}.")
     return new_file(path)
